@@ -1,0 +1,83 @@
+# Everything is set up in $(VENV) by the targets themselves; only Python 3.11 or newer and make are needed.
+#
+#   make demo ARGS="--minutes 1"      arguments for `engram quickstart`
+#   make test ARGS="tests/hashing"    arguments for pytest
+#   make test PYTHON=python3.12 VENV=/tmp/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+# -qq: pip's errors only. setuptools comes from the constraints too, so nothing is resolved behind their back.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PINS := pyproject.toml constraints.txt
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint fmt docs bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## set up, then train a small memory model and its memory-less twin and compare them
+	$(BIN)/engram quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev ## set up, then run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fmt: $(VENV)/.installed-dev ## format, and fix what can be fixed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --clean --quiet
+	@echo "==> site/index.html"
+
+bench: $(VENV)/.installed-dev ## run every benchmark and write benchmarks/results/NAME.json
+	@mkdir -p benchmarks/results
+	@set -e; for script in $(BENCHMARKS); do \
+		name=$$(basename "$$script" .py); \
+		echo "==> $$name"; \
+		$(BIN)/python "$$script" --out "benchmarks/results/$$name.json" $(ARGS); \
+	done
+
+clean: ## remove the environment, build outputs, caches and runs/
+	rm -rf .venv build dist site runs src/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "engram needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
+		echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> creating $(VENV)"
+	@$(PYTHON) -m venv "$(VENV)" || { \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu the package python3-venv brings it." >&2; \
+		rm -rf "$(VENV)"; exit 1; }
+
+# A stamp is newer than what it was made from, or the install runs again.
+$(VENV)/.installed: $(PINS) | $(BIN)/python
+	@echo "==> installing engram into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(PINS) | $(BIN)/python
+	@echo "==> installing engram and its development tools into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(PINS) | $(BIN)/python
+	@echo "==> installing engram and its documentation tools into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,62 @@
+"""Conditional memory for language models: huge hashed N-gram tables, looked up in O(1) and gated by context.
+
+The names of ``__all__`` are the whole public surface; everything else is private by convention. Each one is loaded when
+it is first used, so ``import engram`` costs milliseconds and imports neither torch nor transformers.
+
+The data moves in one direction, and the folders follow it::
+
+    text ──tokenizer──▶ tokens ──hashing──▶ row numbers ──tables──▶ rows ──memory──▶ update ──model──▶ logits
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from engram import registration
+
+if TYPE_CHECKING:
+    from engram.hashing import HashSpec, TokenHistory, TokenMap
+    from engram.memory import EngramConfig, EngramLayer
+    from engram.model import EngramForCausalLM, EngramLMConfig
+    from engram.tables import Table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramLMConfig",
+    "EngramLayer",
+    "HashSpec",
+    "Table",
+    "TokenHistory",
+    "TokenMap",
+]
+
+_MODULES = {
+    "EngramConfig": "engram.memory",
+    "EngramForCausalLM": "engram.model",
+    "EngramLMConfig": "engram.model",
+    "EngramLayer": "engram.memory",
+    "HashSpec": "engram.hashing",
+    "Table": "engram.tables",
+    "TokenHistory": "engram.hashing",
+    "TokenMap": "engram.hashing",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name on first use."""
+    if name not in _MODULES:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"
+        )
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.prepare()

@@ -1,0 +1,77 @@
+"""Every error the library raises on purpose, one tree.
+
+::
+
+    EngramError
+    ├── ConfigError (ValueError)          a configuration that cannot be: missing, contradictory or impossible values
+    ├── TokenError (ValueError)           a token id the vocabulary does not hold
+    ├── TokenMapError (ValueError)        a tokenizer that does not give the canonical vocabulary that was promised
+    ├── MismatchError (ValueError)        two things built for different hashes, tokenizers or geometries
+    ├── RowRangeError (IndexError)        a row number outside its table
+    ├── HistoryError (RuntimeError)       decode state asked for something it no longer holds
+    ├── TableClosedError (RuntimeError)   a table used after ``close()``
+    ├── DataError (ValueError)            text that cannot be trained or evaluated on
+    ├── RunFolderError (OSError)          a run folder that cannot be written or read
+    └── MissingExtraError (ImportError)   an optional dependency that is not installed
+
+Each message says what was expected, what was given and what to do. ``except EngramError`` catches all of them; the
+second base class is what a caller who does not know this library would catch.
+"""
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EngramError",
+    "HistoryError",
+    "MismatchError",
+    "MissingExtraError",
+    "RowRangeError",
+    "RunFolderError",
+    "TableClosedError",
+    "TokenError",
+    "TokenMapError",
+]
+
+
+class EngramError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(EngramError, ValueError):
+    """A configuration that cannot be: missing, contradictory or impossible values."""
+
+
+class TokenError(EngramError, ValueError):
+    """A token id the vocabulary does not hold."""
+
+
+class TokenMapError(EngramError, ValueError):
+    """A tokenizer that does not give the canonical vocabulary that was promised, or none where one is needed."""
+
+
+class MismatchError(EngramError, ValueError):
+    """Two things built for different hashes, tokenizers or geometries."""
+
+
+class RowRangeError(EngramError, IndexError):
+    """A row number outside its table."""
+
+
+class HistoryError(EngramError, RuntimeError):
+    """Decode state asked for something it no longer holds."""
+
+
+class TableClosedError(EngramError, RuntimeError):
+    """A table used after ``close()``."""
+
+
+class DataError(EngramError, ValueError):
+    """Text that cannot be trained or evaluated on."""
+
+
+class RunFolderError(EngramError, OSError):
+    """A run folder that cannot be written or read."""
+
+
+class MissingExtraError(EngramError, ImportError):
+    """An optional dependency that is not installed; the message names the extra that brings it."""

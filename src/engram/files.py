@@ -1,0 +1,66 @@
+"""Files that are either the old version or the new one, never half of either."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["replacing", "write_atomically"]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary file beside ``path`` and put it in ``path``'s place when the block ends well.
+
+    The contents reach the disk before the rename, so a crash leaves the old file or the new one. When the block raises,
+    the temporary file is removed and ``path`` stays as it was. Missing parent folders are created.
+
+    Args:
+        path: The file to replace or create.
+
+    Yields:
+        The temporary path, in the same folder (a rename is atomic only within one file system).
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        # mkstemp makes files only their owner can read; a replaced file keeps its mode, a new one gets the usual 0644.
+        aside.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        yield aside
+        _flush(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):
+        # Some file systems cannot flush a folder; the rename is still atomic there, only less durable.
+        _flush(path.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write a whole file, atomically; text is encoded as UTF-8.
+
+    Args:
+        path: The file to replace or create. Missing parent folders are created.
+        data: Its whole contents.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with replacing(path) as aside:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

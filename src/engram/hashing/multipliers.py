@@ -1,0 +1,64 @@
+"""Odd multipliers of the XOR hash: one per layer and look-back distance, from either published generator.
+
+Both bound the draw so that ``canonical token * multiplier`` stays below 2**63.
+"""
+
+import numpy as np
+
+__all__ = ["multiplier_bound", "pcg64_multipliers", "splitmix64", "splitmix64_multipliers"]
+
+_LAYER_STRIDE = 10007
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def multiplier_bound(vocab_size: int) -> int:
+    """Return the exclusive bound of the draw ``r`` behind a multiplier ``2 r + 1``."""
+    return max(1, (2**63 - 1) // max(vocab_size, 1) // 2)
+
+
+def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) -> tuple[int, ...]:
+    """Draw the multipliers of one layer as the demo and DeepSeek-V4.1 do, from NumPy's PCG64 stream.
+
+    Args:
+        vocab_size: Number of canonical tokens.
+        count: Look-back distances, the current token included: the highest order.
+        layer: The layer's *id* (not its place in the list).
+        seed: Base seed; 0 in both published models.
+
+    Returns:
+        ``count`` odd integers; a shorter draw is a prefix of a longer one.
+
+    Source: Engram demo; formats.md §4.5.
+    """
+    draws = np.random.default_rng(seed + _LAYER_STRIDE * layer).integers(
+        0, multiplier_bound(vocab_size), size=count, dtype=np.int64
+    )
+    return tuple(2 * int(draw) + 1 for draw in draws)
+
+
+def splitmix64(value: int) -> int:
+    """Scramble a 64-bit integer: one step of the splitmix64 generator, its increment included."""
+    value = (value + _GAMMA) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int) -> tuple[int, ...]:
+    """Draw the multipliers of one layer as Qwen's PLE does.
+
+    Args:
+        vocab_size: Number of raw tokens.
+        count: Look-back distances, the current token included: the highest order.
+        ordinal: The layer's *place* in the list of memory layers, from 0 (not its id).
+        seed: The config's ``seed``; 1234 in the published model.
+
+    Returns:
+        ``count`` odd integers.
+
+    Source: transformers ``qwen4_exp``; formats.md §5.3.
+    """
+    base, bound = seed + _LAYER_STRIDE * ordinal, multiplier_bound(vocab_size)
+    # The increment is added here and again inside splitmix64: that is what the published model does.
+    return tuple(2 * (splitmix64((base + _GAMMA * (index + 1)) & _MASK) % bound) + 1 for index in range(count))

@@ -1,0 +1,30 @@
+"""Rows and hidden state → update of the hidden state: the Engram layer.
+
+Reading order: ``config.py`` (the choices, and what they cost), ``layer.py`` (the layer), ``gate.py`` and
+``convolution.py`` (its two ideas), ``state.py`` (what decoding keeps), ``reference.py`` (the plain twin).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram.memory.config import EngramConfig
+    from engram.memory.layer import EngramLayer, EngramOutput
+    from engram.memory.state import ConvolutionState
+
+__all__ = ["ConvolutionState", "EngramConfig", "EngramLayer", "EngramOutput"]
+
+_MODULES = {
+    "ConvolutionState": "engram.memory.state",
+    "EngramConfig": "engram.memory.config",
+    "EngramLayer": "engram.memory.layer",
+    "EngramOutput": "engram.memory.layer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that a configuration can be priced without loading torch.
+    if name in _MODULES:
+        import importlib
+
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,396 @@
+"""The reference language model: DeepSeek-V3 blocks, some of which begin by reading memory."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3DecoderLayer,
+    DeepseekV3PreTrainedModel,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from engram.errors import MismatchError, TokenMapError
+from engram.hashing import HashSpec, TokenMap
+from engram.memory.layer import EngramLayer
+from engram.memory.state import ConvolutionState
+from engram.model.cache import memory_layer
+from engram.model.config import EngramLMConfig
+from engram.tables import ParameterTable
+
+__all__ = ["EngramBlock", "EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
+
+# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams (one here), V vocabulary.
+
+_SHARED = "shared"
+
+
+@dataclasses.dataclass
+class EngramModelOutput(BaseModelOutputWithPast):
+    """Output of `EngramModel`."""
+
+    gates: tuple[Tensor, ...] | None = None
+    """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """With ``output_router_logits=True``: one per mixture of experts."""
+
+
+@dataclasses.dataclass
+class EngramCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `EngramForCausalLM`."""
+
+    gates: tuple[Tensor, ...] | None = None
+    """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """With ``output_router_logits=True``: one per mixture of experts."""
+
+
+class EngramBlock(DeepseekV3DecoderLayer):
+    """One block: memory (where the configuration says so), then attention, then feed-forward."""
+
+    def __init__(self, config: EngramLMConfig, layer_idx: int, table: ParameterTable | None = None) -> None:
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        memory = config.memory_config
+        self.memory = EngramLayer(memory, table) if memory is not None and layer_idx in memory.layers else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory_rows: Tensor | None = None,
+        memory_active: Tensor | None = None,
+        memory_state: ConvolutionState | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Update the hidden states ``[B, L, D]``; the rows are int64 ``[B, L, H]``."""
+        if self.memory is not None:
+            update, _ = self.memory(hidden_states, memory_rows, memory_state, active=memory_active, return_gates=True)
+            hidden_states = hidden_states + update
+        return super().forward(hidden_states, **kwargs)
+
+
+class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
+    """What transformers needs to know of this family."""
+
+    config: EngramLMConfig
+    config_class = EngramLMConfig
+    _no_split_modules = ["EngramBlock"]
+    _can_record_outputs = {
+        "hidden_states": EngramBlock,
+        "attentions": DeepseekV3Attention,
+        "gates": OutputRecorder(EngramLayer, index=1),
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+    }
+    _keys_to_ignore_on_load_unexpected = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, EngramLayer | ParameterTable):
+            module.reset_parameters()
+
+    @property
+    def tables(self) -> dict[str, ParameterTable]:
+        """The memory tables by the block that reads them, or one called ``shared``."""
+        return dict(self.base_model._modules["memory_tables"].items())
+
+    @property
+    def hash_spec(self) -> HashSpec:
+        """How this model turns tokens into row numbers, bound to its token map.
+
+        Raises:
+            TokenMapError: The model has no memory, or has not been given its token map.
+            MismatchError: The token map in the checkpoint is not the one its configuration was made with.
+        """
+        return self.base_model._bound_spec()
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Give the model the token map of its tokenizer, where it was built from a configuration file alone.
+
+        Args:
+            tokenizer: A Hugging Face fast tokenizer, or a `TokenMap`.
+
+        Raises:
+            MismatchError: Its canonical tokens are not those the model was configured for; both digests are named.
+        """
+        base = self.base_model
+        if base.config.spec is None:
+            return
+        token_map = tokenizer if isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
+        spec = base.config.spec.bind(token_map)
+        base.token_map.copy_(torch.from_numpy(token_map.canonical.copy()))
+        base.__dict__["_spec"] = spec
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer other than the one the model's memory was trained with.
+
+        Raises:
+            MismatchError: With both digests.
+        """
+        if self.config.spec is not None:
+            self.config.spec.bind(TokenMap.from_tokenizer(tokenizer))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Load a model as ``transformers`` does, and check that its hash, and a tokenizer if given, fit its tables.
+
+        Args:
+            *args: As in ``PreTrainedModel.from_pretrained``.
+            tokenizer: The tokenizer that will be used with the model.
+            **kwargs: As in ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
+        """
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if model.config.memory is not None and not model.base_model.token_map.is_meta:
+            _ = model.hash_spec
+            if tokenizer is not None:
+                model.check_tokenizer(tokenizer)
+        return result
+
+
+class EngramModel(EngramPreTrainedModel):
+    """The decoder without its head: token embedding, blocks, final norm, memory tables and token map.
+
+    Args:
+        config: Backbone and memory. A configuration made by `EngramLMConfig.for_tokenizer` brings its token map; one
+            read from a file does not, and needs `bind_tokenizer` or a checkpoint.
+    """
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        memory, spec = config.memory_config, config.spec
+        self.__dict__["_memory_config"] = memory
+        self.memory_tables = nn.ModuleDict()
+        if memory is not None and spec is not None:
+            for block, layer in zip(spec.blocks, spec.layers):
+                name = _SHARED if spec.shared_table else str(block)
+                if name not in self.memory_tables:
+                    rows = spec.num_rows(layer)
+                    self.memory_tables[name] = ParameterTable(rows, memory.head_dim, std=memory.table_std)
+            # A buffer, so that the map travels in the checkpoint; -1 until it is known.
+            self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
+        self.layers = nn.ModuleList(
+            [EngramBlock(config, block, self._table_of(block)) for block in range(config.num_hidden_layers)]
+        )
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.__dict__["_spec"] = None
+        self.register_load_state_dict_post_hook(_forget_spec)
+        self.post_init()
+        token_map = getattr(config, "_token_map", None)
+        if token_map is not None and not self.token_map.is_meta:
+            self.bind_tokenizer(token_map)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> EngramModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: Tokens ``[B, L]``. Memory is addressed by them, so a model with memory needs them even where
+                ``inputs_embeds`` are passed too.
+            attention_mask: ``[B, past + L]``, 0 at padding: a masked position is a boundary for N-grams and
+                convolution, so padding changes nothing.
+            position_ids: ``[B, L]``.
+            past_key_values: Keys, values, token history and convolution windows of the tokens before.
+            inputs_embeds: ``[B, L, D]``, used instead of the token embedding.
+            use_cache: Whether to return a cache.
+            **kwargs: ``output_hidden_states``, ``output_attentions``, ``output_gates``, and what attention takes.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
+        if input_ids is None and self.config.memory is not None:
+            raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+        memory = self._memory_inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds.dtype)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for block, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                **memory.get(block, {}),
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return EngramModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _memory_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        dtype: torch.dtype,
+    ) -> dict[int, dict[str, Any]]:
+        """Hash the tokens once for all blocks and collect each block's decode state."""
+        if self.config.memory is None or input_ids is None:
+            return {}
+        spec, config = self._bound_spec(), self.__dict__["_memory_config"]
+        batch_size, length = input_ids.shape
+        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -length:]
+        if attention_mask is not None and mask is None and cache is None and attention_mask.dim() != 4:
+            raise MismatchError(f"attention_mask is {tuple(attention_mask.shape)}; expected [batch, length]")
+        codes = spec.encode(input_ids, attention_mask=mask, position_ids=position_ids.expand(batch_size, length))
+        blocks = self.config.memory_layers
+        history = None
+        if cache is not None:
+            states = {block: memory_layer(cache, block, self.config) for block in blocks}
+            history = states[blocks[0]].token_history(spec, batch_size, input_ids.device)
+        rows = spec.rows_for_layers(codes, history)
+        active = codes >= 0
+        inputs: dict[int, dict[str, Any]] = {}
+        for block, layer in zip(spec.blocks, spec.layers):
+            inputs[block] = {"memory_rows": rows[layer], "memory_active": active}
+            if cache is not None and config.conv_context:
+                device = self.layers[block].memory.key_value.weight.device
+                state_dtype = self._state_dtype(dtype)
+                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, device, state_dtype)
+        if history is not None:
+            history.advance_codes(codes)
+        return inputs
+
+    @staticmethod
+    def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+        # Under autocast the projected values, and so the window, have autocast's type.
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+
+    def _bound_spec(self) -> HashSpec:
+        spec = self.__dict__["_spec"]
+        if spec is not None:
+            return spec
+        unbound = self.config.spec
+        if unbound is None:
+            raise TokenMapError("this model has no memory, so it has no HashSpec")
+        canonical = self.token_map.cpu().numpy()
+        if canonical.size and canonical.min() < 0:
+            raise TokenMapError(
+                "the model was built from a configuration alone and does not know its token map; "
+                "call model.bind_tokenizer(tokenizer), or load a checkpoint with from_pretrained"
+            )
+        spec = unbound.bind(TokenMap(canonical, vocabulary_digest=unbound.vocabulary_digest))
+        self.__dict__["_spec"] = spec
+        return spec
+
+    def _table_of(self, block: int) -> ParameterTable | None:
+        name = _SHARED if _SHARED in self.memory_tables else str(block)
+        return self.memory_tables[name] if name in self.memory_tables else None
+
+
+class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
+    """The reference language model: decoder and head.
+
+    Args:
+        config: Backbone and memory.
+
+    Example:
+        >>> model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory))  # doctest: +SKIP
+        >>> model.generate(**tokenizer("def main", return_tensors="pt"), max_new_tokens=20)  # doctest: +SKIP
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EngramLMConfig) -> None:
+        super().__init__(config)
+        self.model = EngramModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> EngramCausalLMOutput:
+        """Run the model; see `EngramModel.forward`.
+
+        Args:
+            input_ids: Tokens ``[B, L]``.
+            attention_mask: ``[B, past + L]``.
+            position_ids: ``[B, L]``.
+            past_key_values: State of the tokens before.
+            inputs_embeds: ``[B, L, D]``.
+            labels: Tokens ``[B, L]``, shifted by the loss itself; -100 is not counted.
+            use_cache: Whether to return a cache.
+            logits_to_keep: Positions from the end to compute logits for; 0 is all.
+            **kwargs: As in `EngramModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return EngramCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gates=outputs.gates,
+            router_logits=outputs.router_logits,
+        )
+
+
+def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
+    # The token map may have been replaced by the loaded one.
+    module.__dict__["_spec"] = None

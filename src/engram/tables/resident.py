@@ -1,0 +1,106 @@
+"""Tables whose rows are in this process's memory: one to read from, one to train."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram.tables.table import Table
+
+__all__ = ["ParameterTable", "ResidentTable"]
+
+
+class ResidentTable(Table):
+    """The obvious table: one tensor, read by indexing. The twin that every other tier is tested against.
+
+    Args:
+        weight: ``[num_rows, width]``, any floating type, on any device. Kept, not copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight: Tensor | None = weight
+        self._dtype = weight.dtype
+        self.num_rows, self.width = weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that `gather` returns."""
+        return self._dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Table.gather`."""
+        self._refuse_closed(self._weight is None)
+        assert self._weight is not None
+        self._check_rows(rows)
+        result = self._weight[rows]
+        return result if out is None else out.copy_(result)
+
+    def close(self) -> None:
+        """Drop the reference to the tensor."""
+        self._weight = None
+
+
+class ParameterTable(nn.Module, Table):
+    """A table that is trained: one parameter, whose gradient holds only the rows that were read.
+
+    Args:
+        num_rows: Rows in the table.
+        width: Numbers in a row.
+        gradient: ``"sparse"`` (the default: a step costs what was touched) or ``"dense"`` (what ordinary optimizers,
+            FSDP2 and CUDA graphs need).
+        std: Standard deviation of the initial rows. Rows feed normalized keys, whose gradient grows as rows shrink
+            (worst row gradient about 5 at 1.0, 65 at 0.02, 1e4 and more at 1e-6), so it must not be zero.
+        device: Where the rows are; ``"meta"`` allocates nothing.
+        dtype: Floating type of the rows.
+
+    The parameter carries ``is_engram_table = True``: optimizers choose tables by this mark, not by name.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        gradient: Literal["sparse", "dense"] = "sparse",
+        std: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
+        self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
+        self.weight.is_engram_table = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all rows anew from a normal distribution."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that `gather` returns."""
+        return self.weight.dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Read rows, differentiably. See `Table.gather`.
+
+        On an accelerator the range is checked by the device itself, which ends the process with an assertion: no
+        host synchronization is spent on it here.
+        """
+        try:
+            result = F.embedding(rows, self.weight, sparse=self.gradient == "sparse")
+        except (IndexError, RuntimeError):
+            self._check_rows(rows)
+            raise
+        return result if out is None else out.copy_(result)
+
+    forward = gather
+
+    def stats(self) -> dict[str, Any]:
+        """See `Table.stats`; adds how gradients are kept."""
+        return {**super().stats(), "gradient": self.gradient}
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.num_rows}, {self.width}, gradient={self.gradient!r}"

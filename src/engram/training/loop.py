@@ -1,0 +1,156 @@
+"""The training loop: one process, one device."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram.errors import ConfigError, DataError
+from engram.training.batches import Batches
+from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
+
+__all__ = ["StepRecord", "TrainOptions", "autocast", "best_dtype", "language_model_loss", "learning_rate", "train"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a model is trained."""
+
+    num_steps: int
+    """Optimizer steps."""
+    lr: float = 3e-3
+    """Peak learning rate of the backbone."""
+    table_lr_multiplier: float = 5.0
+    """Learning rate of tables relative to the backbone's (paper, Table 5)."""
+    weight_decay: float = 0.1
+    """For matrices of the backbone; tables have none (paper, Table 5)."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    final_lr: float = 0.1
+    """Share of the peak that the cosine ends at."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's moments, backbone and tables."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products; weights stay in float32."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.lr <= 0 or self.table_lr_multiplier < 0:
+            raise ConfigError(
+                f"training needs num_steps >= 1, lr > 0 and table_lr_multiplier >= 0, not {self.num_steps}, {self.lr} "
+                f"and {self.table_lr_multiplier}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one step did."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean nats per token of the batch, before the update."""
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate of the backbone."""
+    num_tokens: int
+    """Tokens trained on so far."""
+    seconds: float
+    """Time of this step alone."""
+
+
+def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """Choose bfloat16 where the device multiplies it in hardware, which on such CPUs is several times faster."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if capability.get("avx512_bf16") or capability.get("amx_bf16") else "float32"
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Run matrix products in ``dtype``."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def language_model_loss(model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32") -> Tensor:
+    """Compute the mean nats per token without keeping the logits of the whole batch.
+
+    Args:
+        model: An `EngramForCausalLM`.
+        inputs: Tokens ``[B, L]``.
+        targets: The token after each, ``[B, L]``.
+        dtype: Type of matrix products.
+    """
+    with autocast(inputs.device, dtype):
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    weight = model.lm_head.weight
+    if dtype != "float32":
+        hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
+    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten()).float()
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Learning rate of a step counted from 0: linear warm-up, then a cosine."""
+    warmup_steps = max(1, round(options.warmup * options.num_steps))
+    if step < warmup_steps:
+        return options.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, options.num_steps - warmup_steps)
+    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    model: Any,
+    batches: Batches,
+    options: TrainOptions,
+    *,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> None:
+    """Train a model in place.
+
+    Args:
+        model: An `EngramForCausalLM`; parameters that do not require a gradient stay as they are.
+        batches: Where batch ``step`` comes from.
+        options: How to train.
+        on_step: Called after every step; an exception from it (an interruption) ends training between two steps, with
+            the model whole.
+
+    Raises:
+        DataError: The loss is no longer a finite number.
+    """
+    device = next(model.parameters()).device
+    groups, tables = parameter_groups(model, weight_decay=options.weight_decay)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+    ]
+    if tables:
+        optimizers.append(RowAdam(tables, lr=options.lr * options.table_lr_multiplier, betas=options.betas))
+    trained = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    model.train()
+    for step in range(options.num_steps):
+        started = time.perf_counter()
+        rate = learning_rate(step, options)
+        for optimizer, multiplier in zip(optimizers, (1.0, options.table_lr_multiplier)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * multiplier
+        inputs, targets = (tokens.to(device) for tokens in batches[step])
+        loss = language_model_loss(model, inputs, targets, options.dtype)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DataError(f"the loss became {value} at step {step + 1}; lower the learning rate with --lr")
+        loss.backward()
+        norm = clip_gradients(trained, options.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        on_step(StepRecord(step + 1, value, norm, rate, (step + 1) * inputs.numel(), seconds))

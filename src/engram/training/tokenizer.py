@@ -1,0 +1,41 @@
+"""Documents → a byte-level BPE tokenizer."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["END_OF_TEXT", "PAD", "train_tokenizer"]
+
+END_OF_TEXT = "<|end|>"
+"""Stands after every document."""
+PAD = "<|pad|>"
+"""Stands for every position before the start of a document."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; deterministic for the same texts in the same order.
+
+    Args:
+        texts: Documents.
+        vocab_size: Tokens, at least 258 (every byte and two special tokens).
+
+    Returns:
+        A tokenizer with an end-of-text and a pad token, that pads on the left as generation wants.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, padding_side="left"
+    )

@@ -1,0 +1,67 @@
+"""What every test gets: no network, two threads, fixed seeds, properties that repeat."""
+
+import os
+
+# Read by the libraries when they are imported, so they stand before everything else.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["MKL_NUM_THREADS"] = "2"
+
+import random
+import socket
+import sys
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "engram",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("engram")
+
+
+class NetworkUsedError(AssertionError):
+    """A test tried to reach another machine."""
+
+
+def is_local(address: object) -> bool:
+    """Whether a socket address stays on this machine: a Unix socket, or a loopback host."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0])
+    return host in {"localhost", "::1", "0.0.0.0", ""} or host.startswith("127.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Refuse every connection that leaves this machine."""
+    patch = pytest.MonkeyPatch()
+    for method in ("connect", "connect_ex"):
+        original = getattr(socket.socket, method)
+
+        def local_only(self, address, original=original):
+            if not is_local(address):
+                raise NetworkUsedError(f"tests run without a network; this one connects to {address!r}")
+            return original(self, address)
+
+        patch.setattr(socket.socket, method, local_only)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Start every test from the same random state; torch only where the test's file loaded it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
