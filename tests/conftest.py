@@ -1,4 +1,4 @@
-"""What every test gets: no network, two threads, fixed seeds, properties that repeat."""
+"""What every test gets: no network, one thread, fixed seeds, properties that repeat."""
 
 import os
 
@@ -8,8 +8,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["MKL_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
 
 import random
 import socket

@@ -81,9 +81,8 @@ def torch_rows(
     Returns:
         For each of them, int64 [B, L, H], offsets included, contiguous.
 
-    Cost: one 64-bit remainder per row, which is nearly all of the time; it runs on every thread torch has. Multiplying by
-    a reciprocal in float64 and correcting the result was measured on CPU and loses: it needs six passes over the rows,
-    and memory, not division, then sets the pace.
+    Cost: one 64-bit remainder per row, which is nearly all of the time. Multiplying by a reciprocal in float64 and
+    correcting the result was measured on CPU and loses: its six passes over the rows cost more than the division.
     """
     import torch
 
@@ -106,9 +105,10 @@ def torch_rows(
                 mix_GBL = mix_GBL ^ (sight[s][None] * factors[:, None, None, s])
             distance = order
             mixes.append(mix_GBL[..., None])
-    # One division over everything: it is what takes the time, so it should fill every thread, and a GPU in one launch.
-    rows_GBLOK = torch.remainder(torch.stack(mixes, dim=-2), primes_GOK[:, None, None])
-    rows_GBLH = rows_GBLOK.flatten(-2)
+    # One division over everything: it takes nearly all the time, so it is one launch on a GPU. Spelling
+    # the heads out first, in place of a division that broadcasts, is a quarter faster on CPU (measured).
+    mix_GBLOK = torch.stack(mixes, dim=-2).expand(*(-1,) * 4, spec.num_heads)
+    rows_GBLH = mix_GBLOK.flatten(-2).remainder(primes_GOK.flatten(1)[:, None, None])
     rows_GBLH += offsets_GH[:, None, None]
     return list(rows_GBLH.unbind(0))
 

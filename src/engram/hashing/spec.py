@@ -395,8 +395,8 @@ class HashSpec:
             return codes if mask is None else codes.masked_fill(mask == 0, -1)
         codes = table[tokens]
         if positions is not None:
-            starts = np.concatenate([positions[:, :1] == 0, positions[:, 1:] <= positions[:, :-1]], axis=1)
-            codes = np.where(codes < 0, codes, codes | starts)
+            breaks = np.concatenate([positions[:, :1] == 0, positions[:, 1:] <= positions[:, :-1]], axis=1)
+            codes = np.where(codes < 0, codes, codes | breaks)
         return codes if mask is None else np.where(mask == 0, -1, codes)
 
     def rows(

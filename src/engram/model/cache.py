@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from engram.errors import MismatchError
+from engram.errors import HistoryError, MismatchError
 from engram.hashing import HashSpec, TokenHistory
 from engram.memory.config import EngramConfig
 from engram.memory.state import ConvolutionState
@@ -62,7 +62,16 @@ class _MemoryState:
             state.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, then keep no more than the next step needs."""
+        """Take back the last ``-tokens_to_remove`` tokens, then keep no more than the next step needs.
+
+        Raises:
+            HistoryError: Nothing was recorded that could be taken back. Nothing has changed then.
+        """
+        if tokens_to_remove and self._states and not self.record_past:
+            raise HistoryError(
+                "this cache keeps no more of the past than the next token needs; call activate_past_recording() on it "
+                "before the tokens that may have to be taken back"
+            )
         super().crop(tokens_to_remove)  # type: ignore[misc]
         for state in self._states:
             state.rollback(abs(tokens_to_remove))

@@ -154,7 +154,15 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Raises:
             MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
         """
-        result = super().from_pretrained(*args, **kwargs)
+        try:
+            result = super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            if "mismatched_sizes" not in str(error):
+                raise
+            raise MismatchError(
+                f"weights of this checkpoint do not have the sizes that its configuration gives{_digest_of(args, kwargs)}; "
+                "the report above names them. The configuration belongs to another model, or was edited"
+            ) from error
         model = result[0] if isinstance(result, tuple) else result
         if model.config.memory is not None and not model.base_model.token_map.is_meta:
             _ = model.hash_spec
@@ -229,14 +237,16 @@ class EngramModel(EngramPreTrainedModel):
             raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
         if input_ids is None and self.config.memory is not None:
             raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        given = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
-        memory = self._memory_inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds.dtype)
+            position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
+        # Before the embedding, so that a token outside the vocabulary is refused in words.
+        memory = self._memory_inputs(input_ids, attention_mask, position_ids, past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -265,7 +275,6 @@ class EngramModel(EngramPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         cache: Cache | None,
-        dtype: torch.dtype,
     ) -> dict[int, dict[str, Any]]:
         """Hash the tokens once for all blocks and collect each block's decode state."""
         if self.config.memory is None or input_ids is None:
@@ -287,17 +296,12 @@ class EngramModel(EngramPreTrainedModel):
         for block, layer in zip(spec.blocks, spec.layers):
             inputs[block] = {"memory_rows": rows[layer], "memory_active": active}
             if cache is not None and config.conv_context:
-                device = self.layers[block].memory.key_value.weight.device
-                state_dtype = self._state_dtype(dtype)
-                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, device, state_dtype)
+                weight = self.layers[block].memory.key_value.weight
+                dtype = _product_dtype(weight)
+                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, weight.device, dtype)
         if history is not None:
             history.advance_codes(codes)
         return inputs
-
-    @staticmethod
-    def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-        # Under autocast the projected values, and so the window, have autocast's type.
-        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
 
     def _bound_spec(self) -> HashSpec:
         spec = self.__dict__["_spec"]
@@ -394,3 +398,18 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
     # The token map may have been replaced by the loaded one.
     module.__dict__["_spec"] = None
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Type that a product with this weight has: autocast's where it is on, and so the convolution window's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _digest_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The HashSpec digest of a checkpoint's configuration, for a message."""
+    try:
+        spec = EngramLMConfig.from_pretrained(args[0] if args else kwargs["pretrained_model_name_or_path"]).spec
+    except (OSError, KeyError, ValueError):
+        return ""
+    return "" if spec is None else f" (HashSpec {spec.digest})"

@@ -1,0 +1,206 @@
+"""Decoding in every mode equals the forward pass over the whole sequence."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+
+from engram.errors import HistoryError, MismatchError
+
+
+def tokens(batch=2, length=30, seed=2):
+    return torch.randint(2, 280, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def whole(model, ids, **kwargs):
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 11, 10], [29, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "bare"])
+def test_logits_of_any_chunking_and_cache_equal_the_whole_forward(model, chunks, kind):
+    ids = tokens()
+    cache = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=40),
+        "bare": DynamicCache,
+    }[kind]()
+    pieces, start = [], 0
+    for size in chunks:
+        pieces.append(model(ids[:, start : start + size], past_key_values=cache, use_cache=True).logits)
+        start += size
+    torch.testing.assert_close(torch.cat(pieces, 1), whole(model, ids), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 5},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+    ],
+    ids=str,
+)
+def test_generation_with_a_cache_equals_generation_without(model, options):
+    prompt = torch.cat([tokens(1, 8)] * 2, dim=1)  # a repeated prompt, so that prompt lookup finds candidates
+    if "prompt_lookup_num_tokens" not in options:
+        prompt = torch.cat([prompt, tokens(1, 16, seed=9)])
+    asked = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 1, **options}
+    plain = {key: asked[key] for key in ("do_sample", "max_new_tokens", "pad_token_id", "num_beams", "num_return_sequences") if key in asked}
+    torch.manual_seed(0)
+    cached = model.generate(prompt, **asked)
+    torch.manual_seed(0)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **plain))
+
+
+def test_an_assistant_model_s_guesses_change_nothing(model, build):
+    prompt = tokens(1, 12)
+    # A near copy, so that some guesses are accepted and some are rolled back.
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.05)
+    expected = model.generate(prompt, do_sample=False, max_new_tokens=30)
+    calls = []
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    assisted = model.generate(prompt, do_sample=False, max_new_tokens=30, assistant_model=assistant)
+    assert torch.equal(assisted, expected)
+    assert 2 < len(calls) < 30  # some guesses were right, some were not
+
+
+def test_left_padding_changes_no_continuation(model):
+    short, long = tokens(1, 7, seed=3), tokens(1, 15, seed=4)
+    padded = torch.cat([torch.full((1, 8), 1), short], dim=1)
+    batch = torch.cat([padded, long])
+    mask = torch.ones_like(batch)
+    mask[0, :8] = 0
+    together = model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=1)
+    for row, alone in enumerate([short, long]):
+        expected = model.generate(alone, do_sample=False, max_new_tokens=20, pad_token_id=1)[0, alone.shape[1] :]
+        assert torch.equal(together[row, 15:], expected)
+
+
+@torch.no_grad()
+def test_padding_on_either_side_changes_no_logit(model):
+    ids = tokens(1, 10)
+    expected = whole(model, ids)
+    left = torch.cat([torch.full((1, 5), 1), ids], dim=1)
+    mask = (torch.arange(15) >= 5).long()[None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = whole(model, left, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(logits[:, 5:], expected, atol=2e-5, rtol=1e-5)
+    right = torch.cat([ids, torch.full((1, 5), 1)], dim=1)
+    logits = whole(model, right, attention_mask=mask.flip(1))
+    torch.testing.assert_close(logits[:, :10], expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_document_in_a_packed_sequence_reads_the_rows_it_reads_alone(model, tokenizer):
+    spec, end = model.hash_spec, tokenizer.eos_token_id
+    first, second = tokens(1, 9, seed=5), tokens(1, 11, seed=6)
+    packed = torch.cat([first, torch.tensor([[end]]), second], dim=1)
+    for layer in spec.layers:
+        assert torch.equal(spec.rows(packed, layer)[:, 10:], spec.rows(second, layer))
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(data):
+    model = _interleaved_model()
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    seen = torch.empty(2, 0, dtype=torch.int64)
+    for _ in range(data.draw(st.integers(2, 7))):
+        operation = data.draw(st.sampled_from(["step", "step", "crop", "reorder", "repeat"]))
+        if operation == "step":
+            new = tokens(seen.shape[0], data.draw(st.integers(1, 9)), seed=data.draw(st.integers(0, 10**6)))
+            seen = torch.cat([seen, new], dim=1)
+            with torch.no_grad():
+                logits = model(new, past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(logits, whole(model, seen)[:, -new.shape[1] :], atol=5e-5, rtol=1e-4)
+            last = new.shape[1]
+        elif operation == "crop" and seen.shape[1] and last:
+            n = data.draw(st.integers(0, last))  # what was added since the last crop can be taken back
+            cache.crop(-n)
+            seen, last = seen[:, : seen.shape[1] - n], 0
+        elif operation == "reorder" and seen.shape[1]:
+            order = torch.tensor([data.draw(st.integers(0, seen.shape[0] - 1)) for _ in range(seen.shape[0])])
+            cache.reorder_cache(order)
+            seen = seen[order]
+        elif operation == "repeat" and seen.shape[1] and seen.shape[0] < 5:
+            cache.batch_repeat_interleave(2)
+            seen = seen.repeat_interleave(2, dim=0)
+            keep = torch.arange(0, seen.shape[0], 2)
+            if data.draw(st.booleans()):
+                cache.batch_select_indices(keep)
+                seen = seen[keep]
+
+
+_MODELS = {}
+
+
+def _interleaved_model():
+    # hypothesis cannot take function fixtures; one model for all examples.
+    if not _MODELS:
+        from transformers import AutoModelForCausalLM
+
+        from engram.memory import EngramConfig
+        from engram.model import EngramLMConfig
+        from engram.training.tokenizer import train_tokenizer
+        from tests.model.conftest import BACKBONE, MEMORY, TEXT
+
+        config = EngramLMConfig.for_tokenizer(train_tokenizer([TEXT], 300), EngramConfig(**MEMORY), **BACKBONE)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        _MODELS["model"] = model
+    return _MODELS["model"]
+
+
+def test_a_reset_cache_starts_over(model):
+    ids = tokens()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(seed=77), past_key_values=cache)
+        cache.reset()
+        logits = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids), atol=2e-5, rtol=1e-5)
+
+
+def test_rolling_back_without_recording_is_refused_not_wrong(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+    with pytest.raises(HistoryError, match="activate_past_recording"):
+        cache.crop(-1)
+
+
+def test_a_cache_without_room_for_memory_is_refused(model, build):
+    plain = build(memory=False)
+    with pytest.raises(MismatchError, match=r"DynamicCache\(config=model.config\)"):
+        model(tokens(), past_key_values=DynamicCache(config=plain.config))
+    with pytest.raises(HistoryError, match="batch"):
+        cache = DynamicCache(config=model.config)
+        model(tokens(2), past_key_values=cache)
+        model(tokens(3), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_decoding_under_bfloat16_equals_its_own_whole_forward(build):
+    model = build().to(torch.bfloat16)
+    ids = tokens(1, 12)
+    cache, pieces = DynamicCache(config=model.config), []
+    for t in range(12):
+        pieces.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, 1).float(), whole(model, ids).float(), atol=0.15, rtol=0.1)

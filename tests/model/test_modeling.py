@@ -1,0 +1,203 @@
+"""The reference model as a Hugging Face model: saving, loading, counting, refusing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import engram
+from engram.errors import ConfigError, MismatchError, TokenMapError
+from engram.hashing import TokenMap
+from engram.memory import EngramConfig
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.model.sizes import model_sizes
+from engram.tables import ParameterTable
+from tests.model.conftest import BACKBONE, MEMORY
+
+IDS = torch.arange(2, 42).view(2, 20)
+
+
+def test_memory_adds_its_update_to_the_residual_and_nothing_else(build):
+    """Output minus input of a block's memory equals the layer's update; without memory the block is the plain one."""
+    model, plain = build(), build(memory=False)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "memory" not in k and k != "model.token_map"})
+    with torch.no_grad():
+        for block in model.config.memory_layers:
+            memory = model.model.layers[block].memory
+            memory.key_value.weight[-memory.config.hidden_size :] = 0
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("memory", [{}, {"tables": "shared", "layers": (0, 1, 2)}, {"kernel_size": 0}, False], ids=str)
+def test_a_saved_model_loads_to_the_same_bits(build, tmp_path, memory):
+    model = build(memory=memory)
+    model.save_pretrained(tmp_path)
+    for loaded in (EngramForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(loaded) is EngramForCausalLM
+        assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+        assert set(loaded.state_dict()) == set(model.state_dict())
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_the_checkpoint_holds_the_whole_hash(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    spec = engram.HashSpec.from_config(tmp_path)
+    assert spec.digest == model.hash_spec.digest
+    assert all(isinstance(m, str) for row in config["hash_spec"]["multipliers"] for m in row)
+    assert "_token_map" not in config
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.token_map"], model.model.token_map)
+
+
+def test_another_tokenizer_is_refused_with_both_digests(model, tokenizer, other_tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    EngramForCausalLM.from_pretrained(tmp_path, tokenizer=tokenizer)
+    own, other = (TokenMap.from_tokenizer(t) for t in (tokenizer, other_tokenizer))
+    with pytest.raises(MismatchError) as refusal:
+        EngramForCausalLM.from_pretrained(tmp_path, tokenizer=other_tokenizer)
+    assert own.digest in str(refusal.value) and other.digest in str(refusal.value)
+    with pytest.raises(MismatchError):
+        EngramForCausalLM(AutoConfig.from_pretrained(tmp_path)).bind_tokenizer(other_tokenizer)
+
+
+def test_a_changed_token_map_in_the_checkpoint_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["model.token_map"][5] = weights["model.token_map"][6]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises((MismatchError, TokenMapError)):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_built_from_a_configuration_file_asks_for_its_tokenizer(model, tokenizer, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(TokenMapError, match="bind_tokenizer"):
+        fresh(IDS)
+    fresh.bind_tokenizer(tokenizer)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(IDS).logits, model(IDS).logits)
+
+
+def test_a_checkpoint_with_tables_of_another_size_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["model.memory_tables.0.weight"] = weights["model.memory_tables.0.weight"][:-1].clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=model.config.spec.digest):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_building_on_the_meta_device_allocates_nothing_and_loads_like_any_other(model, tokenizer, tmp_path):
+    with torch.device("meta"):
+        empty = EngramForCausalLM(model.config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    model.save_pretrained(tmp_path)
+    assert not any(p.is_meta for p in EngramForCausalLM.from_pretrained(tmp_path).parameters())
+
+
+def test_shared_tables_are_one_table_read_by_different_rows(build):
+    model = build(memory={"tables": "shared", "layers": (0, 2)})
+    assert list(model.tables) == ["shared"]
+    assert model.model.layers[0].memory.table is model.model.layers[2].memory.table
+    spec = model.hash_spec
+    assert not torch.equal(spec.rows(IDS, 0), spec.rows(IDS, 2))
+    own = build(memory={"tables": "per_layer", "layers": (0, 2)})
+    assert list(own.tables) == ["0", "2"]
+
+
+@pytest.mark.parametrize("memory", [{}, {"tables": "shared"}, {"kernel_size": 0, "gate": "none", "bias": True}, False], ids=str)
+@pytest.mark.parametrize("backbone", [{}, {"q_lora_rank": 12, "tie_word_embeddings": False}], ids=str)
+def test_counted_sizes_are_those_of_the_built_model(build, memory, backbone):
+    model = build(memory=memory, backbone=backbone)
+    sizes = model_sizes(model.config, context=64)
+    parameters = dict(model.named_parameters())
+    assert sizes.total == sum(parameter.numel() for parameter in parameters.values())
+    assert sizes.memory_tables == sum(p.numel() for n, p in parameters.items() if "memory_tables" in n)
+    assert sizes.memory_layers == sum(p.numel() for n, p in parameters.items() if ".memory." in n)
+    assert sizes.feed_forward == sum(p.numel() for n, p in parameters.items() if ".mlp." in n)
+    assert sizes.attention == sum(p.numel() for n, p in parameters.items() if ".self_attn." in n)
+
+
+def test_counted_flops_agree_with_torch_s_counter(build):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(memory={"gate": "none", "kernel_size": 0})
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(IDS[:1])
+    # Eager attention multiplies the masked half too: count the full context, 2 * 20 - 1 averaging to 20.
+    assert counter.get_total_flops() == 20 * model_sizes(model.config, context=39).flops_per_token
+
+
+def test_gates_and_hidden_states_are_returned_on_request(model):
+    output = model(IDS, output_gates=True, output_hidden_states=True)
+    assert [gate.shape for gate in output.gates] == [(2, 20, 1)] * 2
+    assert len(output.hidden_states) == 4
+    assert model(IDS).gates is None
+
+
+def test_tokens_are_hashed_once_per_forward_for_all_layers(model, monkeypatch):
+    calls = []
+    spec = model.hash_spec
+    encode = type(spec).encode
+    monkeypatch.setattr(type(spec), "encode", lambda self, *a, **k: calls.append(1) or encode(self, *a, **k))
+    model(IDS)
+    assert calls == [1]
+
+
+def test_loss_gradients_and_checkpointed_gradients_are_equal(build):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    assert gradients[0]["model.memory_tables.0.weight"].abs().sum() > 0
+
+
+def test_memory_needs_tokens_not_only_embeddings(model):
+    embeddings = model.get_input_embeddings()(IDS)
+    with pytest.raises(ValueError, match="addressed by tokens"):
+        model(inputs_embeds=embeddings)
+    assert torch.equal(model(input_ids=IDS, inputs_embeds=embeddings).logits, model(IDS).logits)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(model):
+    with pytest.raises((engram.errors.TokenError, IndexError)):
+        model(torch.tensor([[5, 300]]))
+
+
+def test_configurations_that_contradict_themselves_are_refused(tokenizer, model):
+    with pytest.raises(ConfigError, match="reach past"):
+        EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**{**MEMORY, "layers": (3,)}), **BACKBONE)
+    with pytest.raises(ConfigError, match="streams"):
+        EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**{**MEMORY, "num_streams": 2}), **BACKBONE)
+    with pytest.raises(ConfigError, match="for_tokenizer"):
+        EngramLMConfig(memory=EngramConfig(**MEMORY).to_dict(), **BACKBONE)
+    values = model.config.to_dict()
+    values["memory"]["layers"] = [0, 1]
+    with pytest.raises(ConfigError, match="hash_spec addresses blocks"):
+        EngramLMConfig(**{k: v for k, v in values.items() if k not in ("model_type", "layer_types")})
+
+
+def test_a_model_has_room_for_mixtures_of_experts(build):
+    backbone = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = build(backbone={**backbone, "n_group": 1, "topk_group": 1})
+    output = model(IDS, output_router_logits=True)
+    assert len(output.router_logits) == 2 and output.logits.isfinite().all()
+    with pytest.raises(ConfigError, match="experts"):
+        model_sizes(model.config, context=8)
+
+
+def test_tables_are_marked_for_the_optimizer(model):
+    marked = {name for name, parameter in model.named_parameters() if getattr(parameter, "is_engram_table", False)}
+    assert marked == {"model.memory_tables.0.weight", "model.memory_tables.2.weight"}
+    assert all(isinstance(table, ParameterTable) for table in model.tables.values())
