@@ -8,7 +8,7 @@ import pytest
 
 from engram.studies.quickstart.curves import curve_svg, smooth
 from engram.studies.quickstart.report import render_report
-from engram.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows, terminal_table
+from engram.studies.quickstart.summary import COLUMNS, arm_rows, count_text, headline, run_rows, terminal_table
 
 HOSTILE = """</script><img src=x onerror="alert('1')"><!-- & $title ${data} \x00\x1b\x85\udc80 </textarea>"""
 WORDS = ["def", " close", "(", "self", ")", ":\n   ", "", "é", " return"]
@@ -67,6 +67,7 @@ def test_page_says_what_was_found_and_everything_behind_it(make_result, make_tra
         "Memory lowers the held-out loss by 0.250 nats per token",
         "Perplexity 15.6 with memory, 20.1 without",
         "One seed",
+        "with memory (2.84 M active FLOPs per token) against its memory-less twin (2.84 M)",
         "34,567 tokens",
         "skipped: not UTF-8 3",
         "engram quickstart --minutes 1",
@@ -200,3 +201,11 @@ def test_ngrams_seen_once_are_left_out_of_long_texts(make_result, make_trace):
     long = make_trace(["a", "b"] * 300, num_streams=1)
     assert "fired more than once" in Page(render_report(make_result(), [long])).text
     assert "fired at least once" in Page(render_report(make_result(), [make_trace(WORDS)])).text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0, "0"), (999, "999"), (999.7, "1.00 k"), (9996, "10.0 k"), (99_960, "100 k"), (999_600, "1.00 M")],
+)
+def test_counts_have_three_digits(value, text):
+    assert count_text(value) == text

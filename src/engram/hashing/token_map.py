@@ -77,7 +77,7 @@ class TokenMap:
         Cost: about two seconds for 130,000 tokens.
         Source: formats.md §4.3, paper.md §4.1.
         """
-        backend = _backend(tokenizer)
+        backend = load_tokenizer(tokenizer)
         seen: dict[str, int] = {}
         canonical = [seen.setdefault(key, len(seen)) for key in _keys(backend, range(_num_tokens(tokenizer, backend)))]
         return cls(np.array(canonical, dtype=np.int64), _vocabulary_digest(tokenizer, backend))
@@ -97,7 +97,7 @@ class TokenMap:
             raise TokenMapError(f"a token map needs at least one token, got num_tokens={num_tokens}")
         digest = None
         if tokenizer is not None:
-            backend = _backend(tokenizer)
+            backend = load_tokenizer(tokenizer)
             if _num_tokens(tokenizer, backend) > num_tokens:
                 raise TokenMapError(
                     f"the tokenizer has {_num_tokens(tokenizer, backend)} tokens, the identity map was asked for "
@@ -188,7 +188,7 @@ class TokenMap:
         Raises:
             TokenMapError: The tokenizer is not the one the map was built from.
         """
-        backend = _backend(tokenizer)
+        backend = load_tokenizer(tokenizer)
         given = _vocabulary_digest(tokenizer, backend)
         if self.vocabulary_digest not in (None, given):
             raise TokenMapError(
@@ -325,8 +325,16 @@ def _sealed(metadata: dict[str, str]) -> dict[str, str]:
     return metadata | {"seal": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()}
 
 
-def _backend(tokenizer: Any) -> Any:
-    """Find the ``tokenizers.Tokenizer`` of whatever was given."""
+def load_tokenizer(tokenizer: Any) -> Any:
+    """Find the ``tokenizers.Tokenizer`` of whatever was given.
+
+    Args:
+        tokenizer: A path of a ``tokenizer.json`` or of a folder that holds one, a fast Hugging Face tokenizer, or a
+            ``tokenizers.Tokenizer``.
+
+    Raises:
+        TokenMapError: There is none, or it cannot be read.
+    """
     if isinstance(tokenizer, str | os.PathLike):
         from tokenizers import Tokenizer
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from engram.errors import ConfigError, DataError
 from engram.training.batches import Batches
 from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
 
-__all__ = ["StepRecord", "TrainOptions", "autocast", "best_dtype", "language_model_loss", "learning_rate", "train"]
+__all__ = ["StepRecord", "TrainOptions", "Trainer", "autocast", "best_dtype", "language_model_loss", "learning_rate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,49 +107,52 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(
-    model: Any,
-    batches: Batches,
-    options: TrainOptions,
-    *,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> None:
-    """Train a model in place.
+class Trainer:
+    """Trains one model in place, a step at a time, so that several can be trained side by side.
 
     Args:
         model: An `EngramForCausalLM`; parameters that do not require a gradient stay as they are.
         batches: Where batch ``step`` comes from.
         options: How to train.
-        on_step: Called after every step; an exception from it (an interruption) ends training between two steps, with
-            the model whole.
-
-    Raises:
-        DataError: The loss is no longer a finite number.
     """
-    device = next(model.parameters()).device
-    groups, tables = parameter_groups(model, weight_decay=options.weight_decay)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
-    ]
-    if tables:
-        optimizers.append(RowAdam(tables, lr=options.lr * options.table_lr_multiplier, betas=options.betas))
-    trained = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
-    model.train()
-    for step in range(options.num_steps):
+
+    def __init__(self, model: Any, batches: Batches, options: TrainOptions) -> None:
+        self.model, self.batches, self.options = model, batches, options
+        self.num_steps_done = 0
+        groups, tables = parameter_groups(model, weight_decay=options.weight_decay)
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+        ]
+        self._multipliers = [1.0]
+        if tables:
+            rate = options.lr * options.table_lr_multiplier
+            self._optimizers.append(RowAdam(tables, lr=rate, betas=options.betas))
+            self._multipliers.append(options.table_lr_multiplier)
+
+    def step(self) -> StepRecord:
+        """Take the next step.
+
+        Raises:
+            DataError: The loss is no longer a finite number; the model is as it was before the step.
+        """
         started = time.perf_counter()
-        rate = learning_rate(step, options)
-        for optimizer, multiplier in zip(optimizers, (1.0, options.table_lr_multiplier)):
+        rate = learning_rate(self.num_steps_done, self.options)
+        for optimizer, multiplier in zip(self._optimizers, self._multipliers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * multiplier
-        inputs, targets = (tokens.to(device) for tokens in batches[step])
-        loss = language_model_loss(model, inputs, targets, options.dtype)
+        device = next(self.model.parameters()).device
+        inputs, targets = (tokens.to(device) for tokens in self.batches[self.num_steps_done])
+        self.model.train()
+        loss = language_model_loss(self.model, inputs, targets, self.options.dtype)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise DataError(f"the loss became {value} at step {step + 1}; lower the learning rate with --lr")
+            raise DataError(f"the loss became {value} at step {self.num_steps_done + 1}; lower the learning rate")
         loss.backward()
-        norm = clip_gradients(trained, options.max_grad_norm)
-        for optimizer in optimizers:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        norm = clip_gradients((parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm)
+        for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.num_steps_done += 1
         seconds = time.perf_counter() - started
-        on_step(StepRecord(step + 1, value, norm, rate, (step + 1) * inputs.numel(), seconds))
+        return StepRecord(self.num_steps_done, value, norm, rate, self.num_steps_done * inputs.numel(), seconds)

@@ -1,13 +1,15 @@
-"""Loss curves as SVG that takes its colors from the page it stands in."""
+"""Loss curves: as SVG that takes its colors from the page it stands in, and as a picture."""
 
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["curve_svg", "describe_curves", "smooth"]
+__all__ = ["curve_svg", "describe_curves", "save_curves", "smooth"]
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.4, 3.5
 # Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
@@ -85,6 +87,32 @@ def curve_svg(curves: Curves, *, name: str, label: str, markers: bool) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     return _for_the_page(out.getvalue(), name=name, label=label, num_arms=len(curves))
+
+
+def save_curves(result: Mapping[str, Any], path: Path) -> None:
+    """Write held-out and training loss of all arms as a picture, for those who would rather paste than open a page."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    for axes, curve, title in zip(
+        figure.subplots(1, 2), ("held_out_curve", "train_curve"), ("held-out loss", "training loss"), strict=True
+    ):
+        points = []
+        for index, arm in enumerate(result["arms"].values()):
+            for number, run in enumerate(arm["runs"]):
+                drawn = _finite(run[curve]) if curve == "held_out_curve" else smooth(run[curve])
+                points += drawn
+                label = arm["title"] if number == 0 else None
+                axes.plot(*zip(*drawn, strict=True), color=f"C{index}", linestyle=_DASHES[index % 4], label=label)
+        limits = _limits(points)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        axes.set(title=title, xlabel="training tokens", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
 
 
 def describe_curves(curves: Curves, titles: Mapping[str, str]) -> str:

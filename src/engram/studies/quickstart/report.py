@@ -11,7 +11,7 @@ from typing import Any
 
 from engram.analysis.gates import GateTrace, strongest
 from engram.studies.quickstart.curves import curve_svg, describe_curves, smooth
-from engram.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
+from engram.studies.quickstart.summary import COLUMNS, arm_rows, count_text, headline, run_rows
 
 __all__ = ["render_report"]
 
@@ -62,8 +62,12 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
 
 def _header(result: Mapping[str, Any]) -> str:
     said, arms, data = headline(result), result["arms"], result.get("data") or {}
-    compared = " against ".join(_lower_first(str(arms[name]["title"])) for name in ("memory", "twin") if name in arms)
-    parts = [f"Compared: {compared}." if compared else ""]
+    parts = []
+    if {"memory", "twin"} <= arms.keys():
+        costs = [count_text(arms[name].get("flops_per_token")) for name in ("memory", "twin")]
+        parts.append(
+            f"A model with memory ({costs[0]} active FLOPs per token) against its memory-less twin ({costs[1]})."
+        )
     if data.get("train_tokens") is not None:
         parts.append(
             f"Trained on {data.get('source')} ({_plain(data['train_tokens'])} tokens in "
@@ -74,7 +78,7 @@ def _header(result: Mapping[str, Any]) -> str:
         '<p class="eyebrow">engram quickstart</p>',
         f"<h1>{_escape(said.title)}</h1>",
         f'<p class="lead">{_escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
-        f'<p class="muted">{_escape(" ".join(part for part in parts if part))}</p>',
+        f'<p class="muted">{_escape(" ".join(parts))}</p>',
     ]
     if result.get("interrupted"):
         lines.append(
@@ -266,7 +270,7 @@ def _facts(result: Mapping[str, Any]) -> str:
             '<details><summary>Every run</summary><div class="scroll" role="region" aria-label="Every run" '
             f'tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></details>'
         )
-    command = f'<pre class="command">{_escape(result.get("command", ""))}</pre>'
+    command = f'<pre class="command" tabindex="0" aria-label="Command">{_escape(result.get("command", ""))}</pre>'
     return _section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{table}')
 
 
@@ -319,11 +323,6 @@ def _date(value: str) -> str | None:
     except ValueError:
         return None
     return f"{moment:%Y-%m-%d %H:%M} {moment:%Z}".strip()
-
-
-def _lower_first(text: str) -> str:
-    """Lower the first letter of a word that is not an abbreviation."""
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def _visible(text: str) -> str:

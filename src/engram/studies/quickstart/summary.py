@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "run_rows", "terminal_table"]
+__all__ = ["COLUMNS", "Headline", "arm_rows", "count_text", "headline", "run_rows", "terminal_table"]
 
 COLUMNS = (
     "Held-out loss",
@@ -91,9 +91,9 @@ def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             _spread(arm["loss"]),
             _number(_mean(run.get("perplexity") for run in runs)),
             _NOTHING if name == _TWIN else _gain(gains),
-            *(_count(parameters.get(kind)) for kind in kinds),
-            _count(arm.get("flops_per_token")),
-            _count(_mean(run.get("tokens_per_second") for run in runs)),
+            *(count_text(parameters.get(kind)) for kind in kinds),
+            count_text(arm.get("flops_per_token")),
+            count_text(_mean(run.get("tokens_per_second") for run in runs)),
             _number(None if minutes is None else minutes / 60),
         ]
         rows.append((str(arm["title"]), cells))
@@ -106,16 +106,28 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
         [
             str(arm["title"]),
             str(run["seed"]),
-            _count(run.get("tokens")),
+            count_text(run.get("tokens")),
             _number(run.get("loss"), 4),
             _number(run.get("perplexity")),
             _number(run.get("bits_per_byte"), 4),
-            _count(run.get("tokens_per_second")),
+            count_text(run.get("tokens_per_second")),
             _number(run["seconds"] / 60 if run.get("seconds") is not None else None),
         ]
         for arm in result["arms"].values()
         for run in _runs(arm)
     ]
+
+
+def count_text(value: float | None) -> str:
+    """Write a count to three digits, with k, M, G or T for the thousands."""
+    if value is None or not math.isfinite(value):
+        return _NOTHING
+    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        # From here on three digits would round up to the next thousand.
+        if abs(value) >= 0.9995 * factor:
+            scaled = value / factor
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
+    return f"{value:.0f}"
 
 
 def terminal_table(result: Mapping[str, Any]) -> "Table":
@@ -180,15 +192,3 @@ def _number(value: float | None, decimals: int | None = None) -> str:
     if decimals is None:
         decimals = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
     return f"{value:,.{decimals}f}"
-
-
-def _count(value: float | None) -> str:
-    """Write a count to three digits, with k, M, G or T for the thousands."""
-    if value is None or not math.isfinite(value):
-        return _NOTHING
-    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        # From here on three digits would round up to the next thousand.
-        if abs(value) >= 0.9995 * factor:
-            scaled = value / factor
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
-    return f"{value:.0f}"

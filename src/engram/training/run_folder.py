@@ -1,0 +1,124 @@
+"""The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engram.errors import RunFolderError
+
+__all__ = ["RunFolder", "command_line", "commit", "machine", "to_json", "versions"]
+
+_MARK = "result.json"
+
+
+class RunFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Args:
+        path: Where the results shall be. An earlier run there is kept beside it under a numbered name.
+
+    Raises:
+        RunFolderError: The path is a file, holds something that is not a run, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_file() or path.is_symlink():
+            raise RunFolderError(f"{path} is a file; name another folder with --out")
+        if path.is_dir() and any(path.iterdir()) and not (path / _MARK).is_file():
+            raise RunFolderError(
+                f"{path} exists and holds something that is not a run (no {_MARK}), so it is left alone; "
+                "name another folder with --out"
+            )
+        self.aside = path.parent / f".{path.name}.{os.getpid()}.partial"
+        try:
+            self.aside.mkdir(parents=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to {path.parent}: {error.strerror}; name a folder you can write to with --out"
+            ) from error
+
+    def publish(self) -> Path | None:
+        """Put the folder in its place.
+
+        Returns:
+            Where an earlier run was moved to, if there was one.
+        """
+        moved = None
+        if self.path.is_dir():
+            if any(self.path.iterdir()):
+                number = 1
+                while (moved := self.path.with_name(f"{self.path.name}-{number}")).exists():
+                    number += 1
+                self.path.rename(moved)
+            else:
+                self.path.rmdir()
+        self.aside.rename(self.path)
+        return moved
+
+    def discard(self) -> None:
+        """Remove what was written aside."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def command_line() -> str:
+    """The command that started this process, as it would be typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, without names or paths of it."""
+    import torch
+
+    facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                facts["processor"] = line.split(":", 1)[1].strip()
+                break
+        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (OSError, ValueError):
+        pass
+    facts["threads"] = torch.get_num_threads()
+    facts["system"] = f"{platform.system()} {platform.machine()}"
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    names = ("engram", "torch", "transformers", "tokenizers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON, numbers as they are."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
