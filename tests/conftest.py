@@ -65,3 +65,11 @@ def fixed_seeds():
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer():
+    """A tokenizer of the same size as the small model's, trained on another text."""
+    from engram.training.tokenizer import train_tokenizer
+
+    return train_tokenizer(["quite another text, 1234567890 " * 40], 300)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from engram.errors import ConfigError, EngramError
+from engram.errors import EngramError
 
 __all__ = ["main"]
 
@@ -68,13 +68,11 @@ def _run(name: str, arguments: list[str]) -> int:
     module, _, command_name = _VERBS[name].command.partition(":")
     command_class = getattr(importlib.import_module(module), command_name)
     try:
-        # SystemExit of the parser (2 where the call is wrong, 0 after --help) goes through.
         command = tyro.cli(
             command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
         )
-    except ConfigError as error:
-        print(f"engram {name}: {error}", file=sys.stderr)
-        return 2
+    except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
+        return int(ended.code or 0)
     try:
         status: int = command.run()
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Published multipliers of both generators. Source: formats.md §7.2, §7.3, §7.5."""
+"""Multipliers of both generators, as DeepSeek-V4.1, the Engram demo and Qwen's PLE use them (docs/paper.md)."""
 
 import pytest
 

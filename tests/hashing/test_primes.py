@@ -48,7 +48,7 @@ def test_distinct_primes_equal_their_plain_twin(bases, count, used):
     assert taken == taken_plain
 
 
-# formats.md §7.1
+# The demo, DeepSeek-V4.1, Qwen's PLE, and the paper's Engram-27B and Engram-40B (docs/paper.md).
 @pytest.mark.parametrize(
     ("bases", "heads", "firsts", "lasts", "sums"),
     [

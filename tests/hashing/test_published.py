@@ -1,4 +1,4 @@
-"""Published configs and golden values. Source: formats.md §7."""
+"""Published configs and the rows they give; docs/paper.md, "Published variants", names the source of each."""
 
 import json
 

@@ -156,7 +156,7 @@ def _interleaved_model():
         from engram.memory import EngramConfig
         from engram.model import EngramLMConfig
         from engram.training.tokenizer import train_tokenizer
-        from tests.model.conftest import BACKBONE, MEMORY, TEXT
+        from tests.small_model import BACKBONE, MEMORY, TEXT
 
         config = EngramLMConfig.for_tokenizer(train_tokenizer([TEXT], 300), EngramConfig(**MEMORY), **BACKBONE)
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.sizes import model_sizes
 from engram.tables import ParameterTable
-from tests.model.conftest import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY
 
 IDS = torch.arange(2, 42).view(2, 20)
 

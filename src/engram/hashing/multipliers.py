@@ -29,7 +29,7 @@ def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) ->
     Returns:
         ``count`` odd integers; a shorter draw is a prefix of a longer one.
 
-    Source: Engram demo; formats.md §4.5.
+    Source: deepseek-ai/Engram ``engram_demo_v1.py``; deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``.
     """
     draws = np.random.default_rng(seed + _LAYER_STRIDE * layer).integers(
         0, multiplier_bound(vocab_size), size=count, dtype=np.int64
@@ -57,7 +57,7 @@ def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int)
     Returns:
         ``count`` odd integers.
 
-    Source: transformers ``qwen4_exp``; formats.md §5.3.
+    Source: transformers ``models/qwen4_exp/modeling_qwen4_exp.py``.
     """
     base, bound = seed + _LAYER_STRIDE * ordinal, multiplier_bound(vocab_size)
     # The increment is added here and again inside splitmix64: that is what the published model does.

@@ -80,7 +80,7 @@ def distinct_primes(bases: Sequence[int], count: int, used: set[int]) -> tuple[i
     Raises:
         ConfigError: A prime would be 2**63 or more.
 
-    Source: Engram demo, ``engram_demo_v1.py``; formats.md §4.4.
+    Source: deepseek-ai/Engram ``engram_demo_v1.py``; deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``.
     """
     taken = []
     for base in bases:
@@ -103,7 +103,7 @@ def prime_tables(
 
 
 def longcat_moduli(base: int, columns: int) -> tuple[int, ...]:
-    """Return LongCat's odd moduli. Source: formats.md §6.3."""
+    """Return LongCat's odd moduli. Source: meituan-longcat/LongCat-Flash-Lite modeling code; arXiv 2601.21204."""
     return tuple(base + 2 * column + 1 for column in range(columns))
 
 

@@ -85,7 +85,7 @@ class _Keys:
 
 
 def _read_demo(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
-    """Read the official demo's dataclass fields. Source: formats.md §3."""
+    """Read the official demo's dataclass fields. Source: deepseek-ai/Engram ``engram_demo_v1.py``."""
     layers = keys.integers("layer_ids", low=0)
     orders = tuple(range(2, keys.integer("max_ngram_size", low=2) + 1))
     bases = keys.integers("engram_vocab_size")
@@ -104,7 +104,7 @@ def _read_demo(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
 
 
 def _read_deepseek_v41(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
-    """Read DeepSeek-V4.1's config. Source: formats.md §4."""
+    """Read DeepSeek-V4.1's config. Source: deepseek-ai/DeepSeek-V4.1-Flash ``config.json``, ``inference/engram.py``."""
     layers = keys.integers("engram_layer_ids", low=0)
     orders = tuple(range(2, keys.integer("engram_max_ngram_size", low=2) + 1))
     heads = keys.integer("engram_n_heads")
@@ -138,7 +138,10 @@ def _read_deepseek_v41(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
 
 
 def _read_qwen_ple(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
-    """Read Qwen's per-layer embedding (PLE). Source: formats.md §5, transformers ``qwen4_exp``."""
+    """Read Qwen's per-layer embedding (PLE).
+
+    Source: transformers ``models/qwen4_exp/configuration_qwen4_exp.py`` and ``modeling_qwen4_exp.py``.
+    """
     # transformers sorts the ids, and saves no key that has the class's default: hence these defaults, its own.
     layers = tuple(sorted(set(keys.integers("ple_layer_ids"))))
     orders = tuple(range(2, keys.integer("ngram_size", 3, low=2) + 1))
@@ -169,7 +172,10 @@ def _read_qwen_ple(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
 
 
 def _read_longcat(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
-    """Read LongCat-Flash-Lite's config, or LongCat-2.0's with its renamed keys. Source: formats.md §6."""
+    """Read LongCat-Flash-Lite's config, or LongCat-2.0's with its renamed keys.
+
+    Source: meituan-longcat/LongCat-Flash-Lite ``config.json`` and modeling code; arXiv 2601.21204.
+    """
     for key in ("oe_ignored_token_ids", "text_vocab_size"):
         if keys.get(key) is not None:
             raise ConfigError(f"{key!r} belongs to LongCat-Next, whose hash has other rules and is not supported")

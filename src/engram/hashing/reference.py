@@ -77,7 +77,8 @@ def rows_reference(
     Returns:
         Per position, one row per column, offsets included.
 
-    Source: formats.md §2 (XOR hash), §6.3 (polynomial hash).
+    Source: deepseek-ai/Engram ``engram_demo_v1.py`` (XOR hash); meituan-longcat/LongCat-Flash-Lite modeling code and
+    arXiv 2601.21204 (polynomial hash).
     """
     assert spec.fill is not None
     index = spec.layers.index(layer)

@@ -17,7 +17,8 @@ class Segments:
 
     Besides the tokens listed here, every position whose ``attention_mask`` is 0 is dead.
 
-    Source: formats.md §4.6 (dead tokens, latching), §5.3 and §6.3 (end tokens).
+    Source: deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py`` (dead tokens, latching); transformers
+    ``models/qwen4_exp/modeling_qwen4_exp.py`` and meituan-longcat/LongCat-Flash-Lite modeling code (end tokens).
     """
 
     end_tokens: tuple[int, ...] = ()

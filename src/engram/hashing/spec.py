@@ -115,7 +115,7 @@ class HashSpec:
             ConfigError: A value is impossible.
             TokenError: ``pad_token_id`` is not in the vocabulary.
 
-        Source: formats.md §4.4, §4.5, §5.3, §6.3.
+        Source: paper, section 2.2; for each variant the code named in ``docs/paper.md``, “Published variants”.
         """
         if variant not in get_args(Variant):
             raise ConfigError(f"variant is one of {', '.join(get_args(Variant))}, got {variant!r}")
@@ -177,7 +177,7 @@ class HashSpec:
             TokenMapError: The tokenizer is missing where one is needed, or gives another canonical vocabulary.
             MismatchError: The tokenizer is not the one our own config was saved with.
 
-        Source: formats.md §3 to §6, §9.
+        Source: the published configs and code named in ``docs/paper.md``, “Published variants”.
         """
         from engram.hashing.published import OURS, read
 

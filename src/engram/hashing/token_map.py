@@ -75,7 +75,8 @@ class TokenMap:
             TokenMapError: The tokenizer has no backend, or there is none at the path.
 
         Cost: about two seconds for 130,000 tokens.
-        Source: formats.md §4.3, paper.md §4.1.
+        Source: paper, section 2.2 and Table 6; deepseek-ai/Engram ``engram_demo_v1.py``;
+            deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``, the one that decodes with the backend.
         """
         backend = load_tokenizer(tokenizer)
         seen: dict[str, int] = {}

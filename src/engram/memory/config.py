@@ -25,7 +25,7 @@ class EngramConfig:
         >>> config.table_parameters()  # the paper's Engram-27B: "5.7B"
         5792338560
 
-    Source: paper, section 2 and Table 5; Source of the options: the published variants, see ``docs/paper.md``.
+    Source: paper, section 2 and Table 5; the options that the paper lacks: ``docs/paper.md``, “Published variants”.
     """
 
     hidden_size: int

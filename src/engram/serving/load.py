@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, EngramError
 
 __all__ = ["load_model"]
 
@@ -19,15 +19,17 @@ def load_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        ConfigError: The folder is not a model's.
+        ConfigError: The folder is not a model's, or the device is not there.
         MismatchError: The tokenizer in it is not the one the model's memory was trained with.
     """
-    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     import engram.model  # noqa: F401 - registers the model's classes
+    from engram.training.loop import find_device
 
+    wanted = find_device(device)
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -36,10 +38,11 @@ def load_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        wanted = torch.device(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, EngramError):
+            raise
         raise ConfigError(f"cannot load {folder}: {error}") from error
     if hasattr(model, "check_tokenizer"):
         model.check_tokenizer(tokenizer)

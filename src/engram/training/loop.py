@@ -14,7 +14,7 @@ from engram.errors import ConfigError, DataError
 from engram.training.batches import Batches
 from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
 
-__all__ = ["StepRecord", "TrainOptions", "Trainer", "autocast", "best_dtype", "language_model_loss", "learning_rate"]
+__all__ = ["StepRecord", "TrainOptions", "Trainer", "autocast", "best_dtype", "language_model_loss", "learning_rate", "find_device"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,20 @@ def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bfloat16" if capability.get("avx512_bf16") or capability.get("amx_bf16") else "float32"
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}); use cpu or cuda") from error
+    return device
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -30,7 +30,7 @@ from engram.studies.quickstart.summary import terminal_table
 from engram.training.batches import Batches, pack
 from engram.training.corpus import Corpus, Document, read_corpus, split_corpus
 from engram.training.interrupts import Interrupt
-from engram.training.loop import StepRecord, Trainer, TrainOptions, best_dtype
+from engram.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
 from engram.training.run_folder import RunFolder, command_line, commit, machine, to_json, versions
 from engram.training.tokenizer import train_tokenizer
 
@@ -176,7 +176,7 @@ class _Study:
 
     def __init__(self, options: Quickstart, memory: EngramConfig, console: Console, interrupt: Interrupt) -> None:
         self.options, self.memory, self.console, self.interrupt = options, memory, console, interrupt
-        self.device = torch.device(options.device)
+        self.device = find_device(options.device)
         self.dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
         self.started = time.time()
 

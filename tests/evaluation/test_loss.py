@@ -1,0 +1,45 @@
+"""Held-out loss is the mean over every token but the first, however it is batched."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engram.errors import DataError
+from engram.evaluation.loss import held_out_loss
+from tests.training.test_loop import TOKENS, model
+
+
+def test_the_loss_is_the_mean_over_sequences_that_do_not_see_each_other():
+    one = model()
+    tokens = TOKENS[:70]
+    total = 0.0
+    for start in (0, 32, 64):
+        part = torch.from_numpy(tokens[start : start + 33].astype(np.int64))
+        logits = one.eval()(part[None, :-1]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+    done = []
+    one.train()
+    found = held_out_loss(one, tokens, length=32, batch_size=2, num_bytes=200, on_progress=done.append)
+    assert found.loss == pytest.approx(total / 69, rel=1e-5) and found.num_tokens == sum(done) == 69
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / 200, rel=1e-5)
+    assert one.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batching_changes_nothing(batch_size):
+    one = model()
+    expected = held_out_loss(one, TOKENS[:200], length=16, batch_size=2).loss
+    assert held_out_loss(one, TOKENS[:200], length=16, batch_size=batch_size).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_limit_evaluates_the_beginning():
+    one = model()
+    assert held_out_loss(one, TOKENS, length=16, max_tokens=40).loss == held_out_loss(one, TOKENS[:41], length=16).loss
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(DataError, match="at least 2"):
+        held_out_loss(model(), TOKENS[:1], length=16)

@@ -1,0 +1,187 @@
+"""The quickstart from end to end on a small corpus: what it compares, what it leaves behind, how it ends."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import engram
+from engram.cli import main
+from engram.hashing import TokenMap
+from engram.memory import EngramConfig
+from engram.studies.quickstart.arms import build_arms
+from engram.training.tokenizer import train_tokenizer
+
+NAMES = ["Alexander the Great", "Diana Princess of Wales", "Isaac Newton", "Ada Lovelace", "Marie Curie"]
+SMALL = ["--vocab-size", "300", "--hidden-size", "32", "--blocks", "2", "--sequence-length", "64", "--batch-size", "4"]
+SMALL += ["--memory-dim", "32", "--rows-per-head", "500", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        lines = [f"{NAMES[(number + i) % 5]} met {NAMES[(number * i) % 5]} in the year {1000 + i}." for i in range(60)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "quickstart"
+    status = main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "6000", "--seeds", "2", "--controls", *SMALL])
+    assert status == 0
+    return out
+
+
+def test_the_run_folder_holds_everything_and_is_a_checkpoint(run, capsys):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "result.json", "metrics.jsonl"}
+    assert names >= {"report.html", "curves.png", "samples.txt", "twin"}
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert type(model) is engram.EngramForCausalLM
+    model.check_tokenizer(tokenizer)
+    assert AutoModelForCausalLM.from_pretrained(run / "twin").config.memory is None
+    assert main(["generate", str(run), "--prompt", "Ada", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("Ada")
+
+
+def test_the_result_says_what_was_compared_and_the_figures_agree(run, corpus):
+    result = json.loads((run / "result.json").read_text())
+    arms = result["arms"]
+    assert list(arms) == ["memory", "twin", "random_table", "wide"] and result["seeds"] == [0, 1]
+    assert result["data"]["skipped"] == {"binary": 1} and result["data"]["files"] == 30
+    assert arms["memory"]["flops_per_token"] == pytest.approx(arms["twin"]["flops_per_token"], rel=0.005)
+    assert arms["wide"]["parameters"]["total"] == pytest.approx(arms["memory"]["parameters"]["total"], rel=0.01)
+    gains = [t["loss"] - m["loss"] for m, t in zip(arms["memory"]["runs"], arms["twin"]["runs"], strict=True)]
+    assert result["difference"]["per_seed"] == gains and result["difference"]["std"] > 0
+    for arm in arms.values():
+        for one in arm["runs"]:
+            assert one["tokens"] == 23 * 4 * 64 and one["loss"] < 5.5
+            assert one["held_out_curve"][-1] == [one["tokens"], one["loss"]]
+    assert {"processor", "cores"} <= set(result["machine"]) and "torch" in result["versions"]
+    assert result["command"] and not result["interrupted"]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 * 4 * 23
+    assert {(line["arm"], line["seed"]) for line in metrics} == {(arm, seed) for arm in arms for seed in (0, 1)}
+
+
+def test_eval_of_the_run_gives_the_loss_that_it_reports(run, corpus, capsys, tmp_path):
+    from engram.training.corpus import read_corpus, split_corpus
+
+    _, held_out = split_corpus(read_corpus([corpus]))
+    for document in held_out:
+        (tmp_path / document.name).write_text(document.text)
+    assert main(["eval", str(run), "--data", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = json.loads((run / "result.json").read_text())
+    # The files come in another order, which moves the borders of the sequences.
+    assert printed["loss"] == pytest.approx(result["arms"]["memory"]["runs"][0]["loss"], abs=0.02)
+
+
+def test_all_arms_start_from_the_same_weights_where_they_have_the_same():
+    tokenizer = train_tokenizer([" ".join(NAMES) * 20], 300)
+    memory = EngramConfig(hidden_size=32, memory_dim=32, rows_per_head=100)
+    backbone = {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16, "v_head_dim": 32, "tie_word_embeddings": True,
+    }  # fmt: skip
+    token_map = TokenMap.from_tokenizer(tokenizer)
+    arms = build_arms(tokenizer, token_map, memory, backbone, context=64, seed=3, controls=True)
+    weights = dict(arms["memory"].model.named_parameters())
+    for name in ("twin", "wide"):
+        for key, value in arms[name].model.named_parameters():
+            common = tuple(slice(0, min(a, b)) for a, b in zip(weights[key].shape, value.shape, strict=True))
+            assert torch.equal(value[common], weights[key][common])
+            if value.shape != weights[key].shape:
+                assert value.flatten()[-1] != 0  # the extra width is initialized too
+    frozen = dict(arms["random_table"].model.named_parameters())
+    assert all(torch.equal(frozen[key], value) for key, value in weights.items())
+    assert [key for key, value in frozen.items() if not value.requires_grad] == ["model.memory_tables.1.weight"]
+
+
+def test_an_earlier_run_is_kept_and_other_folders_are_left_alone(run, corpus, tmp_path, capsys):
+    call = ["quickstart", "--data", str(corpus), "--tokens", "300", "--json", *SMALL]
+    out = tmp_path / "a"
+    assert main([*call, "--out", str(out)]) == 0
+    first = json.loads((out / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == first
+    assert main([*call, "--out", str(out)]) == 0
+    assert json.loads((tmp_path / "a-1" / "result.json").read_text()) == first
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    for path, message in (("mine", "not a run"), ("file", "is a file")):
+        assert main([*call, "--out", str(tmp_path / path)]) == 1
+        assert message in capsys.readouterr().err
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a", "a-1", "file", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--data", "EMPTY"], 1, "no text in"),
+        (["--data", "SHORT"], 1, "--sequence-length"),
+        (["--data", "/nowhere"], 1, "neither a file nor a folder"),
+        (["--out", "/proc/quickstart"], 1, "--out"),
+        (["--seeds", "0"], 2, "--seeds"),
+        (["--hidden-size", "33"], 2, "multiple of 32"),
+        (["--memory-layers", "9"], 2, "reach past"),
+        (["--vocab-size", "10"], 2, "258"),
+        (["--memory-dim", "33"], 1, "nearest that does is 32"),
+        (["--device", "nonsense"], 1, "--device"),
+    ],
+    ids=str,
+)
+def test_bad_input_ends_with_a_message_and_leaves_nothing(arguments, status, message, tmp_path, corpus, capsys):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "SHORT").mkdir()
+    for number in range(2):
+        (tmp_path / "SHORT" / str(number)).write_text("hello\n")
+    call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "out"), "--tokens", "300", *SMALL]
+    arguments = [str(tmp_path / one) if one.isupper() else one for one in arguments]
+    assert main([*call, *arguments]) == status
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "SHORT"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_saves_what_was_trained_and_says_so(corpus, tmp_path, number):
+    out = tmp_path / "run"
+    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "50000000"]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
+    process = subprocess.Popen([*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.time() + 60
+    while time.time() < deadline and not [p for p in tmp_path.glob(".run.*/metrics.jsonl") if p.stat().st_size > 1000]:
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted after step" in stderr and "interrupted" in stdout
+    result = json.loads((out / "result.json").read_text())
+    assert result["interrupted"] and result["arms"]["memory"]["runs"][0]["tokens"] < 50_000_000
+    assert AutoModelForCausalLM.from_pretrained(out) is not None and (out / "report.html").is_file()
+
+
+def test_a_killed_run_leaves_no_folder_that_looks_complete(corpus, tmp_path):
+    out = tmp_path / "run"
+    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "50000000"]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
+    process = subprocess.Popen([*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    deadline = time.time() + 60
+    while time.time() < deadline and not [p for p in tmp_path.glob(".run.*/metrics.jsonl") if p.stat().st_size > 1000]:
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not out.exists()

@@ -1,0 +1,121 @@
+"""Files become documents; what is no text is skipped and counted."""
+
+import numpy as np
+import pytest
+
+from engram.errors import DataError
+from engram.training.batches import Batches, pack
+from engram.training.corpus import Document, read_corpus, split_corpus, standard_library
+from engram.training.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for number in range(40):
+        (tmp_path / "sub" / f"{number}.txt").write_text(f"file {number}\n" * (10 + number))
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    (tmp_path / "binary.bin").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / ".hidden" / "secret.txt").write_text("not read")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    return tmp_path
+
+
+def test_everything_that_is_no_text_is_skipped_and_counted(folder):
+    corpus = read_corpus([folder])
+    assert len(corpus.documents) == 40
+    assert corpus.skipped == {"not UTF-8": 1, "binary": 1, "empty": 1, "not a regular file": 1}
+    assert all("secret" not in document.text for document in corpus.documents)
+
+
+def test_the_order_depends_on_names_alone(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("elsewhere")
+    for path in sorted(folder.glob("sub/*"), reverse=True):
+        (other / "sub").mkdir(exist_ok=True)
+        (other / "sub" / path.name).write_text(path.read_text())
+    assert read_corpus([folder]).documents == read_corpus([other]).documents
+
+
+def test_a_size_limit_leaves_the_rest_unread_and_says_so(folder):
+    corpus = read_corpus([folder], max_bytes=1000)
+    assert corpus.skipped["beyond the size limit"] > 20
+    assert corpus.num_bytes < 2000
+
+
+def test_whole_files_are_held_out(folder):
+    corpus = read_corpus([folder])
+    train, held_out = split_corpus(corpus, 0.2)
+    assert {d.name for d in train}.isdisjoint(d.name for d in held_out)
+    assert len(train) + len(held_out) == 40
+    share = sum(len(d.text) for d in held_out) / corpus.num_bytes
+    assert 0.2 <= share < 0.3
+
+
+def test_of_a_single_file_the_end_is_held_out(tmp_path):
+    (tmp_path / "one.txt").write_text("a line of text\n" * 1000)
+    train, held_out = split_corpus(read_corpus([tmp_path / "one.txt"]))
+    assert train[0].text + held_out[0].text == "a line of text\n" * 1000
+    assert len(held_out[0].text) == pytest.approx(750, abs=20)
+
+
+@pytest.mark.parametrize("content", [None, b"\0\0", b"  "])
+def test_a_folder_without_text_is_refused_with_the_reasons(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x").write_bytes(content)
+    with pytest.raises(DataError, match="no text in .*(no files at all|1 binary|1 empty).*--data"):
+        read_corpus([tmp_path])
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        read_corpus([tmp_path / "missing"])
+    (tmp_path / "short").write_text("hm")
+    with pytest.raises(DataError, match="held out"):
+        split_corpus(read_corpus([tmp_path / "short"]))
+
+
+def test_the_standard_library_is_found_without_its_tests():
+    corpus = read_corpus()
+    names = [document.name for document in corpus.documents]
+    assert "argparse.py" in names and not [name for name in names if "/tests/" in f"/{name}" or "site-packages" in name]
+    assert corpus.num_bytes > 5_000_000 and standard_library().is_dir()
+
+
+def test_packing_ends_every_document_and_gives_the_text_back():
+    documents = [Document(str(i), f"def f{i}(x):\n    return x + {i}\n") for i in range(150)]
+    tokenizer = train_tokenizer([document.text for document in documents], 300)
+    done = []
+    tokens = pack(documents, tokenizer, on_progress=done.append)
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    assert len(ends) == 150 and ends[-1] == len(tokens) - 1
+    texts = [tokenizer.decode(part) for part in np.split(tokens, ends + 1)[:-1]]
+    assert [text.removesuffix("<|end|>") for text in texts] == [document.text for document in documents]
+    assert sum(done) == sum(len(document.text) for document in documents)
+
+
+def test_tokenizer_training_repeats():
+    first, second = (train_tokenizer(["some text, twice " * 30], 280).get_vocab() for _ in range(2))
+    assert first == second
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    tokens = np.arange(1003, dtype=np.int32)
+    batches = Batches(tokens, batch_size=3, length=10, seed=5)
+    late = batches[40]
+    again = Batches(tokens, batch_size=3, length=10, seed=5)
+    assert all((a == b).all() for a, b in zip(late, again[40], strict=True))
+    assert not (Batches(tokens, 3, 10, seed=6)[0][0] == batches[0][0]).all()
+    inputs, targets = batches[0]
+    assert inputs.shape == (3, 10) and (targets == inputs + 1).all()
+
+
+def test_every_sequence_comes_once_in_each_pass():
+    batches = Batches(np.arange(1003, dtype=np.int32), batch_size=4, length=10, seed=0)
+    assert batches.num_sequences == 100
+    for epoch in range(2):
+        starts = [int(row[0]) for step in range(25 * epoch, 25 * (epoch + 1)) for row in batches[step][0]]
+        assert sorted(starts) == list(range(0, 1000, 10))
+
+
+def test_text_shorter_than_a_sequence_is_refused():
+    with pytest.raises(DataError, match="--sequence-length"):
+        Batches(np.arange(10, dtype=np.int32), batch_size=1, length=10, seed=0)

@@ -1,0 +1,101 @@
+"""Training lowers the loss, repeats bit for bit, and leaves frozen tables alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engram.errors import ConfigError, DataError
+from engram.memory import EngramConfig
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.training.batches import Batches
+from engram.training.interrupts import Interrupt
+from engram.training.loop import Trainer, TrainOptions, language_model_loss, learning_rate
+from engram.training.tokenizer import train_tokenizer
+from tests.small_model import BACKBONE, MEMORY, TEXT
+
+TOKENIZER = train_tokenizer([TEXT], 270)
+TOKENS = np.array(TOKENIZER(TEXT).input_ids, dtype=np.int32)
+
+
+def model():
+    torch.manual_seed(0)
+    return EngramForCausalLM(EngramLMConfig.for_tokenizer(TOKENIZER, EngramConfig(**MEMORY), **BACKBONE))
+
+
+def trained(steps=12, freeze=False, **options):
+    one = model()
+    for table in one.tables.values():
+        table.weight.requires_grad_(not freeze)
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=steps, **options))
+    return one, [trainer.step() for _ in range(steps)]
+
+
+def test_the_loss_falls_and_records_say_what_happened():
+    _, records = trained(steps=40)
+    assert records[-1].loss < records[0].loss - 1.0
+    assert records[0].loss == pytest.approx(math.log(len(TOKENIZER)), abs=0.5)
+    assert [record.step for record in records] == list(range(1, 41))
+    assert records[9].num_tokens == 10 * 4 * 32 and all(record.grad_norm > 0 for record in records)
+
+
+def test_training_repeats_bit_for_bit():
+    (first, _), (second, _) = trained(), trained()
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_tables_are_trained_unless_frozen():
+    start = model().state_dict()
+    for freeze in (False, True):
+        after = trained(freeze=freeze)[0].state_dict()
+        name = "model.memory_tables.0.weight"
+        assert torch.equal(after[name], start[name]) is freeze
+
+
+def test_the_loss_is_the_model_s_own():
+    one = model().eval()
+    inputs = torch.from_numpy(TOKENS[:64].astype(np.int64)).view(2, 32)
+    targets = torch.from_numpy(TOKENS[1:65].astype(np.int64)).view(2, 32)
+    expected = torch.nn.functional.cross_entropy(one(inputs).logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(language_model_loss(one, inputs, targets), expected)
+    assert language_model_loss(one, inputs, targets, "bfloat16").detach().item() == pytest.approx(float(expected), abs=0.05)
+
+
+def test_the_learning_rate_rises_then_falls():
+    options = TrainOptions(num_steps=100, lr=1.0, warmup=0.1, final_lr=0.1)
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_a_loss_that_is_no_number_stops_training_with_the_model_as_it_was():
+    one = model()
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=3))
+    with torch.no_grad():
+        one.lm_head.weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    with pytest.raises(DataError, match="lower the learning rate"):
+        trainer.step()
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, before[name], equal_nan=True, atol=0, rtol=0)
+
+
+def test_impossible_options_are_refused():
+    with pytest.raises(ConfigError, match="num_steps"):
+        TrainOptions(num_steps=0)
+
+
+def test_the_first_interruption_is_a_request_and_the_second_ends_it():
+    import os
+    import signal
+
+    with Interrupt() as interrupt:
+        assert not interrupt.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)

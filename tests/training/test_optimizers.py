@@ -1,0 +1,130 @@
+"""Adam on touched rows equals SparseAdam, and dense Adam where every row is touched."""
+
+import copy
+
+import pytest
+import torch
+
+from engram.errors import ConfigError
+from engram.tables import ParameterTable
+from engram.training.optimizers import RowAdam, clip_gradients, merge_rows, parameter_groups
+
+
+def table(gradient="sparse", seed=0) -> ParameterTable:
+    torch.manual_seed(seed)
+    return ParameterTable(40, 5, gradient=gradient)
+
+
+def touch(table, seed, rows=30, high=40):
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(high, (rows,), generator=generator)
+    factor = torch.randn(rows, 5, generator=generator)
+    (table.gather(picked) * factor).sum().backward()
+    return set(picked.tolist())
+
+
+def test_row_adam_equals_torch_s_sparse_adam():
+    ours, theirs = table(), table()
+    optimizers = [RowAdam([ours.weight], lr=0.02, betas=(0.9, 0.95)), torch.optim.SparseAdam([theirs.weight], lr=0.02, betas=(0.9, 0.95))]
+    for step in range(15):
+        for one in (ours, theirs):
+            touch(one, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_row_adam_equals_dense_adam_where_every_row_is_touched():
+    sparse, dense = table("sparse"), table("dense")
+    optimizers = [RowAdam([sparse.weight], lr=0.02), torch.optim.Adam([dense.weight], lr=0.02, eps=1e-12)]
+    optimizers[0].param_groups[0]["eps"] = 1e-12
+    for step in range(5):
+        for one in (sparse, dense):
+            factor = torch.randn(40, 5, generator=torch.Generator().manual_seed(step))
+            (one.gather(torch.arange(40)) * factor).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(sparse.weight, dense.weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_changes_only_the_rows_it_touched():
+    one = table()
+    optimizer = RowAdam([one.weight], lr=0.1)
+    touch(one, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = one.weight.detach().clone()
+    touched = touch(one, 1, rows=6)
+    optimizer.step()
+    changed = set((one.weight.detach() != before).any(1).nonzero()[:, 0].tolist())
+    assert changed == touched
+
+
+def test_its_state_resumes_to_the_same_weights():
+    one = table()
+    optimizer = RowAdam([one.weight], lr=0.1)
+    touch(one, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    other = copy.deepcopy(one)
+    resumed = RowAdam([other.weight], lr=0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for table_, optimizer_ in ((one, optimizer), (other, resumed)):
+        touch(table_, 1)
+        optimizer_.step()
+    assert torch.equal(one.weight, other.weight)
+
+
+def test_gradients_accumulate_without_becoming_dense():
+    accumulated, whole = table(), table("dense")
+    for seed in (3, 4, 5):
+        touch(accumulated, seed)
+        touch(whole, seed)
+    assert accumulated.weight.grad.is_sparse
+    rows, values = merge_rows(accumulated.weight.grad)
+    assert torch.equal(rows, rows.unique())
+    torch.testing.assert_close(values, whole.weight.grad[rows])
+
+
+def test_clipping_counts_the_merged_rows_of_a_sparse_gradient():
+    sparse, dense = table("sparse"), table("dense")
+    other = torch.nn.Parameter(torch.ones(3))
+    for one in (sparse, dense):
+        touch(one, 1)
+    other.grad = torch.full((3,), 2.0)
+    expected = float(torch.nn.utils.clip_grad_norm_([dense.weight, other], 0.5))
+    other.grad = torch.full((3,), 2.0)
+    assert clip_gradients([sparse.weight, other], 0.5) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad, atol=1e-6, rtol=1e-4)
+    assert clip_gradients([sparse.weight, other], 0.5) == pytest.approx(0.5, rel=1e-4)
+    before = sparse.weight.grad.to_dense()
+    clip_gradients([sparse.weight, other], 10.0)
+    assert torch.equal(sparse.weight.grad.to_dense(), before)
+    assert clip_gradients([torch.nn.Parameter(torch.ones(1))], 1.0) == 0.0
+
+
+def test_dense_gradients_and_impossible_rates_are_refused():
+    one = table("dense")
+    touch(one, 0)
+    with pytest.raises(ConfigError, match="gradient='sparse'"):
+        RowAdam([one.weight]).step()
+    with pytest.raises(ConfigError, match="lr >= 0"):
+        RowAdam([one.weight], lr=-1)
+
+
+def test_tables_are_told_apart_by_their_mark_and_frozen_parameters_left_out():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = table()
+            self.linear = torch.nn.Linear(3, 3)
+            self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+
+    model = Model()
+    groups, tables = parameter_groups(model, weight_decay=0.1)
+    assert [parameter is model.table.weight for parameter in tables] == [True]
+    assert groups[0]["params"][0] is model.linear.weight and groups[0]["weight_decay"] == 0.1
+    assert groups[1]["params"][0] is model.linear.bias and groups[1]["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in groups) == 2
