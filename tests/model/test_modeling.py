@@ -1,5 +1,6 @@
 """The reference model as a Hugging Face model: saving, loading, counting, refusing."""
 
+import copy
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from engram.hashing import TokenMap
 from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.sizes import model_sizes
-from engram.tables import ParameterTable
+from engram.training.optimizers import parameter_groups
 from tests.small_model import BACKBONE, MEMORY
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -197,7 +198,16 @@ def test_a_model_has_room_for_mixtures_of_experts(build):
         model_sizes(model.config, context=8)
 
 
-def test_tables_are_marked_for_the_optimizer(model):
-    marked = {name for name, parameter in model.named_parameters() if getattr(parameter, "is_engram_table", False)}
-    assert marked == {"model.memory_tables.0.weight", "model.memory_tables.2.weight"}
-    assert all(isinstance(table, ParameterTable) for table in model.tables.values())
+@pytest.mark.parametrize("route", ["built", "copied", "loaded"])
+def test_tables_are_told_from_other_parameters_however_the_model_came_about(model, route, tmp_path):
+    if route == "copied":
+        model = copy.deepcopy(model)
+    elif route == "loaded":
+        model.save_pretrained(tmp_path)
+        model = EngramForCausalLM.from_pretrained(tmp_path)
+    _, tables = parameter_groups(model, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(table)] for table in tables} == {"model.memory_tables.0.weight", "model.memory_tables.2.weight"}
+    # The layers read the model's own tables, not those of the model they were copied from.
+    model(IDS, labels=IDS).loss.backward()
+    assert all(table.grad is not None for table in tables)

@@ -111,7 +111,6 @@ def test_sparse_and_dense_gradients_of_a_table_are_equal_and_only_touched_rows_h
     assert set(gradients["sparse"].coalesce().indices()[0].tolist()) == {3, 7, 50, 100}
 
 
-def test_a_trainable_table_is_marked_and_never_starts_at_zero():
+def test_a_trainable_table_starts_with_the_spread_asked_for():
     table = ParameterTable(1000, 8, std=0.5)
-    assert table.weight.is_engram_table
     assert abs(float(table.weight.detach().std()) - 0.5) < 0.02

@@ -55,7 +55,7 @@ def test_whole_files_are_held_out(folder):
 
 def test_of_a_single_file_the_end_is_held_out(tmp_path):
     (tmp_path / "one.txt").write_text("a line of text\n" * 1000)
-    train, held_out = split_corpus(read_corpus([tmp_path / "one.txt"]))
+    train, held_out = split_corpus(read_corpus([tmp_path / "one.txt"]), 0.05)
     assert train[0].text + held_out[0].text == "a line of text\n" * 1000
     assert len(held_out[0].text) == pytest.approx(750, abs=20)
 

@@ -114,7 +114,7 @@ def test_dense_gradients_and_impossible_rates_are_refused():
         RowAdam([one.weight], lr=-1)
 
 
-def test_tables_are_told_apart_by_their_mark_and_frozen_parameters_left_out():
+def test_tables_are_told_apart_and_frozen_parameters_left_out():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -54,7 +54,8 @@ class ParameterTable(nn.Module, Table):
         device: Where the rows are; ``"meta"`` allocates nothing.
         dtype: Floating type of the rows.
 
-    The parameter carries ``is_engram_table = True``: optimizers choose tables by this mark, not by name.
+    Optimizers tell tables from other parameters by this class: a mark on the parameter itself would be lost when a
+    model is copied or loaded.
     """
 
     def __init__(
@@ -70,7 +71,6 @@ class ParameterTable(nn.Module, Table):
         super().__init__()
         self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
-        self.weight.is_engram_table = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -88,7 +88,7 @@ def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000
     return Corpus(tuple(documents), dict(skipped), source)
 
 
-def split_corpus(corpus: Corpus, held_out: float = 0.05) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def split_corpus(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """Set files aside for evaluation: whole files, chosen by their names alone.
 
     A corpus of one file is cut near its end instead, at a line break.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.errors import ConfigError
+from engram.tables import ParameterTable
 
 __all__ = ["RowAdam", "clip_gradients", "merge_rows", "parameter_groups"]
 
@@ -15,17 +16,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> tuple[list[dic
     """Sort a model's trainable parameters by how they are trained.
 
     Args:
-        model: Any model; its tables are the parameters marked ``is_engram_table``.
+        model: Any model; its tables are the weights of `engram.tables.ParameterTable`.
         weight_decay: For matrices; vectors (norms, biases), the convolution and the embedding have none.
 
     Returns:
         Groups for AdamW, and the tables.
     """
     decayed, plain, tables = [], [], []
+    table_weights = {id(module.weight) for module in model.modules() if isinstance(module, ParameterTable)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if getattr(parameter, "is_engram_table", False):
+        if id(parameter) in table_weights:
             tables.append(parameter)
         elif parameter.dim() >= 2 and not name.endswith(("_norm", "conv_weight", "embed_tokens.weight")):
             decayed.append(parameter)

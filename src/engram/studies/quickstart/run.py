@@ -65,7 +65,7 @@ class Quickstart:
     json: bool = False
     """Print the result as JSON instead of a table."""
 
-    tokens: int = 1_900_000
+    tokens: int = 1_300_000
     """Tokens each model is trained on."""
     batch_size: int = 16
     """Sequences in a batch."""
