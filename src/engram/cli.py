@@ -68,9 +68,7 @@ def _run(name: str, arguments: list[str]) -> int:
     module, _, command_name = _VERBS[name].command.partition(":")
     command_class = getattr(importlib.import_module(module), command_name)
     try:
-        command = tyro.cli(
-            command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-        )
+        command = tyro.cli(command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
         return int(ended.code or 0)
     try:

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.training.test_loop import TOKENS, model
 
 from engram.errors import DataError
 from engram.evaluation.loss import held_out_loss
-from tests.training.test_loop import TOKENS, model
 
 
 def test_the_loss_is_the_mean_over_sequences_that_do_not_see_each_other():
@@ -18,7 +18,7 @@ def test_the_loss_is_the_mean_over_sequences_that_do_not_see_each_other():
     for start in (0, 32, 64):
         part = torch.from_numpy(tokens[start : start + 33].astype(np.int64))
         logits = one.eval()(part[None, :-1]).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+        total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").detach())
     done = []
     one.train()
     found = held_out_loss(one, tokens, length=32, batch_size=2, num_bytes=200, on_progress=done.append)

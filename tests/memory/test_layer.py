@@ -132,9 +132,7 @@ def test_ragged_chunks_move_each_sequence_by_its_own_length():
     hidden, rows, _ = inputs(layer, length=8)
     state = layer.new_state(2)
     layer(hidden[:, :5], rows[:, :5], state, lengths=[5, 2])
-    after = layer(
-        torch.stack([hidden[0, 5:7], hidden[1, 2:4]]), torch.stack([rows[0, 5:7], rows[1, 2:4]]), state
-    )
+    after = layer(torch.stack([hidden[0, 5:7], hidden[1, 2:4]]), torch.stack([rows[0, 5:7], rows[1, 2:4]]), state)
     whole = layer(hidden, rows)
     torch.testing.assert_close(after, torch.stack([whole[0, 5:7], whole[1, 2:4]]), atol=1e-5, rtol=1e-5)
 

@@ -119,6 +119,4 @@ def test_left_padding_equals_transformers_at_every_real_token(oracle, ours):
     expected = oracle(hidden.flatten(-2), torch.where(mask.bool(), tokens, END), None, conv_mask=mask)
     codes = SPEC.encode(tokens, attention_mask=mask)
     update = ours(hidden, SPEC.rows_for_layers(codes)[1], active=codes >= 0)
-    torch.testing.assert_close(
-        update.flatten(-2)[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(update.flatten(-2)[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)

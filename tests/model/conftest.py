@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.small_model import BACKBONE, MEMORY, TEXT
 from transformers import PreTrainedTokenizerFast
 
 from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.training.tokenizer import train_tokenizer
-from tests.small_model import BACKBONE, MEMORY, TEXT
 
 
 @pytest.fixture(scope="session")

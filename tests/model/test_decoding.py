@@ -55,7 +55,11 @@ def test_generation_with_a_cache_equals_generation_without(model, options):
     if "prompt_lookup_num_tokens" not in options:
         prompt = torch.cat([prompt, tokens(1, 16, seed=9)])
     asked = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 1, **options}
-    plain = {key: asked[key] for key in ("do_sample", "max_new_tokens", "pad_token_id", "num_beams", "num_return_sequences") if key in asked}
+    plain = {
+        key: asked[key]
+        for key in ("do_sample", "max_new_tokens", "pad_token_id", "num_beams", "num_return_sequences")
+        if key in asked
+    }
     torch.manual_seed(0)
     cached = model.generate(prompt, **asked)
     torch.manual_seed(0)
@@ -151,12 +155,12 @@ _MODELS = {}
 def _interleaved_model():
     # hypothesis cannot take function fixtures; one model for all examples.
     if not _MODELS:
+        from tests.small_model import BACKBONE, MEMORY, TEXT
         from transformers import AutoModelForCausalLM
 
         from engram.memory import EngramConfig
         from engram.model import EngramLMConfig
         from engram.training.tokenizer import train_tokenizer
-        from tests.small_model import BACKBONE, MEMORY, TEXT
 
         config = EngramLMConfig.for_tokenizer(train_tokenizer([TEXT], 300), EngramConfig(**MEMORY), **BACKBONE)
         torch.manual_seed(0)
@@ -190,9 +194,9 @@ def test_a_cache_without_room_for_memory_is_refused(model, build):
     plain = build(memory=False)
     with pytest.raises(MismatchError, match=r"DynamicCache\(config=model.config\)"):
         model(tokens(), past_key_values=DynamicCache(config=plain.config))
+    cache = DynamicCache(config=model.config)
+    model(tokens(2), past_key_values=cache)
     with pytest.raises(HistoryError, match="batch"):
-        cache = DynamicCache(config=model.config)
-        model(tokens(2), past_key_values=cache)
         model(tokens(3), past_key_values=cache)
 
 
@@ -200,7 +204,6 @@ def test_a_cache_without_room_for_memory_is_refused(model, build):
 def test_decoding_under_bfloat16_equals_its_own_whole_forward(build):
     model = build().to(torch.bfloat16)
     ids = tokens(1, 12)
-    cache, pieces = DynamicCache(config=model.config), []
-    for t in range(12):
-        pieces.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    cache = DynamicCache(config=model.config)
+    pieces = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
     torch.testing.assert_close(torch.cat(pieces, 1).float(), whole(model, ids).float(), atol=0.15, rtol=0.1)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.small_model import BACKBONE, MEMORY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engram
@@ -15,7 +16,6 @@ from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.sizes import model_sizes
 from engram.training.optimizers import parameter_groups
-from tests.small_model import BACKBONE, MEMORY
 
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -111,7 +111,9 @@ def test_shared_tables_are_one_table_read_by_different_rows(build):
     assert list(own.tables) == ["0", "2"]
 
 
-@pytest.mark.parametrize("memory", [{}, {"tables": "shared"}, {"kernel_size": 0, "gate": "none", "bias": True}, False], ids=str)
+@pytest.mark.parametrize(
+    "memory", [{}, {"tables": "shared"}, {"kernel_size": 0, "gate": "none", "bias": True}, False], ids=str
+)
 @pytest.mark.parametrize("backbone", [{}, {"q_lora_rank": 12, "tie_word_embeddings": False}], ids=str)
 def test_counted_sizes_are_those_of_the_built_model(build, memory, backbone):
     model = build(memory=memory, backbone=backbone)
@@ -190,7 +192,12 @@ def test_configurations_that_contradict_themselves_are_refused(tokenizer, model)
 
 
 def test_a_model_has_room_for_mixtures_of_experts(build):
-    backbone = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    backbone = {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
     model = build(backbone={**backbone, "n_group": 1, "topk_group": 1})
     output = model(IDS, output_router_logits=True)
     assert len(output.router_logits) == 2 and output.logits.isfinite().all()

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests.small_model import BACKBONE, TEXT
+from tests.training.test_loop import TOKENIZER, model
 
 from engram.cli import main
 from engram.evaluation.loss import held_out_loss
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.serving.generate import continue_text
 from engram.serving.load import load_model
-from tests.small_model import BACKBONE, TEXT
-from tests.training.test_loop import TOKENIZER, model
 
 
 @pytest.fixture(scope="module")

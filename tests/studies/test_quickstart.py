@@ -37,7 +37,21 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quickstart"
-    status = main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "6000", "--seeds", "2", "--controls", *SMALL])
+    status = main(
+        [
+            "quickstart",
+            "--data",
+            str(corpus),
+            "--out",
+            str(out),
+            "--tokens",
+            "6000",
+            "--seeds",
+            "2",
+            "--controls",
+            *SMALL,
+        ]
+    )
     assert status == 0
     return out
 
@@ -159,9 +173,22 @@ def test_bad_input_ends_with_a_message_and_leaves_nothing(arguments, status, mes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_saves_what_was_trained_and_says_so(corpus, tmp_path, number):
     out = tmp_path / "run"
-    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "50000000"]
+    call = [
+        sys.executable,
+        "-m",
+        "engram",
+        "quickstart",
+        "--data",
+        str(corpus),
+        "--out",
+        str(out),
+        "--tokens",
+        "50000000",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
-    process = subprocess.Popen([*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     deadline = time.time() + 60
     while time.time() < deadline and not [p for p in tmp_path.glob(".run.*/metrics.jsonl") if p.stat().st_size > 1000]:
         time.sleep(0.1)
@@ -176,7 +203,18 @@ def test_an_interruption_saves_what_was_trained_and_says_so(corpus, tmp_path, nu
 
 def test_a_killed_run_leaves_no_folder_that_looks_complete(corpus, tmp_path):
     out = tmp_path / "run"
-    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "50000000"]
+    call = [
+        sys.executable,
+        "-m",
+        "engram",
+        "quickstart",
+        "--data",
+        str(corpus),
+        "--out",
+        str(out),
+        "--tokens",
+        "50000000",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
     process = subprocess.Popen([*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     deadline = time.time() + 60

@@ -64,7 +64,7 @@ def test_of_a_single_file_the_end_is_held_out(tmp_path):
 def test_a_folder_without_text_is_refused_with_the_reasons(tmp_path, content):
     if content is not None:
         (tmp_path / "x").write_bytes(content)
-    with pytest.raises(DataError, match="no text in .*(no files at all|1 binary|1 empty).*--data"):
+    with pytest.raises(DataError, match=r"no text in .*(no files at all|1 binary|1 empty).*--data"):
         read_corpus([tmp_path])
     with pytest.raises(DataError, match="neither a file nor a folder"):
         read_corpus([tmp_path / "missing"])

@@ -1,10 +1,12 @@
 """Training lowers the loss, repeats bit for bit, and leaves frozen tables alone."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from tests.small_model import BACKBONE, MEMORY, TEXT
 
 from engram.errors import ConfigError, DataError
 from engram.memory import EngramConfig
@@ -13,7 +15,6 @@ from engram.training.batches import Batches
 from engram.training.interrupts import Interrupt
 from engram.training.loop import Trainer, TrainOptions, language_model_loss, learning_rate
 from engram.training.tokenizer import train_tokenizer
-from tests.small_model import BACKBONE, MEMORY, TEXT
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 TOKENS = np.array(TOKENIZER(TEXT).input_ids, dtype=np.int32)
@@ -42,7 +43,9 @@ def test_the_loss_falls_and_records_say_what_happened():
 
 def test_training_repeats_bit_for_bit():
     (first, _), (second, _) = trained(), trained()
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_tables_are_trained_unless_frozen():
@@ -59,7 +62,9 @@ def test_the_loss_is_the_model_s_own():
     targets = torch.from_numpy(TOKENS[1:65].astype(np.int64)).view(2, 32)
     expected = torch.nn.functional.cross_entropy(one(inputs).logits.flatten(0, 1), targets.flatten()).detach()
     torch.testing.assert_close(language_model_loss(one, inputs, targets).detach(), expected)
-    assert language_model_loss(one, inputs, targets, "bfloat16").detach().item() == pytest.approx(float(expected), abs=0.05)
+    assert language_model_loss(one, inputs, targets, "bfloat16").detach().item() == pytest.approx(
+        float(expected), abs=0.05
+    )
 
 
 def test_the_learning_rate_rises_then_falls():
@@ -67,7 +72,7 @@ def test_the_learning_rate_rises_then_falls():
     rates = [learning_rate(step, options) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_loss_that_is_no_number_stops_training_with_the_model_as_it_was():

@@ -25,7 +25,10 @@ def touch(table, seed, rows=30, high=40):
 
 def test_row_adam_equals_torch_s_sparse_adam():
     ours, theirs = table(), table()
-    optimizers = [RowAdam([ours.weight], lr=0.02, betas=(0.9, 0.95)), torch.optim.SparseAdam([theirs.weight], lr=0.02, betas=(0.9, 0.95))]
+    optimizers = [
+        RowAdam([ours.weight], lr=0.02, betas=(0.9, 0.95)),
+        torch.optim.SparseAdam([theirs.weight], lr=0.02, betas=(0.9, 0.95)),
+    ]
     for step in range(15):
         for one in (ours, theirs):
             touch(one, step)

@@ -20,7 +20,10 @@ __all__ = ["Eval"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure a model's loss on text: a quickstart run, or any folder with a causal language model and its tokenizer."""
+    """Measure the loss of a model on text.
+
+    The model is a quickstart run, or any folder with a causal language model and its tokenizer.
+    """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""

@@ -72,7 +72,9 @@ class Hash:
             layers = {
                 str(layer): {
                     "primes": list(spec.primes[index]),
-                    "multipliers": [str(multiplier) for multiplier in spec.multipliers[index]] if spec.multipliers else [],
+                    "multipliers": [str(multiplier) for multiplier in spec.multipliers[index]]
+                    if spec.multipliers
+                    else [],
                     "rows": rows[layer].tolist(),
                 }
                 for index, layer in enumerate(spec.layers)
@@ -111,7 +113,9 @@ class Hash:
             for order in spec.orders:
                 table.add_column(f"rows of the {order}-gram", overflow="fold")
             for position, token in enumerate(tokens[0]):
-                text = "" if tokenizer is None else repr(tokenizer.decode([int(token)], skip_special_tokens=False))[1:-1]
+                text = (
+                    "" if tokenizer is None else repr(tokenizer.decode([int(token)], skip_special_tokens=False))[1:-1]
+                )
                 heads = rows[layer][0, position].reshape(len(spec.orders), spec.num_heads)
                 table.add_row(str(token), Text(text), *(" ".join(map(str, order)) for order in heads))
             console.print(table)
@@ -147,4 +151,3 @@ class Hash:
         )
         console.print(table)
         return 0
-

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -76,15 +77,18 @@ class EngramConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if len(set(self.layers)) != len(self.layers) or any(layer < 0 for layer in self.layers) or not self.layers:
             raise ConfigError(f"layers must be distinct block numbers counted from 0, not {self.layers}")
-        if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in zip(self.orders, self.orders[1:])):
+        if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.orders)):
             raise ConfigError(f"orders must increase and start at 2 or above, not {self.orders}")
-        if self.memory_dim % self.num_heads_total:
+        heads = self.num_heads_total
+        if self.memory_dim % heads:
             raise ConfigError(
-                f"memory_dim {self.memory_dim} does not divide into {len(self.orders)} orders x {self.num_heads} heads; "
-                f"the nearest that does is {max(1, round(self.memory_dim / self.num_heads_total)) * self.num_heads_total}"
+                f"memory_dim {self.memory_dim} does not divide into {len(self.orders)} orders x {self.num_heads} "
+                f"heads; the nearest that does is {max(1, round(self.memory_dim / heads)) * heads}"
             )
         if self.signs == "hashed" and self.num_heads < 2:
-            raise ConfigError("signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more")
+            raise ConfigError(
+                "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
+            )
         if self.kernel_size < 0 or (self.dilation is not None and self.dilation < 1):
             raise ConfigError("kernel_size must be 0 (no convolution) or more, and dilation at least 1")
         if self.table_std <= 0:

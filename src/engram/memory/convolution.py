@@ -28,10 +28,11 @@ def causal_convolution(values: Tensor, context: Tensor | None, weight: Tensor, d
     """
     length, num_taps = values.shape[1], weight.shape[-1]
     reach = (num_taps - 1) * dilation
-    padded = F.pad(values, (0, 0, reach, 0)) if context is None else torch.cat([context.to(values.dtype), values], dim=1)
+    padded = (
+        F.pad(values, (0, 0, reach, 0)) if context is None else torch.cat([context.to(values.dtype), values], dim=1)
+    )
     result = values * weight[:, -1]
     for tap in range(num_taps - 1):
         start = tap * dilation
         result = result.addcmul(padded[:, start : start + length], weight[:, tap])
     return result
-

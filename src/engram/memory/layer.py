@@ -53,6 +53,7 @@ class EngramLayer(nn.Module):
             )
         self.config = config
         # Outside the module tree: a table may live on another tier and be shared by several layers.
+        self.table: Table | None
         self.__dict__["table"] = table
         wide = config.num_streams * config.hidden_size
         # All keys and the value in one product; the value comes last, as in DeepSeek-V4.1's `wkv`.
@@ -181,25 +182,25 @@ class EngramLayer(nn.Module):
             )
         return hidden_states
 
-    def _gates(self, hidden_BLSD: Tensor, key: Tensor) -> Tensor:
+    def _gates(self, hidden: Tensor, key: Tensor) -> Tensor:
         config = self.config
         if config.gate == "none":
-            return torch.ones(hidden_BLSD.shape[:3], device=hidden_BLSD.device)
+            return torch.ones(hidden.shape[:3], device=hidden.device)
         weight = self._gain(self.query_norm) * self._gain(self.key_norm)
         key_BLSD = key.unflatten(-1, (config.num_streams, config.hidden_size))
-        with torch.autocast(hidden_BLSD.device.type, enabled=False):
-            return gate_values(hidden_BLSD, key_BLSD, weight, eps=config.norm_eps, squash=config.gate)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return gate_values(hidden, key_BLSD, weight, eps=config.norm_eps, squash=config.gate)
 
     def _convolve(
         self,
-        update_BLSD: Tensor,
+        update: Tensor,
         state: ConvolutionState | None,
         active: Tensor | None,
         lengths: Tensor | list[int] | None,
     ) -> Tensor:
         config = self.config
-        mean_square = update_BLSD.float().square().mean(-1, keepdim=True)
-        normed = update_BLSD * torch.rsqrt(mean_square + config.norm_eps).to(update_BLSD.dtype)
+        mean_square = update.float().square().mean(-1, keepdim=True)
+        normed = update * torch.rsqrt(mean_square + config.norm_eps).to(update.dtype)
         normed = (normed * self._gain(self.conv_norm).to(normed.dtype)).flatten(-2)
         if state is not None and state.batch_size != normed.shape[0]:
             raise HistoryError(
@@ -207,15 +208,13 @@ class EngramLayer(nn.Module):
                 "use fork, reorder or select to follow the batch"
             )
         context = None if state is None else state.values
-        result = F.silu(
-            causal_convolution(normed, context, self.conv_weight.to(normed.dtype), config.conv_dilation)
-        )
+        result = F.silu(causal_convolution(normed, context, self.conv_weight.to(normed.dtype), config.conv_dilation))
         if state is not None:
             state.advance(normed, lengths=lengths)
         if active is not None:
             # An inactive position adds nothing, but its taps may still see the active ones before it.
             result = result * active.unsqueeze(-1).to(result.dtype)
-        return result.view_as(update_BLSD)
+        return result.view_as(update)
 
     def _gain(self, weight: Tensor) -> Tensor:
         return weight + 1 if self.config.norm_weight == "zero_centered" else weight

@@ -87,7 +87,7 @@ class _MemoryState:
         """Repeat every sequence."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self.history = None if self.history is None else self.history.fork(repeats)
-        self.window = None if self.window is None else self.window.fork(repeats)
+        self.window = None if self.window is None else self.window.fork(repeats)  # type: ignore[assignment]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""

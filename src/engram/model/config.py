@@ -41,7 +41,7 @@ class EngramLMConfig(DeepseekV3Config):
     num_mtp_layers: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.rope_parameters is None and "rope_theta" not in kwargs:
+        if self.rope_parameters is None and "rope_theta" not in kwargs:  # type: ignore[has-type]
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         memory_layers = self.memory["layers"] if self.memory is not None else ()
         self.layer_types = [
@@ -83,8 +83,8 @@ class EngramLMConfig(DeepseekV3Config):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
         if pad is None:
             raise ConfigError(
-                "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the positions "
-                "before the start of a text; set tokenizer.pad_token first"
+                "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the "
+                "positions before the start of a text; set tokenizer.pad_token first"
             )
         if segments is None:
             segments = Segments(end_tokens=() if end is None else (end,))
@@ -125,7 +125,8 @@ class EngramLMConfig(DeepseekV3Config):
         assert memory is not None
         if spec is None:
             raise ConfigError(
-                "a model with memory needs its hash_spec; build the configuration with EngramLMConfig.for_tokenizer(...)"
+                "a model with memory needs its hash_spec; build the configuration with "
+                "EngramLMConfig.for_tokenizer(...)"
             )
         if max(memory.layers) >= self.num_hidden_layers:
             raise ConfigError(f"memory.layers {memory.layers} reach past the model's {self.num_hidden_layers} blocks")

@@ -160,8 +160,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             if "mismatched_sizes" not in str(error):
                 raise
             raise MismatchError(
-                f"weights of this checkpoint do not have the sizes that its configuration gives{_digest_of(args, kwargs)}; "
-                "the report above names them. The configuration belongs to another model, or was edited"
+                f"weights of this checkpoint do not have the sizes that its configuration gives"
+                f"{_digest_of(args, kwargs)}; the report above names them. The configuration belongs to another model, "
+                "or was edited"
             ) from error
         model = result[0] if isinstance(result, tuple) else result
         if model.config.memory is not None and not model.base_model.token_map.is_meta:
@@ -188,7 +189,7 @@ class EngramModel(EngramPreTrainedModel):
         self.__dict__["_memory_config"] = memory
         self.memory_tables = nn.ModuleDict()
         if memory is not None and spec is not None:
-            for block, layer in zip(spec.blocks, spec.layers):
+            for block, layer in zip(spec.blocks, spec.layers, strict=True):
                 name = _SHARED if spec.shared_table else str(block)
                 if name not in self.memory_tables:
                     rows = spec.num_rows(layer)
@@ -239,7 +240,8 @@ class EngramModel(EngramPreTrainedModel):
             raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
@@ -293,12 +295,14 @@ class EngramModel(EngramPreTrainedModel):
         rows = spec.rows_for_layers(codes, history)
         active = codes >= 0
         inputs: dict[int, dict[str, Any]] = {}
-        for block, layer in zip(spec.blocks, spec.layers):
+        for block, layer in zip(spec.blocks, spec.layers, strict=True):
             inputs[block] = {"memory_rows": rows[layer], "memory_active": active}
             if cache is not None and config.conv_context:
-                weight = self.layers[block].memory.key_value.weight
+                weight = self.get_parameter(f"layers.{block}.memory.key_value.weight")
                 dtype = _product_dtype(weight)
-                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, weight.device, dtype)
+                inputs[block]["memory_state"] = states[block].convolution_state(
+                    config, batch_size, weight.device, dtype
+                )
         if history is not None:
             history.advance_codes(codes)
         return inputs
@@ -322,7 +326,9 @@ class EngramModel(EngramPreTrainedModel):
 
     def _table_of(self, block: int) -> ParameterTable | None:
         name = _SHARED if _SHARED in self.memory_tables else str(block)
-        return self.memory_tables[name] if name in self.memory_tables else None
+        table = self.memory_tables[name] if name in self.memory_tables else None
+        assert table is None or isinstance(table, ParameterTable)
+        return table
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):

@@ -16,7 +16,10 @@ __all__ = ["Generate", "continue_text"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt with a trained model: a quickstart run, or any folder with an EngramForCausalLM and its tokenizer."""
+    """Continue a prompt with a trained model.
+
+    The model is a quickstart run, or any folder with an EngramForCausalLM and its tokenizer.
+    """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""
@@ -93,7 +96,9 @@ def continue_text(
     if not tokens.numel():
         tokens = torch.tensor([[tokenizer.eos_token_id]])
     tokens = tokens.to(dtype=torch.int64, device=next(model.parameters()).device)
-    choices = {"do_sample": True, "temperature": temperature, "top_k": top_k or None} if temperature else {"do_sample": False}
+    choices = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k or None} if temperature else {"do_sample": False}
+    )
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad():

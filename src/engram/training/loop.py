@@ -14,7 +14,16 @@ from engram.errors import ConfigError, DataError
 from engram.training.batches import Batches
 from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
 
-__all__ = ["StepRecord", "TrainOptions", "Trainer", "autocast", "best_dtype", "language_model_loss", "learning_rate", "find_device"]
+__all__ = [
+    "StepRecord",
+    "TrainOptions",
+    "Trainer",
+    "autocast",
+    "best_dtype",
+    "find_device",
+    "language_model_loss",
+    "learning_rate",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +172,9 @@ class Trainer:
             raise DataError(f"the loss became {value} at step {self.num_steps_done + 1}; lower the learning rate")
         loss.backward()
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        norm = clip_gradients((parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm)
+        norm = clip_gradients(
+            (parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm
+        )
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

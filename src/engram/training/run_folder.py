@@ -1,5 +1,6 @@
 """The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
 
+import itertools
 import json
 import os
 import platform
@@ -54,9 +55,8 @@ class RunFolder:
         moved = None
         if self.path.is_dir():
             if any(self.path.iterdir()):
-                number = 1
-                while (moved := self.path.with_name(f"{self.path.name}-{number}")).exists():
-                    number += 1
+                numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in itertools.count(1))
+                moved = next(path for path in numbered if not path.exists())
                 self.path.rename(moved)
             else:
                 self.path.rmdir()

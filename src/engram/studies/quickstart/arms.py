@@ -12,7 +12,7 @@ from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.sizes import ModelSizes, model_sizes
 
-__all__ = ["Arm", "build_arms", "widened", "share_initialization"]
+__all__ = ["Arm", "build_arms", "share_initialization", "widened"]
 
 
 @dataclasses.dataclass
@@ -75,15 +75,15 @@ def build_arms(
     twin = build(widened(tokenizer, backbone, by=round(flops / per_width)))
     share_initialization(with_memory, twin)
     arms.append(
-        arm("twin", "without memory", "its feed-forward is wider, so that it spends the same operations per token", twin)
+        arm(
+            "twin", "without memory", "its feed-forward is wider, so that it spends the same operations per token", twin
+        )
     )
     if controls:
         frozen = copy.deepcopy(with_memory)
         for table in frozen.tables.values():
             table.weight.requires_grad_(False)
-        arms.append(
-            arm("random_table", "random table", "the same model, but its table stays as it was drawn", frozen)
-        )
+        arms.append(arm("random_table", "random table", "the same model, but its table stays as it was drawn", frozen))
         per_width = 3 * config.hidden_size * config.num_hidden_layers
         wide = build(widened(tokenizer, backbone, by=round(memory.num_parameters() / per_width)))
         share_initialization(with_memory, wide)

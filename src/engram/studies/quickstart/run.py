@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -102,7 +101,9 @@ class Quickstart:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.vocab_size < 258:
-            raise ConfigError(f"--vocab-size must be at least 258 (all bytes and two special tokens), not {self.vocab_size}")
+            raise ConfigError(
+                f"--vocab-size must be at least 258 (all bytes and two special tokens), not {self.vocab_size}"
+            )
         if self.hidden_size % 32:
             raise ConfigError(f"--hidden-size must be a multiple of 32 (the width of a head), not {self.hidden_size}")
         if self.memory_layers and max(self.memory_layers) >= self.blocks:
@@ -428,5 +429,3 @@ def _last_words(result: dict[str, Any], out: Path) -> str:
         f"  continue: engram generate {out} --prompt 'def main'\n"
         f"  evaluate: engram eval {out} --data FILES"
     )
-
-
