@@ -10,7 +10,7 @@ from tests.small_model import BACKBONE, MEMORY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engram
-from engram.errors import ConfigError, MismatchError, TokenMapError
+from engram.errors import ConfigError, EngramError, MismatchError, TokenMapError
 from engram.hashing import TokenMap
 from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
@@ -61,6 +61,17 @@ def test_another_tokenizer_is_refused_with_both_digests(model, tokenizer, other_
     assert own.digest in str(refusal.value) and other.digest in str(refusal.value)
     with pytest.raises(MismatchError):
         EngramForCausalLM(AutoConfig.from_pretrained(tmp_path)).bind_tokenizer(other_tokenizer)
+
+
+def test_a_model_that_hashes_raw_tokens_keeps_to_its_tokenizer_too(tokenizer, other_tokenizer, tmp_path):
+    raw = TokenMap.identity(len(tokenizer), tokenizer)
+    config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**MEMORY), token_map=raw, **BACKBONE)
+    model = EngramForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, tokenizer=tokenizer)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    with pytest.raises(EngramError, match="vocabulary"):
+        loaded.check_tokenizer(other_tokenizer)
 
 
 def test_a_changed_token_map_in_the_checkpoint_is_refused(model, tmp_path):

@@ -75,6 +75,19 @@ def test_the_learning_rate_rises_then_falls():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
+def test_the_table_s_learning_rate_is_a_multiple_of_the_backbone_s_at_every_step():
+    trainer = Trainer(model(), Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=8, lr=1e-3, table_lr_multiplier=7.0))
+    for _ in range(8):
+        record = trainer.step()
+        backbone, tables = trainer.optimizers
+        assert {group["lr"] for group in backbone.param_groups} == {record.lr}
+        assert [group["lr"] for group in tables.param_groups] == [pytest.approx(7 * record.lr)]
+        assert all("weight_decay" not in group for group in tables.param_groups)
+    still, _ = trained(steps=3, table_lr_multiplier=0.0)
+    name = "model.memory_tables.0.weight"
+    assert torch.equal(still.state_dict()[name], model().state_dict()[name])
+
+
 def test_a_loss_that_is_no_number_stops_training_with_the_model_as_it_was():
     one = model()
     trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=3))

@@ -186,7 +186,7 @@ class HashSpec:
             raise ConfigError(f"a config is a dictionary or a path, got {type(config).__name__}")
         if OURS in config:
             spec = cls.from_dict(config[OURS])
-            return spec if tokenizer is None else spec.bind(spec._map_of(tokenizer))
+            return spec if tokenizer is None else spec.bind(tokenizer)
         return cls(**read(config, tokenizer))
 
     def __post_init__(self) -> None:
@@ -324,13 +324,17 @@ class HashSpec:
         decisive["rule"] = "polynomial" if self.variant == "longcat" else "xor"
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def bind(self, token_map: TokenMap) -> "HashSpec":
+    def bind(self, tokenizer: Any) -> "HashSpec":
         """Return the same spec with its token map.
+
+        Args:
+            tokenizer: The `TokenMap`, or the tokenizer to make it from, as for `from_config`.
 
         Raises:
             MismatchError: The map, or the vocabulary behind it, is not the one this spec was made for.
             TokenMapError: No map was promised, but a number of canonical tokens, and this map has another.
         """
+        token_map = self._map_of(tokenizer)
         if self.token_map_digest not in (None, token_map.digest):
             raise MismatchError(
                 f"this spec hashes with the token map {self.token_map_digest}, the given map is {token_map.digest}; "
@@ -585,7 +589,8 @@ class HashSpec:
         """Build from a tokenizer the kind of map this spec has."""
         if isinstance(tokenizer, TokenMap):
             return tokenizer
-        if self.token_map is not None and self.token_map.is_identity:
+        # Canonical ids count first appearances, so a map that merges nothing is the identity.
+        if self.vocab_size == self.num_tokens:
             return TokenMap.identity(self.num_tokens, tokenizer)
         return TokenMap.from_tokenizer(tokenizer)
 

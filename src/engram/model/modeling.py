@@ -128,9 +128,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         base = self.base_model
         if base.config.spec is None:
             return
-        token_map = tokenizer if isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
-        spec = base.config.spec.bind(token_map)
-        base.token_map.copy_(torch.from_numpy(token_map.canonical.copy()))
+        spec = base.config.spec.bind(tokenizer)
+        base.token_map.copy_(torch.from_numpy(spec.token_map.canonical.copy()))
         base.__dict__["_spec"] = spec
 
     def check_tokenizer(self, tokenizer: Any) -> None:
@@ -140,7 +139,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             MismatchError: With both digests.
         """
         if self.config.spec is not None:
-            self.config.spec.bind(TokenMap.from_tokenizer(tokenizer))
+            self.config.spec.bind(tokenizer)
 
     @classmethod
     def from_pretrained(cls, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
@@ -226,8 +225,8 @@ class EngramModel(EngramPreTrainedModel):
         Args:
             input_ids: Tokens ``[B, L]``. Memory is addressed by them, so a model with memory needs them even where
                 ``inputs_embeds`` are passed too.
-            attention_mask: ``[B, past + L]``, 0 at padding: a masked position is a boundary for N-grams and
-                convolution, so padding changes nothing.
+            attention_mask: ``[B, past + L]``, 0 at padding: N-grams do not reach across a masked position, and the
+                convolution reads zeros there, so padding changes nothing.
             position_ids: ``[B, L]``.
             past_key_values: Keys, values, token history and convolution windows of the tokens before.
             inputs_embeds: ``[B, L, D]``, used instead of the token embedding.

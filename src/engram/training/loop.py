@@ -143,13 +143,13 @@ class Trainer:
         self.model, self.batches, self.options = model, batches, options
         self.num_steps_done = 0
         groups, tables = parameter_groups(model, weight_decay=options.weight_decay)
-        self._optimizers: list[torch.optim.Optimizer] = [
+        self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
         ]
         self._multipliers = [1.0]
         if tables:
             rate = options.lr * options.table_lr_multiplier
-            self._optimizers.append(RowAdam(tables, lr=rate, betas=options.betas))
+            self.optimizers.append(RowAdam(tables, lr=rate, betas=options.betas))
             self._multipliers.append(options.table_lr_multiplier)
 
     def step(self) -> StepRecord:
@@ -160,7 +160,7 @@ class Trainer:
         """
         started = time.perf_counter()
         rate = learning_rate(self.num_steps_done, self.options)
-        for optimizer, multiplier in zip(self._optimizers, self._multipliers, strict=True):
+        for optimizer, multiplier in zip(self.optimizers, self._multipliers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * multiplier
         device = next(self.model.parameters()).device
@@ -171,11 +171,11 @@ class Trainer:
         if not math.isfinite(value):
             raise DataError(f"the loss became {value} at step {self.num_steps_done + 1}; lower the learning rate")
         loss.backward()
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         norm = clip_gradients(
             (parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm
         )
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.num_steps_done += 1

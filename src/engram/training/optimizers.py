@@ -58,8 +58,9 @@ class RowAdam(torch.optim.Optimizer):
     """Adam whose step costs what was touched: rows without a gradient keep weights and moments as they are.
 
     Equal to ``torch.optim.SparseAdam`` in its updates, with the table options of the paper: no weight decay, and a
-    learning rate given apart from the backbone's. Bias correction counts steps of the optimizer, as there; a row first
-    touched late therefore starts with nearly uncorrected moments, that is with a small first step.
+    learning rate given apart from the backbone's. Bias correction counts steps of the optimizer, as there, so a row
+    first touched late moves by ``lr * (1 - beta1) / sqrt(1 - beta2)`` and not by ``lr``: 0.45 of it with the betas
+    (0.9, 0.95) that training uses here.
 
     Gradients must be sparse (``ParameterTable(gradient="sparse")``).
 

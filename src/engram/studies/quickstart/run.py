@@ -106,7 +106,10 @@ class Quickstart:
             )
         if self.hidden_size % 32:
             raise ConfigError(f"--hidden-size must be a multiple of 32 (the width of a head), not {self.hidden_size}")
-        if self.memory_layers and max(self.memory_layers) >= self.blocks:
+        if self.lr <= 0 or self.table_lr_multiplier < 0:
+            raise ConfigError("--lr must be above 0 and --table-lr-multiplier at least 0")
+        self.memory()  # refuses what cannot be
+        if max(self.memory_layers) >= self.blocks:
             raise ConfigError(f"--memory-layers {self.memory_layers} reach past the {self.blocks} blocks")
 
     @property
@@ -123,7 +126,7 @@ class Quickstart:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         console = Console(stderr=True)
-        memory = self._memory()
+        memory = self.memory()
         folder = RunFolder(self.out)
         try:
             with Interrupt() as interrupt:
@@ -142,7 +145,8 @@ class Quickstart:
             Console().print(_last_words(result, self.out), highlight=False)
         return 130 if result["interrupted"] else 0
 
-    def _memory(self) -> EngramConfig:
+    def memory(self) -> EngramConfig:
+        """Memory of the model that has one."""
         return EngramConfig(
             hidden_size=self.hidden_size,
             layers=self.memory_layers,
