@@ -106,17 +106,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from; None for an installed package."""
+    """The commit of the source tree this package runs from, marked if files differ from it; None for an installed one."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
+    git = ["git", "-C", str(root)]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def to_json(value: Any) -> str:

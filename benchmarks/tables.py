@@ -1,0 +1,125 @@
+"""Write the README's tables from the committed results, or check that they are what the results say.
+
+python benchmarks/tables.py          # rewrite README.md
+python benchmarks/tables.py --check  # exit 1 if README.md says something else
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> Any:
+    """Read one result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quickstart() -> str:
+    """The arms of the committed quickstart run."""
+    runs = load("quickstart")["results"]
+    result, default = runs["controls"], runs["default"]
+    arms = result["arms"]
+    lines = ["| model | parameters | of them in tables | FLOPs per token | held-out loss | gain over the twin |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    twin = {run["seed"]: run["loss"] for run in arms["twin"]["runs"]}
+    for name, arm in arms.items():
+        loss, gains = arm["loss"], [twin[run["seed"]] - run["loss"] for run in arm["runs"]]
+        gain = "" if name == "twin" else f"{sum(gains) / len(gains):+.3f} ± {deviation(gains):.3f}"
+        lines.append(
+            f"| {arm['title']} | {arm['parameters']['total'] / 1e6:.2f} M | "
+            f"{arm['parameters']['memory_tables'] / 1e6:.2f} M | {arm['flops_per_token'] / 1e6:.2f} M | "
+            f"{loss['mean']:.3f} ± {loss['std']:.3f} | {gain} |"
+        )
+    data, settings = result["data"], result["settings"]
+    lines += [
+        "",
+        f"Nats per token, mean ± standard deviation over {len(result['seeds'])} seeds; {settings['num_steps']} steps of "
+        f"{settings['batch_size']} × {settings['sequence_length']} tokens, {data['held_out_tokens']:,} held-out tokens from "
+        f"{data['held_out_files']} files.",
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {result['machine']['processor']}, "
+        f"{result['machine']['cores']} cores. The default, `{default['command']}`, took {default['seconds'] / 60:.1f} minutes "
+        f"there and gave {default['difference']['mean']:+.3f}.",
+    ]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """What the three speed benchmarks found."""
+    hashing, layer, optimizer = load("hashing"), load("layer"), load("optimizer")
+    lines = ["| what | against | measured |", "|---|---|---|"]
+    rows = {
+        result["path"]: result
+        for result in hashing["results"]
+        if result["length_tokens"] == 2048 and result["batch_size"] == 8
+    }
+    ours = rows["torch"]
+    lines.append(
+        f"| row numbers, two layers × 16 heads | the NumPy twin; transformers' `qwen4_exp` | "
+        f"{ours['rows_per_second'] / 1e6:.0f} M rows/s, {ours['times_numpy']:.1f}× and {ours['times_transformers']:.1f}× |"
+    )
+    steps = {result["what"]: result for result in layer["results"] if result["case"] == "training step"}
+    share, twin = steps["with memory"]["ratio_to_backbone_alone"], steps["without memory"]["ratio_to_backbone_alone"]
+    lines.append(
+        f"| training step of the quickstart's model | the same backbone without memory | {share - 1:+.0%} "
+        f"(its twin of equal FLOPs: {twin - 1:+.0%}) |"
+    )
+    pace = {r["what"]: r for r in layer["results"] if r["case"] == "forward and backward" and r["num_streams"] == 4}
+    ratio = pace["plain twin"]["median_seconds"] / pace["layer"]["median_seconds"]
+    lines.append(f"| Engram layer, four streams, forward and backward | its plain twin | {ratio:,.0f}× |")
+    for size in (4_000_000, 40_000_000):
+        found = {r["what"]: r for r in optimizer["results"] if r["table_parameters"] == size}
+        row, dense = found["row_adam"], found["dense Adam"]
+        lines.append(
+            f"| table step, {size / 1e6:.0f} M parameters, {row['reads']:,} reads | dense Adam | "
+            f"{row['dense_over_this']:.1f}× faster, {row['median_step_seconds'] * 1e3:.1f} ms, peak memory "
+            f"{row['peak_process_bytes'] / 2**20:,.0f} against {dense['peak_process_bytes'] / 2**20:,.0f} MiB |"
+        )
+    machine = hashing["machine"]
+    lines += ["", f"Medians on {machine['processor']}, {machine['cores']} cores, both sides in turn in one run."]
+    return "\n".join(lines)
+
+
+def deviation(values: list[float]) -> float:
+    """Sample standard deviation."""
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+
+
+def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> str:
+    """The README with its tables made anew."""
+    for name, make in makers.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(
+            pattern, lambda found, make=make: f"{found[1]}\n{make()}\n\n{found[2]}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for the table {name!r}, expected 1")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    made = rewritten(text, {"quickstart": quickstart, "speed": speed})
+    if arguments.check:
+        if made != text:
+            print(
+                "README.md does not say what benchmarks/results say; run: python benchmarks/tables.py", file=sys.stderr
+            )
+        return int(made != text)
+    readme.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
