@@ -38,14 +38,15 @@ def quickstart() -> str:
             f"{loss['mean']:.3f} ± {loss['std']:.3f} | {gain} |"
         )
     data, settings = result["data"], result["settings"]
+    machine, gain = result["machine"], default["difference"]["mean"]
     lines += [
         "",
-        f"Nats per token, mean ± standard deviation over {len(result['seeds'])} seeds; {settings['num_steps']} steps of "
-        f"{settings['batch_size']} × {settings['sequence_length']} tokens, {data['held_out_tokens']:,} held-out tokens from "
-        f"{data['held_out_files']} files.",
-        f"Made by `{result['command']}` at commit `{result['commit']}` on {result['machine']['processor']}, "
-        f"{result['machine']['cores']} cores. The default, `{default['command']}`, took {default['seconds'] / 60:.1f} minutes "
-        f"there and gave {default['difference']['mean']:+.3f}.",
+        f"Nats per token, mean ± standard deviation over {len(result['seeds'])} seeds; {settings['num_steps']} steps "
+        f"of {settings['batch_size']} × {settings['sequence_length']} tokens; {data['held_out_tokens']:,} held-out tokens "
+        f"from {data['held_out_files']} files.",
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, {machine['cores']} "
+        f"cores. The default, `{default['command']}`, took {default['seconds'] / 60:.1f} minutes there and gave "
+        f"{gain:+.3f}.",
     ]
     return "\n".join(lines)
 
@@ -62,7 +63,8 @@ def speed() -> str:
     ours = rows["torch"]
     lines.append(
         f"| row numbers, two layers × 16 heads | the NumPy twin; transformers' `qwen4_exp` | "
-        f"{ours['rows_per_second'] / 1e6:.0f} M rows/s, {ours['times_numpy']:.1f}× and {ours['times_transformers']:.1f}× |"
+        f"{ours['rows_per_second'] / 1e6:.0f} M rows/s, {ours['times_numpy']:.1f}× and "
+        f"{ours['times_transformers']:.1f}× |"
     )
     steps = {result["what"]: result for result in layer["results"] if result["case"] == "training step"}
     share, twin = steps["with memory"]["ratio_to_backbone_alone"], steps["without memory"]["ratio_to_backbone_alone"]

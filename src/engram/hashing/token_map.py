@@ -265,8 +265,8 @@ def is_torch(value: Any) -> bool:
 def check_tokens(tokens: Any, num_tokens: int) -> Any:
     """Check raw ids against a vocabulary and return them as int64.
 
-    Inside ``torch.compile`` and CUDA graph capture the check is an assertion on the device: nothing there may wait for
-    the host. An id is never clamped.
+    On an accelerator and inside ``torch.compile`` the check is an assertion on the device, which ends the process:
+    nothing there may wait for the host. An id is never clamped.
 
     Args:
         tokens: Integers of any shape; a NumPy array, anything that becomes one, or a torch tensor.
@@ -288,7 +288,7 @@ def check_tokens(tokens: Any, num_tokens: int) -> Any:
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TokenError(f"token ids are integers, got a tensor of {tokens.dtype}")
     tokens = tokens.long()
-    if torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or tokens.device.type not in ("cpu", "meta"):
         inside = ((tokens >= 0) & (tokens < num_tokens)).all()
         torch._assert_async(inside, "a token id is outside the vocabulary")
     elif tokens.numel():

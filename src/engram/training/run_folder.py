@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, marked if files differ from it; None for an installed one."""
+    """The commit of the source tree this package runs from, marked where files differ; None where it is installed."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
