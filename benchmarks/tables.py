@@ -42,8 +42,8 @@ def quickstart() -> str:
     lines += [
         "",
         f"Nats per token, mean ± standard deviation over {len(result['seeds'])} seeds; {settings['num_steps']} steps "
-        f"of {settings['batch_size']} × {settings['sequence_length']} tokens; {data['held_out_tokens']:,} held-out tokens "
-        f"from {data['held_out_files']} files.",
+        f"of {settings['batch_size']} × {settings['sequence_length']} tokens; {data['held_out_tokens']:,} tokens of "
+        f"{data['held_out_files']} held-out files.",
         f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, {machine['cores']} "
         f"cores. The default, `{default['command']}`, took {default['seconds'] / 60:.1f} minutes there and gave "
         f"{gain:+.3f}.",
