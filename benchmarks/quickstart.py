@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart.py --out benchmarks/results/quickstart.json
 
-Takes about an hour on two cores. ``--from DEFAULT CONTROLS`` collects two finished run folders instead.
+Takes about half an hour on two cores. ``--from DEFAULT CONTROLS`` collects two finished run folders instead.
 """
 
 import argparse
@@ -13,15 +13,15 @@ from typing import Any
 
 from engram.studies.quickstart.run import Quickstart
 
-RUNS: dict[str, dict[str, Any]] = {"default": {}, "controls": {"seeds": 3, "controls": True}}
-COMMANDS = {"default": "engram quickstart", "controls": "engram quickstart --seeds 3 --controls"}
+RUNS: dict[str, dict[str, Any]] = {"default": {}, "controls": {"seeds": 3, "controls": True, "tokens": 600_000}}
+COMMANDS = {"default": "engram quickstart", "controls": "engram quickstart --seeds 3 --controls --tokens 600000"}
 
 
 def collect(folder: Path, name: str) -> dict[str, Any]:
     """Read a run's result, without what only that machine's folders mean."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     settings = result["settings"]
-    for option, value in {"seeds": 1, "controls": False, **RUNS[name]}.items():
+    for option, value in {"seeds": 1, "controls": False, "tokens": Quickstart.tokens, **RUNS[name]}.items():
         if settings[option] != value:
             raise SystemExit(f"{folder} was made with {option}={settings[option]}, expected {value}")
     if result["interrupted"] or settings["data"]:
