@@ -68,23 +68,26 @@ def _run(name: str, arguments: list[str]) -> int:
     module, _, command_name = _VERBS[name].command.partition(":")
     command_class = getattr(importlib.import_module(module), command_name)
     try:
-        command = tyro.cli(command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
-        return int(ended.code or 0)
-    try:
+        try:
+            command = tyro.cli(
+                command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+        except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
+            sys.stdout.flush()
+            return int(ended.code or 0)
         status: int = command.run()
         sys.stdout.flush()
         return status
-    except EngramError as error:
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): not an error of ours; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (EngramError, OSError) as error:
         print(f"engram {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"engram {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): not an error of ours; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _overview() -> str:

@@ -74,6 +74,9 @@ def test_stats_give_the_published_compression(capsys):
         (["--config", "V41", "--ids", "1"], 1, "tokenizer"),
         (["--config", "V41", "--tokenizer", "/nowhere", "--ids", "1"], 1, "/nowhere"),
         (["--config", "BROKEN", "--ids", "1"], 1, "BROKEN"),
+        (["--config", "HUGE", "--ids", "1"], 1, "heads_per_ngram"),
+        (["--config", "DEEP", "--ids", "1"], 1, "DEEP"),
+        (["--config", "PLAIN", "--ids", "1"], 1, "without memory"),
     ],
     ids=str,
 )
@@ -82,6 +85,10 @@ def test_wrong_calls_end_with_a_message_and_a_status(arguments, status, message,
     for name, golden_name in (("QWEN", "qwen_ple"), ("V41", "deepseek_v41")):
         config = json.loads((GOLDEN / f"{golden_name}.json").read_text())["config"]
         (tmp_path / name).write_text(json.dumps(config))
+        if name == "QWEN":
+            (tmp_path / "HUGE").write_text(json.dumps({**config, "heads_per_ngram": 2**31}))
+    (tmp_path / "DEEP").write_text('{"a":' * 100_000)
+    (tmp_path / "PLAIN").write_text('{"hash_spec": null}')
     (tmp_path / "BROKEN").write_text('{"engram_layer_ids": [1')
     assert main(["hash", *arguments]) == status
     printed = capsys.readouterr()

@@ -146,6 +146,33 @@ def test_the_layer_adds_nothing_at_inactive_positions_and_they_leave_no_trace():
     torch.testing.assert_close(padded[:, 2:], layer(hidden[:, 2:], rows[:, 2:]), atol=1e-6, rtol=1e-6)
 
 
+def test_what_padding_holds_does_not_matter_not_even_nan():
+    layer = build(num_streams=2)
+    hidden, rows, _ = inputs(layer, length=6)
+    active = torch.tensor([[False, True, True, True, True, True]]).expand(2, -1)
+    expected = layer(hidden, rows, active=active)
+    hidden[:, 0] = float("nan")
+    assert torch.equal(layer(hidden, rows, active=active), expected)
+
+
+def test_half_precision_stays_finite_with_the_published_eps():
+    layer = build(norm_eps=1e-20).half()
+    hidden, rows, _ = inputs(layer)
+    with torch.no_grad():
+        layer.key_value.weight *= 0
+    assert layer(hidden.half(), rows).isfinite().all()
+
+
+def test_a_table_given_later_stays_outside_the_module_tree():
+    layer = build()
+    bare = EngramLayer(layer.config)
+    bare.table = layer.table
+    bare.load_state_dict(layer.state_dict())
+    hidden, rows, _ = inputs(layer)
+    assert torch.equal(bare(hidden, rows), layer(hidden, rows))
+    assert set(bare.state_dict()) == set(layer.state_dict())
+
+
 def test_a_new_layer_s_convolution_is_silent_and_value_init_zero_makes_it_the_identity():
     config = EngramConfig(hidden_size=8, num_heads=2, memory_dim=8, rows_per_head=11)
     table = ParameterTable(NUM_ROWS, 2)

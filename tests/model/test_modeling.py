@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.small_model import BACKBONE, MEMORY
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import engram
 from engram.errors import ConfigError, EngramError, MismatchError, TokenMapError
@@ -175,6 +175,33 @@ def test_loss_gradients_and_checkpointed_gradients_are_equal(build):
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
     assert gradients[0]["model.memory_tables.0.weight"].abs().sum() > 0
+
+
+def test_checkpointed_gradients_are_right_with_a_cache_passed_in(build):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        cache = DynamicCache(config=model.config) if checkpointing else None
+        model(IDS, labels=IDS, past_key_values=cache).loss.backward()
+        gradients.append(model.model.layers[0].memory.conv_weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_dense_table_gradients_suit_ordinary_optimizers(build):
+    model = build(memory={"table_gradient": "dense"}).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(IDS, labels=IDS).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = model.tables["0"].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.tables["0"].weight, before)
+
+
+def test_a_mask_of_pairs_is_refused_rather_than_ignored(model):
+    with pytest.raises(MismatchError, match="attention_mask"):
+        model(IDS, attention_mask=torch.zeros(2, 1, 20, 20))
 
 
 def test_memory_needs_tokens_not_only_embeddings(model):

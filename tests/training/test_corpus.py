@@ -1,5 +1,7 @@
 """Files become documents; what is no text is skipped and counted."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,42 @@ def test_whole_files_are_held_out(folder):
     assert len(train) + len(held_out) == 40
     share = sum(len(d.text) for d in held_out) / corpus.num_bytes
     assert 0.2 <= share < 0.3
+
+
+def test_a_file_under_two_names_is_read_once(folder):
+    (folder / "copy.txt").write_text((folder / "sub" / "3.txt").read_text())
+    (folder / "link").symlink_to(folder / "sub" / "4.txt")
+    corpus = read_corpus([folder, folder / "sub"])
+    assert len(corpus.documents) == 40 and corpus.skipped["a copy of another"] == 42
+    train, held_out = split_corpus(corpus, 0.2)
+    assert {document.text for document in train}.isdisjoint(document.text for document in held_out)
+
+
+def test_a_large_file_among_small_ones_is_cut_rather_than_held_out_whole(tmp_path):
+    (tmp_path / "big").write_text("a line of a big file\n" * 5000)
+    for number in range(3):
+        (tmp_path / f"small{number}").write_text(f"small file {number}\n")
+    corpus = read_corpus([tmp_path])
+    train, held_out = split_corpus(corpus, 0.05)
+    assert [document.name for document in held_out] == ["big (end)"]
+    assert len(held_out[0].text) == pytest.approx(0.05 * corpus.num_bytes, rel=0.02)
+    assert len(train) == 4
+
+
+def test_one_huge_line_is_cut_where_it_must_be(tmp_path):
+    for start in ("", "title\n"):
+        (tmp_path / "line").write_text(start + "x y " * 100_000)
+        train, held_out = split_corpus(read_corpus([tmp_path / "line"]), 0.05)
+        assert len(held_out[0].text) == pytest.approx(20_000, rel=0.01)
+        assert train[0].text.startswith(start + "x y")
+
+
+def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xff.txt")
+    with open(path, "w") as file:
+        file.write("some text")
+    (document,) = read_corpus([tmp_path]).documents
+    assert document.text == "some text" and document.name.encode()
 
 
 def test_of_a_single_file_the_end_is_held_out(tmp_path):

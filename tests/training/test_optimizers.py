@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.training.test_loop import model
 
 from engram.errors import ConfigError
 from engram.tables import ParameterTable
@@ -115,6 +116,17 @@ def test_dense_gradients_and_impossible_rates_are_refused():
         RowAdam([one.weight]).step()
     with pytest.raises(ConfigError, match="lr >= 0"):
         RowAdam([one.weight], lr=-1)
+
+
+def test_norms_the_convolution_and_the_embedding_do_not_decay():
+    one = model()
+    names = {id(parameter): name for name, parameter in one.named_parameters()}
+    decayed, plain = parameter_groups(one, weight_decay=0.1)[0]
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    spared = {names[id(parameter)].split(".")[-1] for parameter in plain["params"]}
+    assert {"conv_weight", "query_norm", "key_norm", "conv_norm"} <= spared
+    assert "model.embed_tokens.weight" in {names[id(parameter)] for parameter in plain["params"]}
+    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} >= {"key_value", "o_proj", "down_proj"}
 
 
 def test_tables_are_told_apart_and_frozen_parameters_left_out():

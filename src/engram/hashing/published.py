@@ -44,6 +44,15 @@ def read(config: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Any]:
     )
 
 
+# No model has come near these; beyond them a config is broken, and building its hash would take the machine with it.
+_HIGHEST = {
+    **dict.fromkeys(("max_ngram_size", "engram_max_ngram_size", "ngram_size"), 64),
+    **dict.fromkeys(("emb_neighbor_num", "oe_neighbor_num"), 64),
+    **dict.fromkeys(("n_head_per_ngram", "engram_n_heads", "heads_per_ngram", "emb_split_num", "oe_split_num"), 4096),
+    "vocab_size": 2**31,
+}
+
+
 class _Keys:
     """A config that complains by name about what is missing or of the wrong kind."""
 
@@ -71,15 +80,20 @@ class _Keys:
         value = default if value is None else value
         if value is None:
             raise ConfigError(f"the key {key!r} is missing")
-        if type(value) is not int or value < low:
-            raise ConfigError(f"{key!r} is an integer from {low}, got {value!r}")
+        high = _HIGHEST.get(key, 2**62)
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(f"{key!r} is an integer from {low} to {high}, got {value!r}")
         return value
 
     def integers(self, key: str, *, low: int = 1) -> tuple[int, ...]:
         value = self.get(key)
         if value is None:
             raise ConfigError(f"the key {key!r} is missing")
-        if not isinstance(value, list | tuple) or not value or any(type(v) is not int or v < low for v in value):
+        if (
+            not isinstance(value, list | tuple)
+            or not value
+            or any(type(v) is not int or not low <= v <= 2**62 for v in value)
+        ):
             raise ConfigError(f"{key!r} is a list of integers from {low}, got {value!r}")
         return tuple(value)
 

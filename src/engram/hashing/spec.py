@@ -185,6 +185,8 @@ class HashSpec:
         if not isinstance(config, Mapping):
             raise ConfigError(f"a config is a dictionary or a path, got {type(config).__name__}")
         if OURS in config:
+            if config[OURS] is None:
+                raise ConfigError("this config is of a model without memory: its 'hash_spec' is empty")
             spec = cls.from_dict(config[OURS])
             return spec if tokenizer is None else spec.bind(tokenizer)
         return cls(**read(config, tokenizer))
@@ -713,5 +715,5 @@ def _read_json(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"there is no config at {path}; pass a JSON file or a folder with a config.json")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error})") from error

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engram.errors import ConfigError
@@ -66,15 +67,31 @@ class EngramConfig:
     """Standard deviation of the initial key and value projections."""
     value_init: Literal["normal", "zero"] = "normal"
     """``"zero"`` starts the value projection at zero, so that the layer begins as the identity."""
+    table_gradient: Literal["sparse", "dense"] = "sparse"
+    """Whether a table's gradient holds the rows that were read (for `engram.training.optimizers.RowAdam`) or all of
+    them (what ordinary optimizers, ``clip_grad_norm_`` and ``transformers.Trainer`` need; only for small tables)."""
     seed: int = 0
     """Seed of the hash multipliers."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigError(f"{name} is a sequence of whole numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+            if any(type(item) is not int for item in getattr(self, name)):
+                raise ConfigError(f"{name} is a sequence of whole numbers, not {value!r}")
         for name in ("hidden_size", "num_streams", "num_heads", "memory_dim", "rows_per_head"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            _whole(name, getattr(self, name), at_least=1)
+        _whole("kernel_size", self.kernel_size, at_least=0)
+        _whole("seed", self.seed, at_least=0)
+        if self.dilation is not None:
+            _whole("dilation", self.dilation, at_least=1)
+        for name in ("norm_eps", "table_std", "projection_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                hint = _ZERO_TABLE if name == "table_std" else ""
+                raise ConfigError(f"{name} must be a finite number above 0, not {value!r}{hint}")
         if len(set(self.layers)) != len(self.layers) or any(layer < 0 for layer in self.layers) or not self.layers:
             raise ConfigError(f"layers must be distinct block numbers counted from 0, not {self.layers}")
         if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.orders)):
@@ -88,13 +105,6 @@ class EngramConfig:
         if self.signs == "hashed" and self.num_heads < 2:
             raise ConfigError(
                 "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
-            )
-        if self.kernel_size < 0 or (self.dilation is not None and self.dilation < 1):
-            raise ConfigError("kernel_size must be 0 (no convolution) or more, and dilation at least 1")
-        if self.table_std <= 0:
-            raise ConfigError(
-                f"table_std must be above 0, not {self.table_std}: a table of zeros has no gradient through its keys; "
-                "use value_init='zero' to begin as the identity"
             )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -164,10 +174,6 @@ class EngramConfig:
         """All numbers: tables and layers."""
         return self.table_parameters() + len(self.layers) * self.layer_parameters()
 
-    def active_parameters(self) -> int:
-        """Numbers used for one token: the layers and the rows read."""
-        return len(self.layers) * (self.layer_parameters() + self.memory_dim)
-
     def table_bytes(self, bytes_per_number: float = 2) -> int:
         """Bytes of all tables, in bfloat16 unless told otherwise."""
         return int(self.table_parameters() * bytes_per_number)
@@ -213,11 +219,19 @@ class EngramConfig:
         return 1 if self.tables == "shared" else len(self.layers)
 
 
+def _whole(name: str, value: object, *, at_least: int) -> None:
+    if type(value) is not int or value < at_least:
+        raise ConfigError(f"{name} must be a whole number, at least {at_least}, not {value!r}")
+
+
+_ZERO_TABLE = ": a table of zeros has no gradient through its keys; use value_init='zero' to begin as the identity"
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "tables": ("per_layer", "shared"),
     "signs": ("none", "hashed"),
     "gate": ("signed_sqrt", "plain", "none"),
     "norm_weight": ("plain", "zero_centered"),
+    "table_gradient": ("sparse", "dense"),
     "value_init": ("normal", "zero"),
 }
 

@@ -52,9 +52,7 @@ class EngramLayer(nn.Module):
                 f"(memory_dim {config.memory_dim} over {config.num_heads_total} heads)"
             )
         self.config = config
-        # Outside the module tree: a table may live on another tier and be shared by several layers.
-        self.table: Table | None
-        self.__dict__["table"] = table
+        self.table: Table | None = table
         wide = config.num_streams * config.hidden_size
         # All keys and the value in one product; the value comes last, as in DeepSeek-V4.1's `wkv`.
         self.key_value = nn.Linear(config.memory_dim, wide + config.hidden_size, bias=config.bias)
@@ -65,6 +63,13 @@ class EngramLayer(nn.Module):
             self.conv_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
             self.conv_weight = nn.Parameter(torch.empty(wide, config.kernel_size))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The table stays outside the module tree: it may live on another tier and be shared by several layers.
+        if name == "table":
+            self.__dict__["table"] = value
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -159,7 +164,8 @@ class EngramLayer(nn.Module):
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
         gates_BLS = self._gates(hidden_BLSD, key)
         if active is not None:
-            gates_BLS = gates_BLS * active.unsqueeze(-1)
+            # Filled, not multiplied: padding may hold anything, NaN included.
+            gates_BLS = gates_BLS.masked_fill(~active.unsqueeze(-1).bool(), 0)
         update = gates_BLS.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)
         if config.kernel_size:
             update = update + self._convolve(update, state, active, lengths)
@@ -199,9 +205,10 @@ class EngramLayer(nn.Module):
         lengths: Tensor | list[int] | None,
     ) -> Tensor:
         config = self.config
-        mean_square = update.float().square().mean(-1, keepdim=True)
-        normed = update * torch.rsqrt(mean_square + config.norm_eps).to(update.dtype)
-        normed = (normed * self._gain(self.conv_norm).to(normed.dtype)).flatten(-2)
+        # In float32: with a small eps the scale alone leaves the range of float16.
+        wide = update.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
+        normed = (wide * scale * self._gain(self.conv_norm).float()).to(update.dtype).flatten(-2)
         if state is not None and state.batch_size != normed.shape[0]:
             raise HistoryError(
                 f"the decode state holds {state.batch_size} sequences, this step has {normed.shape[0]}; "

@@ -43,6 +43,8 @@ class EngramLMConfig(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.rope_parameters is None and "rope_theta" not in kwargs:  # type: ignore[has-type]
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.memory is not None:
+            self.memory = EngramConfig.from_dict(self.memory).to_dict()
         memory_layers = self.memory["layers"] if self.memory is not None else ()
         self.layer_types = [
             MEMORY_LAYER_TYPE if block in memory_layers else "full_attention" for block in range(self.num_hidden_layers)

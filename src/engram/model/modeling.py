@@ -192,7 +192,9 @@ class EngramModel(EngramPreTrainedModel):
                 name = _SHARED if spec.shared_table else str(block)
                 if name not in self.memory_tables:
                     rows = spec.num_rows(layer)
-                    self.memory_tables[name] = ParameterTable(rows, memory.head_dim, std=memory.table_std)
+                    self.memory_tables[name] = ParameterTable(
+                        rows, memory.head_dim, gradient=memory.table_gradient, std=memory.table_std
+                    )
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
         self.layers = nn.ModuleList(
@@ -282,9 +284,16 @@ class EngramModel(EngramPreTrainedModel):
             return {}
         spec, config = self._bound_spec(), self.__dict__["_memory_config"]
         batch_size, length = input_ids.shape
-        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -length:]
-        if attention_mask is not None and mask is None and cache is None and attention_mask.dim() != 4:
-            raise MismatchError(f"attention_mask is {tuple(attention_mask.shape)}; expected [batch, length]")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            # Which positions are padding cannot be told from a mask of pairs, and memory must know.
+            raise MismatchError(
+                f"attention_mask is {tuple(attention_mask.shape)}; a model with memory needs [batch, past + length], "
+                "0 at padding"
+            )
+        mask = None if attention_mask is None else attention_mask[:, -length:]
+        if self.training and self.gradient_checkpointing:
+            # Blocks run twice then, and would move their state twice; transformers drops their cache as well.
+            cache = None
         codes = spec.encode(input_ids, attention_mask=mask, position_ids=position_ids.expand(batch_size, length))
         blocks = self.config.memory_layers
         history = None

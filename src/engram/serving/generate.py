@@ -2,13 +2,14 @@
 
 import dataclasses
 import json as json_module
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, DataError
 from engram.serving.load import load_model
 
 __all__ = ["Generate", "continue_text"]
@@ -41,10 +42,12 @@ class Generate:
     """Print JSON: the prompt and its continuations."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_samples < 1 or self.temperature < 0 or self.top_k < 0:
+        if self.max_new_tokens < 1 or self.num_samples < 1 or self.top_k < 0 or not 0 <= self.temperature < math.inf:
             raise ConfigError(
                 "--max-new-tokens and --num-samples must be at least 1, --temperature and --top-k at least 0"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be a number from 0 to 2^63 - 1, not {self.seed}")
 
     def run(self) -> int:
         """Print the continuations."""
@@ -94,6 +97,8 @@ def continue_text(
     """
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():
+        if tokenizer.eos_token_id is None:
+            raise DataError("the prompt is empty and the tokenizer has no end-of-text token to begin with")
         tokens = torch.tensor([[tokenizer.eos_token_id]])
     tokens = tokens.to(dtype=torch.int64, device=next(model.parameters()).device)
     choices = (
@@ -107,7 +112,7 @@ def continue_text(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **choices,
         )
     model.train(was_training)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engram.errors import ConfigError, EngramError
+from engram.errors import ConfigError, EngramError, MismatchError
 
 __all__ = ["load_model"]
 
@@ -20,7 +20,8 @@ def load_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
 
     Raises:
         ConfigError: The folder is not a model's, or the device is not there.
-        MismatchError: The tokenizer in it is not the one the model's memory was trained with.
+        MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
+            trained with.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,6 +45,12 @@ def load_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
         if isinstance(error, EngramError):
             raise
         raise ConfigError(f"cannot load {folder}: {error}") from error
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise MismatchError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {size}; "
+            "they do not belong together"
+        )
     if hasattr(model, "check_tokenizer"):
         model.check_tokenizer(tokenizer)
     return model.to(wanted).eval(), tokenizer

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.errors import ConfigError
 from engram.tables.table import Table
 
 __all__ = ["ParameterTable", "ResidentTable"]
@@ -69,6 +70,8 @@ class ParameterTable(nn.Module, Table):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if gradient not in ("sparse", "dense"):
+            raise ConfigError(f"gradient must be 'sparse' or 'dense', not {gradient!r}")
         self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
         self.reset_parameters()

@@ -22,18 +22,18 @@ def pack(
     *,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> np.ndarray:
-    """Tokenize documents and lay them end to end, an end-of-text token after each.
+    """Tokenize documents and lay them end to end, an end-of-text token after each if the tokenizer has one.
 
     Args:
         documents: What to tokenize.
-        tokenizer: A fast tokenizer with an end-of-text token.
+        tokenizer: A fast tokenizer.
         on_progress: Called with the number of characters done since the last call.
 
     Returns:
         Tokens, int32 ``[num_tokens]``.
     """
     pieces: list[np.ndarray] = []
-    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
     for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):

@@ -63,7 +63,7 @@ def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000
         DataError: A path does not exist, or none of the files holds text.
     """
     if paths:
-        source = ", ".join(str(path) for path in paths)
+        source = _printable(", ".join(str(path) for path in paths))
         found = [item for path in paths for item in _find(Path(path), tests=True, suffix="")]
     else:
         root = standard_library()
@@ -71,6 +71,7 @@ def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000
         found = list(_find(root, tests=False, suffix=".py"))
     skipped: Counter[str] = Counter()
     documents: list[Document] = []
+    seen: set[bytes] = set()
     size = 0
     for name, path in sorted(set(found), key=lambda item: (_name_hash(item[0]), item)):
         if size >= max_bytes:
@@ -80,8 +81,14 @@ def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000
         if text is None or isinstance(text, _Unreadable):
             skipped[text.reason if text else "empty"] += 1
             continue
+        # A file reached by two names, or copied, must not be trained on under one and held out under the other.
+        content = hashlib.sha256(text.encode()).digest()
+        if content in seen:
+            skipped["a copy of another"] += 1
+            continue
+        seen.add(content)
         documents.append(Document(name, text))
-        size += path.stat().st_size
+        size += len(text)
     if not documents:
         detail = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no files at all"
         raise DataError(f"no text in {source}: {detail}; pass --data with UTF-8 text files or folders that hold some")
@@ -89,13 +96,14 @@ def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000
 
 
 def split_corpus(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """Set files aside for evaluation: whole files, chosen by their names alone.
+    """Set files aside for evaluation: whole files, chosen by their names and sizes alone.
 
-    A corpus of one file is cut near its end instead, at a line break.
+    Where no file is small enough for that (a corpus of one file, or of a few large ones), the end of the largest is
+    set aside instead, from a line break if there is one near.
 
     Args:
         corpus: What to split.
-        held_out: Share of the bytes to set aside.
+        held_out: Share of the text to set aside; at most a third more than that is.
 
     Returns:
         Training documents and held-out documents.
@@ -104,28 +112,39 @@ def split_corpus(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document
         DataError: There is too little text to split.
     """
     documents = corpus.documents
-    if len(documents) == 1:
-        text = documents[0].text
-        cut = text.rfind("\n", 0, int(len(text) * (1 - held_out))) + 1
-        if cut <= 0 or cut >= len(text):
-            raise DataError(f"{documents[0].name} is one short piece of text; nothing could be held out of it")
-        name = documents[0].name
-        return (Document(f"{name} (beginning)", text[:cut]),), (Document(f"{name} (end)", text[cut:]),)
     wanted = held_out * sum(len(document.text) for document in documents)
     aside: list[Document] = []
+    taken = 0
     # From the back: the order of reading decides what a size limit keeps, and need not decide what is held out.
-    for document in reversed(documents[1:]):
-        if wanted <= 0:
-            break
-        aside.append(document)
-        wanted -= len(document.text)
-    chosen = {id(document) for document in aside}
-    return tuple(document for document in documents if id(document) not in chosen), tuple(aside)
+    for document in reversed(documents):
+        if taken < wanted and taken + len(document.text) <= wanted * 4 / 3:
+            aside.append(document)
+            taken += len(document.text)
+    if taken >= wanted / 2 and len(aside) < len(documents):
+        chosen = {id(document) for document in aside}
+        return tuple(document for document in documents if id(document) not in chosen), tuple(aside)
+    largest = max(documents, key=lambda document: len(document.text))
+    beginning, end = _cut(largest.text, len(largest.text) - round(wanted))
+    if not beginning.strip() or not end.strip():
+        raise DataError(f"{largest.name} is one short piece of text; nothing could be held out of it")
+    train = tuple(
+        Document(f"{largest.name} (beginning)", beginning) if document is largest else document
+        for document in documents
+    )
+    return train, (Document(f"{largest.name} (end)", end),)
+
+
+def _cut(text: str, place: int) -> tuple[str, str]:
+    """Cut a text in two, at the last line break before the place unless that is far from it."""
+    line = text.rfind("\n", 0, place) + 1
+    if place - line <= (len(text) - place) / 2:
+        place = line
+    return text[:place], text[place:]
 
 
 def _find(path: Path, *, tests: bool, suffix: str) -> Iterator[tuple[str, Path]]:
     if path.is_file():
-        yield path.name, path
+        yield _printable(path.name), path
         return
     if not path.is_dir():
         raise DataError(f"{path} is neither a file nor a folder; check the path given to --data")
@@ -138,7 +157,7 @@ def _find(path: Path, *, tests: bool, suffix: str) -> Iterator[tuple[str, Path]]
         for name in sorted(files):
             if name.endswith(suffix) and not name.startswith("."):
                 full = Path(folder) / name
-                yield full.relative_to(path).as_posix(), full
+                yield _printable(full.relative_to(path).as_posix()), full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,5 +181,10 @@ def _read_text(path: Path) -> "str | _Unreadable | None":
         return _Unreadable("not UTF-8")
 
 
+def _printable(name: str) -> str:
+    """A file name as text, whatever its bytes are."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _name_hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(name.encode()).digest()

@@ -50,7 +50,8 @@ class TrainOptions:
     """Type of matrix products; weights stay in float32."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.lr <= 0 or self.table_lr_multiplier < 0:
+        # Written so that NaN is refused too.
+        if not (self.num_steps >= 1 and self.lr > 0 and self.table_lr_multiplier >= 0):
             raise ConfigError(
                 f"training needs num_steps >= 1, lr > 0 and table_lr_multiplier >= 0, not {self.num_steps}, {self.lr} "
                 f"and {self.table_lr_multiplier}"
@@ -91,7 +92,7 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}); use cpu or cuda") from error
     return device
@@ -156,7 +157,7 @@ class Trainer:
         """Take the next step.
 
         Raises:
-            DataError: The loss is no longer a finite number; the model is as it was before the step.
+            DataError: The loss or the gradient is no longer a finite number; the model is as it was before the step.
         """
         started = time.perf_counter()
         rate = learning_rate(self.num_steps_done, self.options)
@@ -175,9 +176,13 @@ class Trainer:
         norm = clip_gradients(
             (parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm
         )
+        if not math.isfinite(norm):
+            raise DataError(f"the gradient became {norm} at step {self.num_steps_done + 1}; lower the learning rate")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.num_steps_done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or this step's work is counted in whoever's comes next
         seconds = time.perf_counter() - started
         return StepRecord(self.num_steps_done, value, norm, rate, self.num_steps_done * inputs.numel(), seconds)

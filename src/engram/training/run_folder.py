@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,23 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
+        try:
+            path = path.expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise RunFolderError(f"cannot use {path}: {error}; name another folder with --out") from error
         self.path = path
-        if path.is_file() or path.is_symlink():
+        if path == Path.cwd():
+            raise RunFolderError("the folder you stand in cannot become a run; name a folder in it with --out")
+        if path.is_file():
             raise RunFolderError(f"{path} is a file; name another folder with --out")
         if path.is_dir() and any(path.iterdir()) and not (path / _MARK).is_file():
             raise RunFolderError(
                 f"{path} exists and holds something that is not a run (no {_MARK}), so it is left alone; "
                 "name another folder with --out"
             )
-        self.aside = path.parent / f".{path.name}.{os.getpid()}.partial"
         try:
-            self.aside.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to {path.parent}: {error.strerror}; name a folder you can write to with --out"
@@ -53,6 +60,7 @@ class RunFolder:
             Where an earlier run was moved to, if there was one.
         """
         moved = None
+        _open_to_readers(self.aside)
         if self.path.is_dir():
             if any(self.path.iterdir()):
                 numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in itertools.count(1))
@@ -68,9 +76,17 @@ class RunFolder:
         shutil.rmtree(self.aside, ignore_errors=True)
 
 
+def _open_to_readers(folder: Path) -> None:
+    """Give files the permissions that new files have here; some of the libraries that write them keep them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def command_line() -> str:
     """The command that started this process, as it would be typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
 
 
 def machine() -> dict[str, Any]:
@@ -122,5 +138,5 @@ def commit() -> str | None:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON, numbers as they are."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Indented JSON; file names that are no UTF-8 lose what is not."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"

@@ -82,8 +82,8 @@ def _header(result: Mapping[str, Any]) -> str:
     ]
     if result.get("interrupted"):
         lines.append(
-            '<p class="notice">The run was interrupted. What follows is what there was, and models may have seen '
-            "different amounts of text.</p>"
+            '<p class="notice">The run was interrupted. What follows is what there was when it stopped; '
+            "all models had seen the same text.</p>"
         )
     return "\n".join(lines)
 

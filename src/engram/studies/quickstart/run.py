@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from engram.analysis.gates import GateTrace, gate_trace
-from engram.errors import ConfigError
+from engram.errors import ConfigError, RunFolderError
 from engram.evaluation.loss import HeldOutLoss, held_out_loss
 from engram.files import write_atomically
 from engram.hashing import TokenMap
@@ -106,7 +108,7 @@ class Quickstart:
             )
         if self.hidden_size % 32:
             raise ConfigError(f"--hidden-size must be a multiple of 32 (the width of a head), not {self.hidden_size}")
-        if self.lr <= 0 or self.table_lr_multiplier < 0:
+        if not (0 < self.lr < math.inf and 0 <= self.table_lr_multiplier < math.inf):
             raise ConfigError("--lr must be above 0 and --table-lr-multiplier at least 0")
         self.memory()  # refuses what cannot be
         if max(self.memory_layers) >= self.blocks:
@@ -132,9 +134,14 @@ class Quickstart:
             with Interrupt() as interrupt:
                 study = _Study(self, memory, console, interrupt)
                 result = study.run(folder.aside)
-            moved = folder.publish()
-        except BaseException:
-            folder.discard()
+                moved = folder.publish()
+        except BaseException as error:
+            if (folder.aside / "model.safetensors").is_file():
+                console.print(f"what was trained so far is in {folder.aside}", highlight=False, soft_wrap=True)
+            else:
+                folder.discard()
+            if isinstance(error, SafetensorError):  # what safetensors makes of a full disk
+                raise RunFolderError(f"cannot write {folder.aside}: {error}") from error
             raise
         if moved is not None:
             console.print(f"the earlier run was moved to {moved}")
@@ -187,6 +194,7 @@ class _Study:
         self.device = find_device(options.device)
         self.dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
         self.started = time.time()
+        self.cut_short = False
 
     def run(self, folder: Path) -> dict[str, Any]:
         options = self.options
@@ -217,16 +225,21 @@ class _Study:
                     for arm in built.values():
                         arm.model.to(self.device)
                     runs = self._train(built, batches, held_out_tokens, seed, progress, metrics)
+                    if not arms:
+                        # The first seed's models are the ones that are kept, and are safe from here on.
+                        arms = built
+                        _save_models(folder, arms, tokenizer)
+                    if self.cut_short and results:
+                        break  # a seed that was cut short says nothing beside whole ones
                     for name, run in runs.items():
                         results.setdefault(name, []).append(run)
-                    arms = arms or built  # the first seed's models are the ones that are kept
                     if self.interrupt.asked:
                         break
             progress.note("writing samples and report")
             facts = _data_facts(corpus, train_files, held_out_files, train_tokens, held_out_tokens)
             result = self._result(arms, results, facts, _samples(arms, tokenizer, held_out_files, options))
             traces = _gate_texts(arms["memory"].model, tokenizer, held_out_files)
-            _write(folder, arms, tokenizer, result, traces)
+            _write(folder, arms, result, traces)
         return result
 
     def _train(
@@ -262,13 +275,16 @@ class _Study:
                     for name, arm in arms.items():
                         point = self._evaluate(arm, held_out[: _CURVE_TOKENS + 1])
                         held_out_curves[name].append((records[name][-1].num_tokens, point.loss))
-                if self.interrupt.asked:
+                if self.interrupt.asked and step < options.num_steps:
+                    self.cut_short = True
                     progress.note(f"interrupted after step {step} of {options.num_steps}; saving what was trained")
                     break
         runs = {}
         with progress.task("evaluating on held-out files", len(arms) * (len(held_out) - 1)) as advance:
             for name, arm in arms.items():
                 final = self._evaluate(arm, held_out, advance)
+                # The curve's last point is of the same tokens as its others.
+                last = self._evaluate(arm, held_out[: _CURVE_TOKENS + 1])
                 seconds = sum(record.seconds for record in records[name])
                 tokens = records[name][-1].num_tokens
                 runs[name] = {
@@ -276,12 +292,13 @@ class _Study:
                     "loss": final.loss,
                     "perplexity": final.perplexity,
                     "num_evaluated_tokens": final.num_tokens,
+                    "num_steps": len(records[name]),
                     "tokens": tokens,
                     "tokens_per_second": tokens / seconds,
                     "seconds": seconds,
                     "median_step_seconds": statistics.median(record.seconds for record in records[name]),
                     "train_curve": _smoothed(records[name]),
-                    "held_out_curve": [*held_out_curves[name], (tokens, final.loss)],
+                    "held_out_curve": [*held_out_curves[name], (tokens, last.loss)],
                 }
         return runs
 
@@ -334,7 +351,7 @@ class _Study:
             "data": facts,
             "settings": settings,
             "seeds": [run["seed"] for run in runs["memory"]],
-            "interrupted": self.interrupt.asked,
+            "interrupted": self.cut_short or len(runs["memory"]) < options.seeds,
             "arms": described,
             "difference": {**_mean_and_std(gains), "per_seed": gains},
             "step_time_ratio": statistics.median(
@@ -404,16 +421,13 @@ def _excerpt(text: str, length: int) -> str:
     return text[start : start + length].strip("\n") or text[:length]
 
 
-def _write(
-    folder: Path,
-    arms: dict[str, Arm],
-    tokenizer: PreTrainedTokenizerFast,
-    result: dict[str, Any],
-    traces: list[GateTrace],
-) -> None:
+def _save_models(folder: Path, arms: dict[str, Arm], tokenizer: PreTrainedTokenizerFast) -> None:
     for name, place in (("memory", folder), ("twin", folder / "twin")):
         arms[name].model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+
+
+def _write(folder: Path, arms: dict[str, Arm], result: dict[str, Any], traces: list[GateTrace]) -> None:
     write_atomically(folder / "result.json", to_json(result))
     write_atomically(folder / "report.html", render_report(result, traces))
     save_curves(result, folder / "curves.png")
@@ -428,7 +442,11 @@ def _last_words(result: dict[str, Any], out: Path) -> str:
     gain, std = result["difference"]["mean"], result["difference"]["std"]
     spread = "" if std is None else f" ± {std:.3f} over {len(result['seeds'])} seeds"
     verdict = "lower" if gain > 0 else "higher"
-    stopped = " (interrupted: both models stopped at the same step)" if result["interrupted"] else ""
+    stopped = ""
+    if result["interrupted"]:
+        whole = result["arms"]["memory"]["runs"][0]["num_steps"] == result["settings"]["num_steps"]
+        stopped = " (interrupted: "
+        stopped += f"only {len(result['seeds'])} seeds)" if whole else "both models stopped at the same step)"
     return (
         f"Held-out loss is {abs(gain):.3f}{spread} nats per token {verdict} with memory{stopped}, in "
         f"{result['seconds'] / 60:.1f} minutes.\n"
