@@ -237,7 +237,7 @@ def test_an_earlier_run_is_kept_and_other_folders_are_left_alone(run, corpus, tm
     ("arguments", "status", "message"),
     [
         (["--data", "EMPTY"], 1, "no text in"),
-        (["--data", "SHORT"], 1, "--sequence-length"),
+        (["--data", "SHORT", "--sequence-length", "512"], 1, "--sequence-length"),
         (["--data", "/nowhere"], 1, "neither a file nor a folder"),
         (["--out", "/proc/quickstart"], 1, "--out"),
         (["--seeds", "0"], 2, "--seeds"),

@@ -194,6 +194,7 @@ class _Study:
         self.device = find_device(options.device)
         self.dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
         self.started = time.time()
+        self.commit = commit()  # now: the tree may change under a long run
         self.cut_short = False
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -347,7 +348,7 @@ class _Study:
             "seconds": time.time() - self.started,
             "machine": machine(),
             "versions": versions(),
-            "commit": commit(),
+            "commit": self.commit,
             "data": facts,
             "settings": settings,
             "seeds": [run["seed"] for run in runs["memory"]],
