@@ -13,8 +13,14 @@ from typing import Any
 
 from engram.studies.quickstart.run import Quickstart
 
-RUNS: dict[str, dict[str, Any]] = {"default": {}, "controls": {"seeds": 3, "controls": True, "tokens": 600_000}}
-COMMANDS = {"default": "engram quickstart", "controls": "engram quickstart --seeds 3 --controls --tokens 600000"}
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "controls": {"seeds": 3, "controls": True, "tokens": 600_000, "memory_layers": [1]},
+}
+COMMANDS = {
+    "default": "engram quickstart",
+    "controls": "engram quickstart --seeds 3 --controls --tokens 600000 --memory-layers 1",
+}
 
 
 def collect(folder: Path, name: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["Quickstart"]
 
+_FIRST_BLOCKS = (0, 1, 2)
 _CURVE_POINTS = 8
 """Times that held-out loss is measured along the way."""
 _CURVE_TOKENS = 16_384
@@ -87,8 +88,8 @@ class Quickstart:
     """Width of the models."""
     blocks: int = 4
     """Transformer blocks."""
-    memory_layers: tuple[int, ...] = (1,)
-    """Blocks that read memory, counted from 0."""
+    memory_layers: tuple[int, ...] = _FIRST_BLOCKS
+    """Blocks that read memory, counted from 0; the first three, or all of fewer, unless given."""
     memory_dim: int = 128
     """Width of the memory vector, over all heads."""
     heads: int = 8
@@ -99,6 +100,8 @@ class Quickstart:
     """Text to read at most."""
 
     def __post_init__(self) -> None:
+        if self.memory_layers == _FIRST_BLOCKS:
+            object.__setattr__(self, "memory_layers", tuple(range(min(len(_FIRST_BLOCKS), self.blocks))))
         for name in ("seeds", "tokens", "batch_size", "sequence_length", "blocks", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
