@@ -68,7 +68,9 @@ def build_arms(
 
     config = EngramLMConfig.for_tokenizer(tokenizer, memory, token_map=token_map, **backbone)
     with_memory = build(config)
-    arms = [arm("memory", "with memory", f"reads {memory.num_heads_total} rows per token", with_memory)]
+    arms = [
+        arm("memory", "with memory", f"reads {memory.num_heads_total * len(memory.layers)} rows per token", with_memory)
+    ]
 
     flops = memory.flops_per_token()
     per_width = 6 * config.hidden_size * config.num_hidden_layers
