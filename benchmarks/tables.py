@@ -60,17 +60,18 @@ def speed() -> str:
         for result in hashing["results"]
         if result["length_tokens"] == 2048 and result["batch_size"] == 8
     }
-    ours = rows["torch"]
-    lines.append(
-        f"| row numbers, two layers × 16 heads | the NumPy twin; transformers' `qwen4_exp` | "
-        f"{ours['rows_per_second'] / 1e6:.0f} M rows/s, {ours['times_numpy']:.1f}× and "
-        f"{ours['times_transformers']:.1f}× |"
-    )
+    for path, name in (("torch", "eager"), ("torch, compiled", "`torch.compile`d")):
+        ours = rows[path]
+        lines.append(
+            f"| row numbers, two layers × 16 heads, {name} | the NumPy path; transformers' `qwen4_exp` | "
+            f"{ours['rows_per_second'] / 1e6:.0f} M rows/s, {ours['times_numpy']:.1f}× and "
+            f"{ours['times_transformers']:.1f}× |"
+        )
     steps = {result["what"]: result for result in layer["results"] if result["case"] == "training step"}
     share, twin = steps["with memory"]["ratio_to_backbone_alone"], steps["without memory"]["ratio_to_backbone_alone"]
     lines.append(
-        f"| training step of the quickstart's model, memory in three blocks | the same backbone without memory | {share - 1:+.0%} "
-        f"(its twin of equal FLOPs: {twin - 1:+.0%}) |"
+        "| training step of the quickstart's model, memory in three blocks | the same backbone without memory | "
+        f"{share - 1:+.0%} (its twin of equal FLOPs: {twin - 1:+.0%}) |"
     )
     pace = {r["what"]: r for r in layer["results"] if r["case"] == "forward and backward" and r["num_streams"] == 4}
     ratio = pace["plain twin"]["median_seconds"] / pace["layer"]["median_seconds"]
