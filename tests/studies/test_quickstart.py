@@ -268,28 +268,27 @@ def test_bad_input_ends_with_a_message_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "SHORT"]
 
 
+def training_process(corpus, out):
+    """A quickstart in a process of its own that would train for hours, and has begun to."""
+    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), *SMALL]
+    process = subprocess.Popen(
+        [*call, "--tokens", "50000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])},
+    )
+    deadline = time.time() + 60
+    metrics = f".{out.name}.*/metrics.jsonl"
+    while time.time() < deadline and not [path for path in out.parent.glob(metrics) if path.stat().st_size > 1000]:
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_saves_what_was_trained_and_says_so(corpus, tmp_path, number):
     out = tmp_path / "run"
-    call = [
-        sys.executable,
-        "-m",
-        "engram",
-        "quickstart",
-        "--data",
-        str(corpus),
-        "--out",
-        str(out),
-        "--tokens",
-        "50000000",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
-    process = subprocess.Popen(
-        [*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    deadline = time.time() + 60
-    while time.time() < deadline and not [p for p in tmp_path.glob(".run.*/metrics.jsonl") if p.stat().st_size > 1000]:
-        time.sleep(0.1)
+    process = training_process(corpus, out)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -301,23 +300,7 @@ def test_an_interruption_saves_what_was_trained_and_says_so(corpus, tmp_path, nu
 
 def test_a_killed_run_leaves_no_folder_that_looks_complete(corpus, tmp_path):
     out = tmp_path / "run"
-    call = [
-        sys.executable,
-        "-m",
-        "engram",
-        "quickstart",
-        "--data",
-        str(corpus),
-        "--out",
-        str(out),
-        "--tokens",
-        "50000000",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])}
-    process = subprocess.Popen([*call, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    deadline = time.time() + 60
-    while time.time() < deadline and not [p for p in tmp_path.glob(".run.*/metrics.jsonl") if p.stat().st_size > 1000]:
-        time.sleep(0.1)
+    process = training_process(corpus, out)
     process.kill()
     process.communicate(timeout=60)
     assert not out.exists()
