@@ -11,6 +11,7 @@
     ├── HistoryError (RuntimeError)       decode state asked for something it no longer holds
     ├── TableClosedError (RuntimeError)   a table used after ``close()``
     ├── DataError (ValueError)            text that cannot be trained or evaluated on
+    ├── CheckpointError (ValueError)      weights on disk that are missing, truncated or of unexpected names or shapes
     ├── RunFolderError (OSError)          a run folder that cannot be written or read
     └── MissingExtraError (ImportError)   an optional dependency that is not installed
 
@@ -19,6 +20,7 @@ second base class is what a caller who does not know this library would catch.
 """
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "EngramError",
@@ -67,6 +69,10 @@ class TableClosedError(EngramError, RuntimeError):
 
 class DataError(EngramError, ValueError):
     """Text that cannot be trained or evaluated on."""
+
+
+class CheckpointError(EngramError, ValueError):
+    """Weights on disk that are missing, truncated, or of other names, types or shapes than their configuration says."""
 
 
 class RunFolderError(EngramError, OSError):
