@@ -1,5 +1,7 @@
 """Configuration of the reference language model."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +10,7 @@ from transformers import DeepseekV3Config
 from engram.errors import ConfigError
 from engram.hashing import HashSpec, Segments, TokenMap
 from engram.memory.config import EngramConfig
+from engram.model.presets import CANONICAL_DEEPSEEK, preset_fields
 
 __all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
 
@@ -19,16 +22,25 @@ MEMORY_LAYER_TYPE = "engram_memory"
 class EngramLMConfig(DeepseekV3Config):
     """A DeepSeek-V3 backbone (MLA, dense or MoE feed-forward) whose chosen blocks begin by reading memory.
 
-    All fields of ``transformers.DeepseekV3Config`` keep their meaning. ``memory`` and ``hash_spec`` are plain
-    dictionaries, so that ``config.json`` holds everything that decides row numbers; `memory_config` and `spec` give
-    them as objects.
+    All fields of ``transformers.DeepseekV3Config`` keep their meaning, YaRN in ``rope_parameters`` included; experts
+    are not chosen in groups unless ``n_group`` says so. ``memory`` and ``hash_spec`` are plain dictionaries, so that
+    ``config.json`` holds everything that decides row numbers; `memory_config` and `spec` give them as objects.
 
     Example:
+        >>> EngramLMConfig.preset("engram-27b").n_routed_experts
+        55
         >>> config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(hidden_size=128, memory_dim=128),
         ...                                       num_hidden_layers=4)  # doctest: +SKIP
     """
 
     model_type = "engram_lm"
+    # What transformers' hyper-connection calls the fields of the streams.
+    attribute_map = {
+        **DeepseekV3Config.attribute_map,
+        "hc_mult": "num_streams",
+        "hc_sinkhorn_iters": "num_sinkhorn_iterations",
+        "hc_eps": "stream_eps",
+    }
 
     memory: dict[str, Any] | None = None
     """Fields of `engram.EngramConfig`; None is a model without memory."""
@@ -38,11 +50,31 @@ class EngramLMConfig(DeepseekV3Config):
     """Derived: ``engram_memory`` for blocks that read memory, ``full_attention`` for the others."""
     first_k_dense_replace: int | None = 1_000_000
     """Blocks before the first mixture of experts; by default none has one."""
+    n_group: int | None = 1
+    """Groups that experts are chosen in; 1 is no grouping, as in the paper."""
+    topk_group: int | None = 1
+    """Groups of experts a token may choose from."""
+    router_bias_speed: float = 1e-3
+    """How far `engram.model.balance_experts` moves the selection bias of an expert in one step; 0 is no balancing."""
+    sequence_balance: float = 0.0
+    """Weight of the sequence-wise balance loss, added to the loss where ``labels`` are given. DeepSeek-V3 has 1e-4."""
+    num_streams: int = 1
+    """Residual streams S (mHC; also called ``hc_mult``); 1 is an ordinary residual network."""
+    num_sinkhorn_iterations: int = 20
+    """Normalizations that make the mixing of streams doubly stochastic (also called ``hc_sinkhorn_iters``)."""
+    stream_eps: float = 1e-6
+    """Added to the sums of those normalizations (also called ``hc_eps``)."""
+    memory_fusion: str = "every_stream"
+    """``"every_stream"``: the update of memory is added to every stream, each with its own gate, before attention.
+    ``"single"``: one update for what attention reads from the streams, written back together with attention's output
+    (the ablation of the paper's section 6.2); ``memory.num_streams`` is 1 then."""
     num_mtp_layers: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.rope_parameters is None and "rope_theta" not in kwargs:  # type: ignore[has-type]
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.first_k_dense_replace is None:
+            self.first_k_dense_replace = self.num_hidden_layers
         if self.memory is not None:
             self.memory = EngramConfig.from_dict(self.memory).to_dict()
         memory_layers = self.memory["layers"] if self.memory is not None else ()
@@ -50,8 +82,61 @@ class EngramLMConfig(DeepseekV3Config):
             MEMORY_LAYER_TYPE if block in memory_layers else "full_attention" for block in range(self.num_hidden_layers)
         ]
         super().__post_init__(**kwargs)
+        self._check_backbone()
         if self.memory is not None:
             self._check_memory()
+
+    @classmethod
+    def preset(
+        cls, name: str, tokenizer: Any = None, *, memory: Mapping[str, Any] | None = None, **backbone: Any
+    ) -> "EngramLMConfig":
+        """Configure a model by name: ``{dense,moe,engram}-{nano,tiny,small}``, ``dense-4b``, ``moe-27b``,
+        ``engram-27b``, ``engram-40b``.
+
+        The three of a size have equal active parameters (so equal FLOPs), ``moe`` and ``engram`` equal totals too.
+
+        Args:
+            name: One of `engram.model.presets.NAMES`.
+            tokenizer: The tokenizer the model is for: it decides the vocabulary, the special tokens and the canonical
+                tokens. Without one, ``nano`` and ``tiny`` hash raw tokens, and the larger ones are DeepSeek-V3's
+                (129,280 tokens, 99,092 of them canonical), whose map is bound later with ``model.bind_tokenizer``.
+            memory: Fields of `engram.EngramConfig` to change.
+            **backbone: Fields of this class to change.
+
+        Raises:
+            ConfigError: No such preset (the nearest name is given), or a change that contradicts the rest.
+
+        Source: the paper, Table 5; where it is silent: ``docs/paper.md``, “Presets”.
+        """
+        fields, memory_fields = preset_fields(name)
+        fields.update(backbone)
+        if memory is not None and memory_fields is None:
+            raise ConfigError(f"preset {name!r} has no memory whose fields could be changed")
+        config = None
+        if memory_fields is not None:
+            streams = fields.get("num_streams", 1) if fields.get("memory_fusion") != "single" else 1
+            shape = {"hidden_size": fields["hidden_size"], "num_streams": streams}
+            config = EngramConfig.from_dict({**memory_fields, **shape, **(memory or {})})
+        if tokenizer is not None:
+            for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+                if key not in backbone:
+                    fields.pop(key)
+            return cls.for_tokenizer(tokenizer, config, **fields)
+        if config is None:
+            return cls(**fields)
+        deepseek = fields["vocab_size"] == CANONICAL_DEEPSEEK.num_tokens
+        token_map = TokenMap.identity(CANONICAL_DEEPSEEK.num_canonical if deepseek else fields["vocab_size"])
+        segments = Segments(end_tokens=(fields["eos_token_id"],))
+        spec = config.hash_spec(token_map, pad_token_id=fields["pad_token_id"], segments=segments)
+        if deepseek:
+            # Everything but the map itself, which takes the tokenizer: its size and digest decide all else.
+            spec = dataclasses.replace(
+                spec,
+                num_tokens=CANONICAL_DEEPSEEK.num_tokens,
+                token_map_digest=CANONICAL_DEEPSEEK.digest,
+                token_map=None,
+            )
+        return cls(memory=config.to_dict(), hash_spec=spec.to_dict(), **fields)
 
     @classmethod
     def for_tokenizer(
@@ -122,6 +207,59 @@ class EngramLMConfig(DeepseekV3Config):
         if self.layer_types is not None and not set(self.layer_types) <= allowed:
             raise ConfigError(f"layer_types may hold {sorted(allowed)}, not {sorted(set(self.layer_types) - allowed)}")
 
+    def _check_backbone(self) -> None:
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_streams", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_sinkhorn_iterations < 1 or not self.stream_eps > 0:
+            raise ConfigError(
+                f"mixing streams needs num_sinkhorn_iterations >= 1 and stream_eps > 0, not "
+                f"{self.num_sinkhorn_iterations} and {self.stream_eps}"
+            )
+        if self.memory_fusion not in ("every_stream", "single"):
+            raise ConfigError(f"memory_fusion must be 'every_stream' or 'single', not {self.memory_fusion!r}")
+        if not (self.router_bias_speed >= 0 and self.sequence_balance >= 0):
+            raise ConfigError(
+                f"router_bias_speed and sequence_balance must be 0 or above, not {self.router_bias_speed} and "
+                f"{self.sequence_balance}"
+            )
+        if self.has_experts:
+            self._check_experts()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any block has a mixture of experts."""
+        return self.num_dense_layers < self.num_hidden_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Leading blocks whose feed-forward network is dense."""
+        return min(self.first_k_dense_replace or 0, self.num_hidden_layers)
+
+    def _check_experts(self) -> None:
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        groups, allowed = self.n_group, self.topk_group
+        for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number, at least 1, not {value!r}")
+        if self.n_shared_experts < 1:
+            raise ConfigError(f"n_shared_experts must be at least 1, not {self.n_shared_experts}")
+        if experts % groups:
+            near = max(1, round(experts / groups)) * groups
+            raise ConfigError(
+                f"n_routed_experts {experts} does not divide into n_group {groups}; the nearest that does is {near}"
+            )
+        if allowed > groups:
+            raise ConfigError(f"topk_group {allowed} is more than n_group {groups}")
+        if experts // groups < 2:
+            raise ConfigError(f"a group needs 2 experts to be scored, n_routed_experts {experts} / n_group {groups}")
+        if chosen > allowed * (experts // groups):
+            raise ConfigError(
+                f"num_experts_per_tok {chosen} is more than the {allowed * (experts // groups)} experts that a token "
+                f"may choose from (n_routed_experts {experts}, n_group {groups}, topk_group {allowed})"
+            )
+
     def _check_memory(self) -> None:
         memory, spec = self.memory_config, self.spec
         assert memory is not None
@@ -132,10 +270,11 @@ class EngramLMConfig(DeepseekV3Config):
             )
         if max(memory.layers) >= self.num_hidden_layers:
             raise ConfigError(f"memory.layers {memory.layers} reach past the model's {self.num_hidden_layers} blocks")
-        if memory.hidden_size != self.hidden_size or memory.num_streams != 1:
+        streams = self.num_streams if self.memory_fusion == "every_stream" else 1
+        if (memory.num_streams, memory.hidden_size) != (streams, self.hidden_size):
             raise ConfigError(
-                f"memory is configured for {memory.num_streams} streams of {memory.hidden_size}, "
-                f"this model has one of {self.hidden_size}"
+                f"memory is configured for num_streams={memory.num_streams} of hidden_size={memory.hidden_size}; with "
+                f"memory_fusion={self.memory_fusion!r} this model needs {streams} of {self.hidden_size}"
             )
         if (spec.num_heads_total, spec.blocks) != (memory.num_heads_total, memory.layers):
             raise ConfigError(

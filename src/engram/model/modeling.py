@@ -13,10 +13,10 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3DecoderLayer,
+    DeepseekV3MoE,
     DeepseekV3PreTrainedModel,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,11 +28,14 @@ from engram.memory.layer import EngramLayer
 from engram.memory.state import ConvolutionState
 from engram.model.cache import memory_layer
 from engram.model.config import EngramLMConfig
+from engram.model.experts import Router, sequence_balance_loss
+from engram.model.streams import StreamHead, StreamMixer
 from engram.tables import ParameterTable
 
 __all__ = ["EngramBlock", "EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
 
-# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams (one here), V vocabulary.
+# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams, V vocabulary,
+# E routed experts, K of them chosen per token.
 
 _SHARED = "shared"
 
@@ -44,7 +47,9 @@ class EngramModelOutput(BaseModelOutputWithPast):
     gates: tuple[Tensor, ...] | None = None
     """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
     router_logits: tuple[Tensor, ...] | None = None
-    """With ``output_router_logits=True``: one per mixture of experts."""
+    """With ``output_router_logits=True``: one float32 ``[B * L, E]`` per mixture of experts."""
+    chosen_experts: tuple[Tensor, ...] | None = None
+    """With ``output_chosen_experts=True``: one int64 ``[B * L, K]`` per mixture of experts."""
 
 
 @dataclasses.dataclass
@@ -54,17 +59,31 @@ class EngramCausalLMOutput(CausalLMOutputWithPast):
     gates: tuple[Tensor, ...] | None = None
     """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
     router_logits: tuple[Tensor, ...] | None = None
-    """With ``output_router_logits=True``: one per mixture of experts."""
+    """With ``output_router_logits=True``: one float32 ``[B * L, E]`` per mixture of experts."""
+    chosen_experts: tuple[Tensor, ...] | None = None
+    """With ``output_chosen_experts=True``: one int64 ``[B * L, K]`` per mixture of experts."""
+    balance_loss: Tensor | None = None
+    """The sequence-wise balance loss that ``loss`` contains, times its weight; None where the weight is 0."""
 
 
 class EngramBlock(DeepseekV3DecoderLayer):
-    """One block: memory (where the configuration says so), then attention, then feed-forward."""
+    """One block: memory (where the configuration says so), then attention, then feed-forward.
+
+    With several streams each of the two sublayers reads from them and writes to them through a `StreamMixer`.
+    """
 
     def __init__(self, config: EngramLMConfig, layer_idx: int, table: ParameterTable | None = None) -> None:
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
+        if isinstance(self.mlp, DeepseekV3MoE):
+            self.mlp.gate = Router(config)
         memory = config.memory_config
         self.memory = EngramLayer(memory, table) if memory is not None and layer_idx in memory.layers else None
+        self.single_fusion = config.memory_fusion == "single"
+        if config.num_streams > 1:
+            self.attention_streams = StreamMixer(config, site=2 * layer_idx)
+            self.feed_forward_streams = StreamMixer(config, site=2 * layer_idx + 1)
+        self.num_streams = config.num_streams
 
     def forward(
         self,
@@ -74,11 +93,36 @@ class EngramBlock(DeepseekV3DecoderLayer):
         memory_state: ConvolutionState | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Update the hidden states ``[B, L, D]``; the rows are int64 ``[B, L, H]``."""
-        if self.memory is not None:
-            update, _ = self.memory(hidden_states, memory_rows, memory_state, active=memory_active, return_gates=True)
+        """Update the hidden states: ``[B, L, D]``, or ``[B, L, S, D]`` with several streams.
+
+        Args:
+            hidden_states: Output of the block before.
+            memory_rows: Row numbers, int64 ``[B, L, H]``.
+            memory_active: Bool ``[B, L]``, False where memory adds nothing.
+            memory_state: The convolution's window.
+            **kwargs: What attention takes.
+        """
+        memory = {"state": memory_state, "active": memory_active, "return_gates": True}
+        if self.memory is not None and not (self.single_fusion and self.num_streams > 1):
+            update, _ = self.memory(hidden_states, memory_rows, **memory)
             hidden_states = hidden_states + update
-        return super().forward(hidden_states, **kwargs)
+        if self.num_streams == 1:
+            return super().forward(hidden_states, **kwargs)
+
+        post, comb, read = self.attention_streams(hidden_states)
+        update = None
+        if self.memory is not None and self.single_fusion:
+            update, _ = self.memory(read, memory_rows, **memory)
+            read = read + update
+        output, _ = self.self_attn(hidden_states=self.input_layernorm(read), **kwargs)
+        if update is not None:
+            # With one stream this is the ordinary residual: x + update + attention(norm(x + update)).
+            output = output + update
+        hidden_states = self.attention_streams.write(hidden_states, output, post, comb)
+
+        post, comb, read = self.feed_forward_streams(hidden_states)
+        output = self.mlp(self.post_attention_layernorm(read))
+        return self.feed_forward_streams.write(hidden_states, output, post, comb)
 
 
 class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -91,8 +135,19 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         "hidden_states": EngramBlock,
         "attentions": DeepseekV3Attention,
         "gates": OutputRecorder(EngramLayer, index=1),
-        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+        "router_logits": OutputRecorder(Router, index=0),
+        "chosen_experts": OutputRecorder(Router, index=2),
     }
+    # As DeepSeek-V4 has it for its hyper-connections: small, and decisive for every sublayer.
+    _keep_in_fp32_modules_strict = [
+        "e_score_correction_bias",
+        "expert_counts",
+        "attention_streams",
+        "feed_forward_streams",
+        "stream_head",
+    ]
+    # Tables stay where they are loaded, whatever the backbone is given to by an automatic device map.
+    _no_placement_params = ["memory_tables"]
     _keys_to_ignore_on_load_unexpected = None
 
     @torch.no_grad()
@@ -100,6 +155,15 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, EngramLayer | ParameterTable):
             module.reset_parameters()
+        elif isinstance(module, StreamMixer | StreamHead):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, Router):
+            nn.init.zeros_(module.expert_counts)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's text; the decorated class is the one we import.
+        return True
 
     @property
     def tables(self) -> dict[str, ParameterTable]:
@@ -200,6 +264,8 @@ class EngramModel(EngramPreTrainedModel):
         self.layers = nn.ModuleList(
             [EngramBlock(config, block, self._table_of(block)) for block in range(config.num_hidden_layers)]
         )
+        if config.num_streams > 1:
+            self.stream_head = StreamHead(config)
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -207,6 +273,9 @@ class EngramModel(EngramPreTrainedModel):
         self.register_load_state_dict_post_hook(_forget_spec)
         self.post_init()
         token_map = getattr(config, "_token_map", None)
+        if token_map is None and spec is not None:
+            raw = TokenMap.identity(spec.num_tokens)
+            token_map = raw if raw.digest == spec.token_map_digest else None  # raw tokens need no tokenizer
         if token_map is not None and not self.token_map.is_meta:
             self.bind_tokenizer(token_map)
 
@@ -233,7 +302,9 @@ class EngramModel(EngramPreTrainedModel):
             past_key_values: Keys, values, token history and convolution windows of the tokens before.
             inputs_embeds: ``[B, L, D]``, used instead of the token embedding.
             use_cache: Whether to return a cache.
-            **kwargs: ``output_hidden_states``, ``output_attentions``, ``output_gates``, and what attention takes.
+            **kwargs: ``output_hidden_states`` (of blocks ``[B, L, S, D]`` with several streams, the last one always
+                ``[B, L, D]``), ``output_attentions``, ``output_gates``, ``output_router_logits``,
+                ``output_chosen_experts``, and what attention takes.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
@@ -258,7 +329,10 @@ class EngramModel(EngramPreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        num_streams = self.config.num_streams
+        if num_streams > 1:
+            hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, num_streams, -1).contiguous()
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         for block, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
@@ -270,6 +344,8 @@ class EngramModel(EngramPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+        if num_streams > 1:
+            hidden_states = self.stream_head(hidden_states)
         return EngramModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _memory_inputs(
@@ -385,6 +461,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             logits_to_keep: Positions from the end to compute logits for; 0 is all.
             **kwargs: As in `EngramModel.forward`.
         """
+        balance = self.config.sequence_balance if labels is not None and self.config.has_experts else 0.0
+        wanted = {
+            name: kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_router_logits", "output_chosen_experts")
+        }
+        if balance:
+            kwargs.update(dict.fromkeys(wanted, True))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -395,9 +478,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = balance_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if loss is not None and balance:
+            mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            balance_loss = balance * sequence_balance_loss(
+                outputs.router_logits, outputs.chosen_experts, labels.shape[0], mask
+            ).to(loss.device)
+            loss = loss + balance_loss
         return EngramCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -405,7 +494,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gates=outputs.gates,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if wanted["output_router_logits"] or not balance else None,
+            chosen_experts=outputs.chosen_experts if wanted["output_chosen_experts"] or not balance else None,
+            balance_loss=balance_loss,
         )
 
 

@@ -1,0 +1,129 @@
+"""Which experts are chosen, how often, and what keeps them evenly loaded (DeepSeekMoE).
+
+The experts themselves, shared and routed, are transformers' DeepSeek-V3 modules.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+__all__ = ["Router", "balance_experts", "expert_load", "sequence_balance_loss"]
+
+# Dimension key: B batch, L length, T = B * L tokens, E routed experts, K of them chosen per token.
+
+
+class Router(DeepseekV3TopkRouter):
+    """DeepSeek-V3's router, which also counts how often each expert is chosen while training.
+
+    Scores are sigmoids of float32 products, whatever autocast says. The selection bias
+    (``e_score_correction_bias``) takes part in the choice and not in the weights; `balance_experts` moves it.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; transformers ``models/deepseek_v3/modeling_deepseek_v3.py``.
+    """
+
+    def __init__(self, config: object) -> None:
+        super().__init__(config)
+        # Float, so that data-parallel sums and averages need no cast; exact up to 2**24 choices of one expert.
+        self.register_buffer("expert_counts", torch.zeros(self.num_experts), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            hidden_states: ``[..., D]``.
+
+        Returns:
+            Logits, float32 ``[T, E]``; weights of the chosen, float32 ``[T, K]``; the chosen, int64 ``[T, K]``.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits, weights, chosen = super().forward(hidden_states)
+        if self.training:
+            with torch.no_grad():
+                flat = chosen.flatten()
+                self.expert_counts.index_add_(0, flat, self.expert_counts.new_ones(1).expand(flat.shape[0]))
+        return logits, weights, chosen
+
+
+def expert_load(model: nn.Module) -> dict[str, Tensor]:
+    """How the choices since the last `balance_experts` were spread, as they were made in training mode.
+
+    Returns:
+        Name of each router to the share of choices that went to each expert, float32 ``[E]``, adding up to 1 (all 0
+        where nothing was counted). An even load is ``1 / E``.
+    """
+    return {name: _share(router.expert_counts) for name, router in _routers(model)}
+
+
+@torch.no_grad()
+def balance_experts(
+    model: nn.Module, speed: float | None = None, *, group: "dist.ProcessGroup | None" = None
+) -> dict[str, Tensor]:
+    """Move every selection bias one step towards an even load, and start counting anew: no auxiliary loss.
+
+    Call it once per optimizer step. Under data parallelism the counts of all ranks are added first, so every rank must
+    call it.
+
+    Args:
+        model: Any model with `Router` modules; without one nothing happens.
+        speed: Size of the step; the configuration's ``router_bias_speed`` where None. 0 leaves the bias alone.
+        group: Ranks that hold different data; all of them where None.
+
+    Returns:
+        The load that was found, as from `expert_load`.
+
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2. Taking the
+    mean out of the update, which changes no choice, follows pytorch/torchtitan.
+    """
+    if speed is None:
+        speed = float(getattr(getattr(model, "config", None), "router_bias_speed", 0.0))
+    load = {}
+    for name, router in _routers(model):
+        counts = router.expert_counts
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts, group=group)
+        load[name] = _share(counts)
+        if speed and bool(counts.sum() > 0):
+            update = speed * torch.sign(counts.mean() - counts)
+            router.e_score_correction_bias += (update - update.mean()).to(router.e_score_correction_bias.dtype)
+        counts.zero_()
+    return load
+
+
+def sequence_balance_loss(
+    router_logits: tuple[Tensor, ...], chosen: tuple[Tensor, ...], batch_size: int, mask: Tensor | None = None
+) -> Tensor:
+    """Compute DeepSeek-V3's sequence-wise balance loss, averaged over sequences and summed over layers.
+
+    It is 1 per layer for an even load, and larger the more of a sequence's tokens share their experts.
+
+    Args:
+        router_logits: Per layer, ``[T, E]``.
+        chosen: Per layer, int64 ``[T, K]``.
+        batch_size: B; sequences lie one after another in T.
+        mask: ``[B, L]``, 0 at positions that do not count.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, Eq. 17 to 20, without its factor alpha.
+    """
+    total = router_logits[0].new_zeros(())
+    for logits, experts in zip(router_logits, chosen, strict=True):
+        num_experts, num_chosen = logits.shape[-1], experts.shape[-1]
+        scores = logits.float().sigmoid()
+        scores = (scores / scores.sum(-1, keepdim=True)).view(batch_size, -1, num_experts)
+        picked = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, 1.0).view_as(scores)
+        weight = (
+            scores.new_ones(scores.shape[:2]) if mask is None else mask[:, -scores.shape[1] :].to(scores.dtype)
+        ).unsqueeze(-1)
+        num_tokens = weight.sum(1).clamp_min(1)
+        frequency = (picked * weight).sum(1) / num_tokens * (num_experts / num_chosen)
+        mean_score = (scores * weight).sum(1) / num_tokens
+        total = total + (frequency * mean_score).sum(-1).mean()
+    return total
+
+
+def _routers(model: nn.Module) -> list[tuple[str, Router]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+
+
+def _share(counts: Tensor) -> Tensor:
+    return counts / counts.sum().clamp_min(1)
