@@ -31,6 +31,9 @@ _VERBS = {
     ),
     "eval": _Verb("engram.evaluation.command:Eval", "loss of a model on text files"),
     "generate": _Verb("engram.serving.generate:Generate", "continue a prompt with a model"),
+    "plan": _Verb(
+        "engram.model.plan:Plan", "parameters, bytes, FLOPs and traffic of a preset or config, without building it"
+    ),
     "hash": _Verb("engram.hashing.command:Hash", "row numbers of a text under any published config"),
 }
 

@@ -56,6 +56,33 @@ def test_tables_are_trained_unless_frozen():
         assert torch.equal(after[name], start[name]) is freeze
 
 
+EXPERTS = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def test_the_selection_bias_of_experts_moves_with_every_step():
+    torch.manual_seed(0)
+    one = EngramForCausalLM(EngramLMConfig(vocab_size=300, **{**BACKBONE, **EXPERTS}, router_bias_speed=0.01))
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=10))
+    for _ in range(10):
+        trainer.step()
+    for block in one.model.layers[1:]:
+        bias = block.mlp.gate.e_score_correction_bias
+        assert 0 < float(bias.abs().max()) <= 0.2 and block.mlp.gate.expert_counts.sum() == 0
+
+
+def test_the_balance_loss_is_trained_as_the_model_adds_it():
+    torch.manual_seed(0)
+    one = EngramForCausalLM(EngramLMConfig(vocab_size=300, **{**BACKBONE, **EXPERTS}, sequence_balance=0.5))
+    inputs, targets = torch.tensor(TOKENS[:64]).long().view(2, 32), torch.tensor(TOKENS[1:65]).long().view(2, 32)
+    labels = torch.cat([inputs[:, :1], targets[:, :-1]], dim=1)  # shifted by the model itself
+    labels[:, 0] = -100
+    output = one.train()(torch.cat([inputs], dim=1), labels=labels)
+    plain = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(language_model_loss(one, inputs, targets), plain + output.balance_loss)
+    torch.testing.assert_close(language_model_loss(one.eval(), inputs, targets), plain)
+    assert one(inputs, labels=labels).balance_loss is None
+
+
 def test_the_loss_is_the_model_s_own():
     one = model().eval()
     inputs = torch.from_numpy(TOKENS[:64].astype(np.int64)).view(2, 32)

@@ -1,22 +1,57 @@
 """The reference language model around the memory, as a Hugging Face model.
 
-Reading order: ``config.py``, ``modeling.py`` (the blocks and the model), ``cache.py`` (what decoding keeps),
-``sizes.py`` (parameters and FLOPs without building anything).
+Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
+modules leave to us of the backbone), ``modeling.py`` (the blocks and the model), ``cache.py`` (what decoding keeps);
+then, without building anything, ``sizes.py`` (parameters and FLOPs), ``budget.py`` (experts against memory) and
+``plan.py`` (``engram plan``).
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from engram.model.config import EngramLMConfig
-from engram.model.modeling import EngramForCausalLM, EngramModel
+if TYPE_CHECKING:
+    from engram.model.budget import Allocation, allocate
+    from engram.model.config import EngramLMConfig
+    from engram.model.experts import balance_experts, expert_load
+    from engram.model.modeling import EngramForCausalLM, EngramModel
 
-__all__ = ["EngramForCausalLM", "EngramLMConfig", "EngramModel", "register_auto_classes"]
+__all__ = [
+    "Allocation",
+    "EngramForCausalLM",
+    "EngramLMConfig",
+    "EngramModel",
+    "allocate",
+    "balance_experts",
+    "expert_load",
+    "register_auto_classes",
+]
+
+_MODULES = {
+    "Allocation": "engram.model.budget",
+    "EngramForCausalLM": "engram.model.modeling",
+    "EngramLMConfig": "engram.model.config",
+    "EngramModel": "engram.model.modeling",
+    "allocate": "engram.model.budget",
+    "balance_experts": "engram.model.experts",
+    "expert_load": "engram.model.experts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that ``engram plan`` does not wait for the modeling code of transformers.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_auto_classes()
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def register_auto_classes() -> None:
     """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know this model. Safe to call again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from engram.model.config import EngramLMConfig
+    from engram.model.modeling import EngramForCausalLM, EngramModel
+
     AutoConfig.register(EngramLMConfig.model_type, EngramLMConfig, exist_ok=True)
     AutoModel.register(EngramLMConfig, EngramModel, exist_ok=True)
     AutoModelForCausalLM.register(EngramLMConfig, EngramForCausalLM, exist_ok=True)
-
-
-register_auto_classes()

@@ -7,7 +7,7 @@ import math
 from engram.errors import ConfigError
 from engram.memory.config import EngramConfig
 from engram.model.config import EngramLMConfig
-from engram.model.sizes import expert_parameters, model_sizes
+from engram.model.sizes import ModelSizes, expert_parameters, model_sizes
 
 __all__ = ["Allocation", "allocate"]
 
@@ -73,7 +73,7 @@ def allocate(
         config: The backbone, with mixtures of experts. Its own memory, if it has one, is used where ``memory`` is None.
         ratio: rho, from 0 (as few experts as one token visits) to 1 (experts alone).
         memory: Where and how memory is read; its ``rows_per_head`` is what is looked for.
-        sparse_parameters: P_sparse of the model of experts alone; the config's own where None. It is rounded to whole
+        sparse_parameters: P_sparse, experts and tables together; the config's own where None. It is rounded to whole
             experts.
         narrow_dense: Whether the leading dense blocks pay for memory's projections. False leaves them as they are, and
             the active parameters differ by the projections, as in the paper's own models.
@@ -100,12 +100,11 @@ def allocate(
     if not config.has_experts:
         raise ConfigError("this backbone has no mixtures of experts to trade for memory; set first_k_dense_replace")
     memory = config.memory_config if memory is None else memory
-    chosen, group = config.num_experts_per_tok, config.n_group
+    chosen, group = config.num_experts_per_tok or 0, config.n_group or 1
     per_expert = expert_parameters(config)
     if sparse_parameters is None:
-        spare = config.n_routed_experts - chosen
-    else:
-        spare = round(sparse_parameters / per_expert)
+        sparse_parameters = model_sizes(config, context=1).sparse
+    spare = round(sparse_parameters / per_expert)
     most = _multiple(chosen + spare, group)
     if most <= chosen:
         raise ConfigError(
@@ -119,10 +118,18 @@ def allocate(
             1.0, most, 0, config.intermediate_size, None, moe_total, moe_active, moe_total, moe_active, most
         )
     if memory is None:
-        raise ConfigError(f"a ratio of {ratio} leaves part of the budget to memory; pass memory=EngramConfig(...)")
+        raise ConfigError(
+            f"a ratio of {ratio} leaves part of the budget to memory, and this model has none; pass "
+            "memory=EngramConfig(...), or begin with an engram preset of this size"
+        )
     if memory.hidden_size != config.hidden_size:
         raise ConfigError(f"memory has hidden_size {memory.hidden_size}, the backbone {config.hidden_size}")
     experts = max(_multiple(chosen + round(ratio * (most - chosen)), group), chosen, 2)
+    if experts == most:
+        raise ConfigError(
+            f"a ratio of {ratio} rounds to all {most} experts and leaves nothing to memory; the highest below 1 is "
+            f"{(most - group - chosen) / (most - chosen):.4f}"
+        )
     width = _width(config, memory, experts, moe_active) if narrow_dense else config.intermediate_size
     base = _backbone(config, experts, width)
     own = len(memory.layers) * memory.layer_parameters()
@@ -158,13 +165,13 @@ def allocate(
     if abs(found.total_difference) > tolerance:
         raise ConfigError(
             f"the nearest total is {total:,} against {moe_total:,} ({found.total_difference:+.2%}, allowed "
-            f"{tolerance:.2%}): the rows of a head are a prime number, and {memory.rows_per_head:,} of them are too few "
-            "to be divided finely; use fewer heads, narrower rows or a larger budget"
+            f"{tolerance:.2%}): the rows of a head are a prime number, and {memory.rows_per_head:,} of them are too "
+            "few to be divided finely; use fewer heads, narrower rows or a larger budget"
         )
     return found
 
 
-def _backbone(config: EngramLMConfig, experts: int, width: int):  # type: ignore[no-untyped-def]
+def _backbone(config: EngramLMConfig, experts: int, width: int) -> ModelSizes:
     """Sizes of the backbone alone."""
     changed = copy.deepcopy(config)
     changed.memory = changed.hash_spec = None

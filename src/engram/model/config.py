@@ -17,6 +17,8 @@ __all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
 MEMORY_LAYER_TYPE = "engram_memory"
 """Name of a block that reads memory in ``layer_types``; the cache keeps its state under this name."""
 
+_MOST_BLOCKS = 10_000
+
 
 @strict
 class EngramLMConfig(DeepseekV3Config):
@@ -57,7 +59,7 @@ class EngramLMConfig(DeepseekV3Config):
     router_bias_speed: float = 1e-3
     """How far `engram.model.balance_experts` moves the selection bias of an expert in one step; 0 is no balancing."""
     sequence_balance: float = 0.0
-    """Weight of the sequence-wise balance loss, added to the loss where ``labels`` are given. DeepSeek-V3 has 1e-4."""
+    """Weight of the sequence-wise balance loss, which is added to the loss in training mode. DeepSeek-V3 has 1e-4."""
     num_streams: int = 1
     """Residual streams S (mHC; also called ``hc_mult``); 1 is an ordinary residual network."""
     num_sinkhorn_iterations: int = 20
@@ -73,6 +75,8 @@ class EngramLMConfig(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.rope_parameters is None and "rope_theta" not in kwargs:  # type: ignore[has-type]
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if not 1 <= self.num_hidden_layers <= _MOST_BLOCKS:
+            raise ConfigError(f"num_hidden_layers must be from 1 to {_MOST_BLOCKS}, not {self.num_hidden_layers}")
         if self.first_k_dense_replace is None:
             self.first_k_dense_replace = self.num_hidden_layers
         if self.memory is not None:
@@ -90,10 +94,11 @@ class EngramLMConfig(DeepseekV3Config):
     def preset(
         cls, name: str, tokenizer: Any = None, *, memory: Mapping[str, Any] | None = None, **backbone: Any
     ) -> "EngramLMConfig":
-        """Configure a model by name: ``{dense,moe,engram}-{nano,tiny,small}``, ``dense-4b``, ``moe-27b``,
-        ``engram-27b``, ``engram-40b``.
+        """Configure a model by name.
 
-        The three of a size have equal active parameters (so equal FLOPs), ``moe`` and ``engram`` equal totals too.
+        ``{dense,moe,engram}-{nano,tiny,small}`` are for a CPU, a small and a large GPU; the three of a size have equal
+        active parameters (so equal FLOPs), ``moe`` and ``engram`` equal totals too. ``dense-4b``, ``moe-27b``,
+        ``engram-27b`` and ``engram-40b`` are the paper's.
 
         Args:
             name: One of `engram.model.presets.NAMES`.
@@ -208,7 +213,7 @@ class EngramLMConfig(DeepseekV3Config):
             raise ConfigError(f"layer_types may hold {sorted(allowed)}, not {sorted(set(self.layer_types) - allowed)}")
 
     def _check_backbone(self) -> None:
-        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_streams", "vocab_size"):
+        for name in ("hidden_size", "num_attention_heads", "num_streams", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_sinkhorn_iterations < 1 or not self.stream_eps > 0:
@@ -237,12 +242,13 @@ class EngramLMConfig(DeepseekV3Config):
         return min(self.first_k_dense_replace or 0, self.num_hidden_layers)
 
     def _check_experts(self) -> None:
-        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
-        groups, allowed = self.n_group, self.topk_group
+        sizes: dict[str, int] = {}
         for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number, at least 1, not {value!r}")
+            sizes[name] = value
+        experts, chosen, groups, allowed, _ = sizes.values()
         if self.n_shared_experts < 1:
             raise ConfigError(f"n_shared_experts must be at least 1, not {self.n_shared_experts}")
         if experts % groups:

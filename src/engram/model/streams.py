@@ -12,7 +12,7 @@ __all__ = ["StreamHead", "StreamMixer", "sinkhorn"]
 # Dimension key: B batch, L length, S streams, D hidden, T = B * L tokens.
 
 _DYNAMIC_SCALE = 0.01  # first weight of what depends on the token; mHC paper, appendix (alpha)
-_FOCUS = 0.5  # share of a sublayer's attention, and of its output, that its own stream gets beyond its even share
+_FOCUS = 0.25  # how far a sublayer prefers its own stream, to read from and to write to: 0 not at all, 1 alone
 _OFF_DIAGONAL = -8.0  # logit beside 0 on the diagonal: each stream keeps 0.999 of itself
 
 

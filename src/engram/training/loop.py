@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram.errors import ConfigError, DataError
+from engram.model.experts import balance_experts, sequence_balance_loss
 from engram.training.batches import Batches
 from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
 
@@ -108,18 +109,26 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def language_model_loss(model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32") -> Tensor:
     """Compute the mean nats per token without keeping the logits of the whole batch.
 
+    A model whose configuration weighs the sequence-wise balance loss of its experts has it added, as with ``labels``.
+
     Args:
         model: An `EngramForCausalLM`.
         inputs: Tokens ``[B, L]``.
         targets: The token after each, ``[B, L]``.
         dtype: Type of matrix products.
     """
+    balance = model.config.sequence_balance if model.training and model.config.has_experts else 0.0
     with autocast(inputs.device, dtype):
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
+        outputs = model.model(input_ids=inputs, use_cache=False, **wanted)
+    hidden = outputs.last_hidden_state
     weight = model.lm_head.weight
     if dtype != "float32":
         hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
-    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten()).float()
+    loss = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten()).float()
+    if balance:
+        loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
+    return loss
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -181,6 +190,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        balance_experts(self.model)
         self.num_steps_done += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # or this step's work is counted in whoever's comes next

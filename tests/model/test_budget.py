@@ -1,0 +1,94 @@
+"""The budget solver: experts and rows in whole numbers that come to the same model size."""
+
+import pytest
+
+from engram.errors import ConfigError
+from engram.memory import EngramConfig
+from engram.model import EngramLMConfig, allocate
+from engram.model.sizes import expert_parameters, model_sizes
+
+RATIOS = [0.0, 0.25, 0.4, 0.5, 0.75, 0.9, 0.95]
+
+
+def built(config, found):
+    """Sizes of a model configured with what the solver found."""
+    memory = None if found.memory is None else found.memory.to_dict()
+    name = {"moe-27b": "engram-27b"}.get(config, config.replace("moe", "engram"))
+    if memory is None:
+        return model_sizes(EngramLMConfig.preset(config, **found.backbone), context=8)
+    return model_sizes(EngramLMConfig.preset(name, memory=memory, **found.backbone), context=8)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", ["moe-nano", "moe-tiny", "moe-27b"])
+def test_total_and_active_parameters_match_those_of_experts_alone(name, ratio):
+    moe = EngramLMConfig.preset(name)
+    memory = EngramLMConfig.preset(name.replace("moe", "engram")).memory_config
+    found = allocate(moe, ratio, memory)
+    reference, sizes = model_sizes(moe, context=8), built(name, found)
+    assert (sizes.without_vocabulary, sizes.active) == (found.total, found.active)
+    assert sizes.without_vocabulary == pytest.approx(reference.without_vocabulary, rel=0.005)
+    assert sizes.active == pytest.approx(reference.active, rel=0.005)
+    experts = sizes.routed_experts - sizes.chosen_experts
+    assert experts / reference.sparse == pytest.approx(ratio, abs=0.51 / (moe.n_routed_experts - 6))
+    assert found.ratio == pytest.approx(experts / sizes.sparse)
+
+
+def test_the_paper_s_division_is_found_again():
+    """Table 5: 72 experts become 55 and 2,262,400 rows per head, at a ratio of 74.3 %."""
+    moe, engram = EngramLMConfig.preset("moe-27b"), EngramLMConfig.preset("engram-27b")
+    found = allocate(moe, 0.743, engram.memory_config)
+    assert found.num_experts == 55
+    assert found.rows_per_head == pytest.approx(2_262_400, rel=0.005)
+    assert allocate(engram, 0.743).moe_num_experts == 72  # its own sparse budget is that of 72 experts
+
+
+def test_the_presets_are_what_the_solver_finds():
+    for size in ("nano", "tiny", "small"):
+        engram = EngramLMConfig.preset(f"engram-{size}")
+        found = allocate(EngramLMConfig.preset(f"moe-{size}"), 0.75, engram.memory_config)
+        assert found.backbone == {
+            "n_routed_experts": engram.n_routed_experts,
+            "intermediate_size": engram.intermediate_size,
+        }
+        assert found.memory == engram.memory_config
+
+
+def test_a_budget_in_parameters_is_rounded_to_whole_experts():
+    moe = EngramLMConfig.preset("moe-nano")
+    found = allocate(moe, 1.0, sparse_parameters=int(10.3 * expert_parameters(moe)))
+    assert (found.num_experts, found.rows_per_head, found.memory) == (16, 0, None)
+    assert found.total_difference == found.active_difference == 0
+
+
+def test_groups_of_experts_stay_whole():
+    moe = EngramLMConfig.preset("moe-nano", n_group=4, topk_group=4)
+    found = allocate(moe, 0.75, EngramLMConfig.preset("engram-nano").memory_config)
+    assert found.num_experts % 4 == 0
+    assert abs(found.total_difference) < 0.005
+
+
+def test_what_cannot_be_met_is_refused_with_the_reason():
+    moe = EngramLMConfig.preset("moe-27b")
+    memory = EngramLMConfig.preset("engram-27b").memory_config
+    for ratio in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="from 0 to 1"):
+            allocate(moe, ratio, memory)
+    with pytest.raises(ConfigError, match="no mixtures of experts"):
+        allocate(EngramLMConfig.preset("dense-4b"), 0.5, memory)
+    with pytest.raises(ConfigError, match="pass memory="):
+        allocate(moe, 0.5)
+    # The paper's way, experts and rows alone: the projections are 0.8 % of the active parameters.
+    with pytest.raises(ConfigError, match=r"active parameters .* \(\+0\.8\d%, allowed 0\.50%\); .*narrow_dense=True"):
+        allocate(moe, 0.7435, memory, narrow_dense=False)
+    with pytest.raises(ConfigError, match="cannot become narrow enough"):
+        allocate(moe, 0.5, EngramConfig(hidden_size=2560, num_streams=4, memory_dim=8192, layers=tuple(range(8))))
+    with pytest.raises(ConfigError, match="one row in each of their heads"):
+        wide = EngramConfig(hidden_size=128, num_streams=4, memory_dim=64, layers=(0, 1, 2, 3))
+        allocate(EngramLMConfig.preset("moe-nano"), 0.98, wide, narrow_dense=False)
+    with pytest.raises(ConfigError, match=r"rounds to all 72 experts .* highest below 1 is 0\.98"):
+        allocate(moe, 0.999, memory)
+    with pytest.raises(ConfigError, match="leaves no expert beyond"):
+        allocate(moe, 0.5, memory, sparse_parameters=1000)
+    with pytest.raises(ConfigError, match="hidden_size"):
+        allocate(moe, 0.5, EngramConfig(hidden_size=64, memory_dim=64))

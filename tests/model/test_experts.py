@@ -1,0 +1,192 @@
+"""Mixtures of experts: transformers' modules, an observable load, and a bias that evens it out."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tests.small_model import BACKBONE
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from engram.errors import ConfigError
+from engram.model import EngramForCausalLM, EngramLMConfig, balance_experts, expert_load
+from engram.model.experts import Router, sequence_balance_loss
+
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+}
+IDS = torch.randint(2, 280, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def moe(seed=0, **changes) -> EngramForCausalLM:
+    torch.manual_seed(seed)
+    return EngramForCausalLM(EngramLMConfig(vocab_size=300, **{**BACKBONE, **EXPERTS, **changes}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [{}, {"n_group": 4, "topk_group": 2}], ids=str)
+def test_a_model_without_memory_is_transformers_deepseek_v3(groups):
+    ours = moe(**groups).eval()
+    changes = {"n_group": 1, "topk_group": 1, "num_mtp_layers": 0, **groups}
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(vocab_size=300, **{**BACKBONE, **EXPERTS, **changes})).eval()
+    for router in (module for module in ours.modules() if isinstance(module, Router)):
+        router.e_score_correction_bias.copy_(torch.randn(8))
+    theirs.load_state_dict(ours.state_dict())
+    for implementation in ("eager", "grouped_mm"):
+        theirs.set_experts_implementation(implementation)
+        ours.set_experts_implementation(implementation)
+        assert ours.config._experts_implementation == implementation
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+def test_grouped_products_and_the_loop_agree_forward_and_in_gradients():
+    results = []
+    for implementation in ("eager", "grouped_mm"):
+        model = moe().train()
+        model.set_experts_implementation(implementation)
+        output = model(IDS, labels=IDS)
+        output.loss.backward()
+        results.append([output.logits, *(parameter.grad for parameter in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_load_counts_every_choice_made_in_training_and_none_in_evaluation():
+    model = moe()
+    output = model.train()(IDS, output_chosen_experts=True)
+    load = expert_load(model)
+    assert len(load) == len(output.chosen_experts) == 2
+    for share, chosen in zip(load.values(), output.chosen_experts, strict=True):
+        assert chosen.shape == (60, 2)
+        torch.testing.assert_close(share, torch.bincount(chosen.flatten(), minlength=8) / 120)
+    model.eval()(IDS)
+    assert all(torch.equal(a, b) for a, b in zip(load.values(), expert_load(model).values(), strict=True))
+    assert all(torch.equal(share, load[name]) for name, share in balance_experts(model).items())
+    assert all(share.sum() == 0 for share in expert_load(model).values())
+
+
+def test_balancing_evens_the_load_and_moves_no_weight():
+    model = moe().train()
+    # Two experts that everybody prefers.
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    with torch.no_grad():
+        for router in routers:
+            router.e_score_correction_bias[:2] = 0.3
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    spread = []
+    for _ in range(60):
+        model(IDS)
+        spread.append(max(float(share.max()) for share in balance_experts(model, 0.02).values()))
+    assert spread[0] > 0.45 and spread[-1] < 0.25  # an even load is 0.125
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(abs(float(router.e_score_correction_bias.mean()) - 0.075) < 1e-5 for router in routers)
+
+
+def test_one_step_of_the_bias_is_its_speed_towards_the_mean_load():
+    router = Router(EngramLMConfig(vocab_size=300, **BACKBONE, **EXPERTS))
+    router.expert_counts.copy_(torch.tensor([10.0, 2, 2, 2, 4, 4, 4, 4]))
+    balance_experts(router, 0.1)
+    # signs -1 +1 +1 +1 0 0 0 0, less their mean 0.25
+    expected = 0.1 * (torch.tensor([-1.0, 1, 1, 1, 0, 0, 0, 0]) - 0.25)
+    torch.testing.assert_close(router.e_score_correction_bias, expected)
+    balance_experts(router, 0.1)
+    torch.testing.assert_close(router.e_score_correction_bias, expected)  # nothing was counted since
+
+
+def test_the_configuration_s_speed_is_the_default_and_zero_leaves_the_bias_alone():
+    for speed in (0.0, 0.25):
+        model = moe(router_bias_speed=speed).train()
+        model(IDS)
+        balance_experts(model)
+        bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+        assert (float(bias.abs().max()) > 0.2) == (speed > 0)
+
+
+def _balance_in_two_processes(rank, port, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    router = Router(EngramLMConfig(vocab_size=300, **BACKBONE, **EXPERTS))
+    counts = torch.zeros(8)
+    counts[rank] = 6.0
+    router.expert_counts.copy_(counts)
+    load = balance_experts(router, 0.1)
+    results.put((rank, router.e_score_correction_bias.tolist(), next(iter(load.values())).tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_different_data_move_the_bias_alike():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_balance_in_two_processes, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get() for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert found[0][1:] == found[1][1:]
+    torch.testing.assert_close(torch.tensor(found[0][2]), torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
+
+
+def plain_balance_loss(logits, chosen, batch_size, mask):
+    """DeepSeek-V3's Eq. 17 to 20, one sequence and one expert at a time."""
+    length, (num_experts, num_chosen) = len(logits) // batch_size, (logits.shape[1], chosen.shape[1])
+    losses = []
+    for sequence in range(batch_size):
+        kept = [t for t in range(length) if mask[sequence, t]]
+        rows = [sequence * length + t for t in kept]
+        loss = 0.0
+        for expert in range(num_experts):
+            f = num_experts / (num_chosen * len(rows)) * sum(int(expert in chosen[row].tolist()) for row in rows)
+            p = sum(float(logits[row].sigmoid()[expert] / logits[row].sigmoid().sum()) for row in rows) / len(rows)
+            loss += f * p
+        losses.append(loss)
+    return sum(losses) / batch_size
+
+
+def test_sequence_balance_loss_equals_the_published_sums_and_leaves_padding_out():
+    model = moe(sequence_balance=0.5).train()
+    mask = torch.ones(3, 20, dtype=torch.int64)
+    mask[1, :7] = 0
+    output = model(IDS, attention_mask=mask, labels=IDS, output_router_logits=True, output_chosen_experts=True)
+    expected = 0.5 * sum(
+        plain_balance_loss(logits.detach(), chosen, 3, mask)
+        for logits, chosen in zip(output.router_logits, output.chosen_experts, strict=True)
+    )
+    assert float(output.balance_loss.detach()) == pytest.approx(expected, rel=1e-5)
+    without = moe().train()(IDS, attention_mask=mask, labels=IDS)
+    assert without.balance_loss is None
+    torch.testing.assert_close(output.loss - output.balance_loss, without.loss)
+    output.balance_loss.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
+
+
+def test_sequence_balance_loss_is_one_per_layer_for_an_even_load():
+    chosen = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+    loss = sequence_balance_loss((torch.zeros(4, 8),), (chosen,), 1)
+    assert float(loss) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_group": 3}, "does not divide into n_group 3; the nearest that does is 9"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than the 8"),
+        ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "num_experts_per_tok 3 is more than the 2"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group 3"),
+        ({"n_group": 8, "topk_group": 8}, "a group needs 2 experts"),
+        ({"n_shared_experts": 0}, "n_shared_experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"router_bias_speed": -1.0}, "router_bias_speed"),
+        ({"sequence_balance": float("nan")}, "sequence_balance"),
+    ],
+    ids=str,
+)
+def test_contradictory_experts_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        EngramLMConfig(**{**BACKBONE, **EXPERTS, **change})

@@ -1,0 +1,160 @@
+"""``engram plan``: instant, and right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.small_model import BACKBONE, MEMORY
+
+from engram.cli import main
+from engram.memory import EngramConfig
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.training.optimizers import RowAdam
+
+
+def planned(capsys, *arguments):
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_stable_keys_of_the_paper_s_model(capsys):
+    found = planned(capsys, "engram-27b")
+    parameters = found["parameters"]
+    assert parameters["total"] == pytest.approx(26.7e9, rel=0.01)
+    assert parameters["active"] == pytest.approx(3.8e9, rel=0.01)
+    assert parameters["memory"] == 5_792_338_560
+    assert parameters["vocabulary"] == 129_280 * 2560
+    assert parameters["sparse"] == parameters["total"] - parameters["active"] - parameters["vocabulary"]
+    assert parameters["stored"] == parameters["total"] + parameters["vocabulary"]  # embedding and head
+    assert found["table"]["rows"] == [36_199_972, 36_204_260]
+    assert found["table"]["bytes"]["bfloat16"] == 2 * parameters["memory"]
+    assert found["table"]["bytes"]["float8_e4m3"] == (36_199_972 + 36_204_260) * (80 + 3)
+    assert found["reads_per_token"] == {
+        "rows": 32,
+        "bytes": {"float32": 32 * 320, "bfloat16": 5120, "float8_e4m3": 32 * 83},
+    }
+    assert found["flops_per_token"]["training"] == 3 * found["flops_per_token"]["inference"]
+    # 576 numbers per token and block: the latents of multi-head latent attention.
+    assert found["decode"]["kv_cache_bytes_per_token"] == 30 * 576 * 2
+    assert found["optimizer_bytes"]["total_adamw"] == 8 * parameters["stored"]
+    assert 0 < found["build"]["initialize_seconds"] < 3600
+
+
+def test_state_of_decoding_is_what_decoding_keeps(capsys, tmp_path, build):
+    model = build(backbone={"num_streams": 4}, memory={"num_streams": 4}).bfloat16()
+    model.config.save_pretrained(tmp_path)
+    length = 17
+    found = planned(capsys, str(tmp_path), "--context", str(length), "--batch-size", "3")["decode"]
+    with torch.no_grad():
+        cache = model(torch.randint(2, 280, (1, length)), use_cache=True).past_key_values
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert found["kv_cache_bytes_per_sequence"] == sum(tensor.nbytes for tensor in tensors)
+    states = [layer.window.values for layer in cache.layers if getattr(layer, "window", None) is not None]
+    history = next(layer.history for layer in cache.layers if getattr(layer, "history", None) is not None)
+    assert found["memory_state_bytes_per_sequence"] == sum(s.nbytes for s in states) + history.codes.nbytes
+    assert found["bytes_of_batch"] == 3 * found["bytes_per_sequence"]
+
+
+def test_optimizer_state_of_tables_is_what_the_optimizer_holds(capsys, tmp_path, build):
+    model = build()
+    model.config.save_pretrained(tmp_path)
+    tables = [table.weight for table in model.tables.values()]
+    optimizer = RowAdam(tables)
+    model.train()(torch.randint(2, 280, (1, 8)), labels=torch.randint(2, 280, (1, 8))).loss.backward()
+    optimizer.step()
+    held = sum(value.nbytes for table in tables for value in optimizer.state[table].values() if torch.is_tensor(value))
+    assert planned(capsys, str(tmp_path / "config.json"))["optimizer_bytes"]["tables_adam"] == held
+
+
+def test_a_checkpoint_s_folder_is_planned_as_it_was_built(capsys, tmp_path, build):
+    experts = {"first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = build(backbone={"num_streams": 4, **experts}, memory={"num_streams": 4})
+    model.save_pretrained(tmp_path)
+    found = planned(capsys, str(tmp_path))["parameters"]
+    assert found["stored"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_hand_written_file_needs_no_hash_spec(capsys, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**BACKBONE, "vocab_size": 300, "memory": EngramConfig(**MEMORY).to_dict()}))
+    assert planned(capsys, str(path))["table"]["rows_per_head"] == 97
+
+
+def test_a_ratio_divides_the_budget_anew(capsys):
+    found = planned(capsys, "engram-27b", "--ratio", "0.5")
+    assert found["allocation"]["num_experts"] == 39
+    assert found["parameters"]["total"] == pytest.approx(26.7e9, rel=0.005)
+    assert found["parameters"]["memory"] == pytest.approx(11.2e9, rel=0.02)
+
+
+def test_for_people_it_prints_a_table(capsys):
+    assert main(["plan", "engram-nano"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "parameters, total",
+        "6.70 M",
+        "read per token",
+        "key-value cache",
+        "optimizer state",
+        "time to build",
+    ):
+        assert words in printed
+
+
+def test_it_neither_builds_the_model_nor_loads_its_code():
+    script = (
+        "import sys, torch\n"
+        "from engram.cli import main\n"
+        "class Counter(torch.utils._python_dispatch.TorchDispatchMode):\n"
+        "    largest = 0\n"
+        "    def __torch_dispatch__(self, function, types, args=(), kwargs=None):\n"
+        "        result = function(*args, **(kwargs or {}))\n"
+        "        if isinstance(result, torch.Tensor): Counter.largest = max(Counter.largest, result.numel())\n"
+        "        return result\n"
+        "with Counter():\n"
+        "    assert main(['plan', 'engram-40b', '--json']) == 0\n"
+        "assert Counter.largest <= 1 << 20, Counter.largest\n"
+        "assert 'engram.model.modeling' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "cannot be read as JSON"),
+        ("[1]", "is an object"),
+        ('{"model_type": "llama"}', "configuration of a 'llama' model"),
+        ('{"num_hiden_layers": 3}', "did you mean 'num_hidden_layers'"),
+        ('{"num_streams": 0}', "num_streams must be at least 1, not 0"),
+        ('{"hidden_size": "wide"}', "hidden_size"),
+        ('{"memory": {"hidden_size": 64, "memory_dims": 64}}', "did you mean 'memory_dim'"),
+        ('{"num_hidden_layers": 2, "hidden_size": 64, "memory": {"hidden_size": 64, "memory_dim": 64, "layers": [7]}}',
+         "reach past the model's 2 blocks"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_files_that_are_no_configuration_are_refused_in_words(capsys, tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert main(["plan", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_names_and_flags_are_refused(capsys):
+    assert main(["plan", "engram-27"]) == 1
+    assert "did you mean 'engram-27b'" in capsys.readouterr().err
+    assert main(["plan", "nowhere/config.json"]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    assert main(["plan", "engram-27b", "--context", "0"]) == 2
+    assert main(["plan", "engram-27b", "--ratio", "1.5"]) == 1
+    assert main(["plan"]) == 2
+
+
+def test_a_planned_nano_is_the_built_nano(capsys):
+    found = planned(capsys, "engram-nano")["parameters"]
+    model = EngramForCausalLM(EngramLMConfig.preset("engram-nano"))
+    assert found["stored"] == found["total"] == sum(parameter.numel() for parameter in model.parameters())
