@@ -2,7 +2,7 @@
 
 import pytest
 
-from engram.files import replacing, write_atomically
+from engram.files import new_folder, replacing, write_atomically
 
 
 def test_a_file_is_written_whole_with_its_folder(tmp_path):
@@ -36,3 +36,33 @@ def test_a_replaced_file_keeps_its_mode_and_a_new_one_can_be_read_by_all(tmp_pat
     path.chmod(0o600)
     write_atomically(path, "y")
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_folder_appears_whole_and_a_failed_one_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with new_folder(path) as aside:
+        (aside / "file").write_text("x", encoding="utf-8")
+        assert not path.exists()
+    assert (path / "file").read_text(encoding="utf-8") == "x"
+    assert path.stat().st_mode & 0o777 == 0o755
+
+    def fail(path):
+        with new_folder(path) as aside:
+            (aside / "file").write_text("half", encoding="utf-8")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail(tmp_path / "deep" / "other")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_new_folder_may_replace_an_empty_one_only(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty"):
+        pass
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    for taken in ("full", "full/kept"):
+        with pytest.raises(FileExistsError, match="left alone"), new_folder(tmp_path / taken):
+            pass
+    assert (tmp_path / "full" / "kept").is_file()

@@ -1,12 +1,13 @@
-"""Files that are either the old version or the new one, never half of either."""
+"""Files and folders that are either the old version or the new one, never half of either."""
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "write_atomically"]
+__all__ = ["new_folder", "replacing", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -41,6 +42,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the rename is still atomic there, only less durable.
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path`` and give it that name when the block ends well.
+
+    What was written reaches the disk before the rename, so a crash leaves no folder of that name or a whole one. When
+    the block raises, the temporary folder is removed. Missing parent folders are created.
+
+    Args:
+        path: The folder to create; there may be an empty one, nothing else.
+
+    Yields:
+        The temporary folder, in the same parent.
+
+    Raises:
+        FileExistsError: ``path`` is a file or a folder with something in it.
+        OSError: The parent cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty, so it is left alone; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        aside.chmod(0o755)
+        yield aside
+        for inside in [*aside.rglob("*"), aside]:
+            _flush(inside)
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    with contextlib.suppress(OSError):
         _flush(path.parent)
 
 

@@ -1,7 +1,8 @@
 """Rows and hidden state → update of the hidden state: the Engram layer.
 
 Reading order: ``config.py`` (the choices, and what they cost), ``layer.py`` (the layer), ``gate.py`` and
-``convolution.py`` (its two ideas), ``state.py`` (what decoding keeps), ``reference.py`` (the plain twin).
+``convolution.py`` (its two ideas), ``state.py`` (what decoding keeps), ``reference.py`` (the plain twin),
+``published.py`` and ``publishing.py`` (memory from and for the checkpoints of others).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engram.memory.config import EngramConfig
     from engram.memory.layer import EngramLayer, EngramOutput
+    from engram.memory.published import PublishedMemory, read_memory
+    from engram.memory.publishing import write_memory
     from engram.memory.state import ConvolutionState
 
-__all__ = ["ConvolutionState", "EngramConfig", "EngramLayer", "EngramOutput"]
+__all__ = [
+    "ConvolutionState",
+    "EngramConfig",
+    "EngramLayer",
+    "EngramOutput",
+    "PublishedMemory",
+    "read_memory",
+    "write_memory",
+]
 
 _MODULES = {
     "ConvolutionState": "engram.memory.state",
     "EngramConfig": "engram.memory.config",
     "EngramLayer": "engram.memory.layer",
     "EngramOutput": "engram.memory.layer",
+    "PublishedMemory": "engram.memory.published",
+    "read_memory": "engram.memory.published",
+    "write_memory": "engram.memory.publishing",
 }
 
 

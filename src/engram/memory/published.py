@@ -1,0 +1,309 @@
+"""The memory part of published checkpoints, opened where it lies: Qwen's PLE and DeepSeek-V4.1's Engram.
+
+Every tensor is found and its place, type and shape are checked against the config before the first weight is loaded.
+Tables are never loaded: rows are read out of the files they came in.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.errors import CheckpointError, ConfigError, MismatchError
+from engram.hashing import HashSpec
+from engram.memory.config import EngramConfig
+from engram.memory.layer import EngramLayer
+from engram.tables.block_float8 import dequantize, num_blocks
+from engram.tables.mapped import MappedTable
+from engram.tables.safetensors_file import StoredTensor, TensorFolder
+
+__all__ = ["NAMES", "PublishedMemory", "PublishedVariant", "read_memory"]
+
+PublishedVariant = Literal["qwen_ple", "deepseek_v41"]
+
+NAMES: dict[PublishedVariant, dict[str, str]] = {
+    "qwen_ple": {
+        "multipliers": "ple.ple_embedding.layer_multipliers",
+        "primes": "ple.ple_embedding.ngram_heads_vocab_sizes",
+        "offsets": "ple.ple_embedding.ngram_heads_offsets",
+        "table": "ple.ple_embedding.ngram_embedding.weight",
+        "table_shard": "ple.ple_embedding.ngram_embedding.shard_{}.weight",
+        "table_scale": "ple.ple_embedding.ngram_embedding.weight_scale",
+        "key": "ple.key_proj.weight",
+        "value": "ple.value_proj.weight",
+        "key_norm": "ple.norm_key.weight",
+        "query_norm": "ple.norm_query.weight",
+        "conv_norm": "ple.norm_conv.weight",
+        "conv": "ple.conv1d.weight",
+    },
+    "deepseek_v41": {
+        "table": "engram.embed.weight",
+        "table_scale": "engram.embed.scale",
+        "key_value": "engram.wkv.weight",
+        "key_value_scale": "engram.wkv.scale",
+        "query_norm": "engram.q_weight",
+        "key_norm": "engram.k_weight",
+    },
+}
+"""What we call a tensor → what the checkpoints call it, behind ``PREFIXlayers.BLOCK.``."""
+
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PublishedMemory:
+    """The memory of one model: which rows its tokens read, and the layers that use them."""
+
+    variant: PublishedVariant
+    """Whose format it is."""
+    config: EngramConfig
+    """Geometry and options, the same in all layers."""
+    spec: HashSpec
+    """Tokens → row numbers. Unbound for DeepSeek-V4.1 without its tokenizer: see `HashSpec.bind`."""
+    layers: Mapping[int, EngramLayer]
+    """Block number, from 0 → its layer, with its table."""
+
+    def close(self) -> None:
+        """Close the tables of all layers."""
+        for layer in self.layers.values():
+            if layer.table is not None:
+                layer.table.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where one layer lies, everything checked."""
+
+    rows: list[StoredTensor]
+    row_scales: list[StoredTensor] | float | None
+    dense: dict[str, StoredTensor]
+
+
+def read_memory(
+    folder: str | os.PathLike[str], tokenizer: Any = None, dtype: torch.dtype | None = None
+) -> PublishedMemory:
+    """Open the memory part of a published checkpoint.
+
+    The rest of the model need not be there: with an index, only the files that hold the memory are looked at.
+
+    Args:
+        folder: A folder with ``config.json`` and ``*.safetensors``, of Qwen3.8-Flash-Next (transformers ``qwen4_exp``,
+            its table in one tensor or in shards, in 16 or 8 bits) or of DeepSeek-V4.1.
+        tokenizer: The model's tokenizer, as for `HashSpec.from_config`. Qwen needs none; without it DeepSeek's spec
+            hashes nothing until `HashSpec.bind`.
+        dtype: Type of the layers' weights, and of the rows that the tables return. None: as stored, and bfloat16 for
+            what is stored in 8 bits.
+
+    Returns:
+        The layers, on the CPU, each with a `MappedTable` on the files.
+
+    Raises:
+        ConfigError: ``config.json`` is missing, of another format, or lacks a key.
+        CheckpointError: A tensor is missing, or of another type or shape than the config says; a file is missing,
+            truncated or malformed.
+        MismatchError: The checkpoint's hash constants are not those of its config.
+        TokenMapError: The tokenizer gives another canonical vocabulary than the config promises.
+
+    Source: names and shapes of deepseek-ai/DeepSeek-V4.1-Flash ``inference/model.py`` and transformers
+    ``models/qwen4_exp/modeling_qwen4_exp.py``, ``conversion_mapping.py``.
+    """
+    folder = Path(folder)
+    spec = HashSpec.from_config(folder, tokenizer)
+    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if spec.variant == "qwen_ple":
+        config, locate, load = _qwen_config(keys, spec), _locate_qwen, _load_qwen
+    elif spec.variant == "deepseek_v41":
+        config, locate, load = _deepseek_config(keys, spec), _locate_deepseek, _load_deepseek
+    else:
+        raise ConfigError(f"{folder} is a {spec.variant} model; memory is read of {' and '.join(NAMES)}")
+    tensors = TensorFolder(folder)
+    prefix = _find_prefix(tensors, spec.variant, spec.blocks)
+    places = {
+        block: locate(tensors, f"{prefix}layers.{block}.", config, spec, index)
+        for index, block in enumerate(spec.blocks)
+    }
+    tables = {block: MappedTable(place.rows, scales=place.row_scales, dtype=dtype) for block, place in places.items()}
+    layers = {}
+    for block, place in places.items():
+        with torch.device("meta"):
+            layers[block] = EngramLayer(config, tables[block])
+        layers[block].load_state_dict(load(place.dense, config, dtype), assign=True)
+    return PublishedMemory(spec.variant, config, spec, layers)
+
+
+def _qwen_config(keys: Mapping[str, Any], spec: HashSpec) -> EngramConfig:
+    # transformers saves no key that has the class's default: hence these defaults, its own.
+    hidden = _get(keys, "hidden_size", default=2048)
+    return EngramConfig(
+        hidden_size=hidden,
+        layers=spec.blocks,
+        num_streams=_get(keys, "hc_count", default=4),
+        orders=spec.orders,
+        num_heads=spec.num_heads,
+        memory_dim=_get(keys, "ple_embed_dim", default=hidden),
+        rows_per_head=_get(keys, "ngram_vocab_size_base", default=20_000_000),
+        kernel_size=_get(keys, "ple_conv_kernel_size", default=4),
+        norm_eps=_get(keys, "rms_norm_eps", default=1e-6),
+        norm_weight="zero_centered",
+        seed=spec.seed,
+    )
+
+
+def _deepseek_config(keys: Mapping[str, Any], spec: HashSpec) -> EngramConfig:
+    width = _get(keys, "engram_head_dim")
+    if type(width) is not int:
+        raise ConfigError(f"'engram_head_dim' is an integer, got {width!r}")
+    return EngramConfig(
+        # The second names are those of the release's own inference code.
+        hidden_size=_get(keys, "hidden_size", "dim"),
+        layers=spec.blocks,
+        num_streams=_get(keys, "hc_mult"),
+        orders=spec.orders,
+        num_heads=spec.num_heads,
+        memory_dim=width * spec.num_heads_total,
+        rows_per_head=_get(keys, "engram_vocab_size"),
+        kernel_size=0,
+        norm_eps=_get(keys, "rms_norm_eps", "norm_eps"),
+        seed=spec.seed,
+    )
+
+
+def _get(keys: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """Look a key up under ``text_config``, then at the top."""
+    text = keys.get("text_config")
+    for place in (text if isinstance(text, Mapping) else {}, keys):
+        for name in names:
+            if place.get(name) is not None:
+                return place[name]
+    if default is None:
+        raise ConfigError(f"config.json: the key {' or '.join(map(repr, names))} is missing")
+    return default
+
+
+def _find_prefix(tensors: TensorFolder, variant: PublishedVariant, blocks: Sequence[int]) -> str:
+    """Find what stands before ``layers.``: a release, its text model alone and a converter name it differently."""
+    names = "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in NAMES[variant].values())
+    pattern = re.compile(rf"((?:.*\.)?)layers\.({'|'.join(map(str, blocks))})\.(?:{names})", re.DOTALL)
+    matches = (pattern.fullmatch(name) for name in tensors.names)
+    prefixes = sorted({match[1] for match in matches if match})
+    if not prefixes:
+        raise CheckpointError(
+            f"{tensors.folder} holds no memory of block {blocks[0]}: no tensor is named "
+            f"[...]layers.{blocks[0]}.{NAMES[variant]['query_norm']}"
+        )
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"{tensors.folder} holds several memories, under the prefixes {', '.join(map(repr, prefixes))}; keep one"
+        )
+    return prefixes[0]
+
+
+def _locate_qwen(tensors: TensorFolder, stem: str, config: EngramConfig, spec: HashSpec, index: int) -> _Place:
+    names = {name: stem + published for name, published in NAMES["qwen_ple"].items()}
+    wide = config.num_streams * config.hidden_size
+    shapes = {
+        "key": (wide, config.memory_dim),
+        "value": (config.hidden_size, config.memory_dim),
+        "key_norm": (wide,),
+        "query_norm": (wide,),
+        "conv_norm": (wide,),
+        "conv": (wide, 1, config.kernel_size),
+    }
+    dense = {name: _expect(tensors.find(names[name]), shape, _FLOATS) for name, shape in shapes.items()}
+    constants = {
+        "multipliers": spec.multipliers[index],
+        "primes": spec.primes[index],
+        "offsets": spec.offsets_at(index),
+    }
+    for name, expected in constants.items():
+        stored = _expect(tensors.find(names[name]), (len(expected),), ("I64",))
+        if stored.load().tolist() != list(expected):
+            raise MismatchError(
+                f"{stored} holds {stored.load().tolist()}, the config gives {list(expected)}; they belong to different "
+                "models"
+            )
+    rows = _shards(tensors, names["table"], names["table_shard"])
+    for shard in rows:
+        _expect(shard, (shard.shape[0] if shard.shape else 1, config.head_dim), (*_FLOATS, "F8_E4M3"))
+    found = sum(shard.shape[0] for shard in rows)
+    if found != spec.padded_rows[index]:
+        raise CheckpointError(
+            f"{rows[0]} and {len(rows) - 1} more shards hold {found} rows in all, the config asks for "
+            f"{spec.padded_rows[index]}"
+        )
+    scale = None
+    if rows[0].dtype == "F8_E4M3":
+        stored = tensors.find(names["table_scale"])
+        scale = _expect(stored, (1,) if stored.shape else (), _FLOATS).load().float().item()
+    return _Place(rows, scale, dense)
+
+
+def _shards(tensors: TensorFolder, whole: str, part: str) -> list[StoredTensor]:
+    """Return a table's tensors in the order of their rows: by number, so that 10 comes after 9."""
+    before, after = part.split("{}")
+    pattern = re.compile(f"{re.escape(before)}(?:0|[1-9][0-9]*){re.escape(after)}")
+    num_shards = sum(1 for name in tensors.names if pattern.fullmatch(name))
+    if not num_shards:
+        return [tensors.find(whole)]
+    if whole in tensors:
+        raise CheckpointError(f"{tensors.folder} holds the table both as {whole} and as shards; remove one of them")
+    # Where one is missing, another has a number beyond these, and asking for all of these names it.
+    return [tensors.find(part.format(number)) for number in range(num_shards)]
+
+
+def _locate_deepseek(tensors: TensorFolder, stem: str, config: EngramConfig, spec: HashSpec, index: int) -> _Place:
+    names = {name: stem + published for name, published in NAMES["deepseek_v41"].items()}
+    rows, projected = spec.padded_rows[index], (config.num_streams + 1) * config.hidden_size
+    norm = ((config.num_streams, config.hidden_size), _FLOATS)
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+        "table": ((rows, config.head_dim), ("F8_E4M3",)),
+        "table_scale": ((rows, num_blocks(config.head_dim)), ("F8_E8M0",)),
+        "key_value": ((projected, config.memory_dim), ("F8_E4M3",)),
+        "key_value_scale": ((num_blocks(projected), num_blocks(config.memory_dim)), ("F8_E8M0",)),
+        "query_norm": norm,
+        "key_norm": norm,
+    }
+    found = {name: _expect(tensors.find(names[name]), shape, types) for name, (shape, types) in expected.items()}
+    table, scale = found.pop("table"), found.pop("table_scale")
+    return _Place([table], [scale], found)
+
+
+def _expect(tensor: StoredTensor, shape: tuple[int, ...], types: tuple[str, ...]) -> StoredTensor:
+    """Refuse a tensor of another shape or type than the config asks for."""
+    if tensor.shape != shape or tensor.dtype not in types:
+        raise CheckpointError(
+            f"{tensor}: expected {' or '.join(types)} {list(shape)} from config.json; the folder holds weights of "
+            "another geometry"
+        )
+    return tensor
+
+
+def _load_qwen(dense: Mapping[str, StoredTensor], config: EngramConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    dtype = dtype or dense["key"].torch_dtype
+    loaded = {name: stored.load().to(dtype) for name, stored in dense.items()}
+    streams = (config.num_streams, config.hidden_size)
+    return {
+        "key_value.weight": torch.cat([loaded["key"], loaded["value"]]),
+        "query_norm": loaded["query_norm"].view(streams),
+        "key_norm": loaded["key_norm"].view(streams),
+        "conv_norm": loaded["conv_norm"].view(streams),
+        "conv_weight": loaded["conv"][:, 0],
+    }
+
+
+def _load_deepseek(
+    dense: Mapping[str, StoredTensor], config: EngramConfig, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    dtype = dtype or torch.bfloat16
+    weight, scale = dense["key_value"].load(), dense["key_value_scale"].load()
+    return {
+        "key_value.weight": dequantize(weight, scale, dtype, square=True),
+        "query_norm": dense["query_norm"].load().to(dtype),
+        "key_norm": dense["key_norm"].load().to(dtype),
+    }
