@@ -53,6 +53,23 @@ def test_grouped_products_and_the_loop_agree_forward_and_in_gradients():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_products_of_experts_follow_autocast_and_their_gradients_do_not(implementation):
+    model = moe().train()
+    model.set_experts_implementation(implementation)
+    experts, seen = model.model.layers[1].mlp.experts, []
+    experts.register_forward_hook(lambda module, given, result: seen.append(result.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    assert seen[0] == torch.bfloat16  # the inner call, in the lower type
+    assert experts.gate_up_proj.grad.dtype == experts.gate_up_proj.dtype == torch.float32
+    lower = experts.gate_up_proj.grad.clone()
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    torch.testing.assert_close(lower, experts.gate_up_proj.grad, atol=3e-3, rtol=0.1)
+
+
 def test_load_counts_every_choice_made_in_training_and_none_in_evaluation():
     model = moe()
     output = model.train()(IDS, output_chosen_experts=True)

@@ -3,14 +3,47 @@
 The experts themselves, shared and routed, are transformers' DeepSeek-V3 modules.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3TopkRouter
 
-__all__ = ["Router", "balance_experts", "expert_load", "sequence_balance_loss"]
+__all__ = ["Experts", "Router", "balance_experts", "expert_load", "sequence_balance_loss"]
 
-# Dimension key: B batch, L length, T = B * L tokens, E routed experts, K of them chosen per token.
+# Dimension key: B batch, L length, T = B * L tokens, D hidden, E routed experts, K of them chosen per token.
+
+
+class Experts(DeepseekV3Experts):
+    """DeepSeek-V3's routed experts, whose products follow autocast.
+
+    Grouped matrix products are unknown to autocast (pytorch/pytorch#174763), so transformers computes them in the type
+    of the weights: in float32, however low the rest of the model is.
+
+    Source: transformers ``models/deepseek_v3/modeling_deepseek_v3.py`` and ``integrations/moe.py``, which choose between
+    grouped products and a loop.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Add up the outputs of the chosen experts.
+
+        Args:
+            hidden_states: ``[T, D]``.
+            top_k_index: The chosen, int64 ``[T, K]``.
+            top_k_weights: Their weights, float32 ``[T, K]``.
+
+        Returns:
+            ``[T, D]``, in autocast's type where it is on, else in that of the hidden states.
+        """
+        device = hidden_states.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        dtype = torch.get_autocast_dtype(device)
+        weights: dict[str, Any] = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        with torch.autocast(device, enabled=False):
+            given = (hidden_states.to(dtype), top_k_index, top_k_weights)
+            return torch.func.functional_call(self, weights, given)
 
 
 class Router(DeepseekV3TopkRouter):
@@ -25,7 +58,7 @@ class Router(DeepseekV3TopkRouter):
     def __init__(self, config: object) -> None:
         super().__init__(config)
         # Float, so that data-parallel sums and averages need no cast; exact up to 2**24 choices of one expert.
-        self.register_buffer("expert_counts", torch.zeros(self.num_experts), persistent=False)
+        self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.float32), persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
