@@ -99,7 +99,9 @@ def training(size: str, device: str, repeats: int) -> list[dict[str, Any]]:
     seconds = harness.measure({n: synchronized(t.step, device) for n, t in trainers.items()}, repeats)
     batch_size, length = TRAINING[size]
     rows = compared(seconds, batch_size * length)
-    return [{"case": "training step", "size": size, **row, "peak_bytes": peak(size, row["what"], device)} for row in rows]
+    return [
+        {"case": "training step", "size": size, **row, "peak_bytes": peak(size, row["what"], device)} for row in rows
+    ]
 
 
 def peak(size: str, what: str, device: str) -> int | None:

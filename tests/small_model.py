@@ -16,3 +16,32 @@ BACKBONE = {
 }
 MEMORY = {"hidden_size": 32, "layers": (0, 2), "num_heads": 2, "memory_dim": 24, "rows_per_head": 97}
 TEXT = "the cat sat on the mat. The Cat saw a rat; the rat ran to the mat. " * 30
+
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
+}
+# Name to what differs from the plain small model: (backbone, memory).
+VARIANTS = {
+    "plain": ({}, {}),
+    "experts": (EXPERTS, {}),
+    "streams": ({"num_streams": 4}, {"num_streams": 4}),
+    "single": ({"num_streams": 4, "memory_fusion": "single"}, {}),
+    "yarn": (YARN, {}),
+    "all": ({**EXPERTS, **YARN, "num_streams": 4}, {"num_streams": 4}),
+}

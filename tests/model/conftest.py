@@ -24,7 +24,7 @@ def build(tokenizer):
         model = EngramForCausalLM(model_config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "memory" in name or parameter.dim() == 2:
+                if "memory" in name or parameter.dim() >= 2:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         # The pad and end tokens must not be what an untrained model happens to say.
         model.generation_config.eos_token_id = None

@@ -83,8 +83,8 @@ def test_what_cannot_be_met_is_refused_with_the_reason():
         allocate(moe, 0.7435, memory, narrow_dense=False)
     with pytest.raises(ConfigError, match="cannot become narrow enough"):
         allocate(moe, 0.5, EngramConfig(hidden_size=2560, num_streams=4, memory_dim=8192, layers=tuple(range(8))))
+    wide = EngramConfig(hidden_size=128, num_streams=4, memory_dim=64, layers=(0, 1, 2, 3))
     with pytest.raises(ConfigError, match="one row in each of their heads"):
-        wide = EngramConfig(hidden_size=128, num_streams=4, memory_dim=64, layers=(0, 1, 2, 3))
         allocate(EngramLMConfig.preset("moe-nano"), 0.98, wide, narrow_dense=False)
     with pytest.raises(ConfigError, match=r"rounds to all 72 experts .* highest below 1 is 0\.98"):
         allocate(moe, 0.999, memory)

@@ -5,10 +5,13 @@ These need an NVIDIA GPU and a CUDA build of torch, and are skipped elsewhere.
 
 import pytest
 import torch
+from tests.small_model import VARIANTS
+from transformers import StaticCache
 
 from engram.hashing import HashSpec, TokenHistory, TokenMap
 from engram.memory import EngramConfig, EngramLayer
-from engram.tables import ParameterTable
+from engram.model import EngramForCausalLM
+from engram.tables import MappedTable, ParameterTable
 from engram.training.optimizers import RowAdam
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
@@ -89,3 +92,92 @@ def test_row_adam_on_the_gpu_equals_the_cpu_s():
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(tables[1].weight.cpu(), tables[0].weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def everything(build):
+    """Experts, four streams and YaRN in one model, on the CPU."""
+    backbone, memory = VARIANTS["all"]
+    return build(backbone=backbone, memory={**memory, "signs": "hashed"})
+
+
+def test_a_table_on_the_host_serves_row_numbers_on_the_gpu_and_learns_from_there():
+    table = ParameterTable(200, 8)
+    rows = torch.randint(200, (3, 5))
+    read = table.gather(rows.cuda())
+    assert read.is_cuda and torch.equal(read.cpu(), table.gather(rows))
+    read.square().sum().backward()
+    gradient = table.weight.grad.to_dense()
+    table.weight.grad = None
+    table.gather(rows).square().sum().backward()
+    assert not gradient.is_cuda
+    torch.testing.assert_close(gradient, table.weight.grad.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("device_map", "kind"),
+    [
+        ("auto", ParameterTable),
+        ({"": 0, "model.memory_tables": "cpu"}, ParameterTable),
+        ({"": 0, "model.memory_tables": "disk"}, MappedTable),
+    ],
+    ids=["auto", "host", "disk"],
+)
+def test_tables_off_the_gpu_give_the_logits_of_tables_on_it(everything, tmp_path, device_map, kind):
+    pytest.importorskip("accelerate")
+    everything.save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    whole = EngramForCausalLM.from_pretrained(tmp_path).cuda()
+    assert all(isinstance(table, kind) for table in model.tables.values())
+    assert not any(p.is_cuda for p in model.model.memory_tables.parameters())
+    assert all(p.is_cuda for name, p in model.named_parameters() if "memory_tables" not in name)
+    ids = torch.randint(2, 280, (2, 25), device="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-5, rtol=1e-5)
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
+    expected = whole.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_tables_on_the_host_are_trained_while_the_backbone_is_on_the_gpu(everything, tmp_path):
+    pytest.importorskip("accelerate")
+    everything.save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, device_map={"": 0, "model.memory_tables": "cpu"}).train()
+    everything.cuda().train()
+    ids = torch.randint(2, 280, (2, 25), device="cuda")
+    for each in (model, everything):
+        each(ids, labels=ids).loss.backward()
+    for name, table in model.tables.items():
+        gradient = table.weight.grad
+        assert not gradient.is_cuda
+        expected = everything.tables[name].weight.grad.to_dense().cpu()
+        torch.testing.assert_close(gradient.to_dense(), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_compiled_model_equals_the_model_and_decodes(everything):
+    model = everything.cuda()
+    compiled = torch.compile(model, fullgraph=True)
+    ids = torch.randint(2, 280, (2, 20), device="cuda")
+    expected = model(ids).logits
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-3, rtol=1e-3)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    pieces = [model(ids[:, :14], past_key_values=cache).logits]
+    pieces += [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(14, 20)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_the_logits_of_eager_attention(build):
+    # Flex attention's kernels need heads of 16 and more, and powers of two.
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    model = build(backbone=heads).cuda()
+    ids = torch.randint(2, 280, (2, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    found = []
+    for implementation in ("eager", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)

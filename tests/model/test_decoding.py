@@ -6,9 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.small_model import VARIANTS
 from transformers import DynamicCache, StaticCache
 
 from engram.errors import HistoryError, MismatchError
+
+
+@pytest.fixture
+def variant(request, build):
+    """The small model, or the one of `VARIANTS` that the test is parametrized with."""
+    backbone, memory = VARIANTS[request.param]
+    return build(backbone=backbone, memory=memory)
+
+
+ALL_VARIANTS = pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 
 
 def tokens(batch=2, length=30, seed=2):
@@ -20,11 +31,21 @@ def whole(model, ids, **kwargs):
     return model(input_ids=ids, use_cache=False, **kwargs).logits
 
 
+CHUNKS = {"ones": [1] * 30, "mixed": [7, 1, 1, 11, 10], "prefill": [29, 1]}
+# Every pair on the plain model and on the one with everything; on the others the two that differ most.
+CHUNKED = [
+    (name, way, kind)
+    for name in VARIANTS
+    for way in CHUNKS
+    for kind in ("dynamic", "static", "bare")
+    if name in ("plain", "all") or (way, kind) in (("ones", "dynamic"), ("mixed", "static"))
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 11, 10], [29, 1]], ids=str)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "bare"])
-def test_logits_of_any_chunking_and_cache_equal_the_whole_forward(model, chunks, kind):
-    ids = tokens()
+@pytest.mark.parametrize(("variant", "way", "kind"), CHUNKED, indirect=["variant"])
+def test_logits_of_any_chunking_and_cache_equal_the_whole_forward(variant, way, kind):
+    model, ids, chunks = variant, tokens(), CHUNKS[way]
     cache = {
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=40),
@@ -37,20 +58,26 @@ def test_logits_of_any_chunking_and_cache_equal_the_whole_forward(model, chunks,
     torch.testing.assert_close(torch.cat(pieces, 1), whole(model, ids), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_beams": 4},
-        {"num_beams": 3, "num_return_sequences": 3},
-        {"do_sample": True, "num_return_sequences": 2},
-        {"prompt_lookup_num_tokens": 5},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 4},
-    ],
-    ids=str,
-)
-def test_generation_with_a_cache_equals_generation_without(model, options):
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "returned beams": {"num_beams": 3, "num_return_sequences": 3},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 5},
+    "static": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+# Everything on the plain model and on the one with everything; on the others, what moves a cache most.
+GENERATED = [
+    (name, way)
+    for name in VARIANTS
+    for way in (GENERATION if name in ("plain", "all") else ("beams", "prompt lookup", "static"))
+]
+
+
+@pytest.mark.parametrize(("variant", "way"), GENERATED, indirect=["variant"])
+def test_generation_with_a_cache_equals_generation_without(variant, way):
+    model, options = variant, GENERATION[way]
     prompt = torch.cat([tokens(1, 8)] * 2, dim=1)  # a repeated prompt, so that prompt lookup finds candidates
     if "prompt_lookup_num_tokens" not in options:
         prompt = torch.cat([prompt, tokens(1, 16, seed=9)])
@@ -66,7 +93,9 @@ def test_generation_with_a_cache_equals_generation_without(model, options):
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **plain))
 
 
-def test_an_assistant_model_s_guesses_change_nothing(model, build):
+@pytest.mark.parametrize("variant", ["plain", "all"], indirect=True)
+def test_an_assistant_model_s_guesses_change_nothing(variant):
+    model = variant
     prompt = tokens(1, 12)
     # A near copy, so that some guesses are accepted and some are rolled back.
     assistant = copy.deepcopy(model)
@@ -81,7 +110,9 @@ def test_an_assistant_model_s_guesses_change_nothing(model, build):
     assert 2 < len(calls) < 30  # some guesses were right, some were not
 
 
-def test_left_padding_changes_no_continuation(model):
+@ALL_VARIANTS
+def test_left_padding_changes_no_continuation(variant):
+    model = variant
     short, long = tokens(1, 7, seed=3), tokens(1, 15, seed=4)
     padded = torch.cat([torch.full((1, 8), 1), short], dim=1)
     batch = torch.cat([padded, long])
@@ -94,7 +125,9 @@ def test_left_padding_changes_no_continuation(model):
 
 
 @torch.no_grad()
-def test_padding_on_either_side_changes_no_logit(model):
+@ALL_VARIANTS
+def test_padding_on_either_side_changes_no_logit(variant):
+    model = variant
     ids = tokens(1, 10)
     expected = whole(model, ids)
     left = torch.cat([torch.full((1, 5), 1), ids], dim=1)
@@ -116,10 +149,11 @@ def test_a_document_in_a_packed_sequence_reads_the_rows_it_reads_alone(model, to
         assert torch.equal(spec.rows(packed, layer)[:, 10:], spec.rows(second, layer))
 
 
+@pytest.mark.parametrize("name", ["plain", "all"])
 @settings(max_examples=25)
-@given(st.data())
-def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(data):
-    model = _interleaved_model()
+@given(data=st.data())
+def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(name, data):
+    model = _interleaved_model(name)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     seen = torch.empty(2, 0, dtype=torch.int64)
@@ -152,9 +186,9 @@ def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(dat
 _MODELS = {}
 
 
-def _interleaved_model():
+def _interleaved_model(name):
     # hypothesis cannot take function fixtures; one model for all examples.
-    if not _MODELS:
+    if name not in _MODELS:
         from tests.small_model import BACKBONE, MEMORY, TEXT
         from transformers import AutoModelForCausalLM
 
@@ -162,14 +196,16 @@ def _interleaved_model():
         from engram.model import EngramLMConfig
         from engram.training.tokenizer import train_tokenizer
 
-        config = EngramLMConfig.for_tokenizer(train_tokenizer([TEXT], 300), EngramConfig(**MEMORY), **BACKBONE)
+        backbone, memory = VARIANTS[name]
+        memory = EngramConfig(**{**MEMORY, **memory})
+        config = EngramLMConfig.for_tokenizer(train_tokenizer([TEXT], 300), memory, **{**BACKBONE, **backbone})
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        _MODELS["model"] = model
-    return _MODELS["model"]
+        _MODELS[name] = model
+    return _MODELS[name]
 
 
 def test_a_reset_cache_starts_over(model):
@@ -201,8 +237,10 @@ def test_a_cache_without_room_for_memory_is_refused(model, build):
 
 
 @torch.no_grad()
-def test_decoding_under_bfloat16_equals_its_own_whole_forward(build):
-    model = build().to(torch.bfloat16)
+@pytest.mark.parametrize("variant", ["plain", "streams"], indirect=True)
+def test_decoding_under_bfloat16_equals_its_own_whole_forward(variant, tmp_path):
+    variant.save_pretrained(tmp_path)
+    model = type(variant).from_pretrained(tmp_path, dtype=torch.bfloat16)
     ids = tokens(1, 12)
     cache = DynamicCache(config=model.config)
     pieces = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]

@@ -317,7 +317,8 @@ def on_device(cache: dict[Any, "Tensor"], name: str, array: np.ndarray, device: 
 
     key = (name, device.type, device.index)
     if key not in cache:
-        cache[key] = torch.tensor(array, device=device)
+        # A copy of the array, made by numpy: torch.compile reads torch.tensor(array) as the copy of a tensor and warns.
+        cache[key] = torch.as_tensor(np.array(array), device=device)
     return cache[key]
 
 

@@ -120,7 +120,7 @@ class EngramLayer(nn.Module):
             )
         embeddings: Tensor = self.table.gather(rows)
         if self.config.signs == "hashed":
-            embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings.dtype)
+            embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings)
         return embeddings.flatten(-2)
 
     def forward(
@@ -159,8 +159,9 @@ class EngramLayer(nn.Module):
                 f"memory is {tuple(embeddings_BLM.shape)} for hidden states {tuple(hidden_states.shape)}; expected "
                 f"{(*hidden_BLSD.shape[:2], config.memory_dim)}"
             )
-        weight = self.key_value.weight
-        projected = self.key_value(embeddings_BLM.to(device=weight.device, dtype=weight.dtype))
+        # Rows may come from another device; where weights are offloaded, only the hidden states know where to compute.
+        embeddings_BLM = embeddings_BLM.to(device=hidden_states.device, dtype=self.key_value.weight.dtype)
+        projected = self.key_value(embeddings_BLM)
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
         gates_BLS = self._gates(hidden_BLSD, key)
         if active is not None:

@@ -201,9 +201,14 @@ class EngramLMConfig(DeepseekV3Config):
         return () if self.memory is None else tuple(sorted(self.memory["layers"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for ``config.json``; the token map itself travels with the weights."""
+        """Plain values for ``config.json``; the token map itself travels with the weights.
+
+        ``layer_types`` is derived and stays out: who reads the file as a plain ``PreTrainedConfig``, as ``Trainer``
+        does on resuming, would refuse a name that transformers does not know.
+        """
         values: dict[str, Any] = super().to_dict()
         values.pop("_token_map", None)
+        values.pop("layer_types", None)
         return values
 
     def validate_layer_type(self) -> None:

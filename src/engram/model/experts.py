@@ -21,8 +21,8 @@ class Experts(DeepseekV3Experts):
     Grouped matrix products are unknown to autocast (pytorch/pytorch#174763), so transformers computes them in the type
     of the weights: in float32, however low the rest of the model is.
 
-    Source: transformers ``models/deepseek_v3/modeling_deepseek_v3.py`` and ``integrations/moe.py``, which choose between
-    grouped products and a loop.
+    Source: transformers ``models/deepseek_v3/modeling_deepseek_v3.py``, and ``integrations/moe.py``, which chooses
+    between grouped products and a loop.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

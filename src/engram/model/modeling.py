@@ -1,15 +1,18 @@
 """The reference language model: DeepSeek-V3 blocks, some of which begin by reading memory."""
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3DecoderLayer,
@@ -22,15 +25,24 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from engram.errors import MismatchError, TokenMapError
+from engram.errors import CheckpointError, ConfigError, MismatchError, TokenMapError
 from engram.hashing import HashSpec, TokenMap
 from engram.memory.layer import EngramLayer
 from engram.memory.state import ConvolutionState
 from engram.model.cache import memory_layer
+from engram.model.checkpoint import (
+    TABLES,
+    check_files,
+    check_index,
+    check_missing,
+    map_tensor,
+    split_device_map,
+    table_device,
+)
 from engram.model.config import EngramLMConfig
-from engram.model.experts import Router, sequence_balance_loss
+from engram.model.experts import Experts, Router, sequence_balance_loss
 from engram.model.streams import StreamHead, StreamMixer
-from engram.tables import ParameterTable
+from engram.tables import MappedTable, ParameterTable, StoredTensor, Table
 
 __all__ = ["EngramBlock", "EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
 
@@ -72,11 +84,11 @@ class EngramBlock(DeepseekV3DecoderLayer):
     With several streams each of the two sublayers reads from them and writes to them through a `StreamMixer`.
     """
 
-    def __init__(self, config: EngramLMConfig, layer_idx: int, table: ParameterTable | None = None) -> None:
+    def __init__(self, config: EngramLMConfig, layer_idx: int, table: Table | None = None) -> None:
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         if isinstance(self.mlp, DeepseekV3MoE):
-            self.mlp.gate = Router(config)
+            self.mlp.gate, self.mlp.experts = Router(config), Experts(config)
         memory = config.memory_config
         self.memory = EngramLayer(memory, table) if memory is not None and layer_idx in memory.layers else None
         self.single_fusion = config.memory_fusion == "single"
@@ -146,8 +158,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         "feed_forward_streams",
         "stream_head",
     ]
-    # Tables stay where they are loaded, whatever the backbone is given to by an automatic device map.
-    _no_placement_params = ["memory_tables"]
+    # The one tensor of the model itself: device maps that divide it by modules do not name it, and must not have to.
+    _no_placement_params = ["token_map"]
     _keys_to_ignore_on_load_unexpected = None
 
     @torch.no_grad()
@@ -166,9 +178,13 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         return True
 
     @property
-    def tables(self) -> dict[str, ParameterTable]:
-        """The memory tables by the block that reads them, or one called ``shared``."""
-        return dict(self.base_model._modules["memory_tables"].items())
+    def tables(self) -> dict[str, Table]:
+        """The memory tables by the block that reads them, or one called ``shared``.
+
+        Each is a `ParameterTable`, or a `MappedTable` where ``from_pretrained`` left it on disk.
+        """
+        base = self.base_model
+        return {**base._modules[TABLES], **base.__dict__["_tables_apart"]}
 
     @property
     def hash_spec(self) -> HashSpec:
@@ -206,33 +222,168 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             self.config.spec.bind(tokenizer)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """Load a model as ``transformers`` does, and check that its hash, and a tokenizer if given, fit its tables.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load a model as ``transformers`` does, and check that the checkpoint is whole and fits its hash.
+
+        With ``device_map="auto"`` (and its kin) the tables stay on the host: rows are read there, and only rows read
+        travel. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves them in the
+        checkpoint's safetensors files, where rows are read in place and not trained.
 
         Args:
+            pretrained_model_name_or_path: A folder or a repository.
             *args: As in ``PreTrainedModel.from_pretrained``.
             tokenizer: The tokenizer that will be used with the model.
             **kwargs: As in ``PreTrainedModel.from_pretrained``.
 
         Raises:
+            CheckpointError: A file is missing, truncated or malformed, or tensors of the model are missing. The latter
+                is allowed with ``ignore_mismatched_sizes=True``, and for a head on the checkpoint of a base model.
             MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
         """
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_index(Path(source) / (kwargs.get("subfolder") or ""))
+        kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
+        # What stands behind the source reaches `__init__`.
+        more = () if places is None else (places,)
         try:
-            result = super().from_pretrained(*args, **kwargs)
+            result = super().from_pretrained(source, *args, *more, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot read the weights of {source}: {error}; download them again") from error
         except RuntimeError as error:
             if "mismatched_sizes" not in str(error):
                 raise
             raise MismatchError(
                 f"weights of this checkpoint do not have the sizes that its configuration gives"
-                f"{_digest_of(args, kwargs)}; the report above names them. The configuration belongs to another model, "
+                f"{_digest_of(source)}; the report above names them. The configuration belongs to another model, "
                 "or was edited"
             ) from error
         model = result[0] if isinstance(result, tuple) else result
+        if places is not None:
+            model._adopt_tables(kwargs["device_map"])
         if model.config.memory is not None and not model.base_model.token_map.is_meta:
             _ = model.hash_spec
             if tokenizer is not None:
                 model.check_tokenizer(tokenizer)
         return result
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as ``transformers`` does; tables that were left on disk are copied from there.
+
+        Args:
+            save_directory: The folder.
+            *args: As in ``PreTrainedModel.save_pretrained``.
+            **kwargs: As in ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            ConfigError: The folder holds the very files that tables are being read from.
+        """
+        mapped = {name: table.shards[0] for name, table in self.tables.items() if isinstance(table, MappedTable)}
+        if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
+            for stored in mapped.values():
+                if any(path.samefile(stored.path) for path in Path(save_directory).glob("*.safetensors")):
+                    raise ConfigError(
+                        f"{stored.path} is being read by this model and cannot be written over; save it into another "
+                        "folder"
+                    )
+            tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
+            kwargs["state_dict"] = {**self.state_dict(), **tables}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the size of the vocabulary, as ``transformers`` does; never below the tokens that memory hashes.
+
+        Memory knows the tokens of its HashSpec only: rows beyond them may fill a vocabulary up to a round number, but
+        reading such a token is refused.
+
+        Args:
+            new_num_tokens: The new size.
+            pad_to_multiple_of: What to round it up to.
+            mean_resizing: Whether new rows resemble the old.
+
+        Raises:
+            MismatchError: The new size is less than the number of tokens that memory hashes.
+        """
+        spec = self.config.spec
+        if spec is not None and new_num_tokens is not None and new_num_tokens < spec.num_tokens:
+            raise MismatchError(
+                f"memory hashes {spec.num_tokens} tokens, so the vocabulary cannot shrink to {new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Check the files, let transformers load what is in the module tree, then load the tables that are not."""
+        if expected_keys is not None:  # an adapter for this model, not the model
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        stored = check_files(checkpoint_files, load_config.sharded_metadata)
+        info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        missing = info.missing_keys | model._load_tables(stored, info.unexpected_keys, load_config.dtype)
+        if not load_config.ignore_mismatched_sizes:
+            check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+        return info, offloaded
+
+    def _load_tables(self, stored: Mapping[str, StoredTensor], unexpected: set[str], dtype: torch.dtype) -> set[str]:
+        """Load the tables that stand apart, strike their names from the unexpected ones and return those missing."""
+        base, spec, missing = self.base_model, self.config.spec, set()
+        apart = base.__dict__["_tables_apart"]
+        if apart and not stored:
+            raise CheckpointError(
+                "tables are put on another device than the rest, or left on disk, out of safetensors files only; load "
+                "the model without a device_map and save it once"
+            )
+        for name, table in apart.items():
+            assert spec is not None
+            own = f"{TABLES}.{name}.weight"
+            place = table_device(base.__dict__["_places"], f"{self._base_prefix}{own}")
+            source = stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
+            if source is None:
+                if place == "disk":
+                    raise CheckpointError(f"{own} is to be read from disk, and the checkpoint does not have it")
+                missing.add(f"{self._base_prefix}{own}")
+                table.to_empty(device=place).reset_parameters()
+                continue
+            unexpected.discard(source.name)
+            if source.shape != (table.num_rows, table.width):
+                raise MismatchError(
+                    f"{source}: expected {[table.num_rows, table.width]}, as the configuration gives "
+                    f"(HashSpec {spec.digest})"
+                )
+            if place == "disk":
+                apart[name] = MappedTable([source], dtype=dtype)
+            else:
+                table.weight = nn.Parameter(source.load().to(device=place, dtype=dtype))
+        return missing
+
+    def _adopt_tables(self, device_map: Any) -> None:
+        """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
+        base = self.base_model
+        apart, places = base.__dict__["_tables_apart"], base.__dict__["_places"]
+        # What other tools ask when they want to know whether a model may be moved or compiled.
+        if not hasattr(self, "hf_device_map"):
+            self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
+        for name, table in list(apart.items()):
+            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = table_device(
+                places, f"{self._base_prefix}{TABLES}.{name}.weight"
+            )
+            for layer in base.layers:
+                if layer.memory is not None and base._table_name(layer.layer_idx) == name:
+                    layer.memory.table = table
+            if isinstance(table, ParameterTable):
+                base._modules[TABLES][name] = apart.pop(name).train(self.training)
+
+    @property
+    def _base_prefix(self) -> str:
+        """What the names of the base model begin with."""
+        return "" if self.base_model is self else f"{self.base_model_prefix}."
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -241,28 +392,35 @@ class EngramModel(EngramPreTrainedModel):
     Args:
         config: Backbone and memory. A configuration made by `EngramLMConfig.for_tokenizer` brings its token map; one
             read from a file does not, and needs `bind_tokenizer` or a checkpoint.
+        places: Where `from_pretrained` puts the tables by itself, by name as in a device map; None where they are
+            loaded with the rest.
     """
 
-    def __init__(self, config: EngramLMConfig) -> None:
+    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         memory, spec = config.memory_config, config.spec
         self.__dict__["_memory_config"] = memory
+        # A table that stands apart is neither moved, counted nor given hooks with the modules.
+        self.__dict__["_tables_apart"], self.__dict__["_places"] = {}, places
         self.memory_tables = nn.ModuleDict()
+        tables = self.memory_tables if places is None else self.__dict__["_tables_apart"]
         if memory is not None and spec is not None:
             for block, layer in zip(spec.blocks, spec.layers, strict=True):
                 name = _SHARED if spec.shared_table else str(block)
-                if name not in self.memory_tables:
-                    rows = spec.num_rows(layer)
-                    self.memory_tables[name] = ParameterTable(
-                        rows, memory.head_dim, gradient=memory.table_gradient, std=memory.table_std
+                if name not in tables:
+                    tables[name] = ParameterTable(
+                        spec.num_rows(layer), memory.head_dim, gradient=memory.table_gradient, std=memory.table_std
                     )
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
         self.layers = nn.ModuleList(
-            [EngramBlock(config, block, self._table_of(block)) for block in range(config.num_hidden_layers)]
+            [
+                EngramBlock(config, block, self.tables.get(self._table_name(block)))
+                for block in range(config.num_hidden_layers)
+            ]
         )
         if config.num_streams > 1:
             self.stream_head = StreamHead(config)
@@ -383,10 +541,9 @@ class EngramModel(EngramPreTrainedModel):
             inputs[block] = {"memory_rows": rows[layer], "memory_active": active}
             if cache is not None and config.conv_context:
                 weight = self.get_parameter(f"layers.{block}.memory.key_value.weight")
-                dtype = _product_dtype(weight)
-                inputs[block]["memory_state"] = states[block].convolution_state(
-                    config, batch_size, weight.device, dtype
-                )
+                device = _device_of(self.layers[block], weight)
+                dtype = _product_dtype(weight, device)
+                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, device, dtype)
         if history is not None:
             history.advance_codes(codes)
         return inputs
@@ -408,11 +565,8 @@ class EngramModel(EngramPreTrainedModel):
         self.__dict__["_spec"] = spec
         return spec
 
-    def _table_of(self, block: int) -> ParameterTable | None:
-        name = _SHARED if _SHARED in self.memory_tables else str(block)
-        table = self.memory_tables[name] if name in self.memory_tables else None
-        assert table is None or isinstance(table, ParameterTable)
-        return table
+    def _table_name(self, block: int) -> str:
+        return _SHARED if _SHARED in self.tables else str(block)
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
@@ -420,6 +574,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     Args:
         config: Backbone and memory.
+        places: As in `EngramModel`.
 
     Example:
         >>> model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory))  # doctest: +SKIP
@@ -428,9 +583,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: EngramLMConfig) -> None:
+    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
         super().__init__(config)
-        self.model = EngramModel(config)
+        self.model = EngramModel(config, places)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -461,7 +616,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             logits_to_keep: Positions from the end to compute logits for; 0 is all.
             **kwargs: As in `EngramModel.forward`.
         """
-        balance = self.config.sequence_balance if labels is not None and self.config.has_experts else 0.0
+        balance = (
+            self.config.sequence_balance if labels is not None and self.training and self.config.has_experts else 0.0
+        )
         wanted = {
             name: kwargs.get(name, getattr(self.config, name, False))
             for name in ("output_router_logits", "output_chosen_experts")
@@ -475,18 +632,23 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = balance_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if loss is not None and balance:
-            mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            balance_loss = balance * sequence_balance_loss(
-                outputs.router_logits, outputs.chosen_experts, labels.shape[0], mask
-            ).to(loss.device)
-            loss = loss + balance_loss
+            if balance:
+                mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+                balance_loss = balance * sequence_balance_loss(
+                    outputs.router_logits, outputs.chosen_experts, labels.shape[0], mask
+                ).to(loss.device)
+                items = kwargs.get("num_items_in_batch")
+                if items is not None:
+                    # Losses of an accumulated batch are added up, so each brings its share only.
+                    balance_loss = balance_loss * ((labels[:, 1:] != -100).sum() / items).to(loss.device)
+                loss = loss + balance_loss
         return EngramCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -505,16 +667,22 @@ def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
     module.__dict__["_spec"] = None
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def _product_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
     """Type that a product with this weight has: autocast's where it is on, and so the convolution window's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else weight.dtype
 
 
-def _digest_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _device_of(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module runs: offloaded weights are on the meta device, and accelerate's hook knows better."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return weight.device if device is None else torch.device(device)
+
+
+def _digest_of(source: Any) -> str:
     """The HashSpec digest of a checkpoint's configuration, for a message."""
     try:
-        spec = EngramLMConfig.from_pretrained(args[0] if args else kwargs["pretrained_model_name_or_path"]).spec
-    except (OSError, KeyError, ValueError):
+        spec = EngramLMConfig.from_pretrained(source).spec
+    except (OSError, ValueError):
         return ""
     return "" if spec is None else f" (HashSpec {spec.digest})"

@@ -62,7 +62,7 @@ class Plan:
     def run(self) -> int:
         """Print the plan."""
         config = read_config(self.model)
-        divided = {}
+        divided: dict[str, Any] = {}
         if self.ratio is not None:
             config, divided = _divide(config, self.ratio)
         found = {**plan(config, context=self.context, batch_size=self.batch_size), **divided}
@@ -321,7 +321,11 @@ def _print(name: str, found: dict[str, Any]) -> None:
         rows.append(("  of the tables", _size(optimizer["tables_adam"]), ""))
     seconds = build["hash_seconds"] + build["initialize_seconds"]
     rows.append(
-        ("time to build", _duration(seconds), f"here, drawing {build['values_per_second'] / 1e6:,.0f} M values a second")
+        (
+            "time to build",
+            _duration(seconds),
+            f"here, drawing {build['values_per_second'] / 1e6:,.0f} M values a second",
+        )
     )
     for row in rows:
         table.add_row(*row)

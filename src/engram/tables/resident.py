@@ -34,7 +34,7 @@ class ResidentTable(Table):
         self._refuse_closed(self._weight is None)
         assert self._weight is not None
         self._check_rows(rows)
-        result = self._weight[rows]
+        result = self._weight[rows.to(self._weight.device)].to(rows.device)
         return result if out is None else out.copy_(result)
 
     def close(self) -> None:
@@ -88,11 +88,20 @@ class ParameterTable(nn.Module, Table):
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Read rows, differentiably. See `Table.gather`.
 
+        Rows come back on the device of their numbers: where the table is on the host and the model is not, the numbers
+        travel one way and the rows read the other.
+
         On an accelerator the range is checked by the device itself, which ends the process with an assertion: no
         host synchronization is spent on it here.
         """
+        if self.weight.is_meta and not rows.is_meta:
+            raise ConfigError(
+                "this table has no rows (its device is meta). accelerate's hooks do not serve tables: load the model "
+                'with from_pretrained(..., device_map="auto"), which keeps them on the host'
+            )
         try:
-            result = F.embedding(rows, self.weight, sparse=self.gradient == "sparse")
+            result = F.embedding(rows.to(self.weight.device), self.weight, sparse=self.gradient == "sparse")
+            result = result.to(rows.device)
         except (IndexError, RuntimeError):
             self._check_rows(rows)
             raise
