@@ -223,10 +223,57 @@ def test_configurations_that_contradict_themselves_are_refused(tokenizer, model)
         EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**{**MEMORY, "num_streams": 2}), **BACKBONE)
     with pytest.raises(ConfigError, match="for_tokenizer"):
         EngramLMConfig(memory=EngramConfig(**MEMORY).to_dict(), **BACKBONE)
+    with pytest.raises(ConfigError, match="must be a Hugging Face one"):
+        EngramLMConfig.for_tokenizer("a-tokenizer", EngramConfig(**MEMORY), **BACKBONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("layers", {"layers": [0, 1]}),
+        ("orders", {"orders": [3, 4]}),
+        ("num_heads", {"orders": [2, 3], "num_heads": 4}),
+        ("tables", {"tables": "shared"}),
+        ("seed", {"seed": 5}),
+        ("rows", {"rows_per_head": 1_000_000}),
+    ],
+)
+def test_a_hash_and_a_memory_that_contradict_each_other_are_refused(model, name, change):
     values = model.config.to_dict()
-    values["memory"]["layers"] = [0, 1]
-    with pytest.raises(ConfigError, match="hash_spec addresses blocks"):
-        EngramLMConfig(**{k: v for k, v in values.items() if k not in ("model_type", "layer_types")})
+    values["memory"].update(change)
+    with pytest.raises(ConfigError, match=f"contradict each other in {name}"):
+        EngramLMConfig(**{k: v for k, v in values.items() if k != "model_type"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intermediate_size": -100},
+        {"kv_lora_rank": 0},
+        {"q_lora_rank": 0},
+        {"qk_nope_head_dim": -32},
+        {"v_head_dim": None},
+        {"max_position_embeddings": 0},
+        {"num_hidden_layers": 0},
+        {"num_key_value_heads": 1},
+        {"rms_norm_eps": float("nan")},
+        {"stream_eps": 0.0},
+        {"routed_scaling_factor": float("nan")},
+        {"router_bias_speed": float("inf")},
+        {"first_k_dense_replace": -3},
+        {"num_mtp_layers": 1},
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_are_refused_by_name(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        EngramLMConfig(**{**BACKBONE, **change})
+
+
+def test_no_leading_dense_blocks_means_that_all_are_dense_or_none():
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert not EngramLMConfig(**BACKBONE, **experts, first_k_dense_replace=None).has_experts
+    assert EngramLMConfig(**BACKBONE, **experts, first_k_dense_replace=0).num_dense_layers == 0
 
 
 def test_a_model_has_room_for_mixtures_of_experts(build):

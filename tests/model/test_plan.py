@@ -39,7 +39,9 @@ def test_the_stable_keys_of_the_paper_s_model(capsys):
     # 576 numbers per token and block: the latents of multi-head latent attention.
     assert found["decode"]["kv_cache_bytes_per_token"] == 30 * 576 * 2
     assert found["optimizer_bytes"]["total_adamw"] == 8 * parameters["stored"]
-    assert 0 < found["build"]["initialize_seconds"] < 3600
+    build = found["build"]
+    assert build["initialize_seconds"] == pytest.approx(parameters["stored"] / build["values_per_second"])
+    assert 1e7 < build["values_per_second"] < 1e11 and 0 < build["hash_seconds"] < 60
 
 
 def test_state_of_decoding_is_what_decoding_keeps(capsys, tmp_path, build):
@@ -122,26 +124,79 @@ def test_it_neither_builds_the_model_nor_loads_its_code():
     assert done.returncode == 0, done.stderr
 
 
+SIZES = '"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[1", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("1" * 5000, "cannot be read as JSON"),
         ("[1]", "is an object"),
         ('{"model_type": "llama"}', "configuration of a 'llama' model"),
         ('{"num_hiden_layers": 3}', "did you mean 'num_hidden_layers'"),
-        ('{"num_streams": 0}', "num_streams must be at least 1, not 0"),
-        ('{"hidden_size": "wide"}', "hidden_size"),
-        ('{"memory": {"hidden_size": 64, "memory_dims": 64}}', "did you mean 'memory_dim'"),
-        ('{"num_hidden_layers": 2, "hidden_size": 64, "memory": {"hidden_size": 64, "memory_dim": 64, "layers": [7]}}',
-         "reach past the model's 2 blocks"),
+        ("{}", "says at least hidden_size, num_hidden_layers, vocab_size"),
+        (f'{{{SIZES}, "num_streams": 0}}', "num_streams must be at least 1, not 0"),
+        (f'{{{SIZES}, "kv_lora_rank": "wide"}}', "kv_lora_rank"),
+        (f'{{{SIZES}, "id2label": 5}}', "config.json: "),
+        (f'{{{SIZES}, "has_experts": true}}', "config.json: "),
+        ('{"hidden_size": 64, "num_hidden_layers": 1000000000, "vocab_size": 100}', "must be from 1 to 10000"),
+        ('{"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000000000000, "memory": {"hidden_size": 64}}',
+         "vocab_size must be at most"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "memory_dims": 64}}}}', "did you mean 'memory_dim'"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "bias": 5}}}}', "bias must be true or false"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "memory_dim": 1{"0" * 400}}}}}', "memory_dim must be a whole"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "orders": [2, 1000000000]}}}}', "an order is at most 64"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "num_heads": 1000000}}}}', "heads over all orders"),
+        (f'{{{SIZES}, "memory": {{"hidden_size": 64, "memory_dim": 64, "layers": [7]}}}}', "reach past the model's 2"),
     ],
-    ids=str,
+    ids=lambda value: value[:60],
 )  # fmt: skip
 def test_files_that_are_no_configuration_are_refused_in_words(capsys, tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
     assert main(["plan", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_field_that_nothing_reads_is_named(capsys, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(f'{{{SIZES}, "foo_bar": 3}}')
+    assert main(["plan", str(path), "--json"]) == 0
+    assert "'foo_bar'" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_preset_s_name_does_not_hide_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engram-nano").mkdir()
+    assert planned(capsys, "engram-nano")["parameters"]["total"] == 6_703_709
+    assert main(["plan", "./engram-nano"]) == 1
+    assert "there is no file engram-nano/config.json" in capsys.readouterr().err
+
+
+def test_every_number_of_the_nano_model(capsys):
+    found = planned(capsys, "engram-nano")
+    model = EngramForCausalLM(EngramLMConfig.preset("engram-nano"))
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    tables = sum(parameter.numel() for name, parameter in parameters.items() if "memory_tables" in name)
+    taps = ("conv_weight", "_norm", "scale", "base")
+    muon = sum(
+        parameter.numel()
+        for name, parameter in parameters.items()
+        if parameter.dim() >= 2 and "memory_tables" not in name and "embed" not in name and not name.endswith(taps)
+    )
+    assert found["context_tokens"] == 1024
+    assert found["parameters"]["stored"] == found["parameters"]["total"] == total
+    assert found["weights_bytes"] == {"float32": 4 * total, "bfloat16": 2 * total}
+    assert found["table"]["bytes"] == {"float32": 4 * tables, "bfloat16": 2 * tables, "float8_e4m3": tables // 8 * 9}
+    assert found["optimizer_bytes"] == {
+        "backbone_adamw": 8 * (total - tables),
+        "backbone_muon": 8 * (total - tables) - 4 * muon,
+        "tables_adam": 8 * tables,
+        "total_adamw": 8 * total,
+    }
 
 
 def test_unknown_names_and_flags_are_refused(capsys):
@@ -152,9 +207,3 @@ def test_unknown_names_and_flags_are_refused(capsys):
     assert main(["plan", "engram-27b", "--context", "0"]) == 2
     assert main(["plan", "engram-27b", "--ratio", "1.5"]) == 1
     assert main(["plan"]) == 2
-
-
-def test_a_planned_nano_is_the_built_nano(capsys):
-    found = planned(capsys, "engram-nano")["parameters"]
-    model = EngramForCausalLM(EngramLMConfig.preset("engram-nano"))
-    assert found["stored"] == found["total"] == sum(parameter.numel() for parameter in model.parameters())

@@ -84,6 +84,8 @@ class EngramConfig:
         for name in ("hidden_size", "num_streams", "num_heads", "memory_dim", "rows_per_head"):
             _whole(name, getattr(self, name), at_least=1)
         _whole("kernel_size", self.kernel_size, at_least=0)
+        if type(self.bias) is not bool:
+            raise ConfigError(f"bias must be true or false, not {self.bias!r}")
         _whole("seed", self.seed, at_least=0)
         if self.dilation is not None:
             _whole("dilation", self.dilation, at_least=1)
@@ -97,6 +99,11 @@ class EngramConfig:
         if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.orders)):
             raise ConfigError(f"orders must increase and start at 2 or above, not {self.orders}")
         heads = self.num_heads_total
+        if self.orders[-1] > _HIGHEST_ORDER or heads * len(self.layers) > _MOST_HEADS:
+            raise ConfigError(
+                f"orders reach {self.orders[-1]} and {heads * len(self.layers)} heads in all are asked for; an order "
+                f"is at most {_HIGHEST_ORDER}, heads over all orders and layers at most {_MOST_HEADS}"
+            )
         if self.memory_dim % heads:
             raise ConfigError(
                 f"memory_dim {self.memory_dim} does not divide into {len(self.orders)} orders x {self.num_heads} "
@@ -220,9 +227,12 @@ class EngramConfig:
 
 
 def _whole(name: str, value: object, *, at_least: int) -> None:
-    if type(value) is not int or value < at_least:
-        raise ConfigError(f"{name} must be a whole number, at least {at_least}, not {value!r}")
+    if type(value) is not int or not at_least <= value < 2**62:
+        raise ConfigError(f"{name} must be a whole number, at least {at_least}, not {value!r:.40}")
 
+
+_HIGHEST_ORDER = 64
+_MOST_HEADS = 16_384  # each has a prime to be found
 
 _ZERO_TABLE = ": a table of zeros has no gradient through its keys; use value_init='zero' to begin as the identity"
 

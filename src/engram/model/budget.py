@@ -70,11 +70,12 @@ def allocate(
     token, though, and would make the model larger by them; the leading dense blocks become narrower by as much.
 
     Args:
-        config: The backbone, with mixtures of experts. Its own memory, if it has one, is used where ``memory`` is None.
+        config: The backbone, with mixtures of experts. Where it has a memory, the model of experts alone is the one
+            with the same active and total parameters, and that memory is used where ``memory`` is None.
         ratio: rho, from 0 (as few experts as one token visits) to 1 (experts alone).
         memory: Where and how memory is read; its ``rows_per_head`` is what is looked for.
         sparse_parameters: P_sparse, experts and tables together; the config's own where None. It is rounded to whole
-            experts.
+            experts, and groups of them.
         narrow_dense: Whether the leading dense blocks pay for memory's projections. False leaves them as they are, and
             the active parameters differ by the projections, as in the paper's own models.
         tolerance: Largest relative difference of total and of active parameters from the model of experts alone.
@@ -83,8 +84,8 @@ def allocate(
         Whole numbers, and what they come to.
 
     Raises:
-        ConfigError: The ratio is outside [0, 1], there are no experts to trade, or the numbers cannot be met; the
-            message says by how much and what would help.
+        ConfigError: The ratio is outside [0, 1], there are no experts to trade, the memory does not fit the backbone,
+            or the numbers cannot be met; the message says by how much and what would help.
 
     Example:
         >>> moe = EngramLMConfig.preset("moe-27b")
@@ -95,76 +96,75 @@ def allocate(
 
     Source: paper, section 3.1, Eq. 7.
     """
-    if not 0 <= ratio <= 1:
-        raise ConfigError(f"the allocation ratio is the experts' share of the sparse budget, from 0 to 1, not {ratio}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise ConfigError(f"the ratio is the experts' share of the sparse budget, a number from 0 to 1, not {ratio!r}")
+    if not 0 < tolerance < math.inf:
+        raise ConfigError(f"tolerance is a relative difference above 0, not {tolerance}")
     if not config.has_experts:
         raise ConfigError("this backbone has no mixtures of experts to trade for memory; set first_k_dense_replace")
-    memory = config.memory_config if memory is None else memory
-    chosen, group = config.num_experts_per_tok or 0, config.n_group or 1
-    per_expert = expert_parameters(config)
-    if sparse_parameters is None:
-        sparse_parameters = model_sizes(config, context=1).sparse
-    spare = round(sparse_parameters / per_expert)
-    most = _multiple(chosen + spare, group)
+    own, memory = config.memory_config, config.memory_config if memory is None else memory
+    sizes, per_expert = model_sizes(config, context=1), expert_parameters(config)
+    sparse_parameters = sizes.sparse if sparse_parameters is None else sparse_parameters
+    if not 0 <= sparse_parameters < math.inf:
+        raise ConfigError(f"sparse_parameters is a number of parameters, not {sparse_parameters}")
+    chosen, group, fewest = config.num_experts_per_tok or 0, config.n_group or 1, _fewest_experts(config)
+    most = max(_multiple(chosen + round(sparse_parameters / per_expert), group), fewest)
     if most <= chosen:
         raise ConfigError(
-            f"a sparse budget of {spare * per_expert:,} leaves no expert beyond the {chosen} that a token visits; one "
+            f"a sparse budget of {sparse_parameters:,} leaves no expert beyond the {chosen} that a token visits; one "
             f"expert has {per_expert:,} parameters over all blocks"
         )
-    reference = _backbone(config, most, config.intermediate_size)
+    # The model of experts alone has what this one's own memory cost in its dense blocks, if they may change.
+    width = _width(config, None, most, sizes.active) if own is not None and narrow_dense else config.intermediate_size
+    reference = _backbone(config, most, width)
     moe_total, moe_active = reference.without_vocabulary, reference.active
     if ratio == 1:
-        return Allocation(
-            1.0, most, 0, config.intermediate_size, None, moe_total, moe_active, moe_total, moe_active, most
-        )
+        return Allocation(1.0, most, 0, width, None, moe_total, moe_active, moe_total, moe_active, most)
     if memory is None:
         raise ConfigError(
             f"a ratio of {ratio} leaves part of the budget to memory, and this model has none; pass "
             "memory=EngramConfig(...), or begin with an engram preset of this size"
         )
-    if memory.hidden_size != config.hidden_size:
-        raise ConfigError(f"memory has hidden_size {memory.hidden_size}, the backbone {config.hidden_size}")
-    experts = max(_multiple(chosen + round(ratio * (most - chosen)), group), chosen, 2)
+    config.check_memory(memory)
+    experts = max(_multiple(chosen + round(ratio * (most - chosen)), group), fewest)
     if experts == most:
         raise ConfigError(
             f"a ratio of {ratio} rounds to all {most} experts and leaves nothing to memory; the highest below 1 is "
             f"{(most - group - chosen) / (most - chosen):.4f}"
         )
-    width = _width(config, memory, experts, moe_active) if narrow_dense else config.intermediate_size
-    base = _backbone(config, experts, width)
-    own = len(memory.layers) * memory.layer_parameters()
-    active = base.active + own + len(memory.layers) * memory.memory_dim
-    left = moe_total - base.without_vocabulary - own
-    memory = _with_rows(memory, left, ratio)
-    total = base.without_vocabulary + memory.num_parameters()
-    sparse = base.sparse + memory.table_parameters() - len(memory.layers) * memory.memory_dim
+    if narrow_dense:
+        width = _width(config, memory, experts, moe_active)
+    base, read = _backbone(config, experts, width), len(memory.layers) * memory.memory_dim
+    projections = len(memory.layers) * memory.layer_parameters()
+    memory = _with_rows(memory, moe_total - base.without_vocabulary - projections, ratio)
+    sparse = base.sparse + memory.table_parameters() - read
     found = Allocation(
-        base.sparse / sparse,
-        experts,
-        memory.rows_per_head,
-        width,
-        memory,
-        total,
-        active,
-        moe_total,
-        moe_active,
-        most,
+        ratio=base.sparse / sparse,
+        num_experts=experts,
+        rows_per_head=memory.rows_per_head,
+        intermediate_size=width,
+        memory=memory,
+        total=base.without_vocabulary + memory.num_parameters(),
+        active=base.active + projections + read,
+        moe_total=moe_total,
+        moe_active=moe_active,
+        moe_num_experts=most,
     )
     if abs(found.active_difference) > tolerance:
+        if not narrow_dense:
+            advice = "let the leading dense blocks pay for them with narrow_dense=True, or give memory"
+        elif config.num_dense_layers:
+            advice = "the leading dense blocks cannot become narrow enough: give the backbone wider ones, or memory"
+        else:
+            advice = "there are no leading dense blocks to pay for them: set first_k_dense_replace, or give memory"
         raise ConfigError(
-            f"memory's projections are {own:,} active parameters, which leaves active parameters {moe_active:,} -> "
-            f"{active:,} ({found.active_difference:+.2%}, allowed {tolerance:.2%}); "
-            + (
-                "the leading dense blocks cannot become narrow enough: give the backbone wider ones, or memory a "
-                "smaller memory_dim or fewer layers"
-                if narrow_dense
-                else "let the leading dense blocks pay for them with narrow_dense=True, or give memory a smaller "
-                "memory_dim or fewer layers"
-            )
+            f"memory's projections are {projections:,} active parameters, which makes {moe_active:,} of them "
+            f"{found.active:,} ({found.active_difference:+.2%}, allowed {tolerance:.2%}); {advice} a smaller "
+            "memory_dim or fewer layers"
         )
     if abs(found.total_difference) > tolerance:
         raise ConfigError(
-            f"the nearest total is {total:,} against {moe_total:,} ({found.total_difference:+.2%}, allowed "
+            f"the nearest total is {found.total:,} against {moe_total:,} ({found.total_difference:+.2%}, allowed "
             f"{tolerance:.2%}): the rows of a head are a prime number, and {memory.rows_per_head:,} of them are too "
             "few to be divided finely; use fewer heads, narrower rows or a larger budget"
         )
@@ -179,16 +179,22 @@ def _backbone(config: EngramLMConfig, experts: int, width: int) -> ModelSizes:
     return model_sizes(changed, context=1)
 
 
+def _fewest_experts(config: EngramLMConfig) -> int:
+    """The smallest number of experts that a token can choose from: whole groups, none of a single expert."""
+    groups, allowed = config.n_group or 1, config.topk_group or 1
+    return groups * max(2, math.ceil((config.num_experts_per_tok or 0) / allowed))
+
+
 def _multiple(number: int, of: int) -> int:
     return max(of, round(number / of) * of)
 
 
-def _width(config: EngramLMConfig, memory: EngramConfig, experts: int, wanted: int) -> int:
+def _width(config: EngramLMConfig, memory: EngramConfig | None, experts: int, wanted: int) -> int:
     """Width of the dense blocks at which active parameters are those wanted; the given one where there are none."""
     per_column = 3 * config.hidden_size * config.num_dense_layers
     if not per_column:
         return config.intermediate_size
-    own = len(memory.layers) * (memory.layer_parameters() + memory.memory_dim)
+    own = 0 if memory is None else len(memory.layers) * (memory.layer_parameters() + memory.memory_dim)
     excess = _backbone(config, experts, config.intermediate_size).active + own - wanted
     return max(_WIDTH_STEP, _multiple(config.intermediate_size - math.ceil(excess / per_column), _WIDTH_STEP))
 

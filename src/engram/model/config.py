@@ -1,6 +1,7 @@
 """Configuration of the reference language model."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ MEMORY_LAYER_TYPE = "engram_memory"
 """Name of a block that reads memory in ``layer_types``; the cache keeps its state under this name."""
 
 _MOST_BLOCKS = 10_000
+_MOST_TOKENS = 2**24
 
 
 @strict
@@ -52,6 +54,8 @@ class EngramLMConfig(DeepseekV3Config):
     """Derived: ``engram_memory`` for blocks that read memory, ``full_attention`` for the others."""
     first_k_dense_replace: int | None = 1_000_000
     """Blocks before the first mixture of experts; by default none has one."""
+    num_key_value_heads: int | None = None
+    """As many as ``num_attention_heads``: latent attention has a key and a value for each."""
     n_group: int | None = 1
     """Groups that experts are chosen in; 1 is no grouping, as in the paper."""
     topk_group: int | None = 1
@@ -104,7 +108,8 @@ class EngramLMConfig(DeepseekV3Config):
             name: One of `engram.model.presets.NAMES`.
             tokenizer: The tokenizer the model is for: it decides the vocabulary, the special tokens and the canonical
                 tokens. Without one, ``nano`` and ``tiny`` hash raw tokens, and the larger ones are DeepSeek-V3's
-                (129,280 tokens, 99,092 of them canonical), whose map is bound later with ``model.bind_tokenizer``.
+                (129,280 tokens, 99,092 of them canonical), whose map is bound later with ``model.bind_tokenizer``; with
+                a smaller ``vocab_size`` they hash raw tokens too.
             memory: Fields of `engram.EngramConfig` to change.
             **backbone: Fields of this class to change.
 
@@ -114,12 +119,15 @@ class EngramLMConfig(DeepseekV3Config):
         Source: the paper, Table 5; where it is silent: ``docs/paper.md``, “Presets”.
         """
         fields, memory_fields = preset_fields(name)
+        canonical = fields["vocab_size"] == CANONICAL_DEEPSEEK.num_tokens
         fields.update(backbone)
+        if memory is not None and not isinstance(memory, Mapping):
+            raise ConfigError(f"memory is a dictionary of fields to change, not {type(memory).__name__}")
         if memory is not None and memory_fields is None:
             raise ConfigError(f"preset {name!r} has no memory whose fields could be changed")
         config = None
         if memory_fields is not None:
-            streams = fields.get("num_streams", 1) if fields.get("memory_fusion") != "single" else 1
+            streams = fields["num_streams"] if fields.get("memory_fusion") != "single" else 1
             shape = {"hidden_size": fields["hidden_size"], "num_streams": streams}
             config = EngramConfig.from_dict({**memory_fields, **shape, **(memory or {})})
         if tokenizer is not None:
@@ -129,18 +137,20 @@ class EngramLMConfig(DeepseekV3Config):
             return cls.for_tokenizer(tokenizer, config, **fields)
         if config is None:
             return cls(**fields)
-        deepseek = fields["vocab_size"] == CANONICAL_DEEPSEEK.num_tokens
-        token_map = TokenMap.identity(CANONICAL_DEEPSEEK.num_canonical if deepseek else fields["vocab_size"])
-        segments = Segments(end_tokens=(fields["eos_token_id"],))
-        spec = config.hash_spec(token_map, pad_token_id=fields["pad_token_id"], segments=segments)
-        if deepseek:
-            # Everything but the map itself, which takes the tokenizer: its size and digest decide all else.
-            spec = dataclasses.replace(
-                spec,
-                num_tokens=CANONICAL_DEEPSEEK.num_tokens,
-                token_map_digest=CANONICAL_DEEPSEEK.digest,
-                token_map=None,
+        special = fields["vocab_size"], fields["pad_token_id"], fields["eos_token_id"]
+        if any(type(number) is not int for number in special):
+            raise ConfigError(
+                f"the hash needs vocab_size, pad_token_id and eos_token_id as whole numbers, not {special}; give them, "
+                "or the tokenizer"
             )
+        size, pad, end = special
+        canonical = canonical and size >= CANONICAL_DEEPSEEK.num_tokens
+        raw = TokenMap.identity(CANONICAL_DEEPSEEK.num_canonical if canonical else size)
+        spec = config.hash_spec(raw, pad_token_id=pad, segments=Segments(end_tokens=(end,)))
+        if canonical:
+            # Everything but the map itself, which takes the tokenizer: its size and digest decide all else.
+            tokens, _, digest = CANONICAL_DEEPSEEK
+            spec = dataclasses.replace(spec, num_tokens=tokens, token_map_digest=digest, token_map=None)
         return cls(memory=config.to_dict(), hash_spec=spec.to_dict(), **fields)
 
     @classmethod
@@ -165,6 +175,11 @@ class EngramLMConfig(DeepseekV3Config):
         Returns:
             A configuration that carries the token map to the model built from it.
         """
+        if not hasattr(tokenizer, "pad_token_id"):
+            raise ConfigError(
+                f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "
+                f"{type(tokenizer).__name__}"
+            )
         backbone.setdefault("vocab_size", len(tokenizer))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             backbone.setdefault(name, getattr(tokenizer, name))
@@ -218,21 +233,30 @@ class EngramLMConfig(DeepseekV3Config):
             raise ConfigError(f"layer_types may hold {sorted(allowed)}, not {sorted(set(self.layer_types) - allowed)}")
 
     def _check_backbone(self) -> None:
-        for name in ("hidden_size", "num_attention_heads", "num_streams", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_sinkhorn_iterations < 1 or not self.stream_eps > 0:
+        sizes = ["hidden_size", "vocab_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+        sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        sizes += ["num_streams", "num_sinkhorn_iterations"]
+        for name in sizes if self.q_lora_rank is None else [*sizes, "q_lora_rank"]:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value!r}")
+        if self.vocab_size > _MOST_TOKENS:
+            raise ConfigError(f"vocab_size must be at most {_MOST_TOKENS}, not {self.vocab_size}")
+        for name in ("rms_norm_eps", "stream_eps", "routed_scaling_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a finite number above 0, not {getattr(self, name)}")
+        for name in ("router_bias_speed", "sequence_balance", "first_k_dense_replace"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a finite number, 0 or above, not {getattr(self, name)}")
+        if self.num_key_value_heads != self.num_attention_heads:
             raise ConfigError(
-                f"mixing streams needs num_sinkhorn_iterations >= 1 and stream_eps > 0, not "
-                f"{self.num_sinkhorn_iterations} and {self.stream_eps}"
+                f"latent attention makes a key and a value for every head: num_key_value_heads must be "
+                f"{self.num_attention_heads} or left out, not {self.num_key_value_heads}"
             )
+        if self.num_mtp_layers:
+            raise ConfigError(f"num_mtp_layers must be 0, not {self.num_mtp_layers}: no such modules are built")
         if self.memory_fusion not in ("every_stream", "single"):
             raise ConfigError(f"memory_fusion must be 'every_stream' or 'single', not {self.memory_fusion!r}")
-        if not (self.router_bias_speed >= 0 and self.sequence_balance >= 0):
-            raise ConfigError(
-                f"router_bias_speed and sequence_balance must be 0 or above, not {self.router_bias_speed} and "
-                f"{self.sequence_balance}"
-            )
         if self.has_experts:
             self._check_experts()
 
@@ -271,14 +295,12 @@ class EngramLMConfig(DeepseekV3Config):
                 f"may choose from (n_routed_experts {experts}, n_group {groups}, topk_group {allowed})"
             )
 
-    def _check_memory(self) -> None:
-        memory, spec = self.memory_config, self.spec
-        assert memory is not None
-        if spec is None:
-            raise ConfigError(
-                "a model with memory needs its hash_spec; build the configuration with "
-                "EngramLMConfig.for_tokenizer(...)"
-            )
+    def check_memory(self, memory: EngramConfig) -> None:
+        """Refuse a memory that this backbone cannot carry.
+
+        Raises:
+            ConfigError: It reads blocks that there are not, or has another width or number of streams.
+        """
         if max(memory.layers) >= self.num_hidden_layers:
             raise ConfigError(f"memory.layers {memory.layers} reach past the model's {self.num_hidden_layers} blocks")
         streams = self.num_streams if self.memory_fusion == "every_stream" else 1
@@ -287,10 +309,30 @@ class EngramLMConfig(DeepseekV3Config):
                 f"memory is configured for num_streams={memory.num_streams} of hidden_size={memory.hidden_size}; with "
                 f"memory_fusion={self.memory_fusion!r} this model needs {streams} of {self.hidden_size}"
             )
-        if (spec.num_heads_total, spec.blocks) != (memory.num_heads_total, memory.layers):
+
+    def _check_memory(self) -> None:
+        memory, spec = self.memory_config, self.spec
+        assert memory is not None
+        if spec is None:
             raise ConfigError(
-                f"hash_spec addresses blocks {spec.blocks} with {spec.num_heads_total} heads, memory reads blocks "
-                f"{memory.layers} with {memory.num_heads_total}"
+                "a model with memory needs its hash_spec; build the configuration with "
+                "EngramLMConfig.for_tokenizer(...)"
             )
+        self.check_memory(memory)
+        rows = [sum(primes) for primes in spec.primes[: 1 if spec.shared_table else None]]
+        pairs: dict[str, tuple[Any, Any]] = {
+            "layers": (spec.blocks, memory.layers),
+            "orders": (spec.orders, memory.orders),
+            "num_heads": (spec.num_heads, memory.num_heads),
+            "tables": ("shared" if spec.shared_table else "per_layer", memory.tables),
+            "seed": (spec.seed, memory.seed),
+            "rows": (rows, list(memory.num_table_rows())),
+        }
+        for name, (hashed, read) in pairs.items():
+            if hashed != read:
+                raise ConfigError(
+                    f"hash_spec and memory contradict each other in {name}: {hashed} are hashed, {read} are read; make "
+                    "both together, with EngramConfig.hash_spec or EngramLMConfig.for_tokenizer"
+                )
         if spec.num_tokens > self.vocab_size:
             raise ConfigError(f"hash_spec maps {spec.num_tokens} tokens, the vocabulary has {self.vocab_size}")

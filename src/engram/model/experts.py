@@ -49,16 +49,27 @@ class Experts(DeepseekV3Experts):
 class Router(DeepseekV3TopkRouter):
     """DeepSeek-V3's router, which also counts how often each expert is chosen while training.
 
+    Every position counts, padding too: a router sees no mask. Packed sequences have none.
+
     Scores are sigmoids of float32 products, whatever autocast says. The selection bias
     (``e_score_correction_bias``) takes part in the choice and not in the weights; `balance_experts` moves it.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; transformers ``models/deepseek_v3/modeling_deepseek_v3.py``.
     """
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
-        # Float, so that data-parallel sums and averages need no cast; exact up to 2**24 choices of one expert.
-        self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.float32), persistent=False)
+        self.bias_speed: float = config.router_bias_speed
+        # Whole numbers: no cast of the model to a lower type can round them.
+        self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        # The bias moves in steps of a thousandth, which a lower type loses: `model.to(torch.bfloat16)` leaves it alone.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != bias.dtype:
+            self._buffers["e_score_correction_bias"] = bias.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
@@ -74,7 +85,7 @@ class Router(DeepseekV3TopkRouter):
         if self.training:
             with torch.no_grad():
                 flat = chosen.flatten()
-                self.expert_counts.index_add_(0, flat, self.expert_counts.new_ones(1).expand(flat.shape[0]))
+                self.expert_counts.index_add_(0, flat, torch.ones_like(flat))
         return logits, weights, chosen
 
 
@@ -98,8 +109,9 @@ def balance_experts(
     call it.
 
     Args:
-        model: Any model with `Router` modules; without one nothing happens.
-        speed: Size of the step; the configuration's ``router_bias_speed`` where None. 0 leaves the bias alone.
+        model: Any model with `Router` modules, wrapped or not; without one nothing happens.
+        speed: Size of the step; the ``router_bias_speed`` of the routers' configuration where None. 0 leaves the bias
+            alone.
         group: Ranks that hold different data; all of them where None.
 
     Returns:
@@ -108,17 +120,15 @@ def balance_experts(
     Source: auxiliary-loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2. Taking the
     mean out of the update, which changes no choice, follows pytorch/torchtitan.
     """
-    if speed is None:
-        speed = float(getattr(getattr(model, "config", None), "router_bias_speed", 0.0))
     load = {}
     for name, router in _routers(model):
         counts = router.expert_counts
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts, group=group)
         load[name] = _share(counts)
-        if speed and bool(counts.sum() > 0):
-            update = speed * torch.sign(counts.mean() - counts)
-            router.e_score_correction_bias += (update - update.mean()).to(router.e_score_correction_bias.dtype)
+        # Against the sum, in whole numbers; where nothing was counted all signs are 0.
+        update = torch.sign(counts.sum() - len(counts) * counts).float()
+        router.e_score_correction_bias += (router.bias_speed if speed is None else speed) * (update - update.mean())
         counts.zero_()
     return load
 

@@ -153,7 +153,6 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     # As DeepSeek-V4 has it for its hyper-connections: small, and decisive for every sublayer.
     _keep_in_fp32_modules_strict = [
         "e_score_correction_bias",
-        "expert_counts",
         "attention_streams",
         "feed_forward_streams",
         "stream_head",

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json as json_module
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,16 +84,16 @@ def read_config(source: str) -> EngramLMConfig:
             field and what is near it.
     """
     path = Path(source)
-    if not path.exists():
-        if "/" in source or source.endswith(".json"):
-            raise ConfigError(f"there is no file {source}")
+    if "/" not in source and not source.endswith(".json") and (source in NAMES or not path.exists()):
         return EngramLMConfig.preset(source)
     if path.is_dir():
         path = path / "config.json"
     try:
         values = json_module.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json_module.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {' '.join(str(error).split()):.200}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, a configuration is an object")
     kind = values.pop("model_type", EngramLMConfig.model_type)
@@ -104,12 +105,13 @@ def read_config(source: str) -> EngramLMConfig:
     try:
         _check_names(values)
         if values.get("memory") and not values.get("hash_spec"):
+            EngramLMConfig(**{**values, "memory": None, "hash_spec": None})  # sizes first
             memory = EngramConfig.from_dict(values["memory"])
-            raw = TokenMap.identity(values.get("vocab_size", EngramLMConfig.vocab_size))
+            raw = TokenMap.identity(values["vocab_size"])
             values["hash_spec"] = memory.hash_spec(raw, pad_token_id=values.get("pad_token_id") or 0).to_dict()
         return EngramLMConfig(**values)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, StrictDataclassError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split()):.400}") from error
 
 
 def _divide(config: EngramLMConfig, ratio: float) -> tuple[EngramLMConfig, dict[str, Any]]:
@@ -141,7 +143,6 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
         ``table``, ``flops_per_token``, ``reads_per_token``, ``decode``, ``optimizer_bytes`` and ``build``. Bytes and
         FLOPs are whole numbers.
     """
-    started = time.perf_counter()
     context = config.max_position_embeddings if context is None else context
     sizes, memory = model_sizes(config, context=context), config.memory_config
     values = {
@@ -155,10 +156,13 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
         "decode": _decode(config, memory, context, batch_size),
         "optimizer_bytes": _optimizer_bytes(config, sizes),
     }
-    # Finding the primes is all that a hash costs; it was done when the configuration was read, and is done again here.
+    hash_seconds = 0.0
     if config.spec is not None and memory is not None:
-        memory.hash_spec(TokenMap.identity(config.spec.vocab_size), pad_token_id=0)
-    hash_seconds = time.perf_counter() - started
+        # Finding the primes is what a hash costs beside its token map; it is done again here for its time.
+        raw = TokenMap.identity(config.spec.vocab_size)
+        started = time.perf_counter()
+        memory.hash_spec(raw, pad_token_id=0)
+        hash_seconds = time.perf_counter() - started
     rate = _initial_values_per_second()
     values["build"] = {
         "hash_seconds": hash_seconds,
@@ -230,39 +234,64 @@ def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, b
 
 
 def _optimizer_bytes(config: EngramLMConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Optimizer state in float32: two moments (Adam, RowAdam), or one for matrices that Muon updates."""
-    rest = sizes.total - sizes.memory_tables
-    not_matrices = sizes.vocabulary + sizes.norms
+    """Optimizer state in float32: two moments (Adam, RowAdam), or one for what Muon updates.
+
+    Muon is for matrices: not for the vocabulary, norms, latent norms, and the scales, biases and taps of streams and
+    memory.
+    """
+    rest, memory = sizes.total - sizes.memory_tables, config.memory_config
+    vectors = sizes.norms + config.num_hidden_layers * (config.kv_lora_rank + (config.q_lora_rank or 0))
+    if config.num_streams > 1:
+        streams = config.num_streams
+        vectors += 2 * config.num_hidden_layers * (streams * (streams + 2) + 3) + streams + 1
+    if memory is not None:
+        projection = memory.memory_dim * (memory.num_streams + 1) * memory.hidden_size
+        vectors += len(memory.layers) * (memory.layer_parameters() - projection)
+    muon = rest - sizes.vocabulary - vectors
     return {
         "backbone_adamw": 8 * rest,
-        "backbone_muon": 4 * (rest - not_matrices) + 8 * not_matrices,
+        "backbone_muon": 4 * muon + 8 * (rest - muon),
         "tables_adam": 8 * sizes.memory_tables,
         "total_adamw": 8 * sizes.total,
     }
 
 
 def _initial_values_per_second() -> float:
-    """How fast this machine draws normal numbers, from a sample of 4 MB."""
+    """How fast this machine makes a model's first values, from a sample of 4 MB.
+
+    They are drawn into fresh memory, and twice: by each module for itself, then by transformers' ``post_init``.
+    """
     import torch
 
-    sample = torch.empty(1 << 20)
-    seconds = []
+    number, seconds = 1 << 20, []
     for _ in range(3):
         started = time.perf_counter()
-        sample.normal_()
+        torch.empty(number).normal_().normal_()
         seconds.append(time.perf_counter() - started)
-    return len(sample) / min(seconds)
+    return number / min(seconds)
 
 
 def _check_names(values: dict[str, Any]) -> None:
-    """Refuse a misspelled field; transformers would keep it as an attribute that nothing reads."""
+    """Refuse a misspelled field, which transformers would keep as an attribute that nothing reads.
+
+    Raises:
+        ConfigError: A name near to a field's, or no sizes at all.
+    """
     import difflib
 
+    missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if name not in values]
     known = set(EngramLMConfig().to_dict()) | {field.name for field in dataclasses.fields(EngramLMConfig)}
+    unknown = []
     for name in values:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if name not in known and near:
-            raise ConfigError(f"there is no field {name!r}; did you mean {near[0]!r}?")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                raise ConfigError(f"there is no field {name!r}; did you mean {near[0]!r}?")
+            unknown.append(name)
+    if missing:
+        raise ConfigError(f"a configuration to be planned says at least {', '.join(missing)}")
+    if unknown:
+        print(f"engram plan: ignored, as nothing reads it: {', '.join(map(repr, unknown))}", file=sys.stderr)
 
 
 def _print(name: str, found: dict[str, Any]) -> None:

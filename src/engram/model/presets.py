@@ -71,6 +71,7 @@ _BACKBONES: dict[str, dict[str, Any]] = {
         "hidden_size": 1280,
         "num_attention_heads": 16,
         "moe_intermediate_size": 896,
+        "rms_norm_eps": 1e-20,
         **_LATENT,
     },
     # Table 5; expert width and latent attention from the mHC paper's 27B column, which is the same backbone.
@@ -89,7 +90,7 @@ _BACKBONES: dict[str, dict[str, Any]] = {
 _MEMORIES: dict[str, dict[str, Any]] = {
     "nano": {"layers": (1,), "memory_dim": 64, "num_heads": 4},
     "tiny": {"layers": (1, 5), "memory_dim": 192},
-    "small": {"layers": (1, 5), "memory_dim": 640},
+    "small": {"layers": (1, 5), "memory_dim": 640, "norm_eps": 1e-20},
     "paper": {"layers": (1, 14), "memory_dim": 1280, "norm_eps": 1e-20},
 }
 
@@ -124,6 +125,8 @@ def preset_fields(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         ConfigError: There is no such preset.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"a preset is named by a string, as {NAMES[-1]!r}, not {type(name).__name__}")
     if name not in _ARMS:
         near = difflib.get_close_matches(name, NAMES, n=1)
         raise ConfigError(
@@ -131,7 +134,6 @@ def preset_fields(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         )
     size, arm, rows = _ARMS[name]
     fields = {**_COMMON, **_BACKBONES[size], **arm}
-    fields["num_key_value_heads"] = fields["num_attention_heads"]
     if name.startswith("dense"):
         fields["first_k_dense_replace"] = fields["num_hidden_layers"]
     return fields, None if rows is None else {**_MEMORIES[size], **rows}
