@@ -97,14 +97,16 @@ def read_memory(
             its table in one tensor or in shards, in 16 or 8 bits) or of DeepSeek-V4.1.
         tokenizer: The model's tokenizer, as for `HashSpec.from_config`. Qwen needs none; without it DeepSeek's spec
             hashes nothing until `HashSpec.bind`.
-        dtype: Type of the layers' weights, and of the rows that the tables return. None: as stored, and bfloat16 for
-            what is stored in 8 bits.
+        dtype: Type of all the layers' weights, and of the rows that the tables return. None: each keeps the type it is
+            stored in, so norms may be wider than projections; what is stored in 8 bits becomes bfloat16; a key and a
+            value projection of different types, which become one matrix, take the type that holds both.
 
     Returns:
         The layers, on the CPU, each with a `MappedTable` on the files.
 
     Raises:
-        ConfigError: ``config.json`` is missing, of another format, or lacks a key.
+        ConfigError: ``config.json`` is missing, of another format, or lacks a key; or ``dtype`` is not a floating type of
+            16 bits or more.
         CheckpointError: A tensor is missing, or of another type or shape than the config says; a file is missing,
             truncated or malformed.
         MismatchError: The checkpoint's hash constants are not those of its config.
@@ -285,10 +287,10 @@ def _expect(tensor: StoredTensor, shape: tuple[int, ...], types: tuple[str, ...]
 
 
 def _load_qwen(dense: Mapping[str, StoredTensor], config: EngramConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    dtype = dtype or dense["key"].torch_dtype
-    loaded = {name: stored.load().to(dtype) for name, stored in dense.items()}
+    loaded = {name: stored.load().to(dtype or stored.torch_dtype) for name, stored in dense.items()}
     streams = (config.num_streams, config.hidden_size)
     return {
+        # Of two types, `cat` takes the one that holds both.
         "key_value.weight": torch.cat([loaded["key"], loaded["value"]]),
         "query_norm": loaded["query_norm"].view(streams),
         "key_norm": loaded["key_norm"].view(streams),
@@ -300,10 +302,9 @@ def _load_qwen(dense: Mapping[str, StoredTensor], config: EngramConfig, dtype: t
 def _load_deepseek(
     dense: Mapping[str, StoredTensor], config: EngramConfig, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    dtype = dtype or torch.bfloat16
     weight, scale = dense["key_value"].load(), dense["key_value_scale"].load()
     return {
-        "key_value.weight": dequantize(weight, scale, dtype, square=True),
-        "query_norm": dense["query_norm"].load().to(dtype),
-        "key_norm": dense["key_norm"].load().to(dtype),
+        "key_value.weight": dequantize(weight, scale, dtype or torch.bfloat16, square=True),
+        "query_norm": dense["query_norm"].load().to(dtype or dense["query_norm"].torch_dtype),
+        "key_norm": dense["key_norm"].load().to(dtype or dense["key_norm"].torch_dtype),
     }

@@ -1,5 +1,6 @@
 """Writing memory in the formats of published checkpoints, so that their readers open it."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -75,27 +76,34 @@ def write_memory(
         memory: What `read_memory` returned, or a memory of one's own in the same dataclass.
         variant: The format; the memory's own where None. ``qwen_ple`` keeps the types of weights and rows.
             ``deepseek_v41`` rounds projections and rows to 8-bit floats (exact for what was read from that format) and
-            the norms to bfloat16.
-        num_shards: Tensors that each Qwen table is split into (``split_ngram_parts``); as it is now where None.
+            keeps the types of the norms.
+        num_shards: Tensors that each Qwen table is split into (``split_ngram_parts``), at most its rows; as it is now
+            where None.
 
     Raises:
-        ConfigError: The format cannot hold an option, a type or this hash; nothing is written.
+        ConfigError: The format cannot hold an option, a type or this hash, or something is on the meta device; nothing
+            is written.
         MismatchError: Layers, tables and spec do not belong together; nothing is written.
         CheckpointError: Weights to be rounded to 8 bits are infinite or NaN.
+        TableClosedError: A table has been closed; nothing is written.
         FileExistsError: There is something in the folder already.
         OSError: The folder cannot be written.
 
     Source: the formats named at `read_memory`.
     """
-    variant = variant or memory.variant
-    if variant not in NAMES:
+    variant = memory.variant if variant is None else variant
+    if variant not in tuple(NAMES):  # compared, not looked up: it may be anything
         raise ConfigError(f"memory is written as {' or '.join(NAMES)}, not as {variant!r}")
     if num_shards is not None and (type(num_shards) is not int or num_shards < 1 or variant != "qwen_ple"):
         raise ConfigError(f"num_shards is a positive integer, for qwen_ple only, got {num_shards!r}")
     tables = _check_parts(memory)
     _check_options(memory.config, variant)
+    fewest_rows = min(table.num_rows for table in tables.values())
     if num_shards is None:
-        num_shards = max(len(table.shards) if isinstance(table, MappedTable) else 1 for table in tables.values())
+        parts = [len(table.shards) if isinstance(table, MappedTable) else 1 for table in tables.values()]
+        num_shards = min(max(parts), fewest_rows)
+    if num_shards > fewest_rows:
+        raise ConfigError(f"a table of {fewest_rows} rows cannot be split into num_shards={num_shards}")
     config = _qwen_keys(memory, num_shards) if variant == "qwen_ple" else _deepseek_keys(memory)
     _check_hash(config, memory.spec, variant)
 
@@ -155,11 +163,24 @@ def _check_parts(memory: PublishedMemory) -> dict[int, Table]:
             raise MismatchError(f"the layer of block {block} has no table to write")
         if table.num_rows != num_rows:
             raise MismatchError(f"the table of block {block} has {table.num_rows} rows, its hash asks for {num_rows}")
-        for what, dtype in (("weights", layer.key_value.weight.dtype), ("rows", table.dtype)):
+        weights = dict(layer.named_parameters())
+        dtypes = {f"weights {name}": weight.dtype for name, weight in weights.items()} | {"rows": table.dtype}
+        for what, dtype in dtypes.items():
             if dtype not in _DTYPES:
                 raise ConfigError(f"the {what} of block {block} are {dtype}; the formats hold floats of 16 or 32 bits")
+        if any(weight.is_meta for weight in weights.values()) or _is_meta(table):
+            raise ConfigError(f"block {block} has weights or rows on the meta device; bring it to a device first")
         tables[block] = table
     return tables
+
+
+def _is_meta(table: Table) -> bool:
+    """Whether a table has no numbers: nothing can be copied out of one."""
+    try:
+        _gather(table, 0, 1)
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _check_options(config: EngramConfig, variant: PublishedVariant) -> None:
@@ -288,8 +309,8 @@ def _deepseek_weights(layer: EngramLayer, names: Mapping[str, str]) -> dict[str,
     return {
         "key_value": torch.cat([values for values, _ in rounded]),
         "key_value_scale": torch.cat([scales for _, scales in rounded]),
-        "query_norm": layer.query_norm.detach().to(torch.bfloat16),
-        "key_norm": layer.key_norm.detach().to(torch.bfloat16),
+        "query_norm": layer.query_norm.detach(),
+        "key_norm": layer.key_norm.detach(),
     }
 
 
@@ -312,13 +333,13 @@ def _qwen_plan(table: Table, names: Mapping[str, str], num_shards: int) -> _Plan
 
 
 def _qwen_shards(table: Table, names: Mapping[str, str], num_shards: int) -> Iterator[tuple[str, int, int]]:
-    """Name, first row and end of every shard: equal, but for the last."""
+    """Name, first row and end of every shard: equal, to one row."""
     if num_shards == 1:
         yield names["table"], 0, table.num_rows
         return
-    size = -(-table.num_rows // num_shards)
-    for number, start in enumerate(range(0, table.num_rows, size)):
-        yield names["table_shard"].format(number), start, min(start + size, table.num_rows)
+    bounds = [table.num_rows * number // num_shards for number in range(num_shards + 1)]
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        yield names["table_shard"].format(number), start, stop
 
 
 def _write_qwen_table(writer: TensorWriter, table: Table, names: Mapping[str, str], num_shards: int) -> None:

@@ -1,9 +1,9 @@
 """The reference language model around the memory, as a Hugging Face model.
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
-modules leave to us of the backbone), ``modeling.py`` (the blocks and the model), ``checkpoint.py`` (what is checked
-before weights are loaded, and where tables go), ``cache.py`` (what decoding keeps); then, without building anything,
-``sizes.py`` (parameters and FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram plan``).
+modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
+keeps), ``pretrained.py`` and ``checkpoint.py`` (loading, placing, saving); then, without building anything, ``sizes.py``
+(parameters and FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram plan``).
 """
 
 import importlib

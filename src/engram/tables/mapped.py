@@ -55,9 +55,11 @@ class MappedTable(Table):
         self._check_scales()
         self.num_rows = sum(shard.shape[0] for shard in self.shards)
         quantized = self.shards[0].dtype == _FLOAT8
-        self._dtype = dtype or (torch.bfloat16 if quantized else self.stored_dtype)
-        if not self._dtype.is_floating_point or self._dtype.itemsize < 2:
-            raise ConfigError(f"rows are read as floats of 16 bits or more, not as {dtype}")
+        if dtype is None:
+            dtype = torch.bfloat16 if quantized else self.stored_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ConfigError(f"rows are read as torch's floats of 16 bits or more, not as {dtype!r}")
+        self._dtype = dtype
         self._starts = np.array([0, *itertools.accumulate(shard.shape[0] for shard in self.shards)][:-1])
         files: dict[Path, mmap.mmap] = {}
         self._rows: list[np.ndarray] | None = [_map(shard, files) for shard in self.shards]

@@ -44,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 # The format's own limit; a longer header is a broken or hostile file.
 _LONGEST_HEADER_BYTES = 100_000_000
 _HIGHEST_RANK = 16
+_LONGEST_FILE_NAME = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,7 @@ class TensorFolder:
         if name not in self._paths:
             raise CheckpointError(f"the tensor {name} is missing from {self.folder}")
         path = self._paths[name]
-        if not path.exists():
+        if not os.path.exists(path):  # unlike `Path.exists`, says no to a name that the file system cannot have
             raise CheckpointError(
                 f"{path} is missing: {INDEX_NAME} says that it holds {name}; download it into {self.folder}"
             )
@@ -265,7 +266,8 @@ def _read_index(index: Path) -> dict[str, Path]:
     for name, file in places.items():
         # Only the text is judged: links inside a download cache may well lead to other folders.
         parts = PurePosixPath(file).parts if isinstance(file, str) else ()
-        if not parts or file.startswith("/") or ".." in parts or "\\" in file or "\0" in file:
+        absurd = not parts or len(file) > _LONGEST_FILE_NAME or "\\" in file or "\0" in file
+        if absurd or file.startswith("/") or ".." in parts:
             raise CheckpointError(f"{index} places {name} at {file!r:.200}, which is not a file inside the folder")
     return {name: index.parent / file for name, file in places.items()}
 

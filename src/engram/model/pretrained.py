@@ -1,0 +1,289 @@
+"""What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from engram.errors import CheckpointError, ConfigError, MismatchError
+from engram.hashing import HashSpec
+from engram.memory.layer import EngramLayer
+from engram.model.block import EngramBlock
+from engram.model.checkpoint import (
+    TABLES,
+    check_files,
+    check_index,
+    check_missing,
+    map_tensor,
+    split_device_map,
+    table_device,
+)
+from engram.model.config import EngramLMConfig
+from engram.model.experts import Router
+from engram.model.streams import StreamHead, StreamMixer
+from engram.tables import MappedTable, ParameterTable, StoredTensor, Table
+
+__all__ = ["EngramPreTrainedModel"]
+
+
+class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
+    """What transformers needs to know of this family."""
+
+    config: EngramLMConfig
+    config_class = EngramLMConfig
+    _no_split_modules = ["EngramBlock"]
+    _can_record_outputs = {
+        "hidden_states": EngramBlock,
+        "attentions": DeepseekV3Attention,
+        "gates": OutputRecorder(EngramLayer, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+        "chosen_experts": OutputRecorder(Router, index=2),
+    }
+    # As DeepSeek-V4 has it for its hyper-connections: small, and decisive for every sublayer.
+    _keep_in_fp32_modules_strict = [
+        "e_score_correction_bias",
+        "attention_streams",
+        "feed_forward_streams",
+        "stream_head",
+    ]
+    # The one tensor of the model itself: device maps that divide it by modules do not name it, and must not have to.
+    _no_placement_params = ["token_map"]
+    _keys_to_ignore_on_load_unexpected = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, EngramLayer | ParameterTable):
+            module.reset_parameters()
+        elif isinstance(module, StreamMixer | StreamHead):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, Router):
+            nn.init.zeros_(module.expert_counts)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's text; the decorated class is the one we import.
+        return True
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The memory tables by the block that reads them, or one called ``shared``.
+
+        Each is a `ParameterTable`, or a `MappedTable` where ``from_pretrained`` left it on disk.
+        """
+        base = self.base_model
+        return {**base._modules[TABLES], **base.__dict__["_tables_apart"]}
+
+    @property
+    def hash_spec(self) -> HashSpec:
+        """How this model turns tokens into row numbers, bound to its token map.
+
+        Raises:
+            TokenMapError: The model has no memory, or has not been given its token map.
+            MismatchError: The token map in the checkpoint is not the one its configuration was made with.
+        """
+        return self.base_model._bound_spec()
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Give the model the token map of its tokenizer, where it was built from a configuration file alone.
+
+        Args:
+            tokenizer: A Hugging Face fast tokenizer, or a `TokenMap`.
+
+        Raises:
+            MismatchError: Its canonical tokens are not those the model was configured for; both digests are named.
+        """
+        base = self.base_model
+        if base.config.spec is None:
+            return
+        spec = base.config.spec.bind(tokenizer)
+        base.token_map.copy_(torch.from_numpy(spec.token_map.canonical.copy()))
+        base.__dict__["_spec"] = spec
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer other than the one the model's memory was trained with.
+
+        Raises:
+            MismatchError: With both digests.
+        """
+        if self.config.spec is not None:
+            self.config.spec.bind(tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load a model as ``transformers`` does, and check that the checkpoint is whole and fits its hash.
+
+        With ``device_map="auto"`` (and its kin) the tables stay on the host: rows are read there, and only rows read
+        travel. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves them in the
+        checkpoint's safetensors files, where rows are read in place and not trained.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository.
+            *args: As in ``PreTrainedModel.from_pretrained``.
+            tokenizer: The tokenizer that will be used with the model.
+            **kwargs: As in ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or malformed, or tensors of the model are missing. The latter
+                is allowed with ``ignore_mismatched_sizes=True``, and for a head on the checkpoint of a base model.
+            MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_index(Path(source) / (kwargs.get("subfolder") or ""))
+        kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
+        # What stands behind the source reaches `__init__`.
+        more = () if places is None else (places,)
+        try:
+            result = super().from_pretrained(source, *args, *more, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot read the weights of {source}: {error}; download them again") from error
+        except RuntimeError as error:
+            if "mismatched_sizes" not in str(error):
+                raise
+            raise MismatchError(
+                f"weights of this checkpoint do not have the sizes that its configuration gives"
+                f"{_digest_of(source)}; the report above names them. The configuration belongs to another model, "
+                "or was edited"
+            ) from error
+        model = result[0] if isinstance(result, tuple) else result
+        if places is not None:
+            model._adopt_tables(kwargs["device_map"])
+        if model.config.memory is not None and not model.base_model.token_map.is_meta:
+            _ = model.hash_spec
+            if tokenizer is not None:
+                model.check_tokenizer(tokenizer)
+        return result
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as ``transformers`` does; tables that were left on disk are copied from there.
+
+        Args:
+            save_directory: The folder.
+            *args: As in ``PreTrainedModel.save_pretrained``.
+            **kwargs: As in ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            ConfigError: The folder holds the very files that tables are being read from.
+        """
+        mapped = {name: table.shards[0] for name, table in self.tables.items() if isinstance(table, MappedTable)}
+        if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
+            for stored in mapped.values():
+                if any(path.samefile(stored.path) for path in Path(save_directory).glob("*.safetensors")):
+                    raise ConfigError(
+                        f"{stored.path} is being read by this model and cannot be written over; save it into another "
+                        "folder"
+                    )
+            tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
+            kwargs["state_dict"] = {**self.state_dict(), **tables}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the size of the vocabulary, as ``transformers`` does; never below the tokens that memory hashes.
+
+        Memory knows the tokens of its HashSpec only: rows beyond them may fill a vocabulary up to a round number, but
+        reading such a token is refused.
+
+        Args:
+            new_num_tokens: The new size.
+            pad_to_multiple_of: What to round it up to.
+            mean_resizing: Whether new rows resemble the old.
+
+        Raises:
+            MismatchError: The new size is less than the number of tokens that memory hashes.
+        """
+        spec = self.config.spec
+        if spec is not None and new_num_tokens is not None and new_num_tokens < spec.num_tokens:
+            raise MismatchError(
+                f"memory hashes {spec.num_tokens} tokens, so the vocabulary cannot shrink to {new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Check the files, let transformers load what is in the module tree, then load the tables that are not."""
+        if expected_keys is not None:  # an adapter for this model, not the model
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        stored = check_files(checkpoint_files, load_config.sharded_metadata)
+        info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        missing = info.missing_keys | model._load_tables(stored, info.unexpected_keys, load_config.dtype)
+        if not load_config.ignore_mismatched_sizes:
+            check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+        return info, offloaded
+
+    def _load_tables(self, stored: Mapping[str, StoredTensor], unexpected: set[str], dtype: torch.dtype) -> set[str]:
+        """Load the tables that stand apart, strike their names from the unexpected ones and return those missing."""
+        base, spec, missing = self.base_model, self.config.spec, set()
+        apart = base.__dict__["_tables_apart"]
+        if apart and not stored:
+            raise CheckpointError(
+                "tables are put on another device than the rest, or left on disk, out of safetensors files only; load "
+                "the model without a device_map and save it once"
+            )
+        for name, table in apart.items():
+            assert spec is not None
+            own = f"{TABLES}.{name}.weight"
+            place = table_device(base.__dict__["_places"], f"{self._base_prefix}{own}")
+            source = stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
+            if source is None:
+                if place == "disk":
+                    raise CheckpointError(f"{own} is to be read from disk, and the checkpoint does not have it")
+                missing.add(f"{self._base_prefix}{own}")
+                table.to_empty(device=place).reset_parameters()
+                continue
+            unexpected.discard(source.name)
+            if source.shape != (table.num_rows, table.width):
+                raise MismatchError(
+                    f"{source}: expected {[table.num_rows, table.width]}, as the configuration gives "
+                    f"(HashSpec {spec.digest})"
+                )
+            if place == "disk":
+                apart[name] = MappedTable([source], dtype=dtype)
+            else:
+                table.weight = nn.Parameter(source.load().to(device=place, dtype=dtype))
+        return missing
+
+    def _adopt_tables(self, device_map: Any) -> None:
+        """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
+        base = self.base_model
+        apart, places = base.__dict__["_tables_apart"], base.__dict__["_places"]
+        # What other tools ask when they want to know whether a model may be moved or compiled.
+        if not hasattr(self, "hf_device_map"):
+            self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
+        for name, table in list(apart.items()):
+            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = table_device(
+                places, f"{self._base_prefix}{TABLES}.{name}.weight"
+            )
+            for layer in base.layers:
+                if layer.memory is not None and base._table_name(layer.layer_idx) == name:
+                    layer.memory.table = table
+            if isinstance(table, ParameterTable):
+                base._modules[TABLES][name] = apart.pop(name).train(self.training)
+
+    @property
+    def _base_prefix(self) -> str:
+        """What the names of the base model begin with."""
+        return "" if self.base_model is self else f"{self.base_model_prefix}."
+
+
+def _digest_of(source: Any) -> str:
+    """The HashSpec digest of a checkpoint's configuration, for a message."""
+    try:
+        spec = EngramLMConfig.from_pretrained(source).spec
+    except (OSError, ValueError):
+        return ""
+    return "" if spec is None else f" (HashSpec {spec.digest})"
