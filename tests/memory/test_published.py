@@ -167,6 +167,32 @@ def test_qwen_keeps_its_stored_types_unless_told_otherwise(qwen_folder, oracles)
         assert all(weight.requires_grad and not weight.is_meta for weight in layer.parameters())
 
 
+def test_norms_and_taps_stored_wider_than_the_projections_are_not_rounded_on_the_way_in_and_out(tmp_path, oracles):
+    tensors = published_qwen(oracles)
+    for name in list(tensors):
+        if name.endswith(("norm_key.weight", "norm_conv.weight", "value_proj.weight")):
+            tensors[name] = torch.randn(tensors[name].shape)
+        elif name.endswith("conv1d.weight"):
+            tensors[name] = tensors[name].half()
+    memory = read_memory(save(tmp_path / "qwen", tensors, qwen_config()))
+    wide = STREAMS * HIDDEN
+    for block, layer in memory.layers.items():
+        stem = f"{PREFIX}layers.{block}.ple."
+        assert torch.equal(layer.key_norm.flatten(), tensors[f"{stem}norm_key.weight"])
+        assert torch.equal(layer.conv_norm.flatten(), tensors[f"{stem}norm_conv.weight"])
+        assert layer.query_norm.dtype == layer.table.dtype == torch.bfloat16
+        assert layer.conv_weight.dtype == torch.float16
+        # One matrix of two: the type that holds both.
+        assert torch.equal(layer.key_value.weight[wide:], tensors[f"{stem}value_proj.weight"])
+        assert torch.equal(layer.key_value.weight[:wide], tensors[f"{stem}key_proj.weight"].float())
+        assert update(memory, block).isfinite().all()
+    write_memory(tmp_path / "written", memory)
+    written = read_all(tmp_path / "written")
+    assert all(same_bytes(written[name], tensors[name]) for name in tensors if not name.endswith("key_proj.weight"))
+    half = read_memory(tmp_path / "qwen", dtype=torch.float16).layers[0]
+    assert {weight.dtype for weight in half.parameters()} == {half.table.dtype} == {torch.float16}
+
+
 def test_keys_that_transformers_leaves_out_have_its_defaults(tmp_path, oracles):
     config = qwen_config(ple_embed_dim=None, ple_conv_kernel_size=None, rms_norm_eps=None, hc_count=None)
     with pytest.raises(CheckpointError, match=r"key_proj.weight .*expected .* \[64, 16\]"):
@@ -201,7 +227,7 @@ def test_qwen_written_by_us_is_read_by_transformers(tmp_path, qwen_folder, oracl
     assert (again.config, again.spec) == (memory.config, memory.spec)
 
 
-@pytest.mark.parametrize("num_shards", [1, 7])
+@pytest.mark.parametrize("num_shards", [1, 7, 300])
 def test_a_table_is_resharded_when_asked(tmp_path, qwen_folder, num_shards):
     memory = read_memory(qwen_folder)
     write_memory(tmp_path / "written", memory, num_shards=num_shards)
@@ -209,7 +235,10 @@ def test_a_table_is_resharded_when_asked(tmp_path, qwen_folder, num_shards):
     for block, layer in memory.layers.items():
         rows = torch.arange(layer.table.num_rows)
         assert torch.equal(again.layers[block].table.gather(rows), layer.table.gather(rows))
-        assert len(again.layers[block].table.shards) == num_shards
+        sizes = [shard.shape[0] for shard in again.layers[block].table.shards]
+        assert len(sizes) == num_shards and max(sizes) - min(sizes) <= 1
+    keys = json.loads((tmp_path / "written" / "config.json").read_text())["text_config"]
+    assert keys["split_ngram_parts"] == num_shards
 
 
 def test_an_eight_bit_qwen_table_is_scaled_and_copied_byte_for_byte(tmp_path, oracles):
@@ -436,6 +465,25 @@ def test_deepseek_weights_and_rows_are_exact_in_bfloat16(deepseek_folder):
         assert torch.equal(ours.table.gather(rows).float(), exact.table.gather(rows))
 
 
+def test_deepseek_norms_are_read_as_stored_and_written_as_the_format_has_them(tmp_path):
+    config = deepseek_config()
+    tensors = deepseek_tensors(config)
+    norm = torch.randn(S, D)
+    tensors["layers.4.engram.k_weight"] = ("F32", (S, D), norm.view(torch.uint8).numpy().tobytes())
+    memory = read_memory(save_deepseek(tmp_path / "deepseek", config, tensors), TOKENS)
+    write_memory(tmp_path / "written", memory)
+    assert torch.equal(memory.layers[4].key_norm, norm)
+    assert torch.equal(read_memory(tmp_path / "written").layers[4].key_norm, norm.bfloat16())
+    layer = memory.layers[4]
+    assert layer.query_norm.dtype == layer.key_value.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "", torch.int64, torch.float8_e4m3fn], ids=str)
+def test_a_type_that_weights_cannot_have_is_refused(deepseek_folder, dtype):
+    with pytest.raises(ConfigError, match="floats of 16 bits or more"):
+        read_memory(deepseek_folder, dtype=dtype)
+
+
 @pytest.mark.parametrize("source", ["in place", "gathered"])
 def test_deepseek_written_again_has_equal_values(tmp_path, deepseek_folder, source):
     memory = read_memory(deepseek_folder, TOKENS)
@@ -647,8 +695,26 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         layers[2].table = wrong
         refused(memory, error, message)
     layers[2].table = table
-    refused(memory, ConfigError, "not as 'demo'", variant="demo")
-    refused(memory, ConfigError, "num_shards", num_shards=0)
+    for variant in ("demo", ["qwen_ple"], ""):
+        refused(memory, ConfigError, "not as ", variant=variant)
+    most = min(layer.table.num_rows for layer in layers.values())
+    for num_shards in (0, 2.0, most + 1):
+        refused(memory, ConfigError, "num_shards", num_shards=num_shards)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["layer", "parameter table", "resident table"])
+def test_what_is_on_the_meta_device_is_refused_before_anything_is_written(tmp_path, part):
+    memory = own_memory("qwen_ple")
+    layer = memory.layers[2]
+    if part == "layer":
+        layer.to("meta")
+    elif part == "parameter table":
+        layer.table.to("meta")
+    else:
+        layer.table = ResidentTable(torch.empty(layer.table.num_rows, layer.table.width, device="meta"))
+    with pytest.raises(ConfigError, match=r"block 2 .* meta device; bring it to a device first"):
+        write_memory(tmp_path / "written", memory)
     assert not list(tmp_path.iterdir())
 
 

@@ -184,7 +184,8 @@ def test_a_model_in_sixteen_bits_keeps_what_must_be_precise(make, tmp_path, name
     # Wide for experts: a token whose choice is nearly even may be sent elsewhere.
     tolerance = (0.3, 0.1) if dtype == torch.bfloat16 else (0.05, 0.05)
     error = (logits.float() - model(IDS).logits).abs()
-    assert error.mean() < 0.2 * tolerance[0] and (model.config.has_experts or error.max() < 1.5 * tolerance[0])
+    rerouted = model.config.has_experts
+    assert error.mean() < (0.4 if rerouted else 0.2) * tolerance[0] and (rerouted or error.max() < 1.5 * tolerance[0])
     tokens = loaded.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert tokens.shape == (2, 26)
     # Saved and loaded again, as it is.

@@ -8,7 +8,7 @@ import torch
 from tests.small_model import TEXT
 
 from engram.errors import ConfigError, TokenMapError
-from engram.hashing import HashSpec
+from engram.hashing import HashSpec, Segments
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.presets import NAMES
 from engram.model.sizes import model_sizes
@@ -19,6 +19,78 @@ PAPER = {  # Table 5: total with one vocabulary matrix, active without, both in 
     "engram-27b": (26.7, 3.8),
     "engram-40b": (39.5, 3.8),
 }
+
+BACKBONE = {  # Table 5, and docs/paper.md, "Presets", where it is silent
+    "vocab_size": 129_280,
+    "num_hidden_layers": 30,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-20,
+    "num_streams": 4,
+    "num_sinkhorn_iterations": 20,
+    "memory_fusion": "every_stream",
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+EXPERTS = {
+    "intermediate_size": 10_240,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 1536,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "router_bias_speed": 0.001,
+    "sequence_balance": 0.0,
+}
+MEMORY = {
+    "hidden_size": 2560,
+    "layers": (1, 14),
+    "num_streams": 4,
+    "orders": (2, 3),
+    "num_heads": 8,
+    "memory_dim": 1280,
+    "head_dim": 80,
+    "tables": "per_layer",
+    "signs": "none",
+    "gate": "signed_sqrt",
+    "kernel_size": 4,
+    "conv_dilation": 3,
+    "bias": False,
+    "norm_eps": 1e-20,
+    "norm_weight": "plain",
+}
+FIELDS = {
+    "dense-4b": (BACKBONE | {"intermediate_size": 12_288, "first_k_dense_replace": 30}, None),
+    "moe-27b": (BACKBONE | EXPERTS | {"n_routed_experts": 72}, None),
+    "engram-27b": (BACKBONE | EXPERTS | {"n_routed_experts": 55}, MEMORY | {"rows_per_head": 2_262_400}),
+    "engram-40b": (BACKBONE | EXPERTS | {"n_routed_experts": 55}, MEMORY | {"rows_per_head": 7_239_680}),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_models_have_the_fields_of_table_5_and_of_our_documentation(name):
+    backbone, memory = FIELDS[name]
+    config = EngramLMConfig.preset(name)
+    assert {field: getattr(config, field) for field in backbone} == backbone
+    if memory is None:
+        assert config.memory is None and config.spec is None
+        return
+    assert {field: getattr(config.memory_config, field) for field in memory} == memory
+    spec = config.spec
+    assert spec.segments == Segments(end_tokens=(1,)), "N-grams stop at the end of a text"
+    assert (spec.num_tokens, spec.vocab_size, spec.pad_token_id, spec.shared_table) == (129_280, 99_092, 2, False)
 
 
 def sizes(name, **changes):
@@ -56,10 +128,17 @@ def test_the_three_of_a_size_match(size):
     assert 0.2 <= share <= 0.25 and dense.sparse == 0 and moe.memory_tables == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_counted_parameters_are_those_of_the_built_model(name):
+CHANGED = [
+    ("engram-nano", {"attention_bias": True}),
+    ("engram-nano", {"attention_bias": True, "q_lora_rank": 24}),
+    ("engram-tiny", {"memory": {"tables": "shared"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in NAMES), *CHANGED], ids=str)
+def test_counted_parameters_are_those_of_the_built_model(name, changes):
     with torch.device("meta"):
-        model = EngramForCausalLM(EngramLMConfig.preset(name))
+        model = EngramForCausalLM(EngramLMConfig.preset(name, **changes))
     found = model_sizes(model.config, context=1)
     counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
 

@@ -15,7 +15,8 @@ FOUR = {"memory": {"num_streams": 4}, "backbone": {"num_streams": 4}}
 
 @pytest.mark.parametrize("num_streams", [2, 3, 4])
 def test_mixer_and_its_gradients_equal_transformers_own(num_streams):
-    config = EngramLMConfig(**BACKBONE, num_streams=num_streams, rms_norm_eps=1e-3)
+    # Both eps are large, so that leaving one out somewhere would be seen.
+    config = EngramLMConfig(**BACKBONE, num_streams=num_streams, rms_norm_eps=1e-3, stream_eps=1e-2)
     torch.manual_seed(0)
     theirs, ours = DeepseekV4HyperConnection(config), StreamMixer(config, site=0)
     with torch.no_grad():
@@ -48,6 +49,43 @@ def test_sinkhorn_gives_doubly_stochastic_matrices():
     matrices = sinkhorn(logits, iterations=20, eps=1e-6)
     torch.testing.assert_close(matrices.sum(-2), torch.ones(2, 7, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(matrices.sum(-1), torch.ones(2, 7, 4), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("num_streams", "read", "written"), [(2, (0.625, 0.375), (1.25, 0.75)), (4, (0.4375, 0.1875), (1.25, 11 / 12))]
+)
+def test_every_sublayer_of_a_new_model_starts_by_preferring_another_stream_by_a_quarter(num_streams, read, written):
+    torch.manual_seed(0)
+    model = EngramForCausalLM(EngramLMConfig(vocab_size=300, **BACKBONE, num_streams=num_streams))
+    mixers = [module for module in model.modules() if isinstance(module, StreamMixer)]
+    assert len(mixers) == 6
+    for site, mixer in enumerate(mixers):
+        pre, post, mix = mixer.base.split([num_streams, num_streams, num_streams**2])
+        own = torch.arange(num_streams) == site % num_streams
+        torch.testing.assert_close(pre.sigmoid(), torch.where(own, *map(torch.tensor, read)))
+        torch.testing.assert_close(2 * post.sigmoid(), torch.where(own, *map(torch.tensor, written)))
+        torch.testing.assert_close(pre.sigmoid().sum(), torch.tensor(1.0))
+        torch.testing.assert_close(2 * post.sigmoid().mean(), torch.tensor(1.0))
+        assert torch.equal(mix.view(num_streams, num_streams), 8 * (torch.eye(num_streams) - 1))
+        assert torch.equal(mixer.scale, torch.full((3,), 0.01))  # the mHC paper's alpha
+        assert float(mixer.fn.std()) == pytest.approx(model.config.initializer_range, rel=0.2)
+    assert torch.equal(model.model.stream_head.hc_scale, torch.full((1,), 0.01))
+    assert float(model.model.stream_head.hc_fn.std()) == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+@torch.no_grad()
+def test_loading_keeps_the_base_that_was_saved_also_beside_weights_that_begin_anew(build, tmp_path):
+    model = build(**FOUR)
+    saved = {name: base.normal_().clone() for name, base in model.named_parameters() if name.endswith(".base")}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("streams.fn")}
+    for folder, kept in (("whole", model.state_dict()), ("part", state)):
+        model.save_pretrained(tmp_path / folder, state_dict=kept)
+        loaded = EngramForCausalLM.from_pretrained(tmp_path / folder, ignore_mismatched_sizes=folder == "part")
+        assert len(saved) == 6
+        assert all(torch.equal(loaded.get_parameter(name), base) for name, base in saved.items())
+    fn = loaded.model.layers[0].attention_streams.fn
+    assert float(fn.std()) == pytest.approx(loaded.config.initializer_range, rel=0.2)
 
 
 def apart(streams: torch.Tensor) -> float:

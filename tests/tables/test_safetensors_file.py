@@ -194,7 +194,17 @@ def test_an_index_is_followed_to_the_files_that_are_asked_for_only(tmp_path):
         folder.find("c")
 
 
-@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "sub/../../x", "a\\..\\x", "", 3, None, "x\0y"])
+def test_a_name_that_no_file_system_holds_is_a_missing_file(tmp_path):
+    index(tmp_path, {"a": "x" * 300, "b": "\ud800"})
+    for name in "ab":
+        with pytest.raises(CheckpointError, match=f"is missing: .* holds {name}"):
+            TensorFolder(tmp_path).find(name)
+
+
+BAD_FILES = ["../x", "/etc/passwd", "sub/../../x", "a\\..\\x", "", 3, None, "x\0y", "x" * 5000, "x/" * 2500]
+
+
+@pytest.mark.parametrize("file", BAD_FILES, ids=lambda file: repr(file)[:20])
 def test_an_index_that_leaves_its_folder_is_refused(tmp_path, file):
     index(tmp_path, {"a": file})
     with pytest.raises(CheckpointError, match=r"places a at .* not a file inside the folder"):

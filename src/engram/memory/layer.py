@@ -209,7 +209,7 @@ class EngramLayer(nn.Module):
         # In float32: with a small eps the scale alone leaves the range of float16.
         wide = update.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
-        normed = (wide * scale * self._gain(self.conv_norm).float()).to(update.dtype).flatten(-2)
+        normed = (wide * scale * self._gain(self.conv_norm)).to(update.dtype).flatten(-2)
         if state is not None and state.batch_size != normed.shape[0]:
             raise HistoryError(
                 f"the decode state holds {state.batch_size} sequences, this step has {normed.shape[0]}; "
@@ -225,7 +225,8 @@ class EngramLayer(nn.Module):
         return result.view_as(update)
 
     def _gain(self, weight: Tensor) -> Tensor:
-        return weight + 1 if self.config.norm_weight == "zero_centered" else weight
+        # In float32: a gain of 1 + weight, or a product of two, would be rounded in a lower type.
+        return weight.float() + 1 if self.config.norm_weight == "zero_centered" else weight.float()
 
 
 def row_signs(rows: Tensor, num_heads: int) -> Tensor:

@@ -105,8 +105,8 @@ def read_memory(
         The layers, on the CPU, each with a `MappedTable` on the files.
 
     Raises:
-        ConfigError: ``config.json`` is missing, of another format, or lacks a key; or ``dtype`` is not a floating type of
-            16 bits or more.
+        ConfigError: ``config.json`` is missing, of another format, or lacks a key; or ``dtype`` is not a floating type
+            of 16 bits or more.
         CheckpointError: A tensor is missing, or of another type or shape than the config says; a file is missing,
             truncated or malformed.
         MismatchError: The checkpoint's hash constants are not those of its config.

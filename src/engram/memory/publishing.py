@@ -98,10 +98,9 @@ def write_memory(
         raise ConfigError(f"num_shards is a positive integer, for qwen_ple only, got {num_shards!r}")
     tables = _check_parts(memory)
     _check_options(memory.config, variant)
-    fewest_rows = min(table.num_rows for table in tables.values())
     if num_shards is None:
-        parts = [len(table.shards) if isinstance(table, MappedTable) else 1 for table in tables.values()]
-        num_shards = min(max(parts), fewest_rows)
+        num_shards = max(len(table.shards) if isinstance(table, MappedTable) else 1 for table in tables.values())
+    fewest_rows = min(table.num_rows for table in tables.values())
     if num_shards > fewest_rows:
         raise ConfigError(f"a table of {fewest_rows} rows cannot be split into num_shards={num_shards}")
     config = _qwen_keys(memory, num_shards) if variant == "qwen_ple" else _deepseek_keys(memory)
@@ -309,8 +308,9 @@ def _deepseek_weights(layer: EngramLayer, names: Mapping[str, str]) -> dict[str,
     return {
         "key_value": torch.cat([values for values, _ in rounded]),
         "key_value_scale": torch.cat([scales for _, scales in rounded]),
-        "query_norm": layer.query_norm.detach(),
-        "key_norm": layer.key_norm.detach(),
+        # As the format has them, whatever type they were trained in; nothing is lost of those that came from it.
+        "query_norm": layer.query_norm.detach().to(torch.bfloat16),
+        "key_norm": layer.key_norm.detach().to(torch.bfloat16),
     }
 
 

@@ -60,8 +60,8 @@ class Router(DeepseekV3TopkRouter):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.bias_speed: float = config.router_bias_speed
-        # Whole numbers: no cast of the model to a lower type can round them.
-        self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        # No buffer: DistributedDataParallel would overwrite every rank's counts with those of the first. Whole numbers.
+        self.expert_counts = torch.zeros(self.num_experts, dtype=torch.int64, device="cpu")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         # The bias moves in steps of a thousandth, which a lower type loses: `model.to(torch.bfloat16)` leaves it alone.
@@ -85,6 +85,8 @@ class Router(DeepseekV3TopkRouter):
         if self.training:
             with torch.no_grad():
                 flat = chosen.flatten()
+                if self.expert_counts.device != flat.device:
+                    self.expert_counts = self.expert_counts.to(flat.device)
                 self.expert_counts.index_add_(0, flat, torch.ones_like(flat))
         return logits, weights, chosen
 
@@ -122,7 +124,7 @@ def balance_experts(
     """
     load = {}
     for name, router in _routers(model):
-        counts = router.expert_counts
+        counts = router.expert_counts = router.expert_counts.to(router.e_score_correction_bias.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts, group=group)
         load[name] = _share(counts)

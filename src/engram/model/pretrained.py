@@ -63,8 +63,6 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, StreamMixer | StreamHead):
             module.reset_parameters(self.config.initializer_range)
-        elif isinstance(module, Router):
-            nn.init.zeros_(module.expert_counts)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
