@@ -235,7 +235,7 @@ def test_a_table_is_resharded_when_asked(tmp_path, qwen_folder, num_shards):
     for block, layer in memory.layers.items():
         rows = torch.arange(layer.table.num_rows)
         assert torch.equal(again.layers[block].table.gather(rows), layer.table.gather(rows))
-        sizes = [shard.shape[0] for shard in again.layers[block].table.shards]
+        sizes = [shard.shape[0] for shard in again.layers[block].table.layout.tensors]
         assert len(sizes) == num_shards and max(sizes) - min(sizes) <= 1
     keys = json.loads((tmp_path / "written" / "config.json").read_text())["text_config"]
     assert keys["split_ngram_parts"] == num_shards

@@ -11,7 +11,7 @@ import torch
 from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 
 from engram.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
-from engram.tables import MappedTable, ResidentTable
+from engram.tables import MappedTable, ResidentTable, tensor_layout
 from engram.tables.block_float8 import dequantize, quantize
 from engram.tables.safetensors_file import read_header
 
@@ -37,6 +37,10 @@ def plain(folder, name="BF16", dtype=torch.bfloat16):
     return [one["0"], two["1"], one["2"]]
 
 
+def opened(shards, *, scales=None, dtype=None):
+    return MappedTable(tensor_layout(shards, scales=scales), dtype)
+
+
 def quantized(folder, rows=50, width=70, seed=4):
     """E4M3 rows with one scale per 32 columns, the last block cut; every scale byte but NaN's."""
     scales = np.random.default_rng(seed).integers(90, 160, rows * 3, dtype=np.uint8)
@@ -49,7 +53,7 @@ def quantized(folder, rows=50, width=70, seed=4):
 
 @pytest.mark.parametrize(("name", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
 def test_rows_over_shards_of_any_size_are_the_rows_of_one_table(tmp_path, name, dtype):
-    table, twin = MappedTable(plain(tmp_path, name, dtype)), ResidentTable(weight(dtype))
+    table, twin = opened(plain(tmp_path, name, dtype)), ResidentTable(weight(dtype))
     assert (table.num_rows, table.width, table.dtype) == (NUM_ROWS, WIDTH, dtype)
     edges = torch.tensor([0, 39, 40, 41, NUM_ROWS - 1, 40, 0])
     for rows in (edges, torch.randint(NUM_ROWS, (2, 3, 50)), torch.tensor(7), torch.empty(0, 2, dtype=torch.long)):
@@ -61,14 +65,14 @@ def test_rows_over_shards_of_any_size_are_the_rows_of_one_table(tmp_path, name, 
 
 
 def test_another_type_is_converted_when_rows_are_read(tmp_path):
-    table = MappedTable(plain(tmp_path), dtype=torch.float32)
+    table = opened(plain(tmp_path), dtype=torch.float32)
     assert torch.equal(table.gather(torch.arange(NUM_ROWS)), weight(torch.bfloat16).float())
-    assert (table.stored_dtype, table.row_bytes) == (torch.bfloat16, 4 * WIDTH)
+    assert (table.codec.stored_dtype, table.row_bytes) == (torch.bfloat16, 4 * WIDTH)
 
 
 @pytest.mark.parametrize("bad", [-1, NUM_ROWS, 2**40])
 def test_a_row_outside_the_table_is_refused_by_number_and_nothing_is_written(tmp_path, bad):
-    table, out = MappedTable(plain(tmp_path)), torch.full((2, WIDTH), 3.0)
+    table, out = opened(plain(tmp_path)), torch.full((2, WIDTH), 3.0)
     with pytest.raises(RowRangeError, match=rf"{bad}.*0 to {NUM_ROWS - 1}"):
         table.gather(torch.tensor([3, bad]), out=out)
     assert (out == 3).all()
@@ -77,24 +81,24 @@ def test_a_row_outside_the_table_is_refused_by_number_and_nothing_is_written(tmp
 
 
 def test_a_closed_table_refuses_and_may_be_closed_twice(tmp_path):
-    table = MappedTable(plain(tmp_path))
+    table = opened(plain(tmp_path))
     table.close()
     table.close()
-    for use in (lambda: table.gather(torch.tensor([0])), lambda: table.load_stored(0, 1)):
+    for use in (lambda: table.gather(torch.tensor([0])), lambda: table.load_records(0, 1)):
         with pytest.raises(TableClosedError):
             use()
 
 
 def test_eight_bit_rows_equal_their_definition_exactly_in_bfloat16(tmp_path):
     header, expected = quantized(tmp_path)
-    table = MappedTable([header["w"]], scales=[header["s"]])
+    table = opened([header["w"]], scales=[header["s"]])
     assert table.dtype == torch.bfloat16
     rows = torch.randperm(50)
     # The first row holds the smallest scales, 2 ** -127 and 2 ** -126: there products leave bfloat16's range, only.
     exact = torch.from_numpy(expected)
     assert torch.equal(table.gather(rows).double()[rows > 0], exact[rows][rows > 0])
     assert torch.equal(table.gather(rows), exact.to(torch.bfloat16)[rows])
-    wide = MappedTable([header["w"]], scales=[header["s"]], dtype=torch.float32).gather(torch.arange(50))
+    wide = opened([header["w"]], scales=[header["s"]], dtype=torch.float32).gather(torch.arange(50))
     assert torch.equal(wide.double(), exact)
     assert (wide[0, :32].abs() > 0).any(), "the scale byte 0 is 2 ** -127, not 0"
 
@@ -108,7 +112,7 @@ def test_a_scale_of_255_is_not_a_number():
 def test_one_scale_for_the_whole_table_is_applied_before_rounding(tmp_path):
     values = random_e4m3(NUM_ROWS * 8, 2)
     write_raw(tmp_path / "file", {"w": ("F8_E4M3", (NUM_ROWS, 8), values)})
-    table = MappedTable([read_header(tmp_path / "file")["w"]], scales=0.0137)
+    table = opened([read_header(tmp_path / "file")["w"]], scales=0.0137)
     expected = torch.from_numpy(e4m3(values).reshape(NUM_ROWS, 8)).float() * 0.0137
     assert torch.equal(table.gather(torch.arange(NUM_ROWS)), expected.to(torch.bfloat16))
 
@@ -145,20 +149,19 @@ def test_quantizing_takes_the_smallest_power_of_two_that_fits_and_refuses_what_c
 
 
 def test_stored_rows_are_copied_as_they_lie_over_shard_bounds(tmp_path):
-    table = MappedTable(plain(tmp_path), dtype=torch.float32)
-    rows, scales = table.load_stored(38, 45)
-    assert scales is None and torch.equal(rows, weight(torch.bfloat16)[38:45])
+    table = opened(plain(tmp_path), dtype=torch.float32)
+    assert torch.equal(table.load_records(38, 45).view(torch.bfloat16), weight(torch.bfloat16)[38:45])
     with pytest.raises(RowRangeError):
-        table.load_stored(38, NUM_ROWS + 1)
+        table.load_records(38, NUM_ROWS + 1)
     header, _ = quantized(tmp_path)
-    table = MappedTable([header["w"]], scales=[header["s"]])
-    rows, scales = table.load_stored(3, 9)
-    assert torch.equal(rows.view(torch.uint8), header["w"].load(3, 9).view(torch.uint8))
-    assert torch.equal(scales.view(torch.uint8), header["s"].load(3, 9).view(torch.uint8))
+    table = opened([header["w"]], scales=[header["s"]])
+    values, scales = table.load_records(3, 9).split([70, 3], dim=1)
+    assert torch.equal(values, header["w"].load(3, 9).view(torch.uint8))
+    assert torch.equal(scales, header["s"].load(3, 9).view(torch.uint8))
 
 
 def test_copies_and_pickles_open_the_same_rows_again(tmp_path):
-    table = MappedTable(plain(tmp_path), dtype=torch.float32)
+    table = opened(plain(tmp_path), dtype=torch.float32)
     others = [copy.deepcopy(table), pickle.loads(pickle.dumps(table))]
     table.close()
     for other in others:
@@ -166,7 +169,7 @@ def test_copies_and_pickles_open_the_same_rows_again(tmp_path):
 
 
 def test_several_threads_read_the_same_bytes(tmp_path):
-    table, expected, wrong = MappedTable(plain(tmp_path)), weight(torch.bfloat16), []
+    table, expected, wrong = opened(plain(tmp_path)), weight(torch.bfloat16), []
 
     def read(seed):
         rows = torch.randint(NUM_ROWS, (500,), generator=torch.Generator().manual_seed(seed))
@@ -185,16 +188,16 @@ def test_a_file_cut_after_its_header_was_read_is_refused_when_it_is_mapped(tmp_p
     shards = plain(tmp_path)
     os.truncate(tmp_path / "one", shards[2].start_bytes + 100)
     with pytest.raises(CheckpointError, match=r"was cut after its header .* found"):
-        MappedTable(shards)
+        opened(shards)
     os.truncate(tmp_path / "one", 0)
     with pytest.raises(CheckpointError, match="cannot map"):
-        MappedTable(shards)
+        opened(shards)
 
 
 def test_stats_tell_what_the_table_takes_in_its_files(tmp_path):
-    stats = MappedTable(plain(tmp_path), dtype=torch.float32).stats()
+    stats = opened(plain(tmp_path), dtype=torch.float32).stats()
     assert stats["stored_bytes"] == NUM_ROWS * WIDTH * 2
-    assert (stats["table_bytes"], stats["num_shards"], stats["num_files"]) == (NUM_ROWS * WIDTH * 4, 3, 2)
+    assert (stats["table_bytes"], stats["num_files"], stats["tier"]) == (NUM_ROWS * WIDTH * 4, 2, "mmap")
 
 
 def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
@@ -213,7 +216,7 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
         (["ids"], r"ids \(I64"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            MappedTable([header[name] for name in names])
+            opened([header[name] for name in names])
     for scales, message in (
         ([header["short"]], r"short .*expected F8_E8M0 \[2, 2\]"),
         ([header["half"]], r"half .*expected F8_E8M0 \[2, 2\]"),
@@ -222,12 +225,12 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
         (0.0, "scale is 0.0"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            MappedTable([header["eight"]], scales=scales)
+            opened([header["eight"]], scales=scales)
     with pytest.raises(ConfigError, match="need scales"):
-        MappedTable([header["eight"]])
+        opened([header["eight"]])
     with pytest.raises(ConfigError, match="only rows of F8_E4M3 have scales"):
-        MappedTable([header["half"]], scales=2.0)
+        opened([header["half"]], scales=2.0)
     with pytest.raises(ConfigError, match="16 bits or more"):
-        MappedTable([header["half"]], dtype=torch.int64)
+        opened([header["half"]], dtype=torch.int64)
     with pytest.raises(ConfigError, match="at least one shard"):
-        MappedTable([])
+        opened([])

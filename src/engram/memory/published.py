@@ -20,6 +20,7 @@ from engram.hashing import HashSpec
 from engram.memory.config import EngramConfig
 from engram.memory.layer import EngramLayer
 from engram.tables.block_float8 import dequantize, num_blocks
+from engram.tables.layout import tensor_layout
 from engram.tables.mapped import MappedTable
 from engram.tables.safetensors_file import StoredTensor, TensorFolder
 
@@ -130,7 +131,8 @@ def read_memory(
         block: locate(tensors, f"{prefix}layers.{block}.", config, spec, index)
         for index, block in enumerate(spec.blocks)
     }
-    tables = {block: MappedTable(place.rows, scales=place.row_scales, dtype=dtype) for block, place in places.items()}
+    layouts = {block: tensor_layout(place.rows, scales=place.row_scales) for block, place in places.items()}
+    tables = {block: MappedTable(layout, dtype) for block, layout in layouts.items()}
     layers = {}
     for block, place in places.items():
         with torch.device("meta"):

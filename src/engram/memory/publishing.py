@@ -17,7 +17,7 @@ from engram.memory.config import EngramConfig
 from engram.memory.layer import EngramLayer
 from engram.memory.published import NAMES, PublishedMemory, PublishedVariant
 from engram.tables.block_float8 import BLOCK, num_blocks, quantize
-from engram.tables.mapped import MappedTable
+from engram.tables.record_table import RecordTable
 from engram.tables.safetensors_file import INDEX_NAME
 from engram.tables.safetensors_writer import TensorWriter
 from engram.tables.table import Table
@@ -99,7 +99,8 @@ def write_memory(
     tables = _check_parts(memory)
     _check_options(memory.config, variant)
     if num_shards is None:
-        num_shards = max(len(table.shards) if isinstance(table, MappedTable) else 1 for table in tables.values())
+        layouts = [getattr(table, "layout", None) for table in tables.values()]
+        num_shards = max(1 if layout is None else len(layout.tensors) or 1 for layout in layouts)
     fewest_rows = min(table.num_rows for table in tables.values())
     if num_shards > fewest_rows:
         raise ConfigError(f"a table of {fewest_rows} rows cannot be split into num_shards={num_shards}")
@@ -324,10 +325,10 @@ def _quantize(values: Tensor, name: str, *, square: bool = False) -> tuple[Tenso
 
 def _qwen_plan(table: Table, names: Mapping[str, str], num_shards: int) -> _Plan:
     stored = _stored_as_qwen(table)
-    dtype = table.dtype if stored is None else stored.stored_dtype
+    dtype = table.dtype if stored is None else stored.codec.stored_dtype
     shards = _qwen_shards(table, names, num_shards)
     plan: _Plan = {name: (dtype, (stop - start, table.width)) for name, start, stop in shards}
-    if stored is not None and stored.scales is not None:
+    if stored is not None and stored.codec.scale == "table":
         plan[names["table_scale"]] = (torch.float32, ())
     return plan
 
@@ -346,14 +347,15 @@ def _write_qwen_table(writer: TensorWriter, table: Table, names: Mapping[str, st
     stored = _stored_as_qwen(table)
     for name, first, end in _qwen_shards(table, names, num_shards):
         for start, stop in _pieces(table, first, end):
-            writer.append(name, _gather(table, start, stop) if stored is None else stored.load_stored(start, stop)[0])
-    if stored is not None and stored.scales is not None:
-        writer.append(names["table_scale"], torch.tensor(stored.scales, dtype=torch.float32))
+            rows = _gather(table, start, stop) if stored is None else stored.load_records(start, stop)
+            writer.append(name, rows if stored is None else rows.view(stored.codec.stored_dtype))
+    if stored is not None and stored.codec.scale == "table":
+        writer.append(names["table_scale"], torch.tensor(stored.codec.table_scale, dtype=torch.float32))
 
 
-def _stored_as_qwen(table: Table) -> MappedTable | None:
-    """Return a table whose stored rows are already what Qwen's format holds: plain, or 8 bits with one scale."""
-    return table if isinstance(table, MappedTable) and not isinstance(table.scales, tuple) else None
+def _stored_as_qwen(table: Table) -> RecordTable | None:
+    """Return a table whose records are already what Qwen's format holds: plain, or 8 bits with one scale."""
+    return table if isinstance(table, RecordTable) and table.codec.scale != "blocks" else None
 
 
 def _deepseek_plan(table: Table, names: Mapping[str, str]) -> _Plan:
@@ -365,9 +367,11 @@ def _deepseek_plan(table: Table, names: Mapping[str, str]) -> _Plan:
 
 def _write_deepseek_table(writer: TensorWriter, table: Table, names: Mapping[str, str]) -> None:
     for start, stop in _pieces(table, 0, table.num_rows):
-        if isinstance(table, MappedTable) and isinstance(table.scales, tuple):
-            rows, scales = table.load_stored(start, stop)
-            assert scales is not None
+        if isinstance(table, RecordTable) and table.codec.scale == "blocks":
+            records = table.load_records(start, stop)
+            rows, scales = records.split([table.codec.value_bytes, table.codec.scale_bytes], dim=1)
+            rows = rows.contiguous().view(torch.float8_e4m3fn)
+            scales = scales.contiguous().view(torch.float8_e8m0fnu)
         else:
             rows, scales = _quantize(_gather(table, start, stop), f"rows {start} to {stop - 1} of {names['table']}")
         writer.append(names["table"], rows)

@@ -27,7 +27,7 @@ from engram.model.checkpoint import (
 from engram.model.config import EngramLMConfig
 from engram.model.experts import Router
 from engram.model.streams import StreamHead, StreamMixer
-from engram.tables import MappedTable, ParameterTable, StoredTensor, Table
+from engram.tables import MappedTable, ParameterTable, StoredTensor, Table, tensor_layout
 
 __all__ = ["EngramPreTrainedModel"]
 
@@ -172,7 +172,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Raises:
             ConfigError: The folder holds the very files that tables are being read from.
         """
-        mapped = {name: table.shards[0] for name, table in self.tables.items() if isinstance(table, MappedTable)}
+        mapped = {
+            name: table.layout.tensors[0] for name, table in self.tables.items() if isinstance(table, MappedTable)
+        }
         if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
             for stored in mapped.values():
                 if any(path.samefile(stored.path) for path in Path(save_directory).glob("*.safetensors")):
@@ -250,7 +252,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                     f"(HashSpec {spec.digest})"
                 )
             if place == "disk":
-                apart[name] = MappedTable([source], dtype=dtype)
+                apart[name] = MappedTable(tensor_layout([source]), dtype)
             else:
                 table.weight = nn.Parameter(source.load().to(device=place, dtype=dtype))
         return missing
