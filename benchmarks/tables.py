@@ -89,6 +89,47 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def models() -> str:
+    """What memory costs the presets, against the same backbone without it."""
+    record = load("model")
+    results = record["results"]
+
+    def cost(size: str, case: str, batch_size: int | None = None) -> str:
+        found = [
+            result
+            for result in results
+            if (result["size"], result["case"], result["what"]) == (size, case, "with memory")
+            and result.get("batch_size") == batch_size
+        ]
+        return f"{found[0]['ratio'] - 1:+.0%}"
+
+    def costs(size: str, case: str) -> str:
+        return ", ".join(cost(size, case, batch_size) for batch_size in (1, 8, 32))
+
+    lines = [
+        "| preset | training step | decode step, batch 1, 8, 32 | `generate`, batch 1, 8, 32 |",
+        "|---|---:|---:|---:|",
+    ]
+    for size in ("nano", "tiny"):
+        row = [cost(size, "training step"), costs(size, "decode step"), costs(size, "generate")]
+        lines.append(f"| `engram-{size}` | {' | '.join(row)} |")
+    slower = {
+        (result["size"], result["what"]): result["ratio"]
+        for result in results
+        if result["what"] in ("separate", "transformers", "loop")
+    }
+    machine = record["machine"]
+    lines += [
+        "",
+        "Time added by memory, against the same backbone without it. In the same run, one projection for each key and "
+        f"the value takes {slower['tiny', 'separate']:.2f}× the time of the fused one, transformers' hyper-connection "
+        f"{slower['tiny', 'transformers']:.2f}× that of ours, and a loop over experts {slower['tiny', 'loop']:.2f}× "
+        f"the training step of grouped products (`tiny`; {machine['processor']}, {machine['cores']} cores shared with "
+        "other work: differences of a few percent are noise).",
+    ]
+    return "\n".join(lines)
+
+
 def deviation(values: list[float]) -> float:
     """Sample standard deviation."""
     mean = sum(values) / len(values)
@@ -113,7 +154,7 @@ def main() -> int:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    made = rewritten(text, {"quickstart": quickstart, "speed": speed})
+    made = rewritten(text, {"quickstart": quickstart, "speed": speed, "models": models})
     if arguments.check:
         if made != text:
             print(
