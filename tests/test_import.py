@@ -19,6 +19,7 @@ PROMISED = [
     "Table",
     "TokenHistory",
     "TokenMap",
+    "open_table",
 ]
 
 USE_AUTO_CLASSES = """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engram.hashing import HashSpec, TokenHistory, TokenMap
     from engram.memory import EngramConfig, EngramLayer
     from engram.model import EngramForCausalLM, EngramLMConfig
-    from engram.tables import Table
+    from engram.tables import Table, open_table
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "Table",
     "TokenHistory",
     "TokenMap",
+    "open_table",
 ]
 
 _MODULES = {
@@ -41,6 +42,7 @@ _MODULES = {
     "Table": "engram.tables",
     "TokenHistory": "engram.hashing",
     "TokenMap": "engram.hashing",
+    "open_table": "engram.tables",
 }
 
 

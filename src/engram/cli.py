@@ -1,4 +1,4 @@
-"""The command line: verb → command, imported only when chosen.
+"""The command line: verb → command, imported only when chosen. A verb with verbs of its own is a group.
 
 A command is a frozen dataclass whose fields are the flags and whose ``run`` does the work and returns the exit status:
 0, 1 where it failed, 2 where the call was wrong. Results go to stdout, progress and errors to stderr.
@@ -7,9 +7,10 @@ A command is a frozen dataclass whose fields are the flags and whose ``run`` doe
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engram.errors import EngramError
 
@@ -37,6 +38,25 @@ _VERBS = {
     "hash": _Verb("engram.hashing.command:Hash", "row numbers of a text under any published config"),
 }
 
+_TABLE_VERBS = {
+    "build": _Verb(
+        "engram.evaluation.table_command:Build", "write a packed table, of a checkpoint's or of random rows"
+    ),
+    "convert": _Verb(
+        "engram.evaluation.table_command:Convert",
+        "write the tables of a checkpoint as packed tables, as they are or rounded; say what rounding costs",
+    ),
+    "verify": _Verb("engram.tables.command:Verify", "check a packed table against its checksums and its source"),
+    "inspect": _Verb("engram.tables.command:Inspect", "geometry, codec, bytes and origin of a packed table"),
+    "bench": _Verb("engram.evaluation.table_bench:Bench", "rows per second of a table by tier, cold and warm"),
+    "simulate": _Verb(
+        "engram.evaluation.table_simulate:Simulate", "row reuse and cache hit rates of a text or a recorded trace"
+    ),
+}
+
+_GROUPS = {"table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables")}
+"""Verbs that have verbs of their own, and what they are about."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.
@@ -57,18 +77,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engram {__version__}")
         return 0
     name, *rest = arguments
+    if name in _GROUPS:
+        return _run_group(name, rest)
     if name not in _VERBS:
-        near = difflib.get_close_matches(name, _VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_VERBS)}"
-        print(f"engram: there is no verb {name!r}{hint}", file=sys.stderr)
+        _refuse("engram", name, [*_VERBS, *_GROUPS])
         return 2
-    return _run(name, rest)
+    return _run(name, _VERBS[name], rest)
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run_group(group: str, arguments: list[str]) -> int:
+    verbs, about = _GROUPS[group]
+    # A part of the library may be left out of an installation.
+    verbs = {name: verb for name, verb in verbs.items() if importlib.util.find_spec(verb.command.partition(":")[0])}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        lines = [f"usage: engram {group} VERB [--help] ...", "", about, "", *_listed(verbs)]
+        lines += ["", f"engram {group} VERB --help explains a verb"]
+        print("\n".join(lines), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in verbs:
+        _refuse(f"engram {group}", name, verbs)
+        return 2
+    return _run(f"{group} {name}", verbs[name], rest)
+
+
+def _refuse(prog: str, name: str, verbs: Sequence[str] | Mapping[str, _Verb]) -> None:
+    near = difflib.get_close_matches(name, verbs, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(verbs)}"
+    print(f"{prog}: there is no verb {name!r}{hint}", file=sys.stderr)
+
+
+def _run(name: str, verb: _Verb, arguments: list[str]) -> int:
     import tyro
 
-    module, _, command_name = _VERBS[name].command.partition(":")
+    module, _, command_name = verb.command.partition(":")
     command_class = getattr(importlib.import_module(module), command_name)
     try:
         try:
@@ -94,7 +136,12 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, _VERBS))
+    groups = {name: _Verb("", about) for name, (_, about) in _GROUPS.items()}
     lines = ["usage: engram VERB [--help] ...", "", "conditional memory for language models", ""]
-    lines += [f"  {name:{width}}  {verb.about}" for name, verb in _VERBS.items()]
+    lines += _listed(_VERBS | groups)
     return "\n".join([*lines, "", "engram VERB --help explains a verb; engram --version says which engram this is"])
+
+
+def _listed(verbs: Mapping[str, _Verb]) -> list[str]:
+    width = max(map(len, verbs))
+    return [f"  {name:{width}}  {verb.about}" for name, verb in verbs.items()]

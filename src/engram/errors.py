@@ -13,6 +13,8 @@
     ├── DataError (ValueError)            text that cannot be trained or evaluated on
     ├── CheckpointError (ValueError)      weights on disk that are missing, truncated or of unexpected names or shapes
     ├── RunFolderError (OSError)          a run folder that cannot be written or read
+    ├── RemoteError (OSError)             a remote table that does not answer, or answers something else
+    ├── SharedCopyError (OSError)         a copy for all processes of a machine that cannot be made or waited for
     └── MissingExtraError (ImportError)   an optional dependency that is not installed
 
 Each message says what was expected, what was given and what to do. ``except EngramError`` catches all of them; the
@@ -27,8 +29,10 @@ __all__ = [
     "HistoryError",
     "MismatchError",
     "MissingExtraError",
+    "RemoteError",
     "RowRangeError",
     "RunFolderError",
+    "SharedCopyError",
     "TableClosedError",
     "TokenError",
     "TokenMapError",
@@ -77,6 +81,14 @@ class CheckpointError(EngramError, ValueError):
 
 class RunFolderError(EngramError, OSError):
     """A run folder that cannot be written or read."""
+
+
+class RemoteError(EngramError, OSError):
+    """A remote table that does not answer, or answers something else."""
+
+
+class SharedCopyError(EngramError, OSError):
+    """A table's copy for all processes of a machine that cannot be made, has no room, or was waited for in vain."""
 
 
 class MissingExtraError(EngramError, ImportError):

@@ -8,10 +8,11 @@ import torch
 from tests.small_model import VARIANTS
 from transformers import StaticCache
 
+from engram.errors import RowRangeError, TableClosedError
 from engram.hashing import HashSpec, TokenHistory, TokenMap
 from engram.memory import EngramConfig, EngramLayer
 from engram.model import EngramForCausalLM
-from engram.tables import MappedTable, ParameterTable
+from engram.tables import MappedTable, ParameterTable, ReadAheadTable, ResidentTable, StagedTable
 from engram.training.optimizers import RowAdam
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
@@ -153,6 +154,86 @@ def test_tables_on_the_host_are_trained_while_the_backbone_is_on_the_gpu(everyth
         assert not gradient.is_cuda
         expected = everything.tables[name].weight.grad.to_dense().cpu()
         torch.testing.assert_close(gradient.to_dense(), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tier", ["file", "mmap", "host"])
+def test_staged_tables_give_the_logits_of_tables_on_the_gpu(everything, tmp_path, tier):
+    everything.save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, table_tier=tier, table_cache_bytes=5000).cuda()
+    whole = EngramForCausalLM.from_pretrained(tmp_path).cuda()
+    model.stage_tables(2 * 25)
+    ids = torch.randint(2, 280, (2, 25), device="cuda")
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-5, rtol=1e-5)
+    stats = model.model.layers[0].memory.table.stats()
+    assert stats["gpu_staged_rows"] and not stats["gpu_direct_rows"]
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
+    expected = whole.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, num_beams=3, **options), whole.generate(ids, num_beams=3, **options))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-5, rtol=1e-5)
+    longer = torch.randint(2, 280, (2, 60), device="cuda")
+    torch.testing.assert_close(model(longer).logits, whole(longer).logits, atol=1e-5, rtol=1e-5)
+    assert model.model.layers[0].memory.table.stats()["gpu_direct_rows"], "more tokens than are staged"
+
+
+def test_the_rest_trains_around_staged_tables(everything, tmp_path):
+    everything.save_pretrained(tmp_path)
+    model = EngramForCausalLM.from_pretrained(tmp_path, table_tier="file").cuda().train()
+    model.stage_tables(50)
+    everything.cuda().train()
+    first, second = (torch.randint(2, 280, (2, 25), device="cuda") for _ in range(2))
+    for each in (model, everything):
+        # Two passes before one backward pass: the rows of the first must not be written over.
+        (each(first, labels=first).loss + each(second, labels=second).loss).backward()
+    expected = dict(everything.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_captured_graph_reads_the_rows_that_were_staged_before_its_replay():
+    config = EngramConfig(hidden_size=64, memory_dim=64, rows_per_head=101)
+    weight = torch.randn(sum(config.num_table_rows()), config.head_dim)
+    below = ReadAheadTable(ResidentTable(weight))
+    table = StagedTable(below, "cuda", max_rows=8 * config.num_heads_total)
+    layer = EngramLayer(config, table).cuda()
+    torch.nn.init.normal_(layer.key_value.weight, std=0.1)
+    plain = EngramLayer(config, ResidentTable(weight.cuda())).cuda()
+    plain.load_state_dict(layer.state_dict())
+    hidden = torch.randn(2, 4, 64, device="cuda")
+    steps = [torch.randint(len(weight), (2, 4, config.num_heads_total), device="cuda") for _ in range(5)]
+    for rows in steps[:2]:  # cuBLAS and the allocator are warmed up outside of the graph
+        table.prefetch(rows)
+        assert torch.equal(layer(hidden, rows), plain(hidden, rows))
+    graph, rows = torch.cuda.CUDAGraph(), steps[0].clone()
+    with torch.cuda.graph(graph):
+        table.prefetch(rows)
+        update = layer(hidden, rows)
+    for fresh in steps:
+        rows.copy_(fresh)
+        table.prefetch(fresh)
+        table.wait()
+        graph.replay()
+        assert torch.equal(update, plain(hidden, fresh))
+    table.close()
+
+
+def test_a_staged_read_that_fails_raises_where_the_rows_are_wanted():
+    table = StagedTable(ResidentTable(torch.randn(10, 4)), "cuda", max_rows=8)
+    rows = torch.tensor([3, 10], device="cuda")
+    table.prefetch(rows)
+    for want in (table.wait, lambda: table.gather(rows)):
+        with pytest.raises(RowRangeError, match="row 10"):
+            want()
+    rows = torch.tensor([3, 9], device="cuda")
+    table.prefetch(rows)
+    rows.fill_(1)  # written over after it was asked for, so it is read anew
+    assert torch.equal(table.gather(rows).cpu(), table.table.gather(rows.cpu()))
+    table.close()
+    with pytest.raises(TableClosedError):
+        table.gather(rows)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
-keeps), ``pretrained.py`` and ``checkpoint.py`` (loading, placing, saving); then, without building anything,
-``sizes.py`` (parameters and FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram plan``).
+keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py`` and ``checkpoint.py`` (loading,
+placing, saving); then, without building anything, ``sizes.py`` (parameters and FLOPs), ``budget.py`` (experts against
+memory) and ``plan.py`` (``engram plan``).
 """
 
 import importlib
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from engram.model.config import EngramLMConfig
     from engram.model.experts import balance_experts, expert_load
     from engram.model.modeling import EngramForCausalLM, EngramModel
+    from engram.model.read_ahead import record_rows
 
 __all__ = [
     "Allocation",
@@ -23,6 +25,7 @@ __all__ = [
     "allocate",
     "balance_experts",
     "expert_load",
+    "record_rows",
     "register_auto_classes",
 ]
 
@@ -34,6 +37,7 @@ _MODULES = {
     "allocate": "engram.model.budget",
     "balance_experts": "engram.model.experts",
     "expert_load": "engram.model.experts",
+    "record_rows": "engram.model.read_ahead",
 }
 
 

@@ -3,6 +3,7 @@
 transformers loads what it finds: a missing tensor becomes random numbers and a warning. Here it is an error.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,73 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.errors import CheckpointError
-from engram.tables import StoredTensor, TensorFolder
+from engram.errors import CheckpointError, ConfigError
+from engram.tables import StoredTensor, Table, TensorFolder, open_table, tensor_layout
+from engram.tables.read_ahead import ReadAheadTable
 from engram.tables.safetensors_file import INDEX_NAME, read_header
 
-__all__ = ["check_files", "check_index", "check_missing", "map_tensor", "split_device_map", "table_device"]
+__all__ = [
+    "TABLES",
+    "TablePlace",
+    "check_files",
+    "check_index",
+    "check_missing",
+    "map_tensor",
+    "split_device_map",
+    "table_place",
+]
 
 TABLES = "memory_tables"
 """Name of the model's module that holds the tables."""
 
 _CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 _NAMES_SHOWN = 8
+
+
+TIERS = ("device", "auto", "host", "shared", "mmap", "file")
+"""Where a model's tables may be, as ``table_tier`` spells it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePlace:
+    """A tier that a model reads its tables from, without training them."""
+
+    tier: str
+    """One of `TIERS`, ``"device"`` excepted."""
+    cache_bytes: int = 0
+    """What a cache of records before each table may take; 0 for none."""
+    read_ahead: bool = False
+    """Whether rows are read in the background from when the tokens are known."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ConfigError(f"table_tier is one of {', '.join(TIERS)}, not {self.tier!r}")
+        if self.cache_bytes < 0:
+            raise ConfigError(f"table_cache_bytes is at least 0, not {self.cache_bytes}")
+        if self.tier == "device" and self.cache_bytes:
+            raise ConfigError(
+                "table_cache_bytes is for tables on another tier than the model; pass table_tier, such as 'file'"
+            )
+
+    @property
+    def device_map_name(self) -> str:
+        """What a device map calls it: the host, or a disk."""
+        return "cpu" if self.tier in ("host", "shared") else "disk"
+
+    def open(self, stored: StoredTensor, dtype: torch.dtype | None) -> Table:
+        """Open a table of a checkpoint where it lies.
+
+        Args:
+            stored: The table's tensor, ``[rows, width]``.
+            dtype: Type of the rows that the model reads.
+
+        Raises:
+            CheckpointError: The file has changed, or its rows cannot be read.
+            ConfigError: The tier has no room for it, or the cache none for a row.
+        """
+        tier: Any = self.tier
+        table = open_table(tensor_layout([stored]), tier=tier, dtype=dtype, cache_bytes=self.cache_bytes)
+        return ReadAheadTable(table) if self.read_ahead else table
 
 
 def check_index(folder: Path) -> None:
@@ -110,11 +167,16 @@ def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
     return rest or None, dict(device_map)
 
 
-def table_device(places: Mapping[str, Any], name: str) -> Any:
-    """Where a tensor goes: what the device map says of it or of the innermost module around it; else the host."""
+def table_place(places: Mapping[str, Any], name: str) -> Any:
+    """Where a table goes: what the device map says of it or of the innermost module around it; else the host.
+
+    Returns:
+        A device that holds it as a parameter, or the `TablePlace` that it is read from: ``"disk"`` is the mapped files.
+    """
     parts = name.split(".")
     around = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
-    return next((places[module] for module in around if module in places), "cpu")
+    place = next((places[module] for module in around if module in places), "cpu")
+    return TablePlace("mmap") if place == "disk" else place
 
 
 def map_tensor(stored: StoredTensor) -> Tensor:

@@ -23,6 +23,7 @@ from engram.model.cache import memory_layer
 from engram.model.config import EngramLMConfig
 from engram.model.experts import sequence_balance_loss
 from engram.model.pretrained import EngramPreTrainedModel
+from engram.model.read_ahead import ask_for_rows
 from engram.model.streams import StreamHead
 from engram.tables import ParameterTable
 
@@ -79,6 +80,7 @@ class EngramModel(EngramPreTrainedModel):
         self.__dict__["_memory_config"] = memory
         # A table that stands apart is neither moved, counted nor given hooks with the modules.
         self.__dict__["_tables_apart"], self.__dict__["_places"] = {}, places
+        self.__dict__["_stored_tables"], self.__dict__["_row_traces"] = {}, []
         self.memory_tables = nn.ModuleDict()
         tables = self.memory_tables if places is None else self.__dict__["_tables_apart"]
         if memory is not None and spec is not None:
@@ -209,10 +211,14 @@ class EngramModel(EngramPreTrainedModel):
             states = {block: memory_layer(cache, block, self.config) for block in blocks}
             history = states[blocks[0]].token_history(spec, batch_size, input_ids.device)
         rows = spec.rows_for_layers(codes, history)
+        by_block = {block: rows[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
+        ask_for_rows(self.layers, by_block)
+        for trace in self.__dict__["_row_traces"]:
+            trace.add(by_block)
         active = codes >= 0
         inputs: dict[int, dict[str, Any]] = {}
-        for block, layer in zip(spec.blocks, spec.layers, strict=True):
-            inputs[block] = {"memory_rows": rows[layer], "memory_active": active}
+        for block, numbers in by_block.items():
+            inputs[block] = {"memory_rows": numbers, "memory_active": active}
             if cache is not None and config.conv_context:
                 weight = self.get_parameter(f"layers.{block}.memory.key_value.weight")
                 device = _device_of(self.layers[block], weight)

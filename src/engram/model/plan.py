@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from huggingface_hub.errors import StrictDataclassError
@@ -41,6 +41,7 @@ class Plan:
         engram plan runs/mine/model/config.json --json
         engram plan engram-tiny --context 512 --batch-size 32
         engram plan engram-27b --ratio 0.6
+        engram plan engram-27b --placement --disk /mnt/nvme/tables --batch-size 8
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|CONFIG.json")]
@@ -51,6 +52,18 @@ class Plan:
     """Sequences that are decoded at a time."""
     ratio: float | None = None
     """Divide the model's sparse budget anew, this share to experts and the rest to memory, and plan the result."""
+    placement: bool = False
+    """Say on which tier the tables should be on this machine, with predicted time per token and traps."""
+    table_dtype: Literal["float32", "bfloat16", "float8_e4m3"] = "bfloat16"
+    """Type of the stored rows, for --placement."""
+    ram_gib: float | None = None
+    """Available memory in GiB, for --placement; what this machine and container have unless given."""
+    device_gib: float | None = None
+    """Free memory of the accelerator in GiB, for --placement, 0 for none; what torch finds unless given."""
+    disk: Path | None = None
+    """Folder of the tables, for --placement: random reads of its largest file are timed for a second."""
+    disk_iops: float | None = None
+    """Random reads of 4 KiB a second that the disk does, many at a time, in place of --disk."""
     json: bool = False
     """Print JSON."""
 
@@ -59,6 +72,14 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for name, low in (("ram_gib", 0.0), ("device_gib", 0.0), ("disk_iops", 1.0), ("disk", None)):
+            value = getattr(self, name)
+            if value is not None and not self.placement:
+                raise ConfigError(f"--{name.replace('_', '-')} is used by --placement; ask for it too")
+            if value is not None and low is not None and not low <= value < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number from {low:g}, not {value}")
+        if self.disk is not None and self.disk_iops is not None:
+            raise ConfigError("--disk measures the disk and --disk-iops says its rate: give one of them")
 
     def run(self) -> int:
         """Print the plan."""
@@ -67,11 +88,35 @@ class Plan:
         if self.ratio is not None:
             config, divided = _divide(config, self.ratio)
         found = {**plan(config, context=self.context, batch_size=self.batch_size), **divided}
+        if self.placement:
+            found["placement"] = self._place(config, found)
         if self.json:
             print(json_module.dumps({"model": self.model, **found}))
         else:
             _print(self.model, found)
         return 0
+
+    def _place(self, config: EngramLMConfig, found: dict[str, Any]) -> dict[str, Any]:
+        from engram.model import placement
+
+        memory = config.memory_config
+        if memory is None:
+            raise ConfigError("this model has no memory, so there are no tables to place; leave --placement out")
+        disk = None if self.disk is None else placement.measure_disk(self.disk)
+        if self.disk_iops is not None:
+            disk = placement.DiskRate.told(self.disk_iops)
+        row_bytes = round(_row_bytes(memory.head_dim)[self.table_dtype])
+        machine = placement.read_machine(
+            ram_gib=self.ram_gib, device_gib=self.device_gib, disk=disk, row_bytes=row_bytes
+        )
+        return placement.place(
+            found,
+            machine,
+            blocks=memory.layers,
+            num_blocks=config.num_hidden_layers,
+            experts=(config.n_routed_experts, config.num_experts_per_tok) if config.has_experts else (0, 0),
+            dtype=self.table_dtype,
+        )
 
 
 def read_config(source: str) -> EngramLMConfig:
@@ -356,6 +401,10 @@ def _print(name: str, found: dict[str, Any]) -> None:
             f"here, drawing {build['values_per_second'] / 1e6:,.0f} M values a second",
         )
     )
+    if "placement" in found:
+        from engram.model.placement import rows_for_people
+
+        rows += rows_for_people(found["placement"])
     for row in rows:
         table.add_row(*row)
     Console().print(table)

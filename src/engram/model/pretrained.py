@@ -17,17 +17,19 @@ from engram.memory.layer import EngramLayer
 from engram.model.block import EngramBlock
 from engram.model.checkpoint import (
     TABLES,
+    TablePlace,
     check_files,
     check_index,
     check_missing,
     map_tensor,
     split_device_map,
-    table_device,
+    table_place,
 )
 from engram.model.config import EngramLMConfig
 from engram.model.experts import Router
 from engram.model.streams import StreamHead, StreamMixer
-from engram.tables import MappedTable, ParameterTable, StoredTensor, Table, tensor_layout
+from engram.tables import ParameterTable, StoredTensor, Table
+from engram.tables.staged import StagedTable
 
 __all__ = ["EngramPreTrainedModel"]
 
@@ -73,7 +75,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     def tables(self) -> dict[str, Table]:
         """The memory tables by the block that reads them, or one called ``shared``.
 
-        Each is a `ParameterTable`, or a `MappedTable` where ``from_pretrained`` left it on disk.
+        Each is a `ParameterTable`, or a table of the tier from which ``from_pretrained`` was told to read it.
         """
         base = self.base_model
         return {**base._modules[TABLES], **base.__dict__["_tables_apart"]}
@@ -115,7 +117,14 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, tokenizer: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        tokenizer: Any = None,
+        table_tier: str = "device",
+        table_cache_bytes: int = 0,
+        table_read_ahead: bool = True,
+        **kwargs: Any,
     ) -> Any:
         """Load a model as ``transformers`` does, and check that the checkpoint is whole and fits its hash.
 
@@ -123,21 +132,34 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         travel. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves them in the
         checkpoint's safetensors files, where rows are read in place and not trained.
 
+        With ``table_tier`` all tables are read from one tier, whatever a device map says of them. Logits are the same
+        to the bit. Such tables are no parameters: they are neither trained, counted nor moved, and the rest of the
+        model trains around them. They stay open, and the files must stay, as long as the model is used.
+
         Args:
             pretrained_model_name_or_path: A folder or a repository.
             *args: As in ``PreTrainedModel.from_pretrained``.
             tokenizer: The tokenizer that will be used with the model.
+            table_tier: ``"device"`` (parameters, loaded with the model), ``"mmap"`` and ``"file"`` (left in the
+                checkpoint's safetensors files), ``"host"`` (loaded, as stored), ``"shared"`` (one copy for all
+                processes on this machine), or ``"auto"`` (what suits the table and the machine).
+            table_cache_bytes: Bytes of a cache before each table, which keeps rows that were read; 0 for none.
+            table_read_ahead: Whether rows are read in the background from when the tokens are known.
             **kwargs: As in ``PreTrainedModel.from_pretrained``.
 
         Raises:
             CheckpointError: A file is missing, truncated or malformed, or tensors of the model are missing. The latter
                 is allowed with ``ignore_mismatched_sizes=True``, and for a head on the checkpoint of a base model.
+            ConfigError: An unknown tier, or a cache for tables that are parameters.
             MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
         """
+        place = TablePlace(table_tier, table_cache_bytes, table_read_ahead)
         source = pretrained_model_name_or_path
         if source is not None:
             check_index(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
+        if place.tier != "device":
+            places = {"": place}
         # What stands behind the source reaches `__init__`.
         more = () if places is None else (places,)
         try:
@@ -162,7 +184,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as ``transformers`` does; tables that were left on disk are copied from there.
+        """Save as ``transformers`` does; tables that are read from another tier are copied from the checkpoint.
 
         Args:
             save_directory: The folder.
@@ -172,9 +194,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Raises:
             ConfigError: The folder holds the very files that tables are being read from.
         """
-        mapped = {
-            name: table.layout.tensors[0] for name, table in self.tables.items() if isinstance(table, MappedTable)
-        }
+        mapped: dict[str, StoredTensor] = self.base_model.__dict__["_stored_tables"]
         if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
             for stored in mapped.values():
                 if any(path.samefile(stored.path) for path in Path(save_directory).glob("*.safetensors")):
@@ -185,6 +205,30 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
             kwargs["state_dict"] = {**self.state_dict(), **tables}
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def stage_tables(self, max_tokens: int) -> None:
+        """Let rows of tables that are off this model's GPU travel to it while it computes.
+
+        Each block with memory gets a `StagedTable` of its own: pinned memory and device memory at fixed addresses, a
+        stream and an event. Nothing is done for tables on the GPU, nor for a model that is not on one. Moving the model
+        to another device afterwards asks for another call.
+
+        Args:
+            max_tokens: Tokens of the largest forward pass to stage (batch times length); larger ones are read as
+                before.
+
+        Raises:
+            ConfigError: ``max_tokens`` is less than 1.
+        """
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
+        base = self.base_model
+        for block in base.config.memory_layers:
+            memory, device = base.layers[block].memory, base.layers[block].memory.key_value.weight.device
+            table = memory.table.table if isinstance(memory.table, StagedTable) else memory.table
+            if device.type == "cuda" and not isinstance(table, ParameterTable):
+                max_rows = max_tokens * memory.config.num_heads_total
+                memory.table = StagedTable(table, device, max_rows=max_rows)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -231,16 +275,16 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         apart = base.__dict__["_tables_apart"]
         if apart and not stored:
             raise CheckpointError(
-                "tables are put on another device than the rest, or left on disk, out of safetensors files only; load "
-                "the model without a device_map and save it once"
+                "tables are put on another device or tier than the rest, or left on disk, out of safetensors files "
+                "only; load the model without a device_map or table_tier and save it once"
             )
         for name, table in apart.items():
             assert spec is not None
             own = f"{TABLES}.{name}.weight"
-            place = table_device(base.__dict__["_places"], f"{self._base_prefix}{own}")
+            place = table_place(base.__dict__["_places"], f"{self._base_prefix}{own}")
             source = stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
             if source is None:
-                if place == "disk":
+                if isinstance(place, TablePlace):
                     raise CheckpointError(f"{own} is to be read from disk, and the checkpoint does not have it")
                 missing.add(f"{self._base_prefix}{own}")
                 table.to_empty(device=place).reset_parameters()
@@ -251,8 +295,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                     f"{source}: expected {[table.num_rows, table.width]}, as the configuration gives "
                     f"(HashSpec {spec.digest})"
                 )
-            if place == "disk":
-                apart[name] = MappedTable(tensor_layout([source]), dtype)
+            if isinstance(place, TablePlace):
+                apart[name] = place.open(source, dtype)
+                base.__dict__["_stored_tables"][name] = source
             else:
                 table.weight = nn.Parameter(source.load().to(device=place, dtype=dtype))
         return missing
@@ -265,8 +310,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         if not hasattr(self, "hf_device_map"):
             self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
         for name, table in list(apart.items()):
-            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = table_device(
-                places, f"{self._base_prefix}{TABLES}.{name}.weight"
+            place = table_place(places, f"{self._base_prefix}{TABLES}.{name}.weight")
+            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = (
+                place.device_map_name if isinstance(place, TablePlace) else place
             )
             for layer in base.layers:
                 if layer.memory is not None and base._table_name(layer.layer_idx) == name:

@@ -43,6 +43,10 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bo
     # The product is rounded once, to the result's type; float16 could not even hold the scales.
     exact = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
     rows, columns = values.shape
+    if columns % BLOCK == 0 and not square:
+        # The same products without a scale for every number in memory: half the time.
+        blocks = values.to(exact).view(rows, -1, BLOCK).mul_(scales.to(exact).unsqueeze(2))
+        return blocks.view(rows, columns).to(dtype)
     wide = scales.to(exact).repeat_interleave(BLOCK, dim=1)[:, :columns]
     if square:
         wide = wide.repeat_interleave(BLOCK, dim=0)[:rows]

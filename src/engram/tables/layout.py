@@ -24,7 +24,12 @@ _FLOAT8 = "F8_E4M3"
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``."""
+    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``.
+
+    Where the rows lie in pages whose tails are empty, so that none lies on two, it begins at
+    ``start_bytes + i // rows_per_page * page_bytes + i % rows_per_page * stride_bytes``. `offsets` is the one place
+    that computes this.
+    """
 
     file: str
     """Path or address of the file."""
@@ -33,11 +38,22 @@ class Extent:
     num_rows: int
     """Rows in the run."""
     stride_bytes: int
-    """From the beginning of one row to that of the next."""
+    """From the beginning of one row to that of the next (on the same page, where there are pages)."""
+    rows_per_page: int = 0
+    """Rows on a page; 0 where they follow each other without pages."""
+    page_bytes: int = 0
+    """From the beginning of one page to that of the next; 0 likewise."""
+
+    def offsets(self, inside: np.ndarray) -> np.ndarray:
+        """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""
+        if self.rows_per_page:
+            pages, inside = np.divmod(inside, self.rows_per_page)
+            return pages * self.page_bytes + inside * self.stride_bytes + self.start_bytes
+        return inside * self.stride_bytes + self.start_bytes
 
     def end_bytes(self, row_bytes: int) -> int:
         """One past the last byte of the run, where each row takes so many bytes."""
-        return self.start_bytes + (self.num_rows - 1) * self.stride_bytes + row_bytes
+        return int(self.offsets(np.array([self.num_rows - 1]))[0]) + row_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +81,14 @@ class Part:
         """
         if len(self.extents) == 1:
             extent = self.extents[0]
-            yield extent, slice(None), numbers * extent.stride_bytes + extent.start_bytes
+            yield extent, slice(None), extent.offsets(numbers)
             return
         owners = np.searchsorted(self.first_rows, numbers, side="right") - 1
         order = np.argsort(owners, kind="stable")
         bounds = np.searchsorted(owners[order], np.arange(len(self.extents) + 1))
         for owner in np.unique(owners).tolist():
             where, extent = order[bounds[owner] : bounds[owner + 1]], self.extents[owner]
-            inside = numbers[where] - self.first_rows[owner]
-            yield extent, where, inside * extent.stride_bytes + extent.start_bytes
+            yield extent, where, extent.offsets(numbers[where] - self.first_rows[owner])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +157,8 @@ class RowLayout:
             for first, extent in zip(part.first_rows.tolist(), part.extents, strict=True):
                 low, high = max(start - first, 0), min(stop - first, extent.num_rows)
                 if low < high:
-                    run = _read_run(extent, low, high, part.row_bytes)
-                    data[first + low - start : first + high - start, column : column + part.row_bytes] = run
+                    out = data[first + low - start : first + high - start, column : column + part.row_bytes]
+                    _read_run(extent, low, high, out)
             column += part.row_bytes
         return records
 
@@ -163,29 +178,67 @@ class RowLayout:
                 files.append([file, None, None])
         codec = [self.codec.width, str(self.codec.stored_dtype), self.codec.scale, self.codec.table_scale]
         parts = [
-            [part.row_bytes, [[e.file, e.start_bytes, e.num_rows, e.stride_bytes] for e in part.extents]]
+            [
+                part.row_bytes,
+                [
+                    [e.file, e.start_bytes, e.num_rows, e.stride_bytes, e.rows_per_page, e.page_bytes]
+                    for e in part.extents
+                ],
+            ]
             for part in self.parts
         ]
         return hashlib.sha256(json.dumps([codec, parts, files, self.spec_digest]).encode()).hexdigest()
 
 
-def _read_run(extent: Extent, low: int, high: int, row_bytes: int) -> np.ndarray:
-    """Rows ``low`` to ``high`` of an extent, bytes ``[high - low, row_bytes]``."""
-    start = extent.start_bytes + low * extent.stride_bytes
-    size = (high - low - 1) * extent.stride_bytes + row_bytes
+def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
+    """Copy rows ``low`` to ``high`` of an extent into ``out``, bytes ``[high - low, row_bytes]``."""
+    row_bytes = out.shape[1]
+    # Whole pages are read, as far as the rows reach; rows are picked out of them afterwards.
+    first = low - low % extent.rows_per_page if extent.rows_per_page else low
+    start, last = extent.offsets(np.array([first, high - 1])).tolist()
+    size = last + row_bytes - start
+    # Straight into the result where nothing lies between the rows; a second copy would cost as much as the read.
+    direct = out.flags.c_contiguous and size == out.size
+    buffer = out.reshape(-1) if direct else np.empty(size, np.uint8)
     try:
-        with open(extent.file, "rb") as file:
+        with open(extent.file, "rb", buffering=0) as file:
             file.seek(start)
-            found = file.read(size)
+            found = 0
+            while found < size:
+                count = file.readinto(buffer[found:])  # type: ignore[arg-type]  # an array is a buffer
+                if not count:
+                    break
+                found += count
     except OSError as error:
         raise CheckpointError(f"cannot read {extent.file}: {error.strerror}") from error
-    if len(found) != size:
+    if found != size:
         raise CheckpointError(
             f"{extent.file} was cut after its header was read: expected at least {start + size} bytes, found "
-            f"{start + len(found)}"
+            f"{start + found}"
         )
-    bytes_ = np.frombuffer(found, np.uint8)
-    return np.lib.stride_tricks.as_strided(bytes_, (high - low, row_bytes), (extent.stride_bytes, 1), writeable=False)
+    if direct:
+        return
+    if not extent.rows_per_page:
+        out[...] = np.lib.stride_tricks.as_strided(buffer, out.shape, (extent.stride_bytes, 1), writeable=False)
+        return
+    # Rows from the beginning of a page on, so that each page is one strided copy: first the whole pages, then the tail.
+    per_page, stride = extent.rows_per_page, extent.stride_bytes
+    position = 0
+    while position < len(out):
+        page, skipped = divmod(low - first + position, per_page)
+        num_pages = 1 if skipped else max(1, (len(out) - position) // per_page)
+        taken = min(per_page * num_pages - skipped, len(out) - position)
+        per_piece = taken // num_pages
+        begin = page * extent.page_bytes + skipped * stride
+        pages = np.lib.stride_tricks.as_strided(
+            buffer[begin:], (num_pages, per_piece, row_bytes), (extent.page_bytes, stride, 1), writeable=False
+        )
+        piece = out[position : position + taken]
+        if piece.flags.c_contiguous:
+            piece.reshape(num_pages, per_piece, row_bytes)[...] = pages
+        else:
+            piece[...] = pages.reshape(taken, row_bytes)
+        position += taken
 
 
 def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:

@@ -31,10 +31,12 @@ class ResidentTable(Table):
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Table.gather`."""
-        self._refuse_closed(self._weight is None)
-        assert self._weight is not None
+        # Held until the end, so that another thread may close the table meanwhile.
+        weight = self._weight
+        self._refuse_closed(weight is None)
+        assert weight is not None
         self._check_rows(rows)
-        result = self._weight[rows.to(self._weight.device)].to(rows.device)
+        result = weight[rows.to(weight.device)].to(rows.device)
         return result if out is None else out.copy_(result)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engram.errors import CheckpointError
 
-__all__ = ["DTYPES", "INDEX_NAME", "StoredTensor", "TensorFolder", "read_header"]
+__all__ = ["DTYPES", "INDEX_NAME", "StoredTensor", "TensorFolder", "parse_header", "parse_index", "read_header"]
 
 INDEX_NAME = "model.safetensors.index.json"
 """The file that says which tensor lies in which of several files."""
@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 """The format's type names that can be read and written here. Tensors of other types may lie beside them."""
 
 # The format's own limit; a longer header is a broken or hostile file.
-_LONGEST_HEADER_BYTES = 100_000_000
+LONGEST_HEADER_BYTES = 100_000_000
 _HIGHEST_RANK = 16
 _LONGEST_FILE_NAME = 1000
 
@@ -142,17 +142,34 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         size = status.st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, LONGEST_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path} is truncated or not a safetensors file: it begins with a header length of {length} bytes, "
-                    f"found {size} bytes in all (at most {_LONGEST_HEADER_BYTES} are allowed); download it again"
+                    f"found {size} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed); download it again"
                 )
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return parse_header(text, path, size)
+
+
+def parse_header(text: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
+    """Check the header of a safetensors file against the size of the file.
+
+    Args:
+        text: The header, without the eight bytes of its length.
+        path: What messages and the returned tensors call the file.
+        size: Bytes of the whole file.
+
+    Returns:
+        Name to place, in the order of the file.
+
+    Raises:
+        CheckpointError: What `read_header` says of headers.
+    """
     header = _parse_json(text, path)
     header.pop("__metadata__", None)
-    data_start = 8 + length
+    data_start = 8 + len(text)
     tensors = {name: _entry(name, entry, path, data_start) for name, entry in header.items()}
     expected = max((tensor.start_bytes + tensor.num_bytes for tensor in tensors.values()), default=data_start)
     if size != expected:
@@ -258,9 +275,19 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
 
 def _read_index(index: Path) -> dict[str, Path]:
     try:
-        places = _parse_json(index.read_bytes(), index).get("weight_map")
+        text = index.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {index}: {error.strerror}") from error
+    return parse_index(text, index)
+
+
+def parse_index(text: bytes, index: Path) -> dict[str, Path]:
+    """Read an index: the names of tensors → the paths of their files, all inside the index's folder.
+
+    Raises:
+        CheckpointError: It is malformed, or names a file outside the folder.
+    """
+    places = _parse_json(text, index).get("weight_map")
     if not isinstance(places, Mapping):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
     for name, file in places.items():

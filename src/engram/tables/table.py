@@ -36,6 +36,8 @@ class Table(abc.ABC):
     """Rows in the table."""
     width: int
     """Numbers in a row."""
+    tier_reason: str | None = None
+    """Why the table is on its tier, where somebody chose it: see `open_table`."""
 
     @property
     @abc.abstractmethod
@@ -68,7 +70,8 @@ class Table(abc.ABC):
 
     def stats(self) -> dict[str, Any]:
         """Size and use of the table, as plain numbers with their unit in the name."""
-        return {"num_rows": self.num_rows, "width": self.width, "table_bytes": self.num_rows * self.row_bytes}
+        stats = {"num_rows": self.num_rows, "width": self.width, "table_bytes": self.num_rows * self.row_bytes}
+        return stats if self.tier_reason is None else {**stats, "tier_reason": self.tier_reason}
 
     def close(self) -> None:
         """Give back what the table holds. Using it afterwards raises `TableClosedError`; closing twice is fine."""

@@ -1,0 +1,211 @@
+"""What reading tables from a tier costs a model: decode steps and prefill, with tables resident, mapped and in files.
+
+    python benchmarks/decode_tiers.py --out benchmarks/results/decode_tiers.json
+    python benchmarks/decode_tiers.py --cases decode --tiers resident mmap file --repeats 60
+
+All variants take one step in turn, on the same tokens, which change from step to step: a step that reads the rows of
+the step before would measure a cache. Each has its own copy of the tables' files, so that none warms another's. "Warm":
+the files were read before. "Dropped": before every single step their pages are given back (posix_fadvise DONTNEED on
+flushed files), and how much of them is still in memory is measured by mincore after the last round and reported:
+pages that this process has mapped stay, so a mapped table keeps those that earlier rounds read, and reads others.
+"""
+
+import argparse
+import functools
+import json
+import mmap
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from engram.model import EngramForCausalLM
+from engram.tables import ParameterTable
+from engram.tables.safetensors_file import INDEX_NAME
+from model import build
+
+PROMPT_TOKENS, PREFILL_TOKENS = 64, 512
+CACHE_BYTES = 1 << 20
+VARIANTS: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "host": {"table_tier": "host", "table_read_ahead": False},
+    "mmap": {"table_tier": "mmap", "table_read_ahead": False},
+    "mmap, read ahead": {"table_tier": "mmap"},
+    "mmap, cache": {"table_tier": "mmap", "table_read_ahead": False, "table_cache_bytes": CACHE_BYTES},
+    "mmap, cache, read ahead": {"table_tier": "mmap", "table_cache_bytes": CACHE_BYTES},
+    "file": {"table_tier": "file", "table_read_ahead": False},
+    "file, read ahead": {"table_tier": "file"},
+    "file, cache": {"table_tier": "file", "table_read_ahead": False, "table_cache_bytes": CACHE_BYTES},
+    "file, cache, read ahead": {"table_tier": "file", "table_cache_bytes": CACHE_BYTES},
+}
+
+
+def checkpoints(size: str, folder: Path, names: list[str]) -> dict[str, Path]:
+    """The preset, saved with random weights: a folder for each variant, with the backbone linked and tables copied."""
+    # In bfloat16, so that reading rows converts nothing, as in a released checkpoint.
+    build(size, True, "cpu").to(torch.bfloat16).save_pretrained(folder / "saved", max_shard_size="1MB")
+    weights = json.loads((folder / "saved" / INDEX_NAME).read_text())["weight_map"]
+    tables = {file for name, file in weights.items() if "memory_tables" in name}
+    shared = {name for name, file in weights.items() if file in tables and "memory_tables" not in name}
+    assert not shared, f"{shared} lie in the tables' files, whose pages they would keep in memory"
+    found = {}
+    for number, name in enumerate(names):
+        found[name] = folder / str(number)
+        found[name].mkdir()
+        for path in (folder / "saved").iterdir():
+            target = found[name] / path.name
+            if path.name in tables:
+                shutil.copyfile(path, target)
+            else:
+                target.symlink_to(path.resolve())
+    return found
+
+
+def table_files(model: EngramForCausalLM) -> list[Path]:
+    """The files that the tables are read from; none where they are resident."""
+    return sorted({stored.path for stored in model.model.__dict__["_stored_tables"].values()})
+
+
+def drop(paths: list[Path]) -> None:
+    """Ask the kernel to forget what it holds of files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def resident_share(paths: list[Path]) -> float | None:
+    """Share of the files' pages that are in memory, by a fresh mapping and mincore; None where libc has none."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = total = 0
+    for path in paths:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+            view = np.frombuffer(mapping, np.uint8)
+            pages = -(-len(view) // mmap.PAGESIZE)
+            found = (ctypes.c_ubyte * pages)()
+            if libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view)), found):
+                return None
+            here, total = here + sum(flag & 1 for flag in found), total + pages
+            del view
+    return here / total if total else None
+
+
+class Steps:
+    """One model on one tier, which takes the same steps as all the others."""
+
+    def __init__(self, folder: Path, options: dict[str, Any], batch_size: int, prefill: bool) -> None:
+        self.model = EngramForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+        self.random = torch.Generator().manual_seed(0)
+        self.batch_size, self.prefill = batch_size, prefill
+        self.high = self.model.config.vocab_size
+        prompt = self.tokens(PROMPT_TOKENS)
+        self.cache = None if prefill else self.model(prompt, use_cache=True).past_key_values
+        # Rolled back after each step, so that every step attends to as many tokens as every other.
+        if self.cache is not None:
+            self.cache.activate_past_recording()
+
+    def tokens(self, length: int) -> torch.Tensor:
+        return torch.randint(3, self.high, (self.batch_size, length), generator=self.random)
+
+    def step(self) -> None:
+        if self.cache is None:
+            self.model(self.tokens(PREFILL_TOKENS), use_cache=False, logits_to_keep=1)
+            return
+        self.model(self.tokens(1), past_key_values=self.cache, use_cache=True)
+
+    def rewind(self) -> None:
+        if self.cache is not None:
+            self.cache.crop(-1)
+
+    def close(self) -> None:
+        for table in self.model.tables.values():
+            if not isinstance(table, ParameterTable):
+                table.close()
+
+
+@torch.no_grad()
+def compare(folders: dict[str, Path], batch_size: int, prefill: bool, dropped: bool, repeats: int) -> list[Any]:
+    """Interleaved steps of all variants: medians, and the median of each round's ratio to resident tables."""
+    # Before anything maps them: pages read by copying lie in large folios, of which one mapped page keeps all.
+    drop([path for folder in folders.values() for path in folder.glob("*.safetensors") if not path.is_symlink()])
+    running = {name: Steps(folder, VARIANTS[name], batch_size, prefill) for name, folder in folders.items()}
+    files = {name: table_files(steps.model) for name, steps in running.items()}
+    for path in [path for paths in files.values() for path in paths]:
+        if not dropped:
+            path.read_bytes()
+
+    calls: dict[str, Callable[[], None]] = {}
+    for name, steps in running.items():
+        if dropped:
+            calls[f"{name} (drop)"] = functools.partial(drop, files[name])
+        calls[name] = steps.step
+        calls[f"{name} (rewind)"] = steps.rewind
+    seconds = harness.measure(calls, repeats)
+    shares = {}
+    for name in running:
+        drop(files[name] if dropped else [])
+        shares[name] = resident_share(files[name])
+    rows = []
+    for name, steps in running.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["resident"], strict=True))
+        tables = [table.stats() for table in steps.model.tables.values()]
+        kept = ("hits", "misses", "staged_rows", "used_rows", "wasted_rows", "skipped")
+        rows.append(
+            {
+                "case": "prefill" if prefill else "decode step",
+                "tables": name,
+                "page_cache": "dropped" if dropped else "warm",
+                "share_of_files_in_memory": shares[name],
+                "batch_size": batch_size,
+                "tokens": batch_size * (PREFILL_TOKENS if prefill else 1),
+                "table_bytes": sum(table["table_bytes"] for table in tables),
+                "median_seconds": statistics.median(seconds[name]),
+                "best_seconds": min(seconds[name]),
+                "ratio_to_resident": ratio,
+                "repeats": repeats,
+                **{key: sum(table[key] for table in tables) for key in kept if key in tables[0]},
+            }
+        )
+        steps.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="file for the results as JSON")
+    parser.add_argument("--size", default="tiny", choices=["nano", "tiny", "small"])
+    parser.add_argument("--tiers", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--cases", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--folder", help="where the checkpoint is written for the run; on a disk, not in memory")
+    arguments = parser.parse_args()
+    names = list(dict.fromkeys(["resident", *arguments.tiers]))
+    results: list[dict[str, Any]] = []
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=arguments.folder or Path.cwd()) as made:
+        folders = checkpoints(arguments.size, Path(made), names)
+        for case in arguments.cases:
+            for batch_size in arguments.batch_sizes if case == "decode" else [1]:
+                for dropped in (False, True):
+                    repeats = arguments.repeats if case == "decode" else max(5, arguments.repeats // 5)
+                    for row in compare(folders, batch_size, case == "prefill", dropped, repeats):
+                        results.append({"size": arguments.size, "dtype": "bfloat16", **row})
+                        print(json.dumps(results[-1]), flush=True)
+    if arguments.out:
+        harness.write(arguments.out, "decode_tiers", results)
+
+
+if __name__ == "__main__":
+    main()

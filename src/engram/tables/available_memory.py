@@ -1,0 +1,98 @@
+"""How much memory a process may still take, containers included, and whether a path is on a disk of this machine."""
+
+import os
+import re
+from pathlib import Path
+
+__all__ = ["available_bytes", "is_on_network"]
+
+_NETWORK = {
+    "9p", "afs", "ceph", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
+    "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs", "virtiofs", "wekafs", "beegfs",
+}  # fmt: skip
+
+
+def available_bytes() -> int | None:
+    """Memory that can be taken without swapping, in bytes: the machine's, or less where a container allows less.
+
+    Returns:
+        None where the system does not say.
+    """
+    found = [size for size in (_machine_bytes(), _container_bytes()) if size is not None]
+    return min(found) if found else None
+
+
+def _machine_bytes() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _container_bytes() -> int | None:
+    """What the control groups of this process leave, the narrowest of them and those around it."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in groups:
+        number, _, name = line.partition(":")
+        kinds, _, path = name.partition(":")
+        if number == "0" and not kinds:
+            root, limit, used, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):
+            root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        inside = Path(root + path)
+        for folder in (inside, *inside.parents):
+            if not str(folder).startswith(root):
+                break
+            allowed, taken = _number(folder / limit), _number(folder / used)
+            if allowed is not None and taken is not None:
+                found.append(max(0, allowed - taken + _statistic(folder / "memory.stat", cache)))
+    return min(found) if found else None
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _statistic(file: Path, name: str) -> int:
+    """File pages that the kernel gives up first: they count as used and are not."""
+    try:
+        for line in file.read_text(encoding="ascii").splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def is_on_network(path: str | os.PathLike[str]) -> bool:
+    """Whether a file lies on a file system that another machine serves; False where the system does not say."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    target, best = os.path.realpath(path), ("", "")
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if len(fields) < 5 or not after:
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])  # spaces come as \040
+        inside = target == point or target.startswith(point.rstrip("/") + "/")
+        # Later lines cover earlier ones at the same place.
+        if inside and len(point) >= len(best[0]):
+            best = (point, after.split()[0])
+    return best[1] in _NETWORK

@@ -1,0 +1,325 @@
+"""A table on a real server: what comes back is right, and whatever a server does wrong ends in a named error, soon."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from tests.raw_safetensors import write_raw
+from tests.tables.tiers import Files, serving
+
+from engram.errors import CheckpointError, ConfigError, EngramError, RemoteError
+from engram.tables import HttpTable, http_layout, open_table
+
+NUM_ROWS, WIDTH = 500, 16
+IMPATIENT = {"timeout_seconds": 0.3, "request_seconds": 0.6, "num_retries": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(2))
+    data = rows.numpy().tobytes()
+    write_raw(tmp_path / "model.safetensors", {"model.memory_tables.3.weight": ("F32", (NUM_ROWS, WIDTH), data)})
+    torch.save(rows, tmp_path / "rows.pt")
+    return tmp_path
+
+
+def rows_of(folder):
+    return torch.load(folder / "rows.pt")
+
+
+def opened(server, **options):
+    return HttpTable(http_layout(server.address), **options)
+
+
+def test_rows_near_each_other_come_in_one_request_over_one_connection(folder):
+    connections = []
+
+    class Counted(Files):
+        def setup(self):
+            connections.append(self.client_address)
+            super().setup()
+
+    with serving(folder, Counted) as server:
+        table = opened(server, gap_bytes=2 * WIDTH * 4, num_connections=1)
+        server.requests.clear()
+        connections.clear()
+        numbers = torch.tensor([103, 100, 100, 300, 102, 107])
+        assert torch.equal(table.gather(numbers), rows_of(folder)[numbers])
+        assert len(server.requests) == 3, server.requests
+        table.gather(numbers)
+        assert len(connections) == 0, "the connection of the opening is kept"
+        assert table.stats()["num_requests"] == 6
+        assert table.stats()["received_bytes"] == 2 * (4 + 1 + 1) * WIDTH * 4
+        table.close()
+
+
+def test_long_runs_are_cut_into_several_requests(folder):
+    with serving(folder) as server:
+        table = opened(server, longest_range_bytes=100 * WIDTH * 4)
+        assert torch.equal(table.gather(torch.arange(NUM_ROWS)), rows_of(folder))
+        assert table.stats()["num_requests"] == 5
+        table.close()
+
+
+def test_only_headers_are_read_when_a_table_is_found(folder):
+    with serving(folder) as server:
+        layout = http_layout(server.address, layer=3)
+        assert layout.num_rows == NUM_ROWS
+        spans = [span for _, span in server.requests if span]
+        read = [tuple(map(int, span.removeprefix("bytes=").split("-"))) for span in spans]
+        assert max(last for _, last in read) < layout.parts[0].extents[0].start_bytes
+        with pytest.raises(ConfigError, match=r"layer 4.*those of 3"):
+            http_layout(server.address, layer=4)
+
+
+def test_a_server_without_ranges_is_refused_before_it_sends_the_whole_file(folder):
+    class Whole(Files):
+        def do_GET(self):  # noqa: N802
+            path = self.server.folder / self.path.lstrip("/")
+            self.answer(200, {}, path.read_bytes()) if path.is_file() else self.answer(404, {}, b"")
+
+    with serving(folder, Whole) as server, pytest.raises(RemoteError, match=r"ignores range requests.*206.*200"):
+        http_layout(server.address)
+
+
+def test_a_missing_file_is_refused_by_its_address_at_once(folder):
+    with serving(folder) as server:
+        with pytest.raises(RemoteError, match=r"/nothing/model\.safetensors: .*404"):
+            http_layout(f"{server.address}/nothing")
+        assert len(server.requests) == 2, "the index, then the only other name; nothing is tried again"
+        layout = http_layout(server.address)
+        os.rename(folder / "model.safetensors", folder / "gone")
+        with pytest.raises(RemoteError, match="404"):
+            HttpTable(layout)
+
+
+def test_a_file_that_changes_is_noticed_before_opening_and_while_open(folder):
+    with serving(folder) as server:
+        layout = http_layout(server.address)
+        table = HttpTable(layout)
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-64] + bytes(64))
+        with pytest.raises(RemoteError, match="changed since it was opened"):
+            table.gather(torch.tensor([1]))
+        table.close()
+        with pytest.raises(RemoteError, match="changed since its header was read"):
+            HttpTable(layout)
+
+
+def test_a_changed_file_is_noticed_on_a_server_that_ignores_conditions(folder):
+    class Forgetful(Files):
+        def send_file(self, path):
+            del self.headers["If-Range"]
+            super().send_file(path)
+
+    with serving(folder, Forgetful) as server:
+        table = opened(server)
+        os.utime(folder / "model.safetensors", (1, 1))
+        with pytest.raises(RemoteError, match="changed since it was opened"):
+            table.gather(torch.tensor([1]))
+        table.close()
+
+
+def failing(times, fail):
+    """A server that, once told to (``server.failing``), fails so many requests."""
+
+    class Failing(Files):
+        left = [times]
+
+        def send_file(self, path):
+            if getattr(self.server, "failing", False) and self.left[0] > 0:
+                self.left[0] -= 1
+                return fail(self, path)
+            return super().send_file(path)
+
+    return Failing
+
+
+def status_503(handler, path):
+    handler.answer(503, {}, b"later")
+
+
+def hang_up(handler, path):
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def short(handler, path):
+    handler.send_response(206)
+    first, last = (int(number) for number in handler.headers["Range"].removeprefix("bytes=").split("-"))
+    handler.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+    handler.send_header("ETag", handler.tag(path))
+    handler.send_header("Content-Length", str(last + 1 - first))
+    handler.end_headers()
+    handler.wfile.write(b"x" * (last - first))
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("fail", [status_503, hang_up, short])
+def test_what_passes_is_tried_again_and_what_stays_ends_in_an_error(folder, fail):
+    with serving(folder, failing(2, fail)) as server:
+        table = opened(server, num_connections=1, num_retries=2)
+        server.failing = True
+        assert torch.equal(table.gather(torch.tensor([5])), rows_of(folder)[[5]])
+        table.close()
+    with serving(folder, failing(99, fail)) as server:
+        table = opened(server, **IMPATIENT)
+        server.failing = True
+        with pytest.raises(RemoteError, match=r"no usable answer in 2 attempts.*check the address"):
+            table.gather(torch.tensor([5]))
+        server.failing = False
+        assert torch.equal(table.gather(torch.tensor([5])), rows_of(folder)[[5]]), "an error harms no later read"
+        table.close()
+
+
+def silent(handler, path):
+    time.sleep(1)
+
+
+def trickling_head(handler, path):
+    for byte in b"HTTP/1.1 206 Partial Content\r\nX: " + b"y" * 100:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.03)
+
+
+def trickling_body(handler, path):
+    handler.send_response(206)
+    first, last = (int(number) for number in handler.headers["Range"].removeprefix("bytes=").split("-"))
+    handler.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+    handler.send_header("ETag", handler.tag(path))
+    handler.send_header("Content-Length", str(last + 1 - first))
+    handler.end_headers()
+    for _ in range(first, last):
+        handler.wfile.write(b"x")
+        time.sleep(0.03)
+
+
+@pytest.mark.parametrize("fail", [silent, trickling_head, trickling_body])
+def test_a_server_that_does_not_get_on_is_given_up(folder, fail):
+    with serving(folder, failing(99, fail)) as server:
+        table = opened(server, **IMPATIENT)
+        server.failing = True
+        start = time.monotonic()
+        with pytest.raises(RemoteError, match="2 attempts"):
+            table.gather(torch.tensor([5]))
+        assert time.monotonic() - start < 2.5
+        table.close()
+
+
+def wrong_span(handler, path):
+    span = f"bytes 0-{WIDTH * 4 - 1}/{path.stat().st_size}"
+    handler.answer(206, {"Content-Range": span, "ETag": handler.tag(path)}, b"x" * WIDTH * 4)
+
+
+def no_span(handler, path):
+    handler.answer(206, {"ETag": handler.tag(path)}, b"x" * WIDTH * 4)
+
+
+def forbidden(handler, path):
+    handler.answer(403, {}, b"no")
+
+
+def not_http(handler, path):
+    handler.wfile.write(b"220 mail.example ESMTP\r\n" * 3)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [(wrong_span, "server sent 0 to 63"), (no_span, "Content-Range"), (forbidden, "403"), (not_http, "BadStatusLine")],
+)
+def test_other_bytes_than_those_asked_for_are_refused(folder, fail, message):
+    with serving(folder, failing(99, fail)) as server:
+        table = opened(server, **IMPATIENT)
+        server.failing = True
+        with pytest.raises(RemoteError, match=message):
+            table.gather(torch.tensor([5]))
+        table.close()
+
+
+def test_an_address_nobody_answers_and_a_server_that_dies_are_errors_soon(folder):
+    with serving(folder) as server:
+        table = opened(server, **IMPATIENT)
+        address = server.address
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1.*ConnectionRefusedError"):
+        table.gather(torch.tensor([5]))
+    with pytest.raises(RemoteError, match="check the address"):
+        open_table(address, **IMPATIENT)
+    table.close()
+    # A socket that takes connections and never speaks.
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(RemoteError, match="TimeoutError"):
+        open_table(f"http://127.0.0.1:{mute.getsockname()[1]}", **IMPATIENT)
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://h:port/x", "https:///x"])
+def test_addresses_that_are_none_are_refused(address):
+    with pytest.raises(RemoteError, match="address"):
+        open_table(address)
+
+
+def test_redirections_are_followed_and_forgotten_when_they_run_out(folder):
+    class Moved(Files):
+        def do_GET(self):  # noqa: N802
+            place = f"/{self.server.token}"
+            if self.path.startswith("/resolve/"):
+                return self.answer(302, {"Location": self.path.replace("/resolve", place)}, b"there")
+            if not self.path.startswith(f"{place}/"):
+                return self.answer(403, {}, b"expired")
+            self.path = self.path.removeprefix(place)
+            return super().do_GET()
+
+    class Endless(Files):
+        def do_GET(self):  # noqa: N802
+            self.answer(302, {"Location": self.path}, b"")
+
+    with serving(folder, Moved) as server:
+        server.token = "first"
+        table = HttpTable(http_layout(f"{server.address}/resolve"))
+        server.token = "second"
+        assert torch.equal(table.gather(torch.tensor([7])), rows_of(folder)[[7]])
+        table.close()
+    with serving(folder, Endless) as server, pytest.raises(RemoteError, match="redirects more than"):
+        http_layout(server.address)
+
+
+def test_malformed_files_on_a_server_are_refused_like_those_on_a_disk(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    with serving(folder) as server:
+        for bad in (data[:-1], data + b"x", b"\xff" * 50, data[:5], data[:8] + b"[" + data[9:]):
+            (folder / "model.safetensors").write_bytes(bad)
+            with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+                http_layout(server.address)
+        (folder / "model.safetensors").write_bytes(b"")
+        with pytest.raises(EngramError, match="empty"):
+            http_layout(server.address)
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+        with pytest.raises(CheckpointError, match="not a file inside the folder"):
+            http_layout(server.address)
+
+
+def test_impossible_options_are_refused():
+    for options, message in (
+        ({"num_connections": 0}, "num_connections"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+        ({"gap_bytes": -1}, "gap_bytes"),
+        ({"patience": 3}, "unknown options patience"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            http_layout("http://127.0.0.1:9", **options)
+
+
+def test_no_thread_stays_after_a_table_is_closed(folder):
+    before = threading.active_count()
+    with serving(folder) as server:
+        table = opened(server, num_connections=4)
+        table.gather(torch.arange(0, NUM_ROWS, 5))
+        table.close()
+    deadline = time.monotonic() + 2
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
