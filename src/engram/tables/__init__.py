@@ -6,7 +6,9 @@ one to read from and a trainable one); ``codec.py`` and ``block_float8.py`` (wha
 ``record_table.py`` (what all tables of stored rows share), ``mapped.py``, ``file.py``, ``host.py`` and ``http.py``
 (its tiers on one machine and on a file server); ``sources.py`` (which tables a checkpoint holds) and ``open.py`` (one
 call for all of it); ``cache.py``, ``read_ahead.py`` and ``staged.py`` (tables around tables: records kept, rows read
-early, rows brought to a GPU).
+early, rows brought to a GPU); ``shared.py`` (one copy for many processes), ``mooncake.py`` with its client (a remote
+store); ``packed.py``, ``packed_writer.py``, ``build.py``, ``convert.py`` and ``verify.py`` (our own file format);
+``reuse.py`` and ``residency.py`` (what a trace of rows would cost).
 """
 
 from engram.tables.cache import CachedTable, most_frequent

@@ -85,14 +85,19 @@ def build_random(
         raise ConfigError(f"the seed is a number from 0 on, not {seed}")
     geometry = PackedGeometry(codec, num_rows)
 
+    drawn: dict[int, Tensor] = {}  # the chunk that was last drawn
+
     def records(start: int, stop: int) -> Tensor:
         # Each chunk has its own generator, so that rows do not depend on how many are asked for at once.
         pieces = []
         for index in range(start // geometry.chunk_rows, -(-stop // geometry.chunk_rows)):
             first, last = geometry.chunk(index)
-            state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(state) >> 1)
-            pieces.append(codec.encode(torch.randn(last - first, codec.width, generator=generator) * std))
+            if index not in drawn:
+                state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+                generator = torch.Generator().manual_seed(int(state) >> 1)
+                drawn.clear()
+                drawn[index] = codec.encode(torch.randn(last - first, codec.width, generator=generator) * std)
+            pieces.append(drawn[index][max(start - first, 0) : stop - first])
         return torch.cat(pieces)
 
     provenance = {"made_by": "engram table build", "distribution": "normal", "std": std, "seed": seed}

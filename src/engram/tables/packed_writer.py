@@ -33,6 +33,9 @@ __all__ = ["write_packed"]
 # Chunks read and written at once. One write of 16 MiB reaches the page cache several times as fast as the same bytes in
 # writes of 1 MiB (measured on ext4); memory stays at a few times this.
 _CHUNKS_AT_ONCE = 4
+# Rows asked for at a time within those. Larger arrays come from fresh pages every time, whose first touch costs more
+# than the copy.
+_PIECE_BYTES = 1 << 20
 
 
 def write_packed(
@@ -49,8 +52,8 @@ def write_packed(
 ) -> PackedHeader:
     """Write a table as a packed file, which appears under its name when it is whole and on the disk.
 
-    Memory stays at some tens of megabytes, whatever the size of the table: rows are asked for a few chunks at a time,
-    by another thread while the chunks before are written.
+    Memory stays at some tens of megabytes, whatever the size of the table: rows are asked for about a megabyte at a
+    time, by another thread while the chunks before are written.
 
     Args:
         path: The file to create or replace. Missing parent folders are created.
@@ -117,15 +120,30 @@ def _write_chunks(
         on_progress(stop - start)
     runs = _runs([index for index in range(geometry.num_chunks) if index not in done])
 
+    record_bytes, per_page = geometry.codec.record_bytes, max(1, geometry.rows_per_page)
+    piece = max(1, _PIECE_BYTES // record_bytes // per_page) * per_page
+    # Two, taken in turn: one is filled while the other is written.
+    buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+
     def fetch(run: range) -> np.ndarray:
+        (start, _), (_, end) = geometry.chunk_bytes(run[0]), geometry.chunk_bytes(run[-1])
+        buffers.reverse()
+        if len(buffers[0]) < end - start:
+            buffers[0] = np.empty(end - start, np.uint8)
+        data, filled = buffers[0][: end - start], 0
         first, last = geometry.chunk(run[0])[0], geometry.chunk(run[-1])[1]
-        found = records(first, last)
-        if found.shape != (last - first, geometry.codec.record_bytes) or found.element_size() != 1:
-            raise CheckpointError(
-                f"rows {first} to {last - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes "
-                f"{(last - first, geometry.codec.record_bytes)}"
-            )
-        return _in_pages(found.contiguous().numpy(), geometry)
+        for low in range(first, last, piece):
+            high = min(low + piece, last)
+            found = records(low, high)
+            if found.shape != (high - low, record_bytes) or found.element_size() != 1:
+                raise CheckpointError(
+                    f"rows {low} to {high - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes "
+                    f"{(high - low, record_bytes)}"
+                )
+            paged = _in_pages(found.contiguous().numpy(), geometry)
+            data[filled : filled + len(paged)] = paged
+            filled += len(paged)
+        return data[:filled]
 
     with ThreadPoolExecutor(1, thread_name_prefix="engram-convert") as reader:
         run = next(runs, None)
