@@ -92,7 +92,8 @@ def speed() -> str:
         f"{mapped['cold_median_seconds'] * 1e3:.0f} ms, {cold:.1f}× and {mapped['engramdb_over_this_cold']:.1f}× |"
     )
     lines.append(
-        f"| the same, page cache warm | rows in RAM; EngramDB 0.3.0 | {mapped['warm_again_median_seconds'] * 1e3:.1f} ms, "
+        "| the same, page cache warm | rows in RAM; EngramDB 0.3.0 | "
+        f"{mapped['warm_again_median_seconds'] * 1e3:.1f} ms, "
         f"{1 / mapped['warm_again_times_ram']:.1f}× and {mapped['engramdb_over_this_warm_again']:.0f}× |"
     )
     machine = hashing["machine"]
@@ -136,7 +137,8 @@ def models() -> str:
         f"the value takes {slower['tiny', 'separate']:.2f}× the time of the fused one, transformers' hyper-connection "
         f"{slower['tiny', 'transformers']:.2f}× that of ours, and a loop over experts {slower['tiny', 'loop']:.2f}× "
         f"the training step of grouped products (`tiny`; {machine['processor']}, {machine['cores']} cores shared with "
-        "other work). Training steps with memory are no slower here: the backbone's matrix products took less time beside it.",
+        "other work). Training steps with memory are no slower here: the backbone's matrix products took less time "
+        "beside it.",
     ]
     return "\n".join(lines)
 
