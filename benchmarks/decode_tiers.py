@@ -13,7 +13,6 @@ pages that this process has mapped stay, so a mapped table keeps those that earl
 import argparse
 import functools
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -23,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import numpy as np
 import torch
 from transformers.utils import logging
 
 from engram.model import EngramForCausalLM
 from engram.tables import ParameterTable
+from engram.tables.page_cache import drop_pages
+from engram.tables.residency import resident_share
 from engram.tables.safetensors_file import INDEX_NAME
 from model import build
 
@@ -75,30 +75,19 @@ def table_files(model: EngramForCausalLM) -> list[Path]:
 
 
 def drop(paths: list[Path]) -> None:
-    """Ask the kernel to forget what it holds of files."""
+    """Give the files' pages back."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_pages(descriptor)
         os.close(descriptor)
 
 
-def resident_share(paths: list[Path]) -> float | None:
-    """Share of the files' pages that are in memory, by a fresh mapping and mincore; None where libc has none."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    here = total = 0
-    for path in paths:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
-            view = np.frombuffer(mapping, np.uint8)
-            pages = -(-len(view) // mmap.PAGESIZE)
-            found = (ctypes.c_ubyte * pages)()
-            if libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view)), found):
-                return None
-            here, total = here + sum(flag & 1 for flag in found), total + pages
-            del view
-    return here / total if total else None
+def share_in_memory(paths: list[Path]) -> float | None:
+    """Share of the files' bytes whose pages are in memory; None without files, or where the system does not say."""
+    shares = [(resident_share(path), path.stat().st_size) for path in paths]
+    if not shares or any(share is None for share, _ in shares):
+        return None
+    return sum(share * size for share, size in shares) / sum(size for _, size in shares)
 
 
 class Steps:
@@ -155,7 +144,7 @@ def compare(folders: dict[str, Path], batch_size: int, prefill: bool, dropped: b
     shares = {}
     for name in running:
         drop(files[name] if dropped else [])
-        shares[name] = resident_share(files[name])
+        shares[name] = share_in_memory(files[name])
     rows = []
     for name, steps in running.items():
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["resident"], strict=True))

@@ -254,3 +254,14 @@ def test_a_row_that_two_threads_read_at_once_is_kept_once(policy):
         thread.join()
     labels = cache._rows[cache._rows >= 0]
     assert sorted(labels.tolist()) == list(range(9)) and cache.stats()["evictions"] == 0
+
+
+class UnaskedTable(CountedTable):
+    """One that has nothing to do when it is asked ahead."""
+
+    prefetch = RecordTable.prefetch
+
+
+def test_a_cache_reads_ahead_where_the_table_below_does():
+    assert CachedTable(CountedTable(), 4096).reads_ahead
+    assert not CachedTable(UnaskedTable(), 4096).reads_ahead

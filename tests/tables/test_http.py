@@ -147,13 +147,19 @@ def hang_up(handler, path):
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def short(handler, path):
+def promise(handler, path):
+    """Announce the range that was asked for, as a good server does, without sending it."""
     handler.send_response(206)
     first, last = (int(number) for number in handler.headers["Range"].removeprefix("bytes=").split("-"))
     handler.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
     handler.send_header("ETag", handler.tag(path))
     handler.send_header("Content-Length", str(last + 1 - first))
     handler.end_headers()
+    return first, last
+
+
+def short(handler, path):
+    first, last = promise(handler, path)
     handler.wfile.write(b"x" * (last - first))
     handler.close_connection = True
 
@@ -186,12 +192,7 @@ def trickling_head(handler, path):
 
 
 def trickling_body(handler, path):
-    handler.send_response(206)
-    first, last = (int(number) for number in handler.headers["Range"].removeprefix("bytes=").split("-"))
-    handler.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
-    handler.send_header("ETag", handler.tag(path))
-    handler.send_header("Content-Length", str(last + 1 - first))
-    handler.end_headers()
+    first, last = promise(handler, path)
     for _ in range(first, last):
         handler.wfile.write(b"x")
         time.sleep(0.03)

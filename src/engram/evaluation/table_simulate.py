@@ -14,6 +14,7 @@ import numpy as np
 
 from engram.errors import ConfigError, DataError
 from engram.tables.reuse import (
+    PAGE_BYTES,
     HitCurve,
     PageRule,
     batch_starts,
@@ -29,7 +30,6 @@ from engram.tables.reuse import (
 
 __all__ = ["Simulate"]
 
-PAGE_BYTES = 4096
 POLICIES = {
     "lru": "LRU",
     "lfu": "LFU",

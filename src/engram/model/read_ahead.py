@@ -28,8 +28,7 @@ def ask_for_rows(layers: nn.ModuleList, rows: Mapping[int, Tensor]) -> None:
     """
     for block, numbers in rows.items():
         table = cast(EngramLayer, layers[block].memory).table
-        # Most tables have their rows where they are needed. Asking those would cost a count of distinct rows.
-        if isinstance(table, Table) and type(table).prefetch is not Table.prefetch:
+        if isinstance(table, Table) and table.reads_ahead:
             table.prefetch(numbers)
 
 

@@ -112,6 +112,11 @@ class CachedTable(RecordTable):
             self._read_below += len(wanted)
         return records
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the table below does."""
+        return self.table.reads_ahead
+
     def prefetch(self, rows: Tensor) -> Ticket:
         """Ask the table below for what is not here. See `Table.prefetch`."""
         self._refuse_closed(self._closed)

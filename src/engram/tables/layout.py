@@ -71,7 +71,7 @@ class Part:
         return np.array([0, *itertools.accumulate(extent.num_rows for extent in self.extents)][:-1], dtype=np.int64)
 
     def divide(self, numbers: np.ndarray) -> Iterator[tuple[Extent, np.ndarray | slice, np.ndarray]]:
-        """Find the extent of each row.
+        """Find the bytes of each row.
 
         Args:
             numbers: Row numbers, int64 ``[n]``, checked.
@@ -79,16 +79,27 @@ class Part:
         Yields:
             An extent; which of ``numbers`` lie in it; the first byte of each of those in its file, int64.
         """
+        for index, where, inside in self.split(numbers):
+            yield self.extents[index], where, self.extents[index].offsets(inside)
+
+    def split(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Find the extent of each row.
+
+        Args:
+            numbers: Row numbers, int64 ``[n]``, checked.
+
+        Yields:
+            The place of an extent in `extents`; which of ``numbers`` lie in it; their numbers inside it, int64.
+        """
         if len(self.extents) == 1:
-            extent = self.extents[0]
-            yield extent, slice(None), extent.offsets(numbers)
+            yield 0, slice(None), numbers
             return
         owners = np.searchsorted(self.first_rows, numbers, side="right") - 1
         order = np.argsort(owners, kind="stable")
         bounds = np.searchsorted(owners[order], np.arange(len(self.extents) + 1))
         for owner in np.unique(owners).tolist():
-            where, extent = order[bounds[owner] : bounds[owner + 1]], self.extents[owner]
-            yield extent, where, extent.offsets(numbers[where] - self.first_rows[owner])
+            where = order[bounds[owner] : bounds[owner + 1]]
+            yield owner, where, numbers[where] - self.first_rows[owner]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,23 +98,14 @@ class _Descriptor:
 
 def _take(part: Part, views: list[np.ndarray], numbers: np.ndarray, out: np.ndarray) -> None:
     """Copy rows of one part into ``out``, ``[n, row_bytes]``."""
-    if len(views) == 1:
-        if part.extents[0].rows_per_page:
-            out[...] = _from_pages(views[0], part.extents[0].offsets(numbers))
-        elif out.flags.c_contiguous:
+    for index, where, inside in part.split(numbers):
+        if part.extents[index].rows_per_page:
+            out[where] = _from_pages(views[index], part.extents[index].offsets(inside))
+        elif len(views) == 1 and out.flags.c_contiguous:
             # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
-            np.take(views[0], numbers, axis=0, out=out, mode="clip")
+            np.take(views[index], inside, axis=0, out=out, mode="clip")
         else:
-            out[...] = views[0][numbers]
-        return
-    owners = np.searchsorted(part.first_rows, numbers, side="right") - 1
-    order = np.argsort(owners, kind="stable")
-    bounds = np.searchsorted(owners[order], np.arange(len(views) + 1))
-    for owner in np.unique(owners).tolist():
-        where = order[bounds[owner] : bounds[owner + 1]]
-        inside, extent = numbers[where] - part.first_rows[owner], part.extents[owner]
-        paged = extent.rows_per_page > 0
-        out[where] = _from_pages(views[owner], extent.offsets(inside)) if paged else views[owner][inside]
+            out[where] = views[index][inside]
 
 
 def _from_pages(view: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from engram.tables.page_cache import PAGE_BYTES
+
 __all__ = ["resident_share"]
 
 _CHUNK_BYTES = 1 << 30
-_PAGE_BYTES = mmap.PAGESIZE
 
 
 def resident_share(path: str | os.PathLike[str]) -> float | None:
@@ -42,7 +43,7 @@ def resident_share(path: str | os.PathLike[str]) -> float | None:
             length = min(_CHUNK_BYTES, size - start)
             with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as mapping:
                 view = np.frombuffer(mapping, np.uint8)
-                found = np.zeros(-(-length // _PAGE_BYTES), np.uint8)
+                found = np.zeros(-(-length // PAGE_BYTES), np.uint8)
                 failed = mincore(view.ctypes.data, length, found.ctypes.data)
                 del view  # a mapping with a view on it cannot be closed
             if failed:

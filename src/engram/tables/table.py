@@ -60,6 +60,11 @@ class Table(abc.ABC):
             TableClosedError: The table has been closed.
         """
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `prefetch` does anything. Where not, asking would cost a count of distinct rows for nothing."""
+        return type(self).prefetch is not Table.prefetch
+
     def prefetch(self, rows: Tensor) -> Ticket:
         """Ask for rows that will be gathered soon. Returns at once; a failure surfaces at `gather`.
 
