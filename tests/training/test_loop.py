@@ -136,6 +136,8 @@ def test_the_first_interruption_is_a_request_and_the_second_ends_it():
     import os
     import signal
 
+    # A shell's background jobs begin with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupt() as interrupt:
         assert not interrupt.asked
         os.kill(os.getpid(), signal.SIGINT)
@@ -144,3 +146,4 @@ def test_the_first_interruption_is_a_request_and_the_second_ends_it():
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
