@@ -2,6 +2,7 @@
 
     python benchmarks/decode_tiers.py --out benchmarks/results/decode_tiers.json
     python benchmarks/decode_tiers.py --cases decode --tiers resident mmap file --repeats 60
+    python benchmarks/decode_tiers.py --cases prefill --tiers resident mmap file "file, cache"
 
 All variants take one step in turn, on the same tokens, which change from step to step: a step that reads the rows of
 the step before would measure a cache. Each has its own copy of the tables' files, so that none warms another's. "Warm":
@@ -32,7 +33,7 @@ from engram.tables.residency import resident_share
 from engram.tables.safetensors_file import INDEX_NAME
 from model import build
 
-PROMPT_TOKENS, PREFILL_TOKENS = 64, 512
+PROMPT_TOKENS = 64
 CACHE_BYTES = 1 << 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "resident": {},
@@ -93,7 +94,7 @@ def share_in_memory(paths: list[Path]) -> float | None:
 class Steps:
     """One model on one tier, which takes the same steps as all the others."""
 
-    def __init__(self, folder: Path, options: dict[str, Any], batch_size: int, prefill: bool) -> None:
+    def __init__(self, folder: Path, options: dict[str, Any], batch_size: int, prefill: int) -> None:
         self.model = EngramForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
         self.random = torch.Generator().manual_seed(0)
         self.batch_size, self.prefill = batch_size, prefill
@@ -109,7 +110,7 @@ class Steps:
 
     def step(self) -> None:
         if self.cache is None:
-            self.model(self.tokens(PREFILL_TOKENS), use_cache=False, logits_to_keep=1)
+            self.model(self.tokens(self.prefill), use_cache=False, logits_to_keep=1)
             return
         self.model(self.tokens(1), past_key_values=self.cache, use_cache=True)
 
@@ -124,8 +125,11 @@ class Steps:
 
 
 @torch.no_grad()
-def compare(folders: dict[str, Path], batch_size: int, prefill: bool, dropped: bool, repeats: int) -> list[Any]:
-    """Interleaved steps of all variants: medians, and the median of each round's ratio to resident tables."""
+def compare(folders: dict[str, Path], batch_size: int, prefill: int, dropped: bool, repeats: int) -> list[Any]:
+    """Interleaved steps of all variants: medians, and the median of each round's ratio to resident tables.
+
+    ``prefill`` is the tokens of a prefill, or 0 for decode steps.
+    """
     # Before anything maps them: pages read by copying lie in large folios, of which one mapped page keeps all.
     drop([path for folder in folders.values() for path in folder.glob("*.safetensors") if not path.is_symlink()])
     running = {name: Steps(folder, VARIANTS[name], batch_size, prefill) for name, folder in folders.items()}
@@ -157,11 +161,12 @@ def compare(folders: dict[str, Path], batch_size: int, prefill: bool, dropped: b
                 "page_cache": "dropped" if dropped else "warm",
                 "share_of_files_in_memory": shares[name],
                 "batch_size": batch_size,
-                "tokens": batch_size * (PREFILL_TOKENS if prefill else 1),
+                "tokens": batch_size * (prefill or 1),
                 "table_bytes": sum(table["table_bytes"] for table in tables),
                 "median_seconds": statistics.median(seconds[name]),
                 "best_seconds": min(seconds[name]),
                 "ratio_to_resident": ratio,
+                "seconds": seconds[name],
                 "repeats": repeats,
                 **{key: sum(table[key] for table in tables) for key in kept if key in tables[0]},
             }
@@ -176,6 +181,7 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", choices=["nano", "tiny", "small"])
     parser.add_argument("--tiers", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--cases", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
+    parser.add_argument("--prefill-tokens", nargs="+", type=int, default=[512, 2048], help="of one sequence each")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--folder", help="where the checkpoint is written for the run; on a disk, not in memory")
@@ -185,13 +191,16 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.folder or Path.cwd()) as made:
         folders = checkpoints(arguments.size, Path(made), names)
-        for case in arguments.cases:
-            for batch_size in arguments.batch_sizes if case == "decode" else [1]:
-                for dropped in (False, True):
-                    repeats = arguments.repeats if case == "decode" else max(5, arguments.repeats // 5)
-                    for row in compare(folders, batch_size, case == "prefill", dropped, repeats):
-                        results.append({"size": arguments.size, "dtype": "bfloat16", **row})
-                        print(json.dumps(results[-1]), flush=True)
+        steps = [(batch_size, 0) for batch_size in arguments.batch_sizes] if "decode" in arguments.cases else []
+        if "prefill" in arguments.cases:
+            steps += [(1, tokens) for tokens in arguments.prefill_tokens]
+        for batch_size, prefill in steps:
+            for dropped in (False, True):
+                repeats = max(5, arguments.repeats // 5) if prefill else arguments.repeats
+                for row in compare(folders, batch_size, prefill, dropped, repeats):
+                    results.append({"size": arguments.size, "dtype": "bfloat16", **row})
+                    shown = {key: value for key, value in results[-1].items() if key != "seconds"}
+                    print(json.dumps(shown), flush=True)
     if arguments.out:
         harness.write(arguments.out, "decode_tiers", results)
 

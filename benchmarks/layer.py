@@ -18,6 +18,7 @@ from engram.studies.quickstart.run import Quickstart
 from engram.tables import ParameterTable
 from engram.training.batches import Batches
 from engram.training.loop import Trainer, TrainOptions, best_dtype
+from engram.training.optimizers import OptimizerOptions
 from engram.training.tokenizer import train_tokenizer
 
 
@@ -74,7 +75,8 @@ def share_of_a_step(repeats: int) -> list[dict]:
     dtype = best_dtype(torch.device("cpu"))
     batches = Batches(tokens, options.batch_size, length, 0)
     train_options = TrainOptions(num_steps=10_000, dtype=dtype)
-    trainers = {name: Trainer(model, batches, train_options) for name, model in models.items()}
+    optimizer = OptimizerOptions(backbone="adamw", lr=3e-3)
+    trainers = {name: Trainer(model, batches, train_options, optimizer) for name, model in models.items()}
     seconds = harness.measure({name: trainer.step for name, trainer in trainers.items()}, repeats)
     base = seconds["backbone alone"]
     return [

@@ -29,6 +29,7 @@ from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.model.streams import StreamMixer
 from engram.training.batches import Batches
 from engram.training.loop import Trainer, TrainOptions, best_dtype
+from engram.training.optimizers import OptimizerOptions
 
 TRAINING = {"nano": (8, 256), "tiny": (4, 256), "small": (8, 1024)}  # sequences, tokens in each
 PROMPT_TOKENS = 64
@@ -54,7 +55,7 @@ def trainer_of(model: EngramForCausalLM, size: str, device: str) -> Trainer:
     batch_size, length = TRAINING[size]
     tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, 200_000).astype(np.int32)
     options = TrainOptions(num_steps=10_000, dtype=best_dtype(torch.device(device)))
-    return Trainer(model, Batches(tokens, batch_size, length, 0), options)
+    return Trainer(model, Batches(tokens, batch_size, length, 0), options, OptimizerOptions(backbone="adamw", lr=3e-3))
 
 
 def synchronized(call: Callable[[], Any], device: str) -> Callable[[], None]:

@@ -3,8 +3,9 @@
 python -m benchmarks.remote [--out benchmarks/results/remote.json]
 
 Starts a master and a storage process, publishes one table both ways (EngramStore knows float32 only: a key per head),
-and reads random rows of it, other ones in every round. "cold" asks the store for every row; "warm" asks a `CachedTable`
-that has read them before.
+and reads random rows of it, other ones in every request. "cold" asks the store for every row; "warm" asks a
+`CachedTable` that has read them before. Each way takes so many requests in a row, in turn with the others; seconds are
+those of one request.
 """
 
 import argparse
@@ -42,16 +43,22 @@ def engram_store(address: str, rows: np.ndarray) -> tuple[Any, Any]:
     return client, theirs  # the client must outlive its table
 
 
-def in_turn(read: Callable[[Any], Any], requests: Sequence[Any]) -> Callable[[], Any]:
-    """A call that reads the next request every time."""
+def in_turn(read: Callable[[Any], Any], requests: Sequence[Any], in_a_row: int) -> Callable[[], None]:
+    """A call that reads the next requests every time."""
     turn = iter(requests)
-    return lambda: read(next(turn))
+
+    def call() -> None:
+        for _ in range(in_a_row):
+            read(next(turn))
+
+    return call
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/remote.json")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--in-a-row", type=int, nargs=3, default=[16, 8, 1], help="requests of 24, 512, 6144 rows")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((NUM_HEADS, ROWS_PER_HEAD, WIDTH), dtype=np.float32)
@@ -65,8 +72,9 @@ def main() -> None:
         client, theirs = engram_store(store.address, rows)
         cold = MooncakeTable(store.address, name)
         warm = CachedTable(MooncakeTable(store.address, name), CACHE_BYTES)
-        for length in (3, 64, 768):
-            requests = [rng.integers(0, ROWS_PER_HEAD, (1, length, NUM_HEADS)) for _ in range(arguments.repeats + 1)]
+        for length, in_a_row in zip((3, 64, 768), arguments.in_a_row, strict=True):
+            count = in_a_row * (arguments.repeats + 1)
+            requests = [rng.integers(0, ROWS_PER_HEAD, (1, length, NUM_HEADS)) for _ in range(count)]
             numbers = [torch.from_numpy(request + first_rows) for request in requests]
             for one in numbers:
                 warm.gather(one)
@@ -79,7 +87,8 @@ def main() -> None:
                 "cold": (cold.gather, numbers),
                 "warm": (warm.gather, numbers),
             }
-            seconds = measure({what: in_turn(*call) for what, call in calls.items()}, arguments.repeats)
+            rounds = measure({what: in_turn(*call, in_a_row) for what, call in calls.items()}, arguments.repeats)
+            seconds = {what: [time / in_a_row for time in times] for what, times in rounds.items()}
             num_rows = length * NUM_HEADS
             base = statistics.median(seconds["EngramStore"])
             for what, times in seconds.items():
@@ -89,6 +98,7 @@ def main() -> None:
                         "what": what,
                         "num_rows": num_rows,
                         "row_bytes": 4 * WIDTH,
+                        "requests_in_a_row": in_a_row,
                         "table_rows": NUM_HEADS * ROWS_PER_HEAD,
                         "median_seconds": median,
                         "seconds": times,

@@ -153,7 +153,7 @@ def ways(path, num_rows):
         "MappedTable": Table(lambda: MappedTable(layout)),
         "FileTable": Table(lambda: FileTable(layout)),
         "FileTable, row by row, 16 threads": Table(lambda: FileTable(layout, read_ahead=False)),
-        "FileTable, direct, 64 threads": Table(lambda: FileTable(layout, direct=True, num_threads=64)),
+        "FileTable, direct": Table(lambda: FileTable(layout, direct=True, num_threads=64)),
         "plain mmap": PlainMapped(path),
         "pread loop": Preads(path),
         "pread, 16 threads": Preads(path, 16),

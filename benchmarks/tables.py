@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed results, or check that they are what the results say.
+"""Write the tables of README.md and docs/ from the committed results, or check that they are what the results say.
 
-python benchmarks/tables.py          # rewrite README.md
-python benchmarks/tables.py --check  # exit 1 if README.md says something else
+python benchmarks/tables.py          # rewrite them
+python benchmarks/tables.py --check  # exit 1 if one says something else
 """
 
 import argparse
@@ -143,39 +143,112 @@ def models() -> str:
     return "\n".join(lines)
 
 
+def quantization() -> str:
+    """What each stored type of a table does to the model's predictions, and the two controls."""
+    record = load("quantization")
+    results = record["results"]
+    model = next(result for result in results if result["case"] == "model")
+    rows = {result["stored"]: result for result in results if result.get("rows") == "all"}
+    lines = [
+        "| table | bytes per row | saved | change of loss, 10⁻³ nats | ± over files | % of memory's worth lost | "
+        "KL, 10⁻³ nats | same top token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| float32 | {rows['float32']['row_bytes']} | | 0 | | 0 | 0 | 100% |",
+    ]
+    for result in (result for result in results if result["case"] == "predictions"):
+        name, stored = result["tables"], rows.get(result["tables"])
+        size = f"{stored['row_bytes']} | {stored['saved']:.0%}" if stored else "|"
+        lost = "100" if name == "memory off" else spread(result["share_of_memory_lost"], 3, 100)
+        lines.append(
+            f"| {name} | {size} | {spread(result['loss_change'], 3, 1e3)} | "
+            f"{result['loss_change_standard_error_over_documents'] * 1e3:.3f} | {lost} | "
+            f"{result['divergence']['mean'] * 1e3:.2g} | {result['same_top_token']['mean']:.2%} |"
+        )
+    machine = record["machine"]
+    losses = ", ".join(f"{loss:.3f}" for loss in model["loss_per_seed"])
+    lines += [
+        "",
+        f"{len(model['seeds'])} trained models, with the table as trained at {losses} nats per token; "
+        f"{model['held_out_tokens']:,} tokens of {model['held_out_documents']} held-out files, the same for all. Made "
+        f"by `{record['command']}` at commit `{record['commit']}` on {machine['processor']}, "
+        f"{machine['threads']} thread.",
+    ]
+    return "\n".join(lines)
+
+
+DRAWN = {"normal": "normal", "Student t, 3 degrees of freedom": "Student's t₃"}
+"""How a distribution is called in a table."""
+
+
+def quantization_rows() -> str:
+    """How far stored rows are from those they were made of."""
+    results = load("quantization")["results"]
+    columns: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["case"] == "trained rows" and result["rows"] != "all":
+            columns.setdefault(f"{result['width']} numbers, {result['rows']}", {})[result["stored"]] = result
+    for result in results:
+        if result["case"] == "drawn rows" and result["width"] == 256:
+            columns.setdefault(f"256 numbers, {DRAWN[result['numbers']]}", {})[result["stored"]] = result
+    lines = [f"| median / p99 / largest, % | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    for stored in next(iter(columns.values())):
+        if stored != "float32":
+            errors = [
+                " / ".join(f"{column[stored][f'relative_error_{key}'] * 100:.3f}" for key in ("median", "p99", "max"))
+                for column in columns.values()
+            ]
+            lines.append(f"| {stored} | {' | '.join(errors)} |")
+    return "\n".join(lines)
+
+
+def spread(found: dict[str, Any], digits: int, factor: float = 1) -> str:
+    """Mean with its sign, and standard error over seeds where there are several."""
+    error = found["standard_error_over_seeds"]
+    mean = f"{found['mean'] * factor:+.{digits}f}".replace("-", "−")
+    return mean + ("" if error is None else f" ± {error * factor:.{digits}f}")
+
+
 def deviation(values: list[float]) -> float:
     """Sample standard deviation."""
     mean = sum(values) / len(values)
     return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
 
 
-def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> str:
-    """The README with its tables made anew."""
-    for name, make in makers.items():
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
+    "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
+}
+"""Page to the tables on it, by the name in its marks."""
+
+
+def rewritten(page: str, text: str) -> str:
+    """A page with its tables made anew."""
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(
             pattern, lambda found, make=make: f"{found[1]}\n{make()}\n\n{found[2]}", text, flags=re.DOTALL
         )
         if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}, expected 1")
+            raise SystemExit(f"{page} has {count} places for the table {name!r}, expected 1")
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    made = rewritten(text, {"quickstart": quickstart, "speed": speed, "models": models})
-    if arguments.check:
-        if made != text:
-            print(
-                "README.md does not say what benchmarks/results say; run: python benchmarks/tables.py", file=sys.stderr
-            )
-        return int(made != text)
-    readme.write_text(made, encoding="utf-8")
-    return 0
+    status = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        made = rewritten(page, text)
+        if made == text:
+            continue
+        if arguments.check:
+            print(f"{page} does not say what benchmarks/results say; run: python benchmarks/tables.py", file=sys.stderr)
+            status = 1
+        else:
+            (ROOT / page).write_text(made, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fills ``api.md``: one section for each folder of the package that exists, in the order in which data moves."""
+"""Fills ``api.md``: one section for each folder that exists, and the files of training, in the order of the data."""
 
 import pathlib
 from typing import Any
@@ -10,6 +10,16 @@ FOLDERS = (
     "model",
     "adapt",
     "training",
+    "training.packing",
+    "training.batches",
+    "training.distribution",
+    "training.optimizers",
+    "training.schedules",
+    "training.loop",
+    "training.checkpoints",
+    "training.state",
+    "training.recipe",
+    "training.run",
     "serving",
     "evaluation",
     "analysis",
@@ -23,7 +33,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Append a mkdocstrings block for every existing folder to the API page; leave other pages alone."""
     if page.file.src_uri != "api.md":
         return markdown
-    exists = [
-        name for name in FOLDERS if (PACKAGE / name / "__init__.py").exists() or (PACKAGE / f"{name}.py").exists()
-    ]
+    exists = [name for name in FOLDERS if _is_there(PACKAGE.joinpath(*name.split(".")))]
     return markdown + "".join(f"\n## {name}\n\n::: engram.{name}\n" for name in exists)
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    return (path / "__init__.py").exists() or path.with_suffix(".py").exists()

@@ -30,6 +30,8 @@ _VERBS = {
         "engram.studies.quickstart.run:Quickstart",
         "train a small memory model and its memory-less twin on local text, compare them, write a report",
     ),
+    "train": _Verb("engram.training.command:Train", "train a model by a recipe, on one process or on many"),
+    "export": _Verb("engram.training.export:Export", "the model of a training's checkpoint as a Hugging Face folder"),
     "eval": _Verb("engram.evaluation.command:Eval", "loss of a model on text files"),
     "generate": _Verb("engram.serving.generate:Generate", "continue a prompt with a model"),
     "plan": _Verb(
@@ -114,9 +116,12 @@ def _run(name: str, verb: _Verb, arguments: list[str]) -> int:
     command_class = getattr(importlib.import_module(module), command_name)
     try:
         try:
-            command = tyro.cli(
-                command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            if hasattr(command_class, "from_arguments"):  # it knows flags that are no fields
+                command = command_class.from_arguments(arguments, f"engram {name}")
+            else:
+                command = tyro.cli(
+                    command_class, prog=f"engram {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+                )
         except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
             sys.stdout.flush()
             return int(ended.code or 0)

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from tests.small_model import BACKBONE, MEMORY, TEXT
 
 from engram.cli import main
@@ -14,7 +15,8 @@ from engram.errors import ConfigError, DataError
 from engram.evaluation.table_simulate import Simulate
 from engram.hashing import HashSpec, TokenMap
 from engram.memory import EngramConfig
-from engram.model import EngramLMConfig
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.model.read_ahead import record_rows
 from engram.tables.reuse import HitCurve, lru_distances
 from engram.training.tokenizer import train_tokenizer
 
@@ -70,6 +72,24 @@ def test_a_recorded_trace_of_known_reuse_gives_known_numbers(capsys, tmp_path):
         assert [point["cache_bytes"] for point in policy["curve"]] == [264 * size for size in range(len(hits))]
     assert [wanted["cache_bytes"] for wanted in lru["wanted"]] == [2 * 264, 2 * 264, None]
     assert [wanted["cache_rows"] for wanted in ideal["wanted"]] == [1, 1, 3]
+
+
+def test_a_trace_that_a_model_recorded_is_read_as_it_was_saved(capsys, tmp_path, text_model):
+    _, _, tokenizer = text_model
+    memory = EngramConfig(**MEMORY)
+    model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory, **BACKBONE)).eval()
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, :120]
+    with record_rows(model) as trace, torch.no_grad():
+        model(ids[:, :50])
+        model(ids)
+    trace.save(tmp_path / "rows.npz")
+    rows_per_token = memory.num_heads_total
+    found = simulated(capsys, "--trace", tmp_path / "rows.npz", "--rows-per-token", rows_per_token)
+    assert [one["block"] for one in found["traces"]] == [0, 2]
+    for one, layer in zip(found["traces"], model.hash_spec.layers, strict=True):
+        rows = model.hash_spec.rows(ids, layer)
+        assert one["num_reads"] == 170 * rows_per_token
+        assert one["distinct_rows"] == len(rows.unique())
 
 
 def test_text_is_hashed_in_sequences_and_divided_by_order(capsys, text_model):

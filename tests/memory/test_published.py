@@ -266,12 +266,12 @@ QWEN_DAMAGE = {
     "offsets": (MismatchError, "ngram_heads_offsets"),
     "shape": (CheckpointError, r"layers.2.ple.conv1d.weight .*expected .*\[48, 1, 4\]"),
     "type": (CheckpointError, r"layers.2.ple.norm_key.weight \(I64 .*expected BF16"),
-    "width": (CheckpointError, r"shard_11.weight .*expected .*, 6\]"),
-    "rows": (CheckpointError, r"hold 500 rows in all, .* asks for 528"),
-    "gap": (CheckpointError, r"layers.2.ple.ple_embedding.ngram_embedding.shard_10.weight is missing"),
+    "width": (CheckpointError, r"shard_11.weight .*differs in width or type from the shard before it"),
+    "rows": (CheckpointError, r"and 11 more shards: found \[500, 6\] rows and width in all, expected \[528, 6\]"),
+    "gap": (CheckpointError, r"lacks .*layers.2.ple.ple_embedding.ngram_embedding.shard_10.weight, of 12 or more"),
     "no table": (CheckpointError, r"layers.2.ple.ple_embedding.ngram_embedding.weight is missing"),
-    "no scale": (CheckpointError, r"ngram_embedding.weight_scale is missing"),
-    "both": (CheckpointError, "both as .* and as shards"),
+    "no scale": (CheckpointError, r"has no scale: expected .*ngram_embedding.weight_scale beside it"),
+    "both": (CheckpointError, "both in one tensor and in shards"),
     "two memories": (CheckpointError, "several memories, under the prefixes 'model.language_model.', 'mtp.'"),
     "none": (CheckpointError, "holds no memory of block 0"),
 }
@@ -507,15 +507,16 @@ def test_deepseek_written_again_has_equal_values(tmp_path, deepseek_folder, sour
 
 
 DEEPSEEK_DAMAGE = [
-    ("layers.4.engram.embed.weight", ("F8_E4M3", (3, DIM), b"\0" * 3 * DIM), r"expected F8_E4M3 \[\d+, 40\]"),
+    ("layers.4.engram.embed.weight", ("F8_E4M3", (3, DIM), b"\0" * 3 * DIM), r"\[3, 40\]"),
     ("layers.4.engram.embed.weight", ("BF16", (1, 1), b"\0\0"), r"\(BF16 .*expected F8_E4M3"),
     ("layers.4.engram.embed.scale", ("F8_E8M0", (1, 2), b"\0\0"), r"expected F8_E8M0 \[\d+, 2\]"),
     ("layers.1.engram.wkv.weight", ("F8_E4M3", (1, 1), b"\0"), r"expected F8_E4M3 \[144, 240\]"),
     ("layers.1.engram.wkv.scale", ("F8_E8M0", (4, 7), b"\0" * 28), r"expected F8_E8M0 \[5, 8\]"),
     ("layers.1.engram.q_weight", ("BF16", (2, 1), b"\0" * 4), r"expected BF16 .*\[2, 48\]"),
-    *((f"layers.4.engram.{name}", None, "is missing") for name in (
-        "embed.weight", "embed.scale", "wkv.weight", "wkv.scale", "q_weight", "k_weight"
+    *((f"lacks layers.4.engram.{name}", None, "without which it means nothing") for name in (
+        "embed.weight", "embed.scale"
     )),
+    *((f"layers.4.engram.{name}", None, "is missing") for name in ("wkv.weight", "wkv.scale", "q_weight", "k_weight")),
 ]  # fmt: skip
 
 
@@ -523,10 +524,20 @@ DEEPSEEK_DAMAGE = [
 def test_a_damaged_deepseek_checkpoint_is_refused_by_the_name_of_the_tensor(tmp_path, name, tensor, message):
     config = deepseek_config()
     tensors = deepseek_tensors(config)
-    tensors[name] = tensor
+    tensors[name.removeprefix("lacks ")] = tensor
     if tensor is None:
-        del tensors[name]
+        del tensors[name.removeprefix("lacks ")]
     with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        read_memory(save_deepseek(tmp_path, config, tensors))
+
+
+def test_a_deepseek_table_of_other_rows_than_its_config_is_refused(tmp_path):
+    config = deepseek_config()
+    tensors = deepseek_tensors(config)
+    for name, width in (("weight", DIM), ("scale", 2)):
+        kind, (_, _), data = tensors[f"layers.4.engram.embed.{name}"]
+        tensors[f"layers.4.engram.embed.{name}"] = (kind, (3, width), data[: 3 * width])
+    with pytest.raises(CheckpointError, match=rf"layers.4.engram.embed.weight .*found \[3, {DIM}\].*expected \[\d+, "):
         read_memory(save_deepseek(tmp_path, config, tensors))
 
 

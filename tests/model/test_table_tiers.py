@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 from engram.cli import main
 from engram.errors import CheckpointError, ConfigError
 from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.checkpoint import TIERS
 from engram.model.read_ahead import record_rows
-from engram.serving.load import TableTier, load_model
+from engram.model.table_place import TIERS
+from engram.serving.load import TableFlags, TableTier, load_model
 from engram.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
 
 IDS = torch.arange(2, 42).view(2, 20)
-AWAY = [tier for tier in TIERS if tier != "device"]
+AWAY = [tier for tier in TIERS if tier not in ("device", "http", "remote")]
 GENERATE = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 1}
 
 
@@ -204,7 +204,7 @@ def test_a_device_map_places_the_backbone_and_the_tier_the_tables(build, tmp_pat
 def test_impossible_places_are_refused_with_what_is_possible(build, tmp_path):
     saved(build, tmp_path)
     for options, message in (
-        ({"table_tier": "tape"}, "device, auto, host, shared, mmap, file, not 'tape'"),
+        ({"table_tier": "tape"}, "file, http, remote, not 'tape'"),
         ({"table_tier": "file", "table_cache_bytes": -1}, "at least 0"),
         ({"table_cache_bytes": 10_000}, "another tier"),
         ({"table_tier": "file", "table_cache_bytes": 1}, "cache has 1 bytes"),
@@ -275,7 +275,7 @@ def test_the_commands_read_tables_from_the_tier_they_are_told(folder, tmp_path, 
         assert main([*call, "--table-tier", "tape"]) == 2
         assert main([*call, "--table-cache-mib", "1"]) == 2
         assert "--table-cache-mib" in capsys.readouterr().err
-    model, _ = load_model(folder, table_tier="file", table_cache_mib=1)
+    model, _ = load_model(folder, tables=TableFlags(table_tier="file", table_cache_mib=1))
     stats = next(iter(model.tables.values())).stats()
     assert (stats["tier"], stats["capacity_bytes"]) == ("file", 1 << 20)
     close(model)
@@ -293,6 +293,9 @@ def test_a_model_of_another_kind_has_no_tables_to_place_and_one_without_memory_n
     EngramForCausalLM(EngramLMConfig.for_tokenizer(TOKENIZER, None, **BACKBONE)).save_pretrained(tmp_path / "plain")
     for name, code in (("llama", 1), ("plain", 0)):
         TOKENIZER.save_pretrained(tmp_path / name)
-        call = ["generate", str(tmp_path / name), "--prompt", "a", "--max-new-tokens", "2", "--table-tier", "file"]
-        assert main(call) == code
-    assert "--table-tier" in capsys.readouterr().err
+        call = ["generate", str(tmp_path / name), "--prompt", "a", "--max-new-tokens", "2"]
+        assert main([*call, "--table-tier", "file"]) == code
+        assert main([*call, "--table-source", str(tmp_path)]) == 1
+        assert main([*call, "--table-tier", "device"]) == 0
+    error = capsys.readouterr().err
+    assert "--table-tier or --table-source" in error and "for models with memory" in error

@@ -141,10 +141,11 @@ def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_pat
 def test_the_flags_reach_the_training(corpus, tmp_path, monkeypatch):
     options = []
     trainer = run_module.Trainer
-    monkeypatch.setattr(run_module, "Trainer", lambda *given: options.append(given[2]) or trainer(*given))
+    monkeypatch.setattr(run_module, "Trainer", lambda *given: options.append(given[2:]) or trainer(*given))
     call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "512", *SMALL]
     assert main([*call, "--lr", "0.001", "--table-lr-multiplier", "7"]) == 0
-    assert {(one.lr, one.table_lr_multiplier, one.num_steps) for one in options} == {(0.001, 7.0, 2)}
+    found = {(optimizer.lr, optimizer.table_lr_multiplier, steps.num_steps) for steps, optimizer in options}
+    assert found == {(0.001, 7.0, 2)}
 
 
 def test_a_seed_that_was_cut_short_is_not_averaged_with_whole_ones(corpus, tmp_path, monkeypatch):

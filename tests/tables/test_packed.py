@@ -221,7 +221,7 @@ def test_a_hostile_prefix_or_size_is_refused(tmp_path):
     assert prefixed() == good
     for data, message in (
         (b"", "not a packed table"),
-        (good[:31], "not a packed table"),
+        (good[:31], "truncated: expected 32 bytes and a header, found 31"),
         (good[:4000], "truncated"),
         (good[:-1], "is truncated: expected"),
         (good + b"\0", "longer than its header says"),

@@ -10,8 +10,10 @@ import torch
 from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 from tests.tables.tiers import serving
 
-from engram.errors import CheckpointError, ConfigError
+from engram.errors import CheckpointError, ConfigError, RemoteError
 from engram.tables import FileTable, MappedTable, open_table, table_layouts
+from engram.tables.codec import RowCodec
+from engram.tables.packed_writer import write_packed
 from engram.tables.safetensors_file import INDEX_NAME
 
 ROWS, WIDTH = 24, 40
@@ -148,6 +150,16 @@ def bad_checkpoints():
     yield "scale of 16-bit rows", {**shards, table_scale: eight[table_scale]}, None, "has no scale"
     yield "scale of many numbers", {**eight, table_scale: ("F32", (2,), bytes(8))}, None, "expected one number"
     yield "not the sum of primes", qwen(primes=[11, 14]), {"make_ngram_vocab_size_divisible_by": 8}, "25, which is 32"
+    hashed = {"layers": [2, 3], "layer_base": 1, "padded_rows": [2, 5]}
+    ours = {"memory_tables.1.weight": own, "memory_tables.2.weight": own}
+    yield "rows not of our hash", ours, {"hash_spec": hashed}, "table 2 has 2 rows, the primes.* make 5"
+    hashed = {**hashed, "padded_rows": [3, 3], "shared_table": True}
+    yield (
+        "shared rows not of our hash",
+        {"memory_tables.shared.weight": own},
+        {"hash_spec": hashed},
+        "table shared.*make 3",
+    )
     yield "no table", {"x": ("BF16", (1,), b"ab")}, None, r"no memory table.*memory_tables\.NAME"
     yield "two kinds in a layer", {**deep, "memory_tables.1.weight": own}, None, "several tables of layer 1"
     yield "config of no object", deep, [1], "expected an object"
@@ -162,6 +174,36 @@ def test_checkpoints_that_cannot_be_right_are_refused_by_name(tmp_path, tensors,
         table_layouts(folder)
     with serving(folder) as server, pytest.raises(CheckpointError, match=message):
         table_layouts(server.address)
+
+
+def test_a_packed_file_on_a_server_is_found_by_its_header_and_checked_like_a_local_one(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(3000, 24, generator=generator).to(torch.bfloat16)
+    codec, path = RowCodec(24, torch.bfloat16), tmp_path / "layer-7.engram"
+    records = rows.view(torch.uint8)
+    write_packed(path, lambda start, stop: records[start:stop], codec, 3000, spec_digest="d1")
+    numbers = torch.randint(3000, (200,), generator=generator)
+    with serving(tmp_path) as server:
+        address = f"{server.address}/layer-7.engram"
+        (layout,) = table_layouts(address).values()
+        assert list(table_layouts(address)) == [7] and layout.spec_digest == "d1"
+        assert all(span is not None for _, span in server.requests), "never the whole file"
+        for tier in ("auto", "host"):
+            table = open_table(address, tier=tier)
+            assert torch.equal(table.gather(numbers), rows[numbers])
+            table.close()
+        good = path.read_bytes()
+        for data, message in (
+            (good[:-1], r"layer-7\.engram is truncated: expected"),
+            (good[:20], "expected 32 bytes and a header, found 20"),
+            (good[:100] + b"\0" + good[101:], "header is damaged"),
+            (b"no table at all, but long enough for one", "not a packed table"),
+        ):
+            path.write_bytes(data)
+            with pytest.raises(CheckpointError, match=message):
+                table_layouts(address)
+        with pytest.raises(RemoteError, match=r"layer-8\.engram: .*404"):
+            table_layouts(f"{server.address}/layer-8.engram")
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """Training lowers the loss, repeats bit for bit, and leaves frozen tables alone."""
 
-import itertools
 import math
 
 import numpy as np
@@ -13,7 +12,9 @@ from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig
 from engram.training.batches import Batches
 from engram.training.interrupts import Interrupt
-from engram.training.loop import Trainer, TrainOptions, language_model_loss, learning_rate
+from engram.training.loop import Trainer, TrainOptions
+from engram.training.loss import language_model_loss
+from engram.training.optimizers import OptimizerOptions
 from engram.training.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer([TEXT], 270)
@@ -29,7 +30,8 @@ def trained(steps=12, freeze=False, **options):
     one = model()
     for table in one.tables.values():
         table.weight.requires_grad_(not freeze)
-    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=steps, **options))
+    optimizer = OptimizerOptions(backbone="adamw", **{"lr": 3e-3, **options})
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=steps), optimizer)
     return one, [trainer.step() for _ in range(steps)]
 
 
@@ -94,25 +96,76 @@ def test_the_loss_is_the_model_s_own():
     )
 
 
-def test_the_learning_rate_rises_then_falls():
-    options = TrainOptions(num_steps=100, lr=1.0, warmup=0.1, final_lr=0.1)
-    rates = [learning_rate(step, options) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-
-
 def test_the_table_s_learning_rate_is_a_multiple_of_the_backbone_s_at_every_step():
-    trainer = Trainer(model(), Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=8, lr=1e-3, table_lr_multiplier=7.0))
+    optimizer = OptimizerOptions(lr=1e-3, table_lr_multiplier=7.0)
+    trainer = Trainer(model(), Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=8), optimizer)
     for _ in range(8):
         record = trainer.step()
-        backbone, tables = trainer.optimizers
-        assert {group["lr"] for group in backbone.param_groups} == {record.lr}
-        assert [group["lr"] for group in tables.param_groups] == [pytest.approx(7 * record.lr)]
-        assert all("weight_decay" not in group for group in tables.param_groups)
+        rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates.pop("tables") == pytest.approx(7 * record.lr)
+        assert set(rates.values()) == {record.lr} and {"matrices", "plain"} <= set(rates)
     still, _ = trained(steps=3, table_lr_multiplier=0.0)
     name = "model.memory_tables.0.weight"
     assert torch.equal(still.state_dict()[name], model().state_dict()[name])
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    def weights(micro_batch_size):
+        one = model()
+        trainer = Trainer(
+            one,
+            Batches(TOKENS, 5, 32, 0),
+            TrainOptions(num_steps=4, micro_batch_size=micro_batch_size),
+            OptimizerOptions(backbone="adamw", lr=1e-3, eps=1e-3),
+        )
+        return [trainer.step() for _ in range(4)], one.state_dict()
+
+    (whole, expected), (parts, found) = weights(None), weights(2)
+    assert [record.loss for record in parts] == pytest.approx([record.loss for record in whole], rel=1e-5)
+    assert [record.grad_norm for record in parts] == pytest.approx([record.grad_norm for record in whole], rel=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_details_measure_what_a_step_did():
+    one = model()
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), TrainOptions(num_steps=4), OptimizerOptions(lr=1e-3))
+    trainer.step()
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    record = trainer.step(details=True)
+    details = record.details
+    assert math.hypot(*details["grad_norms"].values()) == pytest.approx(record.grad_norm, rel=1e-5)
+    tables = [name for name in before if "memory_tables" in name]
+    moved = {name: float((one.state_dict()[name] - before[name]).norm()) for name in tables}
+    assert details["update_norms"]["tables"] == pytest.approx(math.hypot(*(moved[name] for name in tables)), rel=1e-4)
+    assert all(value > 0 for value in details["update_norms"].values())
+    for name, use in details["tables"].items():
+        changed = (one.state_dict()[f"model.memory_tables.{name}.weight"] != model().tables[name].weight).any(1)
+        assert use["occupancy"] == pytest.approx(float(changed.float().mean())) and 0 < use["occupancy"] <= 1
+        assert 0.5 < use["row_norm_drift"] < 2
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(monkeypatch):
+    one = model()
+    options = TrainOptions(num_steps=9, max_skipped_steps=2)
+    trainer = Trainer(one, Batches(TOKENS, 4, 32, 0), options, OptimizerOptions(lr=1e-3))
+    trainer.step()
+    weight, good = one.lm_head.weight, one.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in trainer.optimizer.named_state().items()}
+    for skipped in (1, 2):
+        record = trainer.step()
+        assert record.skipped and trainer.num_skipped == skipped
+    assert all(torch.equal(value, before[name]) for name, value in trainer.optimizer.named_state().items())
+    with torch.no_grad():
+        weight.copy_(good)
+    assert not trainer.step().skipped and trainer.num_skipped == 2
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    trainer.step(), trainer.step()
+    with pytest.raises(DataError, match="3 such steps in a row"):
+        trainer.step()
 
 
 def test_a_loss_that_is_no_number_stops_training_with_the_model_as_it_was():

@@ -1,6 +1,7 @@
 """Adam on touched rows equals SparseAdam, and dense Adam where every row is touched."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -143,3 +144,22 @@ def test_tables_are_told_apart_and_frozen_parameters_left_out():
     assert groups[0]["params"][0] is model.linear.weight and groups[0]["weight_decay"] == 0.1
     assert groups[1]["params"][0] is model.linear.bias and groups[1]["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in groups) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_scales_nothing(value):
+    sparse, other = table(), torch.nn.Parameter(torch.ones(3))
+    touch(sparse, 1)
+    before = sparse.weight.grad.to_dense()
+    other.grad = torch.tensor([value, 2.0, 3.0])
+    norm = clip_gradients([sparse.weight, other], 0.5)
+    assert not math.isfinite(norm)
+    assert torch.equal(sparse.weight.grad.to_dense(), before) and other.grad[1:].tolist() == [2.0, 3.0]
+
+
+def test_entries_of_one_row_are_added_in_order_and_in_float32():
+    values = torch.tensor([[256.0], [1.0], [1.0], [5.0]], dtype=torch.bfloat16)
+    gradient = torch.sparse_coo_tensor([[3, 3, 3, 0]], values, (4, 1), check_invariants=True)
+    rows, merged = merge_rows(gradient)
+    assert rows.tolist() == [0, 3] and merged.dtype == torch.bfloat16
+    assert merged.tolist() == [[5.0], [258.0]]  # in bfloat16 256 + 1 is 256

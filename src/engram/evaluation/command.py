@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from engram.errors import ConfigError
 from engram.evaluation.loss import held_out_loss
-from engram.serving.load import TableTier, check_table_options, load_model
+from engram.serving.load import TableFlags, load_model
 from engram.training.batches import pack
 from engram.training.corpus import read_corpus
 
@@ -19,7 +19,7 @@ __all__ = ["Eval"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(TableFlags):
     """Measure the loss of a model on text.
 
     The model is a quickstart run, or any folder with a causal language model and its tokenizer.
@@ -37,16 +37,11 @@ class Eval:
     """Evaluate so many tokens at most."""
     device: str = "cpu"
     """Where to run, as torch names it."""
-    table_tier: TableTier = "device"
-    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), one copy
-    for all processes (shared), left in the checkpoint's files (mmap, file), or what suits the machine (auto)."""
-    table_cache_mib: int = 0
-    """MiB of a cache before each table that is not loaded with the model."""
     json: bool = False
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        check_table_options(self.table_tier, self.table_cache_mib)
+        super().__post_init__()
         for name in ("sequence_length", "batch_size", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -57,9 +52,7 @@ class Eval:
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed."""
         corpus = read_corpus(self.data)
-        model, tokenizer = load_model(
-            self.model, device=self.device, table_tier=self.table_tier, table_cache_mib=self.table_cache_mib
-        )
+        model, tokenizer = load_model(self.model, device=self.device, tables=self)
         longest = getattr(model.config, "max_position_embeddings", None) or 1024
         length = self.sequence_length or min(longest, 1024)
         with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engram.errors import DataError
-from engram.training.loop import autocast
+from engram.training.loss import autocast
 
 __all__ = ["HeldOutLoss", "held_out_loss"]
 

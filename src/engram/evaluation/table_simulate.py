@@ -3,16 +3,15 @@
 import dataclasses
 import itertools
 import json as json_module
-import re
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from engram.errors import ConfigError, DataError
+from engram.tables.byte_size import byte_size
 from engram.tables.reuse import (
     PAGE_BYTES,
     HitCurve,
@@ -27,6 +26,7 @@ from engram.tables.reuse import (
     previous_reads,
     row_reuse,
 )
+from engram.tables.row_trace import read_trace
 
 __all__ = ["Simulate"]
 
@@ -37,7 +37,6 @@ POLICIES = {
     "ideal": "best fixed set (known ahead)",
 }
 _DOCUMENTS_AT_ONCE = 64
-_ROWS = re.compile(r"rows_(0|[1-9][0-9]{0,8})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,73 +335,6 @@ def _model_row_bytes(folder: Path) -> int:
     return memory.head_dim * 2
 
 
-def read_trace(
-    path: Path, blocks: list[int] | None, max_reads: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray | None, bool]]:
-    """Read a recorded trace, one block at a time and no more of it than is used.
-
-    Args:
-        path: An ``.npz`` with ``rows_<block>``, int64 ``[n]``, and perhaps ``steps_<block>``, int64 ``[s]``.
-        blocks: Which blocks; all where None.
-        max_reads: Reads of a block at most.
-
-    Yields:
-        Block, rows, first read of each step (None where not recorded), and whether reads were left out.
-
-    Raises:
-        DataError: No readable .npz, arrays of another type or shape, or steps that are no places in the trace.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            there = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            named = sorted(int(found[1]) for found in map(_ROWS.fullmatch, there) if found)
-            if not named:
-                raise DataError(f"{path} records no rows: expected arrays rows_<block>, found {sorted(there)[:8]}")
-            for block in named if blocks is None else blocks:
-                if f"rows_{block}" not in there:
-                    raise DataError(f"{path} has no rows of block {block}; it records blocks {named}")
-                rows, size = _read_array(archive, there[f"rows_{block}"], path, max_reads)
-                if len(rows) and rows.min() < 0:
-                    raise DataError(f"{path}: rows_{block} holds the row number {rows.min()}; row numbers are from 0")
-                starts = None
-                if f"steps_{block}" in there:
-                    starts, _ = _read_array(archive, there[f"steps_{block}"], path, size + 1)
-                    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= size:
-                        raise DataError(
-                            f"{path}: steps_{block} must hold the first read of each step, growing from 0 and below "
-                            f"the {size} reads"
-                        )
-                    starts = starts[starts < len(rows)]
-                yield block, rows, starts, size > len(rows)
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise DataError(f"{path} is no readable .npz: {error}") from error
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, path: Path, most: int) -> tuple[np.ndarray, int]:
-    """The first ``most`` numbers of an int64 array and its true length; nothing is believed before it is checked."""
-    with archive.open(name) as file:
-        shape, dtype = _array_header(file, f"{path}: {name}")
-        if dtype != np.dtype("<i8") or len(shape) != 1:
-            raise DataError(f"{path}: {name} is {dtype} {list(shape)}; expected int64 [n]")
-        wanted = min(shape[0], most) * 8
-        if archive.getinfo(name).file_size < shape[0] * 8:
-            raise DataError(f"{path}: {name} is cut: it promises {shape[0]} numbers and has fewer")
-        data = file.read(wanted)
-    if len(data) != wanted:
-        raise DataError(f"{path}: {name} is cut: expected {wanted} bytes, found {len(data)}")
-    return np.frombuffer(data, "<i8").astype(np.int64, copy=False), shape[0]
-
-
-def _array_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except ValueError as error:
-        raise DataError(f"{name} is no array that numpy wrote: {error}") from error
-    return shape, dtype
-
-
 def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
     """Draw hit rate against cache size: a row of panels for each block, a panel for each order where they are known.
 
@@ -445,7 +377,7 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_ylim(0, 1)
             axes.set_xlabel("cache, bytes of rows")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value, digits=0)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_size(value, digits=0)))
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(alpha=0.3)
         panels[row][0].set_ylabel("reads answered by the cache")
@@ -473,14 +405,14 @@ def _print(found: dict[str, Any]) -> None:
         policies = trace["policies"].values()
         for place, wanted in enumerate(trace["policies"]["lru"]["wanted"]):
             sizes = [policy["wanted"][place]["cache_bytes"] for policy in policies]
-            cells = ["never" if size is None else _size(size) for size in sizes]
+            cells = ["never" if size is None else byte_size(size, digits=1) for size in sizes]
             table.add_row(f"RAM for {wanted['hit_rate']:.0%} hits", *cells)
         table.add_row("most hits of any size", *(f"{policy['highest_hit_rate']:.1%}" for policy in policies))
         console.print()
         console.print(table)
         console.print(
             f"{trace['num_reads']:,} reads of {trace['distinct_rows']:,} rows ({share:.1%}; "
-            f"{_size(trace['distinct_rows_bytes'])}), {once:.0%} of the rows read once",
+            f"{byte_size(trace['distinct_rows_bytes'], digits=1)}), {once:.0%} of the rows read once",
             highlight=False,
         )
         for batch in trace["batches"]:
@@ -493,10 +425,3 @@ def _print(found: dict[str, Any]) -> None:
                 f"distinct{'; bytes of pages over bytes of rows ' + pages if pages else ''}",
                 highlight=False,
             )
-
-
-def _size(number: float, digits: int = 1) -> str:
-    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if number >= limit:
-            return f"{number / limit:.{digits}f} {unit}"
-    return f"{number:.0f} B"

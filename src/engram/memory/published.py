@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +20,21 @@ from engram.hashing import HashSpec
 from engram.memory.config import EngramConfig
 from engram.memory.layer import EngramLayer
 from engram.tables.block_float8 import dequantize, num_blocks
-from engram.tables.layout import tensor_layout
+from engram.tables.layout import RowLayout
 from engram.tables.mapped import MappedTable
 from engram.tables.safetensors_file import StoredTensor, TensorFolder
+from engram.tables.sources import TABLE_NAMES, PublishedKind, published_layout
 
 __all__ = ["NAMES", "PublishedMemory", "PublishedVariant", "read_memory"]
 
-PublishedVariant = Literal["qwen_ple", "deepseek_v41"]
+PublishedVariant = PublishedKind
 
 NAMES: dict[PublishedVariant, dict[str, str]] = {
     "qwen_ple": {
         "multipliers": "ple.ple_embedding.layer_multipliers",
         "primes": "ple.ple_embedding.ngram_heads_vocab_sizes",
         "offsets": "ple.ple_embedding.ngram_heads_offsets",
-        "table": "ple.ple_embedding.ngram_embedding.weight",
-        "table_shard": "ple.ple_embedding.ngram_embedding.shard_{}.weight",
-        "table_scale": "ple.ple_embedding.ngram_embedding.weight_scale",
+        **TABLE_NAMES["qwen_ple"],
         "key": "ple.key_proj.weight",
         "value": "ple.value_proj.weight",
         "key_norm": "ple.norm_key.weight",
@@ -44,8 +43,7 @@ NAMES: dict[PublishedVariant, dict[str, str]] = {
         "conv": "ple.conv1d.weight",
     },
     "deepseek_v41": {
-        "table": "engram.embed.weight",
-        "table_scale": "engram.embed.scale",
+        **TABLE_NAMES["deepseek_v41"],
         "key_value": "engram.wkv.weight",
         "key_value_scale": "engram.wkv.scale",
         "query_norm": "engram.q_weight",
@@ -81,8 +79,7 @@ class PublishedMemory:
 class _Place:
     """Where one layer lies, everything checked."""
 
-    rows: list[StoredTensor]
-    row_scales: list[StoredTensor] | float | None
+    layout: RowLayout
     dense: dict[str, StoredTensor]
 
 
@@ -131,8 +128,7 @@ def read_memory(
         block: locate(tensors, f"{prefix}layers.{block}.", config, spec, index)
         for index, block in enumerate(spec.blocks)
     }
-    layouts = {block: tensor_layout(place.rows, scales=place.row_scales) for block, place in places.items()}
-    tables = {block: MappedTable(layout, dtype) for block, layout in layouts.items()}
+    tables = {block: MappedTable(place.layout, dtype) for block, place in places.items()}
     layers = {}
     for block, place in places.items():
         with torch.device("meta"):
@@ -232,50 +228,36 @@ def _locate_qwen(tensors: TensorFolder, stem: str, config: EngramConfig, spec: H
                 f"{stored} holds {stored.load().tolist()}, the config gives {list(expected)}; they belong to different "
                 "models"
             )
-    rows = _shards(tensors, names["table"], names["table_shard"])
-    for shard in rows:
-        _expect(shard, (shard.shape[0] if shard.shape else 1, config.head_dim), (*_FLOATS, "F8_E4M3"))
-    found = sum(shard.shape[0] for shard in rows)
-    if found != spec.padded_rows[index]:
-        raise CheckpointError(
-            f"{rows[0]} and {len(rows) - 1} more shards hold {found} rows in all, the config asks for "
-            f"{spec.padded_rows[index]}"
-        )
-    scale = None
-    if rows[0].dtype == "F8_E4M3":
-        stored = tensors.find(names["table_scale"])
-        scale = _expect(stored, (1,) if stored.shape else (), _FLOATS).load().float().item()
-    return _Place(rows, scale, dense)
-
-
-def _shards(tensors: TensorFolder, whole: str, part: str) -> list[StoredTensor]:
-    """Return a table's tensors in the order of their rows: by number, so that 10 comes after 9."""
-    before, after = part.split("{}")
-    pattern = re.compile(f"{re.escape(before)}(?:0|[1-9][0-9]*){re.escape(after)}")
-    num_shards = sum(1 for name in tensors.names if pattern.fullmatch(name))
-    if not num_shards:
-        return [tensors.find(whole)]
-    if whole in tensors:
-        raise CheckpointError(f"{tensors.folder} holds the table both as {whole} and as shards; remove one of them")
-    # Where one is missing, another has a number beyond these, and asking for all of these names it.
-    return [tensors.find(part.format(number)) for number in range(num_shards)]
+    return _Place(_table(tensors, "qwen_ple", stem, config, spec, index), dense)
 
 
 def _locate_deepseek(tensors: TensorFolder, stem: str, config: EngramConfig, spec: HashSpec, index: int) -> _Place:
     names = {name: stem + published for name, published in NAMES["deepseek_v41"].items()}
-    rows, projected = spec.padded_rows[index], (config.num_streams + 1) * config.hidden_size
+    projected = (config.num_streams + 1) * config.hidden_size
     norm = ((config.num_streams, config.hidden_size), _FLOATS)
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "table": ((rows, config.head_dim), ("F8_E4M3",)),
-        "table_scale": ((rows, num_blocks(config.head_dim)), ("F8_E8M0",)),
         "key_value": ((projected, config.memory_dim), ("F8_E4M3",)),
         "key_value_scale": ((num_blocks(projected), num_blocks(config.memory_dim)), ("F8_E8M0",)),
         "query_norm": norm,
         "key_norm": norm,
     }
-    found = {name: _expect(tensors.find(names[name]), shape, types) for name, (shape, types) in expected.items()}
-    table, scale = found.pop("table"), found.pop("table_scale")
-    return _Place([table], [scale], found)
+    dense = {name: _expect(tensors.find(names[name]), shape, types) for name, (shape, types) in expected.items()}
+    return _Place(_table(tensors, "deepseek_v41", stem, config, spec, index), dense)
+
+
+def _table(
+    tensors: TensorFolder, variant: PublishedVariant, stem: str, config: EngramConfig, spec: HashSpec, index: int
+) -> RowLayout:
+    """Find the table of a layer, and hold its size against the config."""
+    layout = published_layout(tensors, variant, stem)
+    found, expected = [layout.num_rows, layout.codec.width], [spec.padded_rows[index], config.head_dim]
+    if found != expected:
+        more = f" and {len(layout.tensors) - 1} more shards" if len(layout.tensors) > 1 else ""
+        raise CheckpointError(
+            f"{layout.tensors[0]}{more}: found {found} rows and width in all, expected {expected} from config.json; "
+            "the folder holds weights of another geometry"
+        )
+    return layout
 
 
 def _expect(tensor: StoredTensor, shape: tuple[int, ...], types: tuple[str, ...]) -> StoredTensor:

@@ -2,9 +2,9 @@
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
-keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py`` and ``checkpoint.py`` (loading,
-placing, saving); then, without building anything, ``sizes.py`` (parameters and FLOPs), ``budget.py`` (experts against
-memory) and ``plan.py`` (``engram plan``).
+keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py``, ``table_place.py`` and
+``checkpoint.py`` (loading, placing tables, saving); then, without building anything, ``sizes.py`` (parameters and
+FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram plan``).
 """
 
 import importlib

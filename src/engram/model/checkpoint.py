@@ -3,7 +3,6 @@
 transformers loads what it finds: a missing tensor becomes random numbers and a warning. Here it is an error.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.errors import CheckpointError, ConfigError
-from engram.tables import StoredTensor, Table, TensorFolder, open_table, tensor_layout
-from engram.tables.read_ahead import ReadAheadTable
+from engram.errors import CheckpointError
+from engram.model.table_place import TablePlace
+from engram.tables import StoredTensor, TensorFolder
 from engram.tables.safetensors_file import INDEX_NAME, read_header
 
 __all__ = [
+    "CHOSEN_BY_SIZE",
     "TABLES",
-    "TablePlace",
     "check_files",
     "check_index",
     "check_missing",
@@ -31,54 +30,9 @@ __all__ = [
 TABLES = "memory_tables"
 """Name of the model's module that holds the tables."""
 
-_CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
+CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that transformers fills in by what fits."""
 _NAMES_SHOWN = 8
-
-
-TIERS = ("device", "auto", "host", "shared", "mmap", "file")
-"""Where a model's tables may be, as ``table_tier`` spells it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TablePlace:
-    """A tier that a model reads its tables from, without training them."""
-
-    tier: str
-    """One of `TIERS`, ``"device"`` excepted."""
-    cache_bytes: int = 0
-    """What a cache of records before each table may take; 0 for none."""
-    read_ahead: bool = False
-    """Whether rows are read in the background from when the tokens are known."""
-
-    def __post_init__(self) -> None:
-        if self.tier not in TIERS:
-            raise ConfigError(f"table_tier is one of {', '.join(TIERS)}, not {self.tier!r}")
-        if self.cache_bytes < 0:
-            raise ConfigError(f"table_cache_bytes is at least 0, not {self.cache_bytes}")
-        if self.tier == "device" and self.cache_bytes:
-            raise ConfigError(
-                "table_cache_bytes is for tables on another tier than the model; pass table_tier, such as 'file'"
-            )
-
-    @property
-    def device_map_name(self) -> str:
-        """What a device map calls it: the host, or a disk."""
-        return "cpu" if self.tier in ("host", "shared") else "disk"
-
-    def open(self, stored: StoredTensor, dtype: torch.dtype | None) -> Table:
-        """Open a table of a checkpoint where it lies.
-
-        Args:
-            stored: The table's tensor, ``[rows, width]``.
-            dtype: Type of the rows that the model reads.
-
-        Raises:
-            CheckpointError: The file has changed, or its rows cannot be read.
-            ConfigError: The tier has no room for it, or the cache none for a row.
-        """
-        tier: Any = self.tier
-        table = open_table(tensor_layout([stored]), tier=tier, dtype=dtype, cache_bytes=self.cache_bytes)
-        return ReadAheadTable(table) if self.read_ahead else table
 
 
 def check_index(folder: Path) -> None:
@@ -138,10 +92,12 @@ def check_missing(missing: Iterable[str], tied: Mapping[str, str], prefix: str, 
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        elsewhere = any(TABLES in name.split(".") for name in names)
         raise CheckpointError(
             f"the checkpoint lacks {len(names)} tensors of the model that its configuration describes: "
-            f"{', '.join(names[:_NAMES_SHOWN])}{more}. Download it again, or pass ignore_mismatched_sizes=True to "
-            "begin with random ones instead"
+            f"{', '.join(names[:_NAMES_SHOWN])}{more}. Download it again, or "
+            f"{'say with table_source= where its tables lie, or ' if elsewhere else ''}pass "
+            "ignore_mismatched_sizes=True to begin with random ones instead"
         )
 
 
@@ -155,7 +111,7 @@ def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
         What is left for the backbone, and where the tables go, by name; None where they are loaded with the rest
         because all is on one device.
     """
-    if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
+    if isinstance(device_map, str) and device_map in CHOSEN_BY_SIZE:
         # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.
         return device_map, {"": "cpu"}
     if not isinstance(device_map, Mapping):

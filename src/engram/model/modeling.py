@@ -88,7 +88,11 @@ class EngramModel(EngramPreTrainedModel):
                 name = _SHARED if spec.shared_table else str(block)
                 if name not in tables:
                     tables[name] = ParameterTable(
-                        spec.num_rows(layer), memory.head_dim, gradient=memory.table_gradient, std=memory.table_std
+                        spec.num_rows(layer),
+                        memory.head_dim,
+                        gradient=memory.table_gradient,
+                        std=memory.table_std,
+                        device="meta" if getattr(config, "_tables_on_meta", False) else None,
                     )
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))

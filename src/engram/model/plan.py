@@ -19,6 +19,7 @@ from engram.model.budget import allocate
 from engram.model.config import EngramLMConfig
 from engram.model.presets import NAMES
 from engram.model.sizes import ModelSizes, model_sizes
+from engram.tables.byte_size import byte_size
 
 __all__ = ["Plan", "plan"]
 
@@ -372,27 +373,27 @@ def _print(name: str, found: dict[str, Any]) -> None:
     kinds = [kind for kind in [*kinds, "memory_layers"] if parameters[kind]]
     rows += [(f"  {kind.replace('_', ' ')}", _count(parameters[kind]), "") for kind in kinds]
     weights, flops, decode = found["weights_bytes"], found["flops_per_token"], found["decode"]
-    rows.append(("weights", _size(weights["bfloat16"]), f"bfloat16; {_size(weights['float32'])} in float32"))
+    rows.append(("weights", byte_size(weights["bfloat16"]), f"bfloat16; {byte_size(weights['float32'])} in float32"))
     if found["table"]:
         sizes, reads = found["table"]["bytes"], found["reads_per_token"]
         tables = " + ".join(f"{count:,}" for count in found["table"]["rows"])
         rows += [
-            ("tables", _size(sizes["bfloat16"]), f"bfloat16; {tables} rows of {found['table']['row_width']}"),
-            ("", _size(sizes["float8_e4m3"]), "FP8 with one scale per 32 numbers"),
-            ("", _size(sizes["float32"]), "float32"),
-            ("read per token", _size(reads["bytes"]["bfloat16"]), f"{reads['rows']} rows, bfloat16"),
+            ("tables", byte_size(sizes["bfloat16"]), f"bfloat16; {tables} rows of {found['table']['row_width']}"),
+            ("", byte_size(sizes["float8_e4m3"]), "FP8 with one scale per 32 numbers"),
+            ("", byte_size(sizes["float32"]), "float32"),
+            ("read per token", byte_size(reads["bytes"]["bfloat16"]), f"{reads['rows']} rows, bfloat16"),
         ]
-    batch = f"batch of {found['batch_size']}: {_size(decode['bytes_of_batch'])}"
+    batch = f"batch of {found['batch_size']}: {byte_size(decode['bytes_of_batch'])}"
     optimizer, build = found["optimizer_bytes"], found["build"]
     rows += [
         ("FLOPs per token", _count(flops["inference"]), f"forward, sequences of {found['context_tokens']:,}"),
         ("", _count(flops["training"]), "training: forward and backward"),
-        ("key-value cache", _size(decode["kv_cache_bytes_per_sequence"]), f"per sequence, bfloat16; {batch}"),
-        ("memory's decode state", _size(decode["memory_state_bytes_per_sequence"]), "per sequence, bfloat16"),
-        ("optimizer state", _size(optimizer["total_adamw"]), "AdamW, and Adam on rows for the tables, float32"),
+        ("key-value cache", byte_size(decode["kv_cache_bytes_per_sequence"]), f"per sequence, bfloat16; {batch}"),
+        ("memory's decode state", byte_size(decode["memory_state_bytes_per_sequence"]), "per sequence, bfloat16"),
+        ("optimizer state", byte_size(optimizer["total_adamw"]), "AdamW, and Adam on rows for the tables, float32"),
     ]
     if parameters["memory"]:
-        rows.append(("  of the tables", _size(optimizer["tables_adam"]), ""))
+        rows.append(("  of the tables", byte_size(optimizer["tables_adam"]), ""))
     seconds = build["hash_seconds"] + build["initialize_seconds"]
     rows.append(
         (
@@ -415,13 +416,6 @@ def _count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.2f} {unit}"
     return f"{number:.0f}"
-
-
-def _size(number: float) -> str:
-    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if number >= limit:
-            return f"{number / limit:.2f} {unit}"
-    return f"{number:.0f} B"
 
 
 def _duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from engram.hashing import HashSpec
 from engram.memory.layer import EngramLayer
 from engram.model.block import EngramBlock
 from engram.model.checkpoint import (
+    CHOSEN_BY_SIZE,
     TABLES,
-    TablePlace,
     check_files,
     check_index,
     check_missing,
@@ -28,10 +29,15 @@ from engram.model.checkpoint import (
 from engram.model.config import EngramLMConfig
 from engram.model.experts import Router
 from engram.model.streams import StreamHead, StreamMixer
-from engram.tables import ParameterTable, StoredTensor, Table
+from engram.model.table_place import Located, TablePlace, TableSource, WantedTable
+from engram.tables import ParameterTable, RowLayout, StoredTensor, Table
+from engram.tables.cache import Policy
 from engram.tables.staged import StagedTable
 
 __all__ = ["EngramPreTrainedModel"]
+
+# Where the base model keeps what its tables of another source were opened from.
+_ELSEWHERE = "_tables_elsewhere"
 
 
 class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -121,8 +127,11 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         pretrained_model_name_or_path: Any,
         *args: Any,
         tokenizer: Any = None,
-        table_tier: str = "device",
+        table_tier: str | None = None,
+        table_source: TableSource | None = None,
         table_cache_bytes: int = 0,
+        table_cache_policy: Policy = "clock",
+        table_pinned: str | os.PathLike[str] | None = None,
         table_read_ahead: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -136,29 +145,53 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         to the bit. Such tables are no parameters: they are neither trained, counted nor moved, and the rest of the
         model trains around them. They stay open, and the files must stay, as long as the model is used.
 
+        With ``table_source`` tables come from elsewhere than the checkpoint, which then need not have them: packed
+        files, another folder, a file server, a Mooncake Store. Each is compared with the model's HashSpec. Logits are
+        those of the checkpoint's tables, to the bit, where the source holds their rows unrounded.
+
         Args:
             pretrained_model_name_or_path: A folder or a repository.
             *args: As in ``PreTrainedModel.from_pretrained``.
             tokenizer: The tokenizer that will be used with the model.
             table_tier: ``"device"`` (parameters, loaded with the model), ``"mmap"`` and ``"file"`` (left in the
                 checkpoint's safetensors files), ``"host"`` (loaded, as stored), ``"shared"`` (one copy for all
-                processes on this machine), or ``"auto"`` (what suits the table and the machine).
+                processes on this machine), ``"http"`` and ``"remote"`` (on the machine that a ``table_source`` names),
+                or ``"auto"`` (what suits the table and the machine). None: ``"auto"`` with a source, else ``"device"``.
+            table_source: Where tables lie: a folder, a file or an address as `open_table` takes it, which holds a table
+                for each name of `tables`; such a text with ``{table}`` in place of the name, as
+                ``"mooncake://host:port/mine-{table}"``; or a mapping from names (or block numbers) to sources, the
+                others being the checkpoint's.
             table_cache_bytes: Bytes of a cache before each table, which keeps rows that were read; 0 for none.
+            table_cache_policy: Which of them give way, ``"clock"`` or ``"lru"``; see `CachedTable`.
+            table_pinned: A trace that `record_rows` saved: the rows it reads most are put into the cache at once, as
+                many as fit, and never give way.
             table_read_ahead: Whether rows are read in the background from when the tokens are known.
             **kwargs: As in ``PreTrainedModel.from_pretrained``.
 
         Raises:
             CheckpointError: A file is missing, truncated or malformed, or tensors of the model are missing. The latter
                 is allowed with ``ignore_mismatched_sizes=True``, and for a head on the checkpoint of a base model.
-            ConfigError: An unknown tier, or a cache for tables that are parameters.
-            MismatchError: The checkpoint's token map, its tables, or the tokenizer do not fit its HashSpec.
+            ConfigError: An unknown tier, a source that is not for this model, or a cache for tables that are
+                parameters.
+            DataError: The trace cannot be read, or is of other blocks.
+            MismatchError: The checkpoint's token map, its tables, those of the source, or the tokenizer do not fit its
+                HashSpec.
+            RemoteError: Nobody answers at an address, or there is no such table.
         """
-        place = TablePlace(table_tier, table_cache_bytes, table_read_ahead)
+        place = TablePlace(
+            tier=table_tier or ("device" if table_source is None else "auto"),
+            cache_bytes=table_cache_bytes,
+            read_ahead=table_read_ahead,
+            cache_policy=table_cache_policy,
+            pinned=table_pinned,
+            source=table_source,
+            device=_one_device(kwargs.get("device_map")),
+        )
         source = pretrained_model_name_or_path
         if source is not None:
             check_index(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
-        if place.tier != "device":
+        if place.tier != "device" or table_source is not None:
             places = {"": place}
         # What stands behind the source reaches `__init__`.
         more = () if places is None else (places,)
@@ -175,16 +208,22 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 "or was edited"
             ) from error
         model = result[0] if isinstance(result, tuple) else result
-        if places is not None:
-            model._adopt_tables(kwargs["device_map"])
-        if model.config.memory is not None and not model.base_model.token_map.is_meta:
-            _ = model.hash_spec
-            if tokenizer is not None:
-                model.check_tokenizer(tokenizer)
+        try:
+            if places is not None:
+                model._adopt_tables(kwargs["device_map"])
+            if model.config.memory is not None and not model.base_model.token_map.is_meta:
+                _ = model.hash_spec
+                if tokenizer is not None:
+                    model.check_tokenizer(tokenizer)
+        except BaseException:
+            _close_tables(model)
+            raise
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as ``transformers`` does; tables that are read from another tier are copied from the checkpoint.
+
+        Tables that are read from a ``table_source`` stay there: the saved model is loaded with the same source again.
 
         Args:
             save_directory: The folder.
@@ -195,13 +234,16 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             ConfigError: The folder holds the very files that tables are being read from.
         """
         mapped: dict[str, StoredTensor] = self.base_model.__dict__["_stored_tables"]
+        elsewhere: dict[str, Located] = self.base_model.__dict__.get(_ELSEWHERE, {})
+        read = {stored.path for stored in mapped.values()}
+        for located in elsewhere.values():
+            read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
+        for written in Path(save_directory).glob("*.safetensors"):
+            if any(path.exists() and path.samefile(written) for path in read):
+                raise ConfigError(
+                    f"{written} is being read by this model and cannot be written over; save it into another folder"
+                )
         if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
-            for stored in mapped.values():
-                if any(path.samefile(stored.path) for path in Path(save_directory).glob("*.safetensors")):
-                    raise ConfigError(
-                        f"{stored.path} is being read by this model and cannot be written over; save it into another "
-                        "folder"
-                    )
             tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
             kwargs["state_dict"] = {**self.state_dict(), **tables}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -263,43 +305,95 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
         stored = check_files(checkpoint_files, load_config.sharded_metadata)
-        info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
-        missing = info.missing_keys | model._load_tables(stored, info.unexpected_keys, load_config.dtype)
+        # First: that nobody answers at an address should not be found out about after the weights were loaded.
+        elsewhere = model._locate_tables()
         if not load_config.ignore_mismatched_sizes:
-            check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+            for name, wanted in model._wanted_tables().items():
+                if name not in elsewhere and (source := model._stored_table(stored, name)) is not None:
+                    wanted.check(str(source), source.shape)
+        info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        try:
+            missing = info.missing_keys | model._load_tables(stored, elsewhere, info.unexpected_keys, load_config.dtype)
+            if not load_config.ignore_mismatched_sizes:
+                check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+        except BaseException:
+            _close_tables(model)
+            raise
         return info, offloaded
 
-    def _load_tables(self, stored: Mapping[str, StoredTensor], unexpected: set[str], dtype: torch.dtype) -> set[str]:
+    def _wanted_tables(self) -> dict[str, WantedTable]:
+        """The tables that the configuration describes, by name."""
+        config, base = self.config, self.base_model
+        spec, memory = config.spec, config.memory_config
+        if spec is None or memory is None:
+            return {}
+        blocks: dict[str, list[int]] = {}
+        for block in spec.blocks:
+            blocks.setdefault(base._table_name(block), []).append(block)
+        rows = {
+            base._table_name(block): spec.num_rows(layer) for block, layer in zip(spec.blocks, spec.layers, strict=True)
+        }
+        return {
+            name: WantedTable(name, tuple(blocks[name]), rows[name], memory.head_dim, spec.digest) for name in blocks
+        }
+
+    def _locate_tables(self) -> dict[str, Located]:
+        """Find the tables that do not come from the checkpoint, by name; see `TablePlace.locate`."""
+        place = (self.base_model.__dict__["_places"] or {}).get("")
+        return place.locate(self._wanted_tables()) if isinstance(place, TablePlace) else {}
+
+    def _stored_table(self, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+        """The tensor of a table in the checkpoint, of a whole model or of its base; None where it has none."""
+        own = f"{TABLES}.{name}.weight"
+        return stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
+
+    def _load_tables(
+        self,
+        stored: Mapping[str, StoredTensor],
+        elsewhere: Mapping[str, Located],
+        unexpected: set[str],
+        dtype: torch.dtype,
+    ) -> set[str]:
         """Load the tables that stand apart, strike their names from the unexpected ones and return those missing."""
-        base, spec, missing = self.base_model, self.config.spec, set()
-        apart = base.__dict__["_tables_apart"]
-        if apart and not stored:
+        base, missing = self.base_model, set()
+        apart, wanted = base.__dict__["_tables_apart"], self._wanted_tables()
+        if not stored and apart.keys() - elsewhere.keys():
             raise CheckpointError(
                 "tables are put on another device or tier than the rest, or left on disk, out of safetensors files "
                 "only; load the model without a device_map or table_tier and save it once"
             )
         for name, table in apart.items():
-            assert spec is not None
             own = f"{TABLES}.{name}.weight"
             place = table_place(base.__dict__["_places"], f"{self._base_prefix}{own}")
-            source = stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
+            # "device" makes parameters, as a device in a device map does.
+            device = place.device if isinstance(place, TablePlace) else place
+            resident = not isinstance(place, TablePlace) or place.tier == "device"
+            source = self._stored_table(stored, name)
+            if name in elsewhere:
+                # The checkpoint may have the table too; it is not what was asked for.
+                unexpected.difference_update((f"{self.base_model_prefix}.{own}", own))
+                base.__dict__.setdefault(_ELSEWHERE, {})[name] = elsewhere[name]
+                if resident:
+                    table.weight = nn.Parameter(place.load(elsewhere[name], wanted[name], dtype))
+                else:
+                    apart[name] = place.open(elsewhere[name], wanted[name], dtype)
+                continue
             if source is None:
-                if isinstance(place, TablePlace):
-                    raise CheckpointError(f"{own} is to be read from disk, and the checkpoint does not have it")
+                if not resident:
+                    raise CheckpointError(
+                        f"{own} is to be read from disk, and the checkpoint does not have it; say with table_source= "
+                        "where it lies, or download the checkpoint again"
+                    )
                 missing.add(f"{self._base_prefix}{own}")
-                table.to_empty(device=place).reset_parameters()
+                table.to_empty(device=device).reset_parameters()
                 continue
             unexpected.discard(source.name)
-            if source.shape != (table.num_rows, table.width):
-                raise MismatchError(
-                    f"{source}: expected {[table.num_rows, table.width]}, as the configuration gives "
-                    f"(HashSpec {spec.digest})"
-                )
-            if isinstance(place, TablePlace):
-                apart[name] = place.open(source, dtype)
-                base.__dict__["_stored_tables"][name] = source
+            wanted[name].check(str(source), source.shape)
+            if resident:
+                table.weight = nn.Parameter(source.load().to(device=device, dtype=dtype))
             else:
-                table.weight = nn.Parameter(source.load().to(device=place, dtype=dtype))
+                apart[name] = place.open(source, wanted[name], dtype)
+                base.__dict__["_stored_tables"][name] = source
         return missing
 
     def _adopt_tables(self, device_map: Any) -> None:
@@ -319,11 +413,28 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                     layer.memory.table = table
             if isinstance(table, ParameterTable):
                 base._modules[TABLES][name] = apart.pop(name).train(self.training)
+                # Its rows are the model's own now, and are saved with it.
+                base.__dict__.get(_ELSEWHERE, {}).pop(name, None)
 
     @property
     def _base_prefix(self) -> str:
         """What the names of the base model begin with."""
         return "" if self.base_model is self else f"{self.base_model_prefix}."
+
+
+def _one_device(device_map: Any) -> str | int | torch.device:
+    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *CHOSEN_BY_SIZE):
+        return "cpu"
+    return device
+
+
+def _close_tables(model: Any) -> None:
+    """Close what was opened for a model that could not be loaded: threads, connections, processes."""
+    for table in model.base_model.__dict__["_tables_apart"].values():
+        if not isinstance(table, ParameterTable):
+            table.close()
 
 
 def _digest_of(source: Any) -> str:

@@ -10,13 +10,13 @@ import torch
 import tyro
 
 from engram.errors import ConfigError, DataError
-from engram.serving.load import TableTier, check_table_options, load_model
+from engram.serving.load import TableFlags, load_model
 
 __all__ = ["Generate", "continue_text"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(TableFlags):
     """Continue a prompt with a trained model.
 
     The model is a quickstart run, or any folder with an EngramForCausalLM and its tokenizer.
@@ -38,16 +38,11 @@ class Generate:
     """Continuations to write."""
     device: str = "cpu"
     """Where to run, as torch names it."""
-    table_tier: TableTier = "device"
-    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), one copy
-    for all processes (shared), left in the checkpoint's files (mmap, file), or what suits the machine (auto)."""
-    table_cache_mib: int = 0
-    """MiB of a cache before each table that is not loaded with the model."""
     json: bool = False
     """Print JSON: the prompt and its continuations."""
 
     def __post_init__(self) -> None:
-        check_table_options(self.table_tier, self.table_cache_mib)
+        super().__post_init__()
         if self.max_new_tokens < 1 or self.num_samples < 1 or self.top_k < 0 or not 0 <= self.temperature < math.inf:
             raise ConfigError(
                 "--max-new-tokens and --num-samples must be at least 1, --temperature and --top-k at least 0"
@@ -57,9 +52,7 @@ class Generate:
 
     def run(self) -> int:
         """Print the continuations."""
-        model, tokenizer = load_model(
-            self.model, device=self.device, table_tier=self.table_tier, table_cache_mib=self.table_cache_mib
-        )
+        model, tokenizer = load_model(self.model, device=self.device, tables=self)
         texts = [
             continue_text(
                 model,

@@ -1,52 +1,86 @@
 """Open a model folder: the model, its tokenizer, and the check that they belong together."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 from engram.errors import ConfigError, EngramError, MismatchError
 
-__all__ = ["TableTier", "check_table_options", "load_model"]
+__all__ = ["TableFlags", "TableTier", "load_model"]
 
-TableTier = Literal["device", "auto", "host", "shared", "mmap", "file"]
+TableTier = Literal["device", "auto", "host", "shared", "mmap", "file", "http", "remote"]
 """Where a model's tables may be; the model's own list is checked against it by a test."""
 
 
-def check_table_options(table_tier: str, table_cache_mib: int) -> None:
-    """Refuse a cache of tables that are loaded with the model, and a negative one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableFlags:
+    """Where a model's memory tables are read from: flags that commands which run a model inherit."""
 
-    Raises:
-        ConfigError: As said.
-    """
-    if table_cache_mib < 0 or (table_cache_mib and table_tier == "device"):
-        raise ConfigError(
-            f"--table-cache-mib {table_cache_mib} with --table-tier {table_tier}: a cache has at least 0 MiB, and "
-            "stands before tables of another tier, such as --table-tier file"
-        )
+    table_tier: TableTier | None = None
+    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), one copy
+    for all processes (shared), left in their files (mmap, file), on the machine of a --table-source (http, remote), or
+    what suits the machine (auto). device unless given; auto with a --table-source."""
+    table_source: str | None = None
+    """Read the tables from here and not from the checkpoint: a folder of packed tables, a file, or an address, http(s)
+    or mooncake://HOST:PORT/NAME. {table} in it stands for each table's name."""
+    table_cache_mib: int = 0
+    """MiB of a cache before each table that is not loaded with the model."""
+    table_cache_policy: Literal["clock", "lru"] = "clock"
+    """Which rows give way when that cache is full."""
+    table_pinned: Path | None = None
+    """A recorded trace (.npz): the rows it reads most fill that cache and stay in it."""
+
+    def __post_init__(self) -> None:
+        if self.table_cache_mib < 0 or (self.table_cache_mib and (self._with_the_model or self.table_tier == "device")):
+            raise ConfigError(
+                f"--table-cache-mib {self.table_cache_mib} with --table-tier {self.table_tier or 'device'}: a cache "
+                "has at least 0 MiB, and stands before tables of another tier, such as --table-tier file"
+            )
+        if not self.table_cache_mib and (self.table_pinned is not None or self.table_cache_policy != "clock"):
+            raise ConfigError(
+                "--table-pinned and --table-cache-policy say what a cache keeps; give it room with --table-cache-mib"
+            )
+        if self.table_tier in ("http", "remote") and self.table_source is None:
+            raise ConfigError(f"--table-tier {self.table_tier} reads from an address: name it with --table-source")
+
+    @property
+    def _with_the_model(self) -> bool:
+        return self.table_source is None and self.table_tier in (None, "device")
+
+    def table_options(self) -> dict[str, Any]:
+        """What ``EngramForCausalLM.from_pretrained`` is told; empty where nothing was asked for."""
+        if self._with_the_model:
+            return {}
+        return {
+            "table_tier": self.table_tier,
+            "table_source": self.table_source,
+            "table_cache_bytes": self.table_cache_mib << 20,
+            "table_cache_policy": self.table_cache_policy,
+            "table_pinned": self.table_pinned,
+        }
 
 
 _STAGED_TOKENS = 1024
 """Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
 
 
-def load_model(
-    path: str | Path, *, device: str = "cpu", table_tier: str = "device", table_cache_mib: int = 0
-) -> tuple[Any, Any]:
+def load_model(path: str | Path, *, device: str = "cpu", tables: TableFlags | None = None) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a local folder.
 
     Args:
         path: A folder as ``save_pretrained`` writes it.
         device: Where the model shall be.
-        table_tier: Where its memory tables shall be read from; ``"device"`` loads them with the model. See
-            ``EngramForCausalLM.from_pretrained``.
-        table_cache_mib: MiB of a cache before each table on another tier.
+        tables: Where its memory tables shall be read from; they are loaded with the model where None.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        ConfigError: The folder is not a model's, the device is not there, or the tier is unknown or not for this model.
+        CheckpointError: Weights or tables are missing, truncated or malformed.
+        ConfigError: The folder is not a model's, the device is not there, or the tier or source is not for this model.
         MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
-            trained with.
+            trained with; or tables of a source are not this model's.
+        RemoteError: Nobody answers at the address of a source.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -65,11 +99,11 @@ def load_model(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        options: dict[str, Any] = {}
-        if table_tier != "device" or table_cache_mib:
-            options = {"table_tier": table_tier, "table_cache_bytes": table_cache_mib << 20}
-            if AutoConfig.from_pretrained(folder, local_files_only=True).model_type != "engram_lm":
-                raise ConfigError(f"{folder} is no EngramForCausalLM: it has no tables that --table-tier could place")
+        options = {} if tables is None else tables.table_options()
+        if options and AutoConfig.from_pretrained(folder, local_files_only=True).model_type != "engram_lm":
+            raise ConfigError(
+                f"{folder} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place"
+            )
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, EngramError):

@@ -1,14 +1,16 @@
 """Row numbers → rows. Knows nothing of tokens or N-grams.
 
 Reading order: ``table.py`` (the interface every tier keeps), ``resident.py`` (the tables that live in memory: a plain
-one to read from and a trainable one); ``codec.py`` and ``block_float8.py`` (what the bytes of a stored row mean),
-``layout.py`` (where they lie), ``safetensors_file.py`` and ``safetensors_writer.py`` (one kind of file they lie in),
-``record_table.py`` (what all tables of stored rows share), ``mapped.py``, ``file.py``, ``host.py`` and ``http.py``
-(its tiers on one machine and on a file server); ``sources.py`` (which tables a checkpoint holds) and ``open.py`` (one
-call for all of it); ``cache.py``, ``read_ahead.py`` and ``staged.py`` (tables around tables: records kept, rows read
-early, rows brought to a GPU); ``shared.py`` (one copy for many processes), ``mooncake.py`` with its client (a remote
-store); ``packed.py``, ``packed_writer.py``, ``build.py``, ``convert.py`` and ``verify.py`` (our own file format);
-``reuse.py`` and ``residency.py`` (what a trace of rows would cost).
+one to read from and a trainable one), ``sharded.py`` (the trainable one divided over processes); ``codec.py`` and
+``block_float8.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie), ``safetensors_file.py`` and
+``safetensors_writer.py`` (one kind of file they lie in), ``record_table.py`` (what all tables of stored rows share),
+``mapped.py``, ``file.py``, ``host.py`` and ``http.py`` (its tiers on one machine and on a file server), with
+``scattered_copy.py``, ``page_cache.py``, ``async_reads.py`` and ``http_ranges.py`` (how they read); ``sources.py``
+(which tables a checkpoint holds) and ``open.py`` (one call for all of it); ``cache.py``, ``read_ahead.py`` and
+``staged.py`` (tables around tables: records kept, rows read early, rows brought to a GPU); ``shared.py`` (one copy for
+many processes), ``mooncake.py`` with its client (a remote store); ``packed.py``, ``packed_writer.py``, ``build.py``,
+``convert.py`` and ``verify.py`` (our own file format); ``row_trace.py``, ``reuse.py`` and ``residency.py`` (a recorded
+trace of rows, and what it would cost).
 """
 
 from engram.tables.cache import CachedTable, most_frequent

@@ -24,6 +24,7 @@ Policy = Literal["clock", "lru"]
 _WAYS = 16
 """Places that a record may lie in: enough that bounded sets cost few hits, few enough to compare in one go."""
 _EMPTY = -1
+_GOLDEN, _HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 _PINNED_AT_ONCE = 1 << 16
 """Rows loaded at a time when the pinned set is filled."""
 
@@ -89,24 +90,30 @@ class CachedTable(RecordTable):
     def _closed(self) -> bool:
         return self.table._closed
 
+    def _renew(self) -> None:
+        super()._renew()
+        if self._lock.locked():
+            # Another thread was in the middle of changing what is kept: row numbers may stand before other records.
+            self._rows.fill(_EMPTY)
+            self._num_kept = 0
+        self._lock = threading.Lock()
+
     def _read(self, numbers: np.ndarray) -> Tensor:
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         out = records.numpy()
         missing = self._take_pinned(numbers, out)
-        if missing is None:
-            missing = np.arange(len(numbers))
-        if len(missing):
-            with self._lock:
-                missing = self._take_kept(numbers, missing, out)
-        wanted = np.empty(0, dtype=np.int64)
-        if len(missing):
-            wanted, positions = np.unique(numbers[missing], return_inverse=True)
-            # Outside the lock: other threads find what they need while this one waits. If it fails, nothing is kept.
-            found = self.table._read(wanted).numpy()
-            out[missing] = found[positions]
         with self._lock:
-            if len(wanted):
-                self._keep(wanted, found)
+            if missing is None or len(missing):
+                missing = self._take_kept(numbers, missing, out)
+            if not len(missing):
+                self._hits += len(numbers)
+                return records
+        wanted, positions = np.unique(numbers[missing], return_inverse=True)
+        # Outside the lock: other threads find what they need while this one waits. If it fails, nothing is kept.
+        found = self.table._read(wanted).numpy()
+        out[missing] = found[positions]
+        with self._lock:
+            self._keep(wanted, found)
             self._hits += len(numbers) - len(missing)
             self._misses += len(missing)
             self._read_below += len(wanted)
@@ -122,8 +129,8 @@ class CachedTable(RecordTable):
         self._refuse_closed(self._closed)
         numbers = np.unique(rows.detach().cpu().numpy())
         with self._lock:
-            present, _ = self._find(numbers)
-        absent = numbers[~present & ~np.isin(numbers, self._pinned_rows)]
+            found, _ = self._find(numbers)
+        absent = np.setdiff1d(np.delete(numbers, found), self._pinned_rows, assume_unique=True)
         if len(absent):
             self.table.prefetch(torch.from_numpy(absent))
         return Ticket(num_rows=len(numbers), num_bytes=len(numbers) * self.row_bytes)
@@ -186,37 +193,56 @@ class CachedTable(RecordTable):
         return np.flatnonzero(~found)
 
     def _find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each row is kept, bool ``[n]``, and its place where it is, int64 ``[n]``."""
+        """Positions of the rows that are kept, ascending, and the place of each: int64 ``[found]`` twice."""
         if self._num_sets == 0:
-            return np.zeros(len(numbers), dtype=bool), np.zeros(len(numbers), dtype=np.int64)
-        sets = self._sets_of(numbers)
-        same = self._rows[sets] == numbers[:, None]
-        ways = same.argmax(axis=1)
-        return same[np.arange(len(numbers)), ways], sets * self._ways + ways
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        sets, ways = self._sets_of(numbers), self._ways
+        # As few and as plain calls as can be: of a small request they are all it costs. A row lies in one place of its
+        # set or in none, so that as many matches as rows mean one match for each.
+        matches = (self._rows.take(sets, axis=0) == numbers[:, None]).reshape(-1).nonzero()[0]
+        if len(matches) == len(numbers):
+            found = np.arange(len(numbers))
+        else:
+            found = matches // ways
+            sets = sets[found]
+        sets -= found
+        sets *= ways
+        sets += matches  # the match's place counted over all rows, less the sets of the rows before
+        return found, sets
 
     def _sets_of(self, numbers: np.ndarray) -> np.ndarray:
-        # Multiplied first, so that rows at a regular distance spread over all sets (Fibonacci hashing).
-        mixed = (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
-        return (mixed % np.uint64(self._num_sets)).astype(np.int64)
+        # Multiplied first, so that rows at a regular distance spread over all sets (Fibonacci hashing); then a product
+        # of 32 bits and the number of sets, of which the upper half is the set: dividing would take longer.
+        mixed = numbers.view(np.uint64) * _GOLDEN
+        mixed >>= _HALF_BITS
+        mixed *= np.uint64(self._num_sets)
+        mixed >>= _HALF_BITS
+        return mixed.view(np.int64)
 
-    def _take_kept(self, numbers: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy what is kept of ``numbers[positions]``, note that it was read, and return the positions of the rest."""
-        present, places = self._find(numbers[positions])
-        if not present.any():
-            return positions
-        places = places[present]
-        if present.all() and len(positions) == len(numbers):
-            np.take(self._records, places, axis=0, out=out, mode="clip")
-        else:
-            out[positions[present]] = self._records[places]
-        self._time += 1
-        self._notes.reshape(-1)[places] = self._time if self.policy == "lru" else 1
-        return positions[~present]
+    def _take_kept(self, numbers: np.ndarray, positions: np.ndarray | None, out: np.ndarray) -> np.ndarray:
+        """Copy what is kept, note that it was read, and return the positions of the rest.
+
+        Args:
+            numbers: Row numbers, int64 ``[n]``.
+            positions: Which of them to look for; all of them where None.
+            out: Where their records go, uint8 ``[n, record_bytes]``.
+        """
+        found, places = self._find(numbers if positions is None else numbers[positions])
+        if len(found) == len(numbers):
+            self._records.take(places, axis=0, out=out, mode="clip")
+        elif len(found):
+            out[found if positions is None else positions[found]] = self._records[places]
+        if len(found):
+            self._time += 1
+            self._notes.reshape(-1)[places] = self._time if self.policy == "lru" else 1
+        if len(found) == len(numbers):
+            return found[:0]
+        return np.delete(np.arange(len(numbers)) if positions is None else positions, found)
 
     def _keep(self, numbers: np.ndarray, records: np.ndarray) -> None:
         """Put distinct records into their sets. Where more come than a set has places, the surplus is not kept."""
-        present, _ = self._find(numbers)  # another thread may have been faster
-        new = np.flatnonzero(~present)
+        found, _ = self._find(numbers)  # another thread may have been faster
+        new = np.delete(np.arange(len(numbers)), found)
         if self._num_sets == 0 or not len(new):
             return
         sets = self._sets_of(numbers[new])

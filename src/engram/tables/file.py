@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from engram.errors import CheckpointError, ConfigError
+from engram.tables.async_reads import AsyncReads
 from engram.tables.layout import RowLayout
 from engram.tables.page_cache import request_missing
 from engram.tables.record_table import RecordTable
-from engram.tables.scattered_copy import copy_scattered
+from engram.tables.scattered_copy import ScatteredCopy
 
 __all__ = ["FileTable"]
 
@@ -40,6 +41,7 @@ class FileTable(RecordTable):
       memory, and then lets the kernel copy the rows: a thousand per system call, and without touching the mapping.
     - ``read_ahead=False``, and systems that do not allow that call, read each row by itself, many at a time.
     - ``direct=True`` goes past the page cache: every read comes from the disk, nothing else loses its place in memory.
+      The kernel reads hundreds of blocks at a time (`AsyncReads`); threads do where it does not.
 
     Args:
         layout: Where the rows lie.
@@ -67,11 +69,16 @@ class FileTable(RecordTable):
             raise ConfigError(f"num_threads is between 1 and 1024, not {num_threads!r}")
         self.layout, self.num_threads, self.direct, self.read_ahead = layout, num_threads, direct, read_ahead
         self._opened: _OpenFiles | None = _OpenFiles(layout, direct)
-        self._pool = _Pool(num_threads)
+        self._pool, self._copy = _Pool(num_threads), ScatteredCopy()
+        self._async = AsyncReads() if direct else None
 
     @property
     def _closed(self) -> bool:
         return self._opened is None
+
+    def _renew(self) -> None:
+        super()._renew()
+        self._pool = _Pool(self.num_threads)
 
     def _read(self, numbers: np.ndarray) -> Tensor:
         # Held for as long as this read takes, so that closing the table in another thread closes no file under it.
@@ -84,8 +91,7 @@ class FileTable(RecordTable):
         for part in self.layout.parts:
             out = data[:, column : column + part.row_bytes]
             for extent, where, offsets in part.divide(numbers):
-                places = np.arange(len(numbers)) if isinstance(where, slice) else where
-                plans.append((opened.files[extent.file], offsets, places, out))
+                plans.append((opened.files[extent.file], offsets, None if isinstance(where, slice) else where, out))
             column += part.row_bytes
         if self.read_ahead and not self.direct:
             # For all parts before the first of them is waited for.
@@ -94,16 +100,23 @@ class FileTable(RecordTable):
         for file, offsets, places, out in plans:
             if self.direct:
                 self._read_direct(file, offsets, places, out)
-            elif not (self.read_ahead and file.copy_rows(offsets, places, out)):
+            elif not (self.read_ahead and self._copy_rows(file, offsets, places, out)):
                 self._read_each(file, offsets, places, out)
-        for file in {id(file): file for file, *_ in plans}.values():
+        for file in dict.fromkeys(plan[0] for plan in plans):
             # Bytes past the end of a file that lie on its last page read as zeros.
             file.refuse_cut()
         return records
 
-    def _read_each(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    def _copy_rows(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> bool:
+        """Let the kernel copy rows of the mapping into rows ``places`` of ``out``; False where it cannot."""
+        if not file.address:
+            return False
+        return self._copy.copy(offsets.view(np.uint64) + np.uint64(file.address), out, places)
+
+    def _read_each(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> None:
         """Read rows one by one, several at a time, each straight into its place."""
         size = out.shape[1]
+        places = np.arange(len(offsets)) if places is None else places
         target, stride = _flat(out)
 
         def read(piece: slice) -> None:
@@ -115,7 +128,7 @@ class FileTable(RecordTable):
         num_tasks = min(self.num_threads, -(-len(offsets) // _ROWS_PER_TASK))
         self._pool.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
 
-    def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> None:
         """Read the blocks that rows lie on, each once, and pick the rows out of them."""
         size = out.shape[1]
         per_row = (size - 1) // _BLOCK_BYTES + 2
@@ -132,19 +145,30 @@ class FileTable(RecordTable):
             blocks = blocks[blocks <= reach]
             # Anonymous memory is aligned to pages, as direct reads ask for.
             buffer = np.frombuffer(mmap.mmap(-1, len(blocks) * _BLOCK_BYTES), np.uint8)
-            target = memoryview(buffer)  # type: ignore[arg-type]  # an array is a buffer
-
-            def read(run: tuple[int, int], target: memoryview = target, blocks: np.ndarray = blocks) -> None:
-                low, high = run
-                begin = int(blocks[low]) * _BLOCK_BYTES
-                # The last block of a file may be shorter than a block.
-                needed = min((high - low) * _BLOCK_BYTES, file.end_bytes - begin)
-                file.read_into(target[low * _BLOCK_BYTES : high * _BLOCK_BYTES], begin, needed)
-
-            self._pool.run(read, list(_runs(blocks)))
+            self._read_blocks(file, blocks, buffer)
             inside = np.searchsorted(blocks, begins // _BLOCK_BYTES) * _BLOCK_BYTES + begins % _BLOCK_BYTES
             windows = np.lib.stride_tricks.as_strided(buffer, (len(buffer) - size + 1, size), (1, 1), writeable=False)
-            out[places[chosen]] = windows[inside]
+            out[chosen if places is None else places[chosen]] = windows[inside]
+
+    def _read_blocks(self, file: "_OpenFile", blocks: np.ndarray, buffer: np.ndarray) -> None:
+        """Read sorted blocks into a buffer that has their size, neighbours together."""
+        target, runs = memoryview(buffer), np.array(list(_runs(blocks)))  # type: ignore[arg-type]  # is a buffer
+        begins, lows = blocks[runs[:, 0]] * _BLOCK_BYTES, runs[:, 0] * _BLOCK_BYTES
+        sizes = (runs[:, 1] - runs[:, 0]) * _BLOCK_BYTES
+        # The last block of a file may be shorter than a block.
+        needed = np.minimum(sizes, file.end_bytes - begins)
+
+        def read(run: int) -> None:
+            low, size = int(lows[run]), int(sizes[run])
+            file.read_into(target[low : low + size], int(begins[run]), int(needed[run]))
+
+        assert self._async is not None
+        addresses = (lows + buffer.ctypes.data).astype(np.uint64)
+        found = self._async.read(file.descriptor, begins, sizes, addresses)
+        # What came short is read again, and gives its error then.
+        again = range(len(runs)) if found is None else np.flatnonzero(found < needed).tolist()
+        if len(again):
+            self._pool.run(read, again)
 
     def load_records(self, start: int, stop: int) -> Tensor:
         """See `RecordTable.load_records`; one long read for each file."""
@@ -166,6 +190,9 @@ class FileTable(RecordTable):
         """Close the files. A gather of another thread that has begun still ends well."""
         self._opened = None
         self._pool.stop()
+        self._copy.close()
+        if self._async is not None:
+            self._async.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the files again."""
@@ -183,7 +210,8 @@ class _OpenFile:
         self.path, self.end_bytes = path, end_bytes
         self.descriptor = -1
         self._mapping: mmap.mmap | None = None
-        self._address = 0
+        self.address = 0
+        """Of the mapping, of which nothing here ever touches the memory; 0 where there is none."""
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.refuse_cut()
@@ -206,16 +234,7 @@ class _OpenFile:
             if hasattr(mmap, "MADV_RANDOM"):
                 mapping.madvise(mmap.MADV_RANDOM)
             self._mapping = mapping
-            # Only the address: nothing here ever touches the memory behind it.
-            self._address = np.frombuffer(mapping, np.uint8, count=1).ctypes.data
-
-    def copy_rows(self, offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> bool:
-        """Let the kernel copy rows of the mapping into rows ``places`` of ``out``; False where it cannot."""
-        if self._mapping is None:
-            return False
-        sources = offsets.astype(np.uint64) + np.uint64(self._address)
-        targets = (places * out.strides[0]).astype(np.uint64) + np.uint64(out.ctypes.data)
-        return copy_scattered(sources, targets, out.shape[1])
+            self.address = np.frombuffer(mapping, np.uint8, count=1).ctypes.data
 
     def read_into(self, target: memoryview, offset: int, needed: int | None = None) -> None:
         """Fill ``target`` from byte ``offset``, or at least ``needed`` bytes of it."""
@@ -247,9 +266,10 @@ class _OpenFile:
             "put the whole file back and open the table again"
         )
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Held here: when the interpreter ends, the module may be gone before this is.
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class _OpenFiles:
@@ -264,10 +284,10 @@ class _OpenFiles:
 
 
 class _Pool:
-    """Threads that read, started when they are first needed and again in a forked process."""
+    """Threads that read, started when they are first needed."""
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads, self._process, self._lock = num_threads, 0, threading.Lock()
+        self._num_threads, self._lock = num_threads, threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
 
     def run(self, call: Callable[[Any], None], tasks: Sequence[Any]) -> None:
@@ -276,9 +296,8 @@ class _Pool:
             call(tasks[0])
             return
         with self._lock:
-            if self._executor is None or self._process != os.getpid():
+            if self._executor is None:
                 self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="engram-file")
-                self._process = os.getpid()
             futures = [self._executor.submit(call, task) for task in tasks]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
@@ -287,7 +306,7 @@ class _Pool:
     def stop(self) -> None:
         """Let the threads end when they have done what they were given."""
         with self._lock:
-            if self._executor is not None and self._process == os.getpid():
+            if self._executor is not None:
                 self._executor.shutdown(wait=False)
             self._executor = None
 

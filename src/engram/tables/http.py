@@ -15,6 +15,7 @@ from torch import Tensor
 from engram.errors import CheckpointError, ConfigError, RemoteError
 from engram.tables.http_ranges import HttpOptions, RangeClient, RemoteFile, split_address
 from engram.tables.layout import RowLayout
+from engram.tables.packed import PREFIX_BYTES, SUFFIX, PackedHeader, parse_packed_header, parse_packed_prefix
 from engram.tables.record_table import RecordTable
 from engram.tables.safetensors_file import (
     INDEX_NAME,
@@ -74,6 +75,16 @@ class HttpTable(RecordTable):
     @property
     def _closed(self) -> bool:
         return self._client is None
+
+    def _renew(self) -> None:
+        super()._renew()
+        client, self._client = self._client, None
+        self._lock = threading.Lock()
+        if client is not None:
+            # The other process talks over these connections.
+            client.forget()
+            self._client = RangeClient(self.options)
+            self._executor = ThreadPoolExecutor(self.options.num_connections, thread_name_prefix="engram-http")
 
     def _read(self, numbers: np.ndarray) -> Tensor:
         client = self._client
@@ -189,7 +200,8 @@ class RemoteFolder(TensorFolder):
     """The tensors of a checkpoint on a server, found by its headers alone.
 
     Args:
-        address: Of a folder, which holds an index or one ``model.safetensors``, or of one ``.safetensors`` file.
+        address: Of a folder, which holds an index or one ``model.safetensors``; of one ``.safetensors`` file; or of a
+            packed file (``.engram``), which has no tensors: see `read_packed`.
         options: Fields of `HttpOptions`.
 
     Raises:
@@ -206,11 +218,15 @@ class RemoteFolder(TensorFolder):
         self._query = f"?{parts.query}" if parts.query else ""
         base = address.partition("#")[0].partition("?")[0].rstrip("/")
         name = "model.safetensors"
-        if base.endswith(".safetensors"):
+        if base.endswith((".safetensors", SUFFIX)):
             base, _, name = base.rpartition("/")
         self.address = base
         # What messages call the folder, and what the paths of its files begin with; `url` turns them into addresses.
         self.folder = Path()
+        self.packed = Path(urllib.parse.unquote(name)) if name.endswith(SUFFIX) else None
+        """The packed file that the address names, in the folder; None where it names none."""
+        if self.packed is not None:
+            return
         if not parts.path.endswith(".safetensors"):
             index = self._client.fetch(self.url(Path(INDEX_NAME)), _LONGEST_SMALL_FILE_BYTES)
             if index is not None:
@@ -276,6 +292,24 @@ class RemoteFolder(TensorFolder):
         data = self._client.read(self._files[tensor.path], start, start + tensor.num_bytes)
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tensor.shape)
 
+    def read_packed(self) -> PackedHeader:
+        """Read the header of the packed file that the address names.
+
+        Raises:
+            CheckpointError: As `read_packed_header`; or the address names none.
+            RemoteError: Nobody answers, there is no such file, or the server does not answer ranges.
+        """
+        if self.packed is None:
+            raise CheckpointError(f"{self.address} names no packed file, a file that ends with {SUFFIX}")
+        url = self.url(self.packed)
+        file = self._client.look(url)
+        size, path = file.num_bytes, self.packed
+        prefix = self._client.read(file, 0, min(size, PREFIX_BYTES))
+        length = parse_packed_prefix(prefix, path, size)
+        text = self._client.read(file, PREFIX_BYTES, PREFIX_BYTES + length) if length else b""
+        self._files[path] = file
+        return parse_packed_header(prefix, text, path, size)
+
     def place(self, layout: RowLayout) -> RowLayout:
         """Give a layout of tensors that were found here the addresses of its files.
 
@@ -305,7 +339,8 @@ def http_layout(address: str, *, layer: int | str | None = None, **options: Any)
     """Find a table on a server by the headers of its files; nothing else is read.
 
     Args:
-        address: Of a checkpoint folder with an index or one ``model.safetensors``, or of one ``.safetensors`` file.
+        address: Of a checkpoint folder with an index or one ``model.safetensors``, of one ``.safetensors`` file, or of
+            a packed file (``.engram``).
         layer: Which table, as `table_layouts` names them; may be left out where there is one.
         options: Fields of `HttpOptions`.
 

@@ -169,6 +169,11 @@ class RangeClient:
             for connection in connections:
                 connection.close()
 
+    def forget(self) -> None:
+        """Close the connections in a forked process, where a thread of the other one may have held the lock."""
+        self._lock = threading.Lock()
+        self.close()
+
     def __del__(self) -> None:
         self.close()
 

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ class MappedTable(RecordTable):
         self.layout = layout
         files = {file: _map(file) for file in layout.files}
         self._parts: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
+        # Where whole records follow each other in one file, which is usual: read by one call.
+        only = layout.parts[0].extents[0]
+        dense = [len(part.extents) for part in layout.parts] == [1] and not only.rows_per_page
+        self._dense = dense and only.stride_bytes == self.codec.record_bytes
         self._descriptors = {file: _Descriptor(file) for file in layout.files}
 
     @property
@@ -46,8 +51,12 @@ class MappedTable(RecordTable):
         mapped = self._parts
         self._refuse_closed(mapped is None)
         assert mapped is not None
-        records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         self._request(numbers)
+        records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
+        if self._dense:
+            # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
+            mapped[0][0].take(numbers, axis=0, out=records.numpy(), mode="clip")
+            return records
         data, first = records.numpy(), 0
         for part, views in zip(self.layout.parts, mapped, strict=True):
             last = first + part.row_bytes
@@ -57,9 +66,11 @@ class MappedTable(RecordTable):
 
     def _request(self, numbers: np.ndarray) -> None:
         """Have the kernel read what is not in memory, all at once; touching it would wait for page after page."""
+        if len(numbers) < 2:
+            return
         descriptors = self._descriptors
         for part in self.layout.parts:
-            for extent, _, offsets in part.divide(numbers) if len(numbers) > 1 else ():
+            for extent, _, offsets in part.divide(numbers):
                 if extent.file in descriptors:
                     request_missing(descriptors[extent.file].number, offsets, part.row_bytes)
 
@@ -91,9 +102,10 @@ class _Descriptor:
         except OSError as error:
             raise CheckpointError(f"cannot map {file}: {error}") from error
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Held here: when the interpreter ends, the module may be gone before this is.
         if self.number >= 0:
-            os.close(self.number)
+            close(self.number)
 
 
 def _take(part: Part, views: list[np.ndarray], numbers: np.ndarray, out: np.ndarray) -> None:

@@ -9,6 +9,7 @@ request asks for all of its blocks at once and for the bytes of its rows within 
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import time
@@ -312,42 +313,46 @@ class MooncakeTable(RecordTable):
         sizes = (ranges[:, 3] - ranges[:, 2]) * record_bytes
         starts = np.cumsum(sizes) - sizes
         blocks, offsets = np.divmod(ranges[:, 2], block_rows)
-        asked: dict[int, tuple[list[int], list[int], list[int]]] = {}
-        columns = (column.tolist() for column in (blocks, starts, sizes, offsets * record_bytes))
-        for block, start, size, offset in zip(*columns, strict=True):
-            if block not in asked:
-                asked[block] = ([], [], [])
-            for column, number in zip(asked[block], (start, size, offset), strict=True):
-                column.append(number)
+        # Ranges are sorted, so that those of a block, which is a key, follow each other.
+        firsts = np.flatnonzero(np.diff(blocks, prepend=-1))
+        bounds = [*firsts.tolist(), len(ranges)]
+        columns = [column.tolist() for column in (starts, sizes, offsets * record_bytes)]
+        start_lists, size_lists, offset_lists = (
+            [column[low:high] for low, high in itertools.pairwise(bounds)] for column in columns
+        )
+        keys = [_key(self.name, block) for block in blocks[firsts].tolist()]
         codes = client.call(
             "get_ranges",
             deadline=deadline,
-            keys=[_key(self.name, block) for block in asked],
-            starts=[some[0] for some in asked.values()],
-            sizes=[some[1] for some in asked.values()],
-            offsets=[some[2] for some in asked.values()],
+            keys=keys,
+            starts=start_lists,
+            sizes=size_lists,
+            offsets=offset_lists,
         )
         self._requests += 1
         self._ranges += len(ranges)
         if LEASE_EXPIRED in codes and time.monotonic() < deadline:
             self._most_bytes = max(self.manifest.block_bytes, self._most_bytes // 2)
             return False
-        for (block, some), code in zip(asked.items(), codes, strict=True):
+        for key, asked, code in zip(keys, size_lists, codes, strict=True):
             if code < 0:
-                raise client.explain(_key(self.name, block), code)
-            if code != sum(some[1]):
-                raise RemoteError(
-                    f"{_key(self.name, block)} gave {code} bytes, expected {sum(some[1])}; publish it again"
-                )
+                raise client.explain(key, code)
+            if code != sum(asked):
+                raise RemoteError(f"{key} gave {code} bytes, expected {sum(asked)}; publish it again")
             self._received_bytes += code
-        for (first, last, row, end), start in zip(ranges.tolist(), starts.tolist(), strict=True):
-            bytes_ = client.buffer[start : start + (end - row) * record_bytes]
-            if self._checksums is not None and zlib.crc32(bytes_.data) != self._checksums[row // block_rows]:
-                raise RemoteError(
-                    f"{_key(self.name, row // block_rows)} is not what was published: its checksum differs; remove and "
-                    "publish it again"
-                )
-            found[first:last] = bytes_.reshape(end - row, record_bytes)[wanted[first:last] - row]
+        if self._checksums is not None:
+            for key, (block, start, size) in zip(
+                keys, zip(blocks.tolist(), starts.tolist(), sizes.tolist(), strict=True), strict=True
+            ):
+                if zlib.crc32(client.buffer[start : start + size].data) != self._checksums[block]:
+                    raise RemoteError(
+                        f"{key} is not what was published: its checksum differs; remove and publish it again"
+                    )
+        # The buffer is full of whole records: how far each wanted one is from its number is the same within a range.
+        first, last = int(ranges[0, 0]), int(ranges[-1, 1])
+        shift = np.repeat(starts // record_bytes - ranges[:, 2], ranges[:, 1] - ranges[:, 0])
+        arrived = client.buffer[: int(starts[-1] + sizes[-1])].reshape(-1, record_bytes)
+        arrived.take(wanted[first:last] + shift, axis=0, out=found[first:last], mode="clip")
         return True
 
     def _load_checksums(self, client: MooncakeClient) -> np.ndarray:

@@ -28,11 +28,14 @@ LEASE_EXPIRED = -707
 _CODES = {
     -200: "no storage process has room for it; start one, or a larger one: mooncake_client "
     "--master_server_address=... --global_segment_size=...",
-    MISSING: "the store does not hold it",
+    MISSING: "the store does not hold it; publish the table again, a store forgets what a storage process held that "
+    "has ended",
     LEASE_EXPIRED: "reading took longer than the master's lease; start it with a larger --default_kv_lease_ttl",
-    -800: "the storage process that holds it does not answer",
-    -900: "the master does not answer",
+    -800: "the storage process that holds it does not answer; start it again and publish the table again",
+    -900: "the master does not answer; check the address and that mooncake_master is running there, the next read "
+    "connects anew",
 }
+_FAILED = "Mooncake failed; look into the logs of the master and of the storage processes"
 # What the client's process has unless the user says otherwise. Fewer retries than its own: twenty of them take a minute
 # and a half where nobody answers. More connections than its own one: many small ranges then take about half the time.
 _ENVIRONMENT = {"MC_STORE_CLIENT_SETUP_RETRIES": "2", "MC_LOG_LEVEL": "ERROR", "MC_TCP_LANES_PER_PEER": "8"}
@@ -113,7 +116,7 @@ class MooncakeClient:
 
     def explain(self, key: str, code: int) -> RemoteError:
         """The error that a negative code of a key means."""
-        return RemoteError(f"{key} at {self.master}: {_CODES.get(code, 'Mooncake failed')} (Mooncake code {code})")
+        return RemoteError(f"{key} at {self.master}: {_CODES.get(code, _FAILED)} (Mooncake code {code})")
 
     def close(self) -> None:
         """End the process. Closing twice is fine."""

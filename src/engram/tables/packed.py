@@ -21,7 +21,16 @@ from engram.errors import CheckpointError, ConfigError
 from engram.tables.codec import RowCodec
 from engram.tables.layout import Extent, Part, RowLayout
 
-__all__ = ["SUFFIX", "PackedGeometry", "PackedHeader", "packed_layout", "read_packed_header"]
+__all__ = [
+    "PREFIX_BYTES",
+    "SUFFIX",
+    "PackedGeometry",
+    "PackedHeader",
+    "packed_layout",
+    "parse_packed_header",
+    "parse_packed_prefix",
+    "read_packed_header",
+]
 
 SUFFIX = ".engram"
 """What names of packed files end with."""
@@ -37,6 +46,8 @@ CHUNK_BYTES = 1024 * PAGE_BYTES
 
 # Magic, version, a reserved 0, bytes of the header, CRC-32 of the header, CRC-32 of the prefix up to here.
 _PREFIX = struct.Struct("<8sIIQII")
+PREFIX_BYTES = _PREFIX.size
+"""Bytes that stand before the header."""
 _CRC = struct.Struct("<I")
 _LONGEST_HEADER_BYTES = 2**20
 _EXACT = 2**53
@@ -185,21 +196,36 @@ def read_packed_header(path: str | os.PathLike[str]) -> PackedHeader:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a file; name a packed table, a file that ends with {SUFFIX}")
         with open(path, "rb") as file:
-            prefix = file.read(_PREFIX.size)
-            size = _header_bytes(prefix, path, status.st_size)
-            text = file.read(size)
+            prefix = file.read(PREFIX_BYTES)
+            text = file.read(parse_packed_prefix(prefix, path, status.st_size))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(text) != size or zlib.crc32(text) != _PREFIX.unpack(prefix)[4]:
+    return parse_packed_header(prefix, text, path, status.st_size)
+
+
+def parse_packed_header(prefix: bytes, text: bytes, path: Path, size: int) -> PackedHeader:
+    """Check the header of a packed file against the size of the file.
+
+    Args:
+        prefix: The first `PREFIX_BYTES`, checked by `parse_packed_prefix`.
+        text: The header behind them.
+        path: What messages and the returned layout call the file.
+        size: Bytes of the whole file.
+
+    Raises:
+        CheckpointError: What `read_packed_header` says of headers.
+    """
+    _, _, _, length, expected, _ = _PREFIX.unpack(prefix)
+    if len(text) != length or zlib.crc32(text) != expected:
         raise CheckpointError(
             f"{path}: the header is damaged: its checksum is not the one the file promises; copy the file "
             "again or convert its source again"
         )
-    header = _parse(text, path, _PREFIX.size + size)
-    if status.st_size != header.file_bytes:
+    header = _parse(text, path, PREFIX_BYTES + length)
+    if size != header.file_bytes:
         raise CheckpointError(
-            f"{path} is {'truncated' if status.st_size < header.file_bytes else 'longer than its header says'}: "
-            f"expected {header.file_bytes} bytes, found {status.st_size}; copy the file again"
+            f"{path} is {'truncated' if size < header.file_bytes else 'longer than its header says'}: "
+            f"expected {header.file_bytes} bytes, found {size}; copy the file again"
         )
     return header
 
@@ -271,12 +297,26 @@ def encode_checksums(checksums: list[int]) -> bytes:
     return b"".join(map(_CRC.pack, checksums))
 
 
-def _header_bytes(prefix: bytes, path: Path, size: int) -> int:
-    """Check the prefix and return the length of the header that follows it."""
-    if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
+def parse_packed_prefix(prefix: bytes, path: Path, size: int) -> int:
+    """Check the first `PREFIX_BYTES` of a packed file and return the length of the header that follows them.
+
+    Args:
+        prefix: These bytes, or fewer where the file has no more.
+        path: What messages call the file.
+        size: Bytes of the whole file.
+
+    Raises:
+        CheckpointError: Not a packed file, of another version, damaged or truncated.
+    """
+    if prefix[: len(MAGIC)] != MAGIC:
         raise CheckpointError(
             f"{path} is not a packed table: it begins with {prefix[:8]!r}, expected {MAGIC!r}; "
             "`engram table convert` makes packed tables of checkpoints"
+        )
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(
+            f"{path} is truncated: expected {PREFIX_BYTES} bytes and a header, found {len(prefix)} bytes; copy the "
+            "file again"
         )
     _, version, reserved, length, _, crc = _PREFIX.unpack(prefix)
     if zlib.crc32(prefix[: -_CRC.size]) != crc:

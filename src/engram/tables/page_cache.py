@@ -11,8 +11,11 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 """Bytes of a page."""
 
 # One row in so many is looked at before rows are asked for, and never more than the second number: a look costs about
-# a microsecond, which is what reading a row costs that is there already.
-_SAMPLE_EVERY, _LARGEST_SAMPLE = 16, 64
+# a microsecond, in which ten rows can be read that are there already. Asking costs as much as waiting for one row in a
+# hundred, so that what a small sample overlooks is worth little.
+# Never fewer than two: a look at a missing page has the kernel read it, and on a busy machine it may be there already
+# when the look returns.
+_SAMPLE_EVERY, _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 64, 2, 32
 
 
 def request_missing(descriptor: int, offsets: np.ndarray, row_bytes: int) -> bool:
@@ -58,7 +61,7 @@ def drop_pages(descriptor: int) -> None:
 def _sample_is_resident(descriptor: int, offsets: np.ndarray) -> bool:
     if not hasattr(os, "RWF_NOWAIT"):
         return False
-    count = min(max(len(offsets) // _SAMPLE_EVERY, 1), _LARGEST_SAMPLE)
+    count = min(max(len(offsets) // _SAMPLE_EVERY, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
     sample, buffer = offsets[:: len(offsets) // count].tolist(), [bytearray(1)]
     try:
         for offset in sample:

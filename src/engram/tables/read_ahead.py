@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import ConfigError, TableClosedError
+from engram.tables.forked import renew_when_forked
 from engram.tables.record_table import RecordTable, checked_out
 from engram.tables.table import Table, Ticket
 
@@ -74,6 +75,13 @@ class ReadAheadTable(Table):
         self._closed = False
         self._held_bytes = self._staged_rows = self._used_rows = self._wasted_rows = 0
         self._skipped = self._failed = self._num_gathers = self._gathered_rows = 0
+        renew_when_forked(self)
+
+    def _renew(self) -> None:
+        """Forget what threads of another process are reading, see `renew_when_forked`."""
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="engram-read-ahead")
+        self._batches, self._held_bytes = [], 0
 
     @property
     def dtype(self) -> torch.dtype:

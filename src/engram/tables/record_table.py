@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engram.errors import ConfigError
 from engram.tables.codec import RowCodec
+from engram.tables.forked import renew_when_forked
 from engram.tables.table import Table
 
 __all__ = ["RecordTable"]
@@ -30,8 +31,14 @@ class RecordTable(Table):
     def __init__(self, codec: RowCodec, num_rows: int, dtype: torch.dtype | None = None) -> None:
         self.codec, self.num_rows, self.width = codec, num_rows, codec.width
         self._dtype = codec.checked_dtype(dtype)
+        self._is_stored_so = codec.scale == "none" and codec.stored_dtype == self._dtype
         self._count_lock = threading.Lock()
         self._num_gathers = self._rows_read = 0
+        renew_when_forked(self)
+
+    def _renew(self) -> None:
+        """Take nothing over from threads of the process that this one was forked from, see `renew_when_forked`."""
+        self._count_lock = threading.Lock()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,7 +48,10 @@ class RecordTable(Table):
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Table.gather`. Rows come back on the CPU, or in ``out``."""
         records = self.read_records(rows)
-        result = self.codec.decode(records, self._dtype).view(*rows.shape, self.width)
+        # The usual case first: a small request costs microseconds, and each call into torch is one of them.
+        result = records.view(self._dtype) if self._is_stored_so else self.codec.decode(records, self._dtype)
+        if rows.dim() != 1:
+            result = result.view(*rows.shape, self.width)
         return result if out is None else checked_out(out, rows, self.width, self._dtype).copy_(result)
 
     def read_records(self, rows: Tensor) -> Tensor:
@@ -58,13 +68,22 @@ class RecordTable(Table):
             TableClosedError: The table has been closed.
         """
         self._refuse_closed(self._closed)
-        self._check_rows(rows)
-        numbers = rows.detach().cpu().reshape(-1).numpy()
+        numbers = self._checked_numbers(rows)
         records = self._read(numbers) if len(numbers) else torch.empty(0, self.codec.record_bytes, dtype=torch.uint8)
         with self._count_lock:
             self._num_gathers += 1
             self._rows_read += len(numbers)
         return records
+
+    def _checked_numbers(self, rows: Tensor) -> np.ndarray:
+        """Row numbers of any shape as int64 ``[n]`` on the CPU, refused as `Table._check_rows` refuses them."""
+        if rows.dtype != torch.int64:
+            self._check_rows(rows)
+        numbers = rows.detach().cpu().numpy().reshape(-1)
+        # Without their sign negative numbers are larger than any table: one pass finds both kinds of wrong ones.
+        if len(numbers) and numbers.view(np.uint64).max() >= self.num_rows:
+            self._check_rows(rows)
+        return numbers
 
     def load_records(self, start: int, stop: int) -> Tensor:
         """Fetch a run of rows as they are stored: uint8 ``[stop - start, codec.record_bytes]``, for copying.

@@ -138,7 +138,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         # Looked at before it is opened: opening a pipe would wait for somebody to write to it.
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a file")
+            raise CheckpointError(f"{path} is not a file; name a checkpoint folder, or a .safetensors file of one")
         size = status.st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -182,7 +182,10 @@ def parse_header(text: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start_bytes, tensor.num_bytes)):
         if tensor.start_bytes != end:
             what = "overlaps the tensor before it" if tensor.start_bytes < end else "leaves a gap before it"
-            raise CheckpointError(f"{tensor} {what}: it starts at byte {tensor.start_bytes}, expected {end}")
+            raise CheckpointError(
+                f"{tensor} {what}: it starts at byte {tensor.start_bytes}, expected {end}; download the file again, or "
+                "write it again with another tool"
+            )
         end += tensor.num_bytes
     return tensors
 
@@ -210,7 +213,10 @@ class TensorFolder:
             return
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{self.folder} holds neither {INDEX_NAME} nor any *.safetensors file")
+            raise CheckpointError(
+                f"{self.folder} holds neither {INDEX_NAME} nor any *.safetensors file; name a "
+                "checkpoint folder, or download it again"
+            )
         for path in files:
             for name in self._header(path):
                 if name in self._paths:
@@ -254,17 +260,21 @@ class TensorFolder:
 def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     """Check one entry of a header by itself."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("dtype"), str):
-        raise CheckpointError(f"{path}: the header's entry for {name} has no type: {entry!r:.200}")
+        raise CheckpointError(
+            f"{path}: the header's entry for {name} has no type: {entry!r:.200}; download the file again"
+        )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or len(shape) > _HIGHEST_RANK:
-        raise CheckpointError(f"{path}: {name} has the impossible shape {shape!r:.200}")
+        raise CheckpointError(f"{path}: {name} has the impossible shape {shape!r:.200}; download the file again")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{path}: {name} has the impossible data_offsets {offsets!r:.200}")
+        raise CheckpointError(
+            f"{path}: {name} has the impossible data_offsets {offsets!r:.200}; download the file again"
+        )
     tensor = StoredTensor(name, path, entry["dtype"], tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
     if tensor.dtype in DTYPES and tensor.num_bytes != math.prod(shape) * tensor.torch_dtype.itemsize:
         raise CheckpointError(
             f"{tensor} takes {math.prod(shape) * tensor.torch_dtype.itemsize} bytes, its data_offsets hold "
-            f"{tensor.num_bytes}"
+            f"{tensor.num_bytes}; download the file again"
         )
     return tensor
 
@@ -289,13 +299,15 @@ def parse_index(text: bytes, index: Path) -> dict[str, Path]:
     """
     places = _parse_json(text, index).get("weight_map")
     if not isinstance(places, Mapping):
-        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
+        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names; download it again")
     for name, file in places.items():
         # Only the text is judged: links inside a download cache may well lead to other folders.
         parts = PurePosixPath(file).parts if isinstance(file, str) else ()
         absurd = not parts or len(file) > _LONGEST_FILE_NAME or "\\" in file or "\0" in file
         if absurd or file.startswith("/") or ".." in parts:
-            raise CheckpointError(f"{index} places {name} at {file!r:.200}, which is not a file inside the folder")
+            raise CheckpointError(
+                f"{index} places {name} at {file!r:.200}, which is not a file inside the folder; download it again"
+            )
     return {name: index.parent / file for name, file in places.items()}
 
 
@@ -306,7 +318,7 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
             twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-            raise CheckpointError(f"{path} names {twice!r:.200} twice")
+            raise CheckpointError(f"{path} names {twice!r:.200} twice; download it again")
         return values
 
     try:
@@ -314,7 +326,11 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has no readable JSON where some was expected ({error!s:.200})") from error
+        raise CheckpointError(
+            f"{path} has no readable JSON where some was expected ({error!s:.200}); download it again"
+        ) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} has a JSON {type(values).__name__} where an object was expected")
+        raise CheckpointError(
+            f"{path} has a JSON {type(values).__name__} where an object was expected; download it again"
+        )
     return values

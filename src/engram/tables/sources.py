@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor
 
@@ -13,22 +13,39 @@ from engram.errors import CheckpointError, ConfigError
 from engram.tables.block_float8 import num_blocks
 from engram.tables.http import RemoteFolder, is_address
 from engram.tables.layout import RowLayout, tensor_layout
+from engram.tables.packed import packed_layout
 from engram.tables.safetensors_file import StoredTensor, TensorFolder, read_header
 
-__all__ = ["PACKED_SUFFIX", "choose_layout", "table_layouts"]
+__all__ = ["PACKED_SUFFIX", "TABLE_NAMES", "PublishedKind", "choose_layout", "published_layout", "table_layouts"]
 
 PACKED_SUFFIX = ".engram"
 """How the files of the library's own packed format end."""
 
+PublishedKind = Literal["qwen_ple", "deepseek_v41"]
+"""Whose checkpoint it is: transformers ``qwen4_exp``, or DeepSeek-V4.1."""
+
+TABLE_NAMES: dict[PublishedKind, dict[str, str]] = {
+    "qwen_ple": {
+        "table": "ple.ple_embedding.ngram_embedding.weight",
+        "table_shard": "ple.ple_embedding.ngram_embedding.shard_{}.weight",
+        "table_scale": "ple.ple_embedding.ngram_embedding.weight_scale",
+    },
+    "deepseek_v41": {"table": "engram.embed.weight", "table_scale": "engram.embed.scale"},
+}
+"""What published checkpoints call the tensors of a table, behind ``PREFIXlayers.BLOCK.``."""
+
+_LAYER = r"(?P<prefix>(?:.*\.)?)layers\.(?P<key>0|[1-9][0-9]{0,8})\."
 _OWN = re.compile(r"(?:.*\.)?memory_tables\.(?P<key>[^.]+)\.weight", re.DOTALL)
-_DEEPSEEK = re.compile(
-    r"(?P<prefix>(?:.*\.)?)layers\.(?P<key>0|[1-9][0-9]{0,8})\.engram\.embed\.(weight|scale)", re.DOTALL
-)
-_QWEN = re.compile(
-    r"(?P<prefix>(?:.*\.)?)layers\.(?P<key>0|[1-9][0-9]{0,8})\.ple\.ple_embedding\.ngram_embedding\."
-    r"(?:(?:shard_(?P<shard>0|[1-9][0-9]{0,8})\.)?weight|(?P<scale>weight_scale))",
-    re.DOTALL,
-)
+
+
+def _pattern(kind: PublishedKind) -> re.Pattern[str]:
+    """What matches names of a kind's tables; groups ``prefix``, ``key``, and ``shard`` or ``scale`` where it is one."""
+    names = {name: re.escape(text) for name, text in TABLE_NAMES[kind].items()}
+    shard = names.get("table_shard", "(?!)").replace(r"\{\}", "(?P<shard>0|[1-9][0-9]{0,8})")
+    return re.compile(f"{_LAYER}(?:{names['table']}|{shard}|(?P<scale>{names['table_scale']}))", re.DOTALL)
+
+
+_DEEPSEEK, _QWEN = _pattern("deepseek_v41"), _pattern("qwen_ple")
 _FLOATS = ("BF16", "F16", "F32")
 _MOST_HEADS = 10_000
 
@@ -38,7 +55,8 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
 
     Args:
         source: A folder with ``*.safetensors`` files, one such file, one packed file (``*.engram``), a folder of packed
-            files and no others, or the http(s) address of a checkpoint folder or a ``.safetensors`` file.
+            files and no others, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or of a packed
+            file.
         options: Fields of `HttpOptions`, for addresses.
 
     Returns:
@@ -56,6 +74,8 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
     if is_address(source):
         folder = RemoteFolder(str(source), **options)
         try:
+            if folder.packed is not None:
+                return {_packed_key(folder.packed): folder.place(folder.read_packed().layout)}
             found = _find(folder, str(source), _parse_config(folder.read_small("config.json"), str(source)))
             return {key: folder.place(layout) for key, layout in found.items()}
         finally:
@@ -97,6 +117,27 @@ def choose_layout(layouts: Mapping[int | str, RowLayout], layer: int | str | Non
     raise ConfigError(f"{source} holds no table of layer {layer!r}; there are those of {keys}")
 
 
+def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> RowLayout:
+    """Find one table of a published checkpoint, for a reader that knows where to look.
+
+    Args:
+        tensors: The checkpoint's tensors.
+        kind: Whose checkpoint it is.
+        stem: What stands before `TABLE_NAMES`: ``PREFIXlayers.BLOCK.``.
+
+    Raises:
+        CheckpointError: What `table_layouts` refuses of a table, row counts excepted: those are the reader's to check.
+    """
+    pattern, read = (_QWEN, _qwen_layout) if kind == "qwen_ple" else (_DEEPSEEK, _deepseek_layout)
+    names = [name for name in tensors.names if name.startswith(stem) and pattern.fullmatch(name)]
+    if not names:
+        raise CheckpointError(
+            f"the tensor {stem}{TABLE_NAMES[kind]['table']} is missing from {tensors.folder}, and so is every other of "
+            "its table; download it again"
+        )
+    return read(tensors, names, str(tensors.folder))
+
+
 class _OneFile(TensorFolder):
     """The tensors of one file, whatever lies beside it."""
 
@@ -106,17 +147,19 @@ class _OneFile(TensorFolder):
 
 
 def _packed(paths: Sequence[Path]) -> dict[int | str, RowLayout]:
-    from engram.tables.packed import packed_layout
-
     # A folder's files are told apart by their names: layer-1.engram is the table of layer 1.
     found: dict[int | str, RowLayout] = {}
     for path in paths:
-        number = re.search(r"(?:^|\D)(0|[1-9][0-9]{0,8})$", path.stem)
-        key = int(number[1]) if number else path.stem
+        key = _packed_key(path)
         if key in found:
             raise CheckpointError(f"{path} and another file are both the table of layer {key}; open one of them")
         found[key] = packed_layout(path)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _packed_key(path: Path) -> int | str:
+    number = re.search(r"(?:^|\D)(0|[1-9][0-9]{0,8})$", path.stem)
+    return int(number[1]) if number else path.stem
 
 
 def _order(key: int | str) -> tuple[bool, int, str]:
@@ -147,6 +190,7 @@ def _find(tensors: TensorFolder, source: str, config: Mapping[str, Any]) -> dict
             f"{source} holds no memory table: no tensor is named [...]memory_tables.NAME.weight, "
             "[...]layers.L.engram.embed.weight or [...]layers.L.ple.ple_embedding.ngram_embedding[.shard_I].weight"
         )
+    _check_own_rows(config, {key: layouts[key].num_rows for key in own}, source)
     _check_deepseek_rows(config, {key: layouts[key].num_rows for key in deepseek}, source)
     for key, names in qwen.items():
         _check_qwen_rows(tensors, names[0], layouts[key].num_rows, config, source)
@@ -167,7 +211,9 @@ def _deepseek_layout(tensors: TensorFolder, names: list[str], source: str) -> Ro
     for missing, present in ((weight_name, scale_name), (scale_name, weight_name)):
         if missing not in tensors:
             # Without its scales a table reads without an error and is wrong by orders of magnitude.
-            raise CheckpointError(f"{source} holds {present} and lacks {missing}, without which it means nothing")
+            raise CheckpointError(
+                f"{source} holds {present} and lacks {missing}, without which it means nothing; download it again"
+            )
     weight, scale = tensors.find(weight_name), tensors.find(scale_name)
     if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
         raise CheckpointError(f"{weight}: expected F8_E4M3 [rows, width]")
@@ -185,7 +231,7 @@ def _qwen_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLay
     shards = {int(match["shard"]): match[0] for match in matches if match["shard"]}
     whole = [match[0] for match in matches if not match["scale"] and not match["shard"]]
     if bool(whole) == bool(shards):
-        what = "both in one tensor and in shards; remove one of them" if whole else "without its numbers"
+        what = "both in one tensor and in shards; remove one of them" if whole else "without its numbers; download them"
         raise CheckpointError(f"{source} holds the table of {sorted(names)[0]} {what}")
     # By number, so that 10 comes after 9.
     missing = [number for number in range(len(shards)) if number not in shards]
@@ -197,12 +243,12 @@ def _qwen_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLay
     rows = [tensors.find(name) for name in (whole or [shards[number] for number in range(len(shards))])]
     if rows[0].dtype != "F8_E4M3":
         if scales:
-            raise CheckpointError(f"{scales[0]} is there, and {rows[0]} is not of 8 bits and has no scale")
+            raise CheckpointError(f"{scales[0]} is there, and {rows[0]} is not of 8 bits and has no scale; remove it")
         return tensor_layout(rows)
     if not scales:
         raise CheckpointError(
             f"{rows[0]} has no scale: expected {names[0].partition('.ngram_embedding.')[0]}.ngram_embedding."
-            "weight_scale beside it, without which it means nothing"
+            "weight_scale beside it, without which it means nothing; download it again"
         )
     scale = tensors.find(scales[0])
     if scale.shape not in ((), (1,)) or scale.dtype not in _FLOATS:
@@ -236,6 +282,24 @@ def _parse_config(text: bytes | None, source: str) -> Mapping[str, Any]:
         raise CheckpointError(f"{source}: config.json is a JSON {type(config).__name__}, expected an object")
     inside = config.get("text_config")
     return {**config, **inside} if isinstance(inside, dict) else config
+
+
+def _check_own_rows(config: Mapping[str, Any], found: Mapping[int | str, int], source: str) -> None:
+    """Hold row counts against the hash that our own config says its tables are addressed with."""
+    spec = config.get("hash_spec")
+    if not isinstance(spec, dict):
+        return
+    layers, base, rows = spec.get("layers"), spec.get("layer_base"), spec.get("padded_rows")
+    if not (_are_integers(layers) and _are_integers(rows) and len(layers) == len(rows) > 0 and type(base) is int):
+        return
+    names = ["shared"] * len(layers) if spec.get("shared_table") is True else [layer - base for layer in layers]
+    expected = dict(zip(names, rows, strict=True))
+    for key, num_rows in found.items():
+        if num_rows != expected.get(key, num_rows):
+            raise CheckpointError(
+                f"{source}: the table {key} has {num_rows} rows, the primes of 'hash_spec' in config.json make "
+                f"{expected[key]}; the folder holds weights of another geometry"
+            )
 
 
 def _check_deepseek_rows(config: Mapping[str, Any], found: Mapping[int | str, int], source: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engram.errors import DataError
 
-__all__ = ["Corpus", "Document", "read_corpus", "split_corpus", "standard_library"]
+__all__ = ["Corpus", "Document", "read_corpus", "split_corpus", "standard_library", "standard_library_files"]
 
 _NO_TEXT_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -46,6 +46,12 @@ class Corpus:
 def standard_library() -> Path:
     """Find the Python standard library's sources on this machine."""
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def standard_library_files() -> list[Path]:
+    """The Python standard library's own sources on this machine, without its tests and empty files, in order."""
+    found = (path for _, path in _find(standard_library(), tests=False, suffix=".py"))
+    return sorted(path for path in found if path.is_file() and path.stat().st_size)
 
 
 def read_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 64_000_000) -> Corpus:

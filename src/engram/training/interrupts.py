@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -11,14 +12,19 @@ __all__ = ["Interrupt"]
 class Interrupt:
     """Catches SIGINT and SIGTERM while the context is open.
 
+    Args:
+        same_seconds: A signal so soon after the first is the same request. Under torchrun, which passes on to every
+            process what the terminal told all of them, a Ctrl-C comes twice.
+
     Example:
         >>> with Interrupt() as interrupt:
         ...     while not interrupt.asked:
         ...         break  # a step
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same_seconds: float = 0.0) -> None:
         self.asked = False
+        self._same_seconds, self._asked_at = same_seconds, 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -34,6 +40,8 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+        elif now - self._asked_at > self._same_seconds:
             raise KeyboardInterrupt
-        self.asked = True

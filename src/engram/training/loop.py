@@ -1,62 +1,52 @@
-"""The training loop: one process, one device."""
+"""The training loop: steps of one model, on one process or on many."""
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import time
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engram.errors import ConfigError, DataError
-from engram.model.experts import balance_experts, sequence_balance_loss
+from engram.model.experts import balance_experts
 from engram.training.batches import Batches
-from engram.training.optimizers import RowAdam, clip_gradients, parameter_groups
+from engram.training.diagnostics import TableUse, UpdateMeter, gradient_norms
+from engram.training.distribution import LossModule, Ranks, agree, sharded_weights, share, without_sync, wrap_backbone
+from engram.training.loss import language_model_loss
+from engram.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
+from engram.training.schedules import ScheduleOptions, learning_rate_factor
 
-__all__ = [
-    "StepRecord",
-    "TrainOptions",
-    "Trainer",
-    "autocast",
-    "best_dtype",
-    "find_device",
-    "language_model_loss",
-    "learning_rate",
-]
+__all__ = ["StepRecord", "TrainOptions", "Trainer", "best_dtype", "find_device"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a model is trained."""
+    """How steps are taken."""
 
     num_steps: int
-    """Optimizer steps."""
-    lr: float = 3e-3
-    """Peak learning rate of the backbone."""
-    table_lr_multiplier: float = 5.0
-    """Learning rate of tables relative to the backbone's (paper, Table 5)."""
-    weight_decay: float = 0.1
-    """For matrices of the backbone; tables have none (paper, Table 5)."""
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises."""
-    final_lr: float = 0.1
-    """Share of the peak that the cosine ends at."""
+    """Optimizer steps; the schedule ends with them."""
+    micro_batch_size: int | None = None
+    """Sequences that a process computes at a time; gradients of a larger share are added up. All where None."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's moments, backbone and tables."""
+    max_skipped_steps: int = 0
+    """Steps in a row that may be skipped because their gradient is not finite, before training ends with an error."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; weights stay in float32."""
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused too.
-        if not (self.num_steps >= 1 and self.lr > 0 and self.table_lr_multiplier >= 0):
+        if not (self.num_steps >= 1 and self.max_grad_norm > 0 and self.max_skipped_steps >= 0):
             raise ConfigError(
-                f"training needs num_steps >= 1, lr > 0 and table_lr_multiplier >= 0, not {self.num_steps}, {self.lr} "
-                f"and {self.table_lr_multiplier}"
+                f"training needs num_steps >= 1, max_grad_norm > 0 and max_skipped_steps >= 0, not {self.num_steps}, "
+                f"{self.max_grad_norm} and {self.max_skipped_steps}"
             )
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size is at least 1, not {self.micro_batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +56,7 @@ class StepRecord:
     step: int
     """Counted from 1."""
     loss: float
-    """Mean nats per token of the batch, before the update."""
+    """Mean nats per token of the batch, over all processes, before the update."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float
@@ -75,6 +65,16 @@ class StepRecord:
     """Tokens trained on so far."""
     seconds: float
     """Time of this step alone."""
+    skipped: bool = False
+    """Whether the gradient was not finite, so that nothing was changed."""
+    details: dict[str, Any] | None = None
+    """Norms by group, use of the tables and expert load, where they were asked for: see `Trainer.step`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, details among them, without what was not measured."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        details = values.pop("details") or {}
+        return {**values, **details}
 
 
 def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -99,100 +99,149 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Run matrix products in ``dtype``."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
-
-
-def language_model_loss(model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32") -> Tensor:
-    """Compute the mean nats per token without keeping the logits of the whole batch.
-
-    A model whose configuration weighs the sequence-wise balance loss of its experts has it added, as with ``labels``.
-
-    Args:
-        model: An `EngramForCausalLM`.
-        inputs: Tokens ``[B, L]``.
-        targets: The token after each, ``[B, L]``.
-        dtype: Type of matrix products.
-    """
-    balance = model.config.sequence_balance if model.training and model.config.has_experts else 0.0
-    with autocast(inputs.device, dtype):
-        wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
-        outputs = model.model(input_ids=inputs, use_cache=False, **wanted)
-    hidden = outputs.last_hidden_state
-    weight = model.lm_head.weight
-    if dtype != "float32":
-        hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
-    loss = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten()).float()
-    if balance:
-        loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
-    return loss
-
-
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """Learning rate of a step counted from 0: linear warm-up, then a cosine."""
-    warmup_steps = max(1, round(options.warmup * options.num_steps))
-    if step < warmup_steps:
-        return options.lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, options.num_steps - warmup_steps)
-    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 class Trainer:
     """Trains one model in place, a step at a time, so that several can be trained side by side.
 
+    On several processes every one holds a trainer, all call the same methods in the same order, and the losses are
+    those of one process but for rounding: see `engram.training.distribution`.
+
     Args:
-        model: An `EngramForCausalLM`; parameters that do not require a gradient stay as they are.
-        batches: Where batch ``step`` comes from.
-        options: How to train.
+        model: An `EngramForCausalLM`; parameters that do not require a gradient stay as they are. With several
+            processes its tables have been given to `engram.tables.sharded.shard_tables`.
+        batches: Where the sequences of step ``step`` come from.
+        options: How steps are taken.
+        optimizer: How gradients become updates.
+        schedule: How the learning rate changes.
+        ranks: The processes; this one alone where None.
+        backbone: Whether the backbone is copied (``"ddp"``) or divided (``"fsdp2"``), with several processes.
+
+    Raises:
+        ConfigError: A batch has fewer sequences than there are processes.
     """
 
-    def __init__(self, model: Any, batches: Batches, options: TrainOptions) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        options: TrainOptions,
+        optimizer: OptimizerOptions | None = None,
+        schedule: ScheduleOptions | None = None,
+        *,
+        ranks: Ranks | None = None,
+        backbone: Literal["ddp", "fsdp2"] = "ddp",
+    ) -> None:
         self.model, self.batches, self.options = model, batches, options
-        self.num_steps_done = 0
-        groups, tables = parameter_groups(model, weight_decay=options.weight_decay)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
-        ]
-        self._multipliers = [1.0]
-        if tables:
-            rate = options.lr * options.table_lr_multiplier
-            self.optimizers.append(RowAdam(tables, lr=rate, betas=options.betas))
-            self._multipliers.append(options.table_lr_multiplier)
+        self.optimizer_options = optimizer or OptimizerOptions()
+        self.schedule = schedule or ScheduleOptions()
+        self.ranks = ranks or Ranks()
+        self.num_steps_done = self.num_skipped = self._skipped_in_a_row = 0
+        self._parts = _divide(batches.batch_size, options.micro_batch_size, self.ranks)
+        self.loss_module = wrap_backbone(
+            LossModule(model, functools.partial(language_model_loss, dtype=options.dtype)),
+            backbone if self.ranks.world_size > 1 else "none",
+            self.ranks,
+        )
+        """What computes the loss, wrapped for several processes."""
+        self.optimizer = build_optimizer(model, self.optimizer_options)
+        self.table_use = TableUse(model, self.ranks)
 
-    def step(self) -> StepRecord:
-        """Take the next step.
+    def step(self, *, details: bool = False) -> StepRecord:
+        """Take the next step. A step whose gradient is not finite changes nothing, on any process, and is counted.
+
+        Args:
+            details: Whether to measure norms of gradients and updates by group, use of the tables and expert load.
 
         Raises:
-            DataError: The loss or the gradient is no longer a finite number; the model is as it was before the step.
+            DataError: More than ``max_skipped_steps`` in a row have been skipped; the model is as it was before them.
         """
         started = time.perf_counter()
-        rate = learning_rate(self.num_steps_done, self.options)
-        for optimizer, multiplier in zip(self.optimizers, self._multipliers, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * multiplier
-        device = next(self.model.parameters()).device
-        inputs, targets = (tokens.to(device) for tokens in self.batches[self.num_steps_done])
-        self.model.train()
-        loss = language_model_loss(self.model, inputs, targets, self.options.dtype)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DataError(f"the loss became {value} at step {self.num_steps_done + 1}; lower the learning rate")
-        loss.backward()
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        norm = clip_gradients(
-            (parameter for group in groups for parameter in group["params"]), self.options.max_grad_norm
+        rate = self.optimizer_options.lr * learning_rate_factor(
+            self.num_steps_done, self.options.num_steps, self.schedule
         )
-        if not math.isfinite(norm):
-            raise DataError(f"the gradient became {norm} at step {self.num_steps_done + 1}; lower the learning rate")
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        balance_experts(self.model)
+        self.optimizer.set_lr(rate)
+        device = next(self.model.parameters()).device
+        self.model.train()
+        loss = self._backward(device)
+        found: dict[str, Any] = {}
+        if details:
+            found |= gradient_norms(self.model, self.optimizer, self.ranks)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        own = {id(weight) for weight in sharded_weights(self.model)}
+        norm = clip_gradients(
+            parameters,
+            self.options.max_grad_norm,
+            is_sharded=lambda parameter: id(parameter) in own,
+            group=self.ranks.group,
+        )
+        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        if not skipped:
+            self.table_use.note()
+            with UpdateMeter(self.model, self.optimizer, self.ranks, enabled=details) as meter:
+                self.optimizer.step()
+            found |= meter.norms
+        self.optimizer.zero_grad(set_to_none=True)
+        if details:
+            found["tables"] = self.table_use.summary()
+        load = balance_experts(self.model, 0.0 if skipped else None)  # over all processes
+        if details:
+            found["expert_load"] = _load_summary(load)
         self.num_steps_done += 1
+        self.num_skipped += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row > self.options.max_skipped_steps:
+            raise DataError(
+                f"the loss became {loss} and the gradient {norm} at step {self.num_steps_done}"
+                + (f", after {self._skipped_in_a_row} such steps in a row" if self._skipped_in_a_row > 1 else "")
+                + "; lower the learning rate"
+            )
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # or this step's work is counted in whoever's comes next
-        seconds = time.perf_counter() - started
-        return StepRecord(self.num_steps_done, value, norm, rate, self.num_steps_done * inputs.numel(), seconds)
+        return StepRecord(
+            step=self.num_steps_done,
+            loss=loss,
+            grad_norm=norm,
+            lr=rate,
+            num_tokens=self.num_steps_done * self.batches.batch_size * self.batches.length,
+            seconds=time.perf_counter() - started,
+            skipped=skipped,
+            details=found if details else None,
+        )
+
+    def _backward(self, device: torch.device) -> float:
+        """Compute the gradients of the whole batch's mean loss, and that loss."""
+        total: Tensor | None = None
+        # A process that cannot read its text must not leave the others waiting in an exchange.
+        with agree(self.ranks, f"reading the text of step {self.num_steps_done + 1}"):
+            batches = [self.batches.part(self.num_steps_done, start, stop) for start, stop in self._parts]
+        for index, (start, stop) in enumerate(self._parts):
+            batch = batches[index].to(device)
+            last = index == len(self._parts) - 1
+            with contextlib.nullcontext() if last else without_sync(self.loss_module):
+                # The mean over processes, which is what their gradients become, is the mean over the batch.
+                weight = (stop - start) * self.ranks.world_size / self.batches.batch_size
+                loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids) * weight
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return self.ranks.mean(total)
+
+
+def _divide(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[tuple[int, int]]:
+    """Samples of a batch that this process computes, part by part: as many parts on every process, none empty."""
+    wanted = 1 if micro_batch_size is None else math.ceil(batch_size / (micro_batch_size * ranks.world_size))
+    # Every process takes part in every exchange of rows, so each part must have a sequence for each of them.
+    num_parts = max(1, min(wanted, batch_size // ranks.world_size))
+    bounds = [batch_size * part // num_parts for part in range(num_parts + 1)]
+    parts = []
+    for low, high in itertools.pairwise(bounds):
+        start, stop = share(high - low, ranks)
+        parts.append((low + start, low + stop))
+    return parts
+
+
+def _load_summary(load: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Of each router, the largest and the smallest share of an expert, where 1 is an even one."""
+    return {
+        name: {"largest": float(share.max() * len(share)), "smallest": float(share.min() * len(share))}
+        for name, share in load.items()
+    }

@@ -32,6 +32,7 @@ from engram.training.batches import Batches, pack
 from engram.training.corpus import Corpus, Document, read_corpus, split_corpus
 from engram.training.interrupts import Interrupt
 from engram.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
+from engram.training.optimizers import OptimizerOptions
 from engram.training.run_folder import RunFolder, command_line, commit, machine, to_json, versions
 from engram.training.tokenizer import train_tokenizer
 
@@ -257,13 +258,9 @@ class _Study:
     ) -> dict[str, dict[str, Any]]:
         """Train all arms in step: batch by batch, one after the other, so that a slow minute slows all of them."""
         options = self.options
-        train_options = TrainOptions(
-            num_steps=options.num_steps,
-            lr=options.lr,
-            table_lr_multiplier=options.table_lr_multiplier,
-            dtype=self.dtype,
-        )
-        trainers = {name: Trainer(arm.model, batches, train_options) for name, arm in arms.items()}
+        train_options = TrainOptions(num_steps=options.num_steps, dtype=self.dtype)
+        optimizer = OptimizerOptions(backbone="adamw", lr=options.lr, table_lr_multiplier=options.table_lr_multiplier)
+        trainers = {name: Trainer(arm.model, batches, train_options, optimizer) for name, arm in arms.items()}
         records: dict[str, list[StepRecord]] = {name: [] for name in arms}
         held_out_curves: dict[str, list[tuple[int, float]]] = {name: [] for name in arms}
         points = {round(options.num_steps * (i + 1) / _CURVE_POINTS) for i in range(_CURVE_POINTS - 1)}
@@ -273,7 +270,7 @@ class _Study:
                 for name, trainer in trainers.items():
                     record = trainer.step()
                     records[name].append(record)
-                    metrics.write(json.dumps({"arm": name, "seed": seed, **dataclasses.asdict(record)}) + "\n")
+                    metrics.write(json.dumps({"arm": name, "seed": seed, **record.to_dict()}) + "\n")
                 show(records)
                 if step in points:
                     for name, arm in arms.items():

@@ -1,0 +1,198 @@
+"""A recipe's parts made real: tokenizer, token shards, configuration, model."""
+
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
+
+from engram.errors import ConfigError, DataError, MismatchError
+from engram.files import new_folder
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.model.plan import read_config
+from engram.tables.sharded import shard_tables
+from engram.training.corpus import standard_library_files
+from engram.training.distribution import Ranks
+from engram.training.packing import PackedCorpus, pack_to_shards
+from engram.training.recipe import Recipe
+from engram.training.sources import TextSource, open_sources
+from engram.training.tokenizer import train_tokenizer
+
+__all__ = ["build_model", "find_tokenizer", "model_config", "open_corpus", "text_sources"]
+
+
+def text_sources(recipe: Recipe) -> tuple[TextSource, ...]:
+    """Where the recipe's text comes from."""
+    if recipe.data.sources:
+        return recipe.data.sources
+    return tuple(TextSource(path=str(path), kind="text") for path in standard_library_files())
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where token shards and tokenizers are kept for later runs."""
+    if recipe.data.cache is not None:
+        return recipe.data.cache.expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram" / "shards"
+
+
+def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
+    """Load the recipe's tokenizer, or train it once and keep it in ``folder``.
+
+    Several processes may call this at a time; one of them trains.
+
+    Args:
+        recipe: What to train on.
+        folder: Where the tokenizer is kept; one that is there already is used.
+
+    Raises:
+        ConfigError: The tokenizer cannot be loaded.
+        DataError: There is no text to train one on.
+    """
+    weights = recipe.model.weights
+    if weights is not None and not (weights / "config.json").is_file() and (weights / "model").is_dir():
+        raise ConfigError(f"{weights} is a run; its model is in {weights / 'model'}: give that as model.weights")
+    source = recipe.tokenizer.path or (None if recipe.model.weights is None else str(recipe.model.weights))
+    with _locked(folder):
+        if not folder.is_dir():
+            if source is None:
+                tokenizer = train_tokenizer(_beginning(recipe), recipe.tokenizer.vocab_size)
+            else:
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(source)
+                except (OSError, ValueError) as error:
+                    raise ConfigError(
+                        f"cannot load the tokenizer {source}: {str(error).splitlines()[0]}; give a folder that "
+                        "save_pretrained wrote, or the name of one on the Hub"
+                    ) from error
+            with new_folder(folder) as aside:
+                tokenizer.save_pretrained(aside)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def open_corpus(
+    recipe: Recipe,
+    tokenizer: Any,
+    on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
+) -> PackedCorpus:
+    """Tokenize the recipe's text into shards, or open those that an earlier run made of it.
+
+    Args:
+        recipe: Which text, and how long a sequence is.
+        tokenizer: What makes tokens of it.
+        on_progress: See `pack_to_shards`.
+
+    Raises:
+        DataError: There is no text, too little of it, or it cannot be read.
+    """
+    corpus = pack_to_shards(
+        text_sources(recipe),
+        tokenizer,
+        cache_folder(recipe),
+        held_out=recipe.data.held_out,
+        on_progress=on_progress,
+    )
+    needed = recipe.data.sequence_length + 1
+    if corpus.train.num_tokens < needed:
+        raise DataError(
+            f"the text gives {corpus.train.num_tokens} tokens to train on, one sequence needs {needed}; give more "
+            "text, or a smaller data.sequence_length"
+        )
+    return corpus
+
+
+def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:
+    """Configure the recipe's model.
+
+    Args:
+        recipe: Which model.
+        tokenizer: Decides vocabulary and canonical tokens of a preset; without one they are the preset's own.
+
+    Raises:
+        ConfigError: An impossible model.
+        MismatchError: A configuration made for another tokenizer.
+    """
+    model = recipe.model
+    if model.weights is not None or model.config is not None:
+        config = read_config(str(model.weights or model.config))
+        if tokenizer is not None:
+            if config.spec is not None:
+                config._token_map = config.spec.bind(tokenizer).token_map
+            elif config.vocab_size < len(tokenizer):
+                raise MismatchError(
+                    f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; use the "
+                    "tokenizer that the model was made for"
+                )
+    else:
+        config = _preset(recipe, tokenizer)
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length {recipe.data.sequence_length} is more than the model's max_position_embeddings "
+            f"{config.max_position_embeddings}; shorten it, or set model.backbone.max_position_embeddings"
+        )
+    return config
+
+
+def _preset(recipe: Recipe, tokenizer: Any) -> EngramLMConfig:
+    model = recipe.model
+    # transformers keeps fields that it does not know beside those it does: a misspelled one would change nothing.
+    known = [field.name for field in dataclasses.fields(EngramLMConfig) if field.name not in ("memory", "hash_spec")]
+    for name in model.backbone:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"model.backbone has an unknown field {name!r}{hint}")
+    try:
+        return EngramLMConfig.preset(model.preset, tokenizer, memory=model.memory or None, **model.backbone)
+    except StrictDataclassError as error:
+        raise ConfigError(f"model.backbone cannot be: {' '.join(str(error).split())}") from error
+
+
+def build_model(recipe: Recipe, config: EngramLMConfig, ranks: Ranks) -> Any:
+    """Build the model on this process's device, with its share of the tables.
+
+    The first numbers depend on the seed and nothing else: neither the backbone's on the tables, nor a row on how many
+    processes there are.
+    """
+    torch.manual_seed(recipe.train.seed)
+    model: Any
+    if recipe.model.weights is not None:
+        model = EngramForCausalLM.from_pretrained(recipe.model.weights, dtype=torch.float32)
+    else:
+        # Tables come later: a process may have no room for more than its share of them.
+        config._tables_on_meta = config.memory is not None and config.memory["table_gradient"] == "sparse"
+        try:
+            model = EngramForCausalLM(config)
+        finally:
+            del config._tables_on_meta
+    if recipe.train.gradient_checkpointing:
+        # Its new name in transformers; the old one warns there.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if any(table.gradient == "sparse" for table in model.tables.values()):
+        seed = None if recipe.model.weights is not None else recipe.train.seed
+        shard_tables(model, ranks.group, seed=seed, device=ranks.device, deduplicate=recipe.parallel.deduplicate)
+    return model.to(ranks.device)
+
+
+def _beginning(recipe: Recipe) -> Iterator[str]:
+    """The texts that a tokenizer is trained on."""
+    left = recipe.tokenizer.train_bytes
+    for piece in open_sources(text_sources(recipe)).pieces():
+        if left <= 0:
+            return
+        yield piece.text[:left]
+        left -= len(piece.text)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

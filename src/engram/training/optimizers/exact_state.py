@@ -1,0 +1,40 @@
+"""Optimizer state that keeps its types: torch casts loaded state to the parameter's."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExactStateOptimizer"]
+
+
+class ExactStateOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is loaded as it was saved, and can be made before the first step.
+
+    ``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the type of its parameter: float32 moments of
+    a bfloat16 table would lose their digits, and whole numbers per row would become fractions.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave. Tensors are copied, in the type in which they were saved."""
+        super().load_state_dict(state_dict)
+        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        ours = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(saved, ours, strict=True):
+            loaded = self.state.get(parameter, {})
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    # torch chose the device: counters of steps may stay on the host.
+                    loaded[name] = value.detach().to(loaded[name].device, copy=True)
+
+    def allocate_state(self) -> None:
+        """Make all state tensors as they are before the first step, so that saved ones can be written into them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self._allocate(parameter, group)
+
+    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Fill ``self.state[parameter]``."""
+        raise NotImplementedError

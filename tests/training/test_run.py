@@ -1,0 +1,387 @@
+"""A whole run: what its folder holds, and that a stop at any moment changes nothing."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tests.small_model import TEXT
+
+from engram.cli import main
+from engram.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
+from engram.model import EngramForCausalLM
+from engram.training.distribution import Ranks
+from engram.training.held_out import evaluate
+from engram.training.metrics import Metrics, read_metrics
+from engram.training.progress import RunProgress
+from engram.training.recipe import Recipe
+from engram.training.recipe_file import write_toml
+from engram.training.run import Run
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"Text {number}. " + TEXT[number * 37 :], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def table(text, cache, **changes):
+    backbone = {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "kv_lora_rank": 16, "v_head_dim": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "num_streams": 2,
+    }  # fmt: skip
+    sections = {
+        "model": {"preset": "engram-nano", "backbone": backbone, "memory": {"memory_dim": 16, "rows_per_head": 61}},
+        "tokenizer": {"vocab_size": 280},
+        "data": {"sources": [str(text)], "cache": str(cache), "sequence_length": 24, "held_out": 0.2},
+        "train": {"num_steps": STEPS, "batch_size": 4, "dtype": "float32", "device": "cpu"},
+        "optimizer": {"lr": 3e-3},
+        "evaluation": {"every": 5, "max_tokens": 400},
+        "checkpoint": {"every": 4},
+        "log": {"details_every": 3, "tensorboard": "no", "wandb": "no"},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def run(out, sections, **options):
+    progress = RunProgress(Console(stderr=True), silent=True)
+    return Run(Recipe.from_dict(sections), out, Ranks(), progress=progress, **options).execute()
+
+
+def measured(out):
+    """What does not depend on how fast this machine was."""
+    timings = {"seconds", "tokens_per_second", "model_tflops", "mfu"}
+    return [
+        {name: value for name, value in line.items() if name not in timings}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(text, cache, tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(out, table(text, cache))
+    return out
+
+
+def weights(out):
+    return EngramForCausalLM.from_pretrained(out / "model").state_dict()
+
+
+def assert_same(out, whole):
+    assert measured(out) == measured(whole)
+    expected = weights(whole)
+    for name, value in weights(out).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_run_leaves_a_folder_that_says_everything(whole):
+    lines = measured(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert [line["step"] for line in lines if "held_out" in line] == [5, 10, 12]
+    assert [line["step"] for line in lines if "tables" in line] == [3, 6, 9, 12]
+    details = lines[2]
+    assert set(details["grad_norms"]) == set(details["update_norms"]) == {"matrices", "decayed", "plain", "tables"}
+    assert 0 < details["tables"]["1"]["occupancy"] <= 1 and details["expert_load"]
+    assert 0 < lines[-1]["held_out"]["gates"]["1"]["mean"] < 1
+    result = json.loads((whole / "result.json").read_text())
+    assert result["num_steps"] == STEPS and result["held_out"] == lines[-1]["held_out"] and not result["interrupted"]
+    assert sorted(path.name for path in (whole / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
+    assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert Recipe.read(whole / "recipe.toml").train.num_steps == STEPS
+
+
+def test_the_model_of_a_run_can_be_used_and_evaluated(whole, text, capsys):
+    assert main(["eval", str(whole / "model"), "--data", str(text), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] < 5
+    assert main(["generate", str(whole / "model"), "--prompt", "the cat", "--max-new-tokens", "4"]) == 0
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(whole, text, cache, tmp_path):
+    first = run(tmp_path / "run", table(text, cache), stop_after=6)
+    assert first["num_steps"] == 6 and not first["interrupted"]
+    # Written after the last checkpoint, as by a process that was killed: these steps are taken again.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 0.0}\n{"step": 8, "lo')
+    run(tmp_path / "run", table(text, cache), resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+SCRIPT = """
+import sys, pathlib, json
+from tests.training.test_run import run
+run(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), resume=sys.argv[3] == "resume")
+"""
+
+
+def start(out, sections, resume):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = [sys.executable, "-c", SCRIPT, str(out), json.dumps(sections), "resume" if resume else "new"]
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_moment_a_run_goes_on_from_its_last_complete_checkpoint(whole, text, cache, tmp_path):
+    sections = table(text, cache, checkpoint__every=1)
+    out, randomness = tmp_path / "run", random.Random(0)
+    for attempt in range(3):
+        process = start(out, sections, resume=attempt > 0)
+        deadline = time.monotonic() + 90
+        seen = len(read_metrics(out / "metrics.jsonl")) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) != seen:
+                break
+            time.sleep(0.01)
+        time.sleep(randomness.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    run(out, sections, resume=True)
+    assert_same(out, whole)
+
+
+def test_a_signal_ends_a_run_after_a_checkpoint(whole, text, cache, tmp_path):
+    out, sections = tmp_path / "run", table(text, cache, checkpoint__every=0, train__num_steps=5000)
+    process = start(out, sections, resume=False)
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and read_metrics(out / "metrics.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (checkpoint,) = (out / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == len(read_metrics(out / "metrics.jsonl"))
+
+
+def test_folders_and_recipes_of_others_are_left_alone(whole, text, cache, tmp_path):
+    with pytest.raises(RunFolderError, match="go on with it with --resume"):
+        run(whole, table(text, cache))
+    with pytest.raises(MismatchError, match=r"optimizer.lr is 0.5, was 0.003"):
+        run(whole, table(text, cache, optimizer__lr=0.5), resume=True)
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(RunFolderError, match="not a training run"):
+        run(tmp_path, table(text, cache), resume=True)
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_text_that_changed_is_not_trained_on_by_a_run_that_goes_on(text, cache, tmp_path):
+    mine = tmp_path / "text"
+    mine.mkdir()
+    for path in text.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    run(tmp_path / "run", table(mine, cache), stop_after=2)
+    (mine / "0.txt").write_text("Something else. " * 200)
+    with pytest.raises(MismatchError, match="corpus"):
+        run(tmp_path / "run", table(mine, cache), resume=True)
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_trained(text, cache, tmp_path):
+    run(tmp_path / "run", table(text, cache), stop_after=2)
+    (data,) = (tmp_path / "run" / "checkpoints" / "step-00000002").glob("*.safetensors")
+    whole = bytearray(data.read_bytes())
+    whole[-5] ^= 1
+    data.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=str(data.name)):
+        run(tmp_path / "run", table(text, cache), resume=True)
+
+
+def test_training_goes_on_from_weights_of_another_run(whole, text, cache, tmp_path):
+    sections = table(text, cache)
+    sections["model"], sections["tokenizer"] = {"weights": str(whole / "model")}, {}
+    run(tmp_path / "more", sections, stop_after=1)
+    first = measured(tmp_path / "more")[0]["loss"]
+    assert first < measured(whole)[0]["loss"] - 0.5
+
+
+def test_too_little_text_is_said(cache, tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} short")
+    with pytest.raises(DataError, match="sequence"):
+        run(tmp_path / "run", table(tmp_path / "text", cache, data__sequence_length=200, data__held_out=0.5))
+
+
+def test_metrics_are_nested_numbers_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    metrics = Metrics(tmp_path / "metrics.jsonl", tensorboard="yes")
+    metrics.write({"step": 1, "loss": 2.0, "held_out": {"loss": float("nan")}})
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "held_out": {"loss": None}}]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_command_line_explains_itself(text, cache, tmp_path, capsys):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[train]\nnum_steps = 3\n")
+    assert main(["train", "--keys"]) == 0
+    keys = capsys.readouterr().out
+    assert "--train.num-steps" in keys and "--optimizer.table-lr-multiplier" in keys
+    assert main(["train", str(recipe), "--train.num_step", "4"]) == 1
+    assert "did you mean train.num_steps?" in capsys.readouterr().err
+    assert main(["train"]) == 1
+    assert "name a recipe" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--dry-run", "--world-size", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["world_size"] == 4 and found["bill"]["parameters"]["total"] > 1e6
+    assert found["recipe"]["train"]["num_steps"] == 3
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    assert "num_steps = 3" in capsys.readouterr().out
+
+
+def torchrun(num_ranks, arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run(
+        [*command, "-m", "engram", "train", *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("backbone", ["ddp", "fsdp2"])
+def test_several_processes_train_the_model_that_one_does(backbone, whole, text, cache, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(write_toml(table(text, cache, parallel__backbone=backbone)))
+    two = torchrun(2, [recipe, "--out", tmp_path / "run", "--max-steps", 5])
+    assert two.returncode == 0, two.stderr
+    # 4 sequences over 3 processes: one has two of them.
+    three = torchrun(3, [recipe, "--out", tmp_path / "run", "--resume", "--max-steps", 9])
+    assert three.returncode == 0, three.stderr
+    run(tmp_path / "run", table(text, cache, parallel__backbone=backbone), resume=True)
+    found, expected = measured(tmp_path / "run"), measured(whole)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=2e-3)
+    assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in expected], rel=2e-2)
+    for line, other in zip(found, expected):
+        if "tables" in line:
+            assert line["tables"]["1"]["occupancy"] == other["tables"]["1"]["occupancy"]
+            assert line["update_norms"] == pytest.approx(other["update_norms"], rel=2e-2)
+        if "held_out" in line:
+            assert line["held_out"]["loss"] == pytest.approx(other["held_out"]["loss"], rel=2e-3)
+            assert line["held_out"]["gates"]["1"] == pytest.approx(other["held_out"]["gates"]["1"], rel=2e-2)
+
+
+@pytest.mark.timeout(200)
+def test_a_mistake_that_one_process_meets_ends_all_with_its_words(text, cache, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(write_toml(table(text, cache, train__batch_size=1)))
+    ended = torchrun(2, [recipe, "--out", tmp_path / "run"])
+    assert ended.returncode == 1 and "a batch of 1 cannot be divided over 2 ranks" in ended.stderr
+    assert "engram/training" not in ended.stderr  # no traceback of ours, only torchrun's
+
+
+def test_a_run_that_failed_before_its_first_step_is_begun_anew(text, cache, tmp_path):
+    wrong = table(text, cache, tokenizer__vocab_size=270)
+    wrong["model"]["backbone"] = {**wrong["model"]["backbone"], "num_hidden_layer": 3}
+    with pytest.raises(ConfigError, match="'num_hidden_layer'; did you mean 'num_hidden_layers'"):
+        run(tmp_path / "run", wrong)
+    wrong["model"]["backbone"] = {"num_hidden_layers": "two"}
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        run(tmp_path / "run", wrong)
+    run(tmp_path / "run", table(text, cache), stop_after=1)
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["vocab_size"] == 280
+
+
+def test_a_run_that_has_ended_says_the_same_when_it_is_asked_to_go_on(text, cache, tmp_path):
+    out = tmp_path / "run"
+    first = run(out, table(text, cache, train__num_steps=2))
+    written = (out / "result.json").read_bytes()
+    assert run(out, table(text, cache, train__num_steps=2), resume=True) == first
+    assert (out / "result.json").read_bytes() == written and first["held_out"]["loss"] > 0
+    for path in (out / "model").iterdir():
+        path.unlink()  # as after a kill while the model was written
+    again = run(out, table(text, cache, train__num_steps=2), resume=True)
+    assert again["held_out"] == first["held_out"] and weights(out)
+
+
+def test_two_processes_do_not_train_in_one_folder(text, cache, tmp_path):
+    out = tmp_path / "run"
+    run(out, table(text, cache), stop_after=1)
+    with (out / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="another process is training"):
+            run(out, table(text, cache), resume=True)
+
+
+def test_details_are_written_in_steps_of_their_own_and_few_lines_are_plotted(text, cache, tmp_path):
+    run(tmp_path / "a", table(text, cache, log__every=4), stop_after=4)
+    assert [line["step"] for line in measured(tmp_path / "a")] == [3, 4]
+    run(tmp_path / "b", table(text, cache, log__every=10), stop_after=1)
+    assert measured(tmp_path / "b") == []
+
+
+def test_documents_restart_in_evaluation_as_in_training():
+    tokens, given = np.arange(9), []
+
+    class Model(torch.nn.Linear):
+        base_model = SimpleNamespace(layers=[])
+
+    def loss(inputs, targets, position_ids):
+        given.append(position_ids.tolist())
+        return torch.zeros(())
+
+    ends = np.array([2, 3, 9])
+    evaluate(Model(1, 1), loss, tokens, length=4, batch_size=8, ranks=Ranks(), document_ends=ends)
+    assert given == [[[0, 1, 0, 0], [0, 1, 2, 3]]]
+    with pytest.raises(DataError, match="hold out more"):
+        evaluate(Model(1, 1), loss, tokens[:1], length=4, batch_size=8, ranks=Ranks())
+
+
+def test_a_full_disk_is_said_once_and_the_lines_before_it_stay(tmp_path):
+    code = """
+import resource, signal, sys, pathlib
+from engram.errors import RunFolderError
+from engram.training.metrics import Metrics
+path = pathlib.Path(sys.argv[1])
+metrics = Metrics(path)
+metrics.write({"step": 1, "loss": 1.0})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
+try:
+    metrics.write({"step": 2, "loss": 2.0})
+except RunFolderError:
+    metrics.close()
+    sys.exit(7)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "metrics.jsonl")], stderr=subprocess.PIPE)
+    assert ended.returncode == 7, ended.stderr
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+@pytest.mark.timeout(200)
+def test_what_every_process_has_a_copy_of_counts_once_and_all_of_their_choices_count(text, cache, tmp_path):
+    sections = table(text, cache, log__details_every=1)
+    sections["model"] = {**sections["model"], "memory": {**sections["model"]["memory"], "table_gradient": "dense"}}
+    run(tmp_path / "one", sections, stop_after=1)
+    (expected,) = measured(tmp_path / "one")
+    for backbone in ("ddp", "fsdp2"):
+        recipe = tmp_path / f"{backbone}.toml"
+        recipe.write_text(write_toml({**sections, "parallel": {"backbone": backbone}}))
+        ended = torchrun(2, [recipe, "--out", tmp_path / backbone, "--max-steps", 1])
+        assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
+        (found,) = measured(tmp_path / backbone)
+        assert found["tables"]["1"]["occupancy"] == expected["tables"]["1"]["occupancy"]
+        # The first step's choices are of the same first weights.
+        assert found["expert_load"] == expected["expert_load"]
