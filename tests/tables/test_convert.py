@@ -94,6 +94,34 @@ def test_our_own_tables_keep_every_bit_and_a_packed_file_may_be_the_source_again
         convert(tmp_path / "packed", tmp_path / "packed", dtype="int8")
 
 
+@pytest.mark.parametrize("width", [24, 1500], ids=["several rows on a page", "rows longer than a page"])
+def test_a_packed_source_is_copied_whole_and_a_flipped_bit_in_it_gets_no_checksum_of_its_own(tmp_path, width):
+    rows = 100_000 if width == 24 else 1500
+    weight = plain(tmp_path / "m", "model.memory_tables.3.weight", torch.float32, "F32", rows=rows, width=width)
+    (first,) = convert(tmp_path / "m", tmp_path / "first")
+    header = read_packed_header(first.path)
+    assert header.geometry.num_chunks > 1
+    # Other types lie in chunks of other rows.
+    for dtype in (None, "bfloat16"):
+        (again,) = convert(first.path, tmp_path / f"again-{dtype}", dtype=dtype)
+        found = packed_layout(again.path).load_records(0, rows)
+        assert torch.equal(found, weight.to(getattr(torch, dtype or "float32")).view(torch.uint8))
+    position = header.data_start + header.geometry.chunk_bytes(1)[0] + 50
+    with open(first.path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 4]))
+    low, high = header.geometry.chunk(1)
+    for write in (
+        lambda: convert(first.path, tmp_path / "bad"),
+        lambda: build_packed(tmp_path / "bad" / "b.engram", packed_layout(first.path)),
+    ):
+        with pytest.raises(CheckpointError, match=rf"chunk 1, rows {low} to {high - 1}, .*expected the CRC-32.*again"):
+            write()
+    assert not list((tmp_path / "bad").glob("*.engram"))
+
+
 def test_one_layer_is_converted_alone_and_an_unknown_one_or_type_refused_before_anything_is_written(tmp_path):
     deepseek(tmp_path / "source")
     for options, message in (

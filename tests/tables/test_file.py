@@ -87,9 +87,11 @@ def test_a_process_that_ends_with_tables_open_ends_in_silence(tmp_path):
         "import pickle, sys, torch\n"
         "from engram.tables import FileTable, MappedTable\n"
         "layout = pickle.load(sys.stdin.buffer)\n"
-        "kept = sys.modules['kept'] = [FileTable(layout), MappedTable(layout), FileTable(layout, direct=True)]\n"
-        "for table in kept:\n"
+        "tables = [FileTable(layout), MappedTable(layout), FileTable(layout, direct=True)]\n"
+        "for table in tables:\n"
         "    table.gather(torch.arange(101))\n"
+        # Kept until the modules are emptied, which the code of their classes then finds empty.
+        "torch.kept = tables\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(layout), capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")

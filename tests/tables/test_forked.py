@@ -1,4 +1,4 @@
-"""Tables in a process that was forked while other threads were reading: it has none of them, and must not wait for one."""
+"""Tables in a process that was forked while other threads were reading: it has none of them, and waits for none."""
 
 import contextlib
 import dataclasses

@@ -13,6 +13,7 @@ from tests.tables.tiers import serving
 from engram.errors import CheckpointError, ConfigError, RemoteError
 from engram.tables import FileTable, MappedTable, open_table, table_layouts
 from engram.tables.codec import RowCodec
+from engram.tables.convert import convert
 from engram.tables.packed_writer import write_packed
 from engram.tables.safetensors_file import INDEX_NAME
 
@@ -192,6 +193,8 @@ def test_a_packed_file_on_a_server_is_found_by_its_header_and_checked_like_a_loc
             table = open_table(address, tier=tier)
             assert torch.equal(table.gather(numbers), rows[numbers])
             table.close()
+        with pytest.raises(ConfigError, match=r"layer-7\.engram.* is on a server.*download it"):
+            convert(address, tmp_path / "copy")
         good = path.read_bytes()
         for data, message in (
             (good[:-1], r"layer-7\.engram is truncated: expected"),

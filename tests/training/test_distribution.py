@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from engram.errors import ConfigError, DataError, EngramError
 from engram.memory import EngramConfig
 from engram.model import EngramForCausalLM, EngramLMConfig, balance_experts
 from engram.tables.sharded import ShardedTable, block_of, shard_tables
+from engram.training.batches import Batches
 from engram.training.distribution import (
     LossModule,
     Ranks,
@@ -28,6 +30,7 @@ from engram.training.distribution import (
     without_sync,
     wrap_backbone,
 )
+from engram.training.loop import Trainer, TrainOptions
 from engram.training.loss import language_model_loss
 from engram.training.optimizers import clip_gradients
 from engram.training.tokenizer import train_tokenizer
@@ -337,7 +340,8 @@ from engram.training.distribution import agree, start
 with start("cpu", timeout_seconds=60) as ranks:
     table = ShardedTable(10, 2)
     table.gather(torch.arange(10))
-    print("ready", ranks.rank, ranks.local_rank, ranks.world_size, ranks.device, flush=True)
+    # In one write: the ranks share a pipe.
+    os.write(1, f"ready {ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.device}\n".encode())
     if sys.argv[1] == "kill" and ranks.rank == 1:
         os.kill(os.getpid(), 9)
     table.gather(torch.arange(10))
@@ -366,3 +370,32 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
     began = time.monotonic()
     assert torchrun(tmp_path, "kill").returncode != 0
     assert time.monotonic() - began < 55  # the ranks would wait 60 s
+
+
+class Unreadable:
+    """Tokens of which one process cannot read any."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, part):
+        raise DataError("00000.safetensors is missing")
+
+
+def step_once(rank, culprit):
+    ranks = ranks_here()
+    model = build("plain")
+    shard_tables(model, seed=5)
+    tokens = Unreadable() if rank == culprit else np.arange(1000) % 270
+    batches = Batches(tokens, batch_size=4, length=LENGTH, seed=0)
+    trainer = Trainer(model, batches, TrainOptions(num_steps=2), ranks=ranks)
+    try:
+        trainer.step()
+    except EngramError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_text_that_one_process_cannot_read_ends_the_step_of_all(processes):
+    found = processes.run(step_once, 1)
+    assert found == [("DataError", "rank 1, reading the text of step 1: 00000.safetensors is missing")] * len(found)

@@ -200,3 +200,15 @@ def test_the_first_interruption_is_a_request_and_the_second_ends_it():
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request():
+    import os
+    import signal
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Interrupt(same_seconds=60.0) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked
+    signal.signal(signal.SIGINT, before)

@@ -4,10 +4,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from engram.errors import ConfigError, MismatchError
+from engram.model import EngramForCausalLM
+from engram.training.dry_run import dry_run, priced_config
 from engram.training.recipe import Recipe
-from engram.training.recipe_file import override, write_toml
+from engram.training.recipe_file import divide, override, write_toml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 SMALL = "[train]\nnum_steps = 3\n"
@@ -85,3 +88,44 @@ def test_text_of_every_kind_survives_a_recipe():
         one = recipe(SMALL + f"[model.memory]\n{write_toml({'x': value})}")
         assert one.model.memory == {"x": value}
         assert Recipe.from_dict(tomllib.loads(write_toml(one.to_dict()))) == one
+
+
+def test_keys_may_stand_before_the_recipe_on_a_command_line():
+    arguments = ["--train.num_steps", "4", "mine.toml", "--out", "runs/a.b", "--optimizer.lr=-1", "--x.y", "--resume"]
+    rest, keys = divide(arguments)
+    assert rest == ["mine.toml", "--out", "runs/a.b", "--resume"]
+    assert keys == ["--train.num_steps", "4", "--optimizer.lr=-1", "--x.y"]
+    with pytest.raises(ConfigError, match=r"--x\.y needs a value"):
+        override({}, keys)
+
+
+def test_a_seed_that_torch_cannot_take_is_refused():
+    with pytest.raises(ConfigError, match="seed from 0 to"):
+        Recipe.from_dict({"train": {"num_steps": 1, "seed": 2**63}})
+
+
+def test_a_dry_run_prices_the_vocabulary_of_the_tokenizer_that_will_be_trained():
+    def priced(size):
+        recipe = Recipe.from_dict({"train": {"num_steps": 1}, "tokenizer": {"vocab_size": size}})
+        return dry_run(recipe, 1)["bill"]["parameters"]["backbone"]
+
+    assert priced(1000) - priced(900) == 100 * 128  # the head is the embedding
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_planned_and_built_without_memory_for_it(path):
+    one = Recipe.read(path)
+    found = dry_run(one, 64 if "paper" in path.stem else 2)
+    config = priced_config(one)
+    with torch.device("meta"):
+        model = EngramForCausalLM(config)
+    model.tie_weights()
+    assert found["bill"]["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    if "paper" in path.stem:
+        vocabulary = config.vocab_size * config.hidden_size  # counted once by the paper, tied or not
+        paper = {"paper-27b": 26.7e9, "paper-40b": 39.5e9}[path.stem]
+        assert found["bill"]["parameters"]["total"] - vocabulary == pytest.approx(paper, rel=2e-3)
+        # 1280 x 4096 x 50,000: the paper's 262 B tokens.
+        assert found["num_tokens"] == 262_144_000_000
+    assert {"table_rows", "table_optimizer", "total"} <= set(found["bill"]["memory"])
+    assert found["bill"]["tables_sent"]["total"] > 0

@@ -194,7 +194,7 @@ def test_text_that_changed_is_not_trained_on_by_a_run_that_goes_on(text, cache, 
         (mine / path.name).write_bytes(path.read_bytes())
     run(tmp_path / "run", table(mine, cache), stop_after=2)
     (mine / "0.txt").write_text("Something else. " * 200)
-    with pytest.raises(MismatchError, match="corpus"):
+    with pytest.raises(MismatchError, match="the text is not what it was"):
         run(tmp_path / "run", table(mine, cache), resume=True)
 
 
@@ -338,15 +338,16 @@ def test_documents_restart_in_evaluation_as_in_training():
     class Model(torch.nn.Linear):
         base_model = SimpleNamespace(layers=[])
 
-    def loss(inputs, targets, position_ids):
-        given.append(position_ids.tolist())
-        return torch.zeros(())
+    class Loss(torch.nn.Module):
+        def forward(self, inputs, targets, position_ids):
+            given.append(position_ids.tolist())
+            return torch.zeros(())
 
     ends = np.array([2, 3, 9])
-    evaluate(Model(1, 1), loss, tokens, length=4, batch_size=8, ranks=Ranks(), document_ends=ends)
+    evaluate(Model(1, 1), Loss(), tokens, length=4, batch_size=8, ranks=Ranks(), document_ends=ends)
     assert given == [[[0, 1, 0, 0], [0, 1, 2, 3]]]
     with pytest.raises(DataError, match="hold out more"):
-        evaluate(Model(1, 1), loss, tokens[:1], length=4, batch_size=8, ranks=Ranks())
+        evaluate(Model(1, 1), Loss(), tokens[:1], length=4, batch_size=8, ranks=Ranks())
 
 
 def test_a_full_disk_is_said_once_and_the_lines_before_it_stay(tmp_path):
@@ -385,3 +386,18 @@ def test_what_every_process_has_a_copy_of_counts_once_and_all_of_their_choices_c
         assert found["tables"]["1"]["occupancy"] == expected["tables"]["1"]["occupancy"]
         # The first step's choices are of the same first weights.
         assert found["expert_load"] == expected["expert_load"]
+
+
+def test_a_run_is_no_model_and_a_damaged_tokenizer_no_tokenizer(whole, text, cache, tmp_path):
+    sections = table(text, cache)
+    with pytest.raises(ConfigError, match="is a run; its model is in"):
+        run(tmp_path / "a", {**sections, "model": {"weights": str(whole)}, "tokenizer": {}})
+    (tmp_path / "tokenizer").mkdir()
+    for path in (whole / "tokenizer").iterdir():
+        (tmp_path / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="cannot load the tokenizer"):
+        run(tmp_path / "b", {**sections, "tokenizer": {"path": str(tmp_path / "tokenizer")}})
+    sections["model"] = {**sections["model"], "backbone": {"hidden_act": "gulu"}}
+    with pytest.raises(ConfigError, match=r"hidden_act is one of .*'gulu'"):
+        run(tmp_path / "c", sections)

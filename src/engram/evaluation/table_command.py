@@ -29,7 +29,7 @@ class Build:
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
     """The file to write, which should end with .engram."""
-    source: Path | None = None
+    source: str | None = None
     """A checkpoint folder or file whose table is taken."""
     config: Path | None = None
     """A published config.json, or ours, whose hash says how many rows a random table has."""
@@ -68,12 +68,12 @@ class Build:
 
         with byte_progress() as advance:
             if self.source is not None:
-                layout = choose_layout(table_layouts(self.source), self.layer, str(self.source))
+                layout = choose_layout(table_layouts(self.source), self.layer, self.source)
                 codec = layout.codec if self.dtype is None else RowCodec.named(self.dtype, layout.codec.width)
                 total = PackedGeometry(codec, layout.num_rows).data_bytes
                 provenance = {
                     "made_by": "engram table build",
-                    "source": str(self.source),
+                    "source": self.source,
                     "source_identity": layout.identity,
                     "source_codec": str(layout.codec),
                 }
@@ -83,7 +83,7 @@ class Build:
                     codec=codec,
                     provenance=provenance,
                     on_progress=lambda done: advance("building", done, total),
-                    **_spec_of(self.source),
+                    **_spec_of(Path(self.source)),
                 )
             else:
                 assert self.width is not None
@@ -135,7 +135,7 @@ class Convert:
         engram table convert RUN tables --dtype int8 --model RUN --data held-out.txt
     """
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """The checkpoint: a folder, or one file of it."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """Folder for the packed tables, layer-L.engram each."""
@@ -187,7 +187,7 @@ class Convert:
                 resume=self.resume == "yes",
                 progress=show,
                 error_rows=self.error_rows or None,
-                **_spec_of(self.source),
+                **_spec_of(Path(self.source)),
             )
         loss = self._loss({result.layer: result.path for result in results}) if self.model is not None else None
         if self.json:

@@ -13,6 +13,7 @@ from engram.tables.codec import RowCodec
 from engram.tables.layout import RowLayout
 from engram.tables.packed import PackedGeometry, PackedHeader
 from engram.tables.packed_writer import write_packed
+from engram.tables.verify import checked_records
 
 __all__ = ["build_packed", "build_random"]
 
@@ -41,9 +42,10 @@ def build_packed(
     target = layout.codec if codec is None else codec
     if target.width != layout.codec.width:
         raise ConfigError(f"the rows have {layout.codec.width} numbers, the codec {target.width}")
+    load = checked_records(layout)
     return write_packed(
         path,
-        lambda start, stop: target.reencode(layout.load_records(start, stop), layout.codec),
+        lambda start, stop: target.reencode(load(start, stop), layout.codec),
         target,
         layout.num_rows,
         on_progress=on_progress,

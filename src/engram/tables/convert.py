@@ -15,6 +15,7 @@ from engram.tables.packed import SUFFIX, PackedGeometry, PackedHeader, packed_la
 from engram.tables.packed_writer import write_packed
 from engram.tables.row_error import RowError, measure_row_error
 from engram.tables.sources import choose_layout, table_layouts
+from engram.tables.verify import checked_records
 
 __all__ = ["Converted", "Progress", "convert", "packed_name"]
 
@@ -90,9 +91,9 @@ def convert(
         hash_spec: That HashSpec, as JSON values.
 
     Raises:
-        CheckpointError: The source is damaged or holds no table, a number does not fit the type, or another process
-            is writing the same file.
-        ConfigError: No such layer or type.
+        CheckpointError: The source is damaged (a packed one is held against its checksums) or holds no table, a number
+            does not fit the type, or another process is writing the same file.
+        ConfigError: No such layer or type, or a source on a server.
         OSError: The folder cannot be written, or the disk is full.
     """
     layouts = table_layouts(source)
@@ -173,9 +174,11 @@ def _write(
     progress: Progress,
     about: Mapping[str, Any],
 ) -> PackedHeader:
+    load = checked_records(layout)
+
     def records(start: int, stop: int) -> Tensor:
         try:
-            return codec.reencode(layout.load_records(start, stop), layout.codec)
+            return codec.reencode(load(start, stop), layout.codec)
         except CheckpointError as error:
             raise CheckpointError(f"layer {key}, rows {start} to {stop - 1}: {error}") from error
 

@@ -55,8 +55,8 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
 
     Args:
         source: A folder with ``*.safetensors`` files, one such file, one packed file (``*.engram``), a folder of packed
-            files and no others, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or of a packed
-            file.
+            files and no others, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or of a
+            packed file.
         options: Fields of `HttpOptions`, for addresses.
 
     Returns:

@@ -7,12 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram.errors import MismatchError
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram.errors import CheckpointError, ConfigError, MismatchError
+from engram.tables.http import is_address
 from engram.tables.layout import RowLayout
-from engram.tables.packed import PackedHeader, read_checksums, read_packed_header
+from engram.tables.packed import PAGE_BYTES, SUFFIX, PackedHeader, read_checksums, read_packed_header
 from engram.tables.row_error import sampled
 
-__all__ = ["BadChunk", "Verification", "inspect_packed", "verify_packed"]
+__all__ = ["BadChunk", "Verification", "checked_records", "inspect_packed", "verify_packed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +93,7 @@ def verify_packed(
             first, last = geometry.chunk(index)
             start, stop = geometry.chunk_bytes(index)
             chunks_checked, rows_checked = chunks_checked + 1, rows_checked + last - first
-            reason = _checksum_reason(file, header.data_start + start, stop - start, checksums[index])
+            _, reason = _read_chunk(file, header.data_start + start, stop - start, checksums[index])
             if reason is None and source is not None:
                 reason = _source_reason(header, source, first, last)
             if reason is not None:
@@ -98,16 +103,17 @@ def verify_packed(
     return Verification(str(path), geometry.num_chunks, chunks_checked, rows_checked, source is not None, bad)
 
 
-def _checksum_reason(file: Any, position: int, size: int, expected: int) -> str | None:
+def _read_chunk(file: Any, position: int, size: int, expected: int) -> tuple[bytes, str | None]:
+    """Read a chunk; also what is wrong with it, None where nothing is."""
     try:
         data = os.pread(file.fileno(), size, position)
     except OSError as error:
         # One unreadable sector of a failing disk is a bad chunk, not the end of the check.
-        return f"cannot be read: {error.strerror}"
+        return b"", f"cannot be read: {error.strerror}"
     if len(data) != size:
-        return f"the file ends {size - len(data)} bytes before the chunk does"
+        return data, f"the file ends {size - len(data)} bytes before the chunk does"
     found = zlib.crc32(data)
-    return None if found == expected else f"expected the CRC-32 {expected:08x}, found {found:08x}"
+    return data, None if found == expected else f"expected the CRC-32 {expected:08x}, found {found:08x}"
 
 
 def _source_reason(header: PackedHeader, source: RowLayout, first: int, last: int) -> str | None:
@@ -117,6 +123,66 @@ def _source_reason(header: PackedHeader, source: RowLayout, first: int, last: in
         expected = codec.reencode(expected, source.codec)
     differing = (expected != header.layout.load_records(first, last)).any(dim=1).nonzero()
     return f"row {first + int(differing[0])} is not the source's" if len(differing) else None
+
+
+def checked_records(layout: RowLayout) -> Callable[[int, int], Tensor]:
+    """How to load runs of a table's records for a copy of them: held against checksums, where the file has some.
+
+    A copy gets checksums of its own, which would be right for damaged rows too.
+
+    Args:
+        layout: The table.
+
+    Returns:
+        Called as `RowLayout.load_records`, in ascending order. Of a packed file it raises `CheckpointError` for the
+        first chunk that is not what was written.
+
+    Raises:
+        CheckpointError: The header or the table of checksums of a packed file is damaged.
+        ConfigError: The table is on a server.
+    """
+    if (address := next(filter(is_address, layout.files), None)) is not None:
+        raise ConfigError(
+            f"{address.partition('#')[0]} is on a server, and tables are copied from files; download it first"
+        )
+    if layout.tensors or not layout.files[0].endswith(SUFFIX):
+        return layout.load_records
+    header = read_packed_header(layout.files[0])
+    return _CheckedRecords(header) if header.layout.parts == layout.parts else layout.load_records
+
+
+class _CheckedRecords:
+    """Records of a packed file, by whole chunks; the last one is kept for the next call."""
+
+    def __init__(self, header: PackedHeader) -> None:
+        self._header, self._checksums = header, read_checksums(header)
+        self._index, self._records = -1, np.empty((0, header.geometry.codec.record_bytes), np.uint8)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        geometry = self._header.geometry
+        pieces = []
+        for index in range(start // geometry.chunk_rows, -(-stop // geometry.chunk_rows)):
+            if index != self._index:
+                self._index, self._records = index, self._load(index)
+            first, _ = geometry.chunk(index)
+            pieces.append(self._records[max(start - first, 0) : stop - first])
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def _load(self, index: int) -> np.ndarray:
+        header, geometry = self._header, self._header.geometry
+        (first, last), (start, stop) = geometry.chunk(index), geometry.chunk_bytes(index)
+        with open(header.path, "rb", buffering=0) as file:
+            data, reason = _read_chunk(file, header.data_start + start, stop - start, self._checksums[index])
+        if reason:
+            raise CheckpointError(
+                f"{header.path}: chunk {index}, rows {first} to {last - 1}, is not what was written: {reason}; copy "
+                "the file again, or convert its source again"
+            )
+        rows = np.frombuffer(data, np.uint8)
+        if geometry.rows_per_page:
+            used = geometry.rows_per_page * geometry.codec.record_bytes
+            rows = rows.reshape(-1, PAGE_BYTES)[:, :used].reshape(-1)
+        return rows.reshape(-1, geometry.codec.record_bytes)[: last - first]
 
 
 def inspect_packed(path: str | os.PathLike[str]) -> dict[str, Any]:

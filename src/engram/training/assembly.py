@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
+from transformers.activations import ACT2FN
 
 from engram.errors import ConfigError, DataError, MismatchError
 from engram.files import new_folder
@@ -64,16 +65,21 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
             if source is None:
                 tokenizer = train_tokenizer(_beginning(recipe), recipe.tokenizer.vocab_size)
             else:
-                try:
-                    tokenizer = AutoTokenizer.from_pretrained(source)
-                except (OSError, ValueError) as error:
-                    raise ConfigError(
-                        f"cannot load the tokenizer {source}: {str(error).splitlines()[0]}; give a folder that "
-                        "save_pretrained wrote, or the name of one on the Hub"
-                    ) from error
+                tokenizer = _load_tokenizer(source)
             with new_folder(folder) as aside:
                 tokenizer.save_pretrained(aside)
-    return AutoTokenizer.from_pretrained(folder)
+    return _load_tokenizer(folder)
+
+
+def _load_tokenizer(source: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # tokenizers raises a bare Exception where its file is damaged
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"cannot load the tokenizer {source}: {why}; give a folder that save_pretrained wrote, or the name of one "
+            "on the Hub"
+        ) from error
 
 
 def open_corpus(
@@ -148,6 +154,9 @@ def _preset(recipe: Recipe, tokenizer: Any) -> EngramLMConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"model.backbone has an unknown field {name!r}{hint}")
+    activation = str(model.backbone.get("hidden_act", "silu"))
+    if activation not in ACT2FN:  # only building a block would find out, by a KeyError
+        raise ConfigError(f"model.backbone.hidden_act is one of {', '.join(ACT2FN)}, not {activation!r}")
     try:
         return EngramLMConfig.preset(model.preset, tokenizer, memory=model.memory or None, **model.backbone)
     except StrictDataclassError as error:

@@ -86,6 +86,8 @@ class Batches:
     """Also give ``position_ids`` that restart with each document. With them, and with ``use_cache=False`` and no
     attention mask, attention stays inside a document, and so do N-grams if ``Segments.positions`` or ``end_tokens``
     say so. The memory's short convolution does not know of documents."""
+    num_tokens: int | None = None
+    """Use only so many tokens, from the start; all where None."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length"):
@@ -100,14 +102,18 @@ class Batches:
             )
         if self.num_sequences < 1:
             raise DataError(
-                f"the text gives {len(self.tokens)} tokens, one sequence needs {self.length + 1}; "
+                f"the text gives {self._num_tokens} tokens, one sequence needs {self.length + 1}; "
                 "give more text, or shorter sequences with --sequence-length"
             )
 
     @property
     def num_sequences(self) -> int:
         """Sequences in one pass through the corpus."""
-        return max(0, (len(self.tokens) - 1) // self.length)
+        return max(0, (self._num_tokens - 1) // self.length)
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.tokens) if self.num_tokens is None else min(self.num_tokens, len(self.tokens))
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and the tokens that follow them, both int64 ``[batch_size, length]``."""

@@ -7,18 +7,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from engram.model.config import EngramLMConfig
 from engram.tables.byte_size import byte_size
 from engram.training.assembly import model_config
 from engram.training.cost import TrainingShape, bill
 from engram.training.recipe import Recipe
 
-__all__ = ["dry_run", "print_dry_run"]
+__all__ = ["dry_run", "priced_config", "print_dry_run"]
+
+
+def priced_config(recipe: Recipe) -> EngramLMConfig:
+    """Configure the recipe's model as far as is known without its tokenizer.
+
+    The vocabulary is the preset's, unless the recipe trains a tokenizer: then it has as many tokens as asked for.
+
+    Raises:
+        ConfigError: An impossible model.
+    """
+    model = recipe.model
+    if recipe.tokenizer.path is None and model.weights is None and model.config is None:
+        backbone = {"vocab_size": recipe.tokenizer.vocab_size, **model.backbone}
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(model, backbone=backbone))
+    return model_config(recipe)
 
 
 def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Price a recipe.
-
-    The vocabulary is the preset's, unless the recipe trains a tokenizer: then it has as many tokens as asked for.
+    """Price a recipe's model: see `priced_config`.
 
     Args:
         recipe: What would be trained.
@@ -30,11 +44,7 @@ def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     Raises:
         ConfigError: An impossible model, or fewer sequences than processes.
     """
-    model = recipe.model
-    if recipe.tokenizer.path is None and model.weights is None and model.config is None:
-        backbone = {"vocab_size": recipe.tokenizer.vocab_size, **model.backbone}
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(model, backbone=backbone))
-    config = model_config(recipe)
+    config = priced_config(recipe)
     shape = TrainingShape(
         world_size=world_size,
         batch_size=recipe.train.batch_size,

@@ -68,9 +68,7 @@ def evaluate(
                     # Counted from the start of the document or of the sequence, whichever is nearer.
                     nearer = [np.minimum(within[p][:-1], np.arange(p.stop - p.start - 1)) for p in batch[start:stop]]
                     positions = torch.from_numpy(np.stack(nearer)).to(ranks.device)
-                loss = loss_module(
-                    windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), position_ids=positions
-                )
+                loss = loss_module(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), position_ids=positions)
                 if counts:
                     number = windows.shape[0] * (windows.shape[1] - 1)
                     total += torch.stack([loss.double() * number, torch.tensor(float(number), device=ranks.device)])

@@ -1,5 +1,6 @@
 """What a run reports, step by step: metrics.jsonl always, TensorBoard and Weights & Biases where they are wanted."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -75,8 +76,13 @@ class Metrics:
             rest = _line(values).encode()
             while rest:
                 rest = rest[self._file.write(rest) :]
+            self._show(values)
         except OSError as error:
-            raise RunFolderError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from error
+            raise RunFolderError(
+                f"cannot write the metrics in {self.path.parent}: {error.strerror}; free some space and resume"
+            ) from error
+
+    def _show(self, values: Mapping[str, Any]) -> None:
         if self._board is None and self._wandb is None:
             return
         numbers = dict(_numbers("", values))
@@ -91,7 +97,9 @@ class Metrics:
         """End all of them."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            # It writes in the background, and says here again what `write` has said.
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -41,7 +41,7 @@ from engram.training.shards import (
 )
 from engram.training.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
 
-__all__ = ["PackedCorpus", "pack_to_shards"]
+__all__ = ["OneSidedError", "PackedCorpus", "pack_to_shards"]
 
 _FORMAT = "engram.packed.1"
 _STATE_NAME = "state.json"
@@ -49,6 +49,10 @@ _SIDES = ("train", "held_out")
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_PIECES = 8192
 """A batch is complete when it has so many characters or pieces; twice as many are in memory at most."""
+
+
+class OneSidedError(DataError):
+    """No document fell on one side: there are too few of them for the share that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +361,7 @@ class _Packing:
             raise DataError("the sources hold no text: every document is blank; name sources that hold some")
         for name, side in self.sides.items():
             if not side.num_tokens:
-                raise DataError(self._empty(name))
+                raise OneSidedError(self._empty(name))
         if any(side.tokens for side in self.sides.values()):
             self._write_shards()
         for name, side in self.sides.items():

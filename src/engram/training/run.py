@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.errors import RunFolderError
+from engram.errors import CheckpointError, MismatchError, RunFolderError
 from engram.files import write_atomically
 from engram.model.sizes import model_sizes
 from engram.training.assembly import build_model, find_tokenizer, model_config, open_corpus
 from engram.training.batches import Batches
-from engram.training.checkpoints import Checkpoints, latest_checkpoint
+from engram.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram.training.distribution import Ranks, agree
 from engram.training.export import CHECKPOINTS, TOKENIZER
 from engram.training.held_out import evaluate
@@ -226,6 +226,8 @@ class Run:
         """Put everything back as it was when the last complete checkpoint was made, if there is one."""
         with agree(self.ranks):
             latest = latest_checkpoint(checkpoints.folder)
+            if latest is not None:
+                _check_facts(latest, corpus)
         if latest is None:
             if self.resume:
                 self.progress.note("there is no complete checkpoint yet: beginning at step 1")
@@ -235,7 +237,7 @@ class Run:
         facts = checkpoints.load(
             latest,
             tensors,
-            expected={SPEC_DIGEST: model_facts(trainer.model)[SPEC_DIGEST], "corpus": corpus.digest},
+            expected={SPEC_DIGEST: model_facts(trainer.model)[SPEC_DIGEST]},
         )
         trainer.num_steps_done, trainer.num_skipped = facts["step"], facts["num_skipped"]
         states = {name: tensor for name, tensor in tensors.items() if name.startswith(self._random)}
@@ -313,6 +315,20 @@ class Run:
             "interrupted": interrupted,
             "out": str(self.out),
         }
+
+
+def _check_facts(checkpoint: Path, corpus: PackedCorpus) -> None:
+    """Refuse a checkpoint that no run has made, or one whose text was another."""
+    facts = read_facts(checkpoint)
+    if not all(type(facts.get(name)) is int for name in ("step", "num_skipped")):
+        raise CheckpointError(
+            f"{checkpoint} does not say how many steps were done; name the folder of a run with --out"
+        )
+    if facts.get("corpus") != corpus.digest:
+        raise MismatchError(
+            f"the text is not what it was: {checkpoint} was trained on the corpus {facts.get('corpus')}, the sources "
+            f"now give {corpus.digest}; put the text back as it was, or begin a new run with another --out"
+        )
 
 
 def _sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
