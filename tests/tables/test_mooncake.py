@@ -332,3 +332,26 @@ def test_a_read_that_outlives_the_lease_is_divided(possible, tmp_path):
         assert torch.equal(table.gather(wanted)[:, 0], wanted * float(width))
         assert table.stats()["requests"] > 1
         table.close()
+
+
+def _read_in_a_fork(table, answers):
+    try:
+        table.gather(torch.arange(3))
+    except RemoteError as error:
+        answers.put(str(error))
+    table.close()
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_to_open_the_table_itself_and_leaves_its_parent_s_client_alone(store, tmp_path):
+    name = publish_to_mooncake(float8(tmp_path), store.address, block_rows=BLOCK_ROWS)
+    with contextlib.closing(MooncakeTable(store.address, name)) as table:
+        expected = table.gather(torch.arange(5))
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        child = context.Process(target=_read_in_a_fork, args=(table, answers))
+        child.start()
+        assert "open the table in this process" in answers.get(timeout=30)
+        child.join(30)
+        assert torch.equal(table.gather(torch.arange(5)), expected)

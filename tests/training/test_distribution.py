@@ -341,7 +341,7 @@ with start("cpu", timeout_seconds=60) as ranks:
     table = ShardedTable(10, 2)
     table.gather(torch.arange(10))
     # In one write: the ranks share a pipe.
-    os.write(1, f"ready {ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.device}\n".encode())
+    os.write(1, f"ready {ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.device}\\n".encode())
     if sys.argv[1] == "kill" and ranks.rank == 1:
         os.kill(os.getpid(), 9)
     table.gather(torch.arange(10))

@@ -20,6 +20,9 @@ from tests.small_model import TEXT
 from engram.cli import main
 from engram.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
 from engram.model import EngramForCausalLM
+from engram.training.assembly import find_tokenizer, open_text
+from engram.training.batches import Batches
+from engram.training.checkpoints import read_facts
 from engram.training.distribution import Ranks
 from engram.training.held_out import evaluate
 from engram.training.metrics import Metrics, read_metrics
@@ -401,3 +404,43 @@ def test_a_run_is_no_model_and_a_damaged_tokenizer_no_tokenizer(whole, text, cac
     sections["model"] = {**sections["model"], "backbone": {"hidden_act": "gulu"}}
     with pytest.raises(ConfigError, match=r"hidden_act is one of .*'gulu'"):
         run(tmp_path / "c", sections)
+
+
+def test_of_one_document_the_end_is_held_out(cache, tmp_path):
+    (tmp_path / "one.txt").write_text(TEXT)
+    sections = table(tmp_path / "one.txt", cache, data__held_out=0.1, train__num_steps=2)
+    result = run(tmp_path / "run", sections)
+    recipe = Recipe.from_dict(sections)
+    text = open_text(recipe, find_tokenizer(recipe, tmp_path / "run" / "tokenizer"))
+    whole = text.train.slice(0, text.train.num_tokens)
+    assert text.num_tokens + len(text.held_out) == len(whole) and "held out" in text.about
+    assert (whole[text.num_tokens :] == text.held_out).all() and list(text.held_out_ends) == [len(text.held_out)]
+    # What is held out is in no sequence, however long one trains.
+    batches = Batches(text.train, 4, 24, 0, num_tokens=text.num_tokens)
+    assert max(batches.sequences(step).max() for step in range(60)) == (text.num_tokens - 1) // 24 - 1
+    assert result["held_out"]["step"] == 2
+
+
+def test_text_to_evaluate_on_may_be_named_or_left_out(text, cache, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text altogether: 1, 2, 3. " * 40)
+    sections = table(text, cache, data__held_out_sources=[str(tmp_path / "other.txt")], train__num_steps=1)
+    named = run(tmp_path / "named", sections)
+    assert named["held_out"]["num_tokens"] > 100
+    none = run(tmp_path / "none", table(text, cache, data__held_out=0.0, train__num_steps=1))
+    assert none["held_out"] is None and "held_out" not in measured(tmp_path / "none")[0]
+
+
+def test_a_run_goes_on_by_the_name_of_its_folder(text, cache, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, table(text, cache), stop_after=1)
+    assert main(["train", str(out), "--resume", "--max-steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 2
+
+
+def test_a_run_goes_on_in_the_type_that_it_was_begun_in(text, cache, tmp_path, monkeypatch):
+    sections = table(text, cache, train__dtype="auto")
+    monkeypatch.setattr("engram.training.run.best_dtype", lambda device: "bfloat16")
+    run(tmp_path / "run", sections, stop_after=1)
+    monkeypatch.setattr("engram.training.run.best_dtype", lambda device: "float32")
+    run(tmp_path / "run", sections, resume=True, stop_after=2)
+    assert read_facts(tmp_path / "run" / "checkpoints" / "step-00000002")["dtype"] == "bfloat16"

@@ -90,6 +90,7 @@ class MooncakeClient:
         self._freed = weakref.finalize(self, os.close, memory)
         self.buffer = np.frombuffer(mmap.mmap(memory, buffer_bytes), np.uint8)
         """uint8 ``[buffer_bytes]``: what puts send and gets receive."""
+        self._owner = os.getpid()
         self._peer: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped: weakref.finalize[Any, Any] | None = None
@@ -106,8 +107,14 @@ class MooncakeClient:
             Mooncake's codes, one per key; negative ones are failures (see `explain`).
 
         Raises:
-            RemoteError: No answer in time, or the client ended. The process is gone then.
+            RemoteError: No answer in time, or the client ended: the process is gone then. Or this is a fork of the
+                process that made the client.
         """
+        if os.getpid() != self._owner:
+            raise RemoteError(
+                f"the table at {self.master} was opened before this process was forked, and its connection is the "
+                "parent's; open the table in this process"
+            )
         deadline = time.monotonic() + self.timeout_seconds if deadline is None else deadline
         with self.lock:
             if self._peer is None:
@@ -149,7 +156,7 @@ class MooncakeClient:
                 stderr=subprocess.DEVNULL,
                 env={**_ENVIRONMENT, **os.environ},
             )
-        self._stopped = weakref.finalize(self, _stop, self._process, self._peer)
+        self._stopped = weakref.finalize(self, _stop, self._process, self._peer, self._owner)
         self._receive(deadline)
         setup = {"host": host, "metadata": self.metadata, "master": self.master, "protocol": self.protocol}
         code = self._ask({"call": "setup", **setup}, deadline)[0]
@@ -197,7 +204,9 @@ class MooncakeClient:
         )
 
 
-def _stop(process: "subprocess.Popen[bytes]", peer: socket.socket) -> None:
+def _stop(process: "subprocess.Popen[bytes]", peer: socket.socket, owner: int) -> None:
     peer.close()
+    if os.getpid() != owner:
+        return  # a fork's copy of this object has gone; the process is its parent's
     process.kill()
     process.wait()

@@ -5,10 +5,11 @@ import dataclasses
 import difflib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
@@ -21,12 +22,13 @@ from engram.model.plan import read_config
 from engram.tables.sharded import shard_tables
 from engram.training.corpus import standard_library_files
 from engram.training.distribution import Ranks
-from engram.training.packing import PackedCorpus, pack_to_shards
+from engram.training.packing import OneSidedError, PackedCorpus, pack_to_shards
 from engram.training.recipe import Recipe
+from engram.training.shards import TokenShards
 from engram.training.sources import TextSource, open_sources
 from engram.training.tokenizer import train_tokenizer
 
-__all__ = ["build_model", "find_tokenizer", "model_config", "open_corpus", "text_sources"]
+__all__ = ["TrainingText", "build_model", "find_tokenizer", "model_config", "open_text", "text_sources"]
 
 
 def text_sources(recipe: Recipe) -> tuple[TextSource, ...]:
@@ -82,11 +84,29 @@ def _load_tokenizer(source: str | Path) -> Any:
         ) from error
 
 
-def open_corpus(
+@dataclasses.dataclass(frozen=True)
+class TrainingText:
+    """Tokens to train on, and tokens to evaluate on."""
+
+    train: TokenShards
+    """What is trained on, and perhaps more behind it."""
+    num_tokens: int
+    """How many of its tokens are trained on."""
+    held_out: np.ndarray | None
+    """What is evaluated on, int64; None where nothing is."""
+    held_out_ends: np.ndarray | None
+    """Where documents end in it."""
+    digest: str
+    """Of all of it."""
+    about: str | None = None
+    """What people should know of how it was divided."""
+
+
+def open_text(
     recipe: Recipe,
     tokenizer: Any,
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
-) -> PackedCorpus:
+) -> TrainingText:
     """Tokenize the recipe's text into shards, or open those that an earlier run made of it.
 
     Args:
@@ -97,20 +117,38 @@ def open_corpus(
     Raises:
         DataError: There is no text, too little of it, or it cannot be read.
     """
-    corpus = pack_to_shards(
-        text_sources(recipe),
-        tokenizer,
-        cache_folder(recipe),
-        held_out=recipe.data.held_out,
-        on_progress=on_progress,
-    )
-    needed = recipe.data.sequence_length + 1
-    if corpus.train.num_tokens < needed:
+
+    def pack(sources: Sequence[TextSource], held_out: float) -> PackedCorpus:
+        return pack_to_shards(sources, tokenizer, cache_folder(recipe), held_out=held_out, on_progress=on_progress)
+
+    data, about = recipe.data, None
+    share = 0.0 if data.held_out_sources else data.held_out
+    try:
+        corpus = pack(text_sources(recipe), share)
+        train, held_out, digest, first = corpus.train, corpus.held_out, corpus.digest, 0
+        num_tokens = train.num_tokens
+        if data.held_out_sources:
+            other = pack(data.held_out_sources, 0.0)
+            held_out, digest = other.train, f"{digest}, {other.digest}"
+    except OneSidedError:
+        corpus = pack(text_sources(recipe), 0.0)
+        train = held_out = corpus.train
+        num_tokens = first = train.num_tokens - max(round(share * train.num_tokens), 2)
+        digest = f"{corpus.digest}, the first {num_tokens}"
+        about = f"few documents: the last {train.num_tokens - first:,} tokens are held out"
+    needed = data.sequence_length + 1
+    if num_tokens < needed:
         raise DataError(
-            f"the text gives {corpus.train.num_tokens} tokens to train on, one sequence needs {needed}; give more "
-            "text, or a smaller data.sequence_length"
+            f"the text gives {num_tokens} tokens to train on, one sequence needs {needed}; give more text, or a "
+            "smaller data.sequence_length"
         )
-    return corpus
+    if held_out is None:
+        return TrainingText(train, num_tokens, None, None, digest)
+    stop = min(held_out.num_tokens, first + recipe.evaluation.max_tokens + 1)
+    if stop - first < 2:
+        raise DataError("the held-out text gives less than 2 tokens; give more, or data.held_out = 0 for none")
+    ends = held_out.document_ends(first, stop) - first
+    return TrainingText(train, num_tokens, held_out.slice(first, stop), ends, digest, about)
 
 
 def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:

@@ -32,13 +32,13 @@ class Train:
 
         engram train recipes/nano-cpu.toml
         engram train recipes/nano-cpu.toml --out runs/mine --train.num_steps 200
-        engram train recipes/nano-cpu.toml --out runs/mine --resume
+        engram train runs/mine --resume
         engram train recipes/paper-27b.toml --dry-run --world-size 64
         torchrun --nproc-per-node 2 -m engram train recipes/nano-cpu.toml
     """
 
-    recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml")] = None
-    """The recipe."""
+    recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml|RUN")] = None
+    """The recipe; or the folder of a run, to go on with it by its own recipe."""
     out: Path | None = None
     """Run folder; runs/NAME for NAME.toml unless given."""
     max_steps: int | None = None
@@ -79,7 +79,8 @@ class Train:
             return 0
         if self.recipe is None:
             raise ConfigError("name a recipe: engram train RECIPE.toml; engram train --keys lists what it may hold")
-        recipe = Recipe.read(self.recipe, list(self.overrides))
+        path = self.recipe / "recipe.toml" if self.recipe.is_dir() else self.recipe
+        recipe = Recipe.read(path, list(self.overrides))
         if self.dry_run:
             return self._plan(recipe)
         return self._train(recipe)
@@ -92,7 +93,7 @@ class Train:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         assert self.recipe is not None
-        out = self.out or Path("runs") / self.recipe.stem
+        out = self.out or (self.recipe if self.recipe.is_dir() else Path("runs") / self.recipe.stem)
         # Blocks hand on a view of what they computed; nothing writes to it, which is what FSDP2 warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         with start(None if recipe.train.device == "auto" else recipe.train.device) as ranks:
@@ -132,7 +133,10 @@ def _describe_keys() -> str:
 
 def _last_words(result: dict[str, Any]) -> str:
     held_out = result["held_out"]
-    loss = "" if held_out is None else f", held-out loss {held_out['loss']:.3f} nats per token"
+    loss = ""
+    if held_out is not None:
+        when = "" if held_out["step"] == result["num_steps"] else f" after step {held_out['step']:,}"
+        loss = f", held-out loss {held_out['loss']:.3f} nats per token{when}"
     skipped = f", {result['num_skipped']} of them skipped" if result["num_skipped"] else ""
     words = f"{result['num_steps']:,} steps{skipped}, {result['num_tokens']:,} tokens{loss}, {result['seconds']:.0f} s"
     if result["interrupted"]:

@@ -1,5 +1,6 @@
 """What a device computes at best, against which use of it is measured."""
 
+import re
 import time
 
 import torch
@@ -36,7 +37,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         name = torch.cuda.get_device_name(device)
         # The longest name first: an H200 is not an H20.
         for known in sorted(_ACCELERATORS, key=len, reverse=True):
-            if known in name:
+            if re.search(rf"\b{known}", name) and not re.search(rf"{known}\d", name):
                 return _ACCELERATORS[known][dtype == "bfloat16"] * 1e12
         return None
     if device.type != "cpu":

@@ -78,16 +78,19 @@ class DataOptions:
     sequence_length: int = 256
     """Tokens in a sequence."""
     held_out: float = 0.01
-    """Share of the documents that is never trained on, chosen by their contents."""
+    """Share of the documents that is never trained on, chosen by their contents; where there are too few of them, that
+    share of the tokens, from the end. 0 holds nothing out."""
+    held_out_sources: tuple[TextSource, ...] = ()
+    """Where text to evaluate on comes from, in place of ``held_out``."""
     restart_documents: bool = False
     """Whether positions, attention and N-grams start anew at each document within a sequence. The short convolution of
     memory does not: it reads up to the last nine tokens of the document before."""
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 2 or not 0 < self.held_out < 1:
+        if self.sequence_length < 2 or not 0 <= self.held_out < 1:
             raise ConfigError(
-                f"sequence_length is at least 2 and held_out between 0 and 1, not {self.sequence_length} and "
-                f"{self.held_out}"
+                f"sequence_length is at least 2 and held_out a share from 0 and below 1, not {self.sequence_length} "
+                f"and {self.held_out}"
             )
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from engram.errors import CheckpointError, MismatchError, RunFolderError
 from engram.files import write_atomically
 from engram.model.sizes import model_sizes
-from engram.training.assembly import build_model, find_tokenizer, model_config, open_corpus
+from engram.training.assembly import TrainingText, build_model, find_tokenizer, model_config, open_text
 from engram.training.batches import Batches
 from engram.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram.training.distribution import Ranks, agree
@@ -25,7 +25,6 @@ from engram.training.held_out import evaluate
 from engram.training.interrupts import Interrupt
 from engram.training.loop import StepRecord, Trainer, best_dtype
 from engram.training.metrics import Metrics, check_installed, read_metrics
-from engram.training.packing import PackedCorpus
 from engram.training.peak import peak_flops
 from engram.training.progress import RunProgress
 from engram.training.recipe import Recipe
@@ -91,28 +90,28 @@ class Run:
             self.progress.note("finding the tokenizer")
             tokenizer = find_tokenizer(recipe, self.out / TOKENIZER)
         with agree(ranks), self.progress.packing() as advance:
-            corpus = open_corpus(recipe, tokenizer, advance)
+            text = open_text(recipe, tokenizer, advance)
+        if text.about is not None:
+            self.progress.note(text.about)
         with agree(ranks):
             config = model_config(recipe, tokenizer)
             model = build_model(recipe, config, ranks)
             batches = Batches(
-                corpus.train,
+                text.train,
                 recipe.train.batch_size,
                 recipe.data.sequence_length,
                 recipe.train.seed,
                 restart_documents=recipe.data.restart_documents,
+                num_tokens=text.num_tokens,
             )
-            dtype = best_dtype(ranks.device) if recipe.train.dtype == "auto" else recipe.train.dtype
+            dtype = self._dtype()
             options = recipe.train.for_trainer(dtype)
         trainer = Trainer(
             model, batches, options, recipe.optimizer, recipe.schedule, ranks=ranks, backbone=recipe.parallel.backbone
         )
         checkpoints = Checkpoints(self.out / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last)
-        self._restore(trainer, checkpoints, corpus)
+        self._restore(trainer, checkpoints, text)
         first = trainer.num_steps_done
-        assert corpus.held_out is not None
-        held_out = corpus.held_out.slice(0, min(corpus.held_out.num_tokens, recipe.evaluation.max_tokens + 1))
-        ends = corpus.held_out.document_ends(0, len(held_out)) if recipe.data.restart_documents else None
         flops = 3 * model_sizes(config, context=recipe.data.sequence_length).flops_per_token
         with agree(ranks):
             metrics = self._open_metrics(trainer) if ranks.rank == 0 else None
@@ -125,7 +124,7 @@ class Run:
                 self.progress.training(trainer.num_steps_done, self.last_step) as show,
             ):
                 while trainer.num_steps_done < self.last_step:
-                    record, values = self._step(trainer, held_out, ends, speed)
+                    record, values = self._step(trainer, text, speed)
                     last = values.get("held_out", last)
                     asked_for = record.step % recipe.log.every == 0 or record.details is not None
                     if metrics is not None and (asked_for or "held_out" in values):
@@ -135,7 +134,7 @@ class Run:
                     asked = ranks.any(interrupt.asked)
                     every = recipe.checkpoint.every
                     if asked or record.step == self.last_step or (every and record.step % every == 0):
-                        self._save(trainer, checkpoints, corpus, wait=asked or record.step == self.last_step)
+                        self._save(trainer, checkpoints, text, wait=asked or record.step == self.last_step)
                     if asked:
                         break
         finally:
@@ -222,12 +221,21 @@ class Run:
             return None
         return {**result, "out": str(self.out)} if good else None
 
-    def _restore(self, trainer: Trainer, checkpoints: Checkpoints, corpus: PackedCorpus) -> None:
+    def _dtype(self) -> Literal["float32", "bfloat16"]:
+        """Type of products; on a machine that chooses otherwise, a run goes on as it was begun."""
+        chosen = self.recipe.train.dtype
+        if chosen != "auto":
+            return chosen
+        latest = latest_checkpoint(self.out / CHECKPOINTS)
+        begun = None if latest is None else read_facts(latest).get("dtype")
+        return begun if begun in ("float32", "bfloat16") else best_dtype(self.ranks.device)
+
+    def _restore(self, trainer: Trainer, checkpoints: Checkpoints, text: TrainingText) -> None:
         """Put everything back as it was when the last complete checkpoint was made, if there is one."""
         with agree(self.ranks):
             latest = latest_checkpoint(checkpoints.folder)
             if latest is not None:
-                _check_facts(latest, corpus)
+                _check_facts(latest, text.digest)
         if latest is None:
             if self.resume:
                 self.progress.note("there is no complete checkpoint yet: beginning at step 1")
@@ -245,11 +253,12 @@ class Run:
         if self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(states[f"{self._random}cuda"], self.ranks.device)
 
-    def _save(self, trainer: Trainer, checkpoints: Checkpoints, corpus: PackedCorpus, *, wait: bool) -> None:
+    def _save(self, trainer: Trainer, checkpoints: Checkpoints, text: TrainingText, *, wait: bool) -> None:
         facts = {
             "step": trainer.num_steps_done,
             "num_skipped": trainer.num_skipped,
-            "corpus": corpus.digest,
+            "corpus": text.digest,
+            "dtype": trainer.options.dtype,
             "recipe": self.recipe.to_dict(),
             "world_size": self.ranks.world_size,
             "versions": versions(),
@@ -279,21 +288,22 @@ class Run:
             config=self.recipe.to_dict(),
         )
 
-    def _step(self, trainer: Trainer, held_out: Any, ends: Any, speed: "_Speed") -> tuple[StepRecord, dict[str, Any]]:
+    def _step(self, trainer: Trainer, text: TrainingText, speed: "_Speed") -> tuple[StepRecord, dict[str, Any]]:
         recipe, number = self.recipe, trainer.num_steps_done + 1
         details_every, every = recipe.log.details_every, recipe.evaluation.every
         record = trainer.step(details=bool(details_every) and number % details_every == 0)
         values = {**record.to_dict(), "num_skipped": trainer.num_skipped, **speed.of(record, trainer)}
-        if number == recipe.train.num_steps or (every and number % every == 0):
-            values["held_out"] = evaluate(
+        if text.held_out is not None and (number == recipe.train.num_steps or (every and number % every == 0)):
+            found = evaluate(
                 trainer.model,
                 trainer.loss_module,
-                held_out,
+                text.held_out,
                 length=recipe.data.sequence_length,
                 batch_size=_sequences_at_once(recipe, self.ranks),
                 ranks=self.ranks,
-                document_ends=ends,
+                document_ends=text.held_out_ends if recipe.data.restart_documents else None,
             )
+            values["held_out"] = {"step": number, **found}
         return record, values
 
     def _result(self, trainer: Trainer, config: Any, held_out: Any, interrupted: bool) -> dict[str, Any]:
@@ -317,17 +327,17 @@ class Run:
         }
 
 
-def _check_facts(checkpoint: Path, corpus: PackedCorpus) -> None:
+def _check_facts(checkpoint: Path, corpus: str) -> None:
     """Refuse a checkpoint that no run has made, or one whose text was another."""
     facts = read_facts(checkpoint)
     if not all(type(facts.get(name)) is int for name in ("step", "num_skipped")):
         raise CheckpointError(
             f"{checkpoint} does not say how many steps were done; name the folder of a run with --out"
         )
-    if facts.get("corpus") != corpus.digest:
+    if facts.get("corpus") != corpus:
         raise MismatchError(
             f"the text is not what it was: {checkpoint} was trained on the corpus {facts.get('corpus')}, the sources "
-            f"now give {corpus.digest}; put the text back as it was, or begin a new run with another --out"
+            f"now give {corpus}; put the text back as it was, or begin a new run with another --out"
         )
 
 

@@ -86,7 +86,8 @@ def _open_to_readers(folder: Path) -> None:
 
 def command_line() -> str:
     """The command that started this process, as it would be typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
+    name = Path(sys.argv[0]).name
+    return shlex.join(["engram" if name == "__main__.py" else name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
 
 
 def machine() -> dict[str, Any]:
