@@ -212,3 +212,14 @@ def test_a_signal_that_comes_twice_at_once_is_one_request():
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.asked
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_exchanged():
+    tokens = TOKENS.copy()
+    tokens[:] = 2
+    tokens[33] = len(TOKENIZER)
+    trainer = Trainer(model(), Batches(tokens, 4, 32, 0), TrainOptions(num_steps=20), OptimizerOptions(lr=1e-3))
+    words = f"the token {len(TOKENIZER)}, the model's vocabulary has {len(TOKENIZER)}"
+    with pytest.raises(DataError, match=words):  # noqa: PT012 - one of the steps
+        for _ in range(20):
+            trainer.step()

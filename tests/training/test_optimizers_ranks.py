@@ -28,8 +28,8 @@ class Model(nn.Module):
         return (self.second(self.first(inputs)) @ self.stack.sum(0) @ self.single[0]).square().mean()
 
 
-def train(model):
-    optimizer = build_optimizer(model, OptimizerOptions(lr=0.02))
+def train(model, group=None):
+    optimizer = build_optimizer(model, OptimizerOptions(lr=0.02), group=group)
     optimizer.allocate_state()
     norms = []
     for step in range(STEPS):
@@ -82,6 +82,25 @@ def columns(mesh):
     return (parameter if mesh is None else parameter.full_tensor()).detach().clone()
 
 
+def counted(model, group):
+    """Matrices that this rank made orthogonal in one step, by shape."""
+    from engram.training.optimizers import muon
+
+    seen, whole = {}, muon.orthogonalize
+
+    def count(matrices, **options):
+        shape = tuple(matrices.shape[1:])
+        seen[shape] = seen.get(shape, 0) + len(matrices)
+        return whole(matrices, **options)
+
+    muon.orthogonalize = count
+    try:
+        train(model, group)
+    finally:
+        muon.orthogonalize = whole
+    return seen
+
+
 def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
@@ -90,6 +109,8 @@ def _rank(rank, folder):
     first, last = ((0, CUT), (CUT, NUM_ROWS))[rank]
     found = {
         "trained": train(model),
+        "copies": train(Model(), torch.distributed.group.WORLD),
+        "orthogonalized": counted(Model(), torch.distributed.group.WORLD),
         "balanced": balance(first, last, True),
         "clipped": clip(first, last, True),
         "columns": columns(mesh),
@@ -114,6 +135,18 @@ def test_a_model_divided_by_fsdp2_trains_as_a_whole_one(ranks):
         for name, value in whole.items():
             # Products in bfloat16 amplify what a sum in another order changes.
             torch.testing.assert_close(divided[name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_ranks_that_hold_copies_divide_the_work_and_end_alike(ranks):
+    norms, whole = train(Model())
+    first, second = (rank["copies"] for rank in ranks)
+    assert first[0] == pytest.approx(norms, rel=1e-5)
+    for name, value in whole.items():
+        assert torch.equal(first[1][name], second[1][name]), name
+        torch.testing.assert_close(first[1][name], value, atol=2e-4, rtol=2e-3)
+    # The stack's three matrices in two shares; of the shapes that have one matrix, the first rank makes all.
+    assert [rank["orthogonalized"].get((7, 6)) for rank in ranks] == [2 * STEPS, STEPS]
+    assert [rank["orthogonalized"].get((6, 4)) for rank in ranks] == [STEPS, None]
 
 
 def test_matrices_divided_by_columns_are_trained_as_whole_ones(ranks):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram.errors import ConfigError, DataError
 from engram.model.experts import balance_experts
-from engram.training.batches import Batches
+from engram.training.batches import Batch, Batches
 from engram.training.diagnostics import TableUse, UpdateMeter, gradient_norms
 from engram.training.distribution import LossModule, Ranks, agree, sharded_weights, share, without_sync, wrap_backbone
 from engram.training.loss import language_model_loss
@@ -142,7 +142,7 @@ class Trainer:
             self.ranks,
         )
         """What computes the loss, wrapped for several processes."""
-        self.optimizer = build_optimizer(model, self.optimizer_options)
+        self.optimizer = build_optimizer(model, self.optimizer_options, group=self.ranks.group)
         self.table_use = TableUse(model, self.ranks)
 
     def step(self, *, details: bool = False) -> StepRecord:
@@ -213,6 +213,7 @@ class Trainer:
         # A process that cannot read its text must not leave the others waiting in an exchange.
         with agree(self.ranks, f"reading the text of step {self.num_steps_done + 1}"):
             batches = [self.batches.part(self.num_steps_done, start, stop) for start, stop in self._parts]
+            self._check_tokens(batches)
         for index, (start, stop) in enumerate(self._parts):
             batch = batches[index].to(device)
             last = index == len(self._parts) - 1
@@ -224,6 +225,19 @@ class Trainer:
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return self.ranks.mean(total)
+
+    def _check_tokens(self, batches: list[Batch]) -> None:
+        """Refuse what the model would refuse on this process alone, in the middle of an exchange."""
+        size = self.model.config.vocab_size
+        for batch in batches:
+            # Targets hold all inputs but the first of each sequence.
+            ends = torch.stack([*batch.targets.aminmax(), *batch.inputs[:, 0].aminmax()])
+            smallest, largest = int(ends.min()), int(ends.max())
+            if smallest < 0 or largest >= size:
+                raise DataError(
+                    f"the text holds the token {smallest if smallest < 0 else largest}, the model's vocabulary has "
+                    f"{size}; pack the text again with the model's tokenizer"
+                )
 
 
 def _divide(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[tuple[int, int]]:

@@ -87,7 +87,8 @@ class Bill:
     ``activations`` (an estimate), ``workspace`` (logits again and their gradient, while the loss goes backward),
     ``exchange`` (buffers of one gather), and ``total``."""
     backbone_sent: dict[str, int]
-    """Per rank and step: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``muon_gather``, ``total``."""
+    """Per rank and step: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``muon_gather`` (matrices that no
+    rank has whole, and what each has made of its share), ``total``."""
     tables_sent: TableTraffic
     """As the shape says."""
     tables_sent_with_duplicates: TableTraffic
@@ -285,18 +286,18 @@ def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingSha
     """Bytes that a rank sends for everything but tables."""
     others, dense = (shape.world_size - 1) / shape.world_size, sizes.total - sizes.memory_tables
     sent = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0, "muon_gather": 0}
+    muon = muon_parameters(config, sizes) if shape.backbone_optimizer == "muon" else 0
     if shape.backbone == "ddp":  # once per step: gradients of earlier passes are added up first
         sent["all_reduce"] = round(2 * others * dense * 4)
+        sent["muon_gather"] = round(others * muon * ITEM_BYTES[shape.dtype])  # each rank's share of the results
     elif shape.backbone == "fsdp2":
         # Blocks are gathered for forward and again for backward, of every pass; what is outside them stays between.
         blocks = dense - sizes.vocabulary
         gathered = shape.num_micro_batches * (2 * blocks + sizes.vocabulary)
         sent["all_gather"] = round(others * gathered * ITEM_BYTES[shape.gather_dtype])
         sent["reduce_scatter"] = round(others * dense * 4)
-        if shape.backbone_optimizer == "muon":  # stacks of experts are divided between matrices, the others within
-            sent["muon_gather"] = round(
-                others * (muon_parameters(config, sizes) - sizes.routed_experts) * ITEM_BYTES[shape.dtype]
-            )
+        if muon:  # stacks of experts are divided between matrices; the others within: brought together, and shared out
+            sent["muon_gather"] = round(2 * others * (muon - sizes.routed_experts) * ITEM_BYTES[shape.dtype])
     return {**sent, "total": sum(sent.values())}
 
 
@@ -341,7 +342,7 @@ def _matrices(config: EngramLMConfig) -> list[tuple[int, int, int, bool]]:
 def _muon_flops(config: EngramLMConfig, shape: TrainingShape) -> int:
     """Operations of a rank's orthogonalizations: three products for each of five iterations.
 
-    Every rank does all of them, but for stacks of experts under FSDP2, which are divided between the matrices.
+    The matrices of a shape are shared out among the ranks; stacks of experts under FSDP2 are divided so already.
     """
     if shape.backbone_optimizer != "muon":
         return 0
@@ -350,6 +351,8 @@ def _muon_flops(config: EngramLMConfig, shape: TrainingShape) -> int:
         if stacked and shape.backbone == "fsdp2":
             experts = config.n_routed_experts or 1
             count = count // experts * -(-experts // shape.world_size)
+        else:
+            count = -(-count // shape.world_size)
         short, long = sorted((rows, columns))
         total += count * _NUM_NORMALIZATIONS * (4 * short * short * long + 2 * short**3)
     return total

@@ -190,7 +190,8 @@ def build_optimizer(
         model: Any model, wrapped (DDP, FSDP2) and its tables sharded or not; wrap and shard first, because both
             replace parameters.
         options: How to train; the defaults where None.
-        group: The ranks that sharded tables are divided over; all where None.
+        group: The ranks that train this model together. Given, Muon divides its work among them where they hold the
+            same matrices; sharded tables are divided over all ranks where it is None.
 
     Raises:
         ConfigError: Nothing in the model is trainable, or a table's gradient is dense and its optimizer is of rows
@@ -214,7 +215,8 @@ def build_optimizer(
         matrices, decayed = {}, {**matrices, **decayed}
     optimizers: list[torch.optim.Optimizer] = []
     if found := named("matrices", matrices, weight_decay=options.weight_decay):
-        optimizers.append(Muon(found, lr=options.lr, momentum=options.momentum, update_rms=options.update_rms))
+        muon: dict[str, Any] = {"momentum": options.momentum, "update_rms": options.update_rms, "copies": group}
+        optimizers.append(Muon(found, lr=options.lr, **muon))
     if found := [
         *named("decayed", decayed, weight_decay=options.weight_decay),
         *named("plain", kinds.plain, weight_decay=0.0),

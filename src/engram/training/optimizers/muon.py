@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -90,8 +91,10 @@ class Muon(ExactStateOptimizer):
     worked on together, for distributed tensors, and for momentum being float32 whatever the weights' type.
 
     Distributed tensors (FSDP2): a stack divided by its first dimension is updated where it is. Any other is brought
-    together on every rank, in the type of the products, and each rank applies its part of the update: the work is done
-    by all ranks alike, and costs one all-gather. Every rank must have gradients for the same parameters.
+    together in the type of the products, which costs an all-gather, and each rank applies its part of the update. What
+    several ranks have whole, these matrices and, with ``copies``, all of a DDP model's, is divided among them: each
+    orthogonalizes its share of the matrices of a shape and hands it to the others by another all-gather. Every rank
+    must have gradients for the same parameters.
 
     Args:
         params: Matrices and stacks, or groups of them; named or not.
@@ -102,6 +105,7 @@ class Muon(ExactStateOptimizer):
         num_steps: Newton-Schulz iterations.
         eps: Least norm that a matrix is divided by before them.
         dtype: Type of the products; None for bfloat16 where the device multiplies it in hardware, else float32.
+        copies: Ranks that hold the same parameters with the same gradients, as under DDP; None where each works alone.
 
     State per parameter: ``momentum_buffer``, float32 of the parameter's shape.
 
@@ -122,7 +126,9 @@ class Muon(ExactStateOptimizer):
         num_steps: int = 5,
         eps: float = 1e-7,
         dtype: torch.dtype | None = None,
+        copies: "dist.ProcessGroup | None" = None,
     ) -> None:
+        self._copies = copies
         check_options("Muon", lr=lr, weight_decay=weight_decay, update_rms=update_rms, eps=eps, betas=(momentum,))
         if num_steps < 1:
             raise ConfigError(f"Muon needs num_steps >= 1, not {num_steps}")
@@ -165,8 +171,11 @@ class Muon(ExactStateOptimizer):
                     )
                 if not self.state[parameter]:
                     self._allocate(parameter, group)
-                key = (tuple(parameter.shape[-2:]), parameter.device)
-                shapes.setdefault(key, []).extend(self._pieces(parameter))
+                pieces = self._pieces(parameter)
+                # Those that ranks share the work on apart from those that each has of its own.
+                alike = all(piece.gathered for piece in pieces) or not isinstance(parameter, DTensor)
+                key = (tuple(parameter.shape[-2:]), parameter.device, alike)
+                shapes.setdefault(key, []).extend(pieces)
             for pieces in shapes.values():
                 for batch in _batches(pieces):
                     self._update(batch, group)
@@ -202,13 +211,40 @@ class Muon(ExactStateOptimizer):
             momentum.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(momentum, group["momentum"])
             target.copy_(_gather(update.to(dtype), piece.parameter) if piece.gathered else update)
-        matrices = orthogonalize(matrices, num_steps=group["num_steps"], eps=group["eps"])
+        options = {"num_steps": group["num_steps"], "eps": group["eps"]}
+        among = self._among(first) if pieces[0].gathered or not isinstance(first, DTensor) else None
+        matrices = orthogonalize(matrices, **options) if among is None else _by_shares(matrices, among, options)
         size = group["lr"] * group["update_rms"] * max(out, columns) ** 0.5
         for piece, update in zip(pieces, matrices.split(counts), strict=True):
             weight = _stack(_local(piece.parameter.detach()))[piece.part]
             if piece.gathered:
                 update = _stack(_own_part(update.reshape(piece.parameter.shape), piece.parameter))
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+
+    def _among(self, parameter: Tensor) -> "dist.ProcessGroup | None":
+        """Ranks that have a parameter's whole matrices now; None where this one works alone."""
+        if not isinstance(parameter, DTensor):
+            group = self._copies
+        elif parameter.device_mesh.ndim == 1:
+            group = parameter.device_mesh.get_group()
+        else:
+            return None
+        return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def _by_shares(matrices: Tensor, group: "dist.ProcessGroup", options: dict[str, Any]) -> Tensor:
+    """Orthogonalize this rank's share of matrices that all ranks have, and take the others' from them."""
+    count, world_size = len(matrices), dist.get_world_size(group)
+    share = -(-count // world_size)
+    first = min(dist.get_rank(group) * share, count)
+    # Ranks send equally much, the last ones nothing of meaning perhaps.
+    own = matrices.new_zeros(share, *matrices.shape[1:])
+    mine = matrices[first : first + share]
+    if len(mine):
+        own[: len(mine)] = orthogonalize(mine, **options)
+    found = matrices.new_empty(world_size * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(found, own, group=group)
+    return found[:count]
 
 
 def _batches(pieces: list[_Piece]) -> Iterable[list[_Piece]]:
