@@ -16,6 +16,8 @@ __all__ = ["Muon", "orthogonalize", "product_dtype"]
 
 # Numbers that are made orthogonal at once: enough to fill a device, and a bound on the memory of a step.
 _CHUNK_NUMBERS = 2**25
+# On a CPU what is worked on should stay in its caches: up to a third faster than all at once.
+_CACHED_NUMBERS = 2**19
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, as published by Keller Jordan and used by ``torch.optim.Muon``."""
@@ -213,7 +215,7 @@ class Muon(ExactStateOptimizer):
             target.copy_(_gather(update.to(dtype), piece.parameter) if piece.gathered else update)
         options = {"num_steps": group["num_steps"], "eps": group["eps"]}
         among = self._among(first) if pieces[0].gathered or not isinstance(first, DTensor) else None
-        matrices = orthogonalize(matrices, **options) if among is None else _by_shares(matrices, among, options)
+        matrices = _in_pieces(matrices, options) if among is None else _by_shares(matrices, among, options)
         size = group["lr"] * group["update_rms"] * max(out, columns) ** 0.5
         for piece, update in zip(pieces, matrices.split(counts), strict=True):
             weight = _stack(_local(piece.parameter.detach()))[piece.part]
@@ -232,6 +234,14 @@ class Muon(ExactStateOptimizer):
         return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
+def _in_pieces(matrices: Tensor, options: dict[str, Any]) -> Tensor:
+    """Orthogonalize in place, as many matrices at once as the device is best at."""
+    most = max(1, _CACHED_NUMBERS // matrices[0].numel()) if matrices.device.type == "cpu" else len(matrices)
+    for piece in matrices.split(most):
+        piece.copy_(orthogonalize(piece, **options))
+    return matrices
+
+
 def _by_shares(matrices: Tensor, group: "dist.ProcessGroup", options: dict[str, Any]) -> Tensor:
     """Orthogonalize this rank's share of matrices that all ranks have, and take the others' from them."""
     count, world_size = len(matrices), dist.get_world_size(group)
@@ -241,7 +251,7 @@ def _by_shares(matrices: Tensor, group: "dist.ProcessGroup", options: dict[str, 
     own = matrices.new_zeros(share, *matrices.shape[1:])
     mine = matrices[first : first + share]
     if len(mine):
-        own[: len(mine)] = orthogonalize(mine, **options)
+        own[: len(mine)] = _in_pieces(mine, options)
     found = matrices.new_empty(world_size * share, *matrices.shape[1:])
     dist.all_gather_into_tensor(found, own, group=group)
     return found[:count]
