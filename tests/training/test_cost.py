@@ -171,12 +171,15 @@ def test_distinct_rows_saturate_at_the_rows_there_are():
     assert distinct_rows(60, 97) == pytest.approx(thrown, rel=0.01)
 
 
-def test_accumulation_sends_tables_every_pass_and_the_backbone_once():
+def test_accumulation_sends_tables_every_pass_and_the_backbone_once_unless_it_is_divided():
     once, four = (large(8, batch_size=32, micro_batch_size=size, backbone="ddp", distinct_share=0.5) for size in (4, 1))
     assert four.shape.num_micro_batches == 4
     assert four.backbone_sent == once.backbone_sent
     assert four.tables_sent.rows == once.tables_sent.rows
     assert four.tables_sent.counts == 4 * once.tables_sent.counts
+    once, four = (large(8, batch_size=32, micro_batch_size=size, backbone="fsdp2") for size in (4, 1))
+    assert four.backbone_sent["reduce_scatter"] == pytest.approx(4 * once.backbone_sent["reduce_scatter"])
+    assert four.memory["gradients"] == once.memory["gradients"], "no rank keeps the gradient of the whole model"
 
 
 def test_a_prediction_overlaps_rows_with_the_blocks_before_the_memory():

@@ -362,7 +362,8 @@ def without_sync(wrapped: nn.Module) -> Iterator[None]:
     """Keep the backbone's gradients on each rank for now, as for all but the last part of an accumulated batch.
 
     Put both the forward and the backward pass inside. Gradients of tables go to their owners each time: they are sparse
-    and would otherwise have to be kept by whoever read the rows.
+    and would otherwise have to be kept by whoever read the rows. So do those of FSDP2, which adds them up where they
+    belong: kept back, they would take the memory of a whole model on every rank.
 
     Args:
         wrapped: What `wrap_backbone` returned.
@@ -370,11 +371,5 @@ def without_sync(wrapped: nn.Module) -> Iterator[None]:
     if isinstance(wrapped, DistributedDataParallel):
         with wrapped.no_sync():
             yield
-    elif isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            wrapped.set_requires_gradient_sync(True)
     else:
         yield

@@ -17,7 +17,8 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     """Run matrix products in ``dtype``."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    # A weight is used once in a pass. Kept copies of all of them would outlast the blocks that use them.
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False)
 
 
 def language_model_loss(

@@ -295,7 +295,7 @@ def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingSha
         blocks = dense - sizes.vocabulary
         gathered = shape.num_micro_batches * (2 * blocks + sizes.vocabulary)
         sent["all_gather"] = round(others * gathered * ITEM_BYTES[shape.gather_dtype])
-        sent["reduce_scatter"] = round(others * dense * 4)
+        sent["reduce_scatter"] = round(others * dense * 4 * shape.num_micro_batches)
         if muon:  # stacks of experts are divided between matrices; the others within: brought together, and shared out
             sent["muon_gather"] = round(2 * others * (muon - sizes.routed_experts) * ITEM_BYTES[shape.dtype])
     return {**sent, "total": sum(sent.values())}
@@ -404,12 +404,13 @@ def _memory(
     # Products in a lower type keep copies of the weights until backward, unless weights come in that type.
     is_cast = shape.dtype != "float32" and not (divided > 1 and shape.gather_dtype == shape.dtype)
     gradients = 4 * share
-    if divided > 1:  # whole, of one block; of all of them while gradients of several passes are added up
-        gradients += 4 * (dense if shape.num_micro_batches > 1 else block)
+    if divided > 1:  # whole, of one block at a time
+        gradients += 4 * block
     held = {
         "weights": 4 * share,
         "weights_gathered": gathered,
-        "weights_cast": dense * item if is_cast else 0,
+        # Of one block at a time, where blocks are computed again.
+        "weights_cast": (block + sizes.vocabulary_matrix if shape.checkpointing else dense) * item if is_cast else 0,
         "gradients": gradients,
         "gradient_buckets": 4 * dense if shape.backbone == "ddp" and shape.world_size > 1 else 0,
         "optimizer": -(-(8 * dense - 4 * muon) // divided),
