@@ -1,6 +1,6 @@
 """Rows from a Mooncake Store on loopback: this library against Mooncake's own EngramStore, on the same rows.
 
-python -m benchmarks.remote [--out benchmarks/results/remote.json]
+    python benchmarks/remote.py --in-a-row 1 1 1 --out benchmarks/results/remote.json
 
 Starts a master and a storage process, publishes one table both ways (EngramStore knows float32 only: a key per head),
 and reads random rows of it, other ones in every request. "cold" asks the store for every row; "warm" asks a
@@ -10,20 +10,23 @@ those of one request.
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import torch
-from benchmarks.harness import measure, write
-from tests.tables.mooncake_store import running
 
 from engram.tables import MooncakeTable, publish_to_mooncake, tensor_layout
 from engram.tables.cache import CachedTable
 from engram.tables.safetensors_file import read_header
 from engram.tables.safetensors_writer import TensorWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.tables.mooncake_store import running
 
 NUM_HEADS, ROWS_PER_HEAD, WIDTH = 8, 50_000, 64
 CACHE_BYTES = 256 << 20
@@ -87,7 +90,9 @@ def main() -> None:
                 "cold": (cold.gather, numbers),
                 "warm": (warm.gather, numbers),
             }
-            rounds = measure({what: in_turn(*call, in_a_row) for what, call in calls.items()}, arguments.repeats)
+            rounds = harness.measure(
+                {what: in_turn(*call, in_a_row) for what, call in calls.items()}, arguments.repeats
+            )
             seconds = {what: [time / in_a_row for time in times] for what, times in rounds.items()}
             num_rows = length * NUM_HEADS
             base = statistics.median(seconds["EngramStore"])
@@ -112,7 +117,7 @@ def main() -> None:
         cold.close()
         warm.close()
         client.close()
-    write(arguments.out, "remote", results)
+    harness.write(arguments.out, "remote", results)
 
 
 if __name__ == "__main__":
