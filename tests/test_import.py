@@ -16,9 +16,11 @@ PROMISED = [
     "EngramLMConfig",
     "EngramLayer",
     "HashSpec",
+    "MemoryAdapter",
     "Table",
     "TokenHistory",
     "TokenMap",
+    "attach",
     "open_table",
 ]
 

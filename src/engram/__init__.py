@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engram import registration
 
 if TYPE_CHECKING:
+    from engram.adapt import MemoryAdapter, attach
     from engram.hashing import HashSpec, TokenHistory, TokenMap
     from engram.memory import EngramConfig, EngramLayer
     from engram.model import EngramForCausalLM, EngramLMConfig
@@ -27,9 +28,11 @@ __all__ = [
     "EngramLMConfig",
     "EngramLayer",
     "HashSpec",
+    "MemoryAdapter",
     "Table",
     "TokenHistory",
     "TokenMap",
+    "attach",
     "open_table",
 ]
 
@@ -39,9 +42,11 @@ _MODULES = {
     "EngramLMConfig": "engram.model",
     "EngramLayer": "engram.memory",
     "HashSpec": "engram.hashing",
+    "MemoryAdapter": "engram.adapt",
     "Table": "engram.tables",
     "TokenHistory": "engram.hashing",
     "TokenMap": "engram.hashing",
+    "attach": "engram.adapt",
     "open_table": "engram.tables",
 }
 

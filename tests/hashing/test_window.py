@@ -150,3 +150,15 @@ def test_impossible_requests_are_refused_and_change_nothing(call, message):
 def test_negative_sizes_are_refused(sizes):
     with pytest.raises(ConfigError, match="from 0, got -1"):
         RollingWindow(**sizes, fill=0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("max_rollback", [0, 2, None])
+def test_a_window_that_was_reset_is_as_new_whatever_it_kept(max_rollback):
+    window = RollingWindow(1, 2, fill=-1, dtype=torch.int64, max_rollback=max_rollback)
+    window.advance(torch.tensor([[5, 6]]))
+    if max_rollback == 0:
+        window.record()
+    window.reset()
+    assert window.values.tolist() == [[-1, -1]]
+    window.advance(torch.tensor([[7]]))
+    assert window.values.tolist() == [[-1, 7]]

@@ -429,6 +429,7 @@ class _Growing(_Storage):
         self.held = [self.held[i] for i in index.tolist()]
 
     def reset(self) -> None:
+        self.buffer[:, : self.width] = self.fill
         self.held = [0] * len(self.held)
 
     def snapshot(self) -> dict[str, Any]:
