@@ -253,7 +253,7 @@ def _by_shares(matrices: Tensor, group: "dist.ProcessGroup", options: dict[str, 
     if len(mine):
         own[: len(mine)] = _in_pieces(mine, options)
     found = matrices.new_empty(world_size * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(found, own, group=group)
+    dist.all_gather_single(found, own, group=group)
     return found[:count]
 
 
