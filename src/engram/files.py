@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["new_folder", "replacing", "write_atomically"]
+__all__ = ["flush", "new_folder", "replacing", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -35,14 +35,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes files only their owner can read; a replaced file keeps its mode, a new one gets the usual 0644.
         aside.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         yield aside
-        _flush(aside)
+        flush(aside)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the rename is still atomic there, only less durable.
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -71,13 +71,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         aside.chmod(0o755)
         yield aside
         for inside in [*aside.rglob("*"), aside]:
-            _flush(inside)
+            flush(inside)
         os.replace(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     with contextlib.suppress(OSError):
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -94,7 +94,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: It cannot be opened, or the file system cannot flush it (some cannot flush folders).
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,16 +1,13 @@
 """Tables divided over ranks: the same rows and gradients as one table, whoever asks; errors reach everybody."""
 
 import gc
-import io
 import itertools
-import multiprocessing
-import traceback
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tests.ranks import Processes
 from torch.distributed.tensor import DTensor
 
 from engram.errors import ConfigError, EngramError, MismatchError, RowRangeError
@@ -18,53 +15,6 @@ from engram.tables import ParameterTable
 from engram.tables.sharded import ShardedTable, _in_order, block_of, draw_rows
 
 WIDTH = 5
-
-
-class Processes:
-    """Ranks of one gloo group that run functions of test files, all at once, until closed."""
-
-    def __init__(self, world_size, folder):
-        context = multiprocessing.get_context("spawn")
-        self.world_size, self.results = world_size, context.Queue()
-        self.jobs = [context.SimpleQueue() for _ in range(world_size)]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, str(folder), self.jobs[rank], self.results))
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, function, *arguments):
-        """What ``function(rank, *arguments)`` returned, by rank; fails with what it raised."""
-        for jobs in self.jobs:
-            jobs.put((function, arguments))
-        found = dict(self.results.get(timeout=100) for _ in self.jobs)
-        found = [torch.load(io.BytesIO(found[rank]), weights_only=False) for rank in range(self.world_size)]
-        problems = [one for one in found if isinstance(one, str) and one.startswith("Traceback")]
-        assert not problems, "\n".join(problems)
-        return found
-
-    def close(self):
-        for jobs in self.jobs:
-            jobs.put(None)
-        for process in self.processes:
-            process.join(20)
-            process.kill()
-
-
-def _serve(rank, world_size, folder, jobs, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    while (job := jobs.get()) is not None:
-        function, arguments = job
-        try:
-            result = function(rank, *arguments)
-        except Exception:
-            result = traceback.format_exc()
-        file = io.BytesIO()
-        torch.save(result, file)
-        results.put((rank, file.getvalue()))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])

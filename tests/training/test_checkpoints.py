@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -12,13 +11,13 @@ import resource
 import signal
 import threading
 import time
-import traceback
 import zlib
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from tests.ranks import Processes
 from tests.small_model import BACKBONE, MEMORY, TEXT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -48,53 +47,6 @@ def fresh_processes():
     return context
 
 
-class Processes:
-    """Ranks of one gloo group that run functions of this file, all at once, until closed."""
-
-    def __init__(self, world_size, folder):
-        context = fresh_processes()
-        self.world_size, self.results = world_size, context.Queue()
-        self.jobs = [context.SimpleQueue() for _ in range(world_size)]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, str(folder), self.jobs[rank], self.results))
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, function, *arguments):
-        """What ``function(*arguments)`` returned, by rank; fails with what it raised."""
-        for jobs in self.jobs:
-            jobs.put((function, arguments))
-        found = dict(self.results.get(timeout=90) for _ in self.jobs)
-        found = [torch.load(io.BytesIO(found[rank]), weights_only=False) for rank in range(self.world_size)]
-        problems = [one for one in found if isinstance(one, str) and one.startswith("Traceback")]
-        assert not problems, "\n".join(problems)
-        return found
-
-    def close(self):
-        for jobs in self.jobs:
-            jobs.put(None)
-        for process in self.processes:
-            process.join(20)
-            process.kill()
-
-
-def _serve(rank, world_size, folder, jobs, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    while (job := jobs.get()) is not None:
-        function, arguments = job
-        try:
-            result = function(*arguments)
-        except BaseException:
-            result = traceback.format_exc()
-        file = io.BytesIO()
-        torch.save(result, file)
-        results.put((rank, file.getvalue()))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Runs a function of this file on so many ranks, at once; on one, here."""
@@ -104,7 +56,9 @@ def ranks(tmp_path_factory):
         if world_size == 1:
             return [function(*arguments)]
         if world_size not in made:
-            made[world_size] = Processes(world_size, tmp_path_factory.mktemp("ranks"))
+            made[world_size] = Processes(
+                world_size, tmp_path_factory.mktemp("ranks"), context=fresh_processes(), numbered=False
+            )
         return made[world_size].run(function, *arguments)
 
     yield run

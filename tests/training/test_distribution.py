@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks import Processes
 from tests.small_model import BACKBONE, MEMORY, TEXT
-from tests.tables.test_sharded import Processes
 from torch.distributed.tensor import DTensor
 
 from engram.errors import ConfigError, DataError, EngramError

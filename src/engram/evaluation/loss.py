@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engram.errors import DataError
-from engram.training.loss import autocast
+from engram.training.loss import autocast, cut_into_sequences
 
 __all__ = ["HeldOutLoss", "held_out_loss"]
 
@@ -89,13 +89,9 @@ def held_out_loss(
 
 def _sequences(tokens: np.ndarray, length: int, batch_size: int):  # type: ignore[no-untyped-def]
     """Whole sequences in batches, then the shorter rest alone, so that no padding is needed."""
-    count = len(tokens) - 1
-    starts = list(range(0, count - length + 1, length))
-    for first in range(0, len(starts), batch_size):
-        windows = np.stack([tokens[start : start + length + 1] for start in starts[first : first + batch_size]])
-        batch = torch.from_numpy(windows.astype(np.int64))
-        yield batch[:, :-1], batch[:, 1:]
-    rest = len(starts) * length
-    if rest < count:
-        batch = torch.from_numpy(tokens[None, rest:].astype(np.int64))
-        yield batch[:, :-1], batch[:, 1:]
+    pieces = cut_into_sequences(tokens, length)
+    whole = [piece for piece in pieces if piece.stop - piece.start == length + 1]
+    for chosen in [*(whole[i : i + batch_size] for i in range(0, len(whole), batch_size)), pieces[len(whole) :]]:
+        if chosen:
+            batch = torch.from_numpy(np.stack([tokens[piece] for piece in chosen]).astype(np.int64))
+            yield batch[:, :-1], batch[:, 1:]

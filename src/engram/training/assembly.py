@@ -22,10 +22,10 @@ from engram.model.plan import read_config
 from engram.tables.sharded import shard_tables
 from engram.training.corpus import standard_library_files
 from engram.training.distribution import Ranks
-from engram.training.packing import OneSidedError, PackedCorpus, pack_to_shards
+from engram.training.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards
 from engram.training.recipe import Recipe
 from engram.training.shards import TokenShards
-from engram.training.sources import TextSource, open_sources
+from engram.training.sources import TextSource
 from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["TrainingText", "build_model", "find_tokenizer", "model_config", "open_text", "text_sources"]
@@ -230,7 +230,7 @@ def build_model(recipe: Recipe, config: EngramLMConfig, ranks: Ranks) -> Any:
 def _beginning(recipe: Recipe) -> Iterator[str]:
     """The texts that a tokenizer is trained on."""
     left = recipe.tokenizer.train_bytes
-    for piece in open_sources(text_sources(recipe)).pieces():
+    for piece in open_remembered(text_sources(recipe), cache_folder(recipe)).pieces():
         if left <= 0:
             return
         yield piece.text[:left]

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from engram.errors import CheckpointError, ConfigError
-from engram.files import write_atomically
+from engram.files import flush, write_atomically
 from engram.tables.safetensors_file import DTYPES, StoredTensor, read_header
 from engram.tables.safetensors_writer import TensorWriter
 from engram.training.checkpoint_state import (
@@ -171,7 +171,7 @@ class StateWriter(StorageWriter):
                         piece = piece.cpu()
                         writer.append(key, piece)
                         checksums[key] = zlib.crc32(_bytes(piece), checksums[key])
-            _flush(path)
+            flush(path)
             size = path.stat().st_size
             for key, (index, tensor) in chunks.items():
                 chunk = Chunk(path.name, tuple(index.offset or ()), tuple(tensor.shape), checksums[key])
@@ -208,7 +208,7 @@ class StateWriter(StorageWriter):
             self.final.rename(replaced)
         self.partial.rename(self.final)
         with contextlib.suppress(OSError):
-            _flush(self.folder)  # some file systems cannot; the rename is still atomic there
+            flush(self.folder)  # some file systems cannot; the rename is still atomic there
         self._remove_earlier(replaced)
 
     def close(self, *, failed: bool) -> None:
@@ -384,11 +384,3 @@ def _pieces(stored: StoredTensor, start: int = 0, stop: int | None = None) -> It
 def _bytes(piece: Tensor) -> memoryview:
     data: memoryview = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from engram.training.diagnostics import TableUse, UpdateMeter, gradient_norms
 from engram.training.distribution import LossModule, Ranks, agree, sharded_weights, share, without_sync, wrap_backbone
 from engram.training.loss import language_model_loss
 from engram.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
+from engram.training.optimizers.muon import product_dtype
 from engram.training.schedules import ScheduleOptions, learning_rate_factor
 
 __all__ = ["StepRecord", "TrainOptions", "Trainer", "best_dtype", "find_device"]
@@ -79,10 +80,7 @@ class StepRecord:
 
 def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     """Choose bfloat16 where the device multiplies it in hardware, which on such CPUs is several times faster."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bfloat16" if capability.get("avx512_bf16") or capability.get("amx_bf16") else "float32"
+    return "bfloat16" if product_dtype(device) == torch.bfloat16 else "float32"
 
 
 def find_device(name: str) -> torch.device:
@@ -144,6 +142,7 @@ class Trainer:
         """What computes the loss, wrapped for several processes."""
         self.optimizer = build_optimizer(model, self.optimizer_options, group=self.ranks.group)
         self.table_use = TableUse(model, self.ranks)
+        self._own_rows = {id(weight) for weight in sharded_weights(model)}
 
     def step(self, *, details: bool = False) -> StepRecord:
         """Take the next step. A step whose gradient is not finite changes nothing, on any process, and is counted.
@@ -166,11 +165,10 @@ class Trainer:
         if details:
             found |= gradient_norms(self.model, self.optimizer, self.ranks)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        own = {id(weight) for weight in sharded_weights(self.model)}
         norm = clip_gradients(
             parameters,
             self.options.max_grad_norm,
-            is_sharded=lambda parameter: id(parameter) in own,
+            is_sharded=lambda parameter: id(parameter) in self._own_rows,
             group=self.ranks.group,
         )
         skipped = not (math.isfinite(norm) and math.isfinite(loss))

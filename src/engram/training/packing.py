@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from engram.training.shards import (
 )
 from engram.training.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
 
-__all__ = ["OneSidedError", "PackedCorpus", "pack_to_shards"]
+__all__ = ["OneSidedError", "PackedCorpus", "open_remembered", "pack_to_shards"]
 
 _FORMAT = "engram.packed.1"
 _STATE_NAME = "state.json"
@@ -136,16 +136,8 @@ def pack_to_shards(
     }
     made_by = tokenizer_digest(tokenizer)
     cache, given = Path(cache_folder), [TextSource.of(source) for source in sources]
-    for source in given:
-        if cache.resolve().is_relative_to(Path(source.path).resolve()):
-            raise ConfigError(f"the cache folder {cache} lies in the source {source.path}; keep it elsewhere")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        opened = open_sources(
-            given,
-            remembered=cache / "files.json",
-            on_progress=lambda num_bytes, total_bytes: on_progress("reading", num_bytes, total_bytes),
-        )
+        opened = open_remembered(given, cache, lambda *done: on_progress("reading", *done))
         contents = [_FORMAT, options, made_by, [item.identity for item in opened.items]]
         folder = cache / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
@@ -158,6 +150,28 @@ def pack_to_shards(
             return _open(folder, made_by, opened.skipped, reused)
     except RunFolderError:
         raise
+    except OSError as error:
+        raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
+
+
+def open_remembered(
+    sources: Sequence[TextSource],
+    cache: Path,
+    on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
+) -> OpenSources:
+    """Open sources, whose files are read for their digests once for all who share a cache folder.
+
+    Raises:
+        ConfigError: The cache folder lies in a source.
+        RunFolderError: The cache folder cannot be written.
+        DataError: As `open_sources`; `MissingExtraError` likewise.
+    """
+    for source in sources:
+        if cache.resolve().is_relative_to(Path(source.path).resolve()):
+            raise ConfigError(f"the cache folder {cache} lies in the source {source.path}; keep it elsewhere")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return open_sources(sources, remembered=cache / "files.json", on_progress=on_progress)
     except OSError as error:
         raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
 

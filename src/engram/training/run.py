@@ -1,7 +1,6 @@
 """A training run: everything from a recipe to a folder that holds the trained model, and back after a stop."""
 
 import contextlib
-import datetime
 import fcntl
 import json
 import shutil
@@ -29,7 +28,7 @@ from engram.training.peak import peak_flops
 from engram.training.progress import RunProgress
 from engram.training.recipe import Recipe
 from engram.training.recipe_file import write_toml
-from engram.training.run_folder import command_line, commit, machine, to_json, versions
+from engram.training.run_folder import commit, run_facts, to_json, versions
 from engram.training.state import SPEC_DIGEST, export_model, model_facts, training_tensors
 
 __all__ = ["Run"]
@@ -310,12 +309,7 @@ class Run:
         sizes = model_sizes(config, context=self.recipe.data.sequence_length)
         return {
             "format": "engram.train.1",
-            "command": command_line(),
-            "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": time.time() - self.started,
-            "machine": machine(),
-            "versions": versions(),
-            "commit": self.commit,
+            **run_facts(self.started, self.commit),
             "world_size": self.ranks.world_size,
             "num_steps": trainer.num_steps_done,
             "num_skipped": trainer.num_skipped,

@@ -1,5 +1,6 @@
 """The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
 
+import datetime
 import itertools
 import json
 import os
@@ -9,13 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from engram.errors import RunFolderError
 
-__all__ = ["RunFolder", "command_line", "commit", "machine", "to_json", "versions"]
+__all__ = ["RunFolder", "command_line", "commit", "machine", "run_facts", "to_json", "versions"]
 
 _MARK = "result.json"
 
@@ -82,6 +84,23 @@ def _open_to_readers(folder: Path) -> None:
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def run_facts(started: float, commit: str | None) -> dict[str, Any]:
+    """What every result says of how it was made.
+
+    Args:
+        started: When, in seconds since 1970.
+        commit: `commit`, as it was then: the tree may change under a long run.
+    """
+    return {
+        "command": command_line(),
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": time.time() - started,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit,
+    }
 
 
 def command_line() -> str:

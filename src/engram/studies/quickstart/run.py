@@ -1,7 +1,6 @@
 """The quickstart: train a model with memory and its memory-less twin side by side, compare them, write a report."""
 
 import dataclasses
-import datetime
 import json
 import math
 import statistics
@@ -33,7 +32,7 @@ from engram.training.corpus import Corpus, Document, read_corpus, split_corpus
 from engram.training.interrupts import Interrupt
 from engram.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
 from engram.training.optimizers import OptimizerOptions
-from engram.training.run_folder import RunFolder, command_line, commit, machine, to_json, versions
+from engram.training.run_folder import RunFolder, commit, run_facts, to_json
 from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["Quickstart"]
@@ -343,12 +342,7 @@ class _Study:
         gains = [twin["loss"] - memory["loss"] for memory, twin in zip(runs["memory"], runs["twin"], strict=True)]
         return {
             "format": "engram.quickstart.1",
-            "command": command_line(),
-            "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": time.time() - self.started,
-            "machine": machine(),
-            "versions": versions(),
-            "commit": self.commit,
+            **run_facts(self.started, self.commit),
             "data": facts,
             "settings": settings,
             "seeds": [run["seed"] for run in runs["memory"]],
