@@ -177,6 +177,23 @@ def quantization() -> str:
     return "\n".join(lines)
 
 
+def adaptation() -> str:
+    """The arms of the committed adaptation."""
+    from engram.studies.adaptation.summary import markdown_table
+
+    result = load("adaptation")["results"]
+    machine, data = result["machine"], result["data"]
+    lines = [
+        markdown_table(result).strip(),
+        "",
+        f"{data['domain_tokens']:,} tokens of {data['domain']} to train on, {data['held_out_tokens']:,} held out; "
+        f"{data['retained_tokens']:,} tokens of {data['retained']} that the base was not trained on either.",
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
+        f"{machine['threads']} thread.",
+    ]
+    return "\n".join(lines)
+
+
 DRAWN = {"normal": "normal", "Student t, 3 degrees of freedom": "Student's t₃"}
 """How a distribution is called in a table."""
 

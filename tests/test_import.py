@@ -17,6 +17,7 @@ PROMISED = [
     "EngramLayer",
     "HashSpec",
     "MemoryAdapter",
+    "RowPatch",
     "Table",
     "TokenHistory",
     "TokenMap",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from engram import registration
 
 if TYPE_CHECKING:
-    from engram.adapt import MemoryAdapter, attach
+    from engram.adapt import MemoryAdapter, RowPatch, attach
     from engram.hashing import HashSpec, TokenHistory, TokenMap
     from engram.memory import EngramConfig, EngramLayer
     from engram.model import EngramForCausalLM, EngramLMConfig
@@ -29,6 +29,7 @@ __all__ = [
     "EngramLayer",
     "HashSpec",
     "MemoryAdapter",
+    "RowPatch",
     "Table",
     "TokenHistory",
     "TokenMap",
@@ -43,6 +44,7 @@ _MODULES = {
     "EngramLayer": "engram.memory",
     "HashSpec": "engram.hashing",
     "MemoryAdapter": "engram.adapt",
+    "RowPatch": "engram.adapt",
     "Table": "engram.tables",
     "TokenHistory": "engram.hashing",
     "TokenMap": "engram.hashing",

@@ -31,8 +31,12 @@ _VERBS = {
         "train a small memory model and its memory-less twin on local text, compare them, write a report",
     ),
     "train": _Verb("engram.training.command:Train", "train a model by a recipe, on one process or on many"),
+    "adapt": _Verb(
+        "engram.studies.adaptation.command:Adapt",
+        "give a pretrained model memory by a recipe, with controls, and report",
+    ),
     "export": _Verb("engram.training.export:Export", "the model of a training's checkpoint as a Hugging Face folder"),
-    "eval": _Verb("engram.evaluation.command:Eval", "loss of a model on text files"),
+    "eval": _Verb("engram.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),
     "generate": _Verb("engram.serving.generate:Generate", "continue a prompt with a model"),
     "plan": _Verb(
         "engram.model.plan:Plan", "parameters, bytes, FLOPs and traffic of a preset or config, without building it"
@@ -56,7 +60,17 @@ _TABLE_VERBS = {
     ),
 }
 
-_GROUPS = {"table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables")}
+_STUDY_VERBS = {
+    "suppression": _Verb(
+        "engram.studies.suppression.run:SuppressionStudy",
+        "what a model still knows, and still reads, with its memory suppressed",
+    ),
+}
+
+_GROUPS = {
+    "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
+    "study": (_STUDY_VERBS, "ask one of the paper's questions of small models, by one command"),
+}
 """Verbs that have verbs of their own, and what they are about."""
 
 

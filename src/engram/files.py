@@ -1,13 +1,16 @@
 """Files and folders that are either the old version or the new one, never half of either."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["flush", "new_folder", "replacing", "write_atomically"]
+__all__ = ["flush", "new_folder", "replacing", "replacing_folder", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -80,6 +83,43 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush(path.parent)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield an empty temporary folder and put it in the place of the one at ``path`` when the block ends well.
+
+    The two change places in one step where the file system can do that (local ones on Linux can), so a crash at any
+    point leaves the old folder or the new one. Where it cannot, the old one has for a moment another name beside it.
+    What has the old folder's files open goes on reading them. Missing parent folders are created.
+
+    Args:
+        path: The folder to replace or create.
+        check: Called with the folder that is there and holds something; raises where that must not be replaced.
+
+    Yields:
+        The temporary folder, in the same parent.
+
+    Raises:
+        FileExistsError: ``path`` is a file.
+        OSError: The parent cannot be written.
+    """
+    path = Path(path).resolve()  # a link stays one
+    if not (path.is_dir() and any(path.iterdir())):
+        with new_folder(path) as aside:
+            yield aside
+        return
+    check(path)
+    written = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    with new_folder(written) as aside:
+        yield aside
+    try:
+        written.chmod(path.stat().st_mode & 0o777)
+        _exchange(written, path)
+        with contextlib.suppress(OSError):
+            flush(path.parent)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a whole file, atomically; text is encoded as UTF-8.
 
@@ -105,3 +145,30 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two folders of one file system change places."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # another C library than glibc's
+        _exchange_in_steps(one, other)
+        return
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), str(other))
+    _exchange_in_steps(one, other)  # network file systems
+
+
+def _exchange_in_steps(one: Path, other: Path) -> None:
+    aside = other.with_name(f".{other.name}.{uuid.uuid4().hex}.old")
+    os.replace(other, aside)
+    try:
+        os.replace(one, other)
+    except BaseException:
+        os.replace(aside, other)
+        raise
+    os.replace(aside, one)

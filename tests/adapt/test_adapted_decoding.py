@@ -217,12 +217,65 @@ def test_a_plain_cache_takes_back_as_much_as_was_agreed_and_refuses_more(adapted
     cache.crop(-15)
     model(more, past_key_values=cache)
     cache.crop(0)  # all of it is wanted, so nothing needs to be kept for taking it back
-    (state,) = cache._engram_states.values()
-    assert all(window.snapshot()["held"].tolist() == [0] for window in (state.history, *state.windows.values()))
+    assert held(cache) == {0}
     cache.reset()
     model(ids, past_key_values=cache)
     logits = model(more, past_key_values=cache).logits
     torch.testing.assert_close(logits, whole(model, torch.cat([ids, more], 1))[:, 20:], atol=2e-5, rtol=1e-5)
+
+
+def held(cache):
+    """How many positions the parts of the state can take back."""
+    (state,) = cache._engram_states.values()
+    parts = (state.history, *state.windows.values())
+    return {count for part in parts for count in part.snapshot()["held"].tolist()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cache_that_is_taken_back_to_nothing_starts_over(recorded, adapted):
+    model, adapter = adapted()
+    adapter.max_rollback = 6
+    cache = DynamicCache()
+    for piece in tokens(2, 20, seed=77).split(10, dim=1):
+        model(piece, past_key_values=cache)
+        if recorded:
+            cache.activate_past_recording()
+    cache.crop(-20)  # more than was agreed, but there is nothing left that would have to be known
+    pieces = [model(piece, past_key_values=cache).logits for piece in tokens().split(10, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole(model, tokens()), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_was_recorded_is_given_up_once_some_of_it_is_taken_back(adapted):
+    model, _ = adapted()
+    ids, cache = tokens(), DynamicCache()
+    model(ids[:, :10], past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, 10:25], past_key_values=cache)
+    assert held(cache) == {15}
+    cache.crop(-5)
+    assert held(cache) == {0}
+    logits = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids)[:, 20:], atol=2e-5, rtol=1e-5)
+    assert held(cache) == {10}  # and recording goes on
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_beams_that_change_places_take_their_tokens_and_windows_along(recorded, adapted):
+    model, _ = adapted()
+    first, second = tokens(3, 9), tokens(3, 4, seed=8)
+    order = torch.tensor([2, 0, 0])
+    cache = DynamicCache()
+    model(first[:, :2], past_key_values=cache)
+    if recorded:
+        cache.activate_past_recording()
+    model(first[:, 2:], past_key_values=cache)
+    cache.reorder_cache(order)
+    logits = model(second, past_key_values=cache).logits
+    expected = whole(model, torch.cat([first[order], second], 1))[:, 9:]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -305,3 +358,10 @@ def test_a_compiled_step_on_a_static_cache_is_one_graph_and_equals_the_whole_for
     pieces += [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole(model, ids)[:, :20], atol=2e-5, rtol=1e-5)
     assert len(graphs) <= 2  # the count of tokens is given up in the first
+    # It stays so in steps that are not compiled, until the cache is reset.
+    logits = model(ids[:, 20:25], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids)[:, 20:25], atol=2e-5, rtol=1e-5)
+    (state,) = cache._engram_states.values()
+    assert state.seen is None
+    cache.reset()
+    assert state.seen == 0

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import engram
-from engram.adapt import attached_adapters
+from engram.adapt import attached_adapters, set_adapters
 from engram.errors import ConfigError, MismatchError
 from engram.hashing import HashSpec, Segments
 from engram.training.tokenizer import train_tokenizer
@@ -203,6 +203,74 @@ def test_several_adapters_add_up_and_are_switched_one_by_one(adapted, config):
     first.detach()
     assert torch.equal(whole(model, ids), other)
     assert attached_adapters(model) == {"second": second}
+
+
+def test_switching_gives_the_logits_of_having_only_that_one_to_the_bit(adapted, config):
+    ids, seeds = tokens(), {"first": 1, "second": 5, "third": 6}
+
+    def with_adapters(*names):
+        model = small_model()
+        for name in names:
+            torch.manual_seed(seeds[name])
+            blocks = (0, 1) if name == "second" else (0, 2)
+            speak(engram.attach(model, TOKENIZER, config(layers=blocks, seed=seeds[name]), name=name), seeds[name])
+        return model
+
+    expected = {names: whole(with_adapters(*names), ids) for names in ((), *((name,) for name in seeds))}
+    expected["first", "third"] = whole(with_adapters("first", "third"), ids)
+    model = with_adapters(*seeds)
+    for names, logits in expected.items():
+        set_adapters(model, names)
+        assert torch.equal(whole(model, ids), logits)
+        cached = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+        assert torch.equal(
+            cached, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1, use_cache=False)
+        )
+    set_adapters(model, "second")
+    with pytest.raises(ConfigError, match=r"no memory adapter called 'fourth'; it has 'first', 'second', 'third'"):
+        set_adapters(model, ["first", "fourth"])
+    assert [adapter.enabled for adapter in attached_adapters(model).values()] == [False, True, False]
+    with pytest.raises(ConfigError, match="it has none"):
+        set_adapters(small_model(), "first")
+
+
+@torch.no_grad()
+def test_a_row_map_chooses_the_rows_that_are_read_instead(adapted):
+    model, adapter = adapted()
+    ids, given = tokens(), []
+    expected, plain = adapter.spec.rows_for_layers(adapter.spec.encode(ids), None), whole(model, ids)
+    order = {block: torch.randperm(table.num_rows) for block, table in adapter.tables.items()}
+    adapter.row_map = lambda block, rows: given.append((block, rows)) or order[str(block)][rows]
+    mapped = whole(model, ids)
+    assert [block for block, _ in given] == [0, 2]
+    assert all(torch.equal(rows, expected[block]) for block, rows in given)
+    assert not torch.allclose(mapped, plain, atol=1e-2)
+    # The same as tables whose rows lie in that order.
+    adapter.row_map = None
+    for block, table in adapter.memory_tables.items():
+        table.weight.copy_(table.weight[order[block]])
+    assert torch.equal(whole(model, ids), mapped)
+    adapter.row_map = lambda block, rows: rows[..., :1]
+    with pytest.raises(MismatchError, match=r"\(2, 20, 4\) of torch.int64 for layer 0 and returned \(2, 20, 1\)"):
+        whole(model, ids)
+
+
+@torch.no_grad()
+def test_hooks_of_a_layer_may_ask_for_its_gates(adapted):
+    model, adapter = adapted()
+    ids, seen = tokens(), {}
+    expected = whole(model, ids)
+    for block, layer in adapter.layers.items():
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "return_gates": True}), with_kwargs=True
+        )
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output, block=block: seen.update({block: (output.gates, kwargs["active"])}),
+            with_kwargs=True,
+        )
+    assert torch.equal(whole(model, ids), expected)
+    assert all(gates.shape == (2, 20, 1) and gates.min() > 0 and gates.max() < 1 for gates, _ in seen.values())
+    assert seen.keys() == {"0", "2"} and all(active.all() for _, active in seen.values())
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
 
 import engram
+from engram.adapt import attached_adapters
+from engram.errors import ConfigError
 
 peft = pytest.importorskip("peft")
 
@@ -50,3 +52,18 @@ def test_memory_and_lora_add_up_in_either_order_and_part_again(memory_first, ada
     assert not torch.allclose(alone, logits, atol=1e-2)
     adapter.detach()
     torch.testing.assert_close(both(input_ids=ids, use_cache=False).logits, alone)
+
+
+@torch.no_grad()
+def test_a_second_memory_joins_the_first_through_peft(adapted, config):
+    model, first = adapted()
+    both = lora(model)
+    second = engram.attach(both, TOKENIZER, config(), name="second", check=False)
+    assert list(attached_adapters(both)) == list(attached_adapters(model)) == ["default", "second"]
+    with pytest.raises(ConfigError, match="already has a memory adapter called 'default'"):
+        engram.attach(both, TOKENIZER, config())
+    first.detach()
+    assert list(attached_adapters(both)) == ["second"]
+    second.detach()
+    assert not attached_adapters(both)
+    assert not any("engram_adapters" in name for name, _ in both.named_modules())

@@ -8,7 +8,7 @@ import torch
 
 import engram
 from engram.analysis import GateTrace, gate_trace, strongest
-from engram.analysis.gates import score_parts
+from engram.analysis.gate_scores import score_parts
 from engram.errors import ConfigError, DataError, MismatchError, TokenError
 from engram.hashing import Segments
 from engram.memory.gate import signed_sqrt

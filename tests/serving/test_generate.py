@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests.adapt import small_models
+from tests.adapt.hub_client import adapter_of
 from tests.small_model import BACKBONE, TEXT
 from tests.training.test_loop import TOKENIZER, model
 
@@ -56,6 +58,49 @@ def test_eval_prints_the_held_out_loss_of_files(folder, tmp_path, capsys):
     assert (printed["files"], printed["skipped"]) == (1, {"binary": 1})
     assert main(["eval", str(folder), "--data", str(tmp_path), "--max-tokens", "50"]) == 0
     assert "nats per token" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Somebody else's model, memory for it, and what it says with that memory."""
+    base, memory = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    one, adapter = adapter_of()
+    adapter.save_pretrained(memory)
+    small_models.small_model().save_pretrained(base)
+    small_models.TOKENIZER.save_pretrained(base)
+    return base, memory, one
+
+
+def test_memory_is_added_to_somebody_else_s_model(adapted, tmp_path, capsys):
+    base, memory, one = adapted
+    call = ["generate", str(base), "--prompt", "the cat", "--max-new-tokens", "12", "--temperature", "0"]
+    assert main(call) == 0
+    without = capsys.readouterr().out
+    expected = "the cat" + continue_text(one, small_models.TOKENIZER, "the cat", max_new_tokens=12) + "\n"
+    assert expected != without
+    for flags in ([], ["--table-tier", "file", "--table-cache-mib", "1"], ["--table-source", str(memory)]):
+        assert main([*call, "--adapter", str(memory), *flags]) == 0
+        assert capsys.readouterr().out == expected
+    (tmp_path / "text.txt").write_text(TEXT)
+    call = ["eval", str(base), "--data", str(tmp_path), "--sequence-length", "32", "--json", "--adapter", str(memory)]
+    assert main(call) == 0
+    printed = json.loads(capsys.readouterr().out)
+    tokens = np.array([*small_models.TOKENIZER(TEXT).input_ids, small_models.TOKENIZER.eos_token_id])
+    assert printed["loss"] == pytest.approx(held_out_loss(one, tokens, length=32).loss, rel=1e-5)
+    assert printed["adapter"] == str(memory)
+
+
+def test_an_adapter_that_does_not_fit_ends_with_a_message(adapted, folder, tmp_path, capsys):
+    base, memory, _ = adapted
+    for base_model, adapter, message in (
+        (base, tmp_path, "config.json"),
+        (folder, memory, "the model embeds"),
+        (base, base, "no memory adapter"),
+    ):
+        assert main(["generate", str(base_model), "--prompt", "a", "--adapter", str(adapter)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["generate", str(base), "--prompt", "a", "--table-tier", "file"]) == 1
+    assert "--adapter" in capsys.readouterr().err
 
 
 def test_a_model_without_memory_works_the_same(tmp_path, capsys):

@@ -1,64 +1,16 @@
 """The page of a quickstart: honest, whole, offline, and safe with any text."""
 
-import html.parser
-import json
 import re
 
 import pytest
+from tests.page_reading import HOSTILE, Page, hostile
 
-from engram.studies.quickstart.curves import curve_svg, smooth
+from engram.page.number_text import count_text
+from engram.studies.curves import curve_svg, smooth
 from engram.studies.quickstart.report import render_report
-from engram.studies.quickstart.summary import COLUMNS, arm_rows, count_text, headline, run_rows, terminal_table
+from engram.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows, terminal_table
 
-HOSTILE = """</script><img src=x onerror="alert('1')"><!-- & $title ${data} \x00\x1b\x85\udc80 </textarea>"""
 WORDS = ["def", " close", "(", "self", ")", ":\n   ", "", "é", " return"]
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(html.parser.HTMLParser):
-    """Reads a page as a tree would: every tag is closed by its own, in order, and ids are unique."""
-
-    def __init__(self, source):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.ids, self.attributes, self.texts, self.scripts = [], [], [], [], [], []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-        assert len(self.ids) == len(set(self.ids))
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.ids += [value for name, value in attrs if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        (self.scripts if self.open and self.open[-1] in {"script", "style"} else self.texts).append(data)
-
-    @property
-    def text(self):
-        return " ".join("".join(self.texts).split())
-
-    @property
-    def data(self):
-        return json.loads(next(script for script in self.scripts if script.startswith("{")))
-
-
-def hostile(value):
-    """The same value with every text in it, keys included where they are free, made hostile."""
-    if isinstance(value, dict):
-        return {key: hostile(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [hostile(item) for item in value]
-    return value + HOSTILE if isinstance(value, str) else value
 
 
 def test_page_says_what_was_found_and_everything_behind_it(make_result, make_trace):

@@ -1,37 +1,11 @@
 """The page in a real browser: loads alone, answers pointer and keyboard, recolors."""
 
-import shutil
-
 import pytest
+from tests.page_reading import contrast
 
 from engram.studies.quickstart.report import render_report
 
 WORDS = ["def", " close", "(", "self", ")", ":\n    ", "", "é", " return", " 1", "\n"] * 6
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Chromium with an empty profile."""
-    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no browser; on Debian: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=chromium, args=FLAGS, timeout=60_000
-        )
-        yield context
-        context.close()
 
 
 @pytest.fixture
@@ -137,7 +111,7 @@ def test_text_stands_out_from_the_strongest_color(page, scheme):
     page.emulate_media(color_scheme=scheme)
     ink = page.evaluate("getComputedStyle(document.body).color")
     gate = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--gate')")
-    assert contrast(numbers(ink), numbers(gate)) >= 4.5
+    assert contrast(ink, gate) >= 4.5
 
 
 def test_page_fits_a_phone_and_panels_stay_inside(page):
@@ -148,18 +122,3 @@ def test_page_fits_a_phone_and_panels_stay_inside(page):
         box = page.locator("#panel").bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 390
-
-
-def numbers(color):
-    return [int(part) for part in color.replace("rgb(", "").replace(")", "").replace(",", " ").split()]
-
-
-def contrast(first, second):
-    """Contrast ratio of WCAG 2."""
-
-    def luminance(color):
-        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)

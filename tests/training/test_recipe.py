@@ -12,7 +12,9 @@ from engram.training.dry_run import dry_run, priced_config
 from engram.training.recipe import Recipe
 from engram.training.recipe_file import divide, override, write_toml
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+RECIPES = sorted(
+    path for path in (Path(__file__).parents[2] / "recipes").glob("*.toml") if not path.name.startswith("adapt")
+)
 SMALL = "[train]\nnum_steps = 3\n"
 
 

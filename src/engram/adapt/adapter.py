@@ -1,48 +1,35 @@
-"""Memory that hangs on a model of somebody else: one hash per forward pass, one update before each chosen layer."""
+"""The memory of one name on one model: attached, detached, switched, saved and loaded."""
 
 import contextlib
 import functools
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
-from engram.adapt.decode_state import MemoryState, cached_tokens, start_state, state_of
 from engram.adapt.decoder import Decoder, argument_names, find_decoder
-from engram.adapt.folder import BaseModel, read_adapter, write_adapter
-from engram.adapt.padding import real_positions
-from engram.errors import ConfigError, HistoryError, MismatchError
+from engram.adapt.folder import BaseModel, write_adapter
+from engram.adapt.forward_pass import ForwardPass, table_name
+from engram.adapt.hub import files_of, push_folder
+from engram.adapt.stored_adapter import read_adapter
+from engram.errors import ConfigError
 from engram.hashing import HashSpec
 from engram.memory.config import EngramConfig
 from engram.memory.layer import EngramLayer
-from engram.model.table_place import TableSource
+from engram.model.table_place import TablePlace, TableSource
 from engram.tables import Table
+from engram.tables.cache import Policy
 
-__all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "table_name"]
-
-# Dimension key: B batch, L length, D hidden, H heads of all orders.
+__all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "set_adapters", "table_name"]
 
 CONTAINER = "engram_adapters"
 """Name of the module that holds a model's adapters, and so what their names in its state dict begin with."""
 
-_SHARED = "shared"
 
-
-class _Step(NamedTuple):
-    """What one forward pass of the model hands from its beginning to its layers."""
-
-    tokens: Tensor
-    codes: Tensor
-    active: Tensor
-    rows: dict[int, Tensor]
-
-
-class MemoryAdapter(nn.Module):
+class MemoryAdapter(ForwardPass):
     """Memory of one name on one model. `engram.attach` and `from_pretrained` make it.
 
     It is a module of the model it is attached to, so ``model.parameters()``, ``.to()``, ``.train()`` and
@@ -64,15 +51,10 @@ class MemoryAdapter(nn.Module):
     def __init__(
         self, config: EngramConfig, spec: HashSpec, tables: Mapping[str, Table], *, name: str, base: BaseModel
     ) -> None:
-        super().__init__()
+        super().__init__(config, spec, name)
         if not name.isidentifier():
             raise ConfigError(f"an adapter's name is made of letters, digits and underscores, not {name!r}")
-        self.config, self.spec, self.name, self.base = config, spec, name, base
-        self.enabled = True
-        """Whether the model reads this memory. May be switched at any time, but not in the middle of a cache."""
-        self.max_rollback = 64
-        """Tokens that ``crop`` of a cache can take back without being told beforehand, as assisted decoding does. The
-        convolution's window of each layer keeps as many positions more, for each sequence."""
+        self.base = base
         self.memory_tables = nn.ModuleDict(
             {key: table for key, table in tables.items() if isinstance(table, nn.Module)}
         )
@@ -83,19 +65,9 @@ class MemoryAdapter(nn.Module):
         self.layers = nn.ModuleDict(
             {str(block): EngramLayer(config, tables[table_name(spec, block)]) for block in spec.blocks}
         )
-        # What its state in a cache is called: another adapter of this name must not take it for its own.
-        self._cache_key = f"{name}:{uuid.uuid4().hex}"
         self._handles: list[RemovableHandle] = []
         # The model is no part of the adapter, and must not become one of its modules.
         self.__dict__["_model"] = None
-        self._step: _Step | None = None
-        self._state_of_step: MemoryState | None = None
-        self._outer_tokens: Tensor | None = None
-
-    @property
-    def tables(self) -> dict[str, Table]:
-        """The tables by the block that reads them, or one called ``shared``."""
-        return {**dict(self.memory_tables.items()), **self.__dict__["_tables_apart"]}
 
     @property
     def model(self) -> nn.Module | None:
@@ -123,10 +95,12 @@ class MemoryAdapter(nn.Module):
         self.__dict__["_model"] = None
         self._forget_step()
         if model is not None:
-            container = getattr(model, CONTAINER)
-            del container[self.name]
-            if not len(container):
-                del model._modules[CONTAINER]
+            for holder, container in _containers(model):
+                if container._modules.get(self.name) is self:
+                    del container[self.name]
+                    if not len(container):
+                        del holder._modules[CONTAINER]
+                    break
 
     def close(self) -> None:
         """Detach, and close the tables that are not parameters."""
@@ -134,19 +108,29 @@ class MemoryAdapter(nn.Module):
         for table in self.__dict__["_tables_apart"].values():
             table.close()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, tables: bool = True) -> None:
-        """Write the adapter as a folder: ``config.json``, ``adapter.safetensors`` and ``tables.safetensors``.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        tables: bool = True,
+        license: str | None = None,
+        extra: str = "",
+    ) -> None:
+        """Write the adapter as a folder: ``config.json``, ``adapter.safetensors``, ``tables.safetensors``, a card.
 
-        The folder appears whole or not at all.
+        The folder appears whole or not at all. An adapter that is there already is replaced, in one step: a process
+        that is killed leaves the earlier one or the new one.
 
         Args:
-            folder: A new or empty folder.
+            folder: A new or empty folder, or that of an adapter.
             tables: Whether to write the tables; without them the adapter is loaded with a ``table_source``. Rows of a
-                table that is read from files are copied as they are read.
+                table that is read from files are copied as they are read, decoded from what they are stored as.
+            license: For the card (``README.md``), such as ``"apache-2.0"``; it names none where None.
+            extra: Markdown for the end of the card, such as results.
 
         Raises:
-            ConfigError: A table is on another machine.
-            FileExistsError: There is something in the folder.
+            ConfigError: A table is on another machine, or the license is no identifier.
+            FileExistsError: There is something else in the folder, or (``tables=False``) tables that would be lost.
             OSError: The folder cannot be written.
         """
         write_adapter(
@@ -155,27 +139,88 @@ class MemoryAdapter(nn.Module):
             spec=self.spec,
             base=self.base,
             layers=self.layers.state_dict(),
-            tables=self.tables if tables else {},
+            tables=self.tables,
+            tables_inside=tables,
+            license=license,
+            extra=extra,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tables: bool = True,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload memory adapter",
+        license: str | None = None,
+        extra: str = "",
+    ) -> str:
+        """Write the adapter to a repository of the Hugging Face Hub, in one commit; the repository is made if needed.
+
+        The folder is first written beside other temporary files (``TMPDIR``), so its tables must have room there.
+
+        Args:
+            repo_id: ``"owner/name"``, or a name of one's own.
+            tables: As for `save_pretrained`.
+            private: Whether a repository that is made is private; the owner's default where None.
+            token: What grants access; that of ``hf auth login`` where None.
+            revision: Branch to write to, made if needed; the main one where None.
+            create_pr: Whether to propose the change as a pull request and leave the branch alone.
+            commit_message: What the commit is called.
+            license: As for `save_pretrained`.
+            extra: As for `save_pretrained`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigError: The repository holds something else, or (``tables=False``) tables that would no longer belong
+                to the rest; a table is on another machine; or the name is impossible.
+            RemoteError: The Hub cannot be reached or refuses.
+            OSError: The folder cannot be written.
+        """
+        return push_folder(
+            repo_id,
+            lambda folder: self.save_pretrained(folder, tables=tables, license=license, extra=extra),
+            tables=tables,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
         )
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
-        folder: str | os.PathLike[str],
+        path_or_repo: str | os.PathLike[str],
         *,
         tokenizer: Any = None,
         name: str = "default",
         layer_list: str | None = None,
         table_tier: str | None = None,
         table_source: TableSource | None = None,
+        table_cache_bytes: int = 0,
+        table_cache_policy: Policy = "clock",
+        table_pinned: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> Self:
-        """Attach an adapter that `save_pretrained` wrote to a model of the same kind.
+        """Attach an adapter that `save_pretrained` or `push_to_hub` wrote to a model of the same kind.
+
+        Of a repository only ``config.json`` and safetensors are downloaded, all of one commit, each once what was
+        downloaded before it fits the model; its tables not at all where ``table_source`` has them.
 
         Args:
             model: The model it was made for.
-            folder: The adapter's folder.
+            path_or_repo: The adapter's folder, or a repository of the Hugging Face Hub where there is no such folder.
             tokenizer: The tokenizer that will be used; it is compared with the one the adapter was made with.
             name: Its name among the model's adapters.
             layer_list: As for `attach`.
@@ -183,21 +228,40 @@ class MemoryAdapter(nn.Module):
                 ``"host"``, ``"shared"``, ``"http"``, ``"remote"``, ``"auto"``. None: ``"auto"`` with a source, else
                 ``"device"``. Logits are the same to the bit.
             table_source: Where tables lie, if not in the folder: as for ``EngramForCausalLM.from_pretrained``.
+            table_cache_bytes: Bytes of a cache before each table that is not on the device.
+            table_cache_policy: What gives way when the cache is full: ``"clock"`` or ``"lru"``.
+            table_pinned: A trace of rows that stay in the cache.
             dtype: Type of the adapter's numbers; as stored where None.
+            revision: Branch, tag or commit of the repository.
+            token: What grants access to it; that of ``hf auth login`` where None.
+            cache_dir: Where it is downloaded to.
+            local_files_only: Whether to use only what was downloaded before.
 
         Raises:
-            CheckpointError: A file is missing, malformed or truncated, or holds other tensors than it should.
+            CheckpointError: A file or repository is missing, malformed, truncated or far too large, or holds other
+                tensors than it should.
             ConfigError: The name is taken, the model has no layer list, or the tier or source are impossible.
             MismatchError: Hidden size, number of layers, vocabulary, tokenizer or tables are not those of the adapter.
+            RemoteError: The Hub or the source cannot be reached.
         """
         decoder = find_decoder(model, layer_list)
         check_free(model, name)
-        stored = read_adapter(folder, hidden_size=decoder.hidden_size, num_layers=len(decoder.layers))
+        files = files_of(
+            path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        stored = read_adapter(files, decoder)
         if tokenizer is not None:
             stored.spec.bind(tokenizer)
-        check_vocabulary(stored.spec, decoder)
-        device = home(decoder.layers[stored.spec.blocks[0]])
-        tables = stored.open_tables(tier=table_tier, source=table_source, dtype=dtype, device=device)
+        place = TablePlace(
+            tier=table_tier or ("device" if table_source is None else "auto"),
+            cache_bytes=table_cache_bytes,
+            read_ahead=True,
+            cache_policy=table_cache_policy,
+            pinned=table_pinned,
+            source=table_source,
+            device=home(decoder.layers[stored.spec.blocks[0]]),
+        )
+        tables = stored.open_tables(place, dtype)
         try:
             adapter = cls(stored.config, stored.spec, tables, name=name, base=stored.base)
             adapter.layers.to(dtype=dtype or stored.dtype)
@@ -219,12 +283,13 @@ class MemoryAdapter(nn.Module):
         for block in self.spec.blocks:
             layer = decoder.layers[block]
             self.layers[str(block)].to(home(layer))
-        container = model._modules.get(CONTAINER)
-        if not isinstance(container, nn.ModuleDict):
+        container = next((found for _, found in _containers(model)), None)
+        if container is None:
             container = nn.ModuleDict()
             model.add_module(CONTAINER, container.train(model.training))
         container[self.name] = self
         self.__dict__["_model"] = model
+        self.layer_list = decoder.name
         # Partials of bound methods, not closures: a copy of the model gets hooks of the copied adapter.
         for module in decoder.outer:
             before = functools.partial(self._before_outer, argument_names(module))
@@ -238,123 +303,42 @@ class MemoryAdapter(nn.Module):
             hook = functools.partial(self._before_layer, block)
             self._handles.append(decoder.layers[block].register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _before_outer(self, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Remember the tokens: a multimodal wrapper hands embeddings on, and not what they were made of."""
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("input_ids") is not None:
-            self._outer_tokens = given["input_ids"]
-
-    def _after_outer(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._outer_tokens = None
-
-    def _before_text_model(self, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Hash the tokens once for all layers, and move the history past them."""
-        if not self.enabled:
-            return
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        tokens = self._outer_tokens if tokens is None else tokens
-        if tokens is None:
-            raise ConfigError(
-                "memory is addressed by tokens, and this forward pass has inputs_embeds without input_ids; pass "
-                "input_ids, or compute it without memory inside `with adapter.disabled():`"
-            )
-        cache = None if _runs_twice(module) else _find_cache(args, kwargs)
-        codes = self._encode(tokens, given.get("attention_mask"), given.get("position_ids"), cache)
-        state = None if cache is None else self._state(cache, tokens)
-        rows = self.spec.rows_for_layers(codes, None if state is None else state.history)
-        by_block = {block: rows[layer] for block, layer in zip(self.spec.blocks, self.spec.layers, strict=True)}
-        tables = self.tables
-        for block, numbers in by_block.items():
-            table = tables[table_name(self.spec, block)]
-            if table.reads_ahead:
-                table.prefetch(numbers)
-        if state is not None:
-            state.advance(codes)
-        self._state_of_step = state
-        self._step = _Step(tokens, codes, codes >= 0, by_block)
-
-    def _after_text_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._forget_step()
-
-    def _before_layer(self, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Add the update to the hidden states that a decoder layer is about to read."""
-        if not self.enabled:
-            return None
-        step = self._step
-        if step is None:
-            raise ConfigError(
-                "a decoder layer is computed outside of a forward pass of its model, so memory does not know its "
-                "tokens; switch it off with `with adapter.disabled():`. Activation checkpointing that computes hooks a "
-                "second time cannot be used: take model.gradient_checkpointing_enable() and transformers 5.23 or newer"
-            )
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[:2] != step.tokens.shape:
-            raise MismatchError(
-                f"{tuple(step.tokens.shape)} tokens were given and {tuple(hidden.shape[:2])} positions are computed; "
-                "memory needs a token for each position (prompt tuning adds positions without one)"
-            )
-        layer: EngramLayer = self.layers[str(block)]  # type: ignore[assignment]
-        weight = layer.key_value.weight
-        state = self._state_of_step
-        if state is None and not _runs_twice(module) and (cache := _find_cache(args, kwargs)) is not None:
-            # A cache that the model has made for itself after its tokens were hashed; there was nothing before them.
-            state = self._state_of_step = start_state(cache, self._cache_key, self.spec, step.tokens, self.max_rollback)
-            state.advance(step.codes)
-        window = None
-        if state is not None and self.config.conv_context:
-            window = state.window(block, self.config, weight.device, weight.dtype)
-        # Where layers are spread over devices, the hidden states come from the device before.
-        update = layer(hidden.to(weight.device), step.rows[block], window, active=step.active.to(weight.device))
-        hidden = hidden + update.to(hidden.device)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    def _encode(self, tokens: Tensor, mask: Any, positions: Any, cache: Cache | None) -> Tensor:
-        real = real_positions(mask, tokens, cache)
-        # Models have rows for ids that no tokenizer makes, up to a round number. Those are no text.
-        known = tokens < self.spec.num_tokens
-        real = known if real is None else known & real.to(known.device)
-        if not self.spec.looks_at_positions:
-            positions = None
-        elif positions is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
-        codes: Tensor = self.spec.encode(tokens.masked_fill(~known, 0), attention_mask=real, position_ids=positions)
-        return codes
-
-    def _state(self, cache: Cache, tokens: Tensor) -> MemoryState:
-        """Find the state of a cache, which must have seen what the cache has seen."""
-        state, held = state_of(cache, self._cache_key), cached_tokens(cache)
-        if state is not None and state.seen == 0 and state.batch_size != tokens.shape[0]:
-            state = None  # a cache that was reset may go on with another batch
-        seen = 0 if state is None else state.seen
-        if held is not None and seen is not None and held != seen:
-            raise HistoryError(
-                f"the cache holds {held} tokens, of which the memory {self.name!r} has seen {seen}: it was filled "
-                "before the memory was attached or enabled, or by something else; start with an empty cache"
-            )
-        if state is None:
-            state = start_state(cache, self._cache_key, self.spec, tokens, self.max_rollback)
-        if state.batch_size != tokens.shape[0]:
-            raise HistoryError(
-                f"the cache holds memory of {state.batch_size} sequences, this step has {tokens.shape[0]}; use the "
-                "cache's batch_repeat_interleave, batch_select_indices or reorder_cache to follow the batch"
-            )
-        return state
-
-    def _forget_step(self) -> None:
-        self._step = self._state_of_step = None
-
 
 def attached_adapters(model: nn.Module) -> dict[str, MemoryAdapter]:
     """Return the memory adapters of a model by name, in the order in which they were attached."""
-    container = model._modules.get(CONTAINER)
-    return {} if container is None else dict(container.items())  # type: ignore[operator]
+    return {name: adapter for _, container in _containers(model) for name, adapter in container.items()}  # type: ignore[misc]
 
 
-def table_name(spec: HashSpec, block: int) -> str:
-    """Name of the table that a block reads."""
-    return _SHARED if spec.shared_table else str(block)
+def _containers(model: nn.Module) -> list[tuple[nn.Module, nn.ModuleDict]]:
+    """Find what holds adapters: modules with a container. Wrapped by peft, it is the model inside that may have one."""
+    found = [(module, module._modules.get(CONTAINER)) for module in list(model.modules())]
+    return [(module, container) for module, container in found if isinstance(container, nn.ModuleDict)]
+
+
+def set_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Enable these adapters of a model and disable the others.
+
+    Updates of several enabled adapters add up: each adds its own to the hidden states before its layers, and where two
+    share a layer, the one that was attached later sees the hidden states with the update of the one before it. With a
+    single one enabled, the outputs are those of a model that has only that one, bit for bit. Switch between texts, not
+    in the middle of a cache.
+
+    Args:
+        model: The model they are attached to.
+        names: One name, or several; none of them to switch all off.
+
+    Raises:
+        ConfigError: The model has no adapter of a name. Nothing is switched then.
+    """
+    wanted = {names} if isinstance(names, str) else set(names)
+    adapters = attached_adapters(model)
+    if unknown := sorted(wanted - adapters.keys()):
+        raise ConfigError(
+            f"the model has no memory adapter called {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(map(repr, adapters)) or 'none'}"
+        )
+    for name, adapter in adapters.items():
+        adapter.enabled = name in wanted
 
 
 def check_free(model: nn.Module, name: str) -> None:
@@ -370,31 +354,10 @@ def check_free(model: nn.Module, name: str) -> None:
         )
 
 
-def check_vocabulary(spec: HashSpec, decoder: Decoder) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for.
-
-    Raises:
-        MismatchError: With both numbers.
-    """
-    if spec.num_tokens > decoder.vocab_size:
-        raise MismatchError(
-            f"the tokenizer has {spec.num_tokens} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
-            "that belongs to the model, or resize its embedding first"
-        )
-
-
 def home(module: nn.Module) -> torch.device:
     """Where a module computes: offloaded weights are on the meta device, and accelerate's hook knows better."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
+    for part in module.modules():  # the hook may be of those parts only that hold weights
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _find_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-
-
-def _runs_twice(module: nn.Module) -> bool:
-    """Whether gradient checkpointing computes a module a second time; it then drops the cache as well."""
-    return module.training and bool(getattr(module, "gradient_checkpointing", False))

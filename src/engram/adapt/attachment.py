@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engram.adapt.adapter import MemoryAdapter, check_free, check_vocabulary, home, table_name
+from engram.adapt.adapter import MemoryAdapter, check_free, home, table_name
 from engram.adapt.decoder import Decoder, find_decoder
 from engram.adapt.folder import BaseModel
+from engram.adapt.stored_adapter import check_vocabulary
 from engram.errors import ConfigError, MismatchError
 from engram.hashing import Segments, TokenMap
 from engram.memory.config import EngramConfig
@@ -72,7 +73,7 @@ def attach(
     _check_geometry(config, decoder)
     token_map, pad, segments = _read_tokenizer(tokenizer, decoder, segments)
     spec = config.hash_spec(token_map, pad_token_id=pad, segments=segments)
-    check_vocabulary(spec, decoder)
+    check_vocabulary(spec.num_tokens, decoder)
     own = _floating_type(decoder)
     device = home(decoder.layers[spec.blocks[0]])
     tables: dict[str, Table] = {}
@@ -154,11 +155,16 @@ def _check_identity(model: nn.Module, adapter: MemoryAdapter) -> None:
     tokens = (torch.arange(1, _CHECKED_TOKENS + 1, device=device) * 7919 % size)[None]
     training = [module for module in model.modules() if module.training]
     model.eval()
+    for module in model.modules():
+        # bitsandbytes packs weights of 4 bits for the processor in an evaluation, and then has no gradients any more.
+        # What a linear layer computes does not depend on this otherwise.
+        module.training = type(module).__name__ == "Linear4bit"
     try:
         found = model(input_ids=tokens, use_cache=False)[0]
         with adapter.disabled():
             expected = model(input_ids=tokens, use_cache=False)[0]
     finally:
+        model.eval()
         for module in training:
             module.training = True
     if not bool(((found == expected) | (found.isnan() & expected.isnan())).all()):

@@ -1,23 +1,21 @@
 """When the memory fires: the gate of every token of a text, and which N-gram opened it."""
 
-import contextlib
 import dataclasses
-import functools
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engram.analysis.reading import Analysis, Reading, read_text, text_tokens
+from engram.analysis.subject import find_subject
 from engram.errors import ConfigError, DataError, MismatchError
-from engram.hashing import HashSpec, TokenMap
-from engram.memory.layer import EngramLayer, EngramOutput
+from engram.memory.layer import EngramLayer
 
-__all__ = ["GateTrace", "Ngram", "NgramGate", "gate_trace", "strongest"]
+__all__ = ["GateTrace", "Ngram", "NgramGate", "gate_trace", "strongest", "token_texts"]
 
-# Dimension key: B batch (one here), L length, S streams, D hidden, O orders, M memory width.
+# Dimension key: L length, S streams, O orders.
 
 
 class Ngram(NamedTuple):
@@ -96,7 +94,7 @@ class GateTrace:
         """
         if not self.visible[position]:
             return None
-        scores = self.order_scores[self._index(block), position]
+        scores = self.order_scores[self.place_of(block), position]
         scores = scores.sum(-1) if stream is None else scores[:, stream]
         strongest_order = int(scores.argmax())
         order = self.orders[strongest_order]
@@ -108,15 +106,32 @@ class GateTrace:
             score=float(scores[strongest_order]),
         )
 
-    def _index(self, block: int) -> int:
+    def place_of(self, block: int) -> int:
+        """Find the place of a block among `blocks`.
+
+        Raises:
+            ConfigError: The block reads no memory.
+        """
         if block not in self.blocks:
             raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, self.blocks))}")
         return self.blocks.index(block)
 
 
-@torch.no_grad()
+class _Part(NamedTuple):
+    """What one memory did in some windows."""
+
+    gates: np.ndarray  # [L, S]
+    order_scores: np.ndarray  # [L, O, S]
+    bias_scores: np.ndarray  # [L, S]
+
+
 def gate_trace(
-    model: Any, tokenizer: Any, text: str | Sequence[int] | np.ndarray | Tensor, *, length: int | None = None
+    model: Any,
+    tokenizer: Any,
+    text: str | Sequence[int] | np.ndarray | Tensor,
+    *,
+    length: int | None = None,
+    adapter: str | None = None,
 ) -> GateTrace:
     """Run a text through a model and keep the gates of its memory, split by the order of the N-grams.
 
@@ -124,11 +139,14 @@ def gate_trace(
     of it is exact: the parts, and the bias if there is one, sum to the score.
 
     Args:
-        model: An `engram.EngramForCausalLM` with memory. It is put back into the mode it was in.
+        model: An `engram.EngramForCausalLM` with memory, or a model with an attached one. It is put back into the mode
+            it was in.
         tokenizer: The tokenizer it was trained with.
-        text: A text, tokenized without special tokens, or its token ids ``[length]``.
+        text: A text, tokenized without special tokens, or its token ids ``[length]``. All its gates are kept, so it
+            should be short enough to be looked at; for averages over a long one see `average_gates`.
         length: Tokens the model sees at once. A longer text is cut into windows that do not see each other; all of it
             is one window where None.
+        adapter: Which attached memory to look at, where there are several.
 
     Raises:
         MismatchError: The model has no memory or no gate, or the tokenizer is another one.
@@ -138,40 +156,34 @@ def gate_trace(
 
     Source: paper, Eq. 4 and section 6.5; the attribution to orders is ours.
     """
-    layers = _memory_layers(model)
-    spec: HashSpec = model.hash_spec
-    _check_tokenizer(tokenizer, spec)
-    if length is not None and length < 1:
-        raise ConfigError(f"length is the number of tokens seen at once, at least 1, not {length}")
+    if not any(isinstance(module, EngramLayer) for module in model.modules()):
+        raise MismatchError(_no_memory(model))
+    subject = find_subject(model, tokenizer, adapter=adapter)
+    if not subject.memories:
+        raise MismatchError(_no_memory(model))
+    if not subject.gated:
+        raise MismatchError("the memory of this model is not gated (EngramConfig.gate is 'none'), so nothing can fire")
     if isinstance(text, str):
-        text = tokenizer(text, add_special_tokens=False).input_ids
+        text = text_tokens(tokenizer, text)
     elif isinstance(text, Tensor):
         text = text.cpu().numpy()
     tokens = np.asarray(text, dtype=np.int64)
     if tokens.ndim != 1 or not len(tokens):
         raise DataError(f"a trace needs a text of at least one token, or ids [length]; got the shape {tokens.shape}")
-
-    device = next(model.parameters()).device
-    windows: list[list[_Record]] = []
-    visible: list[np.ndarray] = []
-    with _evaluating(model), _recording(layers) as records:
-        for start in range(0, len(tokens), length or len(tokens)):
-            window = tokens[start : start + (length or len(tokens))][None]
-            codes = spec.encode(window, position_ids=np.arange(window.shape[1])[None])
-            visible.append(_visible_tokens(codes[0], spec.orders[-1]))
-            records.clear()
-            model(input_ids=torch.from_numpy(window).to(device), use_cache=False)
-            windows.append([records[block] for block in layers])
-    by_block = [_Record(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*windows, strict=True)]
+    length = len(tokens) if length is None else length
+    # No budget: all of it is kept anyway.
+    trace = read_text([subject], tokens, {"trace": _Trace()}, length=length, budget_bytes=sys.maxsize)["trace"]
+    visible, parts = trace
+    assert subject.spec is not None
     return GateTrace(
         tokens=tokens,
-        texts=tuple(_token_texts(tokenizer, tokens.tolist())),
-        blocks=tuple(layers),
-        orders=spec.orders,
-        gates=np.stack([record.gates for record in by_block]),
-        order_scores=np.stack([record.order_scores for record in by_block]),
-        bias_scores=np.stack([record.bias_scores for record in by_block]),
-        visible=np.concatenate(visible),
+        texts=tuple(token_texts(tokenizer, tokens.tolist())),
+        blocks=tuple(parts),
+        orders=subject.spec.orders,
+        gates=np.stack([part.gates for part in parts.values()]),
+        order_scores=np.stack([part.order_scores for part in parts.values()]),
+        bias_scores=np.stack([part.bias_scores for part in parts.values()]),
+        visible=visible,
     )
 
 
@@ -195,7 +207,7 @@ def strongest(
     found: dict[tuple[int, ...], list[float]] = {}
     names: dict[tuple[int, ...], tuple[str, int]] = {}
     for trace in [traces] if isinstance(traces, GateTrace) else traces:
-        gates = trace.gates[trace._index(block)].mean(-1)
+        gates = trace.gates[trace.place_of(block)].mean(-1)
         for position, gate in enumerate(gates.tolist()):
             ngram = trace.fired(block, position)
             if ngram is not None:
@@ -210,116 +222,33 @@ def strongest(
     return sorted(ranked, key=lambda item: (-item.mean_gate, -item.num_positions, item.text, item.order))[:k]
 
 
-class _Record(NamedTuple):
-    """What one layer did in one window."""
-
-    gates: np.ndarray  # [L, S]
-    order_scores: np.ndarray  # [L, O, S]
-    bias_scores: np.ndarray  # [L, S]
-
-
-def _memory_layers(model: Any) -> dict[int, EngramLayer]:
-    """Find the layers by their block, in order of depth."""
-    blocks = enumerate(getattr(getattr(model, "base_model", None), "layers", ()))
-    layers = {index: block.memory for index, block in blocks if isinstance(getattr(block, "memory", None), EngramLayer)}
-    if not layers:
-        raise MismatchError(
-            f"{type(model).__name__} has no memory, so it has no gates; pass an EngramForCausalLM whose configuration "
-            "has memory"
-        )
-    if any(layer.config.gate == "none" for layer in layers.values()):
-        raise MismatchError("the memory of this model is not gated (EngramConfig.gate is 'none'), so nothing can fire")
-    return layers
+def _no_memory(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no memory, so it has no gates; pass an EngramForCausalLM whose configuration has "
+        "memory, or a model that one is attached to and switched on"
+    )
 
 
-def _check_tokenizer(tokenizer: Any, spec: HashSpec) -> None:
-    given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
-    if spec.vocabulary_digest not in (None, given):
-        raise MismatchError(
-            f"the model was trained with the vocabulary {spec.vocabulary_digest}, this tokenizer has {given}; "
-            "pass the model's own tokenizer"
-        )
+class _Trace(Analysis):
+    """Keeps the gates of a text, which is short enough to be looked at."""
 
+    wants = frozenset({"gates", "order_scores"})
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    def __init__(self) -> None:
+        self.visible: list[np.ndarray] = []  # [B * L]
+        self.parts: dict[int, list[_Part]] = {}
 
+    def update(self, readings: Sequence[Reading]) -> None:
+        (reading,) = readings
+        self.visible.append(reading.visible.flatten().cpu().numpy())
+        for block in reading.subject.memories:
+            kept = (reading.gates[block], reading.order_scores[block], reading.bias_scores[block])
+            part = _Part(*(values.float().flatten(0, 1).cpu().numpy() for values in kept))
+            self.parts.setdefault(block, []).append(part)
 
-@contextlib.contextmanager
-def _recording(layers: dict[int, EngramLayer]) -> Iterator[dict[int, _Record]]:
-    """Keep what the layers did in their last forward, by block."""
-    records: dict[int, _Record] = {}
-
-    def record(block: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: EngramOutput) -> None:
-        parts = score_parts(layer, args[0], args[1], kwargs.get("active"))
-        records[block] = _Record(*(part[0].float().cpu().numpy() for part in (output.gates, *parts)))
-
-    with contextlib.ExitStack() as hooks:
-        for block, layer in layers.items():
-            handle = layer.register_forward_hook(functools.partial(record, block), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield records
-
-
-def score_parts(
-    layer: EngramLayer, hidden_states: Tensor, memory: Tensor, active: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Split the score of every gate into what each order and the bias add.
-
-    The score is (h * w) . (W e + b) times two scales. Multiplying the query side into W leaves one number per channel
-    of the memory vector, and those of one order are summed.
-
-    Args:
-        layer: A layer with a gate.
-        hidden_states: As the layer takes them, ``[B, L, S, D]`` or ``[B, L, D]``.
-        memory: Row numbers ``[B, L, H]`` or memory vectors ``[B, L, M]``.
-        active: Bool ``[B, L]``; both parts are 0 where it is False.
-
-    Returns:
-        Float32 ``[B, L, O, S]`` and ``[B, L, S]``.
-    """
-    config = layer.config
-    streams = (config.num_streams, config.hidden_size)
-    wide = config.num_streams * config.hidden_size
-    weight, bias = layer.key_value.weight, layer.key_value.bias
-    hidden_BLSD = layer._split_streams(hidden_states).float()
-    memory_BLM = (memory if memory.is_floating_point() else layer.read(memory)).to(hidden_BLSD)
-    weight_SDM = weight[:wide].float().unflatten(0, streams)
-    bias_SD = weight.new_zeros(streams).float() if bias is None else bias[:wide].float().unflatten(0, streams)
-    with torch.autocast(hidden_BLSD.device.type, enabled=False):
-        key_BLSD = torch.einsum("blm,sdm->blsd", memory_BLM, weight_SDM) + bias_SD
-        scale_BLS = torch.rsqrt(hidden_BLSD.square().mean(-1) + config.norm_eps)
-        scale_BLS = scale_BLS * torch.rsqrt(key_BLSD.square().mean(-1) + config.norm_eps)
-        scale_BLS = scale_BLS / math.sqrt(config.hidden_size)
-        if active is not None:
-            scale_BLS = scale_BLS * active.unsqueeze(-1)
-        query_BLSD = hidden_BLSD * (layer._gain(layer.query_norm) * layer._gain(layer.key_norm)).float()
-        parts_BLSM = torch.einsum("blsd,sdm->blsm", query_BLSD, weight_SDM) * memory_BLM.unsqueeze(2)
-        parts_BLSO = parts_BLSM.unflatten(-1, (len(config.orders), -1)).sum(-1) * scale_BLS.unsqueeze(-1)
-        return parts_BLSO.transpose(-1, -2), (query_BLSD * bias_SD).sum(-1) * scale_BLS
-
-
-def _visible_tokens(codes: np.ndarray, highest_order: int) -> np.ndarray:
-    """Count the tokens from each position back to the start of its segment; see `engram.hashing.Segments`.
-
-    Args:
-        codes: As from `HashSpec.encode`, int64 ``[length]``.
-        highest_order: Where to stop counting.
-    """
-    visible = np.zeros(len(codes), dtype=np.int64)
-    for position, code in enumerate(codes.tolist()):
-        if code < 0:
-            continue
-        before = int(visible[position - 1]) if position else 0
-        blocked = not before or codes[position - 1] & 2 or code & 1
-        visible[position] = 1 if blocked else min(before + 1, highest_order)
-    return visible
+    def result(self) -> tuple[np.ndarray, dict[int, _Part]]:
+        joined = {block: _Part(*map(np.concatenate, zip(*parts, strict=True))) for block, parts in self.parts.items()}
+        return np.concatenate(self.visible), joined
 
 
 _REPLACEMENT = "\ufffd"
@@ -327,10 +256,11 @@ _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 16
 
 
-def _token_texts(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
     """Decode tokens one by one, each in the context of the ones before it.
 
-    A token that ends inside a character spells nothing; the one that completes the character spells all of it.
+    A token that ends inside a character spells nothing; the one that completes the character spells all of it. Joined
+    they give back the text.
     """
 
     def decode(start: int, end: int) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from engram.hashing.spec import HashSpec
 
-__all__ = ["numpy_rows", "torch_rows"]
+__all__ = ["numpy_rows", "numpy_sight", "torch_rows"]
 
 
 def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers: Sequence[int]) -> list[np.ndarray]:
@@ -32,7 +32,7 @@ def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers:
     Returns:
         For each of them, int64 [B, L, H], offsets included.
     """
-    sight = _numpy_sight(spec, np.concatenate([context, codes], axis=1))
+    sight = numpy_sight(spec, np.concatenate([context, codes], axis=1))
     results = []
     for index in layers:
         primes, offsets = spec.primes[index], spec.offsets_at(index)
@@ -51,8 +51,16 @@ def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers:
     return results
 
 
-def _numpy_sight(spec: "HashSpec", codes: np.ndarray) -> list[np.ndarray]:
-    """Return what each position sees at distance 0, 1, … W: canonical ids, the fill where a look-back is blocked."""
+def numpy_sight(spec: "HashSpec", codes: np.ndarray) -> list[np.ndarray]:
+    """Find what each position sees: with that and the multipliers, its rows are decided.
+
+    Args:
+        spec: The hash.
+        codes: What came before and what is asked for, int64 [B, W + L].
+
+    Returns:
+        For the distances 0, 1, … W: canonical ids, the spec's fill where the look-back is blocked, int64 [B, L].
+    """
     assert spec.fill is not None
     width = spec.context
     length = codes.shape[1] - width

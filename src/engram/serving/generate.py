@@ -10,16 +10,17 @@ import torch
 import tyro
 
 from engram.errors import ConfigError, DataError
-from engram.serving.load import TableFlags, load_model
+from engram.serving.load import ModelFlags, load_model
 
 __all__ = ["Generate", "continue_text"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(TableFlags):
+class Generate(ModelFlags):
     """Continue a prompt with a trained model.
 
-    The model is a quickstart run, or any folder with an EngramForCausalLM and its tokenizer.
+    The model is a quickstart run, or any folder with a causal language model and its tokenizer; --adapter adds memory
+    to it.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
@@ -52,7 +53,7 @@ class Generate(TableFlags):
 
     def run(self) -> int:
         """Print the continuations."""
-        model, tokenizer = load_model(self.model, device=self.device, tables=self)
+        model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         texts = [
             continue_text(
                 model,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from engram.errors import ConfigError, EngramError, MismatchError
 
-__all__ = ["TableFlags", "TableTier", "load_model"]
+__all__ = ["ModelFlags", "TableFlags", "TableTier", "load_model"]
 
 TableTier = Literal["device", "auto", "host", "shared", "mmap", "file", "http", "remote"]
 """Where a model's tables may be; the model's own list is checked against it by a test."""
@@ -60,17 +60,30 @@ class TableFlags:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(TableFlags):
+    """Which memory is added to a model, and where tables are read from: flags of commands that run one model."""
+
+    adapter: str | None = None
+    """Memory to add to the model: a folder as MemoryAdapter.save_pretrained writes it, or a repository of the Hugging
+    Face Hub. MODEL is then any causal language model of transformers, and the table flags are for this memory."""
+
+
 _STAGED_TOKENS = 1024
 """Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
 
 
-def load_model(path: str | Path, *, device: str = "cpu", tables: TableFlags | None = None) -> tuple[Any, Any]:
+def load_model(
+    path: str | Path, *, device: str = "cpu", tables: TableFlags | None = None, adapter: str | Path | None = None
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a local folder.
 
     Args:
         path: A folder as ``save_pretrained`` writes it.
         device: Where the model shall be.
-        tables: Where its memory tables shall be read from; they are loaded with the model where None.
+        tables: Where its memory tables shall be read from; they are loaded with the model where None. With an
+            ``adapter`` it is the adapter's tables that are meant.
+        adapter: Folder or repository of a `MemoryAdapter` to attach.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -79,8 +92,8 @@ def load_model(path: str | Path, *, device: str = "cpu", tables: TableFlags | No
         CheckpointError: Weights or tables are missing, truncated or malformed.
         ConfigError: The folder is not a model's, the device is not there, or the tier or source is not for this model.
         MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
-            trained with; or tables of a source are not this model's.
-        RemoteError: Nobody answers at the address of a source.
+            trained with; tables of a source are not this model's; or the adapter is for another model.
+        RemoteError: Nobody answers at the address of a source, or at the Hub.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -99,10 +112,12 @@ def load_model(path: str | Path, *, device: str = "cpu", tables: TableFlags | No
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        options = {} if tables is None else tables.table_options()
+        placed = {} if tables is None else tables.table_options()
+        options = placed if adapter is None else {}
         if options and AutoConfig.from_pretrained(folder, local_files_only=True).model_type != "engram_lm":
             raise ConfigError(
-                f"{folder} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place"
+                f"{folder} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place; "
+                "memory for it is named with --adapter"
             )
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -120,4 +135,8 @@ def load_model(path: str | Path, *, device: str = "cpu", tables: TableFlags | No
     model = model.to(wanted).eval()
     if hasattr(model, "stage_tables"):
         model.stage_tables(_STAGED_TOKENS)
+    if adapter is not None:
+        from engram.adapt import MemoryAdapter
+
+        MemoryAdapter.from_pretrained(model, adapter, tokenizer=tokenizer, **placed)
     return model, tokenizer

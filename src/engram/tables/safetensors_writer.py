@@ -29,6 +29,7 @@ class TensorWriter:
     Args:
         path: The file to create.
         tensors: Name to type and shape of everything that will be written.
+        metadata: Texts for the header, beside or instead of ``format``, which is ``pt``.
 
     Raises:
         CheckpointError: At the end of the block, if a tensor was not written to its end.
@@ -38,10 +39,13 @@ class TensorWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         self._dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
         self._next: dict[str, int] = {}
         self._end: dict[str, int] = {}

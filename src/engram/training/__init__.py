@@ -9,5 +9,6 @@ disk), ``batches.py`` (tokens → batches, a pure function of seed and step); ``
 them), ``export.py`` (a Hugging Face folder of one). Around it: ``recipe_file.py`` and ``recipe.py`` (what decides a
 run), ``assembly.py`` (its parts made real), ``metrics.py``, ``progress.py``, ``interrupts.py`` and ``run_folder.py``
 (what a run tells, when it stops and what it leaves), ``run.py`` (the run), ``command.py`` (``engram train``);
-``cost.py`` and ``dry_run.py`` (what it would cost).
+``cost.py`` and ``dry_run.py`` (what it would cost). For trainers of others: ``huggingface.py``, and
+``table_gradients.py`` (tables under DistributedDataParallel).
 """

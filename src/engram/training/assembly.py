@@ -28,7 +28,7 @@ from engram.training.shards import TokenShards
 from engram.training.sources import TextSource
 from engram.training.tokenizer import train_tokenizer
 
-__all__ = ["TrainingText", "build_model", "find_tokenizer", "model_config", "open_text", "text_sources"]
+__all__ = ["TrainingText", "build_model", "cache_folder", "find_tokenizer", "model_config", "open_text", "text_sources"]
 
 
 def text_sources(recipe: Recipe) -> tuple[TextSource, ...]:
@@ -38,10 +38,10 @@ def text_sources(recipe: Recipe) -> tuple[TextSource, ...]:
     return tuple(TextSource(path=str(path), kind="text") for path in standard_library_files())
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where token shards and tokenizers are kept for later runs."""
-    if recipe.data.cache is not None:
-        return recipe.data.cache.expanduser()
+def cache_folder(chosen: Path | None) -> Path:
+    """Where token shards and tokenizers are kept for later runs: where a recipe says, or in the user's cache."""
+    if chosen is not None:
+        return chosen.expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram" / "shards"
 
 
@@ -119,7 +119,9 @@ def open_text(
     """
 
     def pack(sources: Sequence[TextSource], held_out: float) -> PackedCorpus:
-        return pack_to_shards(sources, tokenizer, cache_folder(recipe), held_out=held_out, on_progress=on_progress)
+        return pack_to_shards(
+            sources, tokenizer, cache_folder(recipe.data.cache), held_out=held_out, on_progress=on_progress
+        )
 
     data, about = recipe.data, None
     share = 0.0 if data.held_out_sources else data.held_out
@@ -230,7 +232,7 @@ def build_model(recipe: Recipe, config: EngramLMConfig, ranks: Ranks) -> Any:
 def _beginning(recipe: Recipe) -> Iterator[str]:
     """The texts that a tokenizer is trained on."""
     left = recipe.tokenizer.train_bytes
-    for piece in open_remembered(text_sources(recipe), cache_folder(recipe)).pieces():
+    for piece in open_remembered(text_sources(recipe), cache_folder(recipe.data.cache)).pieces():
         if left <= 0:
             return
         yield piece.text[:left]

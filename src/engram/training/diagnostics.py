@@ -11,6 +11,7 @@ from engram.tables import Table
 from engram.tables.sharded import ShardedTable
 from engram.training.distribution import Ranks, sharded_weights
 from engram.training.optimizers import CombinedOptimizer, merge_rows
+from engram.training.optimizers.groups import is_trainable_table
 
 __all__ = ["TableUse", "UpdateMeter", "gradient_norms"]
 
@@ -81,7 +82,8 @@ class TableUse:
     Costs a byte per row, and the touched rows of each step.
 
     Args:
-        model: An Engram model; tables that are not trained here are left out.
+        model: A model with memory, its own or attached; tables that are not trained here are left out. Those of an
+            `EngramForCausalLM` are called as it calls them, others by their place among the modules.
         ranks: The processes among which tables are divided.
     """
 
@@ -89,7 +91,7 @@ class TableUse:
         self._ranks = ranks
         self._tables: dict[str, Any] = {
             name: table
-            for name, table in getattr(model, "tables", {}).items()
+            for name, table in _find_tables(model).items()
             if isinstance(table, nn.Module) and isinstance(table, Table) and table.weight.requires_grad
         }
         self.touched = {
@@ -150,6 +152,13 @@ class TableUse:
                 "row_norm_drift": mean / (table.std * table.width**0.5),
             }
         return found
+
+
+def _find_tables(model: nn.Module) -> dict[str, Any]:
+    own = dict(getattr(model, "tables", {}))
+    known = {id(table) for table in own.values()}
+    attached = {name: module for name, module in model.named_modules() if is_trainable_table(module)}
+    return own | {name: table for name, table in attached.items() if id(table) not in known}
 
 
 def _read(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:

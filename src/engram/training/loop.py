@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import ConfigError, DataError
-from engram.model.experts import balance_experts
+from engram.model.experts import Router, balance_experts
 from engram.training.batches import Batch, Batches
 from engram.training.diagnostics import TableUse, UpdateMeter, gradient_norms
 from engram.training.distribution import LossModule, Ranks, agree, sharded_weights, share, without_sync, wrap_backbone
@@ -104,8 +104,9 @@ class Trainer:
     those of one process but for rounding: see `engram.training.distribution`.
 
     Args:
-        model: An `EngramForCausalLM`; parameters that do not require a gradient stay as they are. With several
-            processes its tables have been given to `engram.tables.sharded.shard_tables`.
+        model: An `EngramForCausalLM`, or any causal language model of transformers, with memory attached or without;
+            parameters that do not require a gradient stay as they are. With several processes its tables have been
+            given to `engram.tables.sharded.shard_tables`.
         batches: Where the sequences of step ``step`` come from.
         options: How steps are taken.
         optimizer: How gradients become updates.
@@ -143,6 +144,9 @@ class Trainer:
         self.optimizer = build_optimizer(model, self.optimizer_options, group=self.ranks.group)
         self.table_use = TableUse(model, self.ranks)
         self._own_rows = {id(weight) for weight in sharded_weights(model)}
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        # Selection biases have no gradient: those of a frozen model must not be moved for want of one.
+        self._routers_learn = any(weight.requires_grad for router in routers for weight in router.parameters())
 
     def step(self, *, details: bool = False) -> StepRecord:
         """Take the next step. A step whose gradient is not finite changes nothing, on any process, and is counted.
@@ -180,7 +184,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if details:
             found["tables"] = self.table_use.summary()
-        load = balance_experts(self.model, 0.0 if skipped else None)  # over all processes
+        load = balance_experts(self.model, None if self._routers_learn and not skipped else 0.0)  # over all processes
         if details:
             found["expert_load"] = _load_summary(load)
         self.num_steps_done += 1
@@ -226,7 +230,7 @@ class Trainer:
 
     def _check_tokens(self, batches: list[Batch]) -> None:
         """Refuse what the model would refuse on this process alone, in the middle of an exchange."""
-        size = self.model.config.vocab_size
+        size = self.model.config.get_text_config().vocab_size
         for batch in batches:
             # Targets hold all inputs but the first of each sequence.
             ends = torch.stack([*batch.targets.aminmax(), *batch.inputs[:, 0].aminmax()])

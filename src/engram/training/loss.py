@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engram.model import EngramForCausalLM
 from engram.model.experts import sequence_balance_loss
 
 __all__ = ["autocast", "cut_into_sequences", "language_model_loss"]
@@ -26,15 +27,19 @@ def language_model_loss(
 ) -> Tensor:
     """Compute the mean nats per token.
 
-    A model whose configuration weighs the sequence-wise balance loss of its experts has it added, as with ``labels``.
+    A model of ours whose configuration weighs the sequence-wise balance loss of its experts has it added, as with
+    ``labels``.
 
     Args:
-        model: An `EngramForCausalLM`.
+        model: An `EngramForCausalLM`, whose logits are never all in memory; or any causal language model of
+            transformers.
         inputs: Tokens ``[B, L]``.
         targets: The token after each, ``[B, L]``.
         dtype: Type of matrix products.
         position_ids: ``[B, L]``, starting anew where a document does; one run of positions where None.
     """
+    if not isinstance(model, EngramForCausalLM):
+        return _loss_of_logits(model, inputs, targets, dtype, position_ids)
     balance = model.config.sequence_balance if model.training and model.config.has_experts else 0.0
     with autocast(inputs.device, dtype):
         wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
@@ -49,6 +54,14 @@ def language_model_loss(
     if balance:
         loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
     return loss
+
+
+def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
+    # Not every model takes positions.
+    wanted = {} if position_ids is None else {"position_ids": position_ids}
+    with autocast(inputs.device, dtype):
+        logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def cut_into_sequences(tokens: np.ndarray, length: int) -> list[slice]:

@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "TokenizerOptions",
+    "differences",
 ]
 
 
@@ -267,7 +268,7 @@ class Recipe:
         different = [
             f"{place} is {_show(now)}, was {_show(then)}"
             for section in ("model", "tokenizer", "data", "train", "optimizer", "schedule")
-            for place, now, then in _differences(section, ours.get(section), saved.get(section))
+            for place, now, then in differences(section, ours.get(section), saved.get(section))
             if place not in _MAY_CHANGE
         ]
         if different:
@@ -281,10 +282,11 @@ class Recipe:
 _MAY_CHANGE = {"data.cache", "train.micro_batch_size", "train.device"}
 
 
-def _differences(place: str, now: Any, then: Any) -> list[tuple[str, Any, Any]]:
+def differences(place: str, now: Any, then: Any) -> list[tuple[str, Any, Any]]:
+    """List what differs between two recipes, key by key: the key, its value now, and its value then."""
     if isinstance(now, Mapping) and isinstance(then, Mapping):
         names = [*now, *(name for name in then if name not in now)]
-        return [found for name in names for found in _differences(f"{place}.{name}", now.get(name), then.get(name))]
+        return [found for name in names for found in differences(f"{place}.{name}", now.get(name), then.get(name))]
     return [] if now == then else [(place, now, then)]
 
 

@@ -34,13 +34,14 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
-def override(table: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "engram train") -> dict[str, Any]:
     """Replace keys of a table by what a command line says.
 
     Args:
         table: Nested tables, changed in place.
         arguments: ``--any.recipe.key VALUE`` or ``--any.recipe.key=VALUE``; a value is TOML, or else a plain string. A
             key may be spelled with hyphens.
+        prog: The command, for messages.
 
     Returns:
         The table.
@@ -54,8 +55,8 @@ def override(table: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         name, equals, value = flag.partition("=")
         if not name.startswith("--") or "." not in name:
             raise ConfigError(
-                f"{flag!r} is neither a flag of engram train nor a key of the recipe, which are given as "
-                "--section.key VALUE (--train.num_steps 100); engram train --keys lists them"
+                f"{flag!r} is neither a flag of {prog} nor a key of the recipe, which are given as --section.key VALUE "
+                f"(--train.num_steps 100); {prog} --keys lists them"
             )
         if not equals:
             if not rest or _is_key(rest[0]):

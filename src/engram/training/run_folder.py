@@ -27,12 +27,13 @@ class RunFolder:
 
     Args:
         path: Where the results shall be. An earlier run there is kept beside it under a numbered name.
+        mark: File in a run by which it is known as one.
 
     Raises:
         RunFolderError: The path is a file, holds something that is not a run, or cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mark: str = _MARK) -> None:
         try:
             path = path.expanduser().resolve()
         except (OSError, RuntimeError) as error:
@@ -42,9 +43,9 @@ class RunFolder:
             raise RunFolderError("the folder you stand in cannot become a run; name a folder in it with --out")
         if path.is_file():
             raise RunFolderError(f"{path} is a file; name another folder with --out")
-        if path.is_dir() and any(path.iterdir()) and not (path / _MARK).is_file():
+        if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
             raise RunFolderError(
-                f"{path} exists and holds something that is not a run (no {_MARK}), so it is left alone; "
+                f"{path} exists and holds something that is not a run (no {mark}), so it is left alone; "
                 "name another folder with --out"
             )
         try:

@@ -1,25 +1,22 @@
 """The result of a quickstart as one page that opens offline and asks nothing of the network."""
 
-import datetime
-import html
 import importlib.resources
 import json
-import re
-import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram.analysis.gates import GateTrace, strongest
-from engram.studies.quickstart.curves import curve_svg, describe_curves, smooth
-from engram.studies.quickstart.summary import COLUMNS, arm_rows, count_text, headline, run_rows
+from engram.page.figure import line_legend
+from engram.page.frame import definitions, escape, plain_text, render_page, section, table
+from engram.page.number_text import count_text
+from engram.studies.curves import curve_svg, describe_curves, smooth
+from engram.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
 __all__ = ["render_report"]
 
 _RUN_COLUMNS = ("Model", "Seed", "Tokens", "Held-out loss", "Perplexity", "Bits per byte", "Tokens/s", "Minutes")
 _KEY_COLUMNS = {"Held-out loss", "Perplexity", "Gain over twin"}
 _ARM_COLORS = ("memory", "twin", "random_table", "wide")
-# As matplotlib draws the n-th arm.
-_DASHES = ("", "8 4", "2 4", "8 4 2 4")
 _NUM_NGRAMS = 12
 _ENOUGH_POSITIONS = 400
 """Positions above which an N-gram seen once is no longer worth a line."""
@@ -35,7 +32,8 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
     Returns:
         An HTML page with its styles, scripts and pictures inside.
     """
-    template = importlib.resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
+    own = importlib.resources.files(__package__)
+    script = own.joinpath("report.js").read_text(encoding="utf-8")
     sections = [
         _arms(result),
         _curves(result),
@@ -44,16 +42,15 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
         _samples(result),
         _facts(result),
     ]
-    return string.Template(template).substitute(
-        title=_escape(f"{headline(result).title} · engram quickstart"),
-        arm_colors="; ".join(
-            f"--arm-{index}: var(--{name if name in _ARM_COLORS else 'other'})"
-            for index, name in enumerate(result["arms"])
-        ),
+    return render_page(
+        title=f"{headline(result).title} · engram quickstart",
         header=_header(result),
-        sections="\n".join(section for section in sections if section),
+        sections=sections,
         footer=_footer(result),
-        data=_json(_gate_data(gate_texts)),
+        colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],
+        style=own.joinpath("report.css").read_text(encoding="utf-8"),
+        script=f'<script type="application/json" id="data">{_json(_gate_data(gate_texts))}</script>\n'
+        f"<script>\n{script}</script>",
     )
 
 
@@ -70,15 +67,15 @@ def _header(result: Mapping[str, Any]) -> str:
         )
     if data.get("train_tokens") is not None:
         parts.append(
-            f"Trained on {data.get('source')} ({_plain(data['train_tokens'])} tokens in "
-            f"{_plain(data.get('train_files'))} files), judged on {_plain(data.get('held_out_tokens'))} tokens in "
-            f"{_plain(data.get('held_out_files'))} files held out."
+            f"Trained on {data.get('source')} ({plain_text(data['train_tokens'])} tokens in "
+            f"{plain_text(data.get('train_files'))} files), judged on {plain_text(data.get('held_out_tokens'))} "
+            f"tokens in {plain_text(data.get('held_out_files'))} files held out."
         )
     lines = [
         '<p class="eyebrow">engram quickstart</p>',
-        f"<h1>{_escape(said.title)}</h1>",
-        f'<p class="lead">{_escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
-        f'<p class="muted">{_escape(" ".join(parts))}</p>',
+        f"<h1>{escape(said.title)}</h1>",
+        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
+        f'<p class="muted">{escape(" ".join(parts))}</p>',
     ]
     if result.get("interrupted"):
         lines.append(
@@ -92,18 +89,15 @@ def _arms(result: Mapping[str, Any]) -> str:
     rows = arm_rows(result)
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in ("Model", *COLUMNS))
-    body = "\n".join(
-        f'<tr><th scope="row">{_escape(title)}</th>'
-        + "".join(
-            f'<td class="key">{_escape(cell)}</td>' if column in _KEY_COLUMNS else f"<td>{_escape(cell)}</td>"
-            for column, cell in zip(COLUMNS, cells, strict=True)
-        )
-        + "</tr>"
-        for title, cells in rows
+    models = table(
+        ("Model", *COLUMNS),
+        ([title, *cells] for title, cells in rows),
+        label="The models, a wide table",
+        kind="arms",
+        key_columns=_KEY_COLUMNS,
     )
     about = "\n".join(
-        f"<li><strong>{_escape(arm['title'])}</strong>: {_escape(arm['about'])}</li>"
+        f"<li><strong>{escape(arm['title'])}</strong>: {escape(arm['about'])}</li>"
         for arm in result["arms"].values()
         if arm.get("about")
     )
@@ -111,12 +105,10 @@ def _arms(result: Mapping[str, Any]) -> str:
     note = "Loss and gain are in nats per token; a positive gain is a lower loss than the twin’s."
     if seeds > 1:
         note += f" Values are means over {seeds} seeds, ± the standard deviation."
-    return _section(
+    return section(
         "arms",
         "The models",
-        f'<div class="scroll" role="region" aria-label="The models, a wide table" tabindex="0">'
-        f'<table class="arms"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-        f'<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else ""),
+        f'{models}<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else ""),
     )
 
 
@@ -134,20 +126,15 @@ def _curves(result: Mapping[str, Any]) -> str:
     ):
         if any(run for runs in curves.values() for run in runs):
             label = f"{title}. {describe_curves(curves, titles)}"
-            svg = curve_svg(curves, name=kind, label=_escape(label), markers=markers)
+            svg = curve_svg(curves, name=kind, label=escape(label), markers=markers)
             figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
     if not figures:
         return ""
-    legend = "\n".join(
-        f'<li><svg viewBox="0 0 28 8" aria-hidden="true"><path d="M0 4H28" stroke="var(--arm-{index})" '
-        f'stroke-width="2.2" stroke-dasharray="{_DASHES[index % len(_DASHES)] or "none"}"/></svg>{_escape(title)}</li>'
-        for index, title in enumerate(titles.values())
-    )
     several = " Each seed is a line." if len(result.get("seeds") or ()) > 1 else ""
-    return _section(
+    return section(
         "curves",
         "While training",
-        f'<ul class="legend">{legend}</ul>\n<div class="curves">{"".join(figures)}</div>'
+        f'{line_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
         f'<p class="note">The vertical axis leaves out the first tenth of the tokens, where the loss is far higher.'
         f"{several}</p>",
     )
@@ -165,7 +152,7 @@ def _gates(traces: Sequence[GateTrace]) -> str:
         f'<div class="text" role="group" aria-label="Text {number}, {len(trace.tokens)} tokens">{_tokens(trace)}</div>'
         for number, trace in enumerate(traces, start=1)
     )
-    return _section(
+    return section(
         "gates",
         "Where the memory fires",
         "<p>Held-out text, each token colored by its gate: clear at 0, where the memory is ignored, and full at 1, "
@@ -187,7 +174,7 @@ def _tokens(trace: GateTrace) -> str:
         tab = 0 if position == 0 else -1
         spans.append(
             f'<span class="t{kind}" data-i="{position}" tabindex="{tab}" style="--g:{round(gate, 3)}">'
-            f"{_escape(text)}</span>"
+            f"{escape(text)}</span>"
         )
     return "".join(spans)
 
@@ -195,7 +182,7 @@ def _tokens(trace: GateTrace) -> str:
 def _choice(name: str, label: str, values: Sequence[str]) -> str:
     buttons = "".join(
         f'<button type="button" data-choice="{name}" value="{index}" aria-pressed="{str(index == 0).lower()}">'
-        f"{_escape(value)}</button>"
+        f"{escape(value)}</button>"
         for index, value in enumerate(values)
     )
     return (
@@ -222,7 +209,7 @@ def _ngrams(traces: Sequence[GateTrace]) -> str:
             f"<tbody>{rows}</tbody></table></div></div>"
         )
     times = "more than once" if min_count > 1 else "at least once"
-    return _section(
+    return section(
         "ngrams",
         "N-grams with the highest mean gate",
         f'<p class="muted">In the texts above, among those that fired {times}. ␣ is a space, ↵ a line break.</p>'
@@ -234,15 +221,15 @@ def _samples(result: Mapping[str, Any]) -> str:
     blocks = []
     for sample in result.get("samples") or ():
         columns = "".join(
-            f"<div><h3>{_escape(result['arms'].get(name, {}).get('title', name))}</h3>"
-            f'<pre><span class="prompt">{_escape(sample["prompt"])}</span>{_escape(text)}</pre></div>'
+            f"<div><h3>{escape(result['arms'].get(name, {}).get('title', name))}</h3>"
+            f'<pre><span class="prompt">{escape(sample["prompt"])}</span>{escape(text)}</pre></div>'
             for name, text in sample["continuations"].items()
         )
         blocks.append(f'<div class="sample columns">{columns}</div>')
     if not blocks:
         return ""
     note = '<p class="muted">The prompt is gray; what follows it is the model’s.</p>'
-    return _section("samples", "What the models write", note + "\n".join(blocks))
+    return section("samples", "What the models write", note + "\n".join(blocks))
 
 
 def _facts(result: Mapping[str, Any]) -> str:
@@ -260,81 +247,29 @@ def _facts(result: Mapping[str, Any]) -> str:
         ("Versions", result.get("versions") or {}),
         ("Run", run),
     )
-    lists = "\n".join(f"<div><h3>{name}</h3>{_definitions(values)}</div>" for name, values in groups if values)
+    lists = "\n".join(f"<div><h3>{name}</h3>{definitions(values)}</div>" for name, values in groups if values)
     runs = run_rows(result)
-    table = ""
+    every = ""
     if runs:
-        head = "".join(f'<th scope="col">{column}</th>' for column in _RUN_COLUMNS)
-        body = "\n".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in runs)
-        table = (
-            '<details><summary>Every run</summary><div class="scroll" role="region" aria-label="Every run" '
-            f'tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></details>'
-        )
-    command = f'<pre class="command" tabindex="0" aria-label="Command">{_escape(result.get("command", ""))}</pre>'
-    return _section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{table}')
+        every = table(_RUN_COLUMNS, runs, label="Every run", row_headings=False)
+        every = f"<details><summary>Every run</summary>{every}</details>"
+    command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'
+    return section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{every}')
 
 
 def _footer(result: Mapping[str, Any]) -> str:
     return (
         "This page is complete in itself and loads nothing. The numbers are in <code>result.json</code>, "
-        f"format <code>{_escape(result.get('format', ''))}</code>."
+        f"format <code>{escape(result.get('format', ''))}</code>."
     )
 
 
 # Pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _section(name: str, title: str, body: str) -> str:
-    heading = f'<h2 id="{name}-title">{title}</h2>'
-    return f'<section id="{name}" aria-labelledby="{name}-title">{heading}\n{body}\n</section>'
-
-
-def _definitions(values: Mapping[str, Any]) -> str:
-    entries = "".join(
-        f"<dt>{_escape(str(name).replace('_', ' '))}</dt><dd>{_escape(_plain(value))}</dd>"
-        for name, value in values.items()
-    )
-    return f"<dl>{entries}</dl>"
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    if isinstance(value, str):
-        return _date(value) or value
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, Iterable):
-        return ", ".join(map(_plain, value)) or "none"
-    return str(value)
-
-
-def _date(value: str) -> str | None:
-    if not re.match(r"\d{4}-\d\d-\d\dT", value):
-        return None
-    try:
-        moment = datetime.datetime.fromisoformat(value)
-    except ValueError:
-        return None
-    return f"{moment:%Y-%m-%d %H:%M} {moment:%Z}".strip()
-
-
 def _visible(text: str) -> str:
-    shown = _escape(text)
+    shown = escape(text)
     return shown.replace(" ", "<i>␣</i>").replace("\n", "<i>↵</i>").replace("\t", "<i>⇥</i>") or "<i>·</i>"
-
-
-def _escape(value: Any) -> str:
-    """Make any text part of the page: markup escaped, what HTML cannot hold replaced by a visible sign."""
-    text = str(value).encode("utf-8", "replace").decode()
-    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
-    return html.escape(re.sub(r"[\x7f-\x9f]", "\ufffd", text))
 
 
 def _json(value: Any) -> str:

@@ -1,15 +1,16 @@
 """The result of a quickstart in words and rows, for the terminal and for the page."""
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from engram.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_of, spread_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COLUMNS", "Headline", "arm_rows", "count_text", "headline", "run_rows", "terminal_table"]
+__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "run_rows", "terminal_table"]
 
 COLUMNS = (
     "Held-out loss",
@@ -26,7 +27,6 @@ COLUMNS = (
 )
 """What is said of every arm, in order; `arm_rows` gives a cell for each. Loss and gain are in nats per token."""
 
-_NOTHING = "–"
 _TWIN, _MEMORY = "twin", "memory"
 
 
@@ -63,11 +63,11 @@ def headline(result: Mapping[str, Any]) -> Headline:
         title = f"Memory lowers the held-out loss by {amount}"
     else:
         title = f"Memory did not help: it raises the held-out loss by {amount}"
-    perplexities = [_mean(run.get("perplexity") for run in _runs(arms[name])) for name in (_MEMORY, _TWIN)]
-    detail = f"Perplexity {_number(perplexities[0])} with memory, {_number(perplexities[1])} without. "
+    perplexities = [mean_of(run.get("perplexity") for run in _runs(arms[name])) for name in (_MEMORY, _TWIN)]
+    detail = f"Perplexity {number_text(perplexities[0])} with memory, {number_text(perplexities[1])} without. "
     spread = difference.get("std")
     if seeds > 1:
-        detail += f"Twin minus memory is {_signed(mean)}"
+        detail += f"Twin minus memory is {signed_text(mean)}"
         detail += f" ± {spread:.3f} nats per token (mean ± standard deviation over {seeds} seeds)."
     else:
         detail += "One seed, so how much of this is chance is not known."
@@ -85,16 +85,16 @@ def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     for name, arm in arms.items():
         parameters, runs, losses = arm["parameters"], _runs(arm), _losses(arm)
         gains = [twin_losses[seed] - losses[seed] for seed in losses if seed in twin_losses]
-        minutes = _mean(run.get("seconds") for run in runs)
+        minutes = mean_of(run.get("seconds") for run in runs)
         kinds = ("backbone", "vocabulary", "memory_layers", "memory_tables", "total")
         cells = [
             _spread(arm["loss"]),
-            _number(_mean(run.get("perplexity") for run in runs)),
-            _NOTHING if name == _TWIN else _gain(gains),
+            number_text(mean_of(run.get("perplexity") for run in runs)),
+            NOTHING if name == _TWIN else _gain(gains),
             *(count_text(parameters.get(kind)) for kind in kinds),
             count_text(arm.get("flops_per_token")),
-            count_text(_mean(run.get("tokens_per_second") for run in runs)),
-            _number(None if minutes is None else minutes / 60),
+            count_text(mean_of(run.get("tokens_per_second") for run in runs)),
+            number_text(None if minutes is None else minutes / 60),
         ]
         rows.append((str(arm["title"]), cells))
     return rows
@@ -107,27 +107,15 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
             str(arm["title"]),
             str(run["seed"]),
             count_text(run.get("tokens")),
-            _number(run.get("loss"), 4),
-            _number(run.get("perplexity")),
-            _number(run.get("bits_per_byte"), 4),
+            number_text(run.get("loss"), 4),
+            number_text(run.get("perplexity")),
+            number_text(run.get("bits_per_byte"), 4),
             count_text(run.get("tokens_per_second")),
-            _number(run["seconds"] / 60 if run.get("seconds") is not None else None),
+            number_text(run["seconds"] / 60 if run.get("seconds") is not None else None),
         ]
         for arm in result["arms"].values()
         for run in _runs(arm)
     ]
-
-
-def count_text(value: float | None) -> str:
-    """Write a count to three digits, with k, M, G or T for the thousands."""
-    if value is None or not math.isfinite(value):
-        return _NOTHING
-    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        # From here on three digits would round up to the next thousand.
-        if abs(value) >= 0.9995 * factor:
-            scaled = value / factor
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
-    return f"{value:.0f}"
 
 
 def terminal_table(result: Mapping[str, Any]) -> "Table":
@@ -162,33 +150,11 @@ def _losses(arm: Mapping[str, Any]) -> dict[int, float]:
     return {run["seed"]: run["loss"] for run in _runs(arm) if run.get("loss") is not None}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
 def _gain(gains: Sequence[float]) -> str:
     if not gains:
-        return _NOTHING
-    mean = _signed(statistics.fmean(gains))
-    return f"{mean} ± {statistics.stdev(gains):.3f}" if len(gains) > 1 else mean
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+        return NOTHING
+    return spread_text(statistics.fmean(gains), spread_of(gains), signed=True)
 
 
 def _spread(loss: Mapping[str, Any]) -> str:
-    if loss.get("mean") is None:
-        return _NOTHING
-    spread = loss.get("std")
-    return f"{loss['mean']:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
-
-
-def _number(value: float | None, decimals: int | None = None) -> str:
-    """Write a number with so many decimals, or to three digits."""
-    if value is None or not math.isfinite(value):
-        return _NOTHING
-    if decimals is None:
-        decimals = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-    return f"{value:,.{decimals}f}"
+    return spread_text(loss.get("mean"), loss.get("std"))

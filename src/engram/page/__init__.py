@@ -1,0 +1,1 @@
+"""Findings → a page: the frame that every report stands in, its figures, and numbers as people read them."""

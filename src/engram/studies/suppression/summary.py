@@ -1,0 +1,128 @@
+"""What came out of the study: averages over seeds, a table for the terminal, a picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["save_picture", "summarize", "terminal_table"]
+
+
+def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average over seeds.
+
+    Args:
+        seeds: What each seed gave; ``run.effect`` is a `SuppressionEffect` as plain values.
+
+    Returns:
+        By condition and family, mean and standard deviation (None of one seed) of ``exact_match``, ``retained``
+        (relative to memory on), ``accuracy`` and ``answer_loss``; and ``reading_minus_recall``, what both
+        families retain subtracted, by condition.
+    """
+    first = seeds[0]["run"]["effect"]
+    names, families = [condition["name"] for condition in first["conditions"]], first["families"]
+    table: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for row, name in enumerate(names):
+        effects = [seed["run"]["effect"] for seed in seeds]
+        table[name] = {
+            family: {
+                key: _spread([effect[key][row][column] for effect in effects])
+                for key in ("exact_match", "retained", "accuracy", "answer_loss")
+            }
+            for column, family in enumerate(families)
+        }
+        if row and {"recall", "reading"} <= set(families):
+            recall, reading = families.index("recall"), families.index("reading")
+            kept = [effect["retained"][row] for effect in effects]
+            known = [one[reading] - one[recall] for one in kept if None not in (one[reading], one[recall])]
+            differences[name] = {**_spread(known), "per_seed": known}
+    summary = {"conditions": table, "reading_minus_recall": differences}
+    if all("twin" in seed for seed in seeds):
+        summary["twin"] = {
+            family: {
+                key: _spread([seed["twin"]["scores"][family][key] for seed in seeds])
+                for key in ("exact_match", "accuracy", "answer_loss")
+            }
+            for family in families
+        }
+    return summary
+
+
+def terminal_table(result: Mapping[str, Any]) -> "Table":
+    """Share of right answers by condition and family, and how much of it is retained."""
+    from rich.table import Table
+
+    summary = result["summary"]
+    conditions = summary["conditions"]
+    seeds = len(result["seeds"])
+    table = Table(
+        title=f"Right answers, and the share retained, {seeds} seed{'s' * (seeds > 1)}",
+        title_justify="left",
+        caption="exact match of greedy decoding; retained: relative to memory on",
+        caption_justify="left",
+    )
+    table.add_column("memory")
+    families = list(next(iter(conditions.values())))
+    for family in families:
+        table.add_column(family, justify="right")
+        table.add_column("retained", justify="right")
+    for name, row in conditions.items():
+        cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
+        table.add_row(name, *cells)
+    if "twin" in summary:
+        cells = [cell for family in families for cell in (_percent(summary["twin"][family]["exact_match"]), "")]
+        table.add_row("trained without memory", *cells)
+    return table
+
+
+def save_picture(result: Mapping[str, Any], path: Path) -> None:
+    """Write bars of what each family retains, condition by condition, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    conditions = {name: row for name, row in result["summary"]["conditions"].items() if name != "memory on"}
+    families = list(next(iter(conditions.values())))
+    figure = Figure(figsize=(6.8, 0.8 + 0.75 * len(conditions)), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    height = 0.8 / len(families)
+    for index, family in enumerate(families):
+        shown = [row[family]["retained"] for row in conditions.values()]
+        places = [place + (index - (len(families) - 1) / 2) * height for place in range(len(conditions))]
+        axes.barh(
+            places,
+            [100 * (one["mean"] or 0.0) for one in shown],
+            height * 0.9,
+            xerr=[100 * (one["std"] or 0.0) for one in shown],
+            label=family,
+            color=f"C{index}",
+            error_kw={"linewidth": 1},
+        )
+        for place, one in zip(places, shown, strict=True):
+            text = "–" if one["mean"] is None else f"{100 * one['mean']:.0f}"
+            axes.text(100 * ((one["mean"] or 0.0) + (one["std"] or 0.0)) + 1, place, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(conditions)), conditions)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 115)
+    axes.set_xlabel("right answers retained, % of those with memory on")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(conditions)), ncols=3, frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return {"mean": None, "std": None}
+    return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else None}
+
+
+def _percent(value: Mapping[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "–"
+    spread = "" if value["std"] is None else f" ± {100 * value['std']:.0f}"
+    return f"{100 * value['mean']:.0f}{spread} %"

@@ -1,0 +1,45 @@
+"""What the tests of sharing do in a process of its own, whose Hub is the one on loopback."""
+
+import torch
+from tests.adapt.conftest import MEMORY, speak
+from tests.adapt.small_models import TOKENIZER, small_model
+
+import engram
+
+IDS = torch.randint(2, 280, (2, 20), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def adapter_of(seed=1):
+    """The memory that every test means by a seed, on a model of its own."""
+    model = small_model()
+    adapter = engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    speak(adapter, seed)
+    return model, adapter
+
+
+def push(repo_id, seed=1, **options):
+    """Push the memory of a seed; returns the commit's address."""
+    return adapter_of(seed)[1].push_to_hub(repo_id, **options)
+
+
+def load(repo_id, seed=1, **options):
+    """Load an adapter; returns whether its logits are those of the memory of a seed, to the bit."""
+    torch.manual_seed(0)
+    model = small_model()
+    engram.MemoryAdapter.from_pretrained(model, repo_id, tokenizer=TOKENIZER, **options)
+    return torch.equal(logits(model), logits(adapter_of(seed)[0]))
+
+
+def load_into_another_size(repo_id):
+    """Load an adapter into a model with one layer less."""
+    import transformers
+    from tests.adapt.small_models import CONFIGS
+
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 2
+    engram.MemoryAdapter.from_pretrained(transformers.AutoModelForCausalLM.from_config(config), repo_id)

@@ -1,0 +1,143 @@
+"""Collisions are counted exactly: against dictionaries filled one position at a time, and on published hashes."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from engram.errors import ConfigError, RowRangeError
+from engram.hashing import HashSpec
+from engram.hashing.collisions import ngram_ids, row_collisions
+from engram.hashing.reference import encode_reference, rows_reference, sight_reference
+
+
+def some_text(spec, seed, shape):
+    """Tokens of a small part of the vocabulary, so that N-grams repeat, with ends and dead ones among them."""
+    generator = np.random.default_rng(seed)
+    return generator.choice(np.array([3, 7, 2, 10, 11, 12, 13, 44]) % spec.num_tokens, shape)
+
+
+def plain_ngrams(spec, tokens, mask=None, positions=None):
+    """Per sequence and position, order to what the hash sees; None where the position is no text."""
+    found = []
+    for b, sequence in enumerate(tokens.tolist()):
+        canonical, starts = encode_reference(
+            spec,
+            sequence,
+            None if mask is None else mask[b].tolist(),
+            None if positions is None else positions[b].tolist(),
+        )
+        found.append(
+            [
+                None
+                if canonical[t] is None
+                else {
+                    order: tuple(sight_reference(canonical, starts, t, s, spec.fill) for s in range(order))
+                    for order in spec.orders
+                }
+                for t in range(len(sequence))
+            ]
+        )
+    return found
+
+
+def plain_counts(spec, layer, tokens, besides=(), min_positions=1):
+    """Row to its set of N-grams and its number of positions."""
+    left_out = {
+        (order, ngram)
+        for text in besides
+        for position in plain_ngrams(spec, np.array([text]))[0]
+        if position is not None
+        for order, ngram in position.items()
+    }
+    ngrams, readings = plain_ngrams(spec, tokens), []
+    for sequence, seen in zip(tokens.tolist(), ngrams, strict=True):
+        for rows, position in zip(rows_reference(spec, *encode_reference(spec, sequence), layer), seen, strict=True):
+            if position is not None:
+                for column, row in enumerate(rows):
+                    order = spec.orders[column // spec.num_heads]
+                    readings.append((row, (order, position[order])))
+    # Every head of an order reads the N-gram once.
+    often = collections.Counter(ngram for _, ngram in readings)
+    sets, counts = collections.defaultdict(set), collections.Counter()
+    for row, ngram in readings:
+        if ngram not in left_out and often[ngram] >= min_positions * spec.num_heads:
+            sets[row].add(ngram)
+            counts[row] += 1
+    return sets, counts
+
+
+@pytest.mark.parametrize("extras", ["bare", "mask and positions"])
+def test_two_positions_have_one_number_exactly_where_the_hash_sees_the_same_tokens(spec, extras):
+    tokens = some_text(spec, 1, (3, 60))
+    mask = positions = None
+    if extras != "bare":
+        generator = np.random.default_rng(2)
+        mask = (generator.random(tokens.shape) > 0.2).astype(np.int64)
+        positions = np.arange(60)[None].repeat(3, 0) % 17
+    seen = plain_ngrams(spec, tokens, mask, positions)
+    found = ngram_ids(spec, tokens, attention_mask=mask, position_ids=positions)
+    assert list(found) == list(spec.orders)
+    for order, ids in found.items():
+        assert (ids.dtype, ids.shape) == (np.int64, tokens.shape)
+        number = {}
+        for b, t in np.ndindex(*tokens.shape):
+            ngram = None if seen[b][t] is None else seen[b][t][order]
+            assert number.setdefault(ngram, ids[b, t]) == ids[b, t]
+            assert (ngram is None) == (ids[b, t] == -1)
+        assert sorted(set(number.values()) - {-1}) == list(range(len(number) - (None in number)))
+    single = ngram_ids(spec, tokens[0])
+    assert all(ids.shape == (60,) for ids in single.values())
+
+
+def test_rows_are_counted_as_by_a_dictionary(spec):
+    tokens, besides = some_text(spec, 3, (2, 300)), [some_text(spec, 4, 9), some_text(spec, 5, 4)]
+    for layer in spec.layers:
+        for options in ({}, {"besides": besides}, {"min_positions": 3}):
+            sets, counts = plain_counts(spec, layer, tokens, **options)
+            found = row_collisions(spec, layer, tokens, **options)
+            assert found.rows.tolist() == sorted(sets)
+            assert found.num_ngrams.tolist() == [len(sets[row]) for row in sorted(sets)]
+            assert found.num_positions.tolist() == [counts[row] for row in sorted(sets)]
+            orders = [{order for order, _ in sets[row]} for row in sorted(sets)]
+            assert [{order} for order in found.orders.tolist()] == orders
+            wanted = [int(found.rows[-1]), 0, 1, int(found.rows[0])]
+            some = row_collisions(spec, layer, tokens, wanted, **options)
+            assert some.rows.tolist() == wanted
+            assert some.num_ngrams.tolist() == [len(sets[row]) for row in wanted]
+            assert some.num_positions.tolist() == [counts[row] for row in wanted]
+
+
+def test_columns_say_how_crowded_each_order_and_head_is(spec):
+    tokens, layer = some_text(spec, 6, (1, 400)), spec.layers[-1]
+    sets, _ = plain_counts(spec, layer, tokens)
+    columns = row_collisions(spec, layer, tokens).columns()
+    assert [(c.order, c.head) for c in columns] == [(o, h) for o in spec.orders for h in range(spec.num_heads)]
+    for column, start, size in zip(columns, spec.offsets(layer), spec.primes[spec.layers.index(layer)], strict=True):
+        here = [len(ngrams) for row, ngrams in sets.items() if start <= row < start + size]
+        assert (column.num_rows, column.num_rows_hit, column.num_ngrams) == (size, len(here), sum(here))
+        assert column.num_colliding_ngrams == sum(count for count in here if count > 1)
+
+
+def test_published_row_numbers_are_those_that_are_counted(golden):
+    file = golden["qwen_ple"]
+    spec = HashSpec.from_config(file["config"])
+    for layer, published in file["layers"].items():
+        counts = collections.Counter(row for position in published["rows"][0] for row in position)
+        found = row_collisions(spec, int(layer), file["ids"])
+        assert dict(zip(found.rows.tolist(), found.num_positions.tolist(), strict=True)) == counts
+        # So few N-grams share no row of 20,000.
+        assert set(found.num_ngrams.tolist()) == {1}
+        padding = row_collisions(spec, int(layer), file["ids"], [spec.num_rows(int(layer)) - 1])
+        assert (padding.orders.tolist(), padding.heads.tolist(), padding.num_ngrams.tolist()) == ([0], [-1], [0])
+
+
+def test_what_is_not_there_is_refused_and_an_empty_text_reads_nothing(specs):
+    spec = specs["demo"]
+    with pytest.raises(ConfigError, match=r"layer 2 has no memory.*1, 4"):
+        row_collisions(spec, 2, [1, 2])
+    with pytest.raises(RowRangeError, match=f"row {spec.num_rows(1)} is outside the table of layer 1"):
+        row_collisions(spec, 1, [1, 2], [0, spec.num_rows(1)])
+    empty = row_collisions(spec, 1, np.zeros(0, np.int64), [5])
+    assert (empty.num_ngrams.tolist(), empty.num_positions.tolist()) == ([0], [0])
+    assert len(row_collisions(spec, 1, np.zeros(0, np.int64)).rows) == 0

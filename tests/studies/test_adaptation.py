@@ -1,0 +1,303 @@
+"""`engram adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engram import MemoryAdapter
+from engram.cli import main
+from engram.errors import ConfigError, DataError, MismatchError, RunFolderError
+from engram.evaluation.loss import held_out_loss
+from engram.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
+from engram.studies.adaptation.run import Adaptation
+from engram.training.progress import RunProgress
+
+ALL_ARMS = ["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
+NAMES = ["Alexander", "Diana", "Isaac", "Ada", "Marie"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A base model, a domain of many documents and a text that the base may know."""
+    folder = tmp_path_factory.mktemp("material")
+    small_model("llama").save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    (folder / "domain").mkdir()
+    for number in range(60):
+        lines = [f"{NAMES[(number + i) % 5]} met {NAMES[(number * i) % 5]} in {1000 + i + number}." for i in range(12)]
+        (folder / "domain" / f"{number}.txt").write_text("\n".join(lines))
+    (folder / "old.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(material):
+    return {
+        "base": {"model": str(material / "base")},
+        "data": {
+            "domain": [str(material / "domain")],
+            "retained": [str(material / "old.txt")],
+            "retained_held_out": 0,
+            "held_out": 0.1,
+            "validation": 0.1,
+            "held_out_tokens": 600,
+            "retained_tokens": 300,
+            "sequence_length": 32,
+            "cache": str(material / "shards"),
+        },
+        "memory": {"layers": [0, 2], "num_heads": 2, "rows_per_head": 199, "transfer_tokens": 600},
+        "train": {
+            "num_steps": 24,
+            "batch_size": 4,
+            "seeds": 2,
+            "dtype": "float32",
+            "device": "cpu",
+            "curve_points": 2,
+            "curve_tokens": 200,
+        },
+        "rates": {"memory": [1e-2, 1e-5], "lora": 1e-2, "memory_lora": 1e-2, "full": 3e-3},
+        "arms": {"names": ALL_ARMS},
+    }
+
+
+def changed(table, **sections):
+    return AdaptationRecipe.from_dict({**table, **{name: {**table[name], **keys} for name, keys in sections.items()}})
+
+
+def adaptation(recipe, out, *, resume=False, progress=None):
+    silent = RunProgress(Console(stderr=True), silent=True)
+    return Adaptation(recipe, out, resume=resume, progress=progress or silent)
+
+
+def recipe_file(table, path):
+    from engram.training.recipe_file import write_toml
+
+    path.write_text(write_toml(table))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(material, table):
+    out = material / "runs" / "all"
+    assert main(["adapt", str(recipe_file(table, material / "all.toml")), "--out", str(out), "--json"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_every_arm_and_seed_is_measured_against_the_base(result):
+    assert list(result["arms"]) == ALL_ARMS and not result["interrupted"]
+    before = result["before"]
+    for name, arm in result["arms"].items():
+        assert [one["seed"] for one in arm["runs"]] == [0, 1]
+        losses = [one["domain"]["loss"] for one in arm["runs"]]
+        if name not in ("random_table", "permuted_hash"):
+            assert max(losses) < before["domain"]["loss"] - 0.05, name
+        assert arm["summary"]["domain_mean"] == pytest.approx(np.mean(losses))
+        assert arm["summary"]["domain_std"] == pytest.approx(np.std(losses, ddof=1))
+        forgotten = np.mean([one["retained"]["loss"] for one in arm["runs"]]) - before["retained"]["loss"]
+        assert arm["summary"]["forgetting_mean"] == pytest.approx(forgotten)
+        assert losses[0] != losses[1]
+        assert len(arm["runs"][0]["curve"]) == 4 and arm["runs"][0]["curve"][-1][0] == arm["num_tokens"]
+
+
+def test_all_arms_train_with_as_many_operations_as_memory(result):
+    arms = result["arms"]
+    budget = arms["memory"]["training_flops"]
+    for arm in arms.values():
+        assert abs(arm["training_flops"] - budget) <= arm["flops_per_token"] * 4 * 32
+    assert arms["full"]["num_steps"] < arms["memory"]["num_steps"] == 24
+    assert arms["transfer"]["preparation_flops"] > 0 and arms["transfer"]["num_steps"] < 24
+    assert arms["random_table"]["num_trainable"] == arms["memory"]["num_trainable_outside_tables"]
+    assert arms["memory"]["num_trainable"] > 2 * arms["memory"]["num_trainable_outside_tables"]
+    assert arms["full"]["num_trainable"] == result["base"]["num_parameters"]
+
+
+def test_a_rate_is_chosen_on_validation_text_and_kept_for_the_other_seeds(run, result):
+    arm = result["arms"]["memory"]
+    assert arm["lr"] == 1e-2 and [rate for rate, _ in arm["rates_tried"]] == [1e-2, 1e-5]
+    assert arm["rates_tried"][0][1] < arm["rates_tried"][1][1]
+    assert {one["lr"] for one in arm["runs"]} == {1e-2}
+    for other in ("random_table", "permuted_hash", "transfer"):
+        assert result["arms"][other]["lr"] == 1e-2 and len(result["arms"][other]["rates_tried"]) == 1
+    names = {path.name for path in (run / "runs").glob("memory-*.json")}
+    assert names == {"memory-0-0.01.json", "memory-0-1e-05.json", "memory-1.json"}
+
+
+def test_the_memory_that_is_left_behind_gives_the_recorded_loss(material, run, result):
+    model = AutoModelForCausalLM.from_pretrained(material / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(material / "base")
+    MemoryAdapter.from_pretrained(model, run / "adapter", tokenizer=tokenizer)
+    recipe = AdaptationRecipe.read(run / "recipe.toml")
+    text = adaptation(recipe, run).prepare().text
+    found = held_out_loss(model, text.held_out.tokens, length=32)
+    assert found.loss == pytest.approx(result["arms"]["memory"]["runs"][0]["domain"]["loss"], abs=1e-6)
+    assert {path.name for path in run.iterdir()} >= {"recipe.toml", "result.json", "report.html", "adapter", "runs"}
+    assert (run / "runs" / "memory_lora-1" / "lora" / "adapter_model.safetensors").is_file()
+    assert not (run / "runs" / "random_table-0").exists()
+
+
+def test_memory_switched_off_or_misaddressed_is_measured_and_looked_into(result):
+    before = result["before"]
+    for name in ("memory", "random_table", "permuted_hash", "transfer"):
+        one = result["arms"][name]["runs"][0]
+        assert one["memory_off"]["domain"]["loss"] == before["domain"]["loss"]
+        assert one["rows_shuffled"]["domain"]["loss"] != one["domain"]["loss"]
+        gates = one["gates"]["2"]
+        assert gates["p10"] <= gates["p50"] <= gates["p90"] and 0 < gates["share_above_half"] < 1
+        assert (one["collisions"] is None) is (name == "permuted_hash")
+        assert (one["occupancy"] is None) is (name == "random_table")
+    memory = result["arms"]["memory"]["runs"][0]
+    assert memory["rows_shuffled"]["domain"]["loss"] > memory["domain"]["loss"] + 0.02
+    assert memory["collisions"]["0"]["ngrams_per_row"] > 1
+    # Each row that a step has read has been trained, and no other.
+    assert 0.1 < memory["occupancy"]["0"] <= memory["collisions"]["0"]["rows_hit"] / (result["memory"]["num_rows"] / 2)
+    both = result["arms"]["memory_lora"]["runs"][0]
+    assert both["memory_off"]["domain"]["loss"] < before["domain"]["loss"]  # LoRA is still there
+    assert result["arms"]["lora"]["runs"][0]["gates"] is None
+
+
+def test_what_says_nothing_of_the_ngram_gains_less(result):
+    means = {name: arm["summary"]["domain_mean"] for name, arm in result["arms"].items()}
+    assert means["memory"] < means["permuted_hash"] and means["memory"] < means["random_table"]
+
+
+class SignalAtStep(RunProgress):
+    """Sends this process a signal at a step of the second run."""
+
+    def training(self, done, num_steps):
+        self.num_runs = getattr(self, "num_runs", 0) + 1
+        context = super().training(done, num_steps)
+        if self.num_runs != 2:
+            return context
+        return _Raising(context)
+
+
+class _Raising:
+    def __init__(self, context):
+        self.context = context
+
+    def __enter__(self):
+        show = self.context.__enter__()
+
+        def raising(record, held_out):
+            if record.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            show(record, held_out)
+
+        return raising
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_first_unfinished_arm(material, table, run, result, capsys):
+    out = material / "runs" / "stopped"
+    recipe = changed(table, arms={"names": ["full", "lora"]}, train={"seeds": 1})
+    progress = SignalAtStep(Console(stderr=True), silent=True)
+    stopped = adaptation(recipe, out, progress=progress).execute()
+    assert stopped["interrupted"] and not stopped["arms"]["lora"]["runs"]
+    assert json.loads((out / "result.json").read_text())["interrupted"]
+    first = (out / "runs" / "full-0.json").stat().st_mtime_ns
+    with pytest.raises(RunFolderError, match="--resume"):
+        adaptation(recipe, out).execute()
+    with pytest.raises(MismatchError, match=r"rates.lora is .* was "):
+        adaptation(changed(table, rates={"lora": 1e-3}), out, resume=True).execute()
+    assert main(["adapt", str(out), "--resume"]) == 0
+    assert "full fine-tuning" in capsys.readouterr().out.lower()
+    went_on = json.loads((out / "result.json").read_text())
+    assert not went_on["interrupted"] and (out / "runs" / "full-0.json").stat().st_mtime_ns == first
+    for name in ("full", "lora"):
+        # As of the run that was never stopped, where other arms came before.
+        one, other = went_on["arms"][name]["runs"][0], result["arms"][name]["runs"][0]
+        assert (one["domain"], one["retained"], one["curve"]) == (other["domain"], other["retained"], other["curve"])
+
+
+def test_a_rate_that_is_far_too_high_loses_and_ends_nothing(material, table, tmp_path):
+    names = {"names": ["full"]}
+    recipe = changed(table, arms=names, train={"seeds": 1, "num_steps": 16}, rates={"full": [1e30, 1e-4]})
+    result = adaptation(recipe, tmp_path / "run").execute()
+    arm = result["arms"]["full"]
+    assert arm["lr"] == 1e-4 and arm["rates_tried"][0] == [1e30, None] and len(arm["runs"]) == 1
+    again = adaptation(recipe, tmp_path / "run", resume=True).execute()
+    assert again["arms"]["full"]["rates_tried"] == arm["rates_tried"]
+    with pytest.raises(DataError, match="lower the learning rate"):
+        adaptation(changed(table, arms=names, rates={"full": 1e30}), tmp_path / "other").execute()
+
+
+def test_resuming_with_another_base_or_text_is_refused(material, table):
+    out = material / "runs" / "moved"
+    recipe = changed(table, arms={"names": ["lora"]}, train={"seeds": 1, "num_steps": 2})
+    adaptation(recipe, out).execute()
+    domain = material / "domain" / "0.txt"
+    text = domain.read_text()
+    domain.write_text(text + "\nAnd so on.")
+    try:
+        with pytest.raises(MismatchError, match="text is"):
+            adaptation(recipe, out, resume=True).execute()
+    finally:
+        domain.write_text(text)
+        shutil.rmtree(out)
+
+
+def test_every_arm_leaves_the_base_exactly_as_it_was(table, tmp_path):
+    bench = adaptation(changed(table), tmp_path / "out").prepare()
+    model = bench.model
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules, hooks = dict(model.named_modules()).keys(), _hooks(model)
+    model.lm_head.weight.requires_grad_(False)  # as somebody may have left it
+    for name in ALL_ARMS:
+        bench.run(name, seed=1, rate=1e-2, num_steps=1, save=None, on_step=lambda record: False, validate=False)
+        after = model.state_dict()
+        assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state), name
+        assert dict(model.named_modules()).keys() == modules and _hooks(model) == hooks
+        assert not hasattr(model, "peft_config")
+        frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["lm_head.weight"] and all(parameter.grad is None for parameter in model.parameters())
+
+
+def _hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsys):
+    path = str(recipe_file(table, tmp_path / "recipe.toml"))
+
+    def said(*arguments):
+        assert main(["adapt", *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "did you mean memory.layers" in said(path, "--memory.layer", "[1]")
+    assert "--data.domain" in said(path, "--data.domain", "[]", "--out", str(tmp_path / "a"))
+    assert "3 decoder layers, from 0" in said(path, "--memory.layers", "[3]", "--out", str(tmp_path / "b"))
+    assert "engram train recipes/base-cpu.toml" in said(path, "--base.model", "nowhere", "--out", str(tmp_path / "c"))
+    assert "data.validation" in said(path, "--data.validation", "0", "--out", str(tmp_path / "d"))
+    assert "there are" in said(path, "--lora.targets", "['wq']", "--out", str(tmp_path / "e"))
+    assert "either num_steps or epochs" in said(path, "--train.epochs", "2")
+    assert "engram adapt --keys" in said(path, "--steps", "2")
+    assert "no recipe.toml" in said(path, "--out", str(material))
+    with pytest.raises(ConfigError, match="once"):
+        ArmOptions(names=("memory", "memory"))
+    assert ArmOptions().with_controls().names == ("memory", "random_table", "permuted_hash", "lora")
+
+
+def test_the_plan_says_what_each_arm_costs_and_trains_nothing(table, tmp_path, capsys):
+    path = recipe_file({**table, "arms": {"names": ["memory"]}}, tmp_path / "recipe.toml")
+    out = tmp_path / "out"
+    arguments = ["--controls", "--dry-run", "--json", "--out", str(out), "--train.equal", "tokens"]
+    assert main(["adapt", str(path), *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert list(plan["arms"]) == ["memory", "random_table", "permuted_hash", "lora"] and not out.exists()
+    assert {arm["num_steps"] for arm in plan["arms"].values()} == {24}
+    assert main(["adapt", "--keys"]) == 0
+    assert "--memory.rows-per-head" in capsys.readouterr().out

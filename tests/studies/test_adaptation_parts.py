@@ -1,0 +1,166 @@
+"""The parts of an adaptation: its controls, its costs, and how its text is divided."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.small_model import BACKBONE
+
+import engram
+from engram import EngramConfig
+from engram.errors import DataError
+from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.studies.adaptation.controls import permuted_hash, shuffled_rows
+from engram.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
+from engram.studies.adaptation.recipe import AdaptationRecipe, DomainOptions
+from engram.studies.adaptation.text import open_text
+from engram.training.batches import Batches
+from engram.training.loop import Trainer, TrainOptions
+from engram.training.loss import language_model_loss
+from engram.training.optimizers import OptimizerOptions
+from engram.training.recipe_file import write_toml
+from engram.training.sources import TextSource
+
+MEMORY = EngramConfig(hidden_size=32, layers=(0, 2), num_heads=2, memory_dim=24, rows_per_head=97)
+
+
+def test_a_permuted_hash_reads_other_rows_at_every_position_and_stays_in_its_head():
+    adapter = engram.attach(small_model(), TOKENIZER, MEMORY)
+    spec = adapter.spec
+    tokens = torch.tensor([[5, 6, 7] * 20])
+    rows = spec.rows_for_layers(spec.encode(tokens))[spec.layers[1]]
+    moved = permuted_hash(spec)(2, rows)
+    # The same N-gram again and again: one row of each head as it is, and a different one each time here.
+    assert len(rows[0, 5::3, 0].unique()) == 1
+    assert len(moved[0, 5::3, 0].unique()) == len(moved[0, 5::3, 0])
+    starts = torch.tensor(spec.offsets(spec.layers[1]))
+    sizes = torch.tensor(spec.primes[1])
+    assert ((moved >= starts) & (moved < starts + sizes)).all()
+    assert torch.equal(permuted_hash(spec)(2, rows[:, :7]), moved[:, :7])  # what comes later changes nothing
+
+
+def test_shuffled_rows_are_a_permutation_inside_each_head():
+    spec = engram.attach(small_model(), TOKENIZER, MEMORY).spec
+    start, size = spec.offsets(spec.layers[0])[1], spec.primes[0][1]
+    rows = torch.zeros(1, size, spec.num_heads_total, dtype=torch.int64) + torch.tensor(spec.offsets(spec.layers[0]))
+    rows[0, :, 1] = torch.arange(start, start + size)
+    shuffled = shuffled_rows(spec)(0, rows)[0, :, 1]
+    assert torch.equal(shuffled.sort().values, rows[0, :, 1]) and not torch.equal(shuffled, rows[0, :, 1])
+    assert torch.equal(shuffled_rows(spec)(0, rows)[0, :, 1], shuffled)
+
+
+def test_operations_are_those_of_the_formula():
+    length, model = 32, small_model("llama")
+    layers = [sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in model.model.layers]
+    head = model.lm_head.weight.numel()
+    attention = 3 * 2 * 2 * length * 32  # of each layer: products of all pairs, forward and twice back
+    everything = 6 * (sum(layers) + head) + 3 * attention
+    assert training_flops_per_token(model, length) == pytest.approx(everything)
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    # Forward through all of it, and back to the head alone.
+    assert training_flops_per_token(model, length) == pytest.approx(2 * sum(layers) + attention + 4 * head)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_rank_of_lora_is_the_nearest_in_weights():
+    model = small_model("llama")
+    targets = lora_targets(model, ("all-linear",))
+    assert len(targets) == 3 * 7 and all(name.startswith("model.layers.") for name in targets)
+    per_rank = sum(sum(model.get_submodule(name).weight.shape) for name in targets)
+    wide = EngramConfig(hidden_size=32, layers=(0, 1, 2), num_heads=2, memory_dim=240, rows_per_head=97)
+    rank = matched_rank(model, targets, wide)
+    weights = 3 * 240 * 2 * 32
+    assert rank > 1 and abs(rank * per_rank - weights) <= per_rank / 2
+    assert lora_targets(small_model("gpt2"), ("c_attn",)) == [f"transformer.h.{n}.attn.c_attn" for n in range(3)]
+
+
+def test_any_causal_language_model_has_the_loss_that_transformers_computes():
+    for name in ("gpt2", "gemma3"):
+        model = small_model(name)
+        tokens = torch.tensor(TOKENIZER(TEXT).input_ids[:66]).view(2, 33)
+        expected = model(input_ids=tokens, labels=tokens).loss
+        torch.testing.assert_close(language_model_loss(model, tokens[:, :-1], tokens[:, 1:]), expected)
+
+
+def test_a_frozen_backbone_keeps_the_selection_biases_of_its_experts():
+    torch.manual_seed(0)
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
+    config = EngramLMConfig.for_tokenizer(TOKENIZER, None, **{**BACKBONE, **experts, "n_group": 1, "topk_group": 1})
+    tokens = torch.tensor(TOKENIZER(TEXT).input_ids, dtype=torch.int64).numpy()
+    for frozen in (True, False):
+        model = EngramForCausalLM(config)
+        width = config.hidden_size
+        model.requires_grad_(not frozen)
+        engram.attach(model, TOKENIZER, EngramConfig(hidden_size=width, num_heads=2, memory_dim=24, rows_per_head=97))
+        trainer = Trainer(model, Batches(tokens, 2, 16, 0), TrainOptions(num_steps=3), OptimizerOptions(lr=1e-3))
+        before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("correction_bias")}
+        for _ in range(3):
+            trainer.step()
+        after = dict(model.named_buffers())
+        assert before and all(torch.equal(after[name], value) for name, value in before.items()) is frozen
+        assert trainer.table_use.summary()["engram_adapters.default.memory_tables.1"]["occupancy"] > 0
+
+
+def test_the_recipe_of_the_project_is_read_back_as_it_was():
+    one = AdaptationRecipe.read(Path(__file__).parents[2] / "recipes" / "adapt-cpu.toml")
+    again = AdaptationRecipe.from_dict(tomllib.loads(write_toml(one.to_dict())))
+    assert again == one and one.memory.for_width(128).memory_dim == 128
+
+
+def _options(folder, **more):
+    sources = (TextSource(path=str(folder)),)
+    return DomainOptions(domain=sources, cache=folder.parent / "shards", sequence_length=16, **more)
+
+
+def test_the_parts_of_few_documents_do_not_meet(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    words = [f"w{number}" for number in range(2000)]
+    (folder / "one.txt").write_text(" ".join(words))
+    text = open_text(_options(folder, held_out=0.2, validation=0.1), TOKENIZER)
+    train = text.train.slice(0, text.num_tokens)
+    parts = [TOKENIZER.decode(tokens.tolist()) for tokens in (train, text.validation.tokens, text.held_out.tokens)]
+    found = [{word for word in words if f" {word} " in f" {part} "} for part in parts]
+    assert all(found) and not (found[0] & found[1] or found[0] & found[2])
+    assert len(found[1] & found[2]) <= 1  # the first token that is predicted needs one before it
+    assert text.about is not None and len(found[2]) == pytest.approx(400, abs=60)
+    assert abs(text.held_out.num_bytes - len(parts[2].encode())) <= 8
+
+
+def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"{number}.txt").write_text(f"document {number} of many. " * 5)
+    more = {"held_out": 0.2, "validation": 0.05, "retained": (TextSource(path=str(folder)),)}
+    text = open_text(_options(folder, **more, retained_held_out=0.25, retained_tokens=100_000), TOKENIZER)
+    train = TOKENIZER.decode(text.train.slice(0, text.num_tokens).tolist())
+    retained = TOKENIZER.decode(text.retained.tokens.tolist())
+    trained = {number for number in range(200) if f"document {number} of" in train}
+    kept = {number for number in range(200) if f"document {number} of" in retained}
+    # The same share of the same documents: what a training with this share held out.
+    assert text.about is None and len(trained) + len(kept) == 200 and not trained & kept
+    with pytest.raises(DataError, match="retained_held_out"):
+        open_text(_options(folder, retained=(TextSource(path=str(folder / "1.txt")),)), TOKENIZER)
+
+
+def test_gates_of_an_attached_memory_are_those_of_its_layers():
+    from engram.studies.adaptation.diagnostics import gate_statistics
+
+    model = small_model()
+    adapter = engram.attach(model, TOKENIZER, MEMORY)
+    tokens = torch.tensor(TOKENIZER(TEXT).input_ids[:33])
+    seen = []
+    handle = adapter.layers["0"].register_forward_pre_hook(lambda module, args: seen.append(args))
+    found = gate_statistics(model, adapter, tokens.numpy(), length=32, dtype="float32")
+    handle.remove()
+    ((hidden, rows, _),) = seen
+    gates = adapter.layers["0"](hidden, rows, return_gates=True).gates.detach()
+    assert found["0"]["mean"] == pytest.approx(float(gates.mean()), abs=1e-6)
+    assert found["0"]["share_above_half"] == pytest.approx(float((gates > 0.5).float().mean()))
+    logits = model(tokens[None]).logits  # nothing was left behind
+    assert F.cross_entropy(logits[0, :-1], tokens[1:]).isfinite() and not adapter.layers["0"]._forward_hooks

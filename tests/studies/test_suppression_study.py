@@ -1,0 +1,192 @@
+"""The study of suppression: two families that differ in where the answer is, and one command that measures both."""
+
+import json
+import re
+
+import pytest
+
+from engram.cli import main
+from engram.errors import ConfigError
+from engram.evaluation.tasks import read_tasks
+from engram.studies.suppression.families import FamilyOptions, make_families
+from engram.studies.suppression.summary import summarize, terminal_table
+
+SMALL = FamilyOptions(num_people=20, num_documents=600, num_questions=60)
+QUICK = """
+[model]
+preset = "engram-nano"
+[model.backbone]
+first_k_dense_replace = 2
+num_hidden_layers = 2
+hidden_size = 32
+num_attention_heads = 2
+intermediate_size = 48
+num_streams = 1
+[model.memory]
+layers = [0, 1]
+memory_dim = 32
+rows_per_head = 97
+[tokenizer]
+vocab_size = 400
+[data]
+sequence_length = 64
+[train]
+num_steps = 6
+batch_size = 4
+dtype = "float32"
+[optimizer]
+lr = 4e-3
+[checkpoint]
+every = 3
+asynchronous = false
+[log]
+details_every = 0
+peak_tflops = 1.0
+"""
+
+
+def by_family(families, name):
+    return [item for item in families.items if item.family == name]
+
+
+def asked_about(item):
+    """The two names in the last sentence of a question."""
+    return re.findall(r"\b([A-Z][a-z]+) ([A-Z][a-z]+)\b", item.prompt.rsplit(".", 1)[-1])[-1]
+
+
+def test_families_are_the_same_for_the_same_seed_and_no_others():
+    assert make_families(SMALL) == make_families(SMALL)
+    assert make_families(SMALL) != make_families(FamilyOptions(**{**vars(SMALL), "seed": 1}))
+
+
+def test_recall_asks_for_what_the_text_states_and_rewords_what_it_states_otherwise():
+    families = make_families(SMALL)
+    text = " ".join(families.documents)
+    for item in by_family(families, "recall"):
+        assert f"{item.prompt}{item.answer}." in text
+        assert not any(f"{item.prompt}{choice}." in text for choice in item.choices if choice != item.answer)
+    for item in by_family(families, "recall-reworded"):
+        assert not any(f"{item.prompt}{choice}." in text for choice in item.choices)
+        wording = item.prompt.replace(" ".join(asked_about(item)), "X")
+        stated = {
+            document.replace(name, "X") for document in families.documents for name in [" ".join(asked_about(item))]
+        }
+        assert not any(f"{wording} " in one for one in stated), "the wording is withheld for this fact"
+        pattern = re.escape(wording).replace("X", "[A-Z][a-z]+ [A-Z][a-z]+")
+        assert re.search(pattern, text), "the wording itself is known"
+
+
+def test_reading_asks_about_nobody_the_text_knows_and_answers_in_the_context():
+    families = make_families(SMALL)
+    text = " ".join(families.documents)
+    known = {asked_about(item) for item in by_family(families, "recall")}
+    for item in by_family(families, "reading"):
+        name = asked_about(item)
+        assert " ".join(name) not in text and name not in known
+        context, question = item.prompt.rsplit(".", 1)
+        (stated,) = [sentence for sentence in context.split(". ") if " ".join(name) in sentence]
+        assert stated.endswith(item.answer)
+        assert question not in item.prompt[: -len(question)], "it is asked in another wording"
+        # Nothing can be told from what is left: all values stated are still possible.
+        assert sum(choice in context for choice in item.choices) == context.count(". ") + 1
+    assert {item.choices for item in by_family(families, "reading")} <= {
+        item.choices for item in by_family(families, "recall")
+    }
+
+
+def test_impossible_families_are_refused():
+    for options in ({"num_people": 0}, {"num_people": 600}, {"people_per_passage": 1}, {"people_per_passage": 20}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            FamilyOptions(**options)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "quick.toml").write_text(QUICK)
+    call = ["study", "suppression", "--out", str(folder / "out"), "--recipe", str(folder / "quick.toml")]
+    call += ["--people", "20", "--documents", "400", "--questions", "8", "--seeds", "2"]
+    assert main(call) == 0
+    return folder / "out", call
+
+
+def test_one_command_trains_asks_and_says_what_is_retained(study, capsys):
+    out, _ = study
+    result = json.loads((out / "result.json").read_text())
+    assert [seed["seed"] for seed in result["seeds"]] == [0, 1] and result["commit"] is not False
+    effect = result["seeds"][0]["run"]["effect"]
+    names = [condition["name"] for condition in effect["conditions"]]
+    assert names[:2] == ["memory on", "zero in blocks 0, 1"] and len(names) == 7
+    assert effect["families"] == ["recall", "recall-reworded", "reading"] and effect["num_items"] == [8, 8, 8]
+    assert result["summary"] == summarize(result["seeds"])
+    assert (out / "retained.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_tasks(out / "seed-1" / "tasks.jsonl")) == 24
+    # The questions and the model in the folder give what the result says.
+    assert main(["eval", str(out / "seed-1/run/model"), "--tasks", str(out / "seed-1/tasks.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    for column, name in enumerate(effect["families"]):
+        told = result["seeds"][1]["run"]["effect"]["answer_loss"][0][column]
+        assert found[name]["answer_loss"] == pytest.approx(told, rel=1e-4)
+
+
+def test_a_study_is_gone_on_with_and_trains_nothing_twice(study, capsys):
+    out, call = study
+    before = (out / "seed-0/run/model/model.safetensors").stat()
+    first = json.loads((out / "result.json").read_text())
+    assert main(call) == 1
+    assert "go on with it with --resume" in capsys.readouterr().err
+    assert main([*call, "--people", "21", "--resume"]) == 1
+    assert "begun with other options" in capsys.readouterr().err
+    status = main([*call, "--twin", "--resume", "--json"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    result = json.loads(printed.out)
+    after = (out / "seed-0/run/model/model.safetensors").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert [seed["run"]["effect"] for seed in result["seeds"]] == [seed["run"]["effect"] for seed in first["seeds"]]
+    assert set(result["summary"]["twin"]) == {"recall", "recall-reworded", "reading"}
+    config = json.loads((out / "seed-0/twin/model/config.json").read_text())
+    assert config.get("memory") is None
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear reader")
+    assert main(["study", "suppression", "--out", str(tmp_path)]) == 1
+    assert "is no study" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def made_seed(recall, reading):
+    effect = {
+        "conditions": [{"name": "memory on"}, {"name": "zero in block 1"}],
+        "families": ["recall", "reading"],
+        "exact_match": [[0.8, 0.5], [0.8 * (recall or 0), 0.5 * reading]],
+        "retained": [[1.0, 1.0], [recall, reading]],
+        "accuracy": [[0.8, 0.5], [0.1, 0.5]],
+        "answer_loss": [[0.1, 0.2], [3.0, 0.2]],
+    }
+    return {"run": {"effect": effect}}
+
+
+def test_the_summary_averages_over_seeds_and_leaves_out_what_is_unknown():
+    summary = summarize([made_seed(0.25, 1.0), made_seed(0.5, 0.75), made_seed(None, 0.5)])
+    row = summary["conditions"]["zero in block 1"]
+    assert row["recall"]["retained"]["mean"] == 0.375
+    assert row["reading"]["retained"] == {"mean": 0.75, "std": 0.25}
+    assert summary["reading_minus_recall"]["zero in block 1"]["per_seed"] == [0.75, 0.25]
+    alone = summarize([made_seed(None, 1.0)])
+    assert alone["reading_minus_recall"]["zero in block 1"] == {"mean": None, "std": None, "per_seed": []}
+    assert terminal_table({"seeds": [0], "summary": alone}).row_count == 2
+
+
+def test_the_group_of_studies_explains_itself(capsys):
+    assert main(["study"]) == 2
+    assert "suppression" in capsys.readouterr().err
+    assert main(["study", "suppression", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        f"--{name}" in text for name in ("out", "seeds", "twin", "recipe", "people", "questions", "resume", "json")
+    )
+    assert main(["study", "suppression", "--seeds", "0"]) == 2
+    assert main(["study", "supression"]) == 2
+    assert "did you mean suppression?" in capsys.readouterr().err
