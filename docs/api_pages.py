@@ -20,6 +20,8 @@ FOLDERS = (
     "training.state",
     "training.recipe",
     "training.run",
+    "training.huggingface",
+    "training.table_gradients",
     "serving",
     "evaluation",
     "analysis",

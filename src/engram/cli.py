@@ -37,6 +37,10 @@ _VERBS = {
     ),
     "export": _Verb("engram.training.export:Export", "the model of a training's checkpoint as a Hugging Face folder"),
     "eval": _Verb("engram.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),
+    "analyze": _Verb(
+        "engram.analysis.command:Analyze",
+        "see what the memory of a model does: gates, logit lens, CKA, suppression, rows",
+    ),
     "generate": _Verb("engram.serving.generate:Generate", "continue a prompt with a model"),
     "plan": _Verb(
         "engram.model.plan:Plan", "parameters, bytes, FLOPs and traffic of a preset or config, without building it"
@@ -64,6 +68,10 @@ _STUDY_VERBS = {
     "suppression": _Verb(
         "engram.studies.suppression.run:SuppressionStudy",
         "what a model still knows, and still reads, with its memory suppressed",
+    ),
+    "depth": _Verb(
+        "engram.studies.depth.command:DepthStudy",
+        "at which block memory helps most, and how many layers it saves",
     ),
 }
 

@@ -336,6 +336,19 @@ def test_two_memories_keep_their_own_state_in_one_cache(adapted, config):
 
 
 @torch.no_grad()
+def test_of_two_memories_neither_goes_back_where_one_cannot(adapted, config):
+    model, adapter = adapted()
+    second = engram.attach(model, TOKENIZER, config(layers=(0, 1), seed=7), name="second")
+    adapter.max_rollback, second.max_rollback = 8, 4
+    ids, cache = tokens(1, 20), DynamicCache()
+    model(ids[:, :15], past_key_values=cache)
+    with pytest.raises(HistoryError, match="max_rollback was 4"):
+        cache.crop(-6)
+    logits = model(ids[:, 15:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids)[:, 15:], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_under_bfloat16_equals_its_own_whole_forward(dtype, config):
     model = small_model().to(torch.bfloat16)

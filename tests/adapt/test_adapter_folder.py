@@ -314,6 +314,13 @@ DAMAGE = {
     "token map of floats": lambda f: edit_tensors(
         f / "adapter.safetensors", lambda t: t.update(token_map=t["token_map"].float())
     ),
+    "token map of numbers that NumPy lacks": lambda f: edit_tensors(
+        f / "adapter.safetensors", lambda t: t.update(token_map=t["token_map"].bfloat16())
+    ),
+    "numbers that nothing computes with": lambda f: edit_tensors(
+        f / "adapter.safetensors",
+        lambda t: t.update({name: value.to(torch.float8_e5m2) for name, value in t.items() if name != "token_map"}),
+    ),
     "fewer rows": lambda f: edit_tensors(
         f / "tables.safetensors", lambda t: t.update({"memory_tables.0.weight": torch.zeros(3, 6)})
     ),

@@ -131,6 +131,8 @@ def test_a_missing_or_private_repository_and_a_missing_token_are_refused_with_th
         hub(hub_client.load, "me/secret", token=TOKEN)
     with pytest.raises(RemoteError, match=r"(?s)does not take me/new.*hf auth login.*Invalid username"):
         hub(hub_client.push, "me/new")
+    with pytest.raises(RemoteError, match=r"(?s)does not take me/other.*Invalid rev id"):
+        hub(hub_client.push, "me/other", token=TOKEN, revision="refs/pr/9")
     with pytest.raises(ConfigError, match="called 'owner/name'"):
         hub(hub_client.push, "../up", token=TOKEN)
     with pytest.raises(RemoteError, match=r"not downloaded before.*local_files_only"):

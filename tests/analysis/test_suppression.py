@@ -14,7 +14,8 @@ from engram import EngramConfig, EngramForCausalLM, EngramLMConfig
 from engram.analysis.suppression import Condition, conditions, suppressed, suppression_effect
 from engram.errors import ConfigError, MismatchError
 from engram.evaluation.loss import held_out_loss
-from engram.evaluation.tasks import TaskItem, score_tasks
+from engram.evaluation.task_scores import score_tasks
+from engram.evaluation.tasks import TaskItem
 
 IDS = TOKENIZER("The Cat saw a rat; the rat ran to the mat.", return_tensors="pt").input_ids
 ITEMS = (

@@ -13,7 +13,8 @@ import engram
 from engram import EngramConfig, EngramForCausalLM, EngramLMConfig
 from engram.cli import main
 from engram.errors import DataError
-from engram.evaluation.tasks import TaskItem, read_tasks, score_tasks, write_tasks
+from engram.evaluation.task_scores import score_tasks
+from engram.evaluation.tasks import TaskItem, read_tasks, write_tasks
 
 ITEMS = (
     TaskItem(id="a", family="cat", prompt="the cat sat on", answer=" the mat", choices=(" the mat", " a rat", " it")),

@@ -283,6 +283,13 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
     assert "engram train recipes/base-cpu.toml" in said(path, "--base.model", "nowhere", "--out", str(tmp_path / "c"))
     assert "data.validation" in said(path, "--data.validation", "0", "--out", str(tmp_path / "d"))
     assert "there are" in said(path, "--lora.targets", "['wq']", "--out", str(tmp_path / "e"))
+    other = shutil.copytree(material / "base", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(100)), *NAMES])  # names stand in the domain
+    tokenizer.save_pretrained(other)
+    assert "the model embeds 320" in said(path, "--base.model", str(other), "--out", str(tmp_path / "f"))
+    rows = ("--memory.rows_per_head", "1000000000000")
+    assert "no room on cpu for a table" in said(path, *rows, "--out", str(tmp_path / "g"))
     assert "either num_steps or epochs" in said(path, "--train.epochs", "2")
     assert "engram adapt --keys" in said(path, "--steps", "2")
     assert "no recipe.toml" in said(path, "--out", str(material))
@@ -300,4 +307,5 @@ def test_the_plan_says_what_each_arm_costs_and_trains_nothing(table, tmp_path, c
     assert list(plan["arms"]) == ["memory", "random_table", "permuted_hash", "lora"] and not out.exists()
     assert {arm["num_steps"] for arm in plan["arms"].values()} == {24}
     assert main(["adapt", "--keys"]) == 0
-    assert "--memory.rows-per-head" in capsys.readouterr().out
+    keys = capsys.readouterr().out
+    assert "--memory.rows-per-head" in keys and "--data.domain [PATH" in keys and "--data.retained [PATH" in keys

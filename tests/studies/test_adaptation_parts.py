@@ -1,5 +1,6 @@
 """The parts of an adaptation: its controls, its costs, and how its text is divided."""
 
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import engram
 from engram import EngramConfig
 from engram.errors import DataError
 from engram.model import EngramForCausalLM, EngramLMConfig
+from engram.studies.adaptation.arms import ARMS, dressed
 from engram.studies.adaptation.controls import permuted_hash, shuffled_rows
 from engram.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
-from engram.studies.adaptation.recipe import AdaptationRecipe, DomainOptions
+from engram.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
 from engram.studies.adaptation.text import open_text
 from engram.training.batches import Batches
 from engram.training.loop import Trainer, TrainOptions
@@ -40,6 +42,15 @@ def test_a_permuted_hash_reads_other_rows_at_every_position_and_stays_in_its_hea
     sizes = torch.tensor(spec.primes[1])
     assert ((moved >= starts) & (moved < starts + sizes)).all()
     assert torch.equal(permuted_hash(spec)(2, rows[:, :7]), moved[:, :7])  # what comes later changes nothing
+
+
+def test_a_permuted_hash_moves_the_rows_of_a_head_of_any_size():
+    token_map = engram.TokenMap.from_tokenizer(TOKENIZER)
+    for wanted in (2, 97, 1_000_003):
+        spec = dataclasses.replace(MEMORY, rows_per_head=wanted).hash_spec(token_map, pad_token_id=1)
+        starts = torch.tensor(spec.offsets(spec.layers[0]))
+        moved = permuted_hash(spec)(0, starts.expand(1, 2, -1))
+        assert (moved[0, 0] == starts).all() and (moved[0, 1] != starts).all(), wanted
 
 
 def test_shuffled_rows_are_a_permutation_inside_each_head():
@@ -76,6 +87,15 @@ def test_the_rank_of_lora_is_the_nearest_in_weights():
     weights = 3 * 240 * 2 * 32
     assert rank > 1 and abs(rank * per_rank - weights) <= per_rank / 2
     assert lora_targets(small_model("gpt2"), ("c_attn",)) == [f"transformer.h.{n}.attn.c_attn" for n in range(3)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_lora_is_put_on_matrices_of_either_kind_without_a_warning(name):
+    model = small_model(name)
+    targets = lora_targets(model, ("all-linear",))
+    with dressed(model, TOKENIZER, ARMS["lora"], memory=MEMORY, lora=LoraOptions(), rank=2, targets=targets, seed=0):
+        trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 2 * len(targets)
 
 
 def test_any_causal_language_model_has_the_loss_that_transformers_computes():

@@ -64,6 +64,8 @@ def make_result(*, arms=tuple(ARMS), num_seeds=3, losses=None, changes=None, **f
             "flops_per_token": flops,
             "num_steps": tokens // 4096,
             "num_tokens": tokens,
+            "preparation_flops": 1e11 * (name == "transfer"),
+            "training_flops": tokens * flops + 1e11 * (name == "transfer"),
             "lora_rank": 9 if "lora" in name else None,
             "lr": 0.004,
             "rates_tried": [[0.002, loss + 0.1], [0.004, loss]] if name == "lora" else [[0.004, None]],
@@ -289,6 +291,7 @@ def test_tables_hold_the_same_numbers_in_the_terminal_and_in_markdown(capsys):
     assert lines[1] == "|" + " :-- |" + " --: |" * 8
     assert lines[3].startswith("| Memory | 4.100 ± 0.017 | +0.034 ± 0.004 | 4.900 ± 0.000 | 4.770 ± 0.000 | 82.0 k |")
     assert lines[3].endswith("| 2.10 M | 1.03 M | 3.00 T |")
+    assert lines[-1].startswith("| Memory, transferred") and lines[-1].endswith("| 3.10 T |")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,7 +9,7 @@ from engram.cli import main
 from engram.errors import ConfigError
 from engram.evaluation.tasks import read_tasks
 from engram.studies.suppression.families import FamilyOptions, make_families
-from engram.studies.suppression.summary import summarize, terminal_table
+from engram.studies.suppression.summary import markdown_table, summarize, terminal_table
 
 SMALL = FamilyOptions(num_people=20, num_documents=600, num_questions=60)
 QUICK = """
@@ -50,8 +50,8 @@ def by_family(families, name):
 
 
 def asked_about(item):
-    """The two names in the last sentence of a question."""
-    return re.findall(r"\b([A-Z][a-z]+) ([A-Z][a-z]+)\b", item.prompt.rsplit(".", 1)[-1])[-1]
+    """The two names that a question ends in."""
+    return tuple(item.prompt.split()[-2:])
 
 
 def test_families_are_the_same_for_the_same_seed_and_no_others():
@@ -84,18 +84,18 @@ def test_reading_asks_about_nobody_the_text_knows_and_answers_in_the_context():
         name = asked_about(item)
         assert " ".join(name) not in text and name not in known
         context, question = item.prompt.rsplit(".", 1)
-        (stated,) = [sentence for sentence in context.split(". ") if " ".join(name) in sentence]
-        assert stated.endswith(item.answer)
-        assert question not in item.prompt[: -len(question)], "it is asked in another wording"
-        # Nothing can be told from what is left: all values stated are still possible.
-        assert sum(choice in context for choice in item.choices) == context.count(". ") + 1
+        sentences = context.split(". ")
+        assert len(sentences) == 4 and all(" ".join(name) in sentence for sentence in sentences)
+        (stated,) = [sentence for sentence in sentences if sentence.endswith(item.answer)]
+        assert question not in context and stated.removesuffix(item.answer) != question.strip(), "in another wording"
+        assert sum(choice in context for choice in item.choices) == 1, "what is asked for is stated once"
     assert {item.choices for item in by_family(families, "reading")} <= {
         item.choices for item in by_family(families, "recall")
     }
 
 
 def test_impossible_families_are_refused():
-    for options in ({"num_people": 0}, {"num_people": 600}, {"people_per_passage": 1}, {"people_per_passage": 20}):
+    for options in ({"num_people": 0}, {"num_people": 600}, {"people_per_passage": 0}, {"people_per_passage": 20}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             FamilyOptions(**options)
 
@@ -118,7 +118,7 @@ def test_one_command_trains_asks_and_says_what_is_retained(study, capsys):
     names = [condition["name"] for condition in effect["conditions"]]
     assert names[:2] == ["memory on", "zero in blocks 0, 1"] and len(names) == 7
     assert effect["families"] == ["recall", "recall-reworded", "reading"] and effect["num_items"] == [8, 8, 8]
-    assert result["summary"] == summarize(result["seeds"])
+    assert result["summary"] == summarize(result["seeds"]) and result["reading_by_copying_any"] == 0.25
     assert (out / "retained.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_tasks(out / "seed-1" / "tasks.jsonl")) == 24
     # The questions and the model in the folder give what the result says.
@@ -177,6 +177,12 @@ def test_the_summary_averages_over_seeds_and_leaves_out_what_is_unknown():
     alone = summarize([made_seed(None, 1.0)])
     assert alone["reading_minus_recall"]["zero in block 1"] == {"mean": None, "std": None, "per_seed": []}
     assert terminal_table({"seeds": [0], "summary": alone}).row_count == 2
+    assert markdown_table({"summary": summary}).splitlines() == [
+        "| memory | recall | retained | reading | retained |",
+        "| :-- | --: | --: | --: | --: |",
+        "| memory on | 80 ± 0 % | 100 ± 0 % | 50 ± 0 % | 100 ± 0 % |",
+        "| zero in block 1 | 20 ± 20 % | 38 ± 18 % | 38 ± 12 % | 75 ± 25 % |",
+    ]
 
 
 def test_the_group_of_studies_explains_itself(capsys):

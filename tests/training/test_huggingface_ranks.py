@@ -73,6 +73,41 @@ def test_gradients_of_two_ranks_are_those_of_one_process_with_the_whole_batch(ac
         torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-6)
 
 
+class Partly(torch.nn.Module):
+    """A model below whose memory one rank's batch uses a weight that the other's does not, as of an expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.below = adapted().train(), torch.nn.Parameter(torch.zeros(32))
+
+    def forward(self, ids, uses_it):
+        add = self.model.model.embed_tokens.register_forward_hook(lambda module, args, output: output + self.below)
+        if not uses_it:
+            add.remove()
+        loss = self.model(input_ids=ids, labels=ids).loss
+        add.remove()
+        return loss
+
+
+def differing(rank):
+    model = Partly()
+    sharing = share_tables(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped(joint_batch()[rank : rank + 1], rank == 0).backward()
+    sharing.remove()
+    return gradients(model)
+
+
+def test_ranks_that_use_different_weights_wait_for_each_other_in_one_order(processes):
+    one, other = processes.run(differing)
+    assert_same(one, other)
+    model = Partly()
+    for row, uses_it in enumerate((True, False)):
+        (model(joint_batch()[row : row + 1], uses_it) / 2).backward()
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-6)
+
+
 def odd_rows(rank):
     rows = torch.tensor([[3, 1, 3], []][rank], dtype=torch.int64)
     values = torch.tensor([[[1.0, 2.0], [4.0, 0.0], [2.0, 2.0]], []][rank]).view(-1, 2)

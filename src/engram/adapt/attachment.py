@@ -12,11 +12,11 @@ from engram.adapt.decoder import Decoder, find_decoder
 from engram.adapt.folder import BaseModel
 from engram.adapt.stored_adapter import check_vocabulary
 from engram.errors import ConfigError, MismatchError
-from engram.hashing import Segments, TokenMap
+from engram.hashing import HashSpec, Segments, TokenMap
 from engram.memory.config import EngramConfig
 from engram.tables import ParameterTable, Table
 
-__all__ = ["attach"]
+__all__ = ["adapter_spec", "attach"]
 
 _CHECKED_TOKENS = 8
 
@@ -70,23 +70,27 @@ def attach(
     check_free(model, name)
     chosen = config.layers if layers is None else tuple(layers)
     config = dataclasses.replace(config, layers=chosen, value_init="zero")
-    _check_geometry(config, decoder)
-    token_map, pad, segments = _read_tokenizer(tokenizer, decoder, segments)
-    spec = config.hash_spec(token_map, pad_token_id=pad, segments=segments)
-    check_vocabulary(spec.num_tokens, decoder)
+    spec = adapter_spec(decoder, tokenizer, config, segments)
     own = _floating_type(decoder)
     device = home(decoder.layers[spec.blocks[0]])
     tables: dict[str, Table] = {}
     for block, layer in zip(spec.blocks, spec.layers, strict=True):
         if table_name(spec, block) not in tables:
-            tables[table_name(spec, block)] = ParameterTable(
-                spec.num_rows(layer),
-                config.head_dim,
-                gradient=config.table_gradient,
-                std=config.table_std,
-                device=device,
-                dtype=dtype or own,
-            )
+            try:
+                table = ParameterTable(
+                    spec.num_rows(layer),
+                    config.head_dim,
+                    gradient=config.table_gradient,
+                    std=config.table_std,
+                    device=device,
+                    dtype=dtype or own,
+                )
+            except RuntimeError as error:  # of no class of its own where the host's memory is at an end
+                raise ConfigError(
+                    f"there is no room on {device} for a table of {spec.num_rows(layer):,} rows of {config.head_dim} "
+                    f"numbers ({str(error).splitlines()[0]:.200}); choose fewer rows_per_head, or a smaller memory_dim"
+                ) from error
+            tables[table_name(spec, block)] = table
     adapter = MemoryAdapter(config, spec, tables, name=name, base=BaseModel.of(model, decoder))
     adapter.layers.to(dtype=dtype or own)
     adapter._attach(model, decoder)
@@ -97,6 +101,27 @@ def attach(
             adapter.detach()
             raise
     return adapter
+
+
+def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segments: Segments | None = None) -> HashSpec:
+    """Make the hash that a memory attached to a model has, and check that model, tokenizer and memory fit.
+
+    Args:
+        decoder: Of the model.
+        tokenizer: Its tokenizer.
+        config: Geometry and options.
+        segments: As for `attach`.
+
+    Raises:
+        ConfigError: As for `attach`.
+        MismatchError: As for `attach`.
+        TokenMapError: The tokenizer has no Rust backend.
+    """
+    _check_geometry(config, decoder)
+    token_map, pad, segments = _read_tokenizer(tokenizer, decoder, segments)
+    spec = config.hash_spec(token_map, pad_token_id=pad, segments=segments)
+    check_vocabulary(spec.num_tokens, decoder)
+    return spec
 
 
 def _check_geometry(config: EngramConfig, decoder: Decoder) -> None:

@@ -142,7 +142,8 @@ class _MemoryCache(Cache):
         """
         # A positive number is what older releases of transformers call the length that is left.
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, int(self.get_seq_length()) - tokens_to_remove)
-        for state in self._engram_states.values():
+        # Whoever holds least is asked first, so that a refusal comes before anything has changed.
+        for state in sorted(self._engram_states.values(), key=lambda state: state.max_rollback or 0):
             if count:
                 state.rollback(count)
             else:

@@ -1,7 +1,6 @@
 """Adapters in repositories of the Hugging Face Hub: fetched file by file, written in one commit."""
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from engram.adapt.folder import CONFIG, FILES, TABLES, AdapterFiles, LocalFiles, check_adapter
+from engram.adapt.model_card import REPOSITORY
 from engram.errors import CheckpointError, ConfigError, EngramError, RemoteError
 
 __all__ = ["HubFiles", "files_of", "push_folder"]
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _ACCESS = "log in with `hf auth login`, or pass token="
 
 
@@ -58,7 +57,8 @@ class HubFiles:
 
         revision = self._options["revision"]
         try:
-            with _speaking(f"cannot fetch {name} of {self.name}"):
+            known = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError
+            with _speaking(f"cannot fetch {name} of {self.name}", *known):
                 found = hf_hub_download(filename=name, dry_run=True, **self._options)
                 if found.file_size is not None and found.file_size > most_bytes:
                     raise CheckpointError(
@@ -104,7 +104,7 @@ def files_of(
         local_files_only: See there.
     """
     path = Path(path_or_repo)
-    if isinstance(path_or_repo, os.PathLike) or path.exists() or not _REPOSITORY.fullmatch(path_or_repo):
+    if isinstance(path_or_repo, os.PathLike) or path.exists() or not REPOSITORY.fullmatch(path_or_repo):
         return LocalFiles(path)
     return HubFiles(
         path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -139,7 +139,7 @@ def push_folder(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not _REPOSITORY.fullmatch(repo_id):
+    if not REPOSITORY.fullmatch(repo_id):
         raise ConfigError(f"a repository is called 'owner/name', not {repo_id!r:.200}")
     api = HfApi(token=token)
     with _speaking(f"the Hub does not take {repo_id}; {_ACCESS} with the right to write there"):
@@ -176,13 +176,11 @@ def push_folder(
 
 
 @contextmanager
-def _speaking(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong between us and the Hub into an error that says what was tried."""
-    from huggingface_hub import errors
-
+def _speaking(what: str, *known: type[Exception]) -> Iterator[None]:
+    """Turn whatever goes wrong between us and the Hub, but for what the caller knows, into an error that says what."""
     try:
         yield
-    except (EngramError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
-        raise
     except Exception as error:  # releases of the client speak through different HTTP libraries
+        if isinstance(error, (EngramError, *known)):
+            raise
         raise RemoteError(f"{what}: {error!s:.500}") from error

@@ -11,10 +11,10 @@ from engram.errors import ConfigError
 from engram.hashing import HashSpec
 from engram.memory.config import EngramConfig
 
-__all__ = ["SavedTable", "check_license", "model_card"]
+__all__ = ["REPOSITORY", "SavedTable", "check_license", "model_card"]
 
-# What the Hugging Face Hub takes for a repository; nothing in it means anything to YAML, Markdown or Python.
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+"""What the Hugging Face Hub takes for a repository; nothing in it means anything to YAML, Markdown or Python."""
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,95}", re.ASCII)
 
 
@@ -76,7 +76,7 @@ def model_card(
         ConfigError: The license is no identifier.
     """
     check_license(license)
-    base = base_name if _REPOSITORY.fullmatch(base_name) and not Path(base_name).exists() else None
+    base = base_name if REPOSITORY.fullmatch(base_name) and not Path(base_name).exists() else None
     kind = model_type if _WORD.fullmatch(model_type) else "transformers"
     header = ["library_name: engram"]
     # Quoted: a repository may be called 1e3 or null.

@@ -160,10 +160,15 @@ def patchable_memory(target: Any) -> PatchableMemory:
         return PatchableMemory(owner, target, target.hash_spec, _trainable(target.tables), layers)
     adapters = attached_adapters(target) if isinstance(target, nn.Module) else {}
     if not isinstance(target, MemoryAdapter):
-        if len(adapters) != 1:
+        if not adapters:
             raise ConfigError(
-                f"a row patch is for a model with one memory; this {type(target).__name__} has the adapters "
-                f"{sorted(adapters)}; pass the MemoryAdapter that is meant"
+                f"a row patch is for a model with memory; this {type(target).__name__} has none: attach one with "
+                "MemoryAdapter.from_pretrained, or engram.attach and training"
+            )
+        if len(adapters) > 1:
+            raise ConfigError(
+                f"a row patch is for one memory; this {type(target).__name__} has the adapters {sorted(adapters)}; "
+                "pass the MemoryAdapter that is meant"
             )
         target = next(iter(adapters.values()))
     if target.model is None or not target.enabled:

@@ -119,7 +119,10 @@ class RowPatch:
         memory = patchable_memory(target)
         tables = {}
         for name, (rows, numbers) in values.items():
-            order = torch.as_tensor(rows, dtype=torch.int64).reshape(-1).sort()
+            found = torch.as_tensor(rows).reshape(-1).cpu()
+            if len(found) and (found.is_floating_point() or found.dtype == torch.bool):
+                raise ConfigError(f"row numbers of table {name} are integers, got {found.dtype}")
+            order = found.to(torch.int64).sort()
             memory.check_rows(name, order.values)
             width = memory.tables[name].width
             if tuple(numbers.shape) != (len(order.values), width):

@@ -22,6 +22,8 @@ __all__ = ["StoredAdapter", "check_vocabulary", "read_adapter"]
 
 # Of the widest type that safetensors knows.
 _BYTES_PER_NUMBER = 8
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,8 +148,12 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
         expected = nn.ModuleDict({str(block): EngramLayer(config) for block in spec.blocks}).state_dict()
     _check_names(path, header, {*expected, TOKEN_MAP})
     for name, tensor in expected.items():
-        if header[name].shape != tuple(tensor.shape) or not header[name].torch_dtype.is_floating_point:
-            raise CheckpointError(f"{header[name]}: expected floating numbers {list(tensor.shape)}; download it again")
+        if header[name].shape != tuple(tensor.shape) or header[name].torch_dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{header[name]}: expected {list(tensor.shape)} of F64, F32, F16 or BF16; download it again"
+            )
+    if header[TOKEN_MAP].torch_dtype not in _INTEGERS:  # some of the others NumPy does not know
+        raise CheckpointError(f"{header[TOKEN_MAP]}: expected integers; download it again")
     token_map = TokenMap(header[TOKEN_MAP].load().numpy(), spec.vocabulary_digest)
     layers = {name: header[name].load() for name in expected}
     return StoredAdapter(files, config, spec.bind(token_map), base, layers)

@@ -3,40 +3,70 @@
 Reading order: ``subject.py`` (one view of any model), ``recording.py`` and ``reading.py`` (one pass over a text for
 all analyses), then the analyses: ``gates.py`` (the gate of every token of a short text, and the N-gram that opened it),
 ``gate_scores.py`` (what each order adds to it), ``gate_statistics.py`` and ``ngram_table.py`` (averages over a long
-text), ``colored_text.py`` (gates as colors).
+text), ``colored_text.py`` (gates as colors); ``rows.py`` (which rows a text reads) with ``ngram_collisions.py``
+(which N-grams share them), ``neighbours.py`` (rows and N-grams that are alike) with ``promoted.py`` (what they say).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram.analysis.alignment import CkaFindings, CkaMap, soft_alignment
+    from engram.analysis.all_parts import AnalyzeOptions, Findings, analyze
+    from engram.analysis.cka import Cka, layer_similarity
     from engram.analysis.colored_text import colored_gates, colored_html
     from engram.analysis.gate_statistics import GateAverages, GateFindings, GateStatistics, average_gates
     from engram.analysis.gates import GateTrace, Ngram, NgramGate, gate_trace, strongest
+    from engram.analysis.lens import LensCurve, LensFindings, LogitLens, logit_lens
+    from engram.analysis.neighbours import Neighbours, nearest_ngrams, nearest_rows
+    from engram.analysis.ngram_collisions import CollisionStudy, NgramCollisions, collision_study
     from engram.analysis.reading import Analysis, NotApplicable, Reading, read_text
+    from engram.analysis.rows import RowFindings, RowUsage, RowUse, row_use
     from engram.analysis.subject import Subject, find_subject, group_by_tokenizer
     from engram.analysis.suppression import Condition, SuppressionEffect, suppressed, suppression_effect
 
 _MODULES = {
     "Analysis": "reading",
+    "AnalyzeOptions": "all_parts",
+    "Cka": "cka",
+    "CkaFindings": "alignment",
+    "CkaMap": "alignment",
+    "CollisionStudy": "ngram_collisions",
     "Condition": "suppression",
+    "Findings": "all_parts",
     "GateAverages": "gate_statistics",
     "GateFindings": "gate_statistics",
     "GateStatistics": "gate_statistics",
     "GateTrace": "gates",
+    "LensCurve": "lens",
+    "LensFindings": "lens",
+    "LogitLens": "lens",
+    "Neighbours": "neighbours",
     "Ngram": "gates",
+    "NgramCollisions": "ngram_collisions",
     "NgramGate": "gates",
     "NotApplicable": "reading",
     "Reading": "reading",
+    "RowFindings": "rows",
+    "RowUsage": "rows",
+    "RowUse": "rows",
     "Subject": "subject",
     "SuppressionEffect": "suppression",
+    "analyze": "all_parts",
     "average_gates": "gate_statistics",
+    "collision_study": "ngram_collisions",
     "colored_gates": "colored_text",
     "colored_html": "colored_text",
     "find_subject": "subject",
     "gate_trace": "gates",
     "group_by_tokenizer": "subject",
+    "layer_similarity": "cka",
+    "logit_lens": "lens",
+    "nearest_ngrams": "neighbours",
+    "nearest_rows": "neighbours",
     "read_text": "reading",
+    "row_use": "rows",
+    "soft_alignment": "alignment",
     "strongest": "gates",
     "suppressed": "suppression",
     "suppression_effect": "suppression",
@@ -44,24 +74,46 @@ _MODULES = {
 
 __all__ = [
     "Analysis",
+    "AnalyzeOptions",
+    "Cka",
+    "CkaFindings",
+    "CkaMap",
+    "CollisionStudy",
     "Condition",
+    "Findings",
     "GateAverages",
     "GateFindings",
     "GateStatistics",
     "GateTrace",
+    "LensCurve",
+    "LensFindings",
+    "LogitLens",
+    "Neighbours",
     "Ngram",
+    "NgramCollisions",
     "NgramGate",
     "NotApplicable",
     "Reading",
+    "RowFindings",
+    "RowUsage",
+    "RowUse",
     "Subject",
     "SuppressionEffect",
+    "analyze",
     "average_gates",
+    "collision_study",
     "colored_gates",
     "colored_html",
     "find_subject",
     "gate_trace",
     "group_by_tokenizer",
+    "layer_similarity",
+    "logit_lens",
+    "nearest_ngrams",
+    "nearest_rows",
     "read_text",
+    "row_use",
+    "soft_alignment",
     "strongest",
     "suppressed",
     "suppression_effect",

@@ -105,11 +105,13 @@ class CkaFindings:
     streams: str
     """How residual streams were compared."""
     minibatch_size: int
-    """Positions in a minibatch."""
+    """Positions in a minibatch, at most."""
+    pool_size: int
+    """Positions among which minibatches were drawn."""
     num_positions: int
     """Positions that count."""
     num_minibatches: int
-    """Minibatches they were in; the last one may be smaller."""
+    """Minibatches they were in."""
     num_not_finite: int
     """Positions left out because something of a model is NaN or infinite there."""
 

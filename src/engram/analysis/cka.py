@@ -23,7 +23,9 @@ Streams = Literal["concatenated", "mean", "collapsed"]
 
 _FEWEST = 4
 """Positions that the unbiased estimate needs at least."""
-_ENOUGH = 1 << 16
+_POOL_BYTES = 1 << 27
+"""What the pools of all models together may take, where they hold more than one minibatch."""
+_ENOUGH = 1 << 13
 """Positions after which `layer_similarity` begins to skip some."""
 
 
@@ -55,24 +57,26 @@ def centered_gram(states: Tensor) -> Tensor:
 class Cka(Analysis):
     """Compares the layers of models by linear CKA. Feed it with `engram.analysis.read_text`.
 
-    Positions are gathered over windows into minibatches, in the order of the text, and the estimates of HSIC are summed
-    over all minibatches before the ratio is taken. A minibatch of ``n`` counts ``n (n - 3)``, the number that its
-    estimate is divided by: all whole ones alike, a smaller last one less. With one minibatch that is the unbiased value
-    of the whole text.
+    Positions are gathered over windows into a pool. When it is full, and at the end of the text, it is divided into
+    minibatches at random (the same each time), and the estimates of HSIC are summed over all minibatches before the
+    ratio is taken. A minibatch of ``n`` counts ``n (n - 3)``, the number that its estimate is divided by. With one
+    minibatch that is the unbiased value of the whole text.
 
-    Positions that lie close together in a text are no independent samples. A ``stride`` spreads each minibatch over
-    more of the text, and makes a long text cheaper.
+    The pool is there because positions of one window have much in common: a minibatch of neighbours would say how alike
+    two layers are within a window, which may be far from how alike they are over the text. The larger the pool, and the
+    fewer of the positions are taken (``one_in``), the more of the text each minibatch sees.
 
     Args:
         baseline: Name of the model that the others are compared with; where None the first without memory, or the
             first of all.
         positions: See `PositionChoice`.
         min_count: See `PositionChoice`.
-        stride: Take every so many-th of those positions.
+        one_in: See `PositionChoice`.
         streams: What is compared of a model with several residual streams: ``"concatenated"``, the sum of their
             kernels, which throws nothing away; ``"mean"``; or ``"collapsed"``, as before the model's own head. The
             paper does not say.
         minibatch_size: Positions in a minibatch.
+        pool_size: Positions in the pool; where None, as many minibatches as 128 MiB hold, one at least.
 
     Raises:
         ConfigError: A choice or number is impossible.
@@ -89,16 +93,20 @@ class Cka(Analysis):
         baseline: str | None = None,
         positions: Positions | Any = "all",
         min_count: int = 5,
-        stride: int = 1,
+        one_in: int = 1,
         streams: Streams = "concatenated",
         minibatch_size: int = 256,
+        pool_size: int | None = None,
     ) -> None:
         if streams not in get_args(Streams):
             raise ConfigError(f"streams are {', '.join(get_args(Streams))}, not {streams!r}")
         if type(minibatch_size) is not int or minibatch_size < _FEWEST:
             raise ConfigError(f"a minibatch has at least {_FEWEST} positions, not {minibatch_size!r}")
-        self.baseline, self.streams, self.minibatch_size = baseline, streams, minibatch_size
-        self._choice = PositionChoice(positions, min_count=min_count, stride=stride)
+        if pool_size is not None and (type(pool_size) is not int or pool_size < minibatch_size):
+            raise ConfigError(f"the pool holds at least one minibatch of {minibatch_size} positions, not {pool_size!r}")
+        self.baseline, self.streams = baseline, streams
+        self.minibatch_size, self.pool_size = minibatch_size, pool_size
+        self._choice = PositionChoice(positions, min_count=min_count, one_in=one_in)
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
         """Compare the baseline with the others, or with itself where it is alone.
@@ -113,21 +121,28 @@ class Cka(Analysis):
             raise ConfigError(f"no model is called {self._baseline!r}; there are {', '.join(by_name)}")
         self._subjects = by_name
         self._choice.start(subjects)
-        self._waiting: dict[str, Tensor] = {}  # [E, minibatch, W]
+        self._pool_size = self._pool_for(subjects)
+        self._pool: dict[str, Tensor] = {}  # [E, pool, W]
         self._num_waiting = self.num_not_finite = 0
         self._sums = _Sums(self._baseline)
         return None
 
     def held_bytes(self, subjects: Sequence[Subject]) -> int:
-        """What waits for its minibatch, all centered Gram matrices, and the widest layer while its own is computed."""
-        n = self.minibatch_size
-        waiting = sum(
-            (subject.num_layers + 1) * n * self._width(subject) * subject.dtype.itemsize for subject in subjects
-        )
-        grams = 8 * n * n * (sum(subject.num_layers + 1 for subject in subjects) + 4)
-        # Every model's matrices stand side by side once while they are stacked.
-        grams += 8 * n * n * max(subject.num_layers + 1 for subject in subjects)
-        return waiting + grams + max(16 * n * self._width(subject) for subject in subjects)
+        """What waits in the pools, and one minibatch: all centered Gram matrices, and what its widest layer takes."""
+        n, entries = self.minibatch_size, [subject.num_layers + 1 for subject in subjects]
+        # The matrices of one model stand side by side while they are stacked.
+        grams = 8 * n * n * (sum(entries) + max(entries) + 4)
+        widest = max(self._position_bytes([subject]) + 24 * self._width(subject) for subject in subjects)
+        return self._pool_for(subjects) * self._position_bytes(subjects) + grams + n * widest
+
+    def _pool_for(self, subjects: Sequence[Subject]) -> int:
+        if self.pool_size is not None:
+            return self.pool_size
+        num_minibatches = _POOL_BYTES // (self._position_bytes(subjects) * self.minibatch_size)
+        return self.minibatch_size * max(1, num_minibatches)
+
+    def _position_bytes(self, subjects: Sequence[Subject]) -> int:
+        return sum((subject.num_layers + 1) * self._width(subject) * subject.dtype.itemsize for subject in subjects)
 
     def update(self, readings: Sequence[Reading]) -> None:
         """Take in some windows."""
@@ -138,13 +153,13 @@ class Cka(Analysis):
         self.num_not_finite += int((~finite[places]).sum())
         places = places[finite[places]]
         while len(places):
-            taken = places[: self.minibatch_size - self._num_waiting]
+            taken = places[: self._pool_size - self._num_waiting]
             for reading in readings:
                 self._put(reading, torch.from_numpy(taken))
             self._num_waiting += len(taken)
             places = places[len(taken) :]
-            if self._num_waiting == self.minibatch_size:
-                self._sums.add(self._waiting)
+            if self._num_waiting == self._pool_size:
+                self._empty_into(self._sums)
                 self._num_waiting = 0
 
     def result(self) -> CkaFindings | NotApplicable:
@@ -152,7 +167,7 @@ class Cka(Analysis):
         sums = self._sums
         if self._num_waiting >= _FEWEST:
             sums = sums.copy()
-            sums.add({name: states[:, : self._num_waiting] for name, states in self._waiting.items()})
+            self._empty_into(sums)
         if not sums.num_minibatches:
             return NotApplicable(
                 f"CKA compares at least {_FEWEST} positions with finite hidden states, and the text has "
@@ -164,10 +179,17 @@ class Cka(Analysis):
             positions=self._choice.name,
             streams=self.streams,
             minibatch_size=self.minibatch_size,
+            pool_size=self._pool_size,
             num_positions=sums.num_positions,
             num_minibatches=sums.num_minibatches,
             num_not_finite=self.num_not_finite,
         )
+
+    def _empty_into(self, sums: "_Sums") -> None:
+        """Divide what waits into minibatches of nearly one size."""
+        order = torch.randperm(self._num_waiting, generator=torch.Generator().manual_seed(sums.num_minibatches))
+        for part in order.tensor_split(-(-self._num_waiting // self.minibatch_size)):
+            sums.add({name: states[:, part.to(states.device)] for name, states in self._pool.items()})
 
     def _map(self, sums: "_Sums", name: str) -> CkaMap:
         return CkaMap(
@@ -185,10 +207,10 @@ class Cka(Analysis):
     def _put(self, reading: Reading, places: Tensor) -> None:
         """Copy the hidden states of some positions behind those that wait."""
         name = reading.subject.name
-        if name not in self._waiting:
+        if name not in self._pool:
             kind = functools.reduce(torch.promote_types, (hidden.dtype for hidden in reading.hidden))
-            shape = (len(reading.hidden), self.minibatch_size, self._width(reading.subject))
-            self._waiting[name] = torch.empty(shape, dtype=kind, device=reading.hidden[0].device)
+            shape = (len(reading.hidden), self._pool_size, self._width(reading.subject))
+            self._pool[name] = torch.empty(shape, dtype=kind, device=reading.hidden[0].device)
         end = self._num_waiting + len(places)
         for entry, hidden in enumerate(reading.hidden):
             states = hidden.flatten(0, 1)[places.to(hidden.device)]
@@ -198,7 +220,7 @@ class Cka(Analysis):
                 states = states.mean(1)
             else:
                 states = reading.subject.collapse(states[None])[0]
-            self._waiting[name][entry, self._num_waiting : end] = states
+            self._pool[name][entry, self._num_waiting : end] = states
 
 
 class _Sums:
@@ -244,7 +266,8 @@ def layer_similarity(
     *,
     length: int = 512,
     max_tokens: int | None = None,
-    stride: int | None = None,
+    positions: Positions | Any = "all",
+    one_in: int | None = None,
     budget_bytes: int = 1 << 29,
     **options: Any,
 ) -> CkaFindings:
@@ -257,9 +280,11 @@ def layer_similarity(
         text: A text or token ids; see `engram.analysis.read_text`.
         length: Tokens the models see at once.
         max_tokens: Read only so many tokens.
-        stride: Take every so many-th position; where None, all up to 65,536, and so many of a longer text.
+        positions: See `engram.analysis.positions.PositionChoice`.
+        one_in: Take one in so many positions; where None, about 8,192 of a text longer than that if all positions are
+            asked for, and else every one.
         budget_bytes: See `engram.analysis.read_text`.
-        **options: Of `Cka`.
+        **options: Others of `Cka`.
 
     Raises:
         MismatchError: The models have different vocabularies; the message has their sizes and digests.
@@ -281,10 +306,11 @@ def layer_similarity(
             "itself"
         )
     tokens = text_tokens(subjects[0].tokenizer, text) if isinstance(text, str) else text
-    if stride is None:
+    if one_in is None:
         num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-        stride = max(1, num_tokens // _ENOUGH)
-    analysis = Cka(stride=stride, **options)
+        every = isinstance(positions, str) and positions == "all"
+        one_in = max(1, num_tokens // _ENOUGH) if every else 1
+    analysis = Cka(positions=positions, one_in=one_in, **options)
     found = read_text(
         subjects, tokens, {"cka": analysis}, length=length, max_tokens=max_tokens, budget_bytes=budget_bytes
     )["cka"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.analysis.plain_values import plain
+from engram.analysis.positions import thinned
 from engram.analysis.reading import Analysis, NotApplicable, Reading, read_text
 from engram.analysis.subject import Subject, find_subjects, group_by_tokenizer
 from engram.errors import ConfigError, DataError, MismatchError
@@ -17,8 +18,10 @@ __all__ = ["LensCurve", "LensFindings", "LogitLens", "logit_lens"]
 
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
-_CHUNK_BYTES = 1 << 24
-"""Float32 logits of the positions that are looked at together."""
+_CHUNK_BYTES = 1 << 22
+"""Float32 logits of the positions that are looked at together: few, so that they stay near the processor."""
+_FEWEST = 32
+"""Positions looked at together at least; fewer would read the head's weights too often."""
 _NUM_COPIES = 7
 """Arrays of that size alive at the peak: both distributions and their logarithms, and what the head needs itself."""
 
@@ -114,11 +117,11 @@ class LogitLens(Analysis):
     that. It does not apply to a model whose head is not understood, which is checked on the first windows.
 
     Args:
-        stride: Look at every so many-th token of the text. The head costs as much for every layer as it costs the
-            model once, so of a long text a part is enough.
+        one_in: Look at one in so many positions, spread over the text; see `engram.analysis.positions.thinned`. The
+            head costs as much for every layer as it costs the model once, so of a long text a part is enough.
 
     Raises:
-        ConfigError: ``stride`` is below 1.
+        ConfigError: ``one_in`` is below 1.
 
     Source: logit lens, nostalgebraist 2020; KL(final || layer) as in the tuned lens, Belrose et al. 2023; paper,
     section 6.1 and Figure 4a.
@@ -126,10 +129,10 @@ class LogitLens(Analysis):
 
     wants = frozenset({"predict"})
 
-    def __init__(self, *, stride: int = 1) -> None:
-        if type(stride) is not int or stride < 1:
-            raise ConfigError(f"stride is a whole number of tokens from 1, got {stride!r}")
-        self.stride = stride
+    def __init__(self, *, one_in: int = 1) -> None:
+        if type(one_in) is not int or one_in < 1:
+            raise ConfigError(f"one_in is a whole number of positions from 1, got {one_in!r}")
+        self.one_in = one_in
         self._sums: dict[str, _Sums] = {}
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
@@ -148,7 +151,7 @@ class LogitLens(Analysis):
     def update(self, readings: Sequence[Reading]) -> None:
         """Add some windows."""
         for reading in readings:
-            self._sums[reading.subject.name].add(reading, self.stride)
+            self._sums[reading.subject.name].add(reading, self.one_in)
 
     def result(self) -> LensFindings:
         """Return the curves of what was read."""
@@ -162,7 +165,7 @@ def logit_lens(
     *,
     length: int = 512,
     max_tokens: int | None = None,
-    stride: int = 1,
+    one_in: int = 1,
     budget_bytes: int = 1 << 29,
 ) -> LensFindings:
     """Look at one model or several through the logit lens.
@@ -174,7 +177,7 @@ def logit_lens(
         text: A text, or token ids where all models share a vocabulary; see `engram.analysis.read_text`.
         length: Tokens the models see at once.
         max_tokens: Read only so many tokens.
-        stride: See `LogitLens`.
+        one_in: See `LogitLens`.
         budget_bytes: See `engram.analysis.read_text`.
 
     Raises:
@@ -196,7 +199,7 @@ def logit_lens(
     curves: dict[str, LensCurve] = {}
     for group in groups:
         options: dict[str, Any] = {"length": length, "max_tokens": max_tokens, "budget_bytes": budget_bytes}
-        found = read_text(group, text, {"lens": LogitLens(stride=stride)}, **options)["lens"]
+        found = read_text(group, text, {"lens": LogitLens(one_in=one_in)}, **options)["lens"]
         if isinstance(found, NotApplicable):
             raise MismatchError(f"the logit lens does not apply: {found.reason}")
         curves |= found.models
@@ -217,9 +220,9 @@ class _Sums:
         # For the standard error of a ratio of sums over windows: squares and products of a window's two sums.
         self.squares, self.products, self.count_squares = np.zeros(entries), np.zeros(entries), 0
 
-    def add(self, reading: Reading, stride: int) -> None:
+    def add(self, reading: Reading, one_in: int) -> None:
         num_windows, length = reading.tokens.shape
-        chosen = np.arange(-reading.start % stride, num_windows * length, stride)
+        chosen = np.flatnonzero(thinned(reading.start + np.arange(num_windows * length), one_in))
         finite = reading.finite.flatten().cpu().numpy()[chosen]
         places = chosen[finite]
         values = np.concatenate(
@@ -269,7 +272,7 @@ class _Sums:
 
 
 def _chunk(subject: Subject) -> int:
-    return max(16, _CHUNK_BYTES // (4 * subject.vocab_size))
+    return max(_FEWEST, _CHUNK_BYTES // (4 * subject.vocab_size))
 
 
 def _measure(reading: Reading, places: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from engram.analysis.gates import token_texts
-from engram.analysis.ngram_table import ngram_keys
+from engram.analysis.ngram_table import ngram_keys, spread_bits
 from engram.analysis.reading import Reading
 from engram.analysis.subject import Subject
 from engram.errors import ConfigError
 
-__all__ = ["PositionChoice", "Positions", "name_ends", "word_ends"]
+__all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
 
 # Dimension key: B windows at a time, L length.
 
@@ -25,6 +25,24 @@ _BREAK = "\n"
 _REPLACEMENT = "\ufffd"
 _NUM_COUNTERS = 1 << 20
 _ORDER_WITHOUT_MEMORY = 3
+
+
+def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
+    """Take one in so many places: of each run of ``one_in`` numbers one, at a place of the run that looks random.
+
+    Every so many-th one would not do: where the step and the length of a window have a common divisor, only some
+    places of the windows would be seen, at worst their first tokens alone.
+
+    Args:
+        places: Counted from the start of the text, integers ``[n]``; none negative.
+        one_in: How many there are for one that is taken.
+
+    Returns:
+        Bool ``[n]``; a place is taken or not whatever the others are.
+    """
+    runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
+    taken: np.ndarray = within == spread_bits(runs) % np.uint64(one_in)
+    return taken
 
 
 def word_ends(text: str) -> list[int]:
@@ -65,17 +83,17 @@ class PositionChoice:
             a million counters, so that now and then a rare one passes for frequent); or a bool array ``[num_tokens]``
             over the tokens of the text. Words and names that a window cuts are left out.
         min_count: See ``"ngrams"``.
-        stride: Take every so many-th of the chosen positions.
+        one_in: Take one in so many of the chosen positions; see `thinned`.
 
     Raises:
         ConfigError: There is no such choice, or a number is below 1.
     """
 
-    def __init__(self, positions: Positions | Any = "all", *, min_count: int = 5, stride: int = 1) -> None:
-        for name, value in (("min_count", min_count), ("stride", stride)):
+    def __init__(self, positions: Positions | Any = "all", *, min_count: int = 5, one_in: int = 1) -> None:
+        for name, value in (("min_count", min_count), ("one_in", one_in)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
-        self.min_count, self.stride = min_count, stride
+        self.min_count, self.one_in = min_count, one_in
         self.mask: np.ndarray | None = None
         self.name = positions if isinstance(positions, str) else "given"
         if not isinstance(positions, str):
@@ -113,7 +131,7 @@ class PositionChoice:
         for reading in readings:
             chosen &= reading.active.flatten().cpu().numpy()
         places = np.flatnonzero(chosen)
-        kept = places[-self._seen % self.stride :: self.stride]
+        kept = places[thinned(self._seen + np.arange(len(places)), self.one_in)]
         self._seen += len(places)
         return kept
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from engram.adapt.adapter import MemoryAdapter, attached_adapters
 from engram.errors import ConfigError, MismatchError
 from engram.evaluation.loss import held_out_loss
-from engram.evaluation.tasks import TaskItem, score_tasks
+from engram.evaluation.task_scores import score_tasks
+from engram.evaluation.tasks import TaskItem
 from engram.hashing import HashSpec
 from engram.memory.layer import EngramLayer, EngramOutput
 from engram.model.modeling import EngramModel

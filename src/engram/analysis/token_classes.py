@@ -28,7 +28,8 @@ def token_classes(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> np.ndar
     """
     ids, special = np.asarray(tokens, np.int64), set(tokenizer.all_special_ids)
     known = [token for token in ids.tolist() if token < len(tokenizer) and token not in special]
-    texts = tokenizer.batch_decode(
+    # Of no tokens a batch of one is made.
+    texts = known and tokenizer.batch_decode(
         [[token] for token in known], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     classes = {token: _class_of(text) for token, text in zip(known, texts, strict=True)}

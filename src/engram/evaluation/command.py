@@ -11,7 +11,8 @@ from rich.progress import Progress
 
 from engram.errors import ConfigError
 from engram.evaluation.loss import held_out_loss
-from engram.evaluation.tasks import TaskItem, read_tasks, score_tasks
+from engram.evaluation.task_scores import score_tasks
+from engram.evaluation.tasks import TaskItem, read_tasks
 from engram.serving.load import ModelFlags, load_model
 from engram.training.batches import pack
 from engram.training.corpus import Corpus, read_corpus

@@ -30,10 +30,17 @@ class SharedTables:
         model: The model whose tables DDP shall leave alone.
         weights: The tables by every name that they have in it; none where there is nothing to share.
         handles: What averages their gradients.
+        group: The group that was made for it and ends with it, if any.
     """
 
-    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], handles: list[RemovableHandle]) -> None:
-        self._model, self._weights, self._handles = model, weights, handles
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: dict[str, nn.Parameter],
+        handles: list[RemovableHandle],
+        group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        self._model, self._weights, self._handles, self._group = model, weights, handles, group
         self._others: list[str] = list(getattr(model, _IGNORED, ()))
         if weights:
             # The one way there is (pytorch/pytorch#43690); named as in the module that is wrapped.
@@ -48,7 +55,9 @@ class SharedTables:
             setattr(self._model, _IGNORED, self._others)
             for weight in self._weights.values():
                 weight.__dict__.pop("_ddp_ignored", None)
-        self._handles, self._weights = [], {}
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._handles, self._weights, self._group = [], {}, None
 
 
 def sparse_tables(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,7 +84,8 @@ def share_tables(
 
     Args:
         model: A model with tables, not wrapped yet.
-        group: The ranks that train it together; all where None.
+        group: The ranks that train it together, as a group beside the one that DDP is given (``dist.new_group``), since
+            the two do not exchange in the same order on every rank; all ranks, and a new group of them, where None.
         is_due: Asked after each backward pass; False keeps the gradient on this rank for now, as for all but the last
             part of an accumulated batch. The same answer on every rank. Without it accumulation is right too (a mean
             stays what it is when it is averaged again) and exchanges more than it has to.
@@ -93,11 +103,17 @@ def share_tables(
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return SharedTables(model, {}, [])
     named = sparse_tables(model)
+    if not named:
+        return SharedTables(model, {}, [])
+    # A group of our own. DDP sends a bucket when its last gradient is there, or at once where find_unused_parameters
+    # knows of none; so ranks that used different parameters would meet in another order, and wait for ever.
+    own = dist.new_group() if group is None else None
+    group = own or group
     handles = []
     for weight in {id(weight): weight for weight in named.values()}.values():
         _broadcast(weight.detach(), group)
         handles.append(weight.register_post_accumulate_grad_hook(functools.partial(_average, group, is_due)))
-    return SharedTables(model, named, handles)
+    return SharedTables(model, named, handles, own)
 
 
 def average_rows(gradient: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
@@ -116,14 +132,14 @@ def average_rows(gradient: Tensor, group: "dist.ProcessGroup | None" = None) -> 
     rows, values = merge_rows(gradient)
     place = _place(values, group)
     counts = torch.empty(world_size, dtype=torch.int64, device=place)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=place), group=group)
+    dist.all_gather_single(counts, torch.tensor([len(rows)], device=place), group=group)
     listed: list[int] = counts.tolist()
     longest = max(listed)
     width = values.shape[1]
     all_rows = torch.empty(world_size * longest, dtype=torch.int64, device=place)
     all_values = torch.empty(world_size * longest, width, dtype=values.dtype, device=place)
-    dist.all_gather_into_tensor(all_rows, _padded(rows.to(place), longest), group=group)
-    dist.all_gather_into_tensor(all_values, _padded(values.to(place), longest), group=group)
+    dist.all_gather_single(all_rows, _padded(rows.to(place), longest), group=group)
+    dist.all_gather_single(all_values, _padded(values.to(place), longest), group=group)
     theirs = [(all_rows[start : start + n], all_values[start : start + n]) for start, n in _spans(listed, longest)]
     distinct, position = torch.unique(torch.cat([rows for rows, _ in theirs]), return_inverse=True)
     total = torch.zeros(len(distinct), width, dtype=torch.float32, device=place)

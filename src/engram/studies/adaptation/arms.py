@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from engram.adapt import MemoryAdapter, attach
 from engram.errors import MissingExtraError
@@ -132,7 +133,7 @@ def dressed(
     if arm.lora and importlib.util.find_spec("peft") is None:
         raise MissingExtraError(
             "this arm trains LoRA with peft, which is not installed; install the extra with `pip install "
-            "'engram[lora]'`, or leave the arm out of arms.names"
+            "'engram[lora]'`, or leave the arm out of arms.names (--controls adds it)"
         )
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()} if arm.whole else {}
@@ -171,4 +172,7 @@ def _add_lora(model: Any, lora: LoraOptions, rank: int, targets: list[str]) -> A
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that is going out of use there.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-        return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+        # GPT-2's matrices lie the other way around.
+        turned = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
+        chosen = LoraConfig(**options, target_modules=targets, fan_in_fan_out=turned, task_type="CAUSAL_LM")
+        return get_peft_model(model, chosen)

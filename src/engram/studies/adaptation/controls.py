@@ -35,7 +35,9 @@ def permuted_hash(spec: HashSpec) -> RowMap:
 
     def move(block: int, rows: Tensor) -> Tensor:
         size, offset = sizes[block].to(rows.device), offsets[block].to(rows.device)
-        places = torch.arange(rows.shape[1], device=rows.device)[:, None] * _STRIDE
+        # In a head of just so many rows, the first prime above a million, that stride would move nothing.
+        strides = torch.where(size % _STRIDE == 0, 1, _STRIDE)
+        places = torch.arange(rows.shape[1], device=rows.device)[:, None] * strides
         return (rows - offset + places) % size + offset
 
     return move

@@ -67,6 +67,7 @@ def curve_figures(result: Mapping[str, Any]) -> str:
     arms = result.get("arms") or {}
     titles = {name: arm_title(arm, name) for name, arm in arms.items()}
     costs = {name: arm.get("flops_per_token") for name, arm in arms.items()}
+    before = {name: arm.get("preparation_flops") or 0.0 for name, arm in arms.items()}
     curves = {
         name: [finite_points(run.get("curve") or ()) for run in arm.get("runs") or ()] for name, arm in arms.items()
     }
@@ -75,7 +76,7 @@ def curve_figures(result: Mapping[str, Any]) -> str:
     pictures = [("By tokens", "by-tokens", "training tokens", "tokens", curves)]
     if all(costs.values()) and len(set(costs.values())) > 1:
         by_compute = {
-            name: [[(tokens * costs[name], loss) for tokens, loss in run] for run in runs]
+            name: [[(before[name] + tokens * costs[name], loss) for tokens, loss in run] for run in runs]
             for name, runs in curves.items()
         }
         pictures.append(("By compute", "by-compute", "training FLOPs", "FLOPs", by_compute))

@@ -4,14 +4,13 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engram.errors import CheckpointError, MismatchError, RunFolderError
-from engram.files import write_atomically
+from engram.files import replacing_folder, write_atomically
 from engram.studies.adaptation.recipe import AdaptationRecipe
 from engram.training.recipe_file import write_toml
 from engram.training.run_folder import to_json
@@ -131,11 +130,8 @@ class AdaptationFolder:
     def publish_adapter(self, name: str) -> None:
         """Copy the memory of a run to ``adapter/``."""
         source, target = self.path / _RUNS / name / "memory", self.path / _ADAPTER
-        aside = self.path / f".{_ADAPTER}.part"
-        for old in (aside, target):
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(source, aside)
-        os.replace(aside, target)
+        with replacing_folder(target, lambda folder: None) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
 
     def write(self, result: dict[str, Any], report: str | None) -> None:
         """Write the result and its page."""

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+import tyro
 
 from engram.errors import ConfigError, MismatchError
 from engram.memory import EngramConfig
@@ -28,6 +30,9 @@ __all__ = [
 ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 """What can be compared; `engram.studies.adaptation.arms` says what each is."""
 
+_PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
+"""How ``--keys`` shows text: the tables that stand in the place of a path are more than a flag can say."""
+
 _CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
 
 
@@ -49,8 +54,9 @@ class BaseOptions:
 class DomainOptions:
     """What is trained and evaluated on."""
 
-    domain: tuple[TextSource, ...] = ()
-    """Text of the domain that the model shall learn. Must be given."""
+    domain: Annotated[tuple[TextSource, ...], _PATHS] = ()
+    """Text of the domain that the model shall learn: files or folders, or tables of ``path``, ``kind``, ``field``,
+    ``split``, as for ``engram train``. Must be given."""
     held_out: float = 0.06
     """Share of the domain's documents, chosen by their contents, that the result is measured on; where there are too
     few of them, that share of the tokens, from the end."""
@@ -58,7 +64,7 @@ class DomainOptions:
     """Share that learning rates are chosen on, and nothing else."""
     held_out_tokens: int = 65_536
     """Tokens of the held-out share that are used at most; of the validation share, half as many."""
-    retained: Literal["standard-library"] | tuple[TextSource, ...] = ()
+    retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], _PATHS] = ()
     """Text that the model knew before, to measure what it forgets: files, or ``standard-library`` for the Python
     sources that ``engram train`` trains on unless told otherwise. Without it forgetting is not measured."""
     retained_held_out: float = 0.01

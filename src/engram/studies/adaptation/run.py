@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engram.model  # noqa: F401 - AutoModelForCausalLM then knows the project's own models
+from engram.adapt.attachment import adapter_spec
 from engram.adapt.decoder import find_decoder
 from engram.errors import ConfigError, DataError, EngramError
 from engram.studies.adaptation.arms import ARMS
@@ -49,16 +50,13 @@ class Adaptation:
         Raises:
             ConfigError: The base cannot be loaded, has no recognizable layer list, or the memory is none for it.
             DataError: There is too little text.
+            MismatchError: The base's tokenizer is not the model's.
         """
         recipe, progress = self.recipe, self.progress
         device = find_device(_device(recipe.train.device))
         progress.note(f"loading {recipe.base.model}")
         model, tokenizer = load_base(recipe.base)
         model.to(device).eval()
-        with progress.packing() as advance:
-            text = open_text(recipe.data, tokenizer, advance)
-        if text.about is not None:
-            progress.note(text.about)
         decoder = find_decoder(model, recipe.base.layer_list)
         memory = recipe.memory.for_width(decoder.hidden_size)
         if max(memory.layers) >= len(decoder.layers):
@@ -68,6 +66,12 @@ class Adaptation:
         targets = lora_targets(model, recipe.lora.targets, recipe.base.layer_list)
         rank = matched_rank(model, targets, memory) if recipe.lora.rank == "auto" else recipe.lora.rank
         dtype = best_dtype(device) if recipe.train.dtype == "auto" else recipe.train.dtype
+        adapter_spec(decoder, tokenizer, memory)  # refuses a tokenizer that is not the model's
+        # Last, because it may be many gigabytes.
+        with progress.packing() as advance:
+            text = open_text(recipe.data, tokenizer, advance)
+        if text.about is not None:
+            progress.note(text.about)
         return Bench(recipe, model, tokenizer, text, memory, rank, targets, dtype)
 
     def plan(self, bench: Bench) -> dict[ArmName, tuple[ArmCost, int]]:
@@ -287,7 +291,8 @@ def load_base(options: BaseOptions) -> tuple[Any, Any]:
     except EngramError:
         raise
     except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        # All of it in one line: what the first line begins is often said in the second.
+        why = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigError(
             f"cannot load the base model {options.model}: {why}; base.model is a folder that save_pretrained wrote, or "
             "a name on the Hub. `engram train recipes/base-cpu.toml` trains a small one in runs/base-cpu/model"

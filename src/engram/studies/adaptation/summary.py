@@ -71,7 +71,6 @@ def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
             domain += f" ({len(found)} of {len(arm_runs(arm))} seeds)"
         elif not found:
             domain = "no finite loss" if arm_runs(arm) else "not run"
-        tokens, flops = arm.get("num_tokens"), arm.get("flops_per_token")
         rows.append(
             [
                 arm_title(arm, name),
@@ -80,8 +79,8 @@ def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
                 *(values_text(_without(arm, kind)) for kind in ("memory_off", "rows_shuffled")),
                 count_text(outside),
                 count_text(inside),
-                count_text(tokens),
-                count_text(tokens * flops if tokens is not None and flops is not None else None),
+                count_text(arm.get("num_tokens")),
+                count_text(arm.get("training_flops")),  # with those of the hidden states that rows were made of
             ]
         )
     return rows

@@ -1,15 +1,24 @@
 """Two families of questions about invented people, and a text that teaches both: facts recalled and facts read.
 
-Every person has two names, each of which many people share: only the pair says who is meant.
+Every person has two names, each of which many people share: only the pair says who is meant. Four things are known of
+everybody: a home, a trade, a color and an instrument.
 
-*Recall*: some people have facts (where they were born, what they play) that the text states again and again, in several
-wordings. A question asks for one of these facts and gives nothing else, so the answer is in the weights or nowhere.
+*Recall*: some people have facts that the text states again and again, in several wordings. A question asks for one of
+these facts and gives nothing else, so the answer is in the weights or nowhere.
 
-*Reading*: a passage states facts about people whom no other passage agrees on, then states them again in another
-wording. A question is such a passage up to its last word, about people who occur in the text nowhere, so the answer is
-in the context and nowhere else.
+*Reading*: a passage states the four facts of somebody on whom no two passages agree, then states them again in other
+wordings. A question is such a passage up to the first word stated again, about a person who occurs in the text nowhere,
+so the answer is in the context and nowhere else; the context holds three more values, which answer other questions.
 
 Both families ask for the same words in the same wordings. What differs is where the answer is.
+
+Reading here is to find what is asked for, not about whom. A passage of several people (``people_per_passage``) asks for
+both, which takes attention that looks up a name and then what followed it. Models of this size did not learn that in
+some hundred steps: with four people they were right about once in four.
+
+Wordings, the shares of both families and the length of training were chosen on seed 100 (its people, facts, questions
+and weights); learning rate and first weights on seed 0 of an earlier text, with other wordings. No number was chosen on
+the questions that results are reported of.
 """
 
 import dataclasses
@@ -49,24 +58,24 @@ class _Attribute(NamedTuple):
 
 ATTRIBUTES = {
     "home": _Attribute(
-        ("{name} left", "{name} misses", "Home of {name}:", "Town of {name}:"),
+        ("Home {name}", "Town {name}", "Birthplace {name}", "Address {name}"),
         _words(
             "Karth Mirel Tolna Brevik Sundry Ostin Velmo Harrow Lindum Pesaro Quint Rovigo Tarsk Ulmar Wexley Zadar"
         ),
     ),
     "trade": _Attribute(
-        ("{name} learned", "{name} teaches", "Trade of {name}:", "Work of {name}:"),
+        ("Trade {name}", "Work {name}", "Craft {name}", "Job {name}"),
         _words(
             "baking weaving pottery tanning masonry carving milling sewing "
             "brewing dyeing fishing mining joinery cooking farming trading"
         ),
     ),
     "color": _Attribute(
-        ("{name} wears", "{name} likes", "Color of {name}:", "Coat of {name}:"),
+        ("Color {name}", "Coat {name}", "Flag {name}", "House {name}"),
         _words("red blue green yellow brown black white purple orange pink gray golden silver crimson violet scarlet"),
     ),
     "instrument": _Attribute(
-        ("{name} plays", "{name} practices", "Instrument of {name}:", "Lessons of {name}:"),
+        ("Instrument {name}", "Lessons {name}", "Concert {name}", "Band {name}"),
         _words("lute flute harp drum fiddle horn organ cello trumpet bassoon guitar piano banjo viola zither gong"),
     ),
 }
@@ -78,15 +87,15 @@ class FamilyOptions:
 
     num_people: int = 64
     """People with facts that the text states again and again, from 1; each has a fact of every attribute."""
-    num_documents: int = 16_000
+    num_documents: int = 7_500
     """Documents of the text."""
-    passages: float = 0.75
-    """Share of the documents that are passages, above 0 and below 1: reading is harder to learn than facts are."""
-    facts_per_document: int = 12
+    passages: float = 0.6
+    """Share of the documents that are passages, above 0 and below 1."""
+    facts_per_document: int = 24
     """Facts that a document of the recall family states."""
-    people_per_passage: int = 3
-    """People that a passage of the reading family is about, from 2."""
-    rounds: int = 5
+    people_per_passage: int = 1
+    """People that a passage of the reading family is about, from 1; of several, a question must be told whom it means."""
+    rounds: int = 6
     """Times that a passage states its facts, each time in another order and wording, from 2."""
     num_questions: int = 256
     """Questions of each family."""
@@ -100,7 +109,7 @@ class FamilyOptions:
             if field.name == "passages":
                 continue
             value = getattr(self, field.name)
-            least = {"seed": 0, "people_per_passage": 2, "rounds": 2}.get(field.name, 1)
+            least = {"seed": 0, "rounds": 2}.get(field.name, 1)
             if type(value) is not int or value < least:
                 raise ConfigError(f"FamilyOptions.{field.name} is a number from {least}, not {value!r}")
         num_pairs = len(FIRST_NAMES) * len(LAST_NAMES)
@@ -114,6 +123,11 @@ class FamilyOptions:
                 f"people_per_passage is {self.people_per_passage}; the people of a passage have different first names, "
                 f"so ask for {len(FIRST_NAMES) // 2} at most"
             )
+
+    @property
+    def facts_per_passage(self) -> int:
+        """Facts that the context of a question of the reading family states, one of which is asked for."""
+        return self.people_per_passage * len(ATTRIBUTES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,10 +168,10 @@ def make_families(options: FamilyOptions | None = None) -> Families:
         else:
             documents.append(" ".join(_passage(told, options.people_per_passage, options.rounds, chance)))
     items = [*_recall_items(facts, options.num_questions, chance)]
-    people = options.people_per_passage
     for index in range(options.num_questions):
         # Up to the first word that is stated again: later ones could be told from what is left.
-        *context, last = itertools.islice(_passage(asked, people, 2, chance), people + 1)
+        sentences = _passage(asked, options.people_per_passage, 2, chance)
+        *context, last = itertools.islice(sentences, options.facts_per_passage + 1)
         question, _, answer = last.removesuffix(".").rpartition(" ")
         choices = next(about.values for about in ATTRIBUTES.values() if answer in about.values)
         items.append(_item("reading", index, " ".join([*context, question]), answer, choices))
@@ -192,22 +206,22 @@ def _deck(facts: Sequence[_Fact], chance: random.Random) -> Iterator[_Fact]:
 
 
 def _passage(names: Sequence[tuple[str, str]], num_people: int, rounds: int, chance: random.Random) -> Iterator[str]:
-    """Sentences that state a fact about each of some people, then state each once more in another wording."""
-    attribute = chance.choice(list(ATTRIBUTES))
-    about = ATTRIBUTES[attribute]
+    """Sentences that state all facts of some people, then all of them again, in another order and other wordings."""
     people: dict[str, str] = {}
     while len(people) < num_people:
         first, last = chance.choice(names)
         people.setdefault(first, last)
-    values = chance.sample(about.values, num_people)
+    values = {attribute: chance.sample(about.values, num_people) for attribute, about in ATTRIBUTES.items()}
     facts = [
-        _Fact(f"{one} {other}", attribute, value, -1)
-        for (one, other), value in zip(people.items(), values, strict=True)
+        _Fact(f"{first} {last}", attribute, values[attribute][index], -1)
+        for index, (first, last) in enumerate(people.items())
+        for attribute in ATTRIBUTES
     ]
-    wording = -1
+    stated: dict[_Fact, int] = {}
     for _ in range(rounds):
-        wording = chance.choice([index for index in range(len(about.wordings)) if index != wording])
-        yield from (fact.sentence(wording) for fact in chance.sample(facts, num_people))
+        for fact in chance.sample(facts, len(facts)):
+            stated[fact] = chance.choice([wording for wording in fact.wordings if wording != stated.get(fact)])
+            yield fact.sentence(stated[fact])
 
 
 def _recall_items(facts: Sequence[_Fact], num_questions: int, chance: random.Random) -> Iterator[TaskItem]:

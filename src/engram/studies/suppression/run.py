@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from engram.analysis.suppression import suppression_effect
 from engram.errors import ConfigError, MismatchError, RunFolderError
-from engram.evaluation.tasks import TaskScores, read_tasks, score_tasks, write_tasks
+from engram.evaluation.task_scores import TaskScores, score_tasks
+from engram.evaluation.tasks import read_tasks, write_tasks
 from engram.files import replacing, write_atomically
 from engram.serving.load import load_model
 from engram.studies.suppression.families import Families, FamilyOptions, make_families
@@ -61,7 +62,7 @@ class SuppressionStudy:
     people: int = FamilyOptions.num_people
     """People whose facts are learned; each has four."""
     documents: int = FamilyOptions.num_documents
-    """Documents of the text, half of them facts and half passages."""
+    """Documents of the text: passages, and lists of facts."""
     questions: int = FamilyOptions.num_questions
     """Questions of each family."""
     batch_size: int = 64
@@ -108,6 +109,8 @@ class SuppressionStudy:
             **run_facts(started, made_at),
             "settings": self._settings(recipe),
             "seeds": seeds,
+            # A model that copies any value of the context, whatever was asked, gets so many right.
+            "reading_by_copying_any": 1 / self.families(0).facts_per_passage,
             "summary": summarize(seeds),
         }
         with replacing(out / _PICTURE) as aside:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["save_picture", "summarize", "terminal_table"]
+__all__ = ["markdown_table", "save_picture", "summarize", "terminal_table"]
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -57,27 +57,29 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     """Share of right answers by condition and family, and how much of it is retained."""
     from rich.table import Table
 
-    summary = result["summary"]
-    conditions = summary["conditions"]
+    header, *rows = _rows(result)
     seeds = len(result["seeds"])
+    share = result.get("reading_by_copying_any")
+    copying = "" if share is None else f"; reading by copying any value of the context: {100 * share:.0f} %"
     table = Table(
         title=f"Right answers, and the share retained, {seeds} seed{'s' * (seeds > 1)}",
         title_justify="left",
-        caption="exact match of greedy decoding; retained: relative to memory on",
+        caption="exact match of greedy decoding; retained: relative to memory on" + copying,
         caption_justify="left",
     )
-    table.add_column("memory")
-    families = list(next(iter(conditions.values())))
-    for family in families:
-        table.add_column(family, justify="right")
-        table.add_column("retained", justify="right")
-    for name, row in conditions.items():
-        cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
-        table.add_row(name, *cells)
-    if "twin" in summary:
-        cells = [cell for family in families for cell in (_percent(summary["twin"][family]["exact_match"]), "")]
-        table.add_row("trained without memory", *cells)
+    table.add_column(header[0])
+    for title in header[1:]:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """Write the table as Markdown, ending in a line break."""
+    header, *rows = _rows(result)
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def save_picture(result: Mapping[str, Any], path: Path) -> None:
@@ -112,6 +114,21 @@ def save_picture(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("right answers retained, % of those with memory on")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(conditions)), ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def _rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells, the header first."""
+    summary = result["summary"]
+    conditions = summary["conditions"]
+    families = list(next(iter(conditions.values())))
+    rows = [["memory", *(title for family in families for title in (family, "retained"))]]
+    for name, row in conditions.items():
+        cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
+        rows.append([name, *cells])
+    if "twin" in summary:
+        cells = [cell for family in families for cell in (_percent(summary["twin"][family]["exact_match"]), "")]
+        rows.append(["trained without memory", *cells])
+    return rows
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:

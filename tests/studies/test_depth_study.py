@@ -1,0 +1,232 @@
+"""The study of depth: arms that differ in nothing but where memory is, and one command that compares them."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from engram.analysis.cka import layer_similarity
+from engram.analysis.lens import logit_lens
+from engram.cli import main
+from engram.errors import ConfigError
+from engram.evaluation.loss import held_out_loss
+from engram.hashing import TokenMap
+from engram.model.sizes import model_sizes
+from engram.serving.load import load_model
+from engram.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
+from engram.studies.depth.command import DepthStudy
+from engram.studies.depth.summary import summarize, terminal_table
+from engram.training.tokenizer import train_tokenizer
+
+WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
+SIZES = {
+    "blocks": 3,
+    "hidden_size": 32,
+    "memory_dim": 32,
+    "heads": 4,
+    "rows_per_head": 211,
+    "vocab_size": 300,
+    "sequence_length": 32,
+    "batch_size": 4,
+    "tokens": 1024,
+    "analysis_tokens": 512,
+}
+ARMS = ["baseline", "block-0", "block-1", "block-2", "blocks-1-2"]
+
+
+def some_text(num_words=6000):
+    chance = random.Random(0)
+    return " ".join(chance.choice(WORDS) + ("." if chance.random() < 0.1 else "") for _ in range(num_words))
+
+
+def as_flags(values):
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """All arms before training, by name."""
+    options = DepthStudy(**{**SIZES, "streams": 2}).model()
+    tokenizer = train_tokenizer([some_text()], SIZES["vocab_size"])
+    token_map = TokenMap.from_tokenizer(tokenizer)
+    arms = plan_arms(3, default_split(3), sweep=True)
+    return {
+        arm.name: build_arm(arm, options.memory(), options.backbone(), tokenizer, token_map, seed=1) for arm in arms
+    }
+
+
+def test_arms_start_from_the_same_weights_wherever_they_have_the_same(built):
+    assert list(built) == ARMS
+    baseline = dict(built["baseline"].named_parameters())
+    for name in ARMS[1:]:
+        for key, weight in built[name].named_parameters():
+            if key in baseline:
+                common = tuple(slice(size) for size in weight.shape)
+                assert weight.equal(baseline[key][common]), (name, key)
+    first, last = built["block-0"], built["block-2"]
+    assert first.tables["0"].weight.equal(last.tables["2"].weight)
+    assert first.tables["0"].weight.std() > 0.01
+    for one, other in zip(
+        first.model.layers[0].memory.parameters(), last.model.layers[2].memory.parameters(), strict=True
+    ):
+        assert one.equal(other)
+
+
+def test_arms_spend_the_same_operations_and_hold_the_same_table(built):
+    sizes = {name: model_sizes(model.config, context=32) for name, model in built.items()}
+    wanted = sizes["block-0"]
+    for name in ARMS:
+        assert sizes[name].flops_per_token == pytest.approx(wanted.flops_per_token, rel=0.02), name
+        if name != "baseline":
+            assert sizes[name].memory_tables == pytest.approx(wanted.memory_tables, rel=0.1), name
+    assert built["blocks-1-2"].config.memory_config.layers == (1, 2)
+    assert built["block-1"].config.memory_config.num_streams == built["block-1"].config.num_streams == 2
+
+
+def test_the_split_and_the_lone_module_stand_where_the_papers_do():
+    assert default_split(12) == (1, 5), "layers 2 and 6 of 12, counted from 1"
+    assert [default_split(blocks) for blocks in (2, 3, 6)] == [(), (1, 2), (1, 2)]
+    assert plan_arms(6, (), sweep=False) == (DepthArm("baseline", ()), DepthArm("block-1", (1,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"blocks": 1}, "--blocks"),
+        ({"split": (1, 1)}, "--split"),
+        ({"split": (1, 9)}, "--split"),
+        ({"memory_dim": 144}, "--memory-dim"),
+        ({"hidden_size": 40}, "--hidden-size"),
+        ({"streams": 0}, "--streams"),
+        ({"parts": ()}, "--parts"),
+        ({"top_k": 0}, "--top-k"),
+    ],
+)
+def test_impossible_studies_are_refused(options, flag):
+    with pytest.raises(ConfigError, match=flag):
+        DepthStudy(**options)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study that was stopped after its first model, and gone on with."""
+    folder = tmp_path_factory.mktemp("depth")
+    (folder / "text.txt").write_text("\n".join(some_text().split(". ")))
+    out = folder / "out"
+    call = ["study", "depth", "--out", str(out), "--data", str(folder / "text.txt"), *as_flags(SIZES)]
+
+    def stop():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if (out / "seed-0/baseline/trained.json").is_file():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.002)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    status = main(call)
+    stopper.join()
+    assert status == 130
+    kept = sorted(path.name for path in (out / "seed-0").iterdir())
+    assert "baseline" in kept and "blocks-1-2" not in kept and not (out / "result.json").exists()
+    before = (out / "seed-0/baseline/model.safetensors").stat().st_mtime_ns
+    assert main([*call, "--resume"]) == 0
+    assert (out / "seed-0/baseline/model.safetensors").stat().st_mtime_ns == before
+    return out, call
+
+
+def test_one_command_trains_every_arm_and_measures_what_it_says(study):
+    out, _ = study
+    result = json.loads((out / "result.json").read_text())
+    (seed,) = result["seeds"]
+    assert list(seed["arms"]) == ARMS and set(seed["cka"]) == set(ARMS[1:])
+    for name in ("sweep.png", "lens.png", "cka.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    # The models and the text in the folder give what the result says.
+    models = {name: load_model(out / "seed-0" / name)[0] for name in ("baseline", "block-1")}
+    tokenizer = load_model(out / "seed-0/block-1")[1]
+    tokens = np.load(out / "text/held_out.npy")
+    told = seed["arms"]["block-1"]
+    assert told["tokens"] == 1024 and told["num_evaluated_tokens"] == len(tokens) - 1
+    assert held_out_loss(models["block-1"], tokens, length=32).loss == pytest.approx(told["loss"], rel=1e-3)
+    options = {"length": 32, "max_tokens": 512}
+    lens = logit_lens(models, tokenizer, tokens, **options)
+    assert seed["lens"]["block-1"]["kl"] == pytest.approx(lens.models["block-1"].kl.tolist(), rel=1e-4)
+    (found,) = layer_similarity(models, tokenizer, tokens, positions="word_ends", **options).maps
+    assert seed["cka"]["block-1"]["row_model"] == "baseline"
+    assert np.array(seed["cka"]["block-1"]["similarity"]) == pytest.approx(found.similarity, rel=1e-4)
+    assert seed["cka"]["block-1"]["gain"] == pytest.approx(found.gain(2).tolist(), rel=1e-3)
+
+
+def test_a_model_that_is_missing_is_trained_again_to_the_same_loss_and_no_other_is_touched(study, capsys):
+    out, call = study
+    first = json.loads((out / "result.json").read_text())
+    times = {name: (out / "seed-0" / name / "model.safetensors").stat().st_mtime_ns for name in ARMS}
+    for path in (out / "seed-0/block-2").iterdir():
+        path.unlink()
+    (out / "seed-0/block-2").rmdir()
+    assert main([*call, "--resume", "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["seeds"][0]["arms"]["block-2"]["loss"] == first["seeds"][0]["arms"]["block-2"]["loss"]
+    assert second["seeds"][0]["lens"] == first["seeds"][0]["lens"]
+    changed = [name for name in ARMS if (out / "seed-0" / name / "model.safetensors").stat().st_mtime_ns != times[name]]
+    assert changed == ["block-2"]
+
+
+def test_a_study_is_gone_on_with_only_when_asked_and_only_as_it_was_begun(study, capsys):
+    out, call = study
+    assert main(call) == 1
+    assert "go on with it with --resume" in capsys.readouterr().err
+    assert main([*call, "--lr", "0.1", "--resume"]) == 1
+    assert "begun with other options" in capsys.readouterr().err
+    trained = out / "seed-0/block-0/trained.json"
+    whole = trained.read_bytes()
+    trained.write_bytes(whole[:40])
+    assert main([*call, "--resume"]) == 1
+    assert "trained.json is damaged" in capsys.readouterr().err
+    trained.write_bytes(whole)
+
+
+def test_a_text_that_was_cut_off_is_refused(study, tmp_path, capsys):
+    out, call = study
+    tokens = out / "text/train.npy"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-100])
+    assert main([*call, "--resume"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    np.save(tokens, np.zeros(5, np.int32))
+    assert main([*call, "--resume"]) == 1
+    assert "int32 [5]" in capsys.readouterr().err
+    tokens.write_bytes(whole)
+    (tmp_path / "letter.txt").write_text("dear reader")
+    assert main(["study", "depth", "--out", str(tmp_path)]) == 1
+    assert "is no study" in capsys.readouterr().err
+
+
+def made_seed(**losses):
+    blocks = {"baseline": [], "block_0": [0], "block_1": [1], "both": [0, 1]}
+    return {
+        "arms": {name: {"loss": loss, "blocks": blocks[name], "flops_per_token": 1} for name, loss in losses.items()}
+    }
+
+
+def test_the_summary_compares_seed_by_seed_and_names_the_best_single_module():
+    seeds = [
+        made_seed(baseline=3.0, block_0=2.9, block_1=2.8, both=2.7),
+        made_seed(baseline=4.0, block_0=3.9, block_1=3.8, both=3.7),
+    ]
+    titles = {name: name for name in seeds[0]["arms"]}
+    summary = summarize(seeds, titles)
+    gain = summary["arms"]["block_1"]["gain"]
+    assert gain["mean"] == pytest.approx(0.2) and gain["std"] == pytest.approx(0.0, abs=1e-12)
+    assert summary["arms"]["block_1"]["loss"]["std"] == pytest.approx(0.5**0.5)
+    assert summary["best"] == "block_1" and summary["kept_by_worst"] == pytest.approx(0.5)
+    assert terminal_table({"seeds": seeds, "summary": summary}).row_count == 4
+    worse = summarize([made_seed(baseline=3.0, block_0=3.2, block_1=3.1)], {name: name for name in list(titles)[:3]})
+    assert worse["kept_by_worst"] is None and worse["arms"]["block_0"]["gain"]["std"] is None
