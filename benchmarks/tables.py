@@ -194,6 +194,25 @@ def adaptation() -> str:
     return "\n".join(lines)
 
 
+def suppression() -> str:
+    """What the committed study's models still know, and still read, with their memory suppressed."""
+    from engram.studies.suppression.summary import markdown_table
+
+    (result,) = load("suppression")["results"]
+    machine, families = result["machine"], result["settings"]["families"]
+    seconds = [run["training"]["seconds"] for seed in result["seeds"] for run in (seed["run"], seed["twin"])]
+    lines = [
+        markdown_table(result).strip(),
+        "",
+        f"Right answers of greedy decoding, mean ± standard deviation over {len(result['seeds'])} seeds, "
+        f"{families['num_questions']} questions of each family; retained: relative to memory on. Copying any value of "
+        f"the context would give {result['reading_by_copying_any']:.0%} in reading.",
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
+        f"{machine['threads']} thread; a model took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes.",
+    ]
+    return "\n".join(lines)
+
+
 DRAWN = {"normal": "normal", "Student t, 3 degrees of freedom": "Student's t₃"}
 """How a distribution is called in a table."""
 
@@ -234,6 +253,7 @@ def deviation(values: list[float]) -> float:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
+    "docs/adapt.md": {"adaptation": adaptation},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
 }
 """Page to the tables on it, by the name in its marks."""
