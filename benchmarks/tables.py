@@ -213,6 +213,20 @@ def suppression() -> str:
     return "\n".join(lines)
 
 
+def adaptation_rates() -> str:
+    """What each learning rate gained and forgot, in the first seed."""
+    result = load("adaptation")["results"]
+    before = result["before"]["retained"]["loss"]
+    lines = ["| what is trained | rate | domain loss | change on the old text |", "|---|---:|---:|---:|"]
+    for name, runs in result["seed_0_by_rate"].items():
+        for run in runs:
+            lines.append(
+                f"| {result['arms'][name]['title']} | {run['lr']:g} | {run['domain']:.3f} | "
+                f"{run['retained'] - before:+.3f} |"
+            )
+    return "\n".join(lines)
+
+
 DRAWN = {"normal": "normal", "Student t, 3 degrees of freedom": "Student's t₃"}
 """How a distribution is called in a table."""
 
@@ -253,7 +267,7 @@ def deviation(values: list[float]) -> float:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
-    "docs/adapt.md": {"adaptation": adaptation},
+    "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
 }
 """Page to the tables on it, by the name in its marks."""
