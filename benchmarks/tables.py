@@ -177,6 +177,31 @@ def quantization() -> str:
     return "\n".join(lines)
 
 
+def analysis() -> str:
+    """One pass over a long text, by what is asked of it."""
+    lines = ["| asked for | seconds | tokens/s | peak memory over that of the model alone |", "|---|---:|---:|---:|"]
+    results = load("analysis")["results"]
+    alone = next(result for result in results if result["parts"] == "none")
+    for result in results:
+        name = (
+            "nothing: the model's forward passes, with logits"
+            if result is alone
+            else result["parts"].replace(",", ", ")
+        )
+        more = "" if result is alone else f"{result['peak_mib'] - alone['peak_mib']:+,.0f} MiB"
+        lines.append(f"| {name} | {result['seconds']:.0f} | {result['num_tokens'] / result['seconds']:,.0f} | {more} |")
+    one = results[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`engram-nano`, {one['num_tokens']:,} tokens in windows of {one['window_tokens']}, a budget of "
+            f"{one['memory_mib']} MiB, one thread; `python benchmarks/analysis.py`. Gates need no logits. Peaks are of the "
+            "whole process, with the text being tokenized, and differ by hundreds of MiB from run to run.",
+        ]
+    )
+
+
 def adaptation() -> str:
     """The arms of the committed adaptation."""
     from engram.studies.adaptation.summary import markdown_table
@@ -205,12 +230,37 @@ def suppression() -> str:
         markdown_table(result).strip(),
         "",
         f"Right answers of greedy decoding, mean ± standard deviation over {len(result['seeds'])} seeds, "
-        f"{families['num_questions']} questions of each family; retained: relative to memory on. Copying any value of "
-        f"the context would give {result['reading_by_copying_any']:.0%} in reading.",
+        f"{families['num_questions']} questions of each family; retained: relative to memory on; without memory: seed "
+        f"by seed. Copying any value of the context would give {result['reading_by_copying_any']:.0%} in reading.",
         f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
         f"{machine['threads']} thread; a model took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes.",
     ]
     return "\n".join(lines)
+
+
+def depth() -> str:
+    """Where memory stood in the committed study, and what it gained there."""
+    result = load("depth")["results"][0]
+
+    def of(found: dict[str, Any] | None, form: str) -> str:
+        return "" if found is None else f"{found['mean']:{form}} ± {found['std']:{form.lstrip('+')}}"
+
+    lines = ["| model | held-out loss | gain | KL depth | prediction depth |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {arm['title']} | {of(arm['loss'], '.3f')} | {of(arm['gain'], '+.3f')} | "
+        f"{of(arm['lens']['kl_depth'], '.2f')} | {of(arm['lens']['prediction_depth'], '.2f')} |"
+        for arm in result["summary"]["arms"].values()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Nats per token and layers, mean ± standard deviation over seeds. KL depth: layers until half of the "
+            "divergence from the model's own prediction is gone; prediction depth: until its most likely token stays.",
+            f"Made by `{result['command']}` at commit `{result['commit']}` on {result['machine']['processor']}, "
+            f"{result['machine']['threads']} thread; {result['seconds'] / 60:.0f} minutes.",
+        ]
+    )
 
 
 def adaptation_rates() -> str:
@@ -218,12 +268,11 @@ def adaptation_rates() -> str:
     result = load("adaptation")["results"]
     before = result["before"]["retained"]["loss"]
     lines = ["| what is trained | rate | domain loss | change on the old text |", "|---|---:|---:|---:|"]
-    for name, runs in result["seed_0_by_rate"].items():
-        for run in runs:
-            lines.append(
-                f"| {result['arms'][name]['title']} | {run['lr']:g} | {run['domain']:.3f} | "
-                f"{run['retained'] - before:+.3f} |"
-            )
+    lines += [
+        f"| {result['arms'][name]['title']} | {run['lr']:g} | {run['domain']:.3f} | {run['retained'] - before:+.3f} |"
+        for name, runs in result["seed_0_by_rate"].items()
+        for run in runs
+    ]
     return "\n".join(lines)
 
 
@@ -268,6 +317,7 @@ def deviation(values: list[float]) -> float:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
     "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
+    "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
 }
 """Page to the tables on it, by the name in its marks."""

@@ -1,6 +1,7 @@
 """``engram analyze``: every part from one pass, parts that do not apply named, nothing lost, nothing half written."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.small_model import MEMORY
 import engram
 from engram.analysis import find_subject, gate_trace
 from engram.analysis.all_parts import PARTS, AnalyzeOptions, analyze
+from engram.analysis.command import _names
 from engram.analysis.gate_statistics import average_gates
 from engram.analysis.lens import logit_lens
 from engram.analysis.summary import remarks
@@ -41,6 +43,9 @@ def test_command_leaves_numbers_pictures_and_a_page(analyzed):
     assert tuple(result["parts"]) == PARTS
     assert [model["name"] for model in result["models"]] == ["memory", "twin"]
     assert all(any(found for _, found, _ in entries(result, part)) for part in PARTS)
+    ((_, cka, _),) = entries(result, "cka")
+    # Fewer than the layers there are, or every column would answer to the middle.
+    assert all(one["top_k"] == 2 for one in cka["maps"])
 
 
 def test_numbers_are_those_of_each_analysis_by_itself(analyzed, memory_model):
@@ -123,7 +128,7 @@ def test_parts_that_do_not_apply_are_named_and_the_others_run(analyzed, tmp_path
     call = ["analyze", str(analyzed.twin), "--data", str(analyzed.text), "--out", str(out), "--sequence-length", "64"]
     assert main(call) == 0
     said = capsys.readouterr().out
-    assert said.count("left out for twin") >= 1
+    assert said.count("left out for twin: it has no memory") == 1
     result = json.loads((out / "analysis.json").read_text())
     for part in ("gates", "suppression", "rows"):
         ((models, found, reason),) = entries(result, part)
@@ -189,6 +194,7 @@ def test_values_that_are_not_finite_are_left_out_counted_and_said(analyzed, tmp_
     ((_, gates, _),) = entries(result, "gates")
     assert gates["models"]["broken"]["num_not_finite"] > 0
     assert any("gates of broken" in remark for remark in remarks(result))
+    assert any("suppression of broken" in remark for remark in remarks(result))
 
 
 def test_text_without_tokens_is_refused_and_nothing_is_left(analyzed, tmp_path, capsys):
@@ -234,3 +240,21 @@ def test_window_is_as_long_as_the_budget_allows_unless_it_was_chosen(memory_mode
     assert 1 <= findings.texts[0]["length"] < 256
     with pytest.raises(ConfigError, match="budget"):
         analyze([subject], documents, AnalyzeOptions(**options, budget_bytes=1 << 20, length=256))
+
+
+def test_budget_that_is_said_to_be_enough_is(memory_model):
+    model, tokenizer = memory_model
+    subject = find_subject(model, tokenizer, name="memory")
+    documents = [Document("a", "the cat sat on the mat. " * 20)]
+    with pytest.raises(ConfigError, match="--memory-mib") as refused:
+        analyze([subject], documents, AnalyzeOptions(parts=("lens", "cka"), budget_bytes=1 << 20))
+    (enough,) = re.findall(r"--memory-mib (\d+)", str(refused.value))
+    found = analyze([subject], documents, AnalyzeOptions(parts=("lens", "cka"), budget_bytes=int(enough) << 20))
+    assert all("result" in entry for entries in found.parts.values() for entry in entries)
+
+
+def test_models_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path):
+    first, second, third = tmp_path / "a" / "model", tmp_path / "b" / "model", tmp_path / "c"
+    assert _names((first, second, third), adapter=False) == ["a/model", "b/model", "c"]
+    assert _names((third, third), adapter=True) == ["c + memory", "c"]
+    assert len(set(_names((first, first, second), adapter=False))) == 3

@@ -139,7 +139,7 @@ def test_a_model_without_memory_is_left_out_and_the_others_are_read():
     assert np.shape(values["occupancy"]) == (2, 2, 2)
     assert np.shape(values["collisions"]["by_head"]) == (2, 2, 2)
     none = read_text(subjects[1:], TOKENS, {"rows": RowUse()}, length=LENGTH)["rows"]
-    assert none == NotApplicable("without: it has no memory")
+    assert none == NotApplicable("it has no memory")
     with pytest.raises(MismatchError, match="reads no rows"):
         row_use(subjects[1].model, TOKENIZER, TOKENS)
     with pytest.raises(DataError, match="no tokens"):

@@ -183,6 +183,11 @@ def test_the_summary_averages_over_seeds_and_leaves_out_what_is_unknown():
         "| memory on | 80 ± 0 % | 100 ± 0 % | 50 ± 0 % | 100 ± 0 % |",
         "| zero in block 1 | 20 ± 20 % | 38 ± 18 % | 38 ± 12 % | 75 ± 25 % |",
     ]
+    twins = [
+        {"twin": {"scores": {"recall": {"exact_match": one}, "reading": {"exact_match": 1.0}}}} for one in (0.95, 0.3)
+    ]
+    table = markdown_table({"seeds": twins, "summary": {**summary, "twin": {}}})
+    assert table.splitlines()[-1] == "| trained without memory | 95, 30 % |  | 100, 100 % |  |"
 
 
 def test_the_group_of_studies_explains_itself(capsys):

@@ -87,8 +87,11 @@ class CkaMap:
         """
         return self.alignment(top_k) - self.control(top_k)
 
-    def to_dict(self, top_k: int = 5) -> dict[str, Any]:
-        """Plain values for JSON, with the alignment."""
+    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
+        """Plain values for JSON, with the alignment; ``top_k`` is a third of the row model's entries, 5 at most."""
+        if top_k is None:
+            # The centroid of all layers of a small model would say the same of every column.
+            top_k = min(5, -(-len(self.similarity) // 3))
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"top_k": top_k, "alignment": self.alignment(top_k), "control": self.control(top_k)}
         return {name: plain(value) for name, value in {**values, "gain": self.gain(top_k)}.items()}
@@ -115,7 +118,7 @@ class CkaFindings:
     num_not_finite: int
     """Positions left out because something of a model is NaN or infinite there."""
 
-    def to_dict(self, top_k: int = 5) -> dict[str, Any]:
-        """Plain values for JSON."""
+    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
+        """Plain values for JSON; see `CkaMap.to_dict`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values, "maps": [found.to_dict(top_k) for found in self.maps]}

@@ -119,6 +119,7 @@ def analyze(
         names = [subject.name for subject in group]
         findings.texts.append({"models": names, "num_tokens": len(tokens), "all": whole, "length": length})
         if analyses:
+            _check_budget(group, analyses, length, options)
             on_stage(f"reading with {', '.join(names)}", len(tokens))
             results = read_text(
                 group,
@@ -206,6 +207,20 @@ def _analyses(group: list[Subject], tokens: np.ndarray, options: AnalyzeOptions)
 def _window_budget(options: AnalyzeOptions) -> int:
     """Bytes for what is kept of the windows: half of all; the rest is for counts of N-grams and of rows."""
     return max(1, options.budget_bytes // 2)
+
+
+def _check_budget(group: list[Subject], analyses: dict[str, Analysis], length: int, options: AnalyzeOptions) -> None:
+    """Say how much is enough where one window does not fit: the error of `read_text` knows of its own half only."""
+    looking = list(analyses.values())
+    needed = length * bytes_per_token(group, looking) + sum(analysis.held_bytes(group) for analysis in looking)
+    if needed > _window_budget(options):
+        # The pool of CKA grows with the budget, to a quarter of the windows' half.
+        enough = -(-8 * needed // 3 // (1 << 20))
+        raise ConfigError(
+            f"a window of {length} token{'s' * (length > 1)} does not fit into a budget of {options.budget_bytes:,} "
+            f"bytes; {enough} MiB are enough (--memory-mib {enough}), or choose a shorter window, fewer parts or fewer "
+            "models"
+        )
 
 
 def _ngram_bytes(subject: Subject) -> int:

@@ -168,12 +168,12 @@ def _names(paths: tuple[Path, ...], *, adapter: bool) -> list[str]:
     names = [path.resolve().name or str(path) for path in paths]
     if adapter:
         names[0] += " + memory"
-    for index, name in enumerate(names):
-        if names.count(name) > 1:
-            parent = paths[index].resolve().parent.name
-            longer = f"{parent}/{name}"
-            names[index] = longer if longer not in names else f"{name} {index + 1}"
-    return names
+    longer = [
+        f"{path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
+        for path, name in zip(paths, names, strict=True)
+    ]
+    # A folder that was named twice, or two whose parents are called alike too.
+    return [f"{name} {index + 1}" if longer.count(name) > 1 else name for index, name in enumerate(longer)]
 
 
 def _described(subject: Subject, path: Path) -> dict[str, Any]:

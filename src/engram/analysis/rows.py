@@ -139,7 +139,9 @@ class RowUse(Analysis):
         self._left_out = {subject.name: "it has no memory" for subject in subjects if not subject.memories}
         if readers:
             return None
-        return "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items())
+        reasons = set(self._left_out.values())
+        # Who is meant need not be said where it is true of all.
+        return reasons.pop() if len(reasons) == 1 else "; ".join(f"{n}: {why}" for n, why in self._left_out.items())
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
         """What counting the rows of one position and block takes."""

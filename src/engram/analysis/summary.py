@@ -60,6 +60,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
                 left_out.setdefault((", ".join(entry["models"]), entry["not_applicable"]), []).append(_TITLES[part])
             for name, reason in found.get("left_out", {}).items():
                 left_out.setdefault((name, reason), []).append(_TITLES[part])
+            if part == "suppression" and "result" in entry and found["loss"][0] is None:
+                broken.append(f"suppression of {', '.join(entry['models'])}: the loss is NaN or infinite")
             counts = {", ".join(entry["models"]): found, **(found.get("models") or {})}
             broken += [
                 f"{_TITLES[part]} of {name}: {one['num_not_finite']:,} positions left out because values there are NaN "
@@ -89,10 +91,12 @@ def print_summary(result: Mapping[str, Any], console: "Console") -> None:
         for found in findings["maps"]:
             if found["row_model"] != found["column_model"]:
                 gains = [value for value in found["gain"] if value is not None]
-                ahead = signed_text(sum(gains) / len(gains)) if gains else "–"
+                ahead = sum(gains) / len(gains) if gains else 0.0
                 lines.append(
                     f"CKA           layers of {found['column_model']} answer to layers of {found['row_model']} that "
-                    f"lie {ahead} further on, on average"
+                    f"lie {abs(ahead):.2f} layers {'further on' if ahead >= 0 else 'before'}, on average"
+                    if gains
+                    else f"CKA           layers of {found['column_model']} and {found['row_model']} cannot be aligned"
                 )
     for model, found in _results(result, "suppression"):
         full = found["loss"][0]

@@ -74,9 +74,15 @@ def cka_section(entries: Sequence[Mapping[str, Any]]) -> str:
         "map with Tab and walk it with the arrow keys.</p>"
         f'<div class="maps">{maps}</div>'
         f'<p class="note">Unbiased estimate over {positions} positions. Entry 0 is the embedding, entry n the output '
-        "of layer n. The line is the center of the "
-        f"{results[0]['maps'][0]['top_k']} most similar layers, so it cannot reach the ends.</p>",
+        f"of layer n. The line is {_line(results)}.</p>",
     )
+
+
+def _line(results: Sequence[Mapping[str, Any]]) -> str:
+    numbers = sorted({found["top_k"] for result in results for found in result["maps"]})
+    if numbers == [1]:
+        return "at the most similar layer"
+    return f"the center of the {' or '.join(map(str, numbers))} most similar layers, so it cannot reach the ends"
 
 
 _CELL = 20

@@ -144,8 +144,13 @@
     for (const block of [...chosen.blocks].sort((a, b) => a - b)) {
       const scores = model.orders.map((_, order) => {
         const streams = passage.scores[block].map(orders => orders[order][position]);
-        return chosen.stream === null ? streams.reduce((sum, value) => sum + value, 0) : streams[chosen.stream];
+        if (chosen.stream !== null) return streams[chosen.stream];
+        return streams.includes(null) ? null : streams.reduce((sum, value) => sum + value, 0);
       });
+      if (scores.includes(null)) {
+        entry(list, "block " + model.blocks[block], "none: scores are not finite");
+        continue;
+      }
       const best = scores.indexOf(Math.max(...scores));
       const length = Math.min(model.orders[best], reach);
       const start = Math.max(0, position + 1 - length);

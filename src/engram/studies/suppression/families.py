@@ -94,7 +94,7 @@ class FamilyOptions:
     facts_per_document: int = 24
     """Facts that a document of the recall family states."""
     people_per_passage: int = 1
-    """People that a passage of the reading family is about, from 1; of several, a question must be told whom it means."""
+    """People that a passage of the reading family is about, from 1; of several, the name says which is asked about."""
     rounds: int = 6
     """Times that a passage states its facts, each time in another order and wording, from 2."""
     num_questions: int = 256

@@ -126,8 +126,10 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
         cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
         rows.append([name, *cells])
     if "twin" in summary:
-        cells = [cell for family in families for cell in (_percent(summary["twin"][family]["exact_match"]), "")]
-        rows.append(["trained without memory", *cells])
+        # One by one: a model has learned a family or has not, and what lies between is no seed's.
+        scores = [seed["twin"]["scores"] for seed in result["seeds"]]
+        each = [", ".join(f"{100 * score[family]['exact_match']:.0f}" for score in scores) for family in families]
+        rows.append(["trained without memory", *(cell for told in each for cell in (f"{told} %", ""))])
     return rows
 
 
