@@ -196,8 +196,8 @@ def analysis() -> str:
             *lines,
             "",
             f"`engram-nano`, {one['num_tokens']:,} tokens in windows of {one['window_tokens']}, a budget of "
-            f"{one['memory_mib']} MiB, one thread; `python benchmarks/analysis.py`. Gates need no logits. Peaks are of the "
-            "whole process, with the text being tokenized, and differ by hundreds of MiB from run to run.",
+            f"{one['memory_mib']} MiB, one thread; `python benchmarks/analysis.py`. Gates need no logits. Peaks are of "
+            "the whole process, with the text being tokenized, and differ by hundreds of MiB from run to run.",
         ]
     )
 
