@@ -4,7 +4,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+import tyro
 
 from engram.errors import ConfigError, MismatchError
 from engram.training.loop import TrainOptions
@@ -14,6 +16,7 @@ from engram.training.schedules import ScheduleOptions
 from engram.training.sources import TextSource
 
 __all__ = [
+    "PATHS",
     "CheckpointOptions",
     "DataOptions",
     "EvaluationOptions",
@@ -25,6 +28,9 @@ __all__ = [
     "TokenizerOptions",
     "differences",
 ]
+
+PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
+"""How ``--keys`` shows text: the tables that stand in the place of a path are more than a flag can say."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class TokenizerOptions:
 class DataOptions:
     """What is trained on."""
 
-    sources: tuple[TextSource, ...] = ()
+    sources: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Where text comes from; the Python standard library's own sources where empty."""
     cache: Path | None = None
     """Folder of token shards, which runs share; where None, ``engram/shards`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
@@ -81,7 +87,7 @@ class DataOptions:
     held_out: float = 0.01
     """Share of the documents that is never trained on, chosen by their contents; where there are too few of them, that
     share of the tokens, from the end. 0 holds nothing out."""
-    held_out_sources: tuple[TextSource, ...] = ()
+    held_out_sources: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Where text to evaluate on comes from, in place of ``held_out``."""
     restart_documents: bool = False
     """Whether positions, attention and N-grams start anew at each document within a sequence. The short convolution of

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tyro
-
 from engram.errors import ConfigError, MismatchError
 from engram.memory import EngramConfig
-from engram.training.recipe import differences
+from engram.training.recipe import PATHS, differences
 from engram.training.recipe_file import build, override, read_table, to_plain
 from engram.training.schedules import ScheduleOptions
 from engram.training.sources import TextSource
@@ -29,9 +27,6 @@ __all__ = [
 
 ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 """What can be compared; `engram.studies.adaptation.arms` says what each is."""
-
-_PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
-"""How ``--keys`` shows text: the tables that stand in the place of a path are more than a flag can say."""
 
 _CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
 
@@ -54,7 +49,7 @@ class BaseOptions:
 class DomainOptions:
     """What is trained and evaluated on."""
 
-    domain: Annotated[tuple[TextSource, ...], _PATHS] = ()
+    domain: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Text of the domain that the model shall learn: files or folders, or tables of ``path``, ``kind``, ``field``,
     ``split``, as for ``engram train``. Must be given."""
     held_out: float = 0.06
@@ -64,7 +59,7 @@ class DomainOptions:
     """Share that learning rates are chosen on, and nothing else."""
     held_out_tokens: int = 65_536
     """Tokens of the held-out share that are used at most; of the validation share, half as many."""
-    retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], _PATHS] = ()
+    retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], PATHS] = ()
     """Text that the model knew before, to measure what it forgets: files, or ``standard-library`` for the Python
     sources that ``engram train`` trains on unless told otherwise. Without it forgetting is not measured."""
     retained_held_out: float = 0.01
