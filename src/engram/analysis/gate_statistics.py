@@ -8,6 +8,7 @@ import numpy as np
 
 from engram.analysis.gates import NgramGate
 from engram.analysis.ngram_table import NgramEntries, NgramTable, ngram_keys
+from engram.analysis.plain_values import plain
 from engram.analysis.reading import Analysis, Reading, read_text
 from engram.analysis.subject import Subject, find_subject
 from engram.analysis.token_classes import TOKEN_CLASSES, token_classes
@@ -82,7 +83,7 @@ class GateAverages:
             "ngrams": [[item._asdict() for item in items] for items in self.ngrams],
         }
         for field in dataclasses.fields(self):
-            values.setdefault(field.name, _plain(getattr(self, field.name)))
+            values.setdefault(field.name, plain(getattr(self, field.name)))
         return values
 
 
@@ -353,12 +354,3 @@ class _Sums:
 def _mean(total: np.ndarray, count: Any) -> np.ndarray:
     count = np.asarray(count, np.float64)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=np.broadcast_to(count > 0, total.shape))
-
-
-def _plain(value: Any) -> Any:
-    """Lists and numbers, None for NaN."""
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engram.adapt.adapter import MemoryAdapter, attached_adapters
+from engram.analysis.plain_values import plain
 from engram.errors import ConfigError, MismatchError
 from engram.evaluation.loss import held_out_loss
 from engram.evaluation.task_scores import score_tasks
@@ -94,14 +95,14 @@ class SuppressionEffect:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; NaN is None."""
-        plain: dict[str, Any] = {
+        values: dict[str, Any] = {
             "conditions": [{"name": str(one), "blocks": list(one.blocks), "how": one.how} for one in self.conditions],
             "families": list(self.families),
             "num_items": self.num_items.tolist(),
         }
         for name in ("exact_match", "accuracy", "chance", "answer_loss", "loss", "retained", "retained_error"):
-            plain[name] = _plain(getattr(self, name))
-        return plain
+            values[name] = plain(getattr(self, name))
+        return values
 
 
 @contextlib.contextmanager
@@ -321,10 +322,3 @@ def _shuffle(maps: _RowMaps, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ..
     offsets, factors, shifts, counts = (part.to(memory.device) for part in maps)
     shuffled = offsets + (factors * (memory - offsets) + shifts) % counts
     return hidden, shuffled, *rest
-
-
-def _plain(values: np.ndarray) -> Any:
-    """Nested lists; NaN is None."""
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [float(value) if math.isfinite(value) else None for value in values]
