@@ -1,5 +1,6 @@
 """`engram adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -233,6 +234,49 @@ def test_a_rate_that_is_far_too_high_loses_and_ends_nothing(material, table, tmp
     assert again["arms"]["full"]["rates_tried"] == arm["rates_tried"]
     with pytest.raises(DataError, match="lower the learning rate"):
         adaptation(changed(table, arms=names, rates={"full": 1e30}), tmp_path / "other").execute()
+
+
+class BreakTheSecondSeed(RunProgress):
+    """Makes the weights of the second training NaN after its first step."""
+
+    trainings = 0
+    model = None
+
+    def training(self, first, last):
+        self.trainings += 1
+        context = super().training(first, last)
+
+        @contextlib.contextmanager
+        def watched():
+            with context as show:
+                yield lambda record, held_out: (self.spoil(), show(record, held_out))
+
+        return watched()
+
+    def spoil(self):
+        if self.trainings == 2:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+
+
+def test_a_seed_that_diverges_is_told_of_and_ends_nothing(table, tmp_path):
+    recipe = changed(table, arms={"names": ["full"]}, train={"seeds": 3, "num_steps": 3})
+    progress = BreakTheSecondSeed(Console(stderr=True), silent=True)
+    study = adaptation(recipe, tmp_path / "run", progress=progress)
+    prepare = study.prepare
+
+    def prepared():
+        bench = prepare()
+        progress.model = bench.model
+        return bench
+
+    study.prepare = prepared
+    arm = study.execute()["arms"]["full"]
+    assert [run["seed"] for run in arm["runs"]] == [0, 1, 2] and "loss is nan" in arm["runs"][1]["failed"]
+    kept = [arm["runs"][seed]["domain"]["loss"] for seed in (0, 2)]
+    assert arm["summary"]["domain_mean"] == pytest.approx(sum(kept) / 2)
+    assert "(2 of 3 seeds)" in (tmp_path / "run" / "report.html").read_text()
+    assert adaptation(recipe, tmp_path / "run", resume=True).execute()["arms"]["full"]["runs"] == arm["runs"]
 
 
 def test_resuming_with_another_base_or_text_is_refused(material, table):

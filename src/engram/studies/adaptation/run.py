@@ -1,6 +1,7 @@
 """All arms and seeds of an adaptation, one after the other, and the result."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ class Adaptation:
                         run = _best(tried[name])
                     else:
                         rate = _best(tried[name])["lr"]
-                        found = self._run(bench, name, f"{name}-{seed}", seed, rate, plan[name][1], interrupt)
+                        found = self._run_seed(bench, name, seed, rate, plan[name][1], interrupt)
                         if found is None:
                             break
                         run = found
@@ -176,6 +177,19 @@ class Adaptation:
             found.append(run)
         return found
 
+    def _run_seed(
+        self, bench: Bench, name: ArmName, seed: int, rate: float, num_steps: int, interrupt: Interrupt
+    ) -> dict[str, Any] | None:
+        """Do the run of a later seed. One that diverges is told of in the result, and has not ended the others."""
+        label = f"{name}-{seed}"
+        try:
+            return self._run(bench, name, label, seed, rate, num_steps, interrupt)
+        except DataError as error:
+            self.progress.note(f"{ARMS[name].title}, seed {seed}: {error}")
+            run = {"seed": seed, "lr": rate, "failed": str(error), "domain": None, "retained": None}
+            self.folder.finish(label, run)
+            return run
+
     def _run(
         self,
         bench: Bench,
@@ -212,6 +226,8 @@ class Adaptation:
                 validate=validate,
             )
         if found is not None:
+            if not math.isfinite(found["domain"]["loss"]):
+                raise DataError(f"the trained model's loss is {found['domain']['loss']}; lower the learning rate")
             self.folder.finish(label, found)
             self.progress.note(f"{arm.title}, seed {seed}: {_losses(found)}")
         return found
@@ -323,7 +339,7 @@ def _best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _summary(runs: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for text in ("domain", "retained"):
-        losses = [run[text]["loss"] for run in runs if run[text] is not None]
+        losses = [run[text]["loss"] for run in runs if run.get(text) is not None]
         found[f"{text}_mean"] = statistics.fmean(losses) if losses else None
         found[f"{text}_std"] = statistics.stdev(losses) if len(losses) > 1 else None
     retained = found["retained_mean"]
