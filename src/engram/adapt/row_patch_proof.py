@@ -116,8 +116,9 @@ class RowPatchProof:
             verdict = f"{self.num_windows_changed} CHANGED, by up to {self.max_difference_apart:.3g}"
         else:
             verdict = "all logits the same bit for bit" if self.holds else "so nothing could be compared"
+        tables = len({row.table for row in self.rows})
         lines = [
-            f"patch {self.title!r}: {len(self.rows)} rows of {len({row.table for row in self.rows})} tables, "
+            f"patch {self.title!r}: {len(self.rows)} rows of {tables} {'table' if tables == 1 else 'tables'}, "
             f"{self.num_bytes} bytes",
             f"collisions: in a text of {self.num_reference_tokens} tokens {crowded} of the rows are read by other "
             f"N-grams too, {self.num_other_ngrams} pairs of a row and an N-gram",
