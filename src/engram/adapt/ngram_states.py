@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engram.adapt.adapter import home
 from engram.adapt.decoder import Decoder
+from engram.adapt.evaluation_mode import evaluating
 from engram.errors import ConfigError, DataError
 from engram.hashing import HashSpec
 from engram.hashing.ngrams import FrequentNgrams, seen_ngrams
@@ -88,7 +89,7 @@ def mean_states(
     num_positions = 0
     windows = _windows(len(tokens), length)
     device = home(decoder.layers[0])
-    with _evaluating(decoder.text_model), _recording(decoder, places) as recorded:
+    with evaluating(decoder.text_model), _recording(decoder, places) as recorded:
         for begin in range(0, len(windows), batch_size):
             batch = windows[begin : begin + batch_size]
             pieces = np.stack([tokens[stop - min(length, len(tokens)) : stop] for _, stop in batch]).astype(np.int64)
@@ -142,18 +143,6 @@ def _check_size(num_ngrams: int, num_places: int, hidden_size: int, max_bytes: i
             f"the hidden states of {num_ngrams:,} N-grams (all orders) take {needed:,} bytes, {max_bytes:,} are "
             f"allowed; {fits:,} N-grams fit: lower num_ngrams, or raise max_bytes"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module in the mode it was in."""
-    training = [inner for inner in module.modules() if inner.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for inner in training:
-            inner.training = True
 
 
 @contextlib.contextmanager

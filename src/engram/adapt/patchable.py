@@ -85,17 +85,6 @@ class PatchableMemory:
         return result[0] if ids.dim() == 1 else result
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Compute in evaluation mode inside a ``with`` block; each module gets its own mode back."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-    @contextlib.contextmanager
     def reading(self, rows: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the layers read some rows from tensors of their own, with gradient, inside a ``with`` block.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.adapt.adapter import table_name
+from engram.adapt.evaluation_mode import evaluating
 from engram.adapt.patchable import PatchableMemory
 from engram.adapt.row_change import Fact, RowChange
 from engram.errors import ConfigError
@@ -217,7 +218,7 @@ def fit_rows(
     """
     _check_projections(memory)
     # Outside of what the caller may have switched off.
-    with torch.inference_mode(False), torch.enable_grad(), memory.evaluating():
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(memory.model):
         before = {name: memory.read(name, numbers) for name, numbers in rows.items()}
         leaves = {
             name: values.to(memory.tables[name].weight.device, torch.promote_types(values.dtype, torch.float32))

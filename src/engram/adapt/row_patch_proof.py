@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engram.adapt.adapter import table_name
+from engram.adapt.evaluation_mode import evaluating
 from engram.adapt.patchable import PatchableMemory
 from engram.adapt.row_change import Fact, RowChange, same_bits
 from engram.adapt.row_patch_fit import score_fact
@@ -175,7 +176,7 @@ def prove(
     windows_WL = reference[: len(reference) // length * length].reshape(-1, length)
     touched_W = _touched(memory, tables, windows_WL).any(-1)
     apart, touched = (windows_WL[_spread(np.flatnonzero(chosen), max_windows)] for chosen in (~touched_W, touched_W))
-    with memory.evaluating():
+    with evaluating(memory.model):
         _write(memory, tables, "before")
         without = [_logits(memory, windows) for windows in (apart, touched)]
         first = [score_fact(memory.logits(fact.tokens), fact)[1] for fact in facts]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram.adapt.evaluation_mode import evaluating
 from engram.analysis.budget import choose_batch_size
-from engram.analysis.recording import Recording, evaluating, not_finite, recording
+from engram.analysis.recording import Recording, not_finite, recording
 from engram.analysis.subject import Subject
 from engram.errors import ConfigError, DataError, MismatchError, TokenError
 

@@ -13,7 +13,7 @@ from engram.analysis.subject import Subject
 from engram.errors import MismatchError
 from engram.memory.layer import EngramLayer, EngramOutput
 
-__all__ = ["Recording", "evaluating", "recording"]
+__all__ = ["Recording", "recording"]
 
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, O orders.
 
@@ -32,18 +32,6 @@ class Recording:
         self.order_scores: dict[int, Tensor] = {}  # block -> [B, L, O, S]
         self.bias_scores: dict[int, Tensor] = {}  # block -> [B, L, S]
         self._asked: dict[int, bool] = {}
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module of it back into its own afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """``engram train``: a recipe, a folder, and all that happens between."""
 
-import contextlib
 import dataclasses
 import json as json_module
 import os
@@ -15,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from engram.errors import ConfigError
 from engram.training.recipe import Recipe
-from engram.training.recipe_file import divide, write_toml
+from engram.training.recipe_file import describe_keys, divide, write_toml
 
 __all__ = ["Train"]
 
@@ -75,7 +74,7 @@ class Train:
     def run(self) -> int:
         """Train, or say what would be."""
         if self.keys:
-            print(_describe_keys())
+            print(describe_keys(Recipe))
             return 0
         if self.recipe is None:
             raise ConfigError("name a recipe: engram train RECIPE.toml; engram train --keys lists what it may hold")
@@ -119,16 +118,6 @@ class Train:
             print(write_toml(recipe.to_dict()))
             print_dry_run(found)
         return 0
-
-
-def _describe_keys() -> str:
-    """The help that the recipe's fields make: key, meaning, default."""
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(Recipe, prog="RECIPE.toml", args=["--help"])
-    return text.getvalue()
 
 
 def _last_words(result: dict[str, Any]) -> str:

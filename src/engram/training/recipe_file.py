@@ -1,7 +1,9 @@
 """TOML → frozen dataclasses and back: every key checked against the fields, every mistake answered with the place."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import tomllib
@@ -11,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+import tyro
+
 from engram.errors import ConfigError
 
-__all__ = ["build", "divide", "override", "read_table", "to_plain", "write_toml"]
+__all__ = ["build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
 
 _Options = TypeVar("_Options")
 
@@ -86,6 +90,18 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         (keys if is_key or (waits and not argument.startswith("--")) else rest).append(argument)
         waits = is_key and "=" not in argument
     return rest, keys
+
+
+def describe_keys(kind: type) -> str:
+    """The help that a recipe's fields make: key, meaning, default.
+
+    Args:
+        kind: The recipe's dataclass.
+    """
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(kind, prog="RECIPE.toml", args=["--help"])
+    return text.getvalue()
 
 
 def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") -> _Options:

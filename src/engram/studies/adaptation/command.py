@@ -1,6 +1,5 @@
 """``engram adapt``: a recipe, a pretrained model, a folder, and all that happens between."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from engram.errors import ConfigError
 from engram.studies.adaptation.recipe import AdaptationRecipe
-from engram.training.recipe_file import divide, write_toml
+from engram.training.recipe_file import describe_keys, divide, write_toml
 from engram.training.run_folder import to_json
 
 __all__ = ["Adapt"]
@@ -62,7 +61,7 @@ class Adapt:
     def run(self) -> int:
         """Adapt, or say what would be done."""
         if self.keys:
-            print(_describe_keys())
+            print(describe_keys(AdaptationRecipe))
             return 0
         if self.recipe is None:
             raise ConfigError("name a recipe: engram adapt RECIPE.toml; engram adapt --keys lists what it may hold")
@@ -107,16 +106,6 @@ class Adapt:
                 f"them outside tables; {arm['flops_per_token'] / 1e6:,.2f} MFLOPs per token, {arm['num_steps']:,} steps"
             )
         return 0
-
-
-def _describe_keys() -> str:
-    """The help that the recipe's fields make: key, meaning, default."""
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(AdaptationRecipe, prog="RECIPE.toml", args=["--help"])
-    return text.getvalue()
 
 
 def _last_words(result: dict[str, Any]) -> str:

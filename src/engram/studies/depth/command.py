@@ -1,7 +1,6 @@
 """``engram study depth``: train a model with memory at every depth and one without, compare loss and layers."""
 
 import dataclasses
-import json as json_module
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from engram.analysis.subject import find_subject
-from engram.errors import ConfigError, MismatchError, RunFolderError
+from engram.errors import ConfigError
 from engram.files import write_atomically
 from engram.serving.load import load_model
 from engram.studies.depth.arms import BASELINE, DepthArm, default_split, plan_arms, table_config
@@ -20,13 +19,14 @@ from engram.studies.depth.summary import summarize, terminal_table
 from engram.studies.depth.text import StudyText, open_text
 from engram.studies.depth.train import train_arm
 from engram.studies.quickstart.run import Quickstart
+from engram.studies.study_folder import take_folder
 from engram.training.interrupts import Interrupt
 from engram.training.progress import RunProgress
 from engram.training.run_folder import commit, run_facts, to_json
 
 __all__ = ["DepthStudy"]
 
-_STUDY, _RESULT, _TEXT = "study.json", "result.json", "text"
+_RESULT, _TEXT = "result.json", "text"
 _OF_THE_MODEL = (
     "tokens",
     "batch_size",
@@ -166,7 +166,7 @@ class DepthStudy:
         started, made_at = time.time(), commit()
         progress = RunProgress(Console(stderr=True))
         out = self.out.expanduser().resolve()
-        self._take_folder(out)
+        take_folder(out, self._settings(), resume=self.resume)
         progress.note("reading and tokenizing the text")
         text = open_text(out / _TEXT, self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes)
         seeds = []
@@ -251,35 +251,6 @@ class DepthStudy:
     def _settings(self) -> dict[str, Any]:
         """What the finished models depend on, and so must not change under ``--resume``."""
         return {name: _plain(value) for name, value in vars(self).items() if name not in _FREE}
-
-    def _take_folder(self, out: Path) -> None:
-        """Make the folder this study's, or find that it is."""
-        mark = out / _STUDY
-        try:
-            if mark.is_file():
-                if not self.resume:
-                    raise RunFolderError(
-                        f"{out} holds a study already; go on with it with --resume, or name another folder with --out"
-                    )
-                try:
-                    earlier = json_module.loads(mark.read_bytes())
-                except ValueError as error:
-                    raise RunFolderError(f"{mark} is damaged ({error}); name another folder with --out") from error
-                if earlier != json_module.loads(json_module.dumps(self._settings())):
-                    raise MismatchError(
-                        f"{out} was begun with other options (see {_STUDY} there); give the same ones, or name another "
-                        "folder with --out"
-                    )
-            elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise RunFolderError(
-                    f"{out} exists and is no study (it has no {_STUDY}), so it is left alone; name another folder with "
-                    "--out"
-                )
-            write_atomically(mark, to_json(self._settings()))
-        except (RunFolderError, MismatchError):
-            raise
-        except OSError as error:
-            raise RunFolderError(f"cannot write to {out}: {error}; name another folder with --out") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

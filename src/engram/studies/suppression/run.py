@@ -11,11 +11,12 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from engram.analysis.suppression import suppression_effect
-from engram.errors import ConfigError, MismatchError, RunFolderError
+from engram.errors import ConfigError
 from engram.evaluation.task_scores import TaskScores, score_tasks
 from engram.evaluation.tasks import read_tasks, write_tasks
 from engram.files import replacing, write_atomically
 from engram.serving.load import load_model
+from engram.studies.study_folder import take_folder
 from engram.studies.suppression.families import Families, FamilyOptions, make_families
 from engram.studies.suppression.summary import save_picture, summarize, terminal_table
 from engram.training.distribution import start
@@ -30,7 +31,7 @@ __all__ = ["RECIPE", "SuppressionStudy"]
 RECIPE = Path(__file__).with_name("recipe.toml")
 """How the models are trained unless another recipe is named."""
 
-_STUDY, _RESULT, _PICTURE = "study.json", "result.json", "retained.png"
+_RESULT, _PICTURE = "result.json", "retained.png"
 _TEXT, _TASKS, _RUN, _TWIN = "text.jsonl", "tasks.jsonl", "run", "twin"
 
 
@@ -96,7 +97,14 @@ class SuppressionStudy:
         progress = RunProgress(Console(stderr=True))
         recipe = read_table(self.recipe or RECIPE)
         out = self.out.expanduser().resolve()
-        self._take_folder(out, recipe)
+        # A twin may be added to a study that had none.
+        take_folder(
+            out,
+            self._settings(recipe),
+            resume=self.resume,
+            may_change=("twin",),
+            decided_by="options or another recipe",
+        )
         seeds = []
         for seed in range(self.seeds):
             found = self._seed(seed, out / f"seed-{seed}", recipe, progress)
@@ -127,37 +135,6 @@ class SuppressionStudy:
     def _settings(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """What decides the result, and so must not change under ``--resume``."""
         return {"families": dataclasses.asdict(self.families(0)), "twin": self.twin, "recipe": recipe}
-
-    def _take_folder(self, out: Path, recipe: dict[str, Any]) -> None:
-        """Make the folder this study's, or find that it is."""
-        settings = self._settings(recipe)
-        mark = out / _STUDY
-        try:
-            if mark.is_file():
-                if not self.resume:
-                    raise RunFolderError(
-                        f"{out} holds a study already; go on with it with --resume, or name another folder with --out"
-                    )
-                try:
-                    earlier = json_module.loads(mark.read_bytes())
-                except ValueError as error:
-                    raise RunFolderError(f"{mark} is damaged ({error}); name another folder with --out") from error
-                # A twin may be added to a study that had none.
-                if {**earlier, "twin": self.twin} != json_module.loads(json_module.dumps(settings)):
-                    raise MismatchError(
-                        f"{out} was begun with other options or another recipe (see {_STUDY} there); give the same "
-                        "ones, or name another folder with --out"
-                    )
-            elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise RunFolderError(
-                    f"{out} exists and is no study (it has no {_STUDY}), so it is left alone; name another folder with "
-                    "--out"
-                )
-            write_atomically(mark, to_json(settings))
-        except (RunFolderError, MismatchError):
-            raise
-        except OSError as error:
-            raise RunFolderError(f"cannot write to {out}: {error}; name another folder with --out") from error
 
     def _seed(self, seed: int, folder: Path, recipe: dict[str, Any], progress: RunProgress) -> dict[str, Any] | None:
         """Train and ask; None where training was interrupted."""
