@@ -57,5 +57,7 @@ def take_folder(
                 f"{out} exists and is no study (it has no {_MARK}), so it is left alone; name another folder with --out"
             )
         write_atomically(mark, to_json(settings))
+    except RunFolderError:  # an OSError too, that has said what is wrong
+        raise
     except OSError as error:
         raise RunFolderError(f"cannot write to {out}: {error}; name another folder with --out") from error
