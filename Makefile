@@ -1,6 +1,6 @@
 # Everything is set up in $(VENV) by the targets themselves; only Python 3.11 or newer and make are needed.
 #
-#   make demo ARGS="--minutes 1"      arguments for `engram quickstart`
+#   make demo ARGS="--minutes 1"      arguments for `engram-lm quickstart`
 #   make test ARGS="tests/hashing"    arguments for pytest
 #   make test PYTHON=python3.12 VENV=/tmp/venv
 
@@ -22,7 +22,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## set up, then train a small memory model and its memory-less twin and compare them
-	$(BIN)/engram quickstart $(ARGS)
+	$(BIN)/engram-lm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up, then run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -56,7 +56,7 @@ clean: ## remove the environment, build outputs, caches and runs/
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "engram needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
+		echo "engram-lm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
 		echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> creating $(VENV)"
 	@$(PYTHON) -m venv "$(VENV)" || { \
@@ -65,19 +65,19 @@ $(BIN)/python:
 
 # A stamp is newer than what it was made from, or the install runs again.
 $(VENV)/.installed: $(PINS) | $(BIN)/python
-	@echo "==> installing engram into $(VENV) (some minutes the first time)"
+	@echo "==> installing engram-lm into $(VENV) (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(PINS) | $(BIN)/python
-	@echo "==> installing engram and its development tools into $(VENV) (some minutes the first time)"
+	@echo "==> installing engram-lm and its development tools into $(VENV) (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(PINS) | $(BIN)/python
-	@echo "==> installing engram and its documentation tools into $(VENV) (some minutes the first time)"
+	@echo "==> installing engram-lm and its documentation tools into $(VENV) (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
 	@touch $@ $(VENV)/.installed

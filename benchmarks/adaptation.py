@@ -2,9 +2,9 @@
 
     python benchmarks/adaptation.py --domain FOLDER      # writes benchmarks/results/adaptation.json
 
-Trains the base by recipes/base-cpu.toml unless it is there (about ten minutes on two cores), then runs `engram adapt`
-with recipes/adapt-cpu.toml, every arm and three seeds. ``--resume`` goes on with a run that was stopped. The result is
-the same for the same text; the committed one is of the ``test`` and ``valid`` files of WikiText-2.
+Trains the base by recipes/base-cpu.toml unless it is there (about ten minutes on two cores), then runs `engram-lm
+adapt` with recipes/adapt-cpu.toml, every arm and three seeds. ``--resume`` goes on with a run that was stopped. The
+result is the same for the same text; the committed one is of the ``test`` and ``valid`` files of WikiText-2.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engram.cli import main as engram
+from engram_lm.cli import main as engram_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path("runs/base-cpu")
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def command(domain: str) -> list[str]:
-    """The arguments of `engram` that make the result."""
+    """The arguments of `engram-lm` that make the result."""
     options = {"--data.domain": json.dumps([domain]), **OPTIONS}
     return ["adapt", "recipes/adapt-cpu.toml", *(part for pair in options.items() for part in pair)]
 
@@ -74,11 +74,11 @@ def main() -> None:
             parser.error("name the domain's text with --domain, or a finished run with --from")
         if not arguments.base.is_dir():
             resume = ["--resume"] if (BASE / "checkpoints").is_dir() else []
-            if engram(["train", str(ROOT / "recipes" / "base-cpu.toml"), "--out", str(BASE), *resume]):
+            if engram_lm(["train", str(ROOT / "recipes" / "base-cpu.toml"), "--out", str(BASE), *resume]):
                 raise SystemExit("the base was not trained")
         verb, recipe, *options = command(arguments.domain)
         options += ["--base.model", str(arguments.base), "--out", str(arguments.folder)]
-        if engram([verb, str(ROOT / recipe), *options, *(["--resume"] if arguments.resume else [])]):
+        if engram_lm([verb, str(ROOT / recipe), *options, *(["--resume"] if arguments.resume else [])]):
             raise SystemExit("interrupted; go on with --resume")
     result = collect(arguments.finished or arguments.folder)
     text = json.dumps({"benchmark": "adaptation", "results": result}, separators=(",", ":"))

@@ -28,12 +28,12 @@ def measure_parts(parts: str, num_tokens: int, memory_mib: int) -> dict[str, Any
     import numpy as np
     import torch
 
-    from engram import EngramForCausalLM, EngramLMConfig
-    from engram.analysis import find_subject
-    from engram.analysis.all_parts import AnalyzeOptions, analyze
-    from engram.training.batches import pack
-    from engram.training.corpus import Document, read_corpus
-    from engram.training.tokenizer import train_tokenizer
+    from engram_lm import EngramForCausalLM, EngramLMConfig
+    from engram_lm.analysis import find_subject
+    from engram_lm.analysis.all_parts import AnalyzeOptions, analyze
+    from engram_lm.training.batches import pack
+    from engram_lm.training.corpus import Document, read_corpus
+    from engram_lm.training.tokenizer import train_tokenizer
 
     corpus = read_corpus(max_bytes=3_000_000)
     tokenizer = train_tokenizer((document.text for document in corpus.documents[:40]), 4096)

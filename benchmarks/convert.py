@@ -1,4 +1,4 @@
-"""MB/s of `engram table convert` against `cp` of the same bytes, in turn in one run.
+"""MB/s of `engram-lm table convert` against `cp` of the same bytes, in turn in one run.
 
 python benchmarks/convert.py --folder /mnt/disk                 # 2 GB; writes benchmarks/results/convert.json
 
@@ -19,8 +19,8 @@ import harness
 import numpy as np
 import torch
 
-from engram.tables.convert import convert
-from engram.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.convert import convert
+from engram_lm.tables.safetensors_writer import TensorWriter
 
 WIDTH, ROWS_AT_ONCE = 256, 2**16
 

@@ -25,20 +25,20 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.studies.quickstart.run import Quickstart
-from engram.training import packing
-from engram.training.batches import Batches
-from engram.training.corpus import read_corpus, standard_library
-from engram.training.packing import pack_to_shards
-from engram.training.shards import TokenShards, token_dtype, write_index, write_shard
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.training import packing
+from engram_lm.training.batches import Batches
+from engram_lm.training.corpus import read_corpus, standard_library
+from engram_lm.training.packing import pack_to_shards
+from engram_lm.training.shards import TokenShards, token_dtype, write_index, write_shard
+from engram_lm.training.tokenizer import train_tokenizer
 
 PEAK = """
 import sys
 from transformers import AutoTokenizer
-from engram.training.packing import pack_to_shards
+from engram_lm.training.packing import pack_to_shards
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 # Of this program alone; getrusage counts what the parent had too.

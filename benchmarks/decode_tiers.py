@@ -26,11 +26,11 @@ import harness
 import torch
 from transformers.utils import logging
 
-from engram.model import EngramForCausalLM
-from engram.tables import ParameterTable
-from engram.tables.page_cache import drop_pages
-from engram.tables.residency import resident_share
-from engram.tables.safetensors_file import INDEX_NAME
+from engram_lm.model import EngramForCausalLM
+from engram_lm.tables import ParameterTable
+from engram_lm.tables.page_cache import drop_pages
+from engram_lm.tables.residency import resident_share
+from engram_lm.tables.safetensors_file import INDEX_NAME
 from model import build
 
 PROMPT_TOKENS = 64

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engram.studies.depth.command import DepthStudy
+from engram_lm.studies.depth.command import DepthStudy
 
 _LEFT_OUT = ("out", "data", "resume", "json", "split")
 
@@ -28,7 +28,7 @@ def collect(folder: Path) -> dict[str, Any]:
         for field in dataclasses.fields(DepthStudy)
         if field.name not in (*_LEFT_OUT, "parts") and settings[field.name] != field.default
     ]
-    result["command"] = " ".join(["engram study depth", *changed])
+    result["command"] = " ".join(["engram-lm study depth", *changed])
     for seed in result["seeds"]:
         for arm in seed["arms"].values():
             arm["train_curve"] = [[tokens, round(loss, 4)] for tokens, loss in arm["train_curve"]]

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engram.model import EngramLMConfig
-from engram.tables.sharded import ShardedTable, block_of
-from engram.training.batches import pack
-from engram.training.corpus import read_corpus
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.model import EngramLMConfig
+from engram_lm.tables.sharded import ShardedTable, block_of
+from engram_lm.training.batches import pack
+from engram_lm.training.corpus import read_corpus
+from engram_lm.training.tokenizer import train_tokenizer
 
 TRAINING = {"nano": (8, 256), "tiny": (4, 256)}  # sequences of a rank, tokens in each
 PLACE_BYTES = 4

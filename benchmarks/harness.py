@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram.training.run_folder import commit, machine, versions
+from engram_lm.training.run_folder import commit, machine, versions
 
 
 def measure(callables: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

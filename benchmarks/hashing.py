@@ -12,7 +12,7 @@ import torch
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
-from engram.hashing import HashSpec
+from engram_lm.hashing import HashSpec
 
 VOCAB_SIZE, EOS, HEADS = 248_320, 248_044, 8
 # transformers finds its primes by trial division when it is built; this base keeps that short and the rows realistic.

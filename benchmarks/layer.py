@@ -10,16 +10,16 @@ import harness
 import numpy as np
 import torch
 
-from engram.hashing import TokenMap
-from engram.memory import EngramConfig, EngramLayer
-from engram.memory.reference import layer_reference
-from engram.studies.quickstart.arms import build_arms
-from engram.studies.quickstart.run import Quickstart
-from engram.tables import ParameterTable
-from engram.training.batches import Batches
-from engram.training.loop import Trainer, TrainOptions, best_dtype
-from engram.training.optimizers import OptimizerOptions
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.hashing import TokenMap
+from engram_lm.memory import EngramConfig, EngramLayer
+from engram_lm.memory.reference import layer_reference
+from engram_lm.studies.quickstart.arms import build_arms
+from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.tables import ParameterTable
+from engram_lm.training.batches import Batches
+from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
+from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.tokenizer import train_tokenizer
 
 
 def against_the_twin(repeats: int) -> list[dict]:
@@ -68,7 +68,7 @@ def share_of_a_step(repeats: int) -> list[dict]:
     arms = build_arms(
         tokenizer, token_map, options.memory(), options.backbone(), context=length, seed=0, controls=False
     )
-    from engram.model import EngramForCausalLM, EngramLMConfig
+    from engram_lm.model import EngramForCausalLM, EngramLMConfig
 
     models = {arm.title: arm.model for arm in arms.values()}
     models["backbone alone"] = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, None, **options.backbone()))

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.streams import StreamMixer
-from engram.training.batches import Batches
-from engram.training.loop import Trainer, TrainOptions, best_dtype
-from engram.training.optimizers import OptimizerOptions
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.streams import StreamMixer
+from engram_lm.training.batches import Batches
+from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
+from engram_lm.training.optimizers import OptimizerOptions
 
 TRAINING = {"nano": (8, 256), "tiny": (4, 256), "small": (8, 1024)}  # sequences, tokens in each
 PROMPT_TOKENS = 64

@@ -37,8 +37,8 @@ def run_case(kind: str, num_parameters: int, steps: int) -> None:
     """Time steps of one optimizer on one table and print one JSON line."""
     import torch
 
-    from engram.tables import ParameterTable
-    from engram.training.optimizers import RowAdam, RowWiseAdagrad, RowWiseAdam, SinkhornMomentum
+    from engram_lm.tables import ParameterTable
+    from engram_lm.training.optimizers import RowAdam, RowWiseAdagrad, RowWiseAdam, SinkhornMomentum
 
     torch.manual_seed(0)
     num_rows = num_parameters // WIDTH
@@ -123,9 +123,9 @@ def measure_muon(preset: str, num_blocks: int, repeats: int) -> list[dict]:
     """Compare Muon with torch's, which takes no stacks, on the matrices of a preset's first blocks."""
     import torch
 
-    from engram.model import EngramForCausalLM, EngramLMConfig
-    from engram.training.optimizers import Muon, sort_parameters
-    from engram.training.optimizers.muon import product_dtype
+    from engram_lm.model import EngramForCausalLM, EngramLMConfig
+    from engram_lm.training.optimizers import Muon, sort_parameters
+    from engram_lm.training.optimizers.muon import product_dtype
 
     with torch.device("meta"):
         model = EngramForCausalLM(EngramLMConfig.preset(preset))

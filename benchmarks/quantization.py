@@ -3,7 +3,7 @@
 python benchmarks/quantization.py      # 30 minutes on a core; writes benchmarks/results/quantization.json
 
 Trains the quickstart's model with memory on the Python standard library, three seeds; converts its tables to every
-type, as `engram table convert` does; and compares the model that reads them with itself, token by token on held-out
+type, as `engram-lm table convert` does; and compares the model that reads them with itself, token by token on held-out
 files. Two controls say what the changes are to be measured against: the memory's update switched off, and rows that
 changed places within their head. ``--heads 2`` puts as many numbers in rows of 32, a whole block of scales, not of 8.
 
@@ -25,20 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.evaluation.table_loss import put_tables
-from engram.files import new_folder, write_atomically
-from engram.hashing import TokenMap
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.studies.quickstart.run import Quickstart
-from engram.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
-from engram.tables.codec import CODEC_NAMES
-from engram.tables.convert import convert
-from engram.training.batches import Batches, pack
-from engram.training.corpus import read_corpus, split_corpus
-from engram.training.loop import Trainer, TrainOptions, best_dtype
-from engram.training.optimizers import OptimizerOptions
-from engram.training.run_folder import commit
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.evaluation.table_loss import put_tables
+from engram_lm.files import new_folder, write_atomically
+from engram_lm.hashing import TokenMap
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
+from engram_lm.tables.codec import CODEC_NAMES
+from engram_lm.tables.convert import convert
+from engram_lm.training.batches import Batches, pack
+from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
+from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.run_folder import commit
+from engram_lm.training.tokenizer import train_tokenizer
 
 HELD_OUT = 0.06
 BATCH = 4

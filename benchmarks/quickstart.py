@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engram.studies.quickstart.run import Quickstart
+from engram_lm.studies.quickstart.run import Quickstart
 
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
     "controls": {"seeds": 3, "controls": True, "tokens": 600_000, "memory_layers": [1]},
 }
 COMMANDS = {
-    "default": "engram quickstart",
-    "controls": "engram quickstart --seeds 3 --controls --tokens 600000 --memory-layers 1",
+    "default": "engram-lm quickstart",
+    "controls": "engram-lm quickstart --seeds 3 --controls --tokens 600000 --memory-layers 1",
 }
 
 

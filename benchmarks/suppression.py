@@ -11,14 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engram.studies.suppression.run import SuppressionStudy
+from engram_lm.studies.suppression.run import SuppressionStudy
 
 
 def collect(folder: Path) -> dict[str, Any]:
     """Read a study's result, without what only that machine's folders mean."""
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     twin = " --twin" if result["settings"]["twin"] else ""
-    result["command"] = f"engram study suppression --seeds {len(result['seeds'])}{twin}"
+    result["command"] = f"engram-lm study suppression --seeds {len(result['seeds'])}{twin}"
     questions = result["settings"]["families"]["num_questions"]
     if questions != SuppressionStudy.questions:
         result["command"] += f" --questions {questions}"

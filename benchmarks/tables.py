@@ -204,7 +204,7 @@ def analysis() -> str:
 
 def adaptation() -> str:
     """The arms of the committed adaptation."""
-    from engram.studies.adaptation.summary import markdown_table
+    from engram_lm.studies.adaptation.summary import markdown_table
 
     result = load("adaptation")["results"]
     machine, data = result["machine"], result["data"]
@@ -221,7 +221,7 @@ def adaptation() -> str:
 
 def suppression() -> str:
     """What the committed study's models still know, and still read, with their memory suppressed."""
-    from engram.studies.suppression.summary import markdown_table
+    from engram_lm.studies.suppression.summary import markdown_table
 
     (result,) = load("suppression")["results"]
     machine, families = result["machine"], result["settings"]["families"]

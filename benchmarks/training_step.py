@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py --out benchmarks/results/training_step.json
 
-Steps are those of `engram train`: Muon for matrices, AdamW for the rest, RowAdam for tables, on the Python standard
+Steps are those of `engram-lm train`: Muon for matrices, AdamW for the rest, RowAdam for tables, on the Python standard
 library's own sources. Whole steps are timed in turn; their parts in other steps, because looking costs time.
 """
 
@@ -17,13 +17,13 @@ import harness
 import numpy as np
 import torch
 
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.experts import balance_experts
-from engram.training.batches import Batches, pack
-from engram.training.corpus import read_corpus, split_corpus
-from engram.training.loop import Trainer, TrainOptions, best_dtype
-from engram.training.optimizers import OptimizerOptions, clip_gradients
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.experts import balance_experts
+from engram_lm.training.batches import Batches, pack
+from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
+from engram_lm.training.optimizers import OptimizerOptions, clip_gradients
+from engram_lm.training.tokenizer import train_tokenizer
 
 SHAPES = {"nano": (16, 256), "tiny": (8, 256)}  # sequences, tokens in each
 VOCABULARY, TEXT_BYTES = 8192, 4_000_000

@@ -28,7 +28,7 @@ FOLDERS = (
     "studies",
     "errors",
 )
-PACKAGE = pathlib.Path(__file__).parents[1] / "src" / "engram"
+PACKAGE = pathlib.Path(__file__).parents[1] / "src" / "engram_lm"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri != "api.md":
         return markdown
     exists = [name for name in FOLDERS if _is_there(PACKAGE.joinpath(*name.split(".")))]
-    return markdown + "".join(f"\n## {name}\n\n::: engram.{name}\n" for name in exists)
+    return markdown + "".join(f"\n## {name}\n\n::: engram_lm.{name}\n" for name in exists)
 
 
 def _is_there(path: pathlib.Path) -> bool:

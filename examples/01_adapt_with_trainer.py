@@ -1,16 +1,16 @@
 """Give memory to a causal language model and train the memory alone with transformers.Trainer.
 
 Runs offline in seconds on a CPU, with a tiny random model in place of a downloaded one:
-`model = AutoModelForCausalLM.from_pretrained(...)` and its tokenizer go there. Needs `pip install 'engram[hf]'`.
+`model = AutoModelForCausalLM.from_pretrained(...)` and its tokenizer go there. Needs `pip install 'engram-lm[hf]'`.
 On several GPUs: `torchrun --nproc-per-node 4 examples/01_adapt_with_trainer.py`.
 """
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-import engram
-from engram.training.huggingface import MemoryTrainer, train_memory
-from engram.training.tokenizer import train_tokenizer
+import engram_lm
+from engram_lm.training.huggingface import MemoryTrainer, train_memory
+from engram_lm.training.tokenizer import train_tokenizer
 
 OUT = "runs/01_adapt"
 TEXT = "The cat sat on the mat. The rat ran to the mat; the cat saw the rat. " * 60
@@ -24,8 +24,8 @@ model = LlamaForCausalLM(
     )
 )  # fmt: skip
 
-config = engram.EngramConfig(hidden_size=64, layers=(1,), num_heads=4, memory_dim=64, rows_per_head=1000)
-adapter = engram.attach(model, tokenizer, config)
+config = engram_lm.EngramConfig(hidden_size=64, layers=(1,), num_heads=4, memory_dim=64, rows_per_head=1000)
+adapter = engram_lm.attach(model, tokenizer, config)
 train_memory(model)  # the backbone is frozen; train_memory(model, "full") trains it too, peft adds LoRA
 
 ids = torch.tensor(tokenizer(TEXT).input_ids)

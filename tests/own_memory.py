@@ -2,9 +2,9 @@
 
 import torch
 
-from engram.hashing import HashSpec, Segments, TokenMap
-from engram.memory import EngramConfig, EngramLayer, PublishedMemory
-from engram.tables import ParameterTable
+from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.memory import EngramConfig, EngramLayer, PublishedMemory
+from engram_lm.tables import ParameterTable
 
 
 def own_memory(variant, spec_changes=None, *, rows_per_head=60, **options):

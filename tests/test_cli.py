@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from engram.cli import _VERBS, main
+from engram_lm.cli import _VERBS, main
 
 
 def test_without_a_verb_it_says_what_there_is(capsys):
@@ -16,7 +16,7 @@ def test_without_a_verb_it_says_what_there_is(capsys):
     text = capsys.readouterr().out
     assert all(verb in text for verb in _VERBS)
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "engram 0.1.0\n"
+    assert capsys.readouterr().out == "engram-lm 0.1.0\n"
 
 
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
@@ -46,7 +46,7 @@ def test_an_unknown_flag_is_refused(capsys):
 
 def test_choosing_a_light_verb_imports_neither_torch_nor_transformers():
     script = (
-        "import sys; from engram.cli import main; main(['hash', '--config', sys.argv[1], '--ids', '1,2', '--json']);"
+        "import sys; from engram_lm.cli import main; main(['hash', '--config', sys.argv[1], '--ids', '1,2', '--json']);"
         "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     config = pathlib.Path(__file__).parent / "golden" / "qwen_config.json"

@@ -1,4 +1,4 @@
-"""`engram table`: its verbs are found and explained, results go to stdout as text or JSON, statuses are 0, 1 and 2."""
+"""`engram-lm table`: its verbs are found and explained, results go to stdout as text or JSON; statuses are right."""
 
 import dataclasses
 import importlib
@@ -10,17 +10,17 @@ import torch
 from tests.raw_safetensors import write_raw
 from tests.small_model import BACKBONE, MEMORY, TEXT
 
-import engram.cli
-from engram.cli import _TABLE_VERBS, main
-from engram.errors import MismatchError
-from engram.evaluation.table_loss import put_tables
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.tables.build import build_random
-from engram.tables.codec import RowCodec
-from engram.tables.packed import packed_layout
-from engram.tables.sources import table_layouts
-from engram.training.tokenizer import train_tokenizer
+import engram_lm.cli
+from engram_lm.cli import _TABLE_VERBS, main
+from engram_lm.errors import MismatchError
+from engram_lm.evaluation.table_loss import put_tables
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.tables.build import build_random
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.packed import packed_layout
+from engram_lm.tables.sources import table_layouts
+from engram_lm.training.tokenizer import train_tokenizer
 
 OURS = ("build", "convert", "verify", "inspect")
 
@@ -48,14 +48,16 @@ def test_the_verbs_of_tables_are_listed_with_a_line_each(capsys, monkeypatch):
     assert "  table " in capsys.readouterr().out
     assert main(["table"]) == 2
     assert "convert" in capsys.readouterr().err
-    monkeypatch.setitem(engram.cli._TABLE_VERBS, "gone", engram.cli._Verb("engram.tables.not_there:X", "not there"))
+    monkeypatch.setitem(
+        engram_lm.cli._TABLE_VERBS, "gone", engram_lm.cli._Verb("engram_lm.tables.not_there:X", "not there")
+    )
     assert "gone" not in printed(capsys, "--help")
     assert main(["table", "gone"]) == 2
 
 
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
     assert main(["table", "convrt"]) == 2
-    assert "engram table: there is no verb 'convrt'; did you mean convert?" in capsys.readouterr().err
+    assert "engram-lm table: there is no verb 'convrt'; did you mean convert?" in capsys.readouterr().err
     assert main(["tabel"]) == 2
     assert "did you mean table?" in capsys.readouterr().err
 
@@ -63,7 +65,7 @@ def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
 @pytest.mark.parametrize("name", OURS)
 def test_every_verb_explains_every_flag_and_gives_examples(name, capsys):
     text = printed(capsys, name, "--help")
-    assert f"engram table {name} " in text
+    assert f"engram-lm table {name} " in text
     module, command = _TABLE_VERBS[name].command.split(":")
     for field in dataclasses.fields(getattr(importlib.import_module(module), command)):
         assert field.name.replace("_", "-") in text.lower()

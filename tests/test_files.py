@@ -2,7 +2,7 @@
 
 import pytest
 
-from engram.files import new_folder, replacing, write_atomically
+from engram_lm.files import new_folder, replacing, write_atomically
 
 
 def test_a_file_is_written_whole_with_its_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""``import engram`` is fast and light, and transformers' Auto classes know the model in any order of imports."""
+"""``import engram_lm`` is fast and light, and transformers' Auto classes know the model in any order of imports."""
 
 import importlib
 import importlib.metadata
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import engram
+import engram_lm
 
 PROMISED = [
     "EngramConfig",
@@ -29,16 +29,16 @@ USE_AUTO_CLASSES = """
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained(FOLDER)
-assert type(config).__module__.startswith("engram."), type(config)
+assert type(config).__module__.startswith("engram_lm."), type(config)
 assert type(AutoConfig.for_model("engram_lm")) is type(config)
 assert type(config) in AutoModelForCausalLM._model_mapping
 model_class = AutoModelForCausalLM._model_mapping[type(config)]
 
-import engram
+import engram_lm
 
-assert type(config) is engram.EngramLMConfig
-assert model_class is engram.EngramForCausalLM
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("engram")]
+assert type(config) is engram_lm.EngramLMConfig
+assert model_class is engram_lm.EngramForCausalLM
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("engram_lm")]
 """
 
 
@@ -49,30 +49,30 @@ def run_fresh(script: str) -> None:
 
 
 def test_public_names_are_the_promised_ones():
-    assert engram.__all__ == PROMISED
-    assert list(engram._MODULES) == PROMISED
-    assert set(PROMISED) <= set(dir(engram))
+    assert engram_lm.__all__ == PROMISED
+    assert list(engram_lm._MODULES) == PROMISED
+    assert set(PROMISED) <= set(dir(engram_lm))
 
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_public_name_is_exported_by_its_folder(name):
-    folder = importlib.import_module(engram._MODULES[name])
+    folder = importlib.import_module(engram_lm._MODULES[name])
     assert name in folder.__all__
-    assert getattr(engram, name) is getattr(folder, name)
+    assert getattr(engram_lm, name) is getattr(folder, name)
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(AttributeError, match=r"no attribute 'HashSpek'.*HashSpec"):
-        engram.HashSpek  # noqa: B018
+        engram_lm.HashSpek  # noqa: B018
 
 
 def test_installed_version_is_the_version_of_the_code():
-    assert importlib.metadata.version("engram") == engram.__version__
+    assert importlib.metadata.version("engram-lm") == engram_lm.__version__
 
 
 def test_import_engram_loads_nothing_heavy():
     run_fresh(
-        "import engram, sys\n"
+        "import engram_lm, sys\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'matplotlib', 'tyro', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -80,23 +80,23 @@ def test_import_engram_loads_nothing_heavy():
 
 def test_transformers_alone_does_not_load_the_model():
     run_fresh(
-        "import engram, sys\n"
+        "import engram_lm, sys\n"
         "from transformers import AutoConfig\n"
         "assert 'engram_lm' in AutoConfig.for_model.__globals__['CONFIG_MAPPING']\n"
-        "assert 'engram.model' not in sys.modules\n"
+        "assert 'engram_lm.model' not in sys.modules\n"
     )
 
 
 @pytest.mark.parametrize(
     "imports",
     [
-        "import engram, transformers",
-        "import transformers, engram",
-        "import transformers.models.auto.configuration_auto, engram",
-        "import transformers.models.auto.modeling_auto, engram",
-        "import engram, transformers.modeling_utils",
-        "import engram.registration, engram; engram.registration.prepare()",
-        "import engram.model",
+        "import engram_lm, transformers",
+        "import transformers, engram_lm",
+        "import transformers.models.auto.configuration_auto, engram_lm",
+        "import transformers.models.auto.modeling_auto, engram_lm",
+        "import engram_lm, transformers.modeling_utils",
+        "import engram_lm.registration, engram_lm; engram_lm.registration.prepare()",
+        "import engram_lm.model",
     ],
 )
 def test_auto_classes_find_the_model_in_any_order_of_imports(imports, tmp_path: pathlib.Path):
@@ -106,7 +106,7 @@ def test_auto_classes_find_the_model_in_any_order_of_imports(imports, tmp_path: 
 
 def test_import_of_the_model_alone_registers_it():
     run_fresh(
-        "from engram.model import EngramForCausalLM, EngramLMConfig\n"
+        "from engram_lm.model import EngramForCausalLM, EngramLMConfig\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
         "assert type(AutoConfig.for_model('engram_lm')) is EngramLMConfig\n"
         "assert AutoModelForCausalLM._model_mapping[EngramLMConfig] is EngramForCausalLM\n"

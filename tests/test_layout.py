@@ -6,7 +6,7 @@ import socket
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "engram"
+PACKAGE = ROOT / "src" / "engram_lm"
 DRAWERS = {"utils", "util", "common", "core", "helpers", "misc"}
 
 

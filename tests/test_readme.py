@@ -31,7 +31,7 @@ def test_every_file_it_links_to_exists():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_its_python_runs(block, tmp_path, monkeypatch):
     if "runs/quickstart" in block:
-        from engram.cli import main
+        from engram_lm.cli import main
 
         (tmp_path / "text").mkdir()
         for number in range(8):

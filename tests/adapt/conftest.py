@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.adapt.small_models import TOKENIZER, small_model
 
-import engram
-from engram import EngramConfig
+import engram_lm
+from engram_lm import EngramConfig
 
 MEMORY = {"hidden_size": 32, "layers": (0, 2), "num_heads": 2, "memory_dim": 24, "rows_per_head": 97}
 
@@ -24,7 +24,7 @@ def adapted(config):
 
     def build(name="llama", seed=1, **changes):
         model = small_model(name)
-        adapter = engram.attach(model, TOKENIZER, config(**changes))
+        adapter = engram_lm.attach(model, TOKENIZER, config(**changes))
         speak(adapter, seed)
         return model, adapter
 

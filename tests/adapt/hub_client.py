@@ -4,7 +4,7 @@ import torch
 from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import TOKENIZER, small_model
 
-import engram
+import engram_lm
 
 IDS = torch.randint(2, 280, (2, 20), generator=torch.Generator().manual_seed(2))
 
@@ -17,7 +17,7 @@ def logits(model):
 def adapter_of(seed=1):
     """The memory that every test means by a seed, on a model of its own."""
     model = small_model()
-    adapter = engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    adapter = engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     speak(adapter, seed)
     return model, adapter
 
@@ -31,7 +31,7 @@ def load(repo_id, seed=1, **options):
     """Load an adapter; returns whether its logits are those of the memory of a seed, to the bit."""
     torch.manual_seed(0)
     model = small_model()
-    engram.MemoryAdapter.from_pretrained(model, repo_id, tokenizer=TOKENIZER, **options)
+    engram_lm.MemoryAdapter.from_pretrained(model, repo_id, tokenizer=TOKENIZER, **options)
     return torch.equal(logits(model), logits(adapter_of(seed)[0]))
 
 
@@ -42,4 +42,4 @@ def load_into_another_size(repo_id):
 
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 2
-    engram.MemoryAdapter.from_pretrained(transformers.AutoModelForCausalLM.from_config(config), repo_id)
+    engram_lm.MemoryAdapter.from_pretrained(transformers.AutoModelForCausalLM.from_config(config), repo_id)

@@ -7,8 +7,8 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE
 
-import engram
-from engram import EngramConfig, EngramForCausalLM, EngramLMConfig
+import engram_lm
+from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
 
 FACT = ("the cat sat on", " the rat")
 OTHER_FACT = ("The rat saw", " a mat")
@@ -45,7 +45,7 @@ def _trained(kind, **changes):
         learn(model, model.parameters())
         return model
     model = small_model()
-    adapter = engram.attach(model, TOKENIZER, memory_config(**changes))
+    adapter = engram_lm.attach(model, TOKENIZER, memory_config(**changes))
     learn(model, adapter.parameters())
     adapter.memory_tables.to(dtype)
     return model

@@ -9,11 +9,11 @@ from tests.adapt.conftest import speak
 from tests.adapt.patched_models import FACT, trained_model
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 
-import engram
-from engram import RowPatch
-from engram.adapt import FitOptions, transfer_rows
-from engram.analysis import average_gates, layer_similarity, logit_lens, suppressed
-from engram.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
+import engram_lm
+from engram_lm import RowPatch
+from engram_lm.adapt import FitOptions, transfer_rows
+from engram_lm.analysis import average_gates, layer_similarity, logit_lens, suppressed
+from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
 
@@ -24,7 +24,7 @@ IDS = torch.randint(2, 280, (2, 24), generator=torch.Generator().manual_seed(2))
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_logits_are_the_cpu_s_and_decoding_is_the_whole_forward(name, config):
     model = small_model(name)
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     speak(adapter)
     expected = model(input_ids=IDS, use_cache=False).logits
     model.cuda()
@@ -40,7 +40,7 @@ def test_logits_are_the_cpu_s_and_decoding_is_the_whole_forward(name, config):
 def test_attaching_on_the_gpu_is_the_identity_and_rows_are_trained_there(config):
     model = small_model("llama").cuda().requires_grad_(False)
     before = model(input_ids=IDS.cuda()).logits.detach()
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     assert torch.equal(model(input_ids=IDS.cuda()).logits, before)
     optimizer = build_optimizer(model, OptimizerOptions(backbone="adamw", lr=1e-2))
     losses = []
@@ -71,7 +71,7 @@ def test_as_many_rows_are_transferred_as_on_the_cpu(config):
         torch.manual_seed(0)
         model = small_model("llama").to(device)
         torch.manual_seed(1)
-        adapter = engram.attach(model, TOKENIZER, config())
+        adapter = engram_lm.attach(model, TOKENIZER, config())
         report = transfer_rows(adapter, torch.tensor(tokens).numpy(), num_ngrams=200, length=32)
         rows[device] = report.num_rows_written
     assert rows["cpu"] == rows["cuda"] and all(rows["cpu"].values())

@@ -10,10 +10,10 @@ from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import CONFIGS, TOKENIZER, small_model
 from transformers import DynamicCache, StaticCache
 
-import engram
-from engram import EngramConfig
-from engram.errors import HistoryError, MismatchError
-from engram.hashing import Segments
+import engram_lm
+from engram_lm import EngramConfig
+from engram_lm.errors import HistoryError, MismatchError
+from engram_lm.hashing import Segments
 
 
 def tokens(batch=2, length=30, seed=2):
@@ -117,7 +117,7 @@ def test_an_assistant_model_s_guesses_change_nothing(name, adapted):
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("gemma3", "eager"), ("mistral", "sdpa")])
 def test_left_padding_changes_no_continuation(name, attention, way, config):
     model = small_model(name, attn_implementation=attention)
-    speak(engram.attach(model, TOKENIZER, config()))
+    speak(engram_lm.attach(model, TOKENIZER, config()))
     short, long = tokens(1, 7, seed=3), tokens(1, 15, seed=4)
     batch = torch.cat([torch.cat([torch.full((1, 8), 1), short], dim=1), long])
     mask = torch.ones_like(batch)
@@ -158,7 +158,7 @@ _MODELS = {}
 def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(name, data):
     if name not in _MODELS:  # hypothesis cannot take function fixtures; one model for all examples
         model = small_model(name)
-        adapter = engram.attach(model, TOKENIZER, EngramConfig(**MEMORY))
+        adapter = engram_lm.attach(model, TOKENIZER, EngramConfig(**MEMORY))
         speak(adapter)
         # A cache with sliding windows says from the start that it records; then the bound is not asked for.
         adapter.max_rollback = 1 if name == "gemma3" else 9
@@ -292,7 +292,7 @@ def test_a_reset_cache_starts_over_with_any_number_of_sequences(adapted):
 @torch.no_grad()
 def test_segments_told_by_positions_go_on_through_a_cache(config):
     model, ids, cache = small_model(), tokens(), DynamicCache()
-    speak(engram.attach(model, TOKENIZER, config(), segments=Segments(positions=True)))
+    speak(engram_lm.attach(model, TOKENIZER, config(), segments=Segments(positions=True)))
     pieces = [model(ids[:, t : t + 5], past_key_values=cache).logits for t in range(0, 30, 5)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole(model, ids), atol=2e-5, rtol=1e-5)
 
@@ -318,7 +318,7 @@ def test_another_memory_of_the_same_name_does_not_take_over_what_a_cache_holds(a
     prompt, cache = tokens(2, 9), StaticCache(config=model.config, max_cache_len=40)
     model.generate(prompt, **asked, past_key_values=cache)
     adapter.detach()
-    speak(engram.attach(model, TOKENIZER, config(orders=(2, 4), seed=7)), seed=4)
+    speak(engram_lm.attach(model, TOKENIZER, config(orders=(2, 4), seed=7)), seed=4)
     with pytest.raises(HistoryError, match="has seen 0"):
         model(prompt, past_key_values=cache)
     cache.reset()
@@ -329,7 +329,7 @@ def test_another_memory_of_the_same_name_does_not_take_over_what_a_cache_holds(a
 @torch.no_grad()
 def test_two_memories_keep_their_own_state_in_one_cache(adapted, config):
     model, _ = adapted()
-    speak(engram.attach(model, TOKENIZER, config(layers=(0, 1), seed=7, orders=(2, 4)), name="second"), seed=4)
+    speak(engram_lm.attach(model, TOKENIZER, config(layers=(0, 1), seed=7, orders=(2, 4)), name="second"), seed=4)
     asked = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 1, "num_beams": 3}
     prompt = tokens(2, 9)
     assert torch.equal(model.generate(prompt, **asked), model.generate(prompt, **asked, use_cache=False))
@@ -338,7 +338,7 @@ def test_two_memories_keep_their_own_state_in_one_cache(adapted, config):
 @torch.no_grad()
 def test_of_two_memories_neither_goes_back_where_one_cannot(adapted, config):
     model, adapter = adapted()
-    second = engram.attach(model, TOKENIZER, config(layers=(0, 1), seed=7), name="second")
+    second = engram_lm.attach(model, TOKENIZER, config(layers=(0, 1), seed=7), name="second")
     adapter.max_rollback, second.max_rollback = 8, 4
     ids, cache = tokens(1, 20), DynamicCache()
     model(ids[:, :15], past_key_values=cache)
@@ -352,7 +352,7 @@ def test_of_two_memories_neither_goes_back_where_one_cannot(adapted, config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_under_bfloat16_equals_its_own_whole_forward(dtype, config):
     model = small_model().to(torch.bfloat16)
-    speak(engram.attach(model, TOKENIZER, config(), dtype=dtype))
+    speak(engram_lm.attach(model, TOKENIZER, config(), dtype=dtype))
     ids, cache = tokens(1, 12), DynamicCache(config=model.config)
     pieces = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
     expected = whole(model, ids)

@@ -14,13 +14,13 @@ from tests.adapt.small_models import CONFIGS, TOKENIZER, small_model
 from tests.tables.tiers import serving
 from transformers import AutoModelForCausalLM
 
-from engram import HashSpec, MemoryAdapter
-from engram.adapt import attached_adapters
-from engram.errors import CheckpointError, ConfigError, EngramError, MismatchError
-from engram.files import _exchange_in_steps
-from engram.tables import table_layouts
-from engram.tables.build import build_packed
-from engram.tables.codec import RowCodec
+from engram_lm import HashSpec, MemoryAdapter
+from engram_lm.adapt import attached_adapters
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
+from engram_lm.files import _exchange_in_steps
+from engram_lm.tables import table_layouts
+from engram_lm.tables.build import build_packed
+from engram_lm.tables.codec import RowCodec
 
 
 def tokens(batch=2, length=20, seed=2):

@@ -9,11 +9,11 @@ from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER, small_model, smal
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import engram
-from engram.adapt import attached_adapters, set_adapters
-from engram.errors import ConfigError, MismatchError
-from engram.hashing import HashSpec, Segments
-from engram.training.tokenizer import train_tokenizer
+import engram_lm
+from engram_lm.adapt import attached_adapters, set_adapters
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.hashing import HashSpec, Segments
+from engram_lm.training.tokenizer import train_tokenizer
 
 
 def tokens(batch=2, length=20, seed=2):
@@ -34,7 +34,7 @@ def hooks(model):
 def test_memory_begins_as_the_identity_and_leaves_no_trace(name, config):
     model, ids = small_model(name), tokens()
     before, keys, expected = hooks(model), list(model.state_dict()), whole(model, ids)
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     assert torch.equal(whole(model, ids), expected)
     assert not any(module.training for module in model.modules())
     speak(adapter)
@@ -48,20 +48,20 @@ def test_memory_begins_as_the_identity_and_leaves_no_trace(name, config):
 
 
 def test_a_model_whose_outputs_change_is_refused_and_left_as_it_was(config, monkeypatch):
-    monkeypatch.setattr("engram.adapt.attachment.dataclasses.replace", lambda config, **_: config)
+    monkeypatch.setattr("engram_lm.adapt.attachment.dataclasses.replace", lambda config, **_: config)
     model = small_model()
     with pytest.raises(MismatchError, match="differ by up to"):
-        engram.attach(model, TOKENIZER, config(value_init="normal"))
+        engram_lm.attach(model, TOKENIZER, config(value_init="normal"))
     assert not attached_adapters(model)
     assert not hooks(model)
-    engram.attach(model, TOKENIZER, config(value_init="normal"), check=False)
+    engram_lm.attach(model, TOKENIZER, config(value_init="normal"), check=False)
 
 
 def test_the_check_leaves_a_model_in_training_as_it_was(config):
     model = small_model().train()
     model.model.layers[1].eval()
     model.model.layers[0].self_attn.attention_dropout = 0.5  # outputs differ from call to call, but for the check
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     assert model.training
     assert adapter.layers["0"].training
     assert model.model.layers[0].training
@@ -95,7 +95,7 @@ def test_tokens_are_hashed_once_per_forward_pass(adapted, monkeypatch):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_training_the_memory_alone_lowers_the_loss(sparse, config):
     model = small_model().train()
-    adapter = engram.attach(model, TOKENIZER, config(table_gradient="sparse" if sparse else "dense"))
+    adapter = engram_lm.attach(model, TOKENIZER, config(table_gradient="sparse" if sparse else "dense"))
     model.requires_grad_(False)
     adapter.requires_grad_(True)
     frozen = {name: value.clone() for name, value in model.state_dict().items() if "engram" not in name}
@@ -179,7 +179,7 @@ def test_a_saved_model_loads_as_the_plain_one_and_resumes_with_its_memory(adapte
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(whole(again, ids), whole(small_model(), ids))
-    engram.attach(again, TOKENIZER, config())
+    engram_lm.attach(again, TOKENIZER, config())
     again.load_state_dict(model.state_dict())
     assert torch.equal(whole(again, ids), expected)
     assert adapter.enabled
@@ -189,7 +189,7 @@ def test_several_adapters_add_up_and_are_switched_one_by_one(adapted, config):
     model, first = adapted()
     ids = tokens()
     alone = whole(model, ids)
-    second = engram.attach(model, TOKENIZER, config(layers=(1,), seed=5), name="second")
+    second = engram_lm.attach(model, TOKENIZER, config(layers=(1,), seed=5), name="second")
     speak(second, seed=3)
     both = whole(model, ids)
     second.enabled = False
@@ -213,7 +213,7 @@ def test_switching_gives_the_logits_of_having_only_that_one_to_the_bit(adapted, 
         for name in names:
             torch.manual_seed(seeds[name])
             blocks = (0, 1) if name == "second" else (0, 2)
-            speak(engram.attach(model, TOKENIZER, config(layers=blocks, seed=seeds[name]), name=name), seeds[name])
+            speak(engram_lm.attach(model, TOKENIZER, config(layers=blocks, seed=seeds[name]), name=name), seeds[name])
         return model
 
     expected = {names: whole(with_adapters(*names), ids) for names in ((), *((name,) for name in seeds))}
@@ -276,7 +276,7 @@ def test_hooks_of_a_layer_may_ask_for_its_gates(adapted):
 @torch.no_grad()
 def test_a_multimodal_wrapper_s_text_model_is_found_and_its_placeholders_are_no_text(config):
     model = small_multimodal_model()
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     speak(adapter)
     assert [name for name, _ in hooks(model.model.vision_tower)] == []
     ids = torch.cat([tokens(1, 4), torch.full((1, 4), 310), tokens(1, 8)], dim=1)
@@ -303,7 +303,7 @@ def test_tokens_beyond_the_tokenizer_read_no_memory_and_block_what_is_before_the
 @torch.no_grad()
 def test_packed_documents_do_not_read_each_other_s_n_grams(config):
     model, ids = small_model(), tokens(1, 12)
-    adapter = engram.attach(model, TOKENIZER, config(), segments=Segments(positions=True))
+    adapter = engram_lm.attach(model, TOKENIZER, config(), segments=Segments(positions=True))
     seen = []
     gather = adapter.tables["0"].gather
     adapter.tables["0"].gather = lambda rows: seen.append(rows) or gather(rows)
@@ -335,7 +335,7 @@ def test_weights_on_disk_do_not_hinder(adapted, config, tmp_path):
     names = ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
     places = {**dict.fromkeys(names, "cpu"), "model.layers.0": "disk", "model.layers.2": "disk"}
     model = dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu")
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     assert all(p.device.type == "cpu" for p in adapter.parameters())
     adapter.load_state_dict(expected_adapter.state_dict())
     ids = tokens()
@@ -348,11 +348,11 @@ def test_weights_on_disk_do_not_hinder(adapted, config, tmp_path):
 def test_attaching_twice_is_refused_with_the_fix(adapted, config):
     model, adapter = adapted()
     with pytest.raises(ConfigError, match=r"already has.*detach\(\).*name="):
-        engram.attach(model, TOKENIZER, config())
+        engram_lm.attach(model, TOKENIZER, config())
     adapter.detach()
-    engram.attach(model, TOKENIZER, config())
+    engram_lm.attach(model, TOKENIZER, config())
     with pytest.raises(ConfigError, match="letters"):
-        engram.attach(model, TOKENIZER, config(), name="a.b")
+        engram_lm.attach(model, TOKENIZER, config(), name="a.b")
 
 
 def test_a_tokenizer_that_is_not_the_model_s_is_refused(config):
@@ -360,12 +360,12 @@ def test_a_tokenizer_that_is_not_the_model_s_is_refused(config):
     letters = torch.randint(97, 106, (3000,), generator=torch.Generator().manual_seed(0))
     larger = train_tokenizer(["".join(map(chr, letters.tolist()))], 400)
     with pytest.raises(MismatchError, match="400 tokens, the model embeds 320"):
-        engram.attach(model, larger, config())
+        engram_lm.attach(model, larger, config())
     model.resize_token_embeddings(2000)
     with pytest.raises(MismatchError, match="283 tokens, the model embeds 2000"):
-        engram.attach(model, TOKENIZER, config())
+        engram_lm.attach(model, TOKENIZER, config())
     with pytest.raises(ConfigError, match="Hugging Face"):
-        engram.attach(small_model(), TOKENIZER.backend_tokenizer, config())
+        engram_lm.attach(small_model(), TOKENIZER.backend_tokenizer, config())
     assert not hooks(model)
 
 
@@ -418,32 +418,32 @@ def without_weights():
 )
 def test_a_model_without_the_layers_asked_for_is_refused(model, options, message, config):
     with pytest.raises(ConfigError, match=message):
-        engram.attach(model(), TOKENIZER, config(), **options)
+        engram_lm.attach(model(), TOKENIZER, config(), **options)
 
 
 def test_another_geometry_is_refused_with_both_sizes(config):
     with pytest.raises(MismatchError, match="64, the model's 32"):
-        engram.attach(small_model(), TOKENIZER, config(hidden_size=64))
+        engram_lm.attach(small_model(), TOKENIZER, config(hidden_size=64))
     with pytest.raises(ConfigError, match="num_streams=1"):
-        engram.attach(small_model(), TOKENIZER, config(num_streams=2))
+        engram_lm.attach(small_model(), TOKENIZER, config(num_streams=2))
 
 
 def test_a_list_inside_a_layer_is_not_taken_for_the_layers(config):
     model = small_model()
     model.model.layers[1].parts = copy.deepcopy(model.model.layers)
-    engram.attach(model, TOKENIZER, config())
+    engram_lm.attach(model, TOKENIZER, config())
     assert not hooks(model.model.layers[1].parts)
 
 
 def test_n_grams_stop_at_the_end_of_a_text(config):
     model, ids = small_model(), tokens(1, 9)
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     ids[0, 4] = TOKENIZER.eos_token_id
     assert torch.equal(adapter.spec.rows(ids, 0)[:, 5:], adapter.spec.rows(ids[:, 5:], 0))
 
 
 def test_a_named_layer_list_is_taken(config):
-    adapter = engram.attach(small_model("gpt2"), TOKENIZER, config(), layer_list="transformer.h", layers=(1,))
+    adapter = engram_lm.attach(small_model("gpt2"), TOKENIZER, config(), layer_list="transformer.h", layers=(1,))
     assert list(adapter.layers) == ["1"]
 
 

@@ -6,8 +6,8 @@ from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
-import engram
-from engram import EngramConfig, MemoryAdapter
+import engram_lm
+from engram_lm import EngramConfig, MemoryAdapter
 
 # bitsandbytes asks torch for what torch calls deprecated.
 pytestmark = [
@@ -38,7 +38,9 @@ def test_a_quantized_backbone_decodes_exactly_and_its_memory_learns(bits, tmp_pa
     ids = torch.tensor(TOKENIZER(TEXT)["input_ids"][:40]).view(2, 20)
     # Attached with a check that nothing changes, and trained before any evaluation: on some processors bitsandbytes
     # packs weights of 4 bits when it evaluates, and warns when it is then asked for gradients.
-    adapter = engram.attach(model, TOKENIZER, EngramConfig(**{**MEMORY, "hidden_size": 64, "table_gradient": "dense"}))
+    adapter = engram_lm.attach(
+        model, TOKENIZER, EngramConfig(**{**MEMORY, "hidden_size": 64, "table_gradient": "dense"})
+    )
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
 
     def logits():
@@ -79,7 +81,7 @@ def test_weights_that_are_moved_in_from_the_host_layer_by_layer_do_not_hinder(ad
     model, _ = adapted()
     model.engram_adapters["default"].detach()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    adapter = engram.attach(model, TOKENIZER, config())
+    adapter = engram_lm.attach(model, TOKENIZER, config())
     adapter.load_state_dict(expected.state_dict())
     ids = torch.randint(2, 280, (2, 9), generator=torch.Generator().manual_seed(2))
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}

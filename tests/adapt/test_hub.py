@@ -11,7 +11,7 @@ from tests.adapt import hub_client
 from tests.adapt.hub_server import TOKEN, Hub
 from tests.tables.tiers import serving
 
-from engram.errors import CheckpointError, ConfigError, MismatchError, RemoteError
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError, RemoteError
 
 
 class _Caller:
@@ -56,7 +56,7 @@ def test_an_adapter_comes_back_from_the_hub_with_the_same_logits(hub):
     (files,) = hub.repositories["me/memory"]["main"][1:]  # one commit, all of it
     assert sorted(files) == ["README.md", "adapter.safetensors", "config.json", "tables.safetensors"]
     header = yaml.safe_load(files["README.md"].decode().split("---")[1])
-    assert header == {"library_name": "engram", "license": "mit", "tags": ["engram", "conditional-memory"]}
+    assert header == {"library_name": "engram-lm", "license": "mit", "tags": ["engram", "conditional-memory"]}
     assert files["README.md"].decode().endswith("## Results\n\n42\n")
     assert hub(hub_client.load, "me/memory")
     assert hub.downloaded == ["config.json", "adapter.safetensors", "tables.safetensors"]

@@ -5,9 +5,9 @@ import torch
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
 
-import engram
-from engram.adapt import attached_adapters
-from engram.errors import ConfigError
+import engram_lm
+from engram_lm.adapt import attached_adapters
+from engram_lm.errors import ConfigError
 
 peft = pytest.importorskip("peft")
 
@@ -31,7 +31,7 @@ def test_memory_and_lora_add_up_in_either_order_and_part_again(memory_first, ada
     else:
         both = lora(small_model())
         torch.manual_seed(0)
-        adapter = engram.attach(both, TOKENIZER, config())
+        adapter = engram_lm.attach(both, TOKENIZER, config())
         speak(adapter)
     assert not any(p.requires_grad for p in adapter.parameters()) or not memory_first
     adapter.requires_grad_(True)
@@ -47,7 +47,7 @@ def test_memory_and_lora_add_up_in_either_order_and_part_again(memory_first, ada
 
     again = peft.PeftModel.from_pretrained(small_model(), tmp_path / "lora").eval()
     alone = again(input_ids=ids, use_cache=False).logits
-    engram.MemoryAdapter.from_pretrained(again, tmp_path / "memory")
+    engram_lm.MemoryAdapter.from_pretrained(again, tmp_path / "memory")
     torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, logits)
     assert not torch.allclose(alone, logits, atol=1e-2)
     adapter.detach()
@@ -58,10 +58,10 @@ def test_memory_and_lora_add_up_in_either_order_and_part_again(memory_first, ada
 def test_a_second_memory_joins_the_first_through_peft(adapted, config):
     model, first = adapted()
     both = lora(model)
-    second = engram.attach(both, TOKENIZER, config(), name="second", check=False)
+    second = engram_lm.attach(both, TOKENIZER, config(), name="second", check=False)
     assert list(attached_adapters(both)) == list(attached_adapters(model)) == ["default", "second"]
     with pytest.raises(ConfigError, match="already has a memory adapter called 'default'"):
-        engram.attach(both, TOKENIZER, config())
+        engram_lm.attach(both, TOKENIZER, config())
     first.detach()
     assert list(attached_adapters(both)) == ["second"]
     second.detach()

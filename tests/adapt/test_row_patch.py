@@ -14,11 +14,11 @@ from tests.adapt.patched_models import (
 )
 from tests.adapt.small_models import TOKENIZER, small_model
 
-import engram
-from engram import MemoryAdapter, RowPatch
-from engram.adapt import FitOptions, applied_patches, attached_adapters
-from engram.errors import ConfigError, MismatchError, RowRangeError
-from engram.hashing.collisions import row_collisions
+import engram_lm
+from engram_lm import MemoryAdapter, RowPatch
+from engram_lm.adapt import FitOptions, applied_patches, attached_adapters
+from engram_lm.errors import ConfigError, MismatchError, RowRangeError
+from engram_lm.hashing.collisions import row_collisions
 
 FAST = {"learning_rate": 0.3, "margin": 0.2}
 KINDS = {
@@ -248,7 +248,7 @@ def test_a_patch_is_reverted_after_the_model_was_saved_with_it(tmp_path):
 
 def test_a_memory_that_says_nothing_yet_is_refused():
     model = small_model()
-    engram.attach(model, TOKENIZER, memory_config())
+    engram_lm.attach(model, TOKENIZER, memory_config())
     with pytest.raises(ConfigError, match=r"value projections.*still zero.*train"):
         RowPatch.fit(model, TOKENIZER, [FACT])
 
@@ -283,7 +283,7 @@ def test_the_memory_that_is_meant_must_be_clear_and_read():
     adapter = attached_adapters(model)["default"]
     with adapter.disabled(), pytest.raises(ConfigError, match="'default' is disabled"):
         patch.apply(adapter)
-    second = engram.attach(model, TOKENIZER, memory_config(), name="second")
+    second = engram_lm.attach(model, TOKENIZER, memory_config(), name="second")
     with pytest.raises(ConfigError, match=r"\['default', 'second'\]; pass the MemoryAdapter"):
         patch.apply(model)
     patch.apply(adapter)
@@ -298,7 +298,7 @@ def test_the_memory_that_is_meant_must_be_clear_and_read():
 def test_another_hash_type_or_tokenizer_is_refused_with_both_values(other_tokenizer):
     patch = handmade(trained_model(), [3], 1)
     half, other = trained_model(dtype=torch.bfloat16), small_model()
-    adapter = engram.attach(other, TOKENIZER, memory_config(rows_per_head=97))
+    adapter = engram_lm.attach(other, TOKENIZER, memory_config(rows_per_head=97))
     with pytest.raises(MismatchError, match=f"{patch.spec_digest}.*{adapter.spec.digest}"):
         patch.apply(other)
     with pytest.raises(MismatchError, match=r"6 torch.float32 numbers.*6 torch.bfloat16"):

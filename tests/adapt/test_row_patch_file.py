@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engram import RowPatch
-from engram.adapt.row_change import Fact, RowChange, same_bits
-from engram.errors import CheckpointError
+from engram_lm import RowPatch
+from engram_lm.adapt.row_change import Fact, RowChange, same_bits
+from engram_lm.errors import CheckpointError
 
 FACT = Fact(
     prompt="Größe: a", target=" b", prompt_tokens=(5, 6), target_tokens=(7,), loss_before=3.5, loss_after=0.125,

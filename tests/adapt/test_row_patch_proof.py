@@ -8,9 +8,9 @@ import torch
 from tests.adapt.patched_models import FACT, bits, same_state, trained_model
 from tests.adapt.small_models import TEXT, TOKENIZER
 
-from engram import RowPatch
-from engram.adapt import FitOptions, attached_adapters
-from engram.errors import ConfigError, DataError, MismatchError
+from engram_lm import RowPatch
+from engram_lm.adapt import FitOptions, attached_adapters
+from engram_lm.errors import ConfigError, DataError, MismatchError
 
 REFERENCE = np.random.default_rng(1).integers(2, 280, 2000)
 WINDOWS = {"window_tokens": 12, "max_windows": 40}

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tests.adapt.small_models import TOKENIZER, small_model
 
-import engram
-from engram.adapt import ngram_states
-from engram.adapt.decoder import find_decoder
-from engram.adapt.ngram_states import mean_states
-from engram.adapt.transfer import reduced, transfer_rows
-from engram.errors import ConfigError, DataError, TokenError
-from engram.hashing import Segments
-from engram.hashing.ngrams import frequent_ngrams
+import engram_lm
+from engram_lm.adapt import ngram_states
+from engram_lm.adapt.decoder import find_decoder
+from engram_lm.adapt.ngram_states import mean_states
+from engram_lm.adapt.transfer import reduced, transfer_rows
+from engram_lm.errors import ConfigError, DataError, TokenError
+from engram_lm.hashing import Segments
+from engram_lm.hashing.ngrams import frequent_ngrams
 
 DEAD, END = 40, 50
 
@@ -35,7 +35,7 @@ def attached(config):
         model = small_model(name).to(model_dtype)
         torch.manual_seed(5)
         segments = Segments(end_tokens=(END,), dead_tokens=(DEAD,))
-        return model, engram.attach(model, TOKENIZER, config(**changes), dtype=dtype, segments=segments)
+        return model, engram_lm.attach(model, TOKENIZER, config(**changes), dtype=dtype, segments=segments)
 
     return build
 
@@ -232,7 +232,7 @@ def test_the_memory_itself_is_not_heard_but_others_are(attached, config):
     def rows(loud, other):
         model, adapter = attached()
         if other:
-            beside = engram.attach(model, TOKENIZER, config(layers=(0,)), name="beside")
+            beside = engram_lm.attach(model, TOKENIZER, config(layers=(0,)), name="beside")
             with torch.no_grad():
                 beside.layers["0"].key_value.weight.normal_()
         if loud:
@@ -263,7 +263,7 @@ def test_ngrams_with_one_continuation_get_rows_that_are_near(config):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    adapter = engram.attach(model, TOKENIZER, config(layers=(1,), rows_per_head=4001))
+    adapter = engram_lm.attach(model, TOKENIZER, config(layers=(1,), rows_per_head=4001))
     corpus = sample(generator, 1, 8000)[0].numpy()
 
     def nearness():
@@ -305,7 +305,7 @@ def test_what_cannot_be_transferred_is_refused_and_nothing_is_written(attached, 
     adapter.detach()
     with pytest.raises(ConfigError, match="detached"):
         transfer_rows(adapter, text())
-    read_only = engram.MemoryAdapter.from_pretrained(model, tmp_path / "adapter", table_tier="mmap")
+    read_only = engram_lm.MemoryAdapter.from_pretrained(model, tmp_path / "adapter", table_tier="mmap")
     with pytest.raises(ConfigError, match="table_tier='device'"):
         transfer_rows(read_only, text())
     read_only.close()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from engram.cli import main
+from engram_lm.cli import main
 
 LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Analyzed:
-    """What ``engram analyze`` was given, and where it wrote."""
+    """What ``engram-lm analyze`` was given, and where it wrote."""
 
     memory: Path
     twin: Path
@@ -33,14 +33,14 @@ def analyzed(tmp_path_factory):
     from tests.small_model import BACKBONE, MEMORY, VARIANTS
     from tests.training.test_loop import TOKENIZER
 
-    import engram
+    import engram_lm
 
     folder = tmp_path_factory.mktemp("analyzed")
     backbone, changes = VARIANTS["streams"]
-    for name, memory in (("memory", engram.EngramConfig(**{**MEMORY, **changes})), ("memory/twin", None)):
+    for name, memory in (("memory", engram_lm.EngramConfig(**{**MEMORY, **changes})), ("memory/twin", None)):
         torch.manual_seed(0)
         shape = {**BACKBONE, **(backbone if memory else {})}
-        model = engram.EngramForCausalLM(engram.EngramLMConfig.for_tokenizer(TOKENIZER, memory, **shape))
+        model = engram_lm.EngramForCausalLM(engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, memory, **shape))
         with torch.no_grad():
             for parameter in model.parameters():  # some start at zero, so that memory would add nothing
                 parameter.add_(torch.randn(parameter.shape) * 0.1)

@@ -21,7 +21,7 @@ assert not [output for output in outputs if output.output_type == "error"]
 
 @pytest.mark.timeout(300)
 def test_example_notebook_runs_and_every_cell_shows_something(analyzed, tmp_path):
-    pytest.importorskip("nbclient", reason="pip install engram[dev]")
+    pytest.importorskip("nbclient", reason="pip install engram-lm[dev]")
     # The machine's own settings of Jupyter and IPython stay out of it.
     own = {name: str(tmp_path) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     environment = {

@@ -7,9 +7,9 @@ import pytest
 from tests.analysis.conftest import LENGTH
 from tests.page_reading import HOSTILE, Page, contrast
 
-from engram.analysis import gate_trace
-from engram.analysis.report.page import render_report
-from engram.serving.load import load_model
+from engram_lm.analysis import gate_trace
+from engram_lm.analysis.report.page import render_report
+from engram_lm.serving.load import load_model
 
 TYPED = "The cat sat on zebras"
 

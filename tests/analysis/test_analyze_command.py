@@ -1,4 +1,4 @@
-"""``engram analyze``: every part from one pass, parts that do not apply named, nothing lost, nothing half written."""
+"""``engram-lm analyze``: every part from one pass, parts that do not apply named, nothing lost or half written."""
 
 import json
 import re
@@ -11,18 +11,18 @@ from tests.adapt import small_models
 from tests.analysis.conftest import LENGTH
 from tests.small_model import MEMORY
 
-import engram
-from engram.analysis import find_subject, gate_trace
-from engram.analysis.all_parts import PARTS, AnalyzeOptions, analyze
-from engram.analysis.command import _names
-from engram.analysis.gate_statistics import average_gates
-from engram.analysis.lens import logit_lens
-from engram.analysis.summary import remarks
-from engram.cli import main
-from engram.errors import ConfigError
-from engram.serving.load import load_model
-from engram.training.batches import pack
-from engram.training.corpus import Document, read_corpus
+import engram_lm
+from engram_lm.analysis import find_subject, gate_trace
+from engram_lm.analysis.all_parts import PARTS, AnalyzeOptions, analyze
+from engram_lm.analysis.command import _names
+from engram_lm.analysis.gate_statistics import average_gates
+from engram_lm.analysis.lens import logit_lens
+from engram_lm.analysis.summary import remarks
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.serving.load import load_model
+from engram_lm.training.batches import pack
+from engram_lm.training.corpus import Document, read_corpus
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_adapter_goes_to_the_first_model_and_the_second_stays_without(tmp_path, 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model.save_pretrained(base)
     small_models.TOKENIZER.save_pretrained(base)
-    engram.attach(model, small_models.TOKENIZER, engram.EngramConfig(**MEMORY)).save_pretrained(adapter)
+    engram_lm.attach(model, small_models.TOKENIZER, engram_lm.EngramConfig(**MEMORY)).save_pretrained(adapter)
     (tmp_path / "text").write_text(small_models.TEXT)
     call = ["analyze", str(base), str(base), "--adapter", str(adapter), "--data", str(tmp_path / "text"), "--json"]
     assert main([*call, "--out", str(tmp_path / "out"), "--max-tokens", "400", "--parts", "gates,cka"]) == 0

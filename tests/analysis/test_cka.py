@@ -8,12 +8,12 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram.analysis import Analysis, find_subject, read_text
-from engram.analysis.alignment import CkaMap, soft_alignment
-from engram.analysis.cka import Cka, centered_gram, layer_similarity
-from engram.analysis.reading import NotApplicable, text_tokens
-from engram.errors import ConfigError, DataError, MismatchError
+import engram_lm
+from engram_lm.analysis import Analysis, find_subject, read_text
+from engram_lm.analysis.alignment import CkaMap, soft_alignment
+from engram_lm.analysis.cka import Cka, centered_gram, layer_similarity
+from engram_lm.analysis.reading import NotApplicable, text_tokens
+from engram_lm.errors import ConfigError, DataError, MismatchError
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:300]
 LENGTH = 20
@@ -22,9 +22,9 @@ LENGTH = 20
 def own_model(variant="plain"):
     torch.manual_seed(0)
     backbone, changes = VARIANTS[variant]
-    memory = engram.EngramConfig(**{**MEMORY, **changes})
-    config = engram.EngramLMConfig.for_tokenizer(TOKENIZER, memory, **{**BACKBONE, **backbone})
-    model = engram.EngramForCausalLM(config).eval()
+    memory = engram_lm.EngramConfig(**{**MEMORY, **changes})
+    config = engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, memory, **{**BACKBONE, **backbone})
+    model = engram_lm.EngramForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from engram.analysis import GateTrace, colored_gates, colored_html
-from engram.analysis.colored_text import gates_to_show, visible_text
-from engram.errors import ConfigError
+from engram_lm.analysis import GateTrace, colored_gates, colored_html
+from engram_lm.analysis.colored_text import gates_to_show, visible_text
+from engram_lm.errors import ConfigError
 
 
 def trace_of(texts, gates):

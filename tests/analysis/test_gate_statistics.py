@@ -9,13 +9,13 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram.analysis import GateStatistics, NotApplicable, average_gates, find_subject, gate_trace, read_text
-from engram.analysis.ngram_table import NgramTable, ngram_keys
-from engram.analysis.reading import text_tokens
-from engram.analysis.token_classes import TOKEN_CLASSES, token_classes
-from engram.errors import ConfigError, DataError, MismatchError
-from engram.hashing import Segments
+import engram_lm
+from engram_lm.analysis import GateStatistics, NotApplicable, average_gates, find_subject, gate_trace, read_text
+from engram_lm.analysis.ngram_table import NgramTable, ngram_keys
+from engram_lm.analysis.reading import text_tokens
+from engram_lm.analysis.token_classes import TOKEN_CLASSES, token_classes
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.hashing import Segments
 
 LENGTH = 16
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]
@@ -24,9 +24,9 @@ TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400
 def own_model(variant="plain", memory=True, segments=None, **changes):
     torch.manual_seed(0)
     backbone, more = VARIANTS[variant]
-    config = engram.EngramConfig(**{**MEMORY, **more, **changes}) if memory else None
-    model = engram.EngramForCausalLM(
-        engram.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **{**BACKBONE, **backbone})
+    config = engram_lm.EngramConfig(**{**MEMORY, **more, **changes}) if memory else None
+    model = engram_lm.EngramForCausalLM(
+        engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **{**BACKBONE, **backbone})
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def own_model(variant="plain", memory=True, segments=None, **changes):
 
 def attached_model():
     model = small_model()
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     return model
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import engram
-from engram.analysis import GateTrace, gate_trace, strongest
-from engram.analysis.gate_scores import score_parts
-from engram.errors import ConfigError, DataError, MismatchError, TokenError
-from engram.hashing import Segments
-from engram.memory.gate import signed_sqrt
-from engram.tables import ParameterTable
-from engram.training.tokenizer import train_tokenizer
+import engram_lm
+from engram_lm.analysis import GateTrace, gate_trace, strongest
+from engram_lm.analysis.gate_scores import score_parts
+from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
+from engram_lm.hashing import Segments
+from engram_lm.memory.gate import signed_sqrt
+from engram_lm.tables import ParameterTable
+from engram_lm.training.tokenizer import train_tokenizer
 
 TEXT = "def close(self):\n    self.file.close()\n    return self\n"
 ODD_TEXT = "naïve 中国 → 🐎\r\n\tend \ufffd of text"
@@ -41,9 +41,9 @@ def build(tokenizer, *, memory=True, segments=None, **options):
     """A small model with every weight of its memory away from the initial value."""
     torch.manual_seed(1)
     options = {"layers": (0, 2), "num_heads": 2, "memory_dim": 24, "rows_per_head": 31, **options}
-    config = engram.EngramConfig(hidden_size=16, **options) if memory else None
-    model = engram.EngramForCausalLM(
-        engram.EngramLMConfig.for_tokenizer(tokenizer, config, segments=segments, **BACKBONE)
+    config = engram_lm.EngramConfig(hidden_size=16, **options) if memory else None
+    model = engram_lm.EngramForCausalLM(
+        engram_lm.EngramLMConfig.for_tokenizer(tokenizer, config, segments=segments, **BACKBONE)
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,10 +85,10 @@ def test_parts_of_the_score_add_up_to_the_gates_of_the_model(tokenizer, options)
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"gate": "plain", "bias": True}], ids=str)
 @pytest.mark.parametrize("num_streams", [1, 3])
 def test_parts_of_the_score_add_up_for_every_stream(options, num_streams):
-    config = engram.EngramConfig(
+    config = engram_lm.EngramConfig(
         hidden_size=8, num_streams=num_streams, orders=(2, 3, 5), num_heads=2, memory_dim=18, **options
     )
-    layer = engram.EngramLayer(config, ParameterTable(53, config.head_dim))
+    layer = engram_lm.EngramLayer(config, ParameterTable(53, config.head_dim))
     with torch.no_grad():
         for parameter in [*layer.parameters(), layer.table.weight]:
             parameter.copy_(torch.randn(parameter.shape))

@@ -9,12 +9,12 @@ import transformers
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram.analysis import find_subject, read_text
-from engram.analysis.lens import LensCurve, LogitLens, logit_lens
-from engram.analysis.positions import thinned
-from engram.analysis.reading import NotApplicable, text_tokens
-from engram.errors import ConfigError, DataError, MismatchError
+import engram_lm
+from engram_lm.analysis import find_subject, read_text
+from engram_lm.analysis.lens import LensCurve, LogitLens, logit_lens
+from engram_lm.analysis.positions import thinned
+from engram_lm.analysis.reading import NotApplicable, text_tokens
+from engram_lm.errors import ConfigError, DataError, MismatchError
 
 TOKENS = text_tokens(TOKENIZER, TEXT)[:70]
 LENGTH = 16
@@ -23,8 +23,8 @@ LENGTH = 16
 def own_model(variant="plain"):
     torch.manual_seed(0)
     backbone, changes = VARIANTS[variant]
-    model = engram.EngramForCausalLM(
-        engram.EngramLMConfig.for_tokenizer(TOKENIZER, engram.EngramConfig(**{**MEMORY, **changes}), **{
+    model = engram_lm.EngramForCausalLM(
+        engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, engram_lm.EngramConfig(**{**MEMORY, **changes}), **{
             **BACKBONE, **backbone
         })
     ).eval()  # fmt: skip
@@ -42,7 +42,7 @@ def loud(model):
 
 def attached_model():
     model = small_model()
-    loud(engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY)).layers)
+    loud(engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY)).layers)
     return model
 
 
@@ -154,7 +154,7 @@ def test_results_do_not_depend_on_the_budget_nor_on_what_is_computed_together(mo
     together = read(16).to_dict()["models"]["LlamaForCausalLM"]
     chunks = []
     predict = type(subject).predict
-    monkeypatch.setattr("engram.analysis.lens._CHUNK_BYTES", 0)
+    monkeypatch.setattr("engram_lm.analysis.lens._CHUNK_BYTES", 0)
     monkeypatch.setattr(
         type(subject), "predict", lambda self, hidden: chunks.append(len(hidden)) or predict(self, hidden)
     )

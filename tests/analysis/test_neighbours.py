@@ -10,11 +10,11 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY
 
-import engram
-from engram.analysis import find_subject, nearest_ngrams, nearest_rows
-from engram.analysis.reading import text_tokens
-from engram.errors import ConfigError, DataError, MismatchError, RowRangeError
-from engram.hashing.ngrams import frequent_ngrams
+import engram_lm
+from engram_lm.analysis import find_subject, nearest_ngrams, nearest_rows
+from engram_lm.analysis.reading import text_tokens
+from engram_lm.errors import ConfigError, DataError, MismatchError, RowRangeError
+from engram_lm.hashing.ngrams import frequent_ngrams
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]
 
@@ -23,27 +23,27 @@ def randomize(model):
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not isinstance(model, engram.EngramForCausalLM) or ".memory." in name or "tables" in name:
+            if not isinstance(model, engram_lm.EngramForCausalLM) or ".memory." in name or "tables" in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.7)
     return model
 
 
 def own_subject(memory=True, backbone=(), **changes):
-    config = engram.EngramConfig(**{**MEMORY, **changes}) if memory else None
-    config = engram.EngramLMConfig.for_tokenizer(TOKENIZER, config, **{**BACKBONE, **dict(backbone)})
-    return find_subject(randomize(engram.EngramForCausalLM(config).eval()), TOKENIZER)
+    config = engram_lm.EngramConfig(**{**MEMORY, **changes}) if memory else None
+    config = engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, **{**BACKBONE, **dict(backbone)})
+    return find_subject(randomize(engram_lm.EngramForCausalLM(config).eval()), TOKENIZER)
 
 
 def attached_subject():
     model = small_model("gemma3")
-    adapter = engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    adapter = engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     randomize(adapter)
     return find_subject(model, TOKENIZER)
 
 
 def file_subject(tmp_path):
     own_subject().model.save_pretrained(tmp_path)
-    return find_subject(engram.EngramForCausalLM.from_pretrained(tmp_path, table_tier="file").eval(), TOKENIZER)
+    return find_subject(engram_lm.EngramForCausalLM.from_pretrained(tmp_path, table_tier="file").eval(), TOKENIZER)
 
 
 @pytest.fixture(params=["own", "attached", "shared", "file"])

@@ -5,10 +5,10 @@ import pytest
 from tests.adapt.small_models import TOKENIZER, small_model
 from tests.analysis.test_cka import own_model
 
-from engram.analysis import Analysis, find_subject, read_text
-from engram.analysis.positions import PositionChoice, name_ends, thinned, word_ends
-from engram.analysis.reading import text_tokens
-from engram.errors import ConfigError
+from engram_lm.analysis import Analysis, find_subject, read_text
+from engram_lm.analysis.positions import PositionChoice, name_ends, thinned, word_ends
+from engram_lm.analysis.reading import text_tokens
+from engram_lm.errors import ConfigError
 
 TEXT = "the cat Diana Spencer sat. The Cat Naïve-Æsop saw Müller 北京 x2 rat's end"
 
@@ -113,14 +113,14 @@ def test_given_positions_and_every_so_many_th_of_them():
 def test_dead_positions_are_never_chosen():
     from tests.small_model import BACKBONE, MEMORY
 
-    import engram
-    from engram.hashing import Segments
+    import engram_lm
+    from engram_lm.hashing import Segments
 
     dead = TOKENIZER.pad_token_id
-    config = engram.EngramLMConfig.for_tokenizer(
-        TOKENIZER, engram.EngramConfig(**MEMORY), segments=Segments(dead_tokens=(dead,)), **BACKBONE
+    config = engram_lm.EngramLMConfig.for_tokenizer(
+        TOKENIZER, engram_lm.EngramConfig(**MEMORY), segments=Segments(dead_tokens=(dead,)), **BACKBONE
     )
-    assert chosen("all", [7, 8, dead, 9], engram.EngramForCausalLM(config).eval()) == [0, 1, 3]
+    assert chosen("all", [7, 8, dead, 9], engram_lm.EngramForCausalLM(config).eval()) == [0, 1, 3]
 
 
 def test_impossible_choices_are_refused():

@@ -9,13 +9,13 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram.analysis import Analysis, NotApplicable, find_subject, read_text
-from engram.analysis.budget import bytes_per_token, choose_batch_size
-from engram.analysis.reading import text_tokens, visible_tokens
-from engram.analysis.recording import not_finite, recording
-from engram.errors import ConfigError, DataError, MismatchError, TokenError
-from engram.hashing import Segments
+import engram_lm
+from engram_lm.analysis import Analysis, NotApplicable, find_subject, read_text
+from engram_lm.analysis.budget import bytes_per_token, choose_batch_size
+from engram_lm.analysis.reading import text_tokens, visible_tokens
+from engram_lm.analysis.recording import not_finite, recording
+from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
+from engram_lm.hashing import Segments
 
 TOKENS = text_tokens(TOKENIZER, TEXT)[:203]
 
@@ -23,15 +23,15 @@ TOKENS = text_tokens(TOKENIZER, TEXT)[:203]
 def own_model(variant="plain", memory=True, segments=None):
     torch.manual_seed(0)
     backbone, changes = VARIANTS[variant]
-    config = engram.EngramConfig(**{**MEMORY, **changes}) if memory else None
-    return engram.EngramForCausalLM(
-        engram.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **{**BACKBONE, **backbone})
+    config = engram_lm.EngramConfig(**{**MEMORY, **changes}) if memory else None
+    return engram_lm.EngramForCausalLM(
+        engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **{**BACKBONE, **backbone})
     ).eval()
 
 
 def attached_model():
     model = small_model()
-    adapter = engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    adapter = engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     with torch.no_grad():
         for parameter in adapter.layers.parameters():  # some start at zero, so that nothing would be added
             parameter.add_(torch.randn(parameter.shape) * 0.3)
@@ -355,7 +355,7 @@ def test_what_relies_on_the_head_is_left_out_where_the_head_is_not_understood():
 def test_memory_that_is_switched_off_halfway_is_noticed():
     model = attached_model()
     subject = find_subject(model, TOKENIZER)
-    adapter = engram.adapt.attached_adapters(model)["default"]
+    adapter = engram_lm.adapt.attached_adapters(model)["default"]
     with adapter.disabled(), pytest.raises(MismatchError, match="did not read the memory of block 0"):
         read_text([subject], TOKENS, {"it": Lengths()}, length=20)
 

@@ -10,14 +10,14 @@ import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY
 
-import engram
-from engram.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
-from engram.analysis.ngram_collisions import ngram_collisions, ngram_rows
-from engram.analysis.reading import text_tokens
-from engram.analysis.row_hits import HitCounter, RowHits, log_ranks, zipf_exponent
-from engram.errors import ConfigError, DataError, MismatchError, TokenError
-from engram.hashing import HashSpec, Segments, TokenMap
-from engram.hashing.ngrams import frequent_ngrams
+import engram_lm
+from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
+from engram_lm.analysis.ngram_collisions import ngram_collisions, ngram_rows
+from engram_lm.analysis.reading import text_tokens
+from engram_lm.analysis.row_hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
+from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing.ngrams import frequent_ngrams
 
 LENGTH = 16
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]
@@ -25,14 +25,14 @@ TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400
 
 def own_model(memory=True, segments=None, **changes):
     torch.manual_seed(0)
-    config = engram.EngramConfig(**{**MEMORY, **changes}) if memory else None
-    config = engram.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **BACKBONE)
-    return engram.EngramForCausalLM(config).eval()
+    config = engram_lm.EngramConfig(**{**MEMORY, **changes}) if memory else None
+    config = engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, segments=segments, **BACKBONE)
+    return engram_lm.EngramForCausalLM(config).eval()
 
 
 def attached_model():
     model = small_model()
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     return model
 
 

@@ -6,9 +6,9 @@ import transformers
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER, small_model, small_multimodal_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram.analysis import Analysis, find_subject, group_by_tokenizer, read_text
-from engram.errors import ConfigError, MismatchError
+import engram_lm
+from engram_lm.analysis import Analysis, find_subject, group_by_tokenizer, read_text
+from engram_lm.errors import ConfigError, MismatchError
 
 LENGTH = 24
 
@@ -31,9 +31,9 @@ class Prediction(Analysis):
 def own_model(variant="plain", memory=True):
     torch.manual_seed(0)
     backbone, changes = VARIANTS[variant]
-    config = engram.EngramConfig(**{**MEMORY, **changes}) if memory else None
-    return engram.EngramForCausalLM(
-        engram.EngramLMConfig.for_tokenizer(TOKENIZER, config, **{**BACKBONE, **backbone})
+    config = engram_lm.EngramConfig(**{**MEMORY, **changes}) if memory else None
+    return engram_lm.EngramForCausalLM(
+        engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, **{**BACKBONE, **backbone})
     ).eval()
 
 
@@ -71,7 +71,7 @@ def test_half_precision_is_predicted_too(make):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_an_attached_memory_is_found_and_predicts_what_the_model_says(name):
     model = small_model(name)
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     subject = find_subject(model, TOKENIZER)
     assert list(subject.memories) == [0, 2]
     assert subject.gated and (subject.num_streams, subject.hidden_size, subject.num_layers) == (1, 32, 3)
@@ -89,8 +89,8 @@ def test_our_own_model_is_seen_with_its_streams_and_its_memory():
 
 def test_one_of_several_attached_memories_is_chosen():
     model = small_model()
-    first = engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY), name="first")
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**{**MEMORY, "layers": (1,)}), name="second")
+    first = engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY), name="first")
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**{**MEMORY, "layers": (1,)}), name="second")
     with pytest.raises(ConfigError, match="first, second; choose with adapter="):
         find_subject(model, TOKENIZER)
     assert list(find_subject(model, TOKENIZER, adapter="second").memories) == [1]
@@ -108,7 +108,7 @@ def test_memory_is_found_inside_peft():
     import peft
 
     model = small_model()
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     subject = find_subject(model, TOKENIZER)
     assert list(subject.memories) == [0, 2]
@@ -128,7 +128,7 @@ def test_what_is_no_language_model_is_refused():
 
 def test_another_tokenizer_is_refused(other_tokenizer):
     model = small_model()
-    engram.attach(model, TOKENIZER, engram.EngramConfig(**MEMORY))
+    engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     with pytest.raises(MismatchError, match=r"vocabulary [0-9a-f]{64}, this tokenizer has [0-9a-f]{64}"):
         find_subject(model, other_tokenizer)
 

@@ -9,13 +9,13 @@ from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
-import engram
-from engram import EngramConfig, EngramForCausalLM, EngramLMConfig
-from engram.analysis.suppression import Condition, conditions, suppressed, suppression_effect
-from engram.errors import ConfigError, MismatchError
-from engram.evaluation.loss import held_out_loss
-from engram.evaluation.task_scores import score_tasks
-from engram.evaluation.tasks import TaskItem
+import engram_lm
+from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
+from engram_lm.analysis.suppression import Condition, conditions, suppressed, suppression_effect
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.evaluation.task_scores import score_tasks
+from engram_lm.evaluation.tasks import TaskItem
 
 IDS = TOKENIZER("The Cat saw a rat; the rat ran to the mat.", return_tensors="pt").input_ids
 ITEMS = (
@@ -37,7 +37,7 @@ def own(variant="plain"):
 
 def attached():
     model = small_model("llama")
-    speak(engram.attach(model, TOKENIZER, EngramConfig(**MEMORY)))
+    speak(engram_lm.attach(model, TOKENIZER, EngramConfig(**MEMORY)))
     return model
 
 
@@ -47,7 +47,7 @@ def logits(model):
 
 
 def memory_layers(model):
-    found = [module for module in model.modules() if isinstance(module, engram.EngramLayer)]
+    found = [module for module in model.modules() if isinstance(module, engram_lm.EngramLayer)]
     assert len(found) == 2
     return found
 
@@ -79,7 +79,7 @@ def test_zero_of_an_attached_memory_is_the_plain_model():
     with suppressed(model):
         found = logits(model)
     assert torch.equal(found, logits(small_model("llama")))
-    (adapter,) = engram.adapt.attached_adapters(model).values()
+    (adapter,) = engram_lm.adapt.attached_adapters(model).values()
     with suppressed(adapter, how="zero"):
         assert torch.equal(logits(model), found)
     assert not torch.allclose(logits(model), found, atol=1e-3)
@@ -188,7 +188,7 @@ def test_the_effect_is_what_each_condition_measures_by_itself(build):
 
 
 def test_a_subject_is_suppressed_as_its_model_is():
-    from engram.analysis.subject import find_subject
+    from engram_lm.analysis.subject import find_subject
 
     model = own()
     subject = find_subject(model, TOKENIZER)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tests.training.test_loop import TOKENS, model
 
-from engram.errors import DataError
-from engram.evaluation.loss import held_out_loss
+from engram_lm.errors import DataError
+from engram_lm.evaluation.loss import held_out_loss
 
 
 def test_the_loss_is_the_mean_over_sequences_that_do_not_see_each_other():

@@ -1,4 +1,4 @@
-"""``engram table bench``: measured on real files, cold only where the kernel says that they are."""
+"""``engram-lm table bench``: measured on real files, cold only where the kernel says that they are."""
 
 import json
 import mmap
@@ -10,12 +10,12 @@ import pytest
 import torch
 from tests.raw_safetensors import write_raw
 
-from engram.cli import main
-from engram.errors import ConfigError
-from engram.evaluation.table_bench import Bench, draw_rows, drop, synthetic_table
-from engram.tables import MappedTable, tensor_layout
-from engram.tables.residency import resident_share
-from engram.tables.safetensors_file import read_header
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.evaluation.table_bench import Bench, draw_rows, drop, synthetic_table
+from engram_lm.tables import MappedTable, tensor_layout
+from engram_lm.tables.residency import resident_share
+from engram_lm.tables.safetensors_file import read_header
 
 PAGE, NAME = mmap.PAGESIZE, "model.memory_tables.1.weight"
 

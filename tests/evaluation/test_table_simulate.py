@@ -1,4 +1,4 @@
-"""``engram table simulate``: the numbers of its JSON are those of the rows it was given, or hashed."""
+"""``engram-lm table simulate``: the numbers of its JSON are those of the rows it was given, or hashed."""
 
 import io
 import json
@@ -10,15 +10,15 @@ import pytest
 import torch
 from tests.small_model import BACKBONE, MEMORY, TEXT
 
-from engram.cli import main
-from engram.errors import ConfigError, DataError
-from engram.evaluation.table_simulate import Simulate
-from engram.hashing import HashSpec, TokenMap
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.read_ahead import record_rows
-from engram.tables.reuse import HitCurve, lru_distances
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluation.table_simulate import Simulate
+from engram_lm.hashing import HashSpec, TokenMap
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.read_ahead import record_rows
+from engram_lm.tables.reuse import HitCurve, lru_distances
+from engram_lm.training.tokenizer import train_tokenizer
 
 
 def simulated(capsys, *arguments):

@@ -9,12 +9,12 @@ from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY
 
-import engram
-from engram import EngramConfig, EngramForCausalLM, EngramLMConfig
-from engram.cli import main
-from engram.errors import DataError
-from engram.evaluation.task_scores import score_tasks
-from engram.evaluation.tasks import TaskItem, write_tasks
+import engram_lm
+from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
+from engram_lm.cli import main
+from engram_lm.errors import DataError
+from engram_lm.evaluation.task_scores import score_tasks
+from engram_lm.evaluation.tasks import TaskItem, write_tasks
 
 ITEMS = (
     TaskItem(id="a", family="cat", prompt="the cat sat on", answer=" the mat", choices=(" the mat", " a rat", " it")),
@@ -36,7 +36,7 @@ def with_memory():
 
 def attached():
     model = small_model("llama")
-    adapter = engram.attach(model, TOKENIZER, EngramConfig(**MEMORY))
+    adapter = engram_lm.attach(model, TOKENIZER, EngramConfig(**MEMORY))
     speak(adapter)
     return model
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engram.errors import DataError
-from engram.evaluation.tasks import TaskItem, read_tasks, write_tasks
+from engram_lm.errors import DataError
+from engram_lm.evaluation.tasks import TaskItem, read_tasks, write_tasks
 
 
 def write_lines(path, *lines):

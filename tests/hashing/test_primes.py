@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.errors import ConfigError
-from engram.hashing.primes import distinct_primes, is_prime, longcat_moduli, next_prime, prime_tables
-from engram.hashing.reference import distinct_primes_reference, is_prime_reference
+from engram_lm.errors import ConfigError
+from engram_lm.hashing.primes import distinct_primes, is_prime, longcat_moduli, next_prime, prime_tables
+from engram_lm.hashing.reference import distinct_primes_reference, is_prime_reference
 
 
 def test_small_numbers_are_prime_exactly_when_no_divisor_divides_them():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engram.errors import ConfigError, MismatchError, TokenMapError
-from engram.hashing import HashSpec, Segments, TokenHistory, TokenMap
+from engram_lm.errors import ConfigError, MismatchError, TokenMapError
+from engram_lm.hashing import HashSpec, Segments, TokenHistory, TokenMap
 
 LONGCAT = {
     "model_type": "longcat_flash_ngram", "ngram_vocab_size_ratio": 78, "emb_neighbor_num": 4, "emb_split_num": 4,

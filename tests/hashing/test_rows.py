@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
-from engram.hashing import HashSpec
-from engram.hashing.reference import encode_reference, rows_reference
+from engram_lm.hashing import HashSpec
+from engram_lm.hashing.reference import encode_reference, rows_reference
 
 
 def random_input(spec, seed, batch, length):
@@ -71,7 +71,7 @@ def test_every_row_lies_in_its_own_column_of_the_table(spec):
 
 
 def test_the_largest_tokens_and_multipliers_stay_in_the_table():
-    from engram.hashing import TokenMap
+    from engram_lm.hashing import TokenMap
 
     for vocab_size in (1, 2, 3, 1000):
         spec = HashSpec.build(TokenMap.identity(vocab_size), layers=(0,), rows_per_head=2**40, pad_token_id=0)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from engram.errors import ConfigError
-from engram.hashing import Segments
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import Segments
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import ConfigError, HistoryError, MismatchError, TokenError
-from engram.hashing import HashSpec, Segments, TokenHistory, TokenMap
+from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenError
+from engram_lm.hashing import HashSpec, Segments, TokenHistory, TokenMap
 
 RAW = TokenMap.identity(50)
 
@@ -189,12 +189,12 @@ def test_tokens_masks_and_histories_of_the_wrong_shape_are_refused(kind):
 def test_numpy_rows_and_from_config_import_neither_torch_nor_transformers():
     program = (
         "import sys, numpy as np\n"
-        "from engram.hashing import HashSpec, TokenMap, Segments\n"
+        "from engram_lm.hashing import HashSpec, TokenMap, Segments\n"
         "s = HashSpec.build(TokenMap.identity(9), layers=(0,), rows_per_head=5, pad_token_id=0)\n"
         "s.rows_for_layers(s.encode(np.array([[1, 2]]))); s.rows([1, 2], 0)\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules), 'imported'\n"
-        "import engram.hashing\n"
-        "assert 'TokenHistory' in dir(engram.hashing)\n"
+        "import engram_lm.hashing\n"
+        "assert 'TokenHistory' in dir(engram_lm.hashing)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from engram.errors import TokenError, TokenMapError
-from engram.hashing import TokenMap
+from engram_lm.errors import TokenError, TokenMapError
+from engram_lm.hashing import TokenMap
 
 DEEPSEEK_DIGEST = "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
 

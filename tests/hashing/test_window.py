@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from engram.errors import ConfigError, HistoryError
-from engram.hashing import RollingWindow
+from engram_lm.errors import ConfigError, HistoryError
+from engram_lm.hashing import RollingWindow
 
 
 def expected(streams, width, fill, item_shape=()):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engram.errors import ConfigError
-from engram.hashing import TokenMap
-from engram.memory import EngramConfig, EngramLayer
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import TokenMap
+from engram_lm.memory import EngramConfig, EngramLayer
 
 SMALL = {"hidden_size": 8, "num_heads": 2, "memory_dim": 12, "rows_per_head": 11}
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import ConfigError, HistoryError, MismatchError
-from engram.memory import ConvolutionState, EngramConfig, EngramLayer
-from engram.memory.layer import row_signs
-from engram.memory.reference import layer_reference
-from engram.tables import ParameterTable, ResidentTable
+from engram_lm.errors import ConfigError, HistoryError, MismatchError
+from engram_lm.memory import ConvolutionState, EngramConfig, EngramLayer
+from engram_lm.memory.layer import row_signs
+from engram_lm.memory.reference import layer_reference
+from engram_lm.tables import ParameterTable, ResidentTable
 
 NUM_ROWS = 53
 

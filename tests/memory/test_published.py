@@ -18,11 +18,11 @@ from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
-from engram.errors import CheckpointError, ConfigError, MismatchError, TableClosedError
-from engram.hashing import HashSpec, Segments, TokenMap
-from engram.memory import EngramLayer, read_memory, write_memory
-from engram.tables import MappedTable, ParameterTable, ResidentTable
-from engram.tables.block_float8 import dequantize, quantize
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError, TableClosedError
+from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.memory import EngramLayer, read_memory, write_memory
+from engram_lm.tables import MappedTable, ParameterTable, ResidentTable
+from engram_lm.tables.block_float8 import dequantize, quantize
 
 INDEX = "model.safetensors.index.json"
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -787,8 +787,8 @@ def test_a_kill_while_a_table_is_written_leaves_no_checkpoint(tmp_path):
     program = """
 import os, signal, sys, torch
 from tests.own_memory import own_memory
-from engram.memory import write_memory
-from engram.tables import ResidentTable
+from engram_lm.memory import write_memory
+from engram_lm.tables import ResidentTable
 
 class Deadly(ResidentTable):
     def gather(self, rows, out=None):

@@ -6,9 +6,9 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
-from engram.hashing import HashSpec, TokenHistory
-from engram.memory import EngramConfig, EngramLayer
-from engram.tables import ParameterTable
+from engram_lm.hashing import HashSpec, TokenHistory
+from engram_lm.memory import EngramConfig, EngramLayer
+from engram_lm.tables import ParameterTable
 
 END, VOCABULARY, HIDDEN, STREAMS = 7, 97, 16, 3
 PUBLISHED = {

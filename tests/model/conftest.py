@@ -5,9 +5,9 @@ import torch
 from tests.small_model import BACKBONE, MEMORY, TEXT
 from transformers import PreTrainedTokenizerFast
 
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.training.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

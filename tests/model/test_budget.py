@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from engram.errors import ConfigError
-from engram.memory import EngramConfig
-from engram.model import EngramLMConfig, allocate
-from engram.model.sizes import expert_parameters, model_sizes
+from engram_lm.errors import ConfigError
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramLMConfig, allocate
+from engram_lm.model.sizes import expert_parameters, model_sizes
 
 RATIOS = [0.0, 0.25, 0.4, 0.5, 0.75, 0.9, 0.95]
 

@@ -8,12 +8,12 @@ import torch
 from tests.small_model import VARIANTS
 from transformers import StaticCache
 
-from engram.errors import RowRangeError, TableClosedError
-from engram.hashing import HashSpec, TokenHistory, TokenMap
-from engram.memory import EngramConfig, EngramLayer
-from engram.model import EngramForCausalLM
-from engram.tables import MappedTable, ParameterTable, ReadAheadTable, ResidentTable, StagedTable
-from engram.training.optimizers import RowAdam
+from engram_lm.errors import RowRangeError, TableClosedError
+from engram_lm.hashing import HashSpec, TokenHistory, TokenMap
+from engram_lm.memory import EngramConfig, EngramLayer
+from engram_lm.model import EngramForCausalLM
+from engram_lm.tables import MappedTable, ParameterTable, ReadAheadTable, ResidentTable, StagedTable
+from engram_lm.training.optimizers import RowAdam
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
 

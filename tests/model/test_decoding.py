@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.small_model import VARIANTS
 from transformers import DynamicCache, StaticCache
 
-from engram.errors import HistoryError, MismatchError
+from engram_lm.errors import HistoryError, MismatchError
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def _interleaved_model(name):
         from tests.small_model import BACKBONE, MEMORY, TEXT
         from transformers import AutoModelForCausalLM
 
-        from engram.memory import EngramConfig
-        from engram.model import EngramLMConfig
-        from engram.training.tokenizer import train_tokenizer
+        from engram_lm.memory import EngramConfig
+        from engram_lm.model import EngramLMConfig
+        from engram_lm.training.tokenizer import train_tokenizer
 
         backbone, memory = VARIANTS[name]
         memory = EngramConfig(**{**MEMORY, **memory})

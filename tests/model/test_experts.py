@@ -6,9 +6,9 @@ import torch.multiprocessing as mp
 from tests.small_model import BACKBONE
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from engram.errors import ConfigError
-from engram.model import EngramForCausalLM, EngramLMConfig, balance_experts, expert_load
-from engram.model.experts import Router, sequence_balance_loss
+from engram_lm.errors import ConfigError
+from engram_lm.model import EngramForCausalLM, EngramLMConfig, balance_experts, expert_load
+from engram_lm.model.experts import Router, sequence_balance_loss
 
 EXPERTS = {
     "first_k_dense_replace": 1,

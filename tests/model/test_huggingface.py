@@ -9,11 +9,11 @@ import torch
 from tests.small_model import VARIANTS
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from engram.errors import MismatchError, TokenError
-from engram.model import EngramForCausalLM
-from engram.model.experts import Router, balance_experts, expert_load
-from engram.model.streams import StreamHead, StreamMixer
-from engram.tables import ParameterTable
+from engram_lm.errors import MismatchError, TokenError
+from engram_lm.model import EngramForCausalLM
+from engram_lm.model.experts import Router, balance_experts, expert_load
+from engram_lm.model.streams import StreamHead, StreamMixer
+from engram_lm.tables import ParameterTable
 
 IDS = torch.arange(2, 42).view(2, 20)
 BATCH, LENGTH, HIDDEN = 2, 20, 32
@@ -445,7 +445,7 @@ def test_trainer_trains_saves_and_resumes(make, tmp_path):
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Balance(TrainerCallback):
-        """Moves the routers' bias after every step, as `engram.training` does."""
+        """Moves the routers' bias after every step, as `engram_lm.training` does."""
 
         def __init__(self):
             self.loads = []

@@ -11,9 +11,9 @@ from tests.small_model import VARIANTS
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import LoadStateDictConfig
 
-from engram.errors import CheckpointError, ConfigError, MismatchError
-from engram.model import EngramForCausalLM, EngramModel
-from engram.tables import MappedTable, ParameterTable
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.model import EngramForCausalLM, EngramModel
+from engram_lm.tables import MappedTable, ParameterTable
 
 IDS = torch.arange(2, 42).view(2, 20)
 INDEX = "model.safetensors.index.json"

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from tests.small_model import BACKBONE, MEMORY
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-import engram
-from engram.errors import ConfigError, EngramError, MismatchError, TokenMapError
-from engram.hashing import TokenMap
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.sizes import model_sizes
-from engram.training.optimizers import parameter_groups
+import engram_lm
+from engram_lm.errors import ConfigError, EngramError, MismatchError, TokenMapError
+from engram_lm.hashing import TokenMap
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.sizes import model_sizes
+from engram_lm.training.optimizers import parameter_groups
 
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -45,7 +45,7 @@ def test_a_saved_model_loads_to_the_same_bits(build, tmp_path, memory):
 def test_the_checkpoint_holds_the_whole_hash(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    spec = engram.HashSpec.from_config(tmp_path)
+    spec = engram_lm.HashSpec.from_config(tmp_path)
     assert spec.digest == model.hash_spec.digest
     assert all(isinstance(m, str) for row in config["hash_spec"]["multipliers"] for m in row)
     assert "_token_map" not in config
@@ -212,7 +212,7 @@ def test_memory_needs_tokens_not_only_embeddings(model):
 
 
 def test_a_token_outside_the_vocabulary_is_refused(model):
-    with pytest.raises((engram.errors.TokenError, IndexError)):
+    with pytest.raises((engram_lm.errors.TokenError, IndexError)):
         model(torch.tensor([[5, 300]]))
 
 

@@ -1,4 +1,4 @@
-"""``engram plan --placement``: tiers that fit, times that follow from the rates, traps that are named."""
+"""``engram-lm plan --placement``: tiers that fit, times that follow from the rates, traps that are named."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ import pytest
 import torch
 from tests.small_model import BACKBONE, MEMORY
 
-from engram.cli import main
-from engram.errors import ConfigError
-from engram.memory import EngramConfig
-from engram.model.placement import (
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.memory import EngramConfig
+from engram_lm.model.placement import (
     GATHER_SECONDS,
     DiskRate,
     Machine,
@@ -22,7 +22,7 @@ from engram.model.placement import (
     read_machine,
     read_meminfo,
 )
-from engram.model.plan import plan, read_config
+from engram_lm.model.plan import plan, read_config
 
 GIB = 1 << 30
 DISK = DiskRate(10_000.0, 100_000.0, "told")

@@ -1,4 +1,4 @@
-"""``engram plan``: instant, and right."""
+"""``engram-lm plan``: instant, and right."""
 
 import json
 import subprocess
@@ -8,10 +8,10 @@ import pytest
 import torch
 from tests.small_model import BACKBONE, MEMORY
 
-from engram.cli import main
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.training.optimizers import RowAdam
+from engram_lm.cli import main
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.training.optimizers import RowAdam
 
 
 def planned(capsys, *arguments):
@@ -108,7 +108,7 @@ def test_for_people_it_prints_a_table(capsys):
 def test_it_neither_builds_the_model_nor_loads_its_code():
     script = (
         "import sys, torch\n"
-        "from engram.cli import main\n"
+        "from engram_lm.cli import main\n"
         "class Counter(torch.utils._python_dispatch.TorchDispatchMode):\n"
         "    largest = 0\n"
         "    def __torch_dispatch__(self, function, types, args=(), kwargs=None):\n"
@@ -118,7 +118,7 @@ def test_it_neither_builds_the_model_nor_loads_its_code():
         "with Counter():\n"
         "    assert main(['plan', 'engram-40b', '--json']) == 0\n"
         "assert Counter.largest <= 1 << 20, Counter.largest\n"
-        "assert 'engram.model.modeling' not in sys.modules\n"
+        "assert 'engram_lm.model.modeling' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,9 +5,9 @@ import torch
 from tests.small_model import BACKBONE, MEMORY
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 
-from engram.errors import ConfigError
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.streams import StreamHead, StreamMixer, sinkhorn
+from engram_lm.errors import ConfigError
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.streams import StreamHead, StreamMixer, sinkhorn
 
 IDS = torch.randint(2, 280, (2, 24), generator=torch.Generator().manual_seed(1))
 FOUR = {"memory": {"num_streams": 4}, "backbone": {"num_streams": 4}}

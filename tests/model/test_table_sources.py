@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tests.tables.mooncake_store import reason_to_skip, running
 from tests.tables.tiers import Files, serving
 
-from engram.cli import main
-from engram.errors import CheckpointError, ConfigError, DataError, MismatchError, RemoteError, RowRangeError
-from engram.model import EngramForCausalLM
-from engram.model.read_ahead import record_rows
-from engram.tables import CachedTable, ParameterTable, RowCodec, publish_to_mooncake, table_layouts
-from engram.tables.convert import convert
-from engram.tables.packed_writer import write_packed
+from engram_lm.cli import main
+from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RemoteError, RowRangeError
+from engram_lm.model import EngramForCausalLM
+from engram_lm.model.read_ahead import record_rows
+from engram_lm.tables import CachedTable, ParameterTable, RowCodec, publish_to_mooncake, table_layouts
+from engram_lm.tables.convert import convert
+from engram_lm.tables.packed_writer import write_packed
 
 IDS = torch.arange(2, 42).view(2, 20)
 OFFLOADED = "ignore:Attempting to save a model with offloaded modules"

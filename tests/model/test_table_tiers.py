@@ -14,13 +14,13 @@ from tests.training.test_loop import TOKENIZER
 from tests.training.test_loop import model as small_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from engram.cli import main
-from engram.errors import CheckpointError, ConfigError
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.model.read_ahead import record_rows
-from engram.model.table_place import TIERS
-from engram.serving.load import TableFlags, TableTier, load_model
-from engram.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
+from engram_lm.cli import main
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.read_ahead import record_rows
+from engram_lm.model.table_place import TIERS
+from engram_lm.serving.load import TableFlags, TableTier, load_model
+from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
 
 IDS = torch.arange(2, 42).view(2, 20)
 AWAY = [tier for tier in TIERS if tier not in ("device", "http", "remote")]

@@ -1,4 +1,4 @@
-"""``engram generate`` and ``engram eval`` work on any saved model, and refuse what is none."""
+"""``engram-lm generate`` and ``engram-lm eval`` work on any saved model, and refuse what is none."""
 
 import json
 
@@ -10,11 +10,11 @@ from tests.adapt.hub_client import adapter_of
 from tests.small_model import BACKBONE, TEXT
 from tests.training.test_loop import TOKENIZER, model
 
-from engram.cli import main
-from engram.evaluation.loss import held_out_loss
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.serving.generate import continue_text
-from engram.serving.load import load_model
+from engram_lm.cli import main
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.serving.generate import continue_text
+from engram_lm.serving.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from engram.analysis import GateTrace
+from engram_lm.analysis import GateTrace
 
 ABOUT = {"memory": ("With memory", "reads a table"), "twin": ("Twin", "a wider feed-forward"), "wide": ("Wide", "")}
 
@@ -54,7 +54,7 @@ def make_result(*, arms=("memory", "twin"), gains=(0.25,), **fields):
     }
     result = {
         "format": "engram.quickstart.1",
-        "command": "engram quickstart --minutes 1",
+        "command": "engram-lm quickstart --minutes 1",
         "started": "2026-01-02T03:04:05+00:00",
         "machine": {"processor": "two cores", "memory_gib": 15.5},
         "versions": {"torch": "2.13.0"},

@@ -1,4 +1,4 @@
-"""`engram adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
+"""`engram-lm adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from rich.console import Console
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram import MemoryAdapter
-from engram.cli import main
-from engram.errors import ConfigError, DataError, MismatchError, RunFolderError
-from engram.evaluation.loss import held_out_loss
-from engram.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
-from engram.studies.adaptation.run import Adaptation
-from engram.training.progress import RunProgress
+from engram_lm import MemoryAdapter
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
+from engram_lm.studies.adaptation.run import Adaptation
+from engram_lm.training.progress import RunProgress
 
 ALL_ARMS = ["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 NAMES = ["Alexander", "Diana", "Isaac", "Ada", "Marie"]
@@ -78,7 +78,7 @@ def adaptation(recipe, out, *, resume=False, progress=None):
 
 
 def recipe_file(table, path):
-    from engram.training.recipe_file import write_toml
+    from engram_lm.training.recipe_file import write_toml
 
     path.write_text(write_toml(table))
     return path
@@ -324,7 +324,9 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
     assert "did you mean memory.layers" in said(path, "--memory.layer", "[1]")
     assert "--data.domain" in said(path, "--data.domain", "[]", "--out", str(tmp_path / "a"))
     assert "3 decoder layers, from 0" in said(path, "--memory.layers", "[3]", "--out", str(tmp_path / "b"))
-    assert "engram train recipes/base-cpu.toml" in said(path, "--base.model", "nowhere", "--out", str(tmp_path / "c"))
+    assert "engram-lm train recipes/base-cpu.toml" in said(
+        path, "--base.model", "nowhere", "--out", str(tmp_path / "c")
+    )
     assert "data.validation" in said(path, "--data.validation", "0", "--out", str(tmp_path / "d"))
     assert "there are" in said(path, "--lora.targets", "['wq']", "--out", str(tmp_path / "e"))
     other = shutil.copytree(material / "base", tmp_path / "other")
@@ -335,7 +337,7 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
     rows = ("--memory.rows_per_head", "1000000000000")
     assert "no room on cpu for a table" in said(path, *rows, "--out", str(tmp_path / "g"))
     assert "either num_steps or epochs" in said(path, "--train.epochs", "2")
-    assert "engram adapt --keys" in said(path, "--steps", "2")
+    assert "engram-lm adapt --keys" in said(path, "--steps", "2")
     assert "no recipe.toml" in said(path, "--out", str(material))
     with pytest.raises(ConfigError, match="once"):
         ArmOptions(names=("memory", "memory"))

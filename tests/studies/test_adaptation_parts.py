@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE
 
-import engram
-from engram import EngramConfig
-from engram.errors import DataError
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.studies.adaptation.arms import ARMS, dressed
-from engram.studies.adaptation.controls import permuted_hash, shuffled_rows
-from engram.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
-from engram.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
-from engram.studies.adaptation.text import open_text
-from engram.training.batches import Batches
-from engram.training.loop import Trainer, TrainOptions
-from engram.training.loss import language_model_loss
-from engram.training.optimizers import OptimizerOptions
-from engram.training.recipe_file import write_toml
-from engram.training.sources import TextSource
+import engram_lm
+from engram_lm import EngramConfig
+from engram_lm.errors import DataError
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.studies.adaptation.arms import ARMS, dressed
+from engram_lm.studies.adaptation.controls import permuted_hash, shuffled_rows
+from engram_lm.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
+from engram_lm.studies.adaptation.text import open_text
+from engram_lm.training.batches import Batches
+from engram_lm.training.loop import Trainer, TrainOptions
+from engram_lm.training.loss import language_model_loss
+from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.recipe_file import write_toml
+from engram_lm.training.sources import TextSource
 
 MEMORY = EngramConfig(hidden_size=32, layers=(0, 2), num_heads=2, memory_dim=24, rows_per_head=97)
 
 
 def test_a_permuted_hash_reads_other_rows_at_every_position_and_stays_in_its_head():
-    adapter = engram.attach(small_model(), TOKENIZER, MEMORY)
+    adapter = engram_lm.attach(small_model(), TOKENIZER, MEMORY)
     spec = adapter.spec
     tokens = torch.tensor([[5, 6, 7] * 20])
     rows = spec.rows_for_layers(spec.encode(tokens))[spec.layers[1]]
@@ -45,7 +45,7 @@ def test_a_permuted_hash_reads_other_rows_at_every_position_and_stays_in_its_hea
 
 
 def test_a_permuted_hash_moves_the_rows_of_a_head_of_any_size():
-    token_map = engram.TokenMap.from_tokenizer(TOKENIZER)
+    token_map = engram_lm.TokenMap.from_tokenizer(TOKENIZER)
     for wanted in (2, 97, 1_000_003):
         spec = dataclasses.replace(MEMORY, rows_per_head=wanted).hash_spec(token_map, pad_token_id=1)
         starts = torch.tensor(spec.offsets(spec.layers[0]))
@@ -54,7 +54,7 @@ def test_a_permuted_hash_moves_the_rows_of_a_head_of_any_size():
 
 
 def test_shuffled_rows_are_a_permutation_inside_each_head():
-    spec = engram.attach(small_model(), TOKENIZER, MEMORY).spec
+    spec = engram_lm.attach(small_model(), TOKENIZER, MEMORY).spec
     start, size = spec.offsets(spec.layers[0])[1], spec.primes[0][1]
     rows = torch.zeros(1, size, spec.num_heads_total, dtype=torch.int64) + torch.tensor(spec.offsets(spec.layers[0]))
     rows[0, :, 1] = torch.arange(start, start + size)
@@ -115,7 +115,9 @@ def test_a_frozen_backbone_keeps_the_selection_biases_of_its_experts():
         model = EngramForCausalLM(config)
         width = config.hidden_size
         model.requires_grad_(not frozen)
-        engram.attach(model, TOKENIZER, EngramConfig(hidden_size=width, num_heads=2, memory_dim=24, rows_per_head=97))
+        engram_lm.attach(
+            model, TOKENIZER, EngramConfig(hidden_size=width, num_heads=2, memory_dim=24, rows_per_head=97)
+        )
         trainer = Trainer(model, Batches(tokens, 2, 16, 0), TrainOptions(num_steps=3), OptimizerOptions(lr=1e-3))
         before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("correction_bias")}
         for _ in range(3):
@@ -169,10 +171,10 @@ def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
 
 
 def test_gates_of_an_attached_memory_are_those_of_its_layers():
-    from engram.studies.adaptation.diagnostics import gate_statistics
+    from engram_lm.studies.adaptation.diagnostics import gate_statistics
 
     model = small_model()
-    adapter = engram.attach(model, TOKENIZER, MEMORY)
+    adapter = engram_lm.attach(model, TOKENIZER, MEMORY)
     tokens = torch.tensor(TOKENIZER(TEXT).input_ids[:33])
     seen = []
     handle = adapter.layers["0"].register_forward_pre_hook(lambda module, args: seen.append(args))

@@ -7,9 +7,9 @@ import pytest
 import rich.console
 from tests.page_reading import HOSTILE, Page, contrast, hostile
 
-from engram.studies.adaptation.finding import compare, headline
-from engram.studies.adaptation.report import render_report
-from engram.studies.adaptation.summary import COLUMNS, arm_rows, markdown_table, terminal_table
+from engram_lm.studies.adaptation.finding import compare, headline
+from engram_lm.studies.adaptation.report import render_report
+from engram_lm.studies.adaptation.summary import COLUMNS, arm_rows, markdown_table, terminal_table
 
 ARMS = {
     # By arm: title, domain loss, rise of the loss on the old text, trainable outside tables, FLOPs per token.
@@ -87,7 +87,7 @@ def make_result(*, arms=tuple(ARMS), num_seeds=3, losses=None, changes=None, **f
         "arms": made,
         "seconds": 1500.0,
         "interrupted": False,
-        "command": "engram adapt recipe.toml --controls",
+        "command": "engram-lm adapt recipe.toml --controls",
         "started": "2026-01-02T03:04:05+00:00",
         "machine": {"processor": "two cores"},
         "versions": {"torch": "2.13.0"},
@@ -112,7 +112,7 @@ def test_page_answers_its_questions_from_top_to_bottom():
         "Memory 1 42.0 % 900 k 210 k 1.87 37.0 %",
         "Memory 1 0.31 0.05 0.24 0.77 23.0 %",
         'AutoModelForCausalLM.from_pretrained("runs/base-cpu/model")',
-        "engram adapt recipe.toml --controls",
+        "engram-lm adapt recipe.toml --controls",
         "2026-01-02 03:04 UTC",
         "minutes 25.0",
         "LoRA 0.002: 4.350, 0.004: 4.250",
@@ -242,7 +242,7 @@ def test_diverged_and_missing_runs_are_named_and_not_averaged():
     assert cells["Full fine-tuning"]["Domain loss"] == "not run"
     assert "1 of 3 seeds of Memory ended without a finite loss" in headline(result).detail
     page = Page(render_report(result))
-    assert "engram adapt --resume" in page.text
+    assert "engram-lm adapt --resume" in page.text
     assert "Use the adapter" not in page.text
     assert "nan" not in page.text.lower().split()
 
@@ -259,7 +259,7 @@ def test_what_was_not_measured_leaves_a_shorter_page():
     page = Page(render_report(result))
     assert "One seed, so how much of this is chance is not known." in page.text
     assert "No old text was given" in page.text
-    assert "Not run here; engram adapt --controls adds it." in page.text
+    assert "Not run here; engram-lm adapt --controls adds it." in page.text
     assert "diagnostics-title" not in page.ids
     assert page.tags.count("figure") == 1
     assert "±" not in headline(result).detail

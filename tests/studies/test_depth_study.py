@@ -10,18 +10,18 @@ import time
 import numpy as np
 import pytest
 
-from engram.analysis.cka import layer_similarity
-from engram.analysis.lens import logit_lens
-from engram.cli import main
-from engram.errors import ConfigError
-from engram.evaluation.loss import held_out_loss
-from engram.hashing import TokenMap
-from engram.model.sizes import model_sizes
-from engram.serving.load import load_model
-from engram.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
-from engram.studies.depth.command import DepthStudy
-from engram.studies.depth.summary import summarize, terminal_table
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.analysis.cka import layer_similarity
+from engram_lm.analysis.lens import logit_lens
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.hashing import TokenMap
+from engram_lm.model.sizes import model_sizes
+from engram_lm.serving.load import load_model
+from engram_lm.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
+from engram_lm.studies.depth.command import DepthStudy
+from engram_lm.studies.depth.summary import summarize, terminal_table
+from engram_lm.training.tokenizer import train_tokenizer
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
 SIZES = {

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import engram
-from engram.cli import main
-from engram.hashing import TokenMap
-from engram.memory import EngramConfig
-from engram.studies.quickstart import run as run_module
-from engram.studies.quickstart.arms import build_arms
-from engram.studies.quickstart.run import Quickstart
-from engram.training.corpus import read_corpus, split_corpus
-from engram.training.tokenizer import train_tokenizer
+import engram_lm
+from engram_lm.cli import main
+from engram_lm.hashing import TokenMap
+from engram_lm.memory import EngramConfig
+from engram_lm.studies.quickstart import run as run_module
+from engram_lm.studies.quickstart.arms import build_arms
+from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.tokenizer import train_tokenizer
 
 NAMES = ["Alexander the Great", "Diana Princess of Wales", "Isaac Newton", "Ada Lovelace", "Marie Curie"]
 SMALL = ["--vocab-size", "300", "--hidden-size", "32", "--blocks", "2", "--sequence-length", "64", "--batch-size", "4"]
@@ -68,7 +68,7 @@ def test_the_run_folder_holds_everything_and_is_a_checkpoint(run, capsys):
     assert names >= {"report.html", "curves.png", "samples.txt", "twin"}
     model = AutoModelForCausalLM.from_pretrained(run)
     tokenizer = AutoTokenizer.from_pretrained(run)
-    assert type(model) is engram.EngramForCausalLM
+    assert type(model) is engram_lm.EngramForCausalLM
     model.check_tokenizer(tokenizer)
     assert AutoModelForCausalLM.from_pretrained(run / "twin").config.memory is None
     assert main(["generate", str(run), "--prompt", "Ada", "--max-new-tokens", "5"]) == 0
@@ -271,13 +271,13 @@ def test_bad_input_ends_with_a_message_and_leaves_nothing(
 
 def training_process(corpus, out):
     """A quickstart in a process of its own that would train for hours, and has begun to."""
-    call = [sys.executable, "-m", "engram", "quickstart", "--data", str(corpus), "--out", str(out), *SMALL]
+    call = [sys.executable, "-m", "engram_lm", "quickstart", "--data", str(corpus), "--out", str(out), *SMALL]
     process = subprocess.Popen(
         [*call, "--tokens", "50000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(engram.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(engram_lm.__file__).parents[1])},
     )
     deadline = time.time() + 60
     metrics = f".{out.name}.*/metrics.jsonl"

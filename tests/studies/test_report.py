@@ -5,10 +5,10 @@ import re
 import pytest
 from tests.page_reading import HOSTILE, Page, hostile
 
-from engram.page.number_text import count_text
-from engram.studies.curves import curve_svg, smooth
-from engram.studies.quickstart.report import render_report
-from engram.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows, terminal_table
+from engram_lm.page.number_text import count_text
+from engram_lm.studies.curves import curve_svg, smooth
+from engram_lm.studies.quickstart.report import render_report
+from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows, terminal_table
 
 WORDS = ["def", " close", "(", "self", ")", ":\n   ", "", "é", " return"]
 
@@ -22,7 +22,7 @@ def test_page_says_what_was_found_and_everything_behind_it(make_result, make_tra
         "with memory (2.84 M active FLOPs per token) against its memory-less twin (2.84 M)",
         "34,567 tokens",
         "skipped: not UTF-8 3",
-        "engram quickstart --minutes 1",
+        "engram-lm quickstart --minutes 1",
         "two cores",
         "torch 2.13.0".replace(" ", ""),
         "2026-01-02 03:04 UTC",

@@ -3,7 +3,7 @@
 import pytest
 from tests.page_reading import contrast
 
-from engram.studies.quickstart.report import render_report
+from engram_lm.studies.quickstart.report import render_report
 
 WORDS = ["def", " close", "(", "self", ")", ":\n    ", "", "é", " return", " 1", "\n"] * 6
 

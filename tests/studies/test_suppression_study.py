@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from engram.cli import main
-from engram.errors import ConfigError
-from engram.evaluation.tasks import read_tasks
-from engram.studies.suppression.families import FamilyOptions, make_families
-from engram.studies.suppression.summary import markdown_table, summarize, terminal_table
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.evaluation.tasks import read_tasks
+from engram_lm.studies.suppression.families import FamilyOptions, make_families
+from engram_lm.studies.suppression.summary import markdown_table, summarize, terminal_table
 
 SMALL = FamilyOptions(num_people=20, num_documents=600, num_questions=60)
 QUICK = """

@@ -75,7 +75,7 @@ def binary(name):
 def reason_to_skip():
     """Why there can be no store here; None where there can."""
     if binary("mooncake_master") is None:
-        return "Mooncake is not installed: pip install 'engram[mooncake]'"
+        return "Mooncake is not installed: pip install 'engram-lm[mooncake]'"
     tried = subprocess.run([sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True)
     if tried.returncode:
         return f"Mooncake cannot start ({tried.stderr.strip().splitlines()[-1]}): {LIBRARIES}"

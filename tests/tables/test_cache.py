@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.raw_safetensors import write_raw
 
-from engram.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
-from engram.tables import MappedTable, RecordTable, RowCodec, tensor_layout
-from engram.tables.cache import CachedTable, most_frequent
-from engram.tables.safetensors_file import read_header
+from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
+from engram_lm.tables import MappedTable, RecordTable, RowCodec, tensor_layout
+from engram_lm.tables.cache import CachedTable, most_frequent
+from engram_lm.tables.safetensors_file import read_header
 
 NUM_ROWS, WIDTH = 60, 4
 RECORD = 2 * WIDTH

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import CheckpointError, ConfigError
-from engram.tables.codec import CODEC_NAMES, RowCodec
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.tables.codec import CODEC_NAMES, RowCodec
 
 BITS = {"int8": 8, "int4": 4}
 LARGEST = {"int8": 127, "int4": 7}

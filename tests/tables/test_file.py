@@ -13,13 +13,13 @@ import pytest
 import torch
 from tests.tables.tiers import written
 
-from engram.errors import CheckpointError, ConfigError
-from engram.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout, async_reads, scattered_copy
-from engram.tables.async_reads import AsyncReads
-from engram.tables.layout import Extent, Part
-from engram.tables.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
-from engram.tables.residency import resident_share
-from engram.tables.scattered_copy import ScatteredCopy
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout, async_reads, scattered_copy
+from engram_lm.tables.async_reads import AsyncReads
+from engram_lm.tables.layout import Extent, Part
+from engram_lm.tables.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
+from engram_lm.tables.residency import resident_share
+from engram_lm.tables.scattered_copy import ScatteredCopy
 
 
 def test_systems_that_forbid_the_kernel_copy_read_row_by_row(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_process_that_ends_with_tables_open_ends_in_silence(tmp_path):
     layout, _ = written(tmp_path, "F32")
     code = (
         "import pickle, sys, torch\n"
-        "from engram.tables import FileTable, MappedTable\n"
+        "from engram_lm.tables import FileTable, MappedTable\n"
         "layout = pickle.load(sys.stdin.buffer)\n"
         "tables = [FileTable(layout), MappedTable(layout), FileTable(layout, direct=True)]\n"
         "for table in tables:\n"
@@ -148,7 +148,7 @@ def test_cold_rows_are_asked_for_before_they_are_read(tmp_path, kind, monkeypatc
 
 
 def test_a_table_larger_than_the_memory_is_not_loaded(tmp_path, monkeypatch):
-    import engram.tables.host as host
+    import engram_lm.tables.host as host
 
     layout, _ = written(tmp_path, "F32")
     monkeypatch.setattr(host, "available_bytes", lambda: 101 * 70 * 4 - 1)
@@ -157,7 +157,7 @@ def test_a_table_larger_than_the_memory_is_not_loaded(tmp_path, monkeypatch):
 
 
 def test_loading_a_table_takes_its_own_size_and_a_bounded_buffer(tmp_path, monkeypatch):
-    import engram.tables.host as host
+    import engram_lm.tables.host as host
 
     layout, rows = written(tmp_path, "F32")
     monkeypatch.setattr(host, "_PIECE_BYTES", 7 * 280)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tests.tables.tiers import serving, written
 
-from engram.tables import FileTable, HttpTable, MappedTable
-from engram.tables.cache import CachedTable
-from engram.tables.read_ahead import ReadAheadTable
+from engram_lm.tables import FileTable, HttpTable, MappedTable
+from engram_lm.tables.cache import CachedTable
+from engram_lm.tables.read_ahead import ReadAheadTable
 
 
 @contextlib.contextmanager

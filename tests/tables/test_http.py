@@ -10,8 +10,8 @@ import torch
 from tests.raw_safetensors import write_raw
 from tests.tables.tiers import Files, serving
 
-from engram.errors import CheckpointError, ConfigError, EngramError, RemoteError
-from engram.tables import HttpTable, http_layout, open_table
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
+from engram_lm.tables import HttpTable, http_layout, open_table
 
 NUM_ROWS, WIDTH = 500, 16
 IMPATIENT = {"timeout_seconds": 0.3, "request_seconds": 0.6, "num_retries": 1}

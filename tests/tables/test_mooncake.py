@@ -16,11 +16,11 @@ import torch
 from tests.raw_safetensors import random_e4m3, write_raw
 from tests.tables.mooncake_store import reason_to_skip, running, until
 
-from engram.errors import ConfigError, MismatchError, MissingExtraError, RemoteError, TableClosedError
-from engram.tables import MappedTable, RowCodec, tensor_layout
-from engram.tables.mooncake import Manifest, MooncakeTable, publish_to_mooncake
-from engram.tables.mooncake_client import MooncakeClient
-from engram.tables.safetensors_file import read_header
+from engram_lm.errors import ConfigError, MismatchError, MissingExtraError, RemoteError, TableClosedError
+from engram_lm.tables import MappedTable, RowCodec, tensor_layout
+from engram_lm.tables.mooncake import Manifest, MooncakeTable, publish_to_mooncake
+from engram_lm.tables.mooncake_client import MooncakeClient
+from engram_lm.tables.safetensors_file import read_header
 
 ROWS, BLOCK_ROWS = 3001, 500
 SPAWN = multiprocessing.get_context("spawn")
@@ -204,7 +204,7 @@ def test_a_client_that_is_killed_or_frozen_is_an_error_and_the_next_read_connect
 
 def test_without_mooncake_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mooncake", None)
-    with pytest.raises(MissingExtraError, match=r"engram\[mooncake\].*apt-get install"):
+    with pytest.raises(MissingExtraError, match=r"engram-lm\[mooncake\].*apt-get install"):
         MooncakeTable("127.0.0.1:1", "name")
 
 

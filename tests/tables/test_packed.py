@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import CheckpointError, ConfigError, MismatchError
-from engram.tables import MappedTable
-from engram.tables.build import build_packed, build_random
-from engram.tables.codec import CODEC_NAMES, RowCodec
-from engram.tables.packed import PackedGeometry, encode_header, packed_layout, read_packed_header
-from engram.tables.packed_writer import write_packed
-from engram.tables.verify import inspect_packed, verify_packed
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.tables import MappedTable
+from engram_lm.tables.build import build_packed, build_random
+from engram_lm.tables.codec import CODEC_NAMES, RowCodec
+from engram_lm.tables.packed import PackedGeometry, encode_header, packed_layout, read_packed_header
+from engram_lm.tables.packed_writer import write_packed
+from engram_lm.tables.verify import inspect_packed, verify_packed
 
 PREFIX = "<8sIIQII"
 
@@ -265,7 +265,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_full_disk_while_building_leaves_nothing(tmp_path):
     script = (
-        "import resource, sys; from engram.cli import main; "
+        "import resource, sys; from engram_lm.cli import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
         "sys.exit(main(['table', 'build', sys.argv[1], '--rows', '9000', '--width', '64', '--dtype', 'float32']))"
     )
@@ -273,7 +273,7 @@ def test_a_full_disk_while_building_leaves_nothing(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "t.engram")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "engram table build: [Errno 27] File too large" in done.stderr
+    assert "engram-lm table build: [Errno 27] File too large" in done.stderr
     assert os.listdir(tmp_path) == []
 
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.raw_safetensors import write_raw
 
-from engram.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
-from engram.tables import MappedTable, ResidentTable, tensor_layout
-from engram.tables.cache import CachedTable
-from engram.tables.read_ahead import _PATIENCE, ReadAheadTable
-from engram.tables.safetensors_file import read_header
+from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
+from engram_lm.tables import MappedTable, ResidentTable, tensor_layout
+from engram_lm.tables.cache import CachedTable
+from engram_lm.tables.read_ahead import _PATIENCE, ReadAheadTable
+from engram_lm.tables.safetensors_file import read_header
 
 NUM_ROWS, WIDTH = 200, 6
 WEIGHT = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(5))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import ConfigError
-from engram.tables.reuse import (
+from engram_lm.errors import ConfigError
+from engram_lm.tables.reuse import (
     HitCurve,
     PageRule,
     batch_starts,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tests.ranks import Processes
 from torch.distributed.tensor import DTensor
 
-from engram.errors import ConfigError, EngramError, MismatchError, RowRangeError
-from engram.tables import ParameterTable
-from engram.tables.sharded import ShardedTable, _in_order, block_of, draw_rows
+from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
+from engram_lm.tables import ParameterTable
+from engram_lm.tables.sharded import ShardedTable, _in_order, block_of, draw_rows
 
 WIDTH = 5
 

@@ -10,12 +10,12 @@ import torch
 from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 from tests.tables.tiers import serving
 
-from engram.errors import CheckpointError, ConfigError, RemoteError
-from engram.tables import FileTable, MappedTable, open_table, table_layouts
-from engram.tables.codec import RowCodec
-from engram.tables.convert import convert
-from engram.tables.packed_writer import write_packed
-from engram.tables.safetensors_file import INDEX_NAME
+from engram_lm.errors import CheckpointError, ConfigError, RemoteError
+from engram_lm.tables import FileTable, MappedTable, open_table, table_layouts
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.convert import convert
+from engram_lm.tables.packed_writer import write_packed
+from engram_lm.tables.safetensors_file import INDEX_NAME
 
 ROWS, WIDTH = 24, 40
 DEEPSEEK, QWEN = "layers.{}.engram.embed.{}", "model.language_model.layers.1.ple.ple_embedding.{}"
@@ -224,7 +224,7 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
 
 
 def test_auto_says_why_it_chose_a_tier(tmp_path, monkeypatch):
-    import engram.tables.open as opening
+    import engram_lm.tables.open as opening
 
     folder = write(tmp_path / "m", deepseek((1,)))
     table = open_table(folder)
@@ -277,7 +277,7 @@ def test_a_cache_over_any_tier_returns_the_same_rows_and_keeps_the_reason(tmp_pa
 OPEN_LARGE = """
 import os, resource, sys, time
 import torch
-from engram.tables import open_table
+from engram_lm.tables import open_table
 rows = torch.tensor([0, 1, 191_999_999, 384_006_167])
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

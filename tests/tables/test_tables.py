@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from engram.errors import RowRangeError, TableClosedError
-from engram.tables import ParameterTable, ResidentTable, Table
+from engram_lm.errors import RowRangeError, TableClosedError
+from engram_lm.tables import ParameterTable, ResidentTable, Table
 
 NUM_ROWS, WIDTH = 101, 6
 

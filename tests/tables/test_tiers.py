@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.tables.tiers import KINDS, READS_FILES, TIERS, written
 
-from engram.errors import CheckpointError, ConfigError, EngramError, RowRangeError, TableClosedError
-from engram.tables import ResidentTable
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, RowRangeError, TableClosedError
+from engram_lm.tables import ResidentTable
 
 pytestmark = pytest.mark.parametrize("tier", TIERS)
 

@@ -17,7 +17,7 @@ import torch
 from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 from tests.tables.mooncake_store import reason_to_skip, running
 
-from engram.tables import (
+from engram_lm.tables import (
     FileTable,
     HostTable,
     HttpTable,
@@ -28,12 +28,12 @@ from engram.tables import (
     open_table,
     publish_to_mooncake,
 )
-from engram.tables.build import build_packed
-from engram.tables.cache import CachedTable
-from engram.tables.layout import tensor_layout
-from engram.tables.packed import packed_layout
-from engram.tables.read_ahead import ReadAheadTable
-from engram.tables.safetensors_file import read_header
+from engram_lm.tables.build import build_packed
+from engram_lm.tables.cache import CachedTable
+from engram_lm.tables.layout import tensor_layout
+from engram_lm.tables.packed import packed_layout
+from engram_lm.tables.read_ahead import ReadAheadTable
+from engram_lm.tables.safetensors_file import read_header
 
 
 class Files(BaseHTTPRequestHandler):

@@ -23,18 +23,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from engram.errors import CheckpointError, ConfigError, MismatchError
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.tables.sharded import shard_tables
-from engram.training import checkpoint_storage, state
-from engram.training.checkpoint_state import STATE_NAME, Chunk, SavedState, SavedTensor
-from engram.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
-from engram.training.distribution import LossModule, Ranks, wrap_backbone
-from engram.training.export import Export
-from engram.training.optimizers import OptimizerOptions, build_optimizer
-from engram.training.state import export_model, model_facts, training_tensors
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.tables.sharded import shard_tables
+from engram_lm.training import checkpoint_storage, state
+from engram_lm.training.checkpoint_state import STATE_NAME, Chunk, SavedState, SavedTensor
+from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
+from engram_lm.training.distribution import LossModule, Ranks, wrap_backbone
+from engram_lm.training.export import Export
+from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
+from engram_lm.training.state import export_model, model_facts, training_tensors
+from engram_lm.training.tokenizer import train_tokenizer
 
 FACTS = {"spec_digest": "abc", "seed": 3, "shape": (1, 2)}
 MiB = 2**20

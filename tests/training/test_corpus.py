@@ -5,10 +5,10 @@ import os
 import numpy as np
 import pytest
 
-from engram.errors import DataError
-from engram.training.batches import Batches, pack
-from engram.training.corpus import Document, read_corpus, split_corpus, standard_library
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.errors import DataError
+from engram_lm.training.batches import Batches, pack
+from engram_lm.training.corpus import Document, read_corpus, split_corpus, standard_library
+from engram_lm.training.tokenizer import train_tokenizer
 
 
 @pytest.fixture

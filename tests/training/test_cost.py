@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import ConfigError
-from engram.hashing import TokenMap
-from engram.model import EngramForCausalLM
-from engram.model.config import EngramLMConfig
-from engram.model.sizes import model_sizes
-from engram.training.cost import (
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import TokenMap
+from engram_lm.model import EngramForCausalLM
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.sizes import model_sizes
+from engram_lm.training.cost import (
     CURVES,
     MACHINES,
     TableTraffic,
@@ -28,8 +28,8 @@ from engram.training.cost import (
     muon_parameters,
     predict,
 )
-from engram.training.loss import language_model_loss
-from engram.training.optimizers import OptimizerOptions, build_optimizer, sort_parameters
+from engram_lm.training.loss import language_model_loss
+from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, sort_parameters
 
 ROOT = pathlib.Path(__file__).parents[2]
 NANO = EngramLMConfig.preset("engram-nano")

@@ -13,12 +13,12 @@ from tests.ranks import Processes
 from tests.small_model import BACKBONE, MEMORY, TEXT
 from torch.distributed.tensor import DTensor
 
-from engram.errors import ConfigError, DataError, EngramError
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig, balance_experts
-from engram.tables.sharded import ShardedTable, block_of, shard_tables
-from engram.training.batches import Batches
-from engram.training.distribution import (
+from engram_lm.errors import ConfigError, DataError, EngramError
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig, balance_experts
+from engram_lm.tables.sharded import ShardedTable, block_of, shard_tables
+from engram_lm.training.batches import Batches
+from engram_lm.training.distribution import (
     LossModule,
     Ranks,
     agree,
@@ -30,10 +30,10 @@ from engram.training.distribution import (
     without_sync,
     wrap_backbone,
 )
-from engram.training.loop import Trainer, TrainOptions
-from engram.training.loss import language_model_loss
-from engram.training.optimizers import clip_gradients
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.training.loop import Trainer, TrainOptions
+from engram_lm.training.loss import language_model_loss
+from engram_lm.training.optimizers import clip_gradients
+from engram_lm.training.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 BATCH, LENGTH, STEPS, LR = 5, 16, 3, 0.05
@@ -335,8 +335,8 @@ def test_a_rank_that_never_comes_is_reported_in_time(tmp_path):
 
 SCRIPT = """
 import os, sys, torch
-from engram.tables.sharded import ShardedTable
-from engram.training.distribution import agree, start
+from engram_lm.tables.sharded import ShardedTable
+from engram_lm.training.distribution import agree, start
 with start("cpu", timeout_seconds=60) as ranks:
     table = ShardedTable(10, 2)
     table.gather(torch.arange(10))

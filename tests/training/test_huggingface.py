@@ -16,12 +16,12 @@ from tests.adapt.conftest import speak
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.small_model import BACKBONE, MEMORY
 
-import engram
-from engram import EngramConfig
-from engram.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
-from engram.training.huggingface import MemoryTrainer, TableTraining, train_memory
-from engram.training.optimizers import OptimizerOptions, RowAdam, RowWiseAdam, build_optimizer, clip_gradients
-from engram.training.table_gradients import sparse_tables
+import engram_lm
+from engram_lm import EngramConfig
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
+from engram_lm.training.huggingface import MemoryTrainer, TableTraining, train_memory
+from engram_lm.training.optimizers import OptimizerOptions, RowAdam, RowWiseAdam, build_optimizer, clip_gradients
+from engram_lm.training.table_gradients import sparse_tables
 
 # peft and accelerate ask torch and transformers by names that those call deprecated.
 pytestmark = [
@@ -45,7 +45,7 @@ def one(ids, known):
 def adapted(lora=False, seed=0, **changes):
     model = small_model()
     torch.manual_seed(seed)
-    speak(engram.attach(model, TOKENIZER, EngramConfig(**{**MEMORY, **changes})), seed)
+    speak(engram_lm.attach(model, TOKENIZER, EngramConfig(**{**MEMORY, **changes})), seed)
     if lora:
         model = with_lora(model)
     train_memory(model)
@@ -134,7 +134,7 @@ def test_arguments_and_options_reach_their_groups(tmp_path):
 
 def test_the_whole_backbone_can_be_trained_and_one_adapter_of_several(tmp_path):
     model = adapted()
-    engram.attach(model, TOKENIZER, EngramConfig(**{**MEMORY, "layers": (1,)}), name="other")
+    engram_lm.attach(model, TOKENIZER, EngramConfig(**{**MEMORY, "layers": (1,)}), name="other")
     speak(model.engram_adapters["other"])
     packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     model.register_parameter("packed", packed)  # as the matrices of a quantized model
@@ -218,7 +218,7 @@ def test_full_fine_tuning_saves_a_plain_model_and_the_memory_apart(tmp_path):
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     with safetensors.safe_open(tmp_path / "checkpoint-2/model.safetensors", "pt") as file:
         assert set(file.keys()) == set(plain.state_dict())
-    engram.MemoryAdapter.from_pretrained(plain, tmp_path / "checkpoint-2/engram_adapters/default")
+    engram_lm.MemoryAdapter.from_pretrained(plain, tmp_path / "checkpoint-2/engram_adapters/default")
     assert_same(weights(plain), weights(model))
     again = adapted(seed=9)
     train_memory(again, "full")
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_hash_is_refused(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer_of(adapted(), tmp_path, **changes).train()
     other = small_model()
-    engram.attach(other, TOKENIZER, EngramConfig(**MEMORY, seed=5))
+    engram_lm.attach(other, TOKENIZER, EngramConfig(**MEMORY, seed=5))
     train_memory(other)
     with pytest.raises(MismatchError, match=r"has the hash .* the attached one .* attach with the configuration"):
         trainer_of(other, tmp_path, **changes).train(resume_from_checkpoint=True)
@@ -324,7 +324,7 @@ def test_loops_of_torch_and_accelerate_take_the_same_steps(tmp_path):
     found = []
     for kind in ("ours", "accelerate", "sparse_adam", "dense"):
         model = adapted(table_gradient="dense" if kind == "dense" else "sparse").train()
-        tables = [module.weight for module in model.modules() if isinstance(module, engram.Table)]
+        tables = [module.weight for module in model.modules() if isinstance(module, engram_lm.Table)]
         others = [p for p in model.parameters() if p.requires_grad and not any(p is table for table in tables)]
         optimizers = [engram_optimizer(model)]
         if kind == "sparse_adam":
@@ -366,8 +366,8 @@ def test_what_would_divide_or_copy_the_memory_is_refused(tmp_path):
 def test_a_reference_model_is_trained_and_resumed_like_an_adapted_one(tmp_path):
     def run(name, seed, resume=None):
         torch.manual_seed(seed)
-        config = engram.EngramLMConfig.for_tokenizer(TOKENIZER, EngramConfig(**MEMORY), **BACKBONE)
-        model = engram.EngramForCausalLM(config)
+        config = engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, EngramConfig(**MEMORY), **BACKBONE)
+        model = engram_lm.EngramForCausalLM(config)
         trainer = trainer_of(model, tmp_path / name, save_strategy="steps", save_steps=2)
         watch = Watch()
         trainer.add_callback(watch)
@@ -387,7 +387,7 @@ def test_rows_that_are_read_from_files_are_neither_trained_nor_copied(tmp_path):
 
     def mapped():
         model = small_model()
-        engram.MemoryAdapter.from_pretrained(model, tmp_path / "memory", table_tier="mmap")
+        engram_lm.MemoryAdapter.from_pretrained(model, tmp_path / "memory", table_tier="mmap")
         train_memory(model)
         return model
 
@@ -403,8 +403,8 @@ def test_rows_that_are_read_from_files_are_neither_trained_nor_copied(tmp_path):
 
 def test_a_missing_accelerate_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"engram\[hf\]"):
-        runpy.run_path(engram.training.huggingface.__file__)
+    with pytest.raises(MissingExtraError, match=r"engram-lm\[hf\]"):
+        runpy.run_path(engram_lm.training.huggingface.__file__)
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):

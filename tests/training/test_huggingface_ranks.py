@@ -17,9 +17,9 @@ from tests.training.test_huggingface import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from engram.errors import ConfigError
-from engram.training.optimizers import clip_gradients
-from engram.training.table_gradients import average_rows, share_tables, sparse_tables
+from engram_lm.errors import ConfigError
+from engram_lm.training.optimizers import clip_gradients
+from engram_lm.training.table_gradients import average_rows, share_tables, sparse_tables
 
 WORLD = 2
 

@@ -7,10 +7,10 @@ from tests.adapt.small_models import TOKENIZER, small_model
 from tests.small_model import MEMORY
 from tests.training.test_huggingface import IDS, adapted, arguments, weights
 
-import engram
-from engram import EngramConfig
-from engram.hashing.segments import Segments
-from engram.training.huggingface import MemoryTrainerMixin, train_memory
+import engram_lm
+from engram_lm import EngramConfig
+from engram_lm.hashing.segments import Segments
+from engram_lm.training.huggingface import MemoryTrainerMixin, train_memory
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -48,7 +48,7 @@ def test_it_trains_and_saves_memory_and_the_lora_that_it_makes_itself(tmp_path):
     assert all("engram_adapters" in name for name in moved)
     again = peft.PeftModel.from_pretrained(small_model(), tmp_path / "saved")
     alone = logits(again)
-    engram.MemoryAdapter.from_pretrained(again, tmp_path / "saved/engram_adapters/default")
+    engram_lm.MemoryAdapter.from_pretrained(again, tmp_path / "saved/engram_adapters/default")
     torch.testing.assert_close(logits(again), logits(trainer.model))
     assert not torch.allclose(alone, logits(again), atol=1e-2)
 
@@ -62,7 +62,7 @@ def logits(model):
 def test_packed_documents_do_not_read_one_another_where_positions_begin_anew(positions, tmp_path):
     model = small_model()
     config = EngramConfig(**MEMORY, kernel_size=0)  # a convolution would see the end of the document before
-    speak(engram.attach(model, TOKENIZER, config, segments=Segments(positions=positions)))
+    speak(engram_lm.attach(model, TOKENIZER, config, segments=Segments(positions=positions)))
     train_memory(model)
     trainer = sft_trainer(model, tmp_path, packing=True, max_length=32)
     batch = next(iter(trainer.get_train_dataloader()))

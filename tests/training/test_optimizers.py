@@ -7,9 +7,9 @@ import pytest
 import torch
 from tests.training.test_loop import model
 
-from engram.errors import ConfigError
-from engram.tables import ParameterTable
-from engram.training.optimizers import RowAdam, clip_gradients, merge_rows, parameter_groups
+from engram_lm.errors import ConfigError
+from engram_lm.tables import ParameterTable
+from engram_lm.training.optimizers import RowAdam, clip_gradients, merge_rows, parameter_groups
 
 
 def table(gradient="sparse", seed=0) -> ParameterTable:

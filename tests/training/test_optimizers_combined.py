@@ -6,10 +6,10 @@ import pytest
 import torch
 from tests.small_model import BACKBONE, EXPERTS, MEMORY, TEXT
 
-from engram.errors import ConfigError
-from engram.memory import EngramConfig
-from engram.model import EngramForCausalLM, EngramLMConfig
-from engram.training.optimizers import (
+from engram_lm.errors import ConfigError
+from engram_lm.memory import EngramConfig
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.training.optimizers import (
     CombinedOptimizer,
     OptimizerOptions,
     RowAdam,
@@ -17,7 +17,7 @@ from engram.training.optimizers import (
     clip_gradients,
     sort_parameters,
 )
-from engram.training.tokenizer import train_tokenizer
+from engram_lm.training.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 IDS = torch.tensor(TOKENIZER(TEXT).input_ids[:66]).view(2, 33)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engram.errors import ConfigError
-from engram.training.optimizers import Muon, muon, orthogonalize
+from engram_lm.errors import ConfigError
+from engram_lm.training.optimizers import Muon, muon, orthogonalize
 
 SHAPES = [(24, 16), (16, 24), (16, 24), (32, 32), (144, 160)]
 

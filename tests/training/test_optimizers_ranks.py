@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from engram.training.optimizers import Muon, OptimizerOptions, SinkhornMomentum, build_optimizer, clip_gradients
+from engram_lm.training.optimizers import Muon, OptimizerOptions, SinkhornMomentum, build_optimizer, clip_gradients
 
 NUM_ROWS, WIDTH, CUT = 9, 4, 5
 STEPS = 3
@@ -84,7 +84,7 @@ def columns(mesh):
 
 def counted(model, group):
     """Matrices that this rank made orthogonal in one step, by shape."""
-    from engram.training.optimizers import muon
+    from engram_lm.training.optimizers import muon
 
     seen, whole = {}, muon.orthogonalize
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.training.test_optimizers import table, touch
 
-from engram.errors import ConfigError
-from engram.tables import ParameterTable
-from engram.training.optimizers import RowAdam, RowWiseAdagrad, RowWiseAdam, SinkhornMomentum, rows
+from engram_lm.errors import ConfigError
+from engram_lm.tables import ParameterTable
+from engram_lm.training.optimizers import RowAdam, RowWiseAdagrad, RowWiseAdam, SinkhornMomentum, rows
 
 NUM_ROWS, WIDTH = 40, 5
 OPTIMIZERS = {

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram.errors import ConfigError, MismatchError
-from engram.model import EngramForCausalLM
-from engram.training.dry_run import dry_run, priced_config
-from engram.training.recipe import Recipe
-from engram.training.recipe_file import divide, override, write_toml
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.model import EngramForCausalLM
+from engram_lm.training.dry_run import dry_run, priced_config
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import divide, override, write_toml
 
 RECIPES = sorted(
     path for path in (Path(__file__).parents[2] / "recipes").glob("*.toml") if not path.name.startswith("adapt")
@@ -55,7 +55,7 @@ def test_flags_replace_what_the_file_says():
         (SMALL, ["--optimizer.lr", "nan"], "lr"),
         (SMALL, ["--optimizer.lr", "fast"], "optimizer.lr is a number, not 'fast'"),
         (SMALL, ["--train.dtype", "bfloat"], "did you mean 'bfloat16'"),
-        (SMALL, ["--train"], "neither a flag of engram train nor a key"),
+        (SMALL, ["--train"], "neither a flag of engram-lm train nor a key"),
         (SMALL, ["--train.seed"], "needs a value"),
         (SMALL, ["--train.seed.x", "1"], "not a section|whole number"),
         (SMALL, ["--data", "x"], "neither a flag"),

@@ -17,19 +17,19 @@ import torch
 from rich.console import Console
 from tests.small_model import TEXT
 
-from engram.cli import main
-from engram.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
-from engram.model import EngramForCausalLM
-from engram.training.assembly import find_tokenizer, open_text
-from engram.training.batches import Batches
-from engram.training.checkpoints import read_facts
-from engram.training.distribution import Ranks
-from engram.training.held_out import evaluate
-from engram.training.metrics import Metrics, read_metrics
-from engram.training.progress import RunProgress
-from engram.training.recipe import Recipe
-from engram.training.recipe_file import write_toml
-from engram.training.run import Run
+from engram_lm.cli import main
+from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
+from engram_lm.model import EngramForCausalLM
+from engram_lm.training.assembly import find_tokenizer, open_text
+from engram_lm.training.batches import Batches
+from engram_lm.training.checkpoints import read_facts
+from engram_lm.training.distribution import Ranks
+from engram_lm.training.held_out import evaluate
+from engram_lm.training.metrics import Metrics, read_metrics
+from engram_lm.training.progress import RunProgress
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import write_toml
+from engram_lm.training.run import Run
 
 STEPS = 12
 
@@ -258,7 +258,7 @@ def torchrun(num_ranks, arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     return subprocess.run(
-        [*command, "-m", "engram", "train", *map(str, arguments)], env=environment, capture_output=True, text=True
+        [*command, "-m", "engram_lm", "train", *map(str, arguments)], env=environment, capture_output=True, text=True
     )
 
 
@@ -292,7 +292,7 @@ def test_a_mistake_that_one_process_meets_ends_all_with_its_words(text, cache, t
     recipe.write_text(write_toml(table(text, cache, train__batch_size=1)))
     ended = torchrun(2, [recipe, "--out", tmp_path / "run"])
     assert ended.returncode == 1 and "a batch of 1 cannot be divided over 2 ranks" in ended.stderr
-    assert "engram/training" not in ended.stderr  # no traceback of ours, only torchrun's
+    assert "engram_lm/training" not in ended.stderr  # no traceback of ours, only torchrun's
 
 
 def test_a_run_that_failed_before_its_first_step_is_begun_anew(text, cache, tmp_path):
@@ -356,8 +356,8 @@ def test_documents_restart_in_evaluation_as_in_training():
 def test_a_full_disk_is_said_once_and_the_lines_before_it_stay(tmp_path):
     code = """
 import resource, signal, sys, pathlib
-from engram.errors import RunFolderError
-from engram.training.metrics import Metrics
+from engram_lm.errors import RunFolderError
+from engram_lm.training.metrics import Metrics
 path = pathlib.Path(sys.argv[1])
 metrics = Metrics(path)
 metrics.write({"step": 1, "loss": 1.0})
@@ -439,8 +439,8 @@ def test_a_run_goes_on_by_the_name_of_its_folder(text, cache, tmp_path, capsys):
 
 def test_a_run_goes_on_in_the_type_that_it_was_begun_in(text, cache, tmp_path, monkeypatch):
     sections = table(text, cache, train__dtype="auto")
-    monkeypatch.setattr("engram.training.run.best_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr("engram_lm.training.run.best_dtype", lambda device: "bfloat16")
     run(tmp_path / "run", sections, stop_after=1)
-    monkeypatch.setattr("engram.training.run.best_dtype", lambda device: "float32")
+    monkeypatch.setattr("engram_lm.training.run.best_dtype", lambda device: "float32")
     run(tmp_path / "run", sections, resume=True, stop_after=2)
     assert read_facts(tmp_path / "run" / "checkpoints" / "step-00000002")["dtype"] == "bfloat16"

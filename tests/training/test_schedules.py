@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from engram.errors import ConfigError
-from engram.training.schedules import ScheduleOptions, learning_rate_factor
+from engram_lm.errors import ConfigError
+from engram_lm.training.schedules import ScheduleOptions, learning_rate_factor
 
 
 def factors(num_steps, **options):

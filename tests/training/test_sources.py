@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Regex, pre_tokenizers
 
-from engram.errors import ConfigError, DataError, MissingExtraError
-from engram.training import sources
-from engram.training.sources import PIECE_CHARACTERS, TextSource, cut_text, open_sources
+from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.training import sources
+from engram_lm.training.sources import PIECE_CHARACTERS, TextSource, cut_text, open_sources
 
 TEXTS = ["The cat sat.\nIt slept.\n", "déjà vu 🐈", "x = 1\n\n\ny = 2"]
 CL100K = (
@@ -246,7 +246,7 @@ def test_impossible_sources_are_refused():
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package):
     write_parquet(tmp_path / "a.parquet", TEXTS)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"{package}.*engram\[data\]"):
+    with pytest.raises(MissingExtraError, match=rf"{package}.*engram-lm\[data\]"):
         open_sources([{"path": str(tmp_path / "a.parquet"), "kind": "auto" if package == "pyarrow" else "dataset"}])
 
 

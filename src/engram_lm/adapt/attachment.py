@@ -1,0 +1,201 @@
+"""Adding memory to a pretrained model somebody else trained."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from engram_lm.adapt.adapter import MemoryAdapter, check_free, home, table_name
+from engram_lm.adapt.decoder import Decoder, find_decoder
+from engram_lm.adapt.folder import BaseModel
+from engram_lm.adapt.stored_adapter import check_vocabulary
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.memory.config import EngramConfig
+from engram_lm.tables import ParameterTable, Table
+
+__all__ = ["adapter_spec", "attach"]
+
+_CHECKED_TOKENS = 8
+
+
+def attach(
+    model: nn.Module,
+    tokenizer: Any,
+    config: EngramConfig,
+    *,
+    layers: Sequence[int] | None = None,
+    name: str = "default",
+    layer_list: str | None = None,
+    segments: Segments | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    check: bool = True,
+) -> MemoryAdapter:
+    """Add memory to decoder layers of a transformers causal language model, without touching its code.
+
+    The model begins by computing what it computed before, bit for bit: the value projections start at zero, whatever
+    ``config.value_init`` says. It then trains with any loop over ``model.parameters()``; an optimizer that knows no
+    sparse gradients needs ``EngramConfig(table_gradient="dense")``. ``generate`` works in all its modes.
+
+    Attach before ``torch.compile`` and before DDP; before or after peft.
+
+    Args:
+        model: The model, also inside a multimodal wrapper or peft.
+        tokenizer: Its tokenizer, a fast Hugging Face one.
+        config: Geometry and options; ``hidden_size`` is the model's, ``num_streams`` is 1.
+        layers: Decoder layers, from 0, that read memory before they run; those of ``config`` where None.
+        name: Which adapter this is; a model may have several, and their updates add up where several are enabled.
+        layer_list: Path of the decoder layers, such as ``"model.layers"``, where structure does not tell.
+        segments: Where N-grams stop. By default at the end-of-text token; name image placeholders of a multimodal
+            model as ``dead_tokens``.
+        dtype: Type of tables and layers; the model's own where None.
+        check: Whether to run the model on a few tokens with and without the memory and compare all logits.
+
+    Returns:
+        The adapter: a module of the model.
+
+    Raises:
+        ConfigError: No recognizable layer list, impossible layers, more than one stream, a tokenizer without pad and
+            end token, a name that is taken, a model without weights.
+        MismatchError: Another hidden size, a tokenizer that is not the model's, or (``check``) other logits.
+        TokenMapError: The tokenizer has no Rust backend.
+
+    Example:
+        >>> adapter = engram_lm.attach(model, tokenizer, EngramConfig(hidden_size=2048, layers=(1,)))  # doctest: +SKIP
+        >>> model.requires_grad_(False), adapter.requires_grad_(True)  # doctest: +SKIP
+    """
+    decoder = find_decoder(model, layer_list)
+    check_free(model, name)
+    chosen = config.layers if layers is None else tuple(layers)
+    config = dataclasses.replace(config, layers=chosen, value_init="zero")
+    spec = adapter_spec(decoder, tokenizer, config, segments)
+    own = _floating_type(decoder)
+    device = home(decoder.layers[spec.blocks[0]])
+    tables: dict[str, Table] = {}
+    for block, layer in zip(spec.blocks, spec.layers, strict=True):
+        if table_name(spec, block) not in tables:
+            try:
+                table = ParameterTable(
+                    spec.num_rows(layer),
+                    config.head_dim,
+                    gradient=config.table_gradient,
+                    std=config.table_std,
+                    device=device,
+                    dtype=dtype or own,
+                )
+            except RuntimeError as error:  # of no class of its own where the host's memory is at an end
+                raise ConfigError(
+                    f"there is no room on {device} for a table of {spec.num_rows(layer):,} rows of {config.head_dim} "
+                    f"numbers ({str(error).splitlines()[0]:.200}); choose fewer rows_per_head, or a smaller memory_dim"
+                ) from error
+            tables[table_name(spec, block)] = table
+    adapter = MemoryAdapter(config, spec, tables, name=name, base=BaseModel.of(model, decoder))
+    adapter.layers.to(dtype=dtype or own)
+    adapter._attach(model, decoder)
+    if check:
+        try:
+            _check_identity(model, adapter)
+        except BaseException:
+            adapter.detach()
+            raise
+    return adapter
+
+
+def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segments: Segments | None = None) -> HashSpec:
+    """Make the hash that a memory attached to a model has, and check that model, tokenizer and memory fit.
+
+    Args:
+        decoder: Of the model.
+        tokenizer: Its tokenizer.
+        config: Geometry and options.
+        segments: As for `attach`.
+
+    Raises:
+        ConfigError: As for `attach`.
+        MismatchError: As for `attach`.
+        TokenMapError: The tokenizer has no Rust backend.
+    """
+    _check_geometry(config, decoder)
+    token_map, pad, segments = _read_tokenizer(tokenizer, decoder, segments)
+    spec = config.hash_spec(token_map, pad_token_id=pad, segments=segments)
+    check_vocabulary(spec.num_tokens, decoder)
+    return spec
+
+
+def _check_geometry(config: EngramConfig, decoder: Decoder) -> None:
+    if config.num_streams != 1:
+        raise ConfigError(f"memory is attached to one residual stream, not {config.num_streams}; set num_streams=1")
+    if config.hidden_size != decoder.hidden_size:
+        raise MismatchError(
+            f"the configuration's hidden_size is {config.hidden_size}, the model's {decoder.hidden_size}; set "
+            f"hidden_size={decoder.hidden_size}"
+        )
+    if max(config.layers) >= len(decoder.layers):
+        raise ConfigError(
+            f"layers {config.layers} are asked for; {decoder.name} has {len(decoder.layers)}, counted from 0"
+        )
+
+
+def _read_tokenizer(tokenizer: Any, decoder: Decoder, segments: Segments | None) -> tuple[TokenMap, int, Segments]:
+    """Canonical tokens, the token that stands for nothing, and where N-grams stop."""
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise ConfigError(
+            f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "
+            f"{type(tokenizer).__name__}"
+        )
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    if pad is None:
+        raise ConfigError(
+            "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the positions "
+            "before the start of a text; set tokenizer.pad_token first"
+        )
+    size = len(tokenizer)
+    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
+    if size < decoder.vocab_size - max(256, decoder.vocab_size // 32):
+        raise MismatchError(
+            f"the tokenizer has {size} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer that belongs "
+            "to the model"
+        )
+    if segments is None:
+        segments = Segments(end_tokens=() if end is None else (end,))
+    return TokenMap.from_tokenizer(tokenizer), pad, segments
+
+
+def _floating_type(decoder: Decoder) -> torch.dtype:
+    # The matrices of a quantized layer hold integers, its norms do not.
+    types = (parameter.dtype for parameter in decoder.layers.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
+
+
+@torch.no_grad()
+def _check_identity(model: nn.Module, adapter: MemoryAdapter) -> None:
+    """Compare all logits of a few tokens with and without the memory, in evaluation mode."""
+    size = adapter.spec.num_tokens
+    if all(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ConfigError("the model has no weights yet (its device is meta); load them first, or pass check=False")
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    tokens = (torch.arange(1, _CHECKED_TOKENS + 1, device=device) * 7919 % size)[None]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for module in model.modules():
+        # bitsandbytes packs weights of 4 bits for the processor in an evaluation, and then has no gradients any more.
+        # What a linear layer computes does not depend on this otherwise.
+        module.training = type(module).__name__ == "Linear4bit"
+    try:
+        found = model(input_ids=tokens, use_cache=False)[0]
+        with adapter.disabled():
+            expected = model(input_ids=tokens, use_cache=False)[0]
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True
+    if not bool(((found == expected) | (found.isnan() & expected.isnan())).all()):
+        worst = (found.float() - expected.float()).abs().max().item()
+        raise MismatchError(
+            f"with new memory the model's outputs differ by up to {worst:.3g}, and should not differ at all; its "
+            "kernels may not repeat themselves (torch.use_deterministic_algorithms), or its layers take something "
+            "else than hidden_states first; check=False attaches all the same"
+        )

@@ -1,0 +1,186 @@
+"""Adapters in repositories of the Hugging Face Hub: fetched file by file, written in one commit."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engram_lm.adapt.folder import CONFIG, FILES, TABLES, AdapterFiles, LocalFiles, check_adapter
+from engram_lm.adapt.model_card import REPOSITORY
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
+
+__all__ = ["HubFiles", "files_of", "push_folder"]
+
+_ACCESS = "log in with `hf auth login`, or pass token="
+
+
+class HubFiles:
+    """Files of a repository, downloaded into the cache that all Hugging Face libraries share.
+
+    Args:
+        repo_id: ``"owner/name"``.
+        revision: Branch, tag or commit; the main branch where None. All files come from the commit that it means when
+            the first one is fetched.
+        token: What grants access.
+        cache_dir: Where files are downloaded to; the usual place where None.
+        local_files_only: Whether to use only what was downloaded before.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None,
+        token: str | bool | None,
+        cache_dir: str | os.PathLike[str] | None,
+        local_files_only: bool,
+    ) -> None:
+        self.name = repo_id
+        self._options: dict[str, Any] = {
+            "repo_id": repo_id,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+
+    def fetch(self, name: str, most_bytes: int) -> Path | None:
+        """Download a file unless it is in the cache; None where the repository has none of that name.
+
+        Raises:
+            CheckpointError: There is no such repository or revision, or the file is larger than ``most_bytes``.
+            RemoteError: The Hub cannot be reached or does not answer as it should.
+        """
+        from huggingface_hub import errors, hf_hub_download
+
+        revision = self._options["revision"]
+        try:
+            known = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError
+            with _speaking(f"cannot fetch {name} of {self.name}", *known):
+                found = hf_hub_download(filename=name, dry_run=True, **self._options)
+                if found.file_size is not None and found.file_size > most_bytes:
+                    raise CheckpointError(
+                        f"{name} of the repository {self.name} has {found.file_size:,} bytes, {most_bytes:,} at most "
+                        "are needed for what its configuration describes; it is not downloaded"
+                    )
+                # Asked for by its branch the first time, so that the cache knows later what the branch was.
+                path = Path(hf_hub_download(filename=name, **self._options))
+                self._options["revision"] = path.parent.name  # snapshots/COMMIT/NAME
+                return path
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(f"the repository {self.name} has no revision {revision!r}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"there is no folder {self.name} on this machine, and the Hub shows no repository of that name; if it "
+                f"is private or gated, {_ACCESS}"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            raise RemoteError(
+                f"there is no folder {self.name} on this machine, {name} of a repository of that name was not "
+                "downloaded before, and the Hub is not asked or does not answer (local_files_only, HF_HUB_OFFLINE, "
+                "HF_ENDPOINT)"
+            ) from error
+        except errors.EntryNotFoundError:
+            return None
+
+
+def files_of(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> AdapterFiles:
+    """Tell a folder from a repository: what exists here is a folder, and so is what cannot be a repository's name.
+
+    Args:
+        path_or_repo: What the user wrote.
+        revision: See `HubFiles`, as for the others.
+        token: See there.
+        cache_dir: See there.
+        local_files_only: See there.
+    """
+    path = Path(path_or_repo)
+    if isinstance(path_or_repo, os.PathLike) or path.exists() or not REPOSITORY.fullmatch(path_or_repo):
+        return LocalFiles(path)
+    return HubFiles(
+        path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+
+
+def push_folder(
+    repo_id: str,
+    write: Callable[[Path], None],
+    *,
+    tables: bool,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> str:
+    """Write an adapter's folder to a repository, in one commit. See `MemoryAdapter.push_to_hub`.
+
+    Args:
+        repo_id: The repository; made if there is none.
+        write: Writes the folder it is given.
+        tables: Whether the folder will hold tables.
+        private: Whether a repository that is made is private.
+        token: What grants access.
+        revision: Branch; made if there is none.
+        create_pr: Whether to propose the change only.
+        commit_message: What the commit is called.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    if not REPOSITORY.fullmatch(repo_id):
+        raise ConfigError(f"a repository is called 'owner/name', not {repo_id!r:.200}")
+    api = HfApi(token=token)
+    with _speaking(f"the Hub does not take {repo_id}; {_ACCESS} with the right to write there"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        held = set(api.list_repo_files(repo_id, revision=revision))
+    if CONFIG in held:
+        # Not only here: whoever loads a model from there would get our configuration with its weights.
+        with tempfile.TemporaryDirectory() as cache:
+            there = HubFiles(repo_id, revision=revision, token=token, cache_dir=cache, local_files_only=False)
+            try:
+                check_adapter(there)
+            except CheckpointError as error:
+                raise ConfigError(f"the repository {repo_id} holds something else ({error}); name another") from error
+    if TABLES in held and not tables:
+        raise ConfigError(
+            f"the repository {repo_id} holds tables, which need not belong to this adapter; push with tables=True, or "
+            "to another repository or revision"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "adapter"
+        write(written)
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=written / name)
+            for name in FILES
+            if (written / name).is_file()
+        ]
+        with _speaking(f"the Hub does not take the files for {repo_id}"):
+            done = api.create_commit(
+                repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            )
+    return str(done.commit_url)
+
+
+@contextmanager
+def _speaking(what: str, *known: type[Exception]) -> Iterator[None]:
+    """Turn whatever goes wrong between us and the Hub, but for what the caller knows, into an error that says what."""
+    try:
+        yield
+    except Exception as error:  # releases of the client speak through different HTTP libraries
+        if isinstance(error, (EngramError, *known)):
+            raise
+        raise RemoteError(f"{what}: {error!s:.500}") from error

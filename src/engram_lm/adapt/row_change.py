@@ -1,0 +1,93 @@
+"""What a row patch is made of: rows of a table with other numbers, and the facts they were fitted to."""
+
+# Dimension key: N rows, E row width.
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from engram_lm.errors import ConfigError
+
+__all__ = ["ROW_DTYPES", "Fact", "RowChange", "same_bits"]
+
+ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of the numbers that rows of a trainable table have."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowChange:
+    """Rows of one table, before and after.
+
+    Raises:
+        ConfigError: Tensors of other shapes or types, rows that do not ascend, or numbers that are not finite.
+    """
+
+    rows: Tensor
+    """Row numbers, different and ascending, int64 ``[N]`` on the host."""
+    before: Tensor
+    """The numbers that the rows had, in the table's type, ``[N, E]`` on the host."""
+    after: Tensor
+    """The numbers they get, of the same type and shape."""
+
+    def __post_init__(self) -> None:
+        rows, before, after = self.rows, self.before, self.after
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not len(rows):
+            raise ConfigError(f"row numbers are int64 [num_rows], at least one, got {rows.dtype} {list(rows.shape)}")
+        if int(rows[0]) < 0 or not bool((rows[1:] > rows[:-1]).all()):
+            raise ConfigError("row numbers start from 0, ascend and differ; sort them and name each once")
+        for what, values in (("before", before), ("after", after)):
+            if values.dtype not in ROW_DTYPES or values.dim() != 2 or not values.shape[1] or len(values) != len(rows):
+                raise ConfigError(
+                    f"the rows {what} are floating numbers [{len(rows)}, width], got {values.dtype} "
+                    f"{list(values.shape)}"
+                )
+            if not bool(values.isfinite().all()):
+                raise ConfigError(f"the rows {what} hold numbers that are not finite")
+        if (before.dtype, before.shape) != (after.dtype, after.shape):
+            raise ConfigError(
+                f"the rows are {before.dtype} {list(before.shape)} before and {after.dtype} {list(after.shape)} after; "
+                "a patch changes neither type nor width"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are changed."""
+        return len(self.rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the row numbers and of the rows before and after."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in (self.rows, self.before, self.after))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fact:
+    """A continuation that rows were fitted to. The record of a fit: applying a patch does not read it."""
+
+    prompt: str
+    """The text before."""
+    target: str
+    """What shall follow."""
+    prompt_tokens: tuple[int, ...]
+    """The prompt as raw tokens, the tokenizer's own first tokens included."""
+    target_tokens: tuple[int, ...]
+    """The target as raw tokens."""
+    loss_before: float
+    """Mean loss of the target's tokens before the fit, nats per token."""
+    loss_after: float
+    """The same with the fitted rows."""
+    is_greedy: bool
+    """Whether each of the target's tokens is the most likely one, with the fitted rows."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and target, raw tokens."""
+        return self.prompt_tokens + self.target_tokens
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one type and shape hold the same bits: 0 and -0 differ, a NaN equals itself."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

@@ -1,0 +1,373 @@
+"""Row patches: changes to single rows that are fitted, written to a file, applied to a model and taken back.
+
+Reading order: ``row_change.py`` (what a patch holds), ``patchable.py`` (the memory it is for), ``row_patch_fit.py``,
+``row_patch_file.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch does and does not touch).
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from engram_lm.adapt.patchable import PatchableMemory, patchable_memory
+from engram_lm.adapt.row_change import Fact, RowChange, same_bits
+from engram_lm.adapt.row_patch_file import read_patch, write_patch
+from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, read_facts, reference_tokens
+from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
+from engram_lm.errors import ConfigError, MismatchError
+
+__all__ = ["RowPatch", "applied_patches"]
+
+# Dimension key: N rows, E row width.
+
+_RECORD = "_row_patches"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowPatch:
+    """Other numbers for single rows of a memory, with those they had before.
+
+    A patch is made for one hash and for rows that hold certain numbers; both are checked when it is applied. It is for
+    a model with a memory adapter (pass the adapter, or the model where it has one) and for an `EngramForCausalLM`,
+    whose tables are parameters in memory. A key-value cache filled before a patch is applied or reverted keeps what it
+    was filled with: start with an empty one.
+
+    Example:
+        >>> patch = RowPatch.fit(model, tokenizer, [("The capital of Elbonia is", " Mudville")])  # doctest: +SKIP
+        >>> patch.save("elbonia.safetensors")  # doctest: +SKIP
+        >>> RowPatch.load("elbonia.safetensors").apply(model)  # doctest: +SKIP
+        >>> print(patch.proof(model, reference_tokens))  # doctest: +SKIP
+        >>> patch.revert(model)  # doctest: +SKIP
+    """
+
+    spec_digest: str
+    """Digest of the hash that the rows belong to."""
+    tables: Mapping[str, RowChange]
+    """Changes by table: its block number as text, or ``shared``."""
+    title: str = ""
+    """What its maker calls it."""
+    facts: tuple[Fact, ...] = ()
+    """What the rows were fitted to; none for rows written by hand."""
+
+    @classmethod
+    def fit(
+        cls,
+        target: Any,
+        tokenizer: Any,
+        facts: Sequence[tuple[str, str]],
+        options: FitOptions | None = None,
+        *,
+        reference: Any = None,
+        title: str = "",
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> Self:
+        """Fit rows to facts: each prompt shall be continued by its target.
+
+        Only rows change that N-grams of the facts address, by default those of the highest order that end where a
+        target token is predicted; a text that has none of these N-grams, and none that collides with them, is
+        answered as before to the bit. The model is left as it was; `apply` changes it. The same call gives the same
+        patch on the same machine.
+
+        Args:
+            target: A `MemoryAdapter`, a model with one, or an `EngramForCausalLM`. Its memory must have been trained:
+                while the value projections are zero, rows have no effect.
+            tokenizer: The model's tokenizer.
+            facts: Pairs (prompt, target) of texts. A target begins with the space that follows the prompt, if any.
+            options: Which positions and orders, how many steps, when to stop.
+            reference: A text, or raw tokens ``[num_tokens]``, that ``FitOptions.max_collisions`` counts other N-grams
+                in.
+            title: What to call the patch.
+            on_step: Called with the step, from 0, and the mean loss before it, in nats per target token.
+
+        Returns:
+            The patch. Its ``facts`` say whether each target became the greedy continuation (`is_learned`).
+
+        Raises:
+            ConfigError: No facts, impossible options, a table that is no parameter, a memory whose rows have no effect,
+                no rows left, or facts that hold already.
+            MismatchError: The tokenizer is not the model's.
+        """
+        options = FitOptions() if options is None else options
+        memory = patchable_memory(target)
+        memory.spec.bind(tokenizer)
+        known = read_facts(tokenizer, facts)
+        text = None if reference is None else reference_tokens(reference, tokenizer)
+        rows = addressed_rows(memory, known, options, text)
+        tables, fitted = fit_rows(memory, known, rows, options, on_step)
+        return cls(memory.spec.digest, tables, title, fitted)
+
+    @classmethod
+    def from_rows(cls, target: Any, values: Mapping[str, tuple[Any, Tensor]], *, title: str = "") -> Self:
+        """Make a patch that gives rows these numbers, such as those of another training run. Nothing is applied.
+
+        Args:
+            target: As for `fit`; the rows it holds now are the patch's rows before.
+            values: Table to row numbers ``[N]``, different, in any order, and their numbers ``[N, E]``; the latter are
+                rounded to the table's type.
+            title: What to call the patch.
+
+        Raises:
+            ConfigError: No rows, rows that repeat, or numbers of another shape or that are not finite.
+            MismatchError: There is no such table.
+            RowRangeError: A row outside its table.
+        """
+        memory = patchable_memory(target)
+        tables = {}
+        for name, (rows, numbers) in values.items():
+            found = torch.as_tensor(rows).reshape(-1).cpu()
+            if len(found) and (found.is_floating_point() or found.dtype == torch.bool):
+                raise ConfigError(f"row numbers of table {name} are integers, got {found.dtype}")
+            order = found.to(torch.int64).sort()
+            memory.check_rows(name, order.values)
+            width = memory.tables[name].width
+            if tuple(numbers.shape) != (len(order.values), width):
+                raise ConfigError(
+                    f"{len(order.values)} rows of table {name} take numbers [{len(order.values)}, {width}], got "
+                    f"{list(numbers.shape)}"
+                )
+            after = numbers.detach().cpu()[order.indices].to(memory.tables[name].dtype)
+            tables[name] = RowChange(order.values, memory.read(name, order.values), after)
+        if not tables:
+            raise ConfigError("a patch changes at least one row; values is empty")
+        return cls(memory.spec.digest, tables, title)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, malformed, truncated, or none of a row patch.
+        """
+        stored = read_patch(path)
+        return cls(stored.spec_digest, stored.tables, stored.title, stored.facts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the patch as one safetensors file, atomically: some kilobytes, and all that `apply` needs elsewhere.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        write_patch(path, spec_digest=self.spec_digest, tables=self.tables, title=self.title, facts=self.facts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are changed, over all tables."""
+        return sum(change.num_rows for change in self.tables.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of row numbers and rows; a saved file has a header of about a kilobyte more."""
+        return sum(change.num_bytes for change in self.tables.values())
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether every fact's target was the greedy continuation at the end of the fit."""
+        return all(fact.is_greedy for fact in self.facts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the hash and the changes; title and facts are left out."""
+        found = hashlib.sha256(self.spec_digest.encode())
+        for name, change in sorted(self.tables.items()):
+            found.update(f"{name} {change.num_rows} {change.before.dtype} {list(change.before.shape)}".encode())
+            for tensor in (change.rows, change.before, change.after):
+                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def apply(self, target: Any, *, force: bool = False) -> None:
+        """Write the rows into a model's tables. All rows are written, or none.
+
+        Args:
+            target: As for `fit`.
+            force: Write also where a row does not hold the numbers the patch was made against. What it holds is
+                remembered, so that `revert` still restores it.
+
+        Raises:
+            ConfigError: As for `fit` of tables.
+            MismatchError: Another hash, other widths or types, the patch is applied already, or (without ``force``) a
+                row that is not as the patch expects.
+            RowRangeError: A row outside its table.
+        """
+        memory = patchable_memory(target)
+        held = self._held(memory)
+        record = _record(memory)
+        if any(entry.patch.digest == self.digest for entry in record):
+            raise MismatchError(f"{self._name} is applied to this model already; revert it first")
+        if not force:
+            self._check_held(held, "before", "the model it was made against, in the same state (or pass force=True)")
+        for name, change in self.tables.items():
+            memory.write(name, change.rows, change.after)
+        record.append(_Applied(self, held))
+
+    def revert(self, target: Any, *, force: bool = False) -> None:
+        """Put back the rows that were there before, bit for bit. All rows are put back, or none.
+
+        Patches that share no row are reverted in any order; of those that share one, the last applied goes first. A
+        model that was saved with the patch in its tables and loaded again keeps no list of patches; there the rows
+        themselves tell that the patch is in them.
+
+        Args:
+            target: As for `fit`.
+            force: Put back also where a row has been changed since, by training for instance.
+
+        Raises:
+            ConfigError: As for `fit` of tables.
+            MismatchError: Another hash, a patch applied later shares a row, or (without ``force``) a row that does not
+                hold the patch's numbers.
+            RowRangeError: A row outside its table.
+        """
+        memory = patchable_memory(target)
+        held = self._held(memory)
+        record = _record(memory)
+        places = [place for place, entry in enumerate(record) if entry.patch.digest == self.digest]
+        later = [entry.patch for entry in record[places[-1] + 1 :] if entry.patch.overlaps(self)] if places else []
+        if later:
+            raise MismatchError(
+                f"{self._name} shares rows with {', '.join(patch._name for patch in later)}, applied after it; patches "
+                "that share rows are reverted in reverse order: revert the last applied first"
+            )
+        if not force:
+            self._check_held(held, "after", "a model that has the patch (or pass force=True)")
+        replaced = {name: change.before for name, change in self.tables.items()}
+        for name, values in (record[places[-1]].replaced if places else replaced).items():
+            memory.write(name, self.tables[name].rows, values)
+        if places:
+            del record[places[-1]]
+
+    def overlaps(self, other: "RowPatch") -> bool:
+        """Whether both change a row of the same table."""
+        shared = self.tables.keys() & other.tables.keys()
+        return any(bool(torch.isin(self.tables[name].rows, other.tables[name].rows).any()) for name in shared)
+
+    def proof(
+        self,
+        target: Any,
+        reference: Any,
+        *,
+        tokenizer: Any = None,
+        window_tokens: int = 64,
+        max_windows: int = 64,
+    ) -> RowPatchProof:
+        """Show what the patch touches and what it does not, on a text: see `RowPatchProof`.
+
+        The model computes with and without the patch, whether it is applied or not; afterwards its tables hold the
+        bits they held.
+
+        Args:
+            target: As for `fit`; the patch is applied to it, or can be.
+            reference: A text, or raw tokens ``[num_tokens]``: what must not change.
+            tokenizer: Needed where the reference is a text.
+            window_tokens: The text is computed in windows of so many tokens, each by itself.
+            max_windows: Windows to compute at most of those that address a patched row, and of those that do not;
+                spread evenly over the text.
+
+        Raises:
+            ConfigError: As for `fit` of tables, or impossible sizes.
+            DataError: The reference has fewer than two tokens.
+            MismatchError: Rows that hold neither the patch's numbers nor those before it.
+            TokenError: The reference has a token outside the vocabulary.
+        """
+        memory = patchable_memory(target)
+        held = self._held(memory)
+        applied = all(same_bits(held[name], change.after) for name, change in self.tables.items())
+        if not applied:
+            self._check_held(held, "before", "a model that has the patch or can take it")
+        if tokenizer is not None:
+            memory.spec.bind(tokenizer)
+        tokens = reference_tokens(reference, tokenizer)
+        try:
+            return prove(
+                memory,
+                self.tables,
+                tokens,
+                title=self.title,
+                facts=self.facts,
+                window_tokens=window_tokens,
+                max_windows=max_windows,
+            )
+        finally:
+            for name, change in self.tables.items():
+                memory.write(name, change.rows, held[name])
+
+    def __str__(self) -> str:
+        """Title, rows and facts, a line each."""
+        lines = [f"{self._name}: {self.num_rows} rows, {self.num_bytes} bytes"]
+        for name, change in self.tables.items():
+            numbers = change.rows.tolist()
+            some = ", ".join(map(str, numbers[:6])) + (", …" if len(numbers) > 6 else "")
+            lines.append(f"  table {name}: {change.num_rows} rows of {change.before.shape[1]} numbers ({some})")
+        for fact in self.facts:
+            answer = "learned" if fact.is_greedy else "not learned"
+            losses = f"{fact.loss_before:.3f} to {fact.loss_after:.3f} nats per token"
+            lines.append(f"  {fact.prompt!r} → {fact.target!r}: {answer}, {losses}")
+        return "\n".join(lines)
+
+    @property
+    def _name(self) -> str:
+        return f"the patch {self.title!r}" if self.title else f"the patch {self.digest[:12]}"
+
+    def _held(self, memory: PatchableMemory) -> dict[str, Tensor]:
+        """Read the rows that a model holds now, once it is clear that they are meant."""
+        if memory.spec.digest != self.spec_digest:
+            raise MismatchError(
+                f"{self._name} was made for the hash {self.spec_digest}, this memory has {memory.spec.digest}; its row "
+                "numbers mean nothing here. Apply it to the memory it was made for, or fit the facts again"
+            )
+        held = {}
+        for name, change in self.tables.items():
+            memory.check_rows(name, change.rows)
+            table = memory.tables[name]
+            if (table.dtype, table.width) != (change.before.dtype, change.before.shape[1]):
+                raise MismatchError(
+                    f"{self._name} holds rows of {change.before.shape[1]} {change.before.dtype} numbers, table {name} "
+                    f"has rows of {table.width} {table.dtype} numbers; load the memory in that type"
+                )
+            held[name] = memory.read(name, change.rows)
+        return held
+
+    def _check_held(self, held: Mapping[str, Tensor], what: str, fix: str) -> None:
+        for name, change in self.tables.items():
+            expected = getattr(change, what)
+            if same_bits(held[name], expected):
+                continue
+            differs = (held[name].contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).any(-1)
+            known = {"before": "without", "after": "with"}
+            other = change.after if what == "before" else change.before
+            hint = f"; they hold the numbers {known['after' if what == 'before' else 'before']} the patch"
+            raise MismatchError(
+                f"{int(differs.sum())} of {change.num_rows} rows of table {name} (first: row "
+                f"{int(change.rows[differs][0])}) do not hold the numbers that {self._name} expects {known[what]} it"
+                f"{hint if same_bits(held[name], other) else ''}; take {fix}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Applied:
+    """A patch in a model's tables, and the rows it took the place of."""
+
+    patch: RowPatch
+    replaced: dict[str, Tensor]
+
+
+def applied_patches(target: Any) -> tuple[RowPatch, ...]:
+    """List the patches that were applied to a model's memory and not reverted, in the order in which they were applied.
+
+    The list belongs to the model in memory and is not saved with it; the rows are.
+
+    Args:
+        target: As for `RowPatch.apply`.
+
+    Raises:
+        ConfigError: As for `RowPatch.apply`.
+    """
+    return tuple(entry.patch for entry in _record(patchable_memory(target)))
+
+
+def _record(memory: PatchableMemory) -> list[_Applied]:
+    record: list[_Applied] = memory.owner.__dict__.setdefault(_RECORD, [])
+    return record

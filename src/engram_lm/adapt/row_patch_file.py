@@ -1,0 +1,181 @@
+"""One small safetensors file for a row patch: what it changes, and whose rows it was made for.
+
+For each table ``NAME.rows`` (int64 ``[N]``), ``NAME.before`` and ``NAME.after`` (``[N, width]`` in the table's type),
+NAME being ``shared`` or a block number. The header's metadata says format, digest of the hash, title and facts. Equal
+patches make equal files. A file is believed in nothing: see `read_patch`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram_lm.adapt.row_change import ROW_DTYPES, Fact, RowChange
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.files import replacing
+from engram_lm.tables.safetensors_file import StoredTensor, read_header
+from engram_lm.tables.safetensors_writer import TensorWriter
+
+__all__ = ["StoredPatch", "read_patch", "write_patch"]
+
+_FORMAT = "engram.row_patch.1"
+_PARTS = ("rows", "before", "after")
+# A patch is kilobytes. What is larger is another kind of file, and is not read to find out.
+_LARGEST_FILE_BYTES = 1 << 30
+_LONGEST_HEADER_BYTES = 16 << 20
+_MOST_FACTS, _MOST_TOKENS = 10_000, 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredPatch:
+    """What a patch's file says, checked."""
+
+    spec_digest: str
+    """Digest of the hash that the rows belong to."""
+    tables: dict[str, RowChange]
+    """Changes by table."""
+    title: str
+    """What its maker called it."""
+    facts: tuple[Fact, ...]
+    """What it was fitted to."""
+
+
+def write_patch(
+    path: str | os.PathLike[str],
+    *,
+    spec_digest: str,
+    tables: Mapping[str, RowChange],
+    title: str,
+    facts: tuple[Fact, ...],
+) -> None:
+    """Write a patch's file, atomically.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    values = [dataclasses.asdict(fact) for fact in facts]
+    metadata = {"format": _FORMAT, "hash_spec_digest": spec_digest, "title": title, "facts": json.dumps(values)}
+    tensors = {f"{name}.{part}": getattr(change, part) for name, change in tables.items() for part in _PARTS}
+    promised = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with replacing(path) as aside, TensorWriter(aside, promised, metadata=metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.append(name, tensor)
+
+
+def read_patch(path: str | os.PathLike[str]) -> StoredPatch:
+    """Read and check a patch's file.
+
+    Raises:
+        CheckpointError: The file is missing, larger than a patch may be, malformed or truncated, of another format, or
+            its tensors are not those of a patch: names, types, shapes, order of rows, numbers that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; a row patch is a file as RowPatch.save writes it")
+    if (size := path.stat().st_size) > _LARGEST_FILE_BYTES:
+        raise CheckpointError(
+            f"{path} has {size} bytes, a row patch has at most {_LARGEST_FILE_BYTES}; name the file that RowPatch.save "
+            "wrote"
+        )
+    metadata = _read_metadata(path)
+    header = read_header(path)
+    tables = {name: _read_change(path, name, header) for name in _table_names(path, header)}
+    return StoredPatch(
+        spec_digest=_digest(path, metadata.get("hash_spec_digest")),
+        tables=tables,
+        title=metadata.get("title", ""),
+        facts=_read_facts(path, metadata.get("facts", "[]")),
+    )
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """Texts of the header, read before `read_header` has checked the rest of it."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= _LONGEST_HEADER_BYTES else b""
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has no readable header ({error!s:.200}); download it again") from error
+    metadata = values.get("__metadata__") if isinstance(values, dict) else None
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or found != _FORMAT:
+        raise CheckpointError(
+            f"{path} is no row patch: expected format {_FORMAT!r}, found {found!r:.100}; name a file that "
+            "RowPatch.save wrote"
+        )
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the header's metadata holds other things than texts; download it again")
+    return metadata
+
+
+def _table_names(path: Path, header: Mapping[str, StoredTensor]) -> list[str]:
+    names = sorted({name.rpartition(".")[0] for name in header})
+    expected = {f"{name}.{part}" for name in names for part in _PARTS}
+    wrong = [name for name in names if name != "shared" and not (name.isascii() and name.isdecimal() and len(name) < 7)]
+    if not names or wrong or expected != header.keys() or ("shared" in names and len(names) > 1):
+        raise CheckpointError(
+            f"{path} does not hold rows, before and after for each table (a block number, or shared); found "
+            f"{sorted(header)[:8]!s:.400}; download it again"
+        )
+    return names
+
+
+def _read_change(path: Path, name: str, header: Mapping[str, StoredTensor]) -> RowChange:
+    rows, before, after = (header[f"{name}.{part}"] for part in _PARTS)
+    # Types and shapes are compared before any byte is read.
+    fits = rows.torch_dtype == torch.int64 and len(rows.shape) == 1 and len(before.shape) == 2
+    fits = fits and before.torch_dtype in ROW_DTYPES and before.shape[0] == rows.shape[0]
+    if not fits or (before.torch_dtype, before.shape) != (after.torch_dtype, after.shape):
+        raise CheckpointError(
+            f"the tensors of table {name} do not fit one another: {rows}, {before}, {after}; expected int64 [n] and "
+            "twice the same floating type [n, width]; download it again"
+        )
+    try:
+        return RowChange(rows.load(), before.load(), after.load())
+    except ConfigError as error:
+        raise CheckpointError(f"{path}, table {name}: {error}; download it again") from error
+
+
+def _digest(path: Path, value: str | None) -> str:
+    if value is None or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise CheckpointError(f"{path} names no hash: hash_spec_digest is {value!r:.100}; download it again")
+    return value
+
+
+def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:
+    try:
+        values = json.loads(text)
+        if not isinstance(values, list) or len(values) > _MOST_FACTS:
+            raise ValueError("not a list of facts")
+        return tuple(_fact(value) for value in values)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the facts cannot be read ({error!s:.200}); download it again") from error
+
+
+def _fact(value: Any) -> Fact:
+    names = {field.name for field in dataclasses.fields(Fact)}
+    if not isinstance(value, dict) or value.keys() != names:
+        raise ValueError(f"a fact has the keys {sorted(names)}")
+    for name in ("prompt", "target"):
+        if not isinstance(value[name], str):
+            raise ValueError(f"{name} is no text")
+    for name in ("prompt_tokens", "target_tokens"):
+        tokens = value[name]
+        if not isinstance(tokens, list) or not 0 < len(tokens) <= _MOST_TOKENS:
+            raise ValueError(f"{name} is no list of tokens")
+        if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+            raise ValueError(f"{name} holds something else than tokens")
+    for name in ("loss_before", "loss_after"):
+        if type(value[name]) not in (int, float) or not math.isfinite(value[name]):
+            raise ValueError(f"{name} is no finite number")
+    if not isinstance(value["is_greedy"], bool):
+        raise ValueError("is_greedy is neither true nor false")
+    tokens = {name: tuple(value[name]) for name in ("prompt_tokens", "target_tokens")}
+    losses = {name: float(value[name]) for name in ("loss_before", "loss_after")}
+    return Fact(**{**value, **tokens, **losses})

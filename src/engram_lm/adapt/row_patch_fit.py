@@ -1,0 +1,302 @@
+"""Fitting a fact: a few gradient steps on the rows that the prompt's N-grams address, and on nothing else."""
+
+# Dimension key: L length, N rows, E row width, V vocabulary, T target tokens.
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.adapt.adapter import table_name
+from engram_lm.adapt.evaluation_mode import evaluating
+from engram_lm.adapt.patchable import PatchableMemory
+from engram_lm.adapt.row_change import Fact, RowChange
+from engram_lm.errors import ConfigError
+from engram_lm.hashing.collisions import row_collisions
+
+__all__ = ["FitOptions", "addressed_rows", "fit_rows", "read_facts", "reference_tokens", "score_fact"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How rows are fitted to facts.
+
+    Raises:
+        ConfigError: A value is impossible.
+    """
+
+    positions: Literal["target", "all"] = "target"
+    """Whose N-grams' rows may change: those of the positions that a target token is predicted from (the prompt's last
+    token to the target's last but one), or ``"all"``, the whole prompt too."""
+    orders: tuple[int, ...] | None = None
+    """Orders of those N-grams; None is the highest alone, whose N-grams other texts have least often."""
+    max_collisions: int | None = None
+    """Leave a row alone that more than so many other N-grams of the reference text read; None changes any row."""
+    max_steps: int = 200
+    """Gradient steps (Adam) at most."""
+    learning_rate: float = 0.1
+    """Step size, in units of the root mean square of the rows before."""
+    margin: float = 1.0
+    """Stop once every target token leads the next likely one by so much, in nats."""
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("target", "all"):
+            raise ConfigError(f"positions is 'target' or 'all', got {self.positions!r}")
+        if self.orders is not None and (not isinstance(self.orders, tuple) or not self.orders):
+            raise ConfigError(f"orders is a tuple such as (3,), or None for the highest, got {self.orders!r}")
+        for name, low in (("max_steps", 1), ("max_collisions", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < low):
+                raise ConfigError(f"{name} is a whole number from {low}, got {value!r}")
+        for name in ("learning_rate", "margin"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is a number from 0, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """How well a model continues a prompt with the target."""
+
+    loss: float
+    """Mean loss of the target's tokens, nats."""
+    lead: float
+    """By how much the least sure target token leads the likeliest other one, nats; negative where it does not."""
+
+
+def _read_text(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
+    """Turn a text into raw tokens; with ``special`` the tokenizer's own first tokens stand before, never its last."""
+    plain = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = tuple(tokenizer(text)["input_ids"]) if special else plain
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[: start + len(plain)]
+    return plain
+
+
+def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
+    """Turn facts into tokens.
+
+    Raises:
+        ConfigError: There is none, or one has no prompt or target.
+    """
+    found = []
+    for pair in facts:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ConfigError(f"a fact is a pair (prompt, target) of texts, got {pair!r:.100}")
+        prompt, target = pair
+        before, whole = (_read_text(tokenizer, text, special=True) for text in (prompt, prompt + target))
+        # Where a tokenizer joins the end of the prompt with the target, generation still starts from the prompt alone.
+        fits = whole[: len(before)] == before
+        after = whole[len(before) :] if fits else _read_text(tokenizer, target, special=False)
+        if not before or not after:
+            raise ConfigError(f"a fact needs a prompt and a target of at least one token each, got {pair!r:.100}")
+        found.append(
+            Fact(
+                prompt=prompt,
+                target=target,
+                prompt_tokens=before,
+                target_tokens=after,
+                loss_before=math.nan,
+                loss_after=math.nan,
+                is_greedy=False,
+            )
+        )
+    if not found:
+        raise ConfigError("there are no facts to fit; pass at least one pair (prompt, target)")
+    return found
+
+
+def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
+    """Return a reference text as raw tokens, int64 ``[num_tokens]``.
+
+    Raises:
+        ConfigError: A text without a tokenizer, or something else than one row of integers.
+    """
+    if isinstance(reference, str):
+        if tokenizer is None:
+            raise ConfigError("the reference is a text; pass tokenizer= beside it, or its tokens")
+        reference = tokenizer(reference, add_special_tokens=False)["input_ids"]
+    tokens = np.asarray(reference)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ConfigError(f"a reference is a text or raw tokens [num_tokens], got {tokens.dtype} {list(tokens.shape)}")
+    return tokens.astype(np.int64)
+
+
+def addressed_rows(
+    memory: PatchableMemory, facts: Sequence[Fact], options: FitOptions, reference: np.ndarray | None = None
+) -> dict[str, Tensor]:
+    """Find the rows that a fit may change.
+
+    Args:
+        memory: Whose tables.
+        facts: With their tokens.
+        options: Which positions and orders, and how crowded a row may be.
+        reference: Raw tokens ``[num_tokens]`` of a text that ``options.max_collisions`` counts in.
+
+    Returns:
+        Table to row numbers, different and ascending, int64 ``[N]``; only tables with at least one.
+
+    Raises:
+        ConfigError: An order that the hash does not have, ``max_collisions`` without a reference, or no rows remain.
+    """
+    spec = memory.spec
+    orders = spec.orders[-1:] if options.orders is None else options.orders
+    if not set(orders) <= set(spec.orders):
+        raise ConfigError(f"orders {orders} are asked for, the hash has {spec.orders}")
+    if (options.max_collisions is None) != (reference is None):
+        raise ConfigError("max_collisions and reference belong together: pass both, or neither")
+    columns = [column for column in range(spec.num_heads_total) if spec.orders[column // spec.num_heads] in orders]
+    found: dict[str, list[np.ndarray]] = {}
+    for fact in facts:
+        tokens = np.array([fact.tokens])
+        codes = spec.encode(tokens)
+        chosen = codes[0] >= 0
+        chosen[: 0 if options.positions == "all" else len(fact.prompt_tokens) - 1] = False
+        chosen[-1] = False  # nothing is predicted from the target's last token
+        rows = spec.rows_for_layers(codes)
+        for block, layer in zip(spec.blocks, spec.layers, strict=True):
+            found.setdefault(table_name(spec, block), []).append(rows[layer][0][chosen][:, columns].reshape(-1))
+    distinct = {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
+    num_addressed = sum(map(len, distinct.values()))
+    if reference is not None:
+        assert options.max_collisions is not None
+        for name, rows_N in distinct.items():
+            besides = [fact.tokens for fact in facts]
+            layers = memory.layers_of(name)
+            counts = [row_collisions(spec, layer, reference, rows_N, besides=besides).num_ngrams for layer in layers]
+            distinct[name] = rows_N[np.sum(counts, axis=0) <= options.max_collisions]
+    if not any(map(len, distinct.values())):
+        raise ConfigError(
+            f"no row is left to fit: the facts address {num_addressed} rows, all of them read by more than "
+            f"{options.max_collisions} other N-grams of the reference; raise max_collisions"
+            if num_addressed
+            else "the facts address no row: all their positions are dead tokens of the hash's segments"
+        )
+    return {name: torch.from_numpy(rows) for name, rows in distinct.items() if len(rows)}
+
+
+def score_fact(logits: Tensor, fact: Fact) -> tuple[Tensor, _Score]:
+    """Compare the logits ``[L, V]`` of a fact's tokens with its target; the loss as a tensor is for its gradient."""
+    start = len(fact.prompt_tokens) - 1
+    target = torch.tensor(fact.target_tokens, device=logits.device)[:, None]
+    chances_TV = logits[start : start + len(target)].float().log_softmax(-1)
+    own = chances_TV.gather(-1, target)
+    others = chances_TV.detach().scatter(-1, target, -math.inf).amax(-1, keepdim=True)
+    loss = -own.mean()
+    return loss, _Score(float(loss.detach()), float((own.detach() - others).min()))
+
+
+def fit_rows(
+    memory: PatchableMemory,
+    facts: Sequence[Fact],
+    rows: Mapping[str, Tensor],
+    options: FitOptions,
+    on_step: Callable[[int, float], None],
+) -> tuple[dict[str, RowChange], tuple[Fact, ...]]:
+    """Find other numbers for rows, so that the facts' targets become the most likely continuations.
+
+    The model is left as it was: weights, gradients, what requires one, training mode. Nothing is drawn at random.
+
+    Args:
+        memory: Whose rows.
+        facts: With their tokens.
+        rows: Table to row numbers, as `addressed_rows` finds them.
+        options: Steps, their size, when to stop.
+        on_step: Called with the step, from 0, and the mean loss of the facts before it, in nats per target token.
+
+    Returns:
+        The rows whose bits changed, by table, and the facts with their losses. Where ``margin`` was not reached, the
+        rows with which the least sure target token did best.
+
+    Raises:
+        ConfigError: The rows have no effect, the facts hold already, or the loss is not finite.
+    """
+    _check_projections(memory)
+    # Outside of what the caller may have switched off.
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(memory.model):
+        before = {name: memory.read(name, numbers) for name, numbers in rows.items()}
+        leaves = {
+            name: values.to(memory.tables[name].weight.device, torch.promote_types(values.dtype, torch.float32))
+            .clone()
+            .requires_grad_()
+            for name, values in before.items()
+        }
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [leaf], "lr": options.learning_rate * max(float(leaf.detach().square().mean().sqrt()), 1e-6)}
+                for leaf in leaves.values()
+            ]
+        )
+        first: list[_Score] = []
+        best: tuple[float, list[_Score], dict[str, Tensor]] | None = None
+        for step in range(options.max_steps + 1):
+            scores, gradients = _evaluate(memory, facts, rows, leaves)
+            loss = sum(score.loss for score in scores) / len(scores)
+            on_step(step, loss)
+            if not math.isfinite(loss):
+                raise ConfigError(f"the loss is {loss} at step {step}; choose a smaller learning_rate")
+            first = first or scores
+            lead = min(score.lead for score in scores)
+            done = lead >= options.margin
+            if best is None or lead > best[0]:
+                best = lead, scores, {name: leaf.detach().clone() for name, leaf in leaves.items()}
+            if done or step == options.max_steps:
+                break
+            if not any(bool(gradient.any()) for gradient in gradients):
+                raise ConfigError(
+                    "the rows that the facts address have no effect on them (their gradient is 0); train the memory "
+                    'first, or choose more rows with orders=... and positions="all"'
+                )
+            for leaf, gradient in zip(leaves.values(), gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+    assert best is not None
+    changes = {}
+    for name, numbers in rows.items():
+        after = best[2][name].cpu().to(before[name].dtype)
+        changed = (after.contiguous().view(torch.uint8) != before[name].contiguous().view(torch.uint8)).any(-1)
+        if bool(changed.any()):
+            changes[name] = RowChange(numbers[changed], before[name][changed], after[changed])
+    if not changes:
+        raise ConfigError(
+            f"the facts hold already: every target token leads by {options.margin} nats or more, or no step betters "
+            "the least sure of them; there is nothing to patch"
+        )
+    fitted = zip(facts, first, best[1], strict=True)
+    return changes, tuple(
+        dataclasses.replace(fact, loss_before=begin.loss, loss_after=end.loss, is_greedy=end.lead > 0)
+        for fact, begin, end in fitted
+    )
+
+
+def _evaluate(
+    memory: PatchableMemory, facts: Sequence[Fact], rows: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+) -> tuple[list[_Score], list[Tensor]]:
+    """Score each fact by itself, so that no padding is needed, and add up the gradients of the leaves."""
+    scores, total = [], [torch.zeros_like(leaf) for leaf in leaves.values()]
+    with memory.reading(rows, leaves):
+        for fact in facts:
+            loss, score = score_fact(memory.logits(fact.tokens), fact)
+            scores.append(score)
+            # Asked for these tensors alone: backward() would leave gradients all over the model.
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            total = [sum_ if one is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
+    return scores, total
+
+
+@torch.no_grad()
+def _check_projections(memory: PatchableMemory) -> None:
+    """Refuse a memory that says nothing yet, whatever its rows are."""
+    for layer in memory.layers.values():
+        weight = layer.key_value.weight
+        if weight.is_meta or bool(weight[-layer.config.hidden_size :].any()):
+            return
+    raise ConfigError(
+        "the value projections of this memory are still zero, as attach() leaves them, so no row has any effect; train "
+        "the memory (its projections) before rows are fitted to facts"
+    )

@@ -1,0 +1,277 @@
+"""Rows that begin with what the model already makes of frequent N-grams, instead of noise."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.adapt.adapter import MemoryAdapter, table_name
+from engram_lm.adapt.decoder import find_decoder
+from engram_lm.adapt.ngram_states import NgramStates, Source, mean_states
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import HashSpec
+from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.memory.layer import row_signs
+from engram_lm.tables import ParameterTable
+
+__all__ = ["TransferReport", "transfer_rows"]
+
+# Dimension key: K N-grams of one order, D hidden, O orders, H heads of all orders, E row width, P = H / O * E.
+
+# Directions whose variance is below this share of the largest are rounding.
+_LEAST_VARIANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferReport:
+    """What `transfer_rows` did."""
+
+    source: Source
+    """Which hidden states were taken."""
+    num_tokens: int
+    """Tokens of the text."""
+    num_positions: int
+    """Positions whose hidden states were taken."""
+    num_ngrams: dict[int, int]
+    """N-grams that gave rows, by order."""
+    num_distinct_ngrams: dict[int, int]
+    """Distinct N-grams of the text, by order."""
+    covered: dict[int, float]
+    """Share of the text's positions that have one of the N-grams, by order."""
+    num_rows_written: dict[str, int]
+    """Rows that were written, by table."""
+    rows_written: dict[str, float]
+    """The same as a share of the table."""
+    variance_kept: dict[str, dict[int, float]]
+    """Share of the hidden states' variance in the directions that rows keep, by block (as text) and order."""
+    seconds: float
+    """Time it took."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def transfer_rows(
+    adapter: MemoryAdapter,
+    tokens: np.ndarray,
+    *,
+    num_ngrams: int = 100_000,
+    source: Source = "last",
+    length: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    max_bytes: int = 2 << 30,
+    layer_list: str | None = None,
+    on_progress: Callable[[str, int, int | None], None] = lambda task, num_tokens, total: None,
+) -> TransferReport:
+    """Write into an adapter's tables what the model makes of the N-grams that a text has most often.
+
+    The most frequent N-grams of each order are counted, the model (without this memory) runs over the text once, and
+    for each N-gram the mean of its hidden states where it ends is taken. Its strongest directions, as many as an order
+    has numbers over all its heads, are scaled to equal variance and turned by a random rotation, so that every head
+    holds an equal part of all of them; then each head's part is written to the row that the N-gram reads there. Where
+    several N-grams read one row, it gets their mean, weighted by how often each occurs. Written rows have the standard
+    deviation ``config.table_std`` in each head. All other rows keep the random numbers that they have.
+
+    Call it once, between `attach` and training: optimizers do not know that rows have changed. The value projections
+    stay as they are, so a new adapter leaves the model's outputs as they were, bit for bit. The same text, model, seed
+    and machine give the same rows.
+
+    Args:
+        adapter: Attached, with tables that are parameters.
+        tokens: Raw tokens of the text, integers ``[num_tokens]``; a memory-mapped array will do.
+        num_ngrams: How many N-grams of each order. More than ``rows_per_head`` of them crowd the rows.
+        source: Whose hidden states: ``"last"``, of the last decoder layer, which hold what the model expects next; or
+            ``"block"``, what goes into the block that reads the memory.
+        length: Tokens that the model sees at once.
+        batch_size: Windows of that length at a time.
+        seed: Of the rotation.
+        max_bytes: What the sums of hidden states may take on the host: 4 bytes for each N-gram and number of a hidden
+            state, times the blocks with memory where ``source`` is ``"block"``. Finding directions needs as much again
+            for one order.
+        layer_list: As for `attach`.
+        on_progress: Called with a task (``"counting"`` or ``"measuring"``), the tokens just done, and all that there
+            are to do (None where that is not known).
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: The adapter is detached, a table is no parameter or has no rows, a number is impossible, the sums
+            do not fit ``max_bytes``, or the model's hidden states are not finite. No row has changed then.
+        DataError: The text is too short.
+        TokenError: The text has a token outside the adapter's vocabulary.
+    """
+    started = time.perf_counter()
+    spec, tables = adapter.spec, _writable(adapter)
+    decoder = find_decoder(_model_of(adapter), layer_list)
+    tokens = np.asanyarray(tokens)
+    ngrams = frequent_ngrams(
+        spec, tokens, num_ngrams=num_ngrams, on_progress=lambda number: on_progress("counting", number, None)
+    )
+    with adapter.disabled():
+        states = mean_states(
+            decoder,
+            spec,
+            tokens,
+            ngrams,
+            source=source,
+            length=length,
+            batch_size=batch_size,
+            max_bytes=max_bytes,
+            on_progress=lambda number: on_progress("measuring", number, len(tokens)),
+        )
+    pieces, variance_kept = _pieces(adapter, states, seed)
+    written = {name: _write(adapter, name, table, ngrams, states, pieces) for name, table in tables.items()}
+    return TransferReport(
+        source=source,
+        num_tokens=len(tokens),
+        num_positions=states.num_positions,
+        num_ngrams={order: int((counts > 0).sum()) for order, counts in states.counts.items()},
+        num_distinct_ngrams={order: found.num_distinct for order, found in ngrams.items()},
+        covered={order: found.covered for order, found in ngrams.items()},
+        num_rows_written=written,
+        rows_written={name: number / tables[name].num_rows for name, number in written.items()},
+        variance_kept=variance_kept,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _model_of(adapter: MemoryAdapter) -> Any:
+    if adapter.model is None:
+        raise ConfigError("this adapter is detached, so there are no hidden states to take; attach it to a model first")
+    return adapter.model
+
+
+def _writable(adapter: MemoryAdapter) -> dict[str, ParameterTable]:
+    tables = {}
+    for name, table in adapter.tables.items():
+        if not isinstance(table, ParameterTable):
+            raise ConfigError(
+                f"the table {name} is a {type(table).__name__}, which is only read; load the adapter with "
+                "table_tier='device' to write rows"
+            )
+        if table.weight.is_meta:
+            raise ConfigError(f"the table {name} has no rows yet (its device is meta); load its weights first")
+        tables[name] = table
+    return tables
+
+
+def _pieces(
+    adapter: MemoryAdapter, states: NgramStates, seed: int
+) -> tuple[dict[tuple[int, int], Tensor], dict[str, dict[int, float]]]:
+    """Turn mean hidden states into what an order's heads hold side by side, ``[K, P]``, by block and order."""
+    width = adapter.config.num_heads * adapter.config.head_dim
+    pieces: dict[tuple[int, int], Tensor] = {}
+    kept: dict[str, dict[int, float]] = {}
+    # The last layer's hidden states are the same for all blocks: their directions are found once.
+    done: dict[tuple[int, int], tuple[Tensor, float]] = {}
+    for (block, order), means in states.means.items():
+        key = (id(means), order)
+        if key not in done:
+            generator = torch.Generator().manual_seed(seed * 1009 + order)
+            done[key] = reduced(means, states.counts[order] > 0, width, generator)
+        pieces[block, order], share = done[key]
+        kept.setdefault(str(block), {})[order] = share
+    return pieces, kept
+
+
+def reduced(means: Tensor, met: Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Keep the strongest directions of some vectors, at equal variance, spread evenly over the result.
+
+    Args:
+        means: float32 ``[K, D]``.
+        met: Which of them count, bool ``[K]``.
+        width: Numbers to keep, P.
+        generator: Draws the rotation.
+
+    Returns:
+        float32 ``[K, P]`` of variance 1 over those that count, 0 for the others; and the share of the variance that
+        lay in the directions kept.
+    """
+    vectors = means[met]
+    result = torch.zeros(len(means), width)
+    if not len(vectors):
+        return result, 0.0
+    centred = vectors - vectors.mean(0, dtype=torch.float64).float()
+    covariance = torch.zeros(means.shape[1], means.shape[1], dtype=torch.float64)
+    for part in centred.split(1 << 14):
+        covariance += part.double().T @ part.double()
+    variances, directions = torch.linalg.eigh(covariance / len(vectors))
+    variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
+    num_kept = min(width, int((variances > variances[0] * _LEAST_VARIANCE).sum()))
+    if not num_kept:
+        return result, 0.0
+    scaled = directions[:, :num_kept] / variances[:num_kept].sqrt()
+    rotation = torch.linalg.qr(torch.randn(width, num_kept, dtype=torch.float64, generator=generator))[0]
+    turned = (scaled @ rotation.T * (width / num_kept) ** 0.5).float()
+    result[met] = centred @ turned
+    return result, float(variances[:num_kept].sum() / variances.sum())
+
+
+@torch.no_grad()
+def _write(
+    adapter: MemoryAdapter,
+    name: str,
+    table: ParameterTable,
+    ngrams: Mapping[int, FrequentNgrams],
+    states: NgramStates,
+    pieces: Mapping[tuple[int, int], Tensor],
+) -> int:
+    """Write one table; returns how many rows."""
+    config, spec = adapter.config, adapter.spec
+    blocks = [block for block in spec.blocks if table_name(spec, block) == name]
+    written = 0
+    for place, (order, found) in enumerate(ngrams.items()):
+        met = states.counts[order] > 0
+        if not met.any():
+            continue
+        heads = slice(place * config.num_heads, (place + 1) * config.num_heads)
+        rows_KH = _rows(spec, found)
+        rows, values = [], []
+        for block in blocks:
+            mine = rows_KH[block][:, heads]
+            value = pieces[block, order].unflatten(-1, (config.num_heads, config.head_dim))
+            if config.signs == "hashed":
+                value = value * row_signs(mine, config.num_heads).unsqueeze(-1)
+            rows.append(mine[met])
+            values.append(value[met])
+        weights = states.counts[order][met].float().repeat(len(blocks))
+        for head in range(config.num_heads):
+            written += _write_head(
+                table,
+                torch.cat([row[:, head] for row in rows]),
+                torch.cat([value[:, head] for value in values]),
+                weights,
+                config.table_std,
+            )
+    return written
+
+
+def _write_head(table: ParameterTable, rows: Tensor, values: Tensor, weights: Tensor, std: float) -> int:
+    """Write weighted means of ``values [n, E]`` to the distinct ones among ``rows [n]``; returns their number."""
+    distinct, place = rows.unique(return_inverse=True)
+    total = torch.zeros(len(distinct)).index_add_(0, place, weights)
+    mean = torch.zeros(len(distinct), values.shape[1]).index_add_(0, place, values * weights[:, None])
+    mean /= total[:, None]
+    size = mean.square().mean().sqrt()
+    if not size > 0:
+        return 0
+    # N-grams that meet cancel in part; the head as a whole gets back the size that rows should have.
+    weight = table.weight
+    weight[distinct.to(weight.device)] = (mean * (std / size)).to(weight)
+    return len(distinct)
+
+
+def _rows(spec: HashSpec, found: FrequentNgrams) -> dict[int, Tensor]:
+    """Rows that each N-gram reads, by block, int64 ``[K, H]``; those of other orders than its own mean nothing."""
+    codes = torch.from_numpy(np.ascontiguousarray(found.canonical * 4))
+    before = codes.new_full((len(codes), spec.context), -1)
+    before[:, spec.context + 1 - found.order :] = codes[:, :-1]
+    rows = spec.rows_for_layers(codes[:, -1:], before)
+    return {block: rows[layer][:, 0] for block, layer in zip(spec.blocks, spec.layers, strict=True)}

@@ -1,0 +1,320 @@
+"""CKA: how alike the layers of two models represent a text."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.analysis.alignment import CkaFindings, CkaMap
+from engram_lm.analysis.positions import PositionChoice, Positions
+from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text, text_tokens
+from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
+from engram_lm.errors import ConfigError, DataError, MismatchError
+
+__all__ = ["Cka", "centered_gram", "layer_similarity"]
+
+# Dimension key: n positions of a minibatch, W width of what is compared, E entries (1 + layers) of a model,
+# R entries of the model in the rows, C of the one in the columns.
+
+Streams = Literal["concatenated", "mean", "collapsed"]
+
+_FEWEST = 4
+"""Positions that the unbiased estimate needs at least."""
+_POOL_BYTES = 1 << 27
+"""What the pools of all models together may take, where they hold more than one minibatch."""
+_ENOUGH = 1 << 13
+"""Positions after which `layer_similarity` begins to skip some."""
+
+
+def centered_gram(states: Tensor) -> Tensor:
+    """Compute the U-centered Gram matrix of a linear kernel.
+
+    The inner product of two such matrices is n (n - 3) times the unbiased estimate of HSIC by Song et al. (2012,
+    equation 5): centering each matrix once replaces centering every pair of them.
+
+    Args:
+        states: ``[n, W]``, at least 4 positions.
+
+    Returns:
+        Float64 ``[n * n]``; the diagonal is 0.
+
+    Source: U-centering, Székely and Rizzo 2014, "Partial distance correlation with methods for dissimilarities".
+    """
+    states = states.double()
+    # Takes nothing from the result, and much from the rounding where one channel is far larger than the others.
+    states = states - states.mean(0)
+    gram = (states @ states.T).fill_diagonal_(0)
+    n = len(states)
+    sums = gram.sum(0)
+    gram -= (sums[:, None] + sums[None]) / (n - 2)
+    gram += sums.sum() / ((n - 1) * (n - 2))
+    return gram.fill_diagonal_(0).flatten()
+
+
+class Cka(Analysis):
+    """Compares the layers of models by linear CKA. Feed it with `engram_lm.analysis.read_text`.
+
+    Positions are gathered over windows into a pool. When it is full, and at the end of the text, it is divided into
+    minibatches at random (the same each time), and the estimates of HSIC are summed over all minibatches before the
+    ratio is taken. A minibatch of ``n`` counts ``n (n - 3)``, the number that its estimate is divided by. With one
+    minibatch that is the unbiased value of the whole text.
+
+    The pool is there because positions of one window have much in common: a minibatch of neighbours would say how alike
+    two layers are within a window, which may be far from how alike they are over the text. The larger the pool, and the
+    fewer of the positions are taken (``one_in``), the more of the text each minibatch sees.
+
+    Args:
+        baseline: Name of the model that the others are compared with; where None the first without memory, or the
+            first of all.
+        positions: See `PositionChoice`.
+        min_count: See `PositionChoice`.
+        one_in: See `PositionChoice`.
+        streams: What is compared of a model with several residual streams: ``"concatenated"``, the sum of their
+            kernels, which throws nothing away; ``"mean"``; or ``"collapsed"``, as before the model's own head. The
+            paper does not say.
+        minibatch_size: Positions in a minibatch.
+        pool_size: Positions in the pool; where None, as many minibatches as 128 MiB hold, one at least.
+
+    Raises:
+        ConfigError: A choice or number is impossible.
+
+    Source: linear CKA, Kornblith et al. 2019; unbiased HSIC, Song et al. 2012; sums over minibatches, Nguyen, Raghu and
+    Kornblith 2021; paper, Eq. 8 and section 6.1.
+    """
+
+    wants = frozenset({"hidden"})
+
+    def __init__(
+        self,
+        *,
+        baseline: str | None = None,
+        positions: Positions | Any = "all",
+        min_count: int = 5,
+        one_in: int = 1,
+        streams: Streams = "concatenated",
+        minibatch_size: int = 256,
+        pool_size: int | None = None,
+    ) -> None:
+        if streams not in get_args(Streams):
+            raise ConfigError(f"streams are {', '.join(get_args(Streams))}, not {streams!r}")
+        if type(minibatch_size) is not int or minibatch_size < _FEWEST:
+            raise ConfigError(f"a minibatch has at least {_FEWEST} positions, not {minibatch_size!r}")
+        if pool_size is not None and (type(pool_size) is not int or pool_size < minibatch_size):
+            raise ConfigError(f"the pool holds at least one minibatch of {minibatch_size} positions, not {pool_size!r}")
+        self.baseline, self.streams = baseline, streams
+        self.minibatch_size, self.pool_size = minibatch_size, pool_size
+        self._choice = PositionChoice(positions, min_count=min_count, one_in=one_in)
+
+    def start(self, subjects: Sequence[Subject]) -> str | None:
+        """Compare the baseline with the others, or with itself where it is alone.
+
+        Raises:
+            ConfigError: No model has the baseline's name.
+        """
+        by_name = {subject.name: subject for subject in subjects}
+        plain = [subject.name for subject in subjects if not subject.memories]
+        self._baseline = self.baseline or (plain or list(by_name))[0]
+        if self._baseline not in by_name:
+            raise ConfigError(f"no model is called {self._baseline!r}; there are {', '.join(by_name)}")
+        self._subjects = by_name
+        self._choice.start(subjects)
+        self._pool_size = self._pool_for(subjects)
+        self._pool: dict[str, Tensor] = {}  # [E, pool, W]
+        self._num_waiting = self.num_not_finite = 0
+        self._sums = _Sums(self._baseline)
+        return None
+
+    def held_bytes(self, subjects: Sequence[Subject]) -> int:
+        """What waits in the pools, and one minibatch: all centered Gram matrices, and what its widest layer takes."""
+        n, entries = self.minibatch_size, [subject.num_layers + 1 for subject in subjects]
+        # The matrices of one model stand side by side while they are stacked.
+        grams = 8 * n * n * (sum(entries) + max(entries) + 4)
+        widest = max(self._position_bytes([subject]) + 24 * self._width(subject) for subject in subjects)
+        return self._pool_for(subjects) * self._position_bytes(subjects) + grams + n * widest
+
+    def _pool_for(self, subjects: Sequence[Subject]) -> int:
+        if self.pool_size is not None:
+            return self.pool_size
+        num_minibatches = _POOL_BYTES // (self._position_bytes(subjects) * self.minibatch_size)
+        return self.minibatch_size * max(1, num_minibatches)
+
+    def _position_bytes(self, subjects: Sequence[Subject]) -> int:
+        return sum((subject.num_layers + 1) * self._width(subject) * subject.dtype.itemsize for subject in subjects)
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        """Take in some windows."""
+        places = self._choice.choose(readings)
+        finite = np.ones(readings[0].tokens.numel(), bool)
+        for reading in readings:
+            finite &= reading.finite.flatten().cpu().numpy()
+        self.num_not_finite += int((~finite[places]).sum())
+        places = places[finite[places]]
+        while len(places):
+            taken = places[: self._pool_size - self._num_waiting]
+            for reading in readings:
+                self._put(reading, torch.from_numpy(taken))
+            self._num_waiting += len(taken)
+            places = places[len(taken) :]
+            if self._num_waiting == self._pool_size:
+                self._empty_into(self._sums)
+                self._num_waiting = 0
+
+    def result(self) -> CkaFindings | NotApplicable:
+        """Return the maps of what was read; `NotApplicable` for less than four positions."""
+        sums = self._sums
+        if self._num_waiting >= _FEWEST:
+            sums = sums.copy()
+            self._empty_into(sums)
+        if not sums.num_minibatches:
+            return NotApplicable(
+                f"CKA compares at least {_FEWEST} positions with finite hidden states, and the text has "
+                f"{self._num_waiting} ({self._choice.name}; {self.num_not_finite} more are not finite)"
+            )
+        others = [name for name in self._subjects if name != self._baseline] or [self._baseline]
+        return CkaFindings(
+            maps=tuple(self._map(sums, name) for name in others),
+            positions=self._choice.name,
+            streams=self.streams,
+            minibatch_size=self.minibatch_size,
+            pool_size=self._pool_size,
+            num_positions=sums.num_positions,
+            num_minibatches=sums.num_minibatches,
+            num_not_finite=self.num_not_finite,
+        )
+
+    def _empty_into(self, sums: "_Sums") -> None:
+        """Divide what waits into minibatches of nearly one size."""
+        order = torch.randperm(self._num_waiting, generator=torch.Generator().manual_seed(sums.num_minibatches))
+        for part in order.tensor_split(-(-self._num_waiting // self.minibatch_size)):
+            sums.add({name: states[:, part.to(states.device)] for name, states in self._pool.items()})
+
+    def _map(self, sums: "_Sums", name: str) -> CkaMap:
+        return CkaMap(
+            row_model=self._baseline,
+            column_model=name,
+            row_memory_blocks=tuple(self._subjects[self._baseline].memories),
+            column_memory_blocks=tuple(self._subjects[name].memories),
+            similarity=sums.similarity(name),
+            within_rows=sums.similarity(self._baseline),
+        )
+
+    def _width(self, subject: Subject) -> int:
+        return subject.hidden_size * (subject.num_streams if self.streams == "concatenated" else 1)
+
+    def _put(self, reading: Reading, places: Tensor) -> None:
+        """Copy the hidden states of some positions behind those that wait."""
+        name = reading.subject.name
+        if name not in self._pool:
+            kind = functools.reduce(torch.promote_types, (hidden.dtype for hidden in reading.hidden))
+            shape = (len(reading.hidden), self._pool_size, self._width(reading.subject))
+            self._pool[name] = torch.empty(shape, dtype=kind, device=reading.hidden[0].device)
+        end = self._num_waiting + len(places)
+        for entry, hidden in enumerate(reading.hidden):
+            states = hidden.flatten(0, 1)[places.to(hidden.device)]
+            if self.streams == "concatenated":
+                states = states.flatten(1)
+            elif self.streams == "mean" or reading.subject.collapse is None:
+                states = states.mean(1)
+            else:
+                states = reading.subject.collapse(states[None])[0]
+            self._pool[name][entry, self._num_waiting : end] = states
+
+
+class _Sums:
+    """Inner products of centered Gram matrices, summed over minibatches."""
+
+    def __init__(self, baseline: str) -> None:
+        self.baseline = baseline
+        self.products: dict[str, np.ndarray] = {}  # baseline x model, [R, C]
+        self.squares: dict[str, np.ndarray] = {}  # of each entry with itself, [C]
+        self.num_positions = self.num_minibatches = 0
+
+    def copy(self) -> "_Sums":
+        other = _Sums(self.baseline)
+        other.products, other.squares = dict(self.products), dict(self.squares)
+        other.num_positions, other.num_minibatches = self.num_positions, self.num_minibatches
+        return other
+
+    def add(self, states: Mapping[str, Tensor]) -> None:
+        """Add a minibatch: hidden states of each model, ``[E, n, W]``."""
+        rows = _grams(states[self.baseline])
+        for name, columns in states.items():
+            grams = rows if name == self.baseline else _grams(columns)
+            self.products[name] = self.products.get(name, 0) + (rows @ grams.T).numpy()
+            self.squares[name] = self.squares.get(name, 0) + grams.square().sum(1).numpy()
+        self.num_positions += states[self.baseline].shape[1]
+        self.num_minibatches += 1
+
+    def similarity(self, name: str) -> np.ndarray:
+        """CKA of the baseline with a model, ``[R, C]``."""
+        norm = np.sqrt(np.outer(self.squares[self.baseline], self.squares[name]))
+        return np.divide(self.products[name], norm, out=np.full(norm.shape, np.nan), where=norm > 0)
+
+
+def _grams(states: Tensor) -> Tensor:
+    """Centered Gram matrices of all entries, float64 ``[E, n * n]``, on the CPU."""
+    return torch.stack([centered_gram(entry).cpu() for entry in states])
+
+
+def layer_similarity(
+    models: Any,
+    tokenizer: Any,
+    text: Any,
+    *,
+    length: int = 512,
+    max_tokens: int | None = None,
+    positions: Positions | Any = "all",
+    one_in: int | None = None,
+    budget_bytes: int = 1 << 29,
+    **options: Any,
+) -> CkaFindings:
+    """Compare the layers of two models or more, or of one with itself, by CKA.
+
+    Args:
+        models: A model, or a mapping of names to models. They may differ in depth and width.
+        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers of one vocabulary: CKA compares
+            position by position, so all models must read the same tokens.
+        text: A text or token ids; see `engram_lm.analysis.read_text`.
+        length: Tokens the models see at once.
+        max_tokens: Read only so many tokens.
+        positions: See `engram_lm.analysis.positions.PositionChoice`.
+        one_in: Take one in so many positions; where None, about 8,192 of a text longer than that if all positions are
+            asked for, and else every one.
+        budget_bytes: See `engram_lm.analysis.read_text`.
+        **options: Others of `Cka`.
+
+    Raises:
+        MismatchError: The models have different vocabularies; the message has their sizes and digests.
+        ConfigError: A choice or number is impossible, or something is no model.
+        DataError: The text has no tokens, or less than four of the positions that were asked for.
+
+    Example:
+        >>> findings = layer_similarity({"baseline": twin, "memory": model}, tokenizer, text)  # doctest: +SKIP
+        >>> findings.maps[0].similarity, findings.maps[0].gain()  # doctest: +SKIP
+    """
+    subjects = find_subjects(models, tokenizer)
+    groups = group_by_tokenizer(subjects)
+    if len(groups) > 1:
+        first, other = groups[0][0], groups[1][0]
+        raise MismatchError(
+            "CKA compares hidden states position by position, so the models must read the same tokens; "
+            f"{first.name} has a vocabulary of {len(first.tokenizer)} tokens ({first.vocabulary_digest}), {other.name} "
+            f"one of {len(other.tokenizer)} ({other.vocabulary_digest}). Compare models of one tokenizer, or each with "
+            "itself"
+        )
+    tokens = text_tokens(subjects[0].tokenizer, text) if isinstance(text, str) else text
+    if one_in is None:
+        num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
+        every = isinstance(positions, str) and positions == "all"
+        one_in = max(1, num_tokens // _ENOUGH) if every else 1
+    analysis = Cka(positions=positions, one_in=one_in, **options)
+    found = read_text(
+        subjects, tokens, {"cka": analysis}, length=length, max_tokens=max_tokens, budget_bytes=budget_bytes
+    )["cka"]
+    if isinstance(found, NotApplicable):
+        raise DataError(found.reason)
+    result: CkaFindings = found
+    return result

@@ -1,0 +1,356 @@
+"""Gates over a long text, averaged: by block and stream, by order, by how frequent the N-gram is, by kind of token."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_lm.analysis.gates import NgramGate
+from engram_lm.analysis.ngram_table import NgramEntries, NgramTable, ngram_keys
+from engram_lm.analysis.plain_values import plain
+from engram_lm.analysis.reading import Analysis, Reading, read_text
+from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.token_classes import TOKEN_CLASSES, token_classes
+from engram_lm.errors import ConfigError, MismatchError
+
+__all__ = ["FREQUENCY_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "average_gates"]
+
+# Dimension key: G blocks with memory, S streams, O orders, F classes of frequency, K classes of tokens, V vocabulary.
+
+FREQUENCY_CLASSES = ("1", "2-9", "10-99", "100-999", "1,000-9,999", "10,000 and more")
+"""How often an N-gram occurs in the text that was read."""
+_CLASS_BEGINS = (2, 10, 100, 1_000, 10_000)
+_NUM_BINS = 20
+_NUM_TENTHS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class GateAverages:
+    """Gates of one model over a text. A mean over no positions is NaN (None in `to_dict`).
+
+    The N-gram of a position is the one whose order adds most to the gate's score, summed over streams; see
+    `engram_lm.analysis.gates.GateTrace.fired`.
+    """
+
+    blocks: tuple[int, ...]
+    """Blocks that read memory, from 0: axis G."""
+    orders: tuple[int, ...]
+    """N-gram orders: axis O."""
+    num_positions: int
+    """Positions that count: alive, and everything finite."""
+    num_dead: int
+    """Positions left out because no N-gram ends there."""
+    num_not_finite: int
+    """Positions left out because a gate or score is NaN or infinite."""
+    mean: np.ndarray
+    """Mean gate, float64 ``[G, S]``."""
+    std: np.ndarray
+    """Standard deviation of the gate, float64 ``[G, S]``."""
+    bin_edges: np.ndarray
+    """Edges of the histogram's bins, from 0 to 1, float64 ``[bins + 1]``."""
+    histogram: np.ndarray
+    """Positions by gate, int64 ``[G, S, bins]``."""
+    by_order: np.ndarray
+    """Mean gate by the order of the position's N-gram, float64 ``[G, O, S]``."""
+    order_positions: np.ndarray
+    """Positions behind it, int64 ``[G, O]``."""
+    by_frequency: np.ndarray
+    """Mean gate by how often the position's N-gram occurs in the text (`FREQUENCY_CLASSES`), float64 ``[G, F, S]``."""
+    frequency_positions: np.ndarray
+    """Positions behind it, int64 ``[G, F]``."""
+    by_token_class: np.ndarray
+    """Mean gate by what the token at the position is made of (`TOKEN_CLASSES`), float64 ``[G, K, S]``."""
+    token_class_positions: np.ndarray
+    """Positions behind it, int64 ``[K]``."""
+    by_token_frequency: np.ndarray
+    """Mean gate by tenths of the distinct tokens that occur, the most frequent tenth first, float64 ``[G, 10, S]``."""
+    token_frequency_positions: np.ndarray
+    """Positions behind it, int64 ``[10]``."""
+    ngrams: tuple[tuple[NgramGate, ...], ...]
+    """For each block the N-grams with the highest mean gate over positions and streams."""
+    min_count: int
+    """Positions at which such an N-gram fired at least."""
+    ngram_share: float
+    """Share of the distinct N-grams that `by_frequency` and `ngrams` know: 1, or less for a text with more distinct
+    N-grams than were to be held; they are then a random sample, and each one's numbers are exact all the same."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the labels of the axes."""
+        values = {
+            "frequency_classes": list(FREQUENCY_CLASSES),
+            "token_classes": list(TOKEN_CLASSES),
+            "ngrams": [[item._asdict() for item in items] for items in self.ngrams],
+        }
+        for field in dataclasses.fields(self):
+            values.setdefault(field.name, plain(getattr(self, field.name)))
+        return values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GateFindings:
+    """Gates of several models over one text."""
+
+    models: Mapping[str, GateAverages]
+    """By the model's name."""
+    left_out: Mapping[str, str]
+    """Models that have no gates, and why."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "models": {name: averages.to_dict() for name, averages in self.models.items()},
+            "left_out": dict(self.left_out),
+        }
+
+
+class GateStatistics(Analysis):
+    """Averages the gates of all models that have some. Feed it with `engram_lm.analysis.read_text`.
+
+    Args:
+        num_ngrams: How many N-grams to list for each block.
+        min_count: List N-grams that fired at so many positions at least; from 1 to 5 by the length of the text where
+            None.
+        max_ngrams: Distinct N-grams of all orders held at most; each takes 64 bytes and 8 for each gate and block.
+
+    Raises:
+        ConfigError: A number is impossible.
+
+    Source: paper, section 6.5 (gates that fire where an N-gram completes); the averages are ours.
+    """
+
+    wants = frozenset({"gates", "order_scores"})
+
+    def __init__(self, *, num_ngrams: int = 50, min_count: int | None = None, max_ngrams: int = 1 << 20) -> None:
+        for name, value, low in (
+            ("num_ngrams", num_ngrams, 0),
+            ("min_count", 1 if min_count is None else min_count, 1),
+            ("max_ngrams", max_ngrams, 1),
+        ):
+            if type(value) is not int or value < low:
+                raise ConfigError(f"{name} is a whole number from {low}, got {value!r}")
+        self.num_ngrams, self.min_count, self.max_ngrams = num_ngrams, min_count, max_ngrams
+        self._sums: dict[str, _Sums] = {}
+        self._left_out: dict[str, str] = {}
+
+    def start(self, subjects: Sequence[Subject]) -> str | None:
+        """Apply to the models with gated memory."""
+        self._sums, self._left_out = {}, {}
+        for subject in subjects:
+            if subject.gated:
+                self._sums[subject.name] = _Sums(subject, self.max_ngrams)
+            else:
+                reason = "its memory is not gated" if subject.memories else "it has no memory"
+                self._left_out[subject.name] = reason
+        if self._sums:
+            return None
+        reasons = set(self._left_out.values())
+        # Who is meant need not be said where it is true of all.
+        return reasons.pop() if len(reasons) == 1 else "; ".join(f"{n}: {why}" for n, why in self._left_out.items())
+
+    def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
+        """What adding up one position takes."""
+        return max((_Sums.bytes_per_token(subject) for subject in subjects), default=0)
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        """Add some windows."""
+        for reading in readings:
+            if reading.subject.name in self._sums:
+                self._sums[reading.subject.name].add(reading)
+
+    def result(self) -> GateFindings:
+        """Return the averages of what was read."""
+        models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self._sums.items()}
+        return GateFindings(models, dict(self._left_out))
+
+    def entries(self, name: str) -> NgramEntries:
+        """Return the N-grams that are held for a model, in no order that means anything.
+
+        Args:
+            name: Of a model that has gates.
+        """
+        return self._sums[name].ngrams.entries()
+
+
+def average_gates(
+    model: Any,
+    tokenizer: Any,
+    text: Any,
+    *,
+    length: int = 512,
+    adapter: str | None = None,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> GateAverages:
+    """Average the gates of one model over a text of any length.
+
+    Args:
+        model: A model with memory, its own or attached.
+        tokenizer: The tokenizer it was trained with.
+        text: A text or token ids; see `engram_lm.analysis.read_text`.
+        length: Tokens the model sees at once.
+        adapter: Which attached memory to look at, where there are several.
+        max_tokens: Read only so many tokens.
+        **options: Of `GateStatistics`.
+
+    Raises:
+        MismatchError: The model has no gated memory, or another tokenizer.
+        DataError: The text has no tokens.
+    """
+    subject = find_subject(model, tokenizer, adapter=adapter)
+    if not subject.gated:
+        raise MismatchError(f"{subject.name} has no gated memory, so it has no gates; pass a model with memory")
+    statistics = GateStatistics(**options)
+    read_text([subject], text, {"gates": statistics}, length=length, max_tokens=max_tokens)
+    return statistics.result().models[subject.name]
+
+
+class _Sums:
+    """What is added up for one model."""
+
+    def __init__(self, subject: Subject, max_ngrams: int) -> None:
+        assert subject.spec is not None
+        self.subject, self.orders = subject, subject.spec.orders
+        self.blocks = tuple(subject.memories)
+        num_streams = next(iter(subject.memories.values())).config.num_streams
+        gates = (len(self.blocks), num_streams)
+        self.num_dead = self.num_not_finite = self.num_positions = 0
+        self.total, self.squares = np.zeros(gates), np.zeros(gates)
+        self.histogram = np.zeros((*gates, _NUM_BINS), np.int64)
+        self.order_total = np.zeros((len(self.blocks), len(self.orders), num_streams))
+        self.order_positions = np.zeros(self.order_total.shape[:2], np.int64)
+        self.token_total = np.zeros((*gates, subject.vocab_size))
+        self.token_counts = np.zeros(subject.vocab_size, np.int64)
+        self.ngrams = NgramTable(
+            max_ngrams, highest_order=self.orders[-1], num_blocks=gates[0], num_streams=num_streams
+        )
+
+    @staticmethod
+    def bytes_per_token(subject: Subject) -> int:
+        if not subject.gated or subject.spec is None:
+            return 0
+        gates = len(subject.memories) * next(iter(subject.memories.values())).config.num_streams
+        return len(subject.spec.orders) * (64 + 12 * subject.spec.orders[-1] + 24 * gates)
+
+    def add(self, reading: Reading) -> None:
+        alive = reading.visible.cpu().numpy() > 0
+        good = alive & reading.finite.cpu().numpy()
+        self.num_dead += int((~alive).sum())
+        self.num_not_finite += int((alive & ~good).sum())
+        self.num_positions += int(good.sum())
+        gates = np.stack([reading.gates[block].cpu().numpy() for block in self.blocks], axis=2)  # [B, L, G, S]
+        scores = np.stack([reading.order_scores[block].sum(-1).cpu().numpy() for block in self.blocks], axis=2)
+        tokens = reading.tokens.cpu().numpy()
+        found, strongest = gates[good].astype(np.float64), scores.argmax(-1)
+        self.total += found.sum(0)
+        self.squares += np.square(found).sum(0)
+        bins = np.minimum((found * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
+        for index in range(len(self.blocks)):
+            np.add.at(self.order_total[index], strongest[good][:, index], found[:, index])
+            self.order_positions[index] += np.bincount(strongest[good][:, index], minlength=len(self.orders))
+            for stream in range(found.shape[2]):
+                self.histogram[index, stream] += np.bincount(bins[:, index, stream], minlength=_NUM_BINS)
+                np.add.at(self.token_total[index, stream], tokens[good], found[:, index, stream])
+        np.add.at(self.token_counts, tokens[good], 1)
+        self._add_ngrams(reading, tokens, alive, good, gates, strongest)
+
+    def _add_ngrams(
+        self,
+        reading: Reading,
+        tokens: np.ndarray,
+        alive: np.ndarray,
+        good: np.ndarray,
+        gates: np.ndarray,
+        strongest: np.ndarray,
+    ) -> None:
+        assert reading.codes is not None
+        codes, visible = reading.codes.cpu().numpy(), reading.visible.cpu().numpy()
+        highest = self.orders[-1]
+        seen = np.full((*tokens.shape, highest), -1, np.int32)
+        for distance in range(min(highest, tokens.shape[1])):
+            shown = visible[:, distance:] > distance
+            seen[:, distance:, highest - 1 - distance] = np.where(shown, tokens[:, : tokens.shape[1] - distance], -1)
+        for place, order in enumerate(self.orders):
+            # An N-gram is counted wherever it is looked up, but only finite gates are added up.
+            spelled = seen[alive].copy()
+            spelled[:, : highest - order] = -1
+            self.ngrams.add(
+                ngram_keys(codes, visible, order)[alive],
+                np.full(int(alive.sum()), order),
+                spelled,
+                (strongest == place)[alive] & good[alive][:, None],
+                gates[alive],
+            )
+
+    def averages(self, num_ngrams: int, min_count: int | None) -> GateAverages:
+        mean = _mean(self.total, self.num_positions)
+        entries = self.ngrams.entries()
+        classes = np.searchsorted(_CLASS_BEGINS, entries.counts, side="right")
+        frequency_total = np.zeros((len(FREQUENCY_CLASSES), *self.total.shape))
+        frequency_positions = np.zeros((len(FREQUENCY_CLASSES), len(self.blocks)), np.int64)
+        np.add.at(frequency_total, classes, entries.gate_sums)
+        np.add.at(frequency_positions, classes, entries.fired)
+        by_class, class_positions = self._by_token_class()
+        by_tenth, tenth_positions = self._by_token_frequency()
+        if min_count is None:
+            min_count = min(max(1, self.num_positions // 2000), 5)
+        return GateAverages(
+            blocks=self.blocks,
+            orders=self.orders,
+            num_positions=self.num_positions,
+            num_dead=self.num_dead,
+            num_not_finite=self.num_not_finite,
+            mean=mean,
+            std=np.sqrt(np.maximum(_mean(self.squares, self.num_positions) - np.square(mean), 0)),
+            bin_edges=np.linspace(0, 1, _NUM_BINS + 1),
+            histogram=self.histogram.copy(),
+            by_order=_mean(self.order_total, self.order_positions[..., None]),
+            order_positions=self.order_positions.copy(),
+            by_frequency=_mean(frequency_total, frequency_positions[..., None]).swapaxes(0, 1),
+            frequency_positions=frequency_positions.T,
+            by_token_class=by_class,
+            token_class_positions=class_positions,
+            by_token_frequency=by_tenth,
+            token_frequency_positions=tenth_positions,
+            ngrams=tuple(self._strongest(entries, index, num_ngrams, min_count) for index in range(len(self.blocks))),
+            min_count=min_count,
+            ngram_share=self.ngrams.share,
+        )
+
+    def _by_token_class(self) -> tuple[np.ndarray, np.ndarray]:
+        occurring = np.flatnonzero(self.token_counts)
+        return self._by_group(occurring, token_classes(self.subject.tokenizer, occurring), len(TOKEN_CLASSES))
+
+    def _by_token_frequency(self) -> tuple[np.ndarray, np.ndarray]:
+        occurring = np.flatnonzero(self.token_counts)
+        # Of equally frequent tokens the lower id goes first.
+        ranked = occurring[np.argsort(-self.token_counts[occurring], kind="stable")]
+        return self._by_group(ranked, np.arange(len(ranked)) * _NUM_TENTHS // max(len(ranked), 1), _NUM_TENTHS)
+
+    def _by_group(self, tokens: np.ndarray, groups: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+        """Average over groups of tokens: means [G, groups, S] and positions [groups]."""
+        total, positions = np.zeros((num_groups, *self.total.shape)), np.zeros(num_groups, np.int64)
+        np.add.at(total, groups, self.token_total[..., tokens].transpose(2, 0, 1))
+        np.add.at(positions, groups, self.token_counts[tokens])
+        return _mean(total, positions[:, None, None]).swapaxes(0, 1), positions
+
+    def _strongest(self, entries: NgramEntries, index: int, number: int, min_count: int) -> tuple[NgramGate, ...]:
+        chosen = entries.chosen(entries.fired[:, index] >= min_count)
+        fired = chosen.fired[:, index]
+        means = chosen.gate_sums[:, index].mean(-1) / np.maximum(fired, 1)
+        best = np.lexsort([chosen.keys, -fired, -means])[:number]
+        decode = self.subject.tokenizer.decode
+        return tuple(
+            NgramGate(
+                text=decode([token for token in chosen.tokens[place].tolist() if token >= 0]),
+                order=int(chosen.orders[place]),
+                mean_gate=float(means[place]),
+                num_positions=int(fired[place]),
+            )
+            for place in best.tolist()
+        )
+
+
+def _mean(total: np.ndarray, count: Any) -> np.ndarray:
+    count = np.asarray(count, np.float64)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=np.broadcast_to(count > 0, total.shape))

@@ -1,0 +1,277 @@
+"""When the memory fires: the gate of every token of a text, and which N-gram opened it."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from engram_lm.analysis.reading import Analysis, Reading, read_text, text_tokens
+from engram_lm.analysis.subject import find_subject
+from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.memory.layer import EngramLayer
+
+__all__ = ["GateTrace", "Ngram", "NgramGate", "gate_trace", "strongest", "token_texts"]
+
+# Dimension key: L length, S streams, O orders.
+
+
+class Ngram(NamedTuple):
+    """An N-gram that was looked up, as much of it as was visible."""
+
+    order: int
+    """Tokens the order asks for; fewer are visible near the start of a segment."""
+    tokens: tuple[int, ...]
+    """Raw ids, oldest first; the last one is the token at whose position the N-gram was looked up."""
+    text: str
+    """What they spell."""
+    score: float
+    """Its order's contribution to the gate's score."""
+
+
+class NgramGate(NamedTuple):
+    """How far an N-gram opens the gate."""
+
+    text: str
+    """What the N-gram spells."""
+    order: int
+    """Its order."""
+    mean_gate: float
+    """Mean gate over the positions where it fired."""
+    num_positions: int
+    """Number of those positions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateTrace:
+    """The gates of a text, position by position. Made by `gate_trace`."""
+
+    tokens: np.ndarray
+    """Raw token ids, int64 ``[length]``."""
+    texts: tuple[str, ...]
+    """What each token spells; joined they give back the text. A character that is split over tokens belongs to the
+    token that completes it, and the tokens before that one spell nothing."""
+    blocks: tuple[int, ...]
+    """Blocks that read memory, counted from 0, in order of depth."""
+    orders: tuple[int, ...]
+    """N-gram orders, ascending."""
+    gates: np.ndarray
+    """Gate in (0, 1), 0 at dead positions, float32 ``[num_blocks, length, num_streams]``."""
+    order_scores: np.ndarray
+    """What each order's N-gram adds to the score inside the gate, before its squashing, float32
+    ``[num_blocks, length, num_orders, num_streams]``."""
+    bias_scores: np.ndarray
+    """What the bias of the key projection adds, 0 without one, float32 ``[num_blocks, length, num_streams]``."""
+    visible: np.ndarray
+    """Tokens that an N-gram sees, itself included and at most the highest order; 0 at dead positions; int64
+    ``[length]``."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Score of every gate before its squashing, the sum of its parts, ``[num_blocks, length, num_streams]``."""
+        return self.order_scores.sum(2) + self.bias_scores
+
+    @property
+    def num_streams(self) -> int:
+        """Residual streams, each with a gate of its own."""
+        return int(self.gates.shape[2])
+
+    def fired(self, block: int, position: int, stream: int | None = None) -> Ngram | None:
+        """Find the N-gram that contributed most to the score at a position.
+
+        Args:
+            block: A block that reads memory, counted from 0.
+            position: Where in the text, from 0.
+            stream: Which residual stream; the sum over all of them where None.
+
+        Returns:
+            The N-gram that ends at the position, cut at the start of its segment; None at a dead position.
+
+        Raises:
+            ConfigError: The block reads no memory.
+        """
+        if not self.visible[position]:
+            return None
+        scores = self.order_scores[self.place_of(block), position]
+        scores = scores.sum(-1) if stream is None else scores[:, stream]
+        strongest_order = int(scores.argmax())
+        order = self.orders[strongest_order]
+        start = position + 1 - min(order, int(self.visible[position]))
+        return Ngram(
+            order=order,
+            tokens=tuple(self.tokens[start : position + 1].tolist()),
+            text="".join(self.texts[start : position + 1]),
+            score=float(scores[strongest_order]),
+        )
+
+    def place_of(self, block: int) -> int:
+        """Find the place of a block among `blocks`.
+
+        Raises:
+            ConfigError: The block reads no memory.
+        """
+        if block not in self.blocks:
+            raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, self.blocks))}")
+        return self.blocks.index(block)
+
+
+class _Part(NamedTuple):
+    """What one memory did in some windows."""
+
+    gates: np.ndarray  # [L, S]
+    order_scores: np.ndarray  # [L, O, S]
+    bias_scores: np.ndarray  # [L, S]
+
+
+def gate_trace(
+    model: Any,
+    tokenizer: Any,
+    text: str | Sequence[int] | np.ndarray | Tensor,
+    *,
+    length: int | None = None,
+    adapter: str | None = None,
+) -> GateTrace:
+    """Run a text through a model and keep the gates of its memory, split by the order of the N-grams.
+
+    The score inside a gate is linear in the memory vector once the two normalizations are known, so each order's part
+    of it is exact: the parts, and the bias if there is one, sum to the score.
+
+    Args:
+        model: An `engram_lm.EngramForCausalLM` with memory, or a model with an attached one. It is put back into the
+            mode it was in.
+        tokenizer: The tokenizer it was trained with.
+        text: A text, tokenized without special tokens, or its token ids ``[length]``. All its gates are kept, so it
+            should be short enough to be looked at; for averages over a long one see `average_gates`.
+        length: Tokens the model sees at once. A longer text is cut into windows that do not see each other; all of it
+            is one window where None.
+        adapter: Which attached memory to look at, where there are several.
+
+    Raises:
+        MismatchError: The model has no memory or no gate, or the tokenizer is another one.
+        DataError: The text has no tokens.
+        TokenError: A token id outside the vocabulary.
+        ConfigError: ``length`` is below 1.
+
+    Source: paper, Eq. 4 and section 6.5; the attribution to orders is ours.
+    """
+    if not any(isinstance(module, EngramLayer) for module in model.modules()):
+        raise MismatchError(_no_memory(model))
+    subject = find_subject(model, tokenizer, adapter=adapter)
+    if not subject.memories:
+        raise MismatchError(_no_memory(model))
+    if not subject.gated:
+        raise MismatchError("the memory of this model is not gated (EngramConfig.gate is 'none'), so nothing can fire")
+    if isinstance(text, str):
+        text = text_tokens(tokenizer, text)
+    elif isinstance(text, Tensor):
+        text = text.cpu().numpy()
+    tokens = np.asarray(text, dtype=np.int64)
+    if tokens.ndim != 1 or not len(tokens):
+        raise DataError(f"a trace needs a text of at least one token, or ids [length]; got the shape {tokens.shape}")
+    length = len(tokens) if length is None else length
+    # No budget: all of it is kept anyway.
+    trace = read_text([subject], tokens, {"trace": _Trace()}, length=length, budget_bytes=sys.maxsize)["trace"]
+    visible, parts = trace
+    assert subject.spec is not None
+    return GateTrace(
+        tokens=tokens,
+        texts=tuple(token_texts(tokenizer, tokens.tolist())),
+        blocks=tuple(parts),
+        orders=subject.spec.orders,
+        gates=np.stack([part.gates for part in parts.values()]),
+        order_scores=np.stack([part.order_scores for part in parts.values()]),
+        bias_scores=np.stack([part.bias_scores for part in parts.values()]),
+        visible=visible,
+    )
+
+
+def strongest(
+    traces: GateTrace | Sequence[GateTrace], block: int, k: int = 20, *, min_count: int = 1
+) -> list[NgramGate]:
+    """Rank the N-grams that fired by the gate they opened.
+
+    Args:
+        traces: One trace, or several of one model.
+        block: A block that reads memory, counted from 0.
+        k: How many to return at most.
+        min_count: Leave out N-grams that fired at fewer positions.
+
+    Returns:
+        N-grams by mean gate (over positions and streams), highest first; the more frequent one first where equal.
+
+    Raises:
+        ConfigError: The block reads no memory.
+    """
+    found: dict[tuple[int, ...], list[float]] = {}
+    names: dict[tuple[int, ...], tuple[str, int]] = {}
+    for trace in [traces] if isinstance(traces, GateTrace) else traces:
+        gates = trace.gates[trace.place_of(block)].mean(-1)
+        for position, gate in enumerate(gates.tolist()):
+            ngram = trace.fired(block, position)
+            if ngram is not None:
+                key = (ngram.order, *ngram.tokens)
+                found.setdefault(key, []).append(gate)
+                names.setdefault(key, (ngram.text, ngram.order))
+    ranked = [
+        NgramGate(*names[key], sum(gates) / len(gates), len(gates))
+        for key, gates in found.items()
+        if len(gates) >= min_count
+    ]
+    return sorted(ranked, key=lambda item: (-item.mean_gate, -item.num_positions, item.text, item.order))[:k]
+
+
+def _no_memory(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no memory, so it has no gates; pass an EngramForCausalLM whose configuration has "
+        "memory, or a model that one is attached to and switched on"
+    )
+
+
+class _Trace(Analysis):
+    """Keeps the gates of a text, which is short enough to be looked at."""
+
+    wants = frozenset({"gates", "order_scores"})
+
+    def __init__(self) -> None:
+        self.visible: list[np.ndarray] = []  # [B * L]
+        self.parts: dict[int, list[_Part]] = {}
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        (reading,) = readings
+        self.visible.append(reading.visible.flatten().cpu().numpy())
+        for block in reading.subject.memories:
+            kept = (reading.gates[block], reading.order_scores[block], reading.bias_scores[block])
+            part = _Part(*(values.float().flatten(0, 1).cpu().numpy() for values in kept))
+            self.parts.setdefault(block, []).append(part)
+
+    def result(self) -> tuple[np.ndarray, dict[int, _Part]]:
+        joined = {block: _Part(*map(np.concatenate, zip(*parts, strict=True))) for block, parts in self.parts.items()}
+        return np.concatenate(self.visible), joined
+
+
+_REPLACEMENT = "\ufffd"
+# A character has at most four bytes, but a text may hold replacement characters of its own, which look unfinished.
+_LONGEST_WAIT = 16
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
+    """Decode tokens one by one, each in the context of the ones before it.
+
+    A token that ends inside a character spells nothing; the one that completes the character spells all of it. Joined
+    they give back the text.
+    """
+
+    def decode(start: int, end: int) -> str:
+        # Tokenizers that strip or merge spaces do so only at the start, which the context keeps away.
+        return str(tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    context = start = 0
+    for end in range(1, len(tokens) + 1):
+        text = decode(context, end)
+        if text.endswith(_REPLACEMENT) and end < len(tokens) and end - start < _LONGEST_WAIT:
+            yield ""
+            continue
+        yield text[len(decode(context, start)) :]
+        context, start = start, end

@@ -1,0 +1,296 @@
+"""The logit lens: what the model's head makes of every layer's hidden state, and how far that is from what it says."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.analysis.plain_values import plain
+from engram_lm.analysis.positions import thinned
+from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
+from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
+from engram_lm.errors import ConfigError, DataError, MismatchError
+
+__all__ = ["LensCurve", "LensFindings", "LogitLens", "logit_lens"]
+
+# Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
+
+_CHUNK_BYTES = 1 << 22
+"""Float32 logits of the positions that are looked at together: few, so that they stay near the processor."""
+_FEWEST = 32
+"""Positions looked at together at least; fewer would read the head's weights too often."""
+_NUM_COPIES = 7
+"""Arrays of that size alive at the peak: both distributions and their logarithms, and what the head needs itself."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LensCurve:
+    """What each layer of one model would predict. A mean over no positions is NaN (None in `to_dict`).
+
+    Axis E has an entry more than there are layers: entry 0 is what enters the first layer (the token embedding, before
+    any memory), entry e the output of the e-th layer. The paper's "layer l", counted from 0, is entry l + 1. The memory
+    of block b works between entries b and b + 1.
+    """
+
+    num_layers: int
+    """Layers of the model: E - 1."""
+    memory_blocks: tuple[int, ...]
+    """Blocks that read memory, counted from 0; empty without memory."""
+    kl: np.ndarray
+    """Mean KL divergence KL(final || entry) in nats, float64 ``[E]``: what is lost by taking the entry's prediction for
+    the model's own. Exactly 0 at the last entry."""
+    kl_error: np.ndarray
+    """Standard error of `kl`, float64 ``[E]``, from the spread between windows (positions of one window are not
+    independent); NaN for less than two windows."""
+    entropy: np.ndarray
+    """Mean entropy of the entry's prediction in nats, float64 ``[E]``."""
+    agreement: np.ndarray
+    """Share of positions at which the entry's most likely token is the model's, float64 ``[E]``."""
+    prediction_depth: float
+    """Layers after which the most likely token is the model's and stays so, averaged over positions: from 0 (the
+    embedding knows) to `num_layers`. Source: prediction depth, Baldock, Maennel and Neyshabur 2021, with the model's
+    own head in place of their nearest neighbours."""
+    num_positions: int
+    """Positions that count."""
+    num_windows: int
+    """Windows they lie in."""
+    num_not_finite: int
+    """Positions left out because a hidden state, a gate or a logit is NaN or infinite."""
+
+    @property
+    def relative_depth(self) -> np.ndarray:
+        """Share of the layers that lie behind an entry, float64 ``[E]``: 0 for the embedding, 1 for the last layer.
+
+        It is the axis on which models of different depth are compared.
+        """
+        return np.arange(self.num_layers + 1) / max(self.num_layers, 1)
+
+    def kl_depth(self, share: float = 0.5) -> float:
+        """Find how many layers it takes until little of the divergence is left.
+
+        It is where the curve of `kl`, drawn with straight lines between entries, first comes down to ``share`` times
+        its value at the embedding. The smaller, the earlier the model is ready to predict.
+
+        Args:
+            share: What is left, in (0, 1].
+
+        Returns:
+            Layers, from 0 to `num_layers`; NaN where there are no positions.
+
+        Raises:
+            ConfigError: The share is impossible.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"share is how much of the first divergence is left, above 0 and at most 1, not {share}")
+        target = share * self.kl[0]
+        for entry in np.flatnonzero(self.kl <= target)[:1].tolist():
+            before, after = self.kl[entry - 1] if entry else target, self.kl[entry]
+            return float(entry - (target - after) / (before - after)) if before > after else float(entry)
+        return float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with `relative_depth` and `kl_depth`."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"relative_depth": self.relative_depth, "kl_depth": self.kl_depth()}
+        return {name: plain(value) for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LensFindings:
+    """Several models seen through the lens, side by side."""
+
+    models: Mapping[str, LensCurve]
+    """By the model's name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"models": {name: curve.to_dict() for name, curve in self.models.items()}}
+
+
+class LogitLens(Analysis):
+    """Takes every layer's hidden state through the model's own head. Feed it with `engram_lm.analysis.read_text`.
+
+    Streams are brought together as before the model's head (`Subject.predict`); the paper does not say how it does
+    that. It does not apply to a model whose head is not understood, which is checked on the first windows.
+
+    Args:
+        one_in: Look at one in so many positions, spread over the text; see `engram_lm.analysis.positions.thinned`. The
+            head costs as much for every layer as it costs the model once, so of a long text a part is enough.
+
+    Raises:
+        ConfigError: ``one_in`` is below 1.
+
+    Source: logit lens, nostalgebraist 2020; KL(final || layer) as in the tuned lens, Belrose et al. 2023; paper,
+    section 6.1 and Figure 4a.
+    """
+
+    wants = frozenset({"predict"})
+
+    def __init__(self, *, one_in: int = 1) -> None:
+        if type(one_in) is not int or one_in < 1:
+            raise ConfigError(f"one_in is a whole number of positions from 1, got {one_in!r}")
+        self.one_in = one_in
+        self._sums: dict[str, _Sums] = {}
+
+    def start(self, subjects: Sequence[Subject]) -> str | None:
+        """Apply to all models."""
+        self._sums = {subject.name: _Sums(subject) for subject in subjects}
+        return None
+
+    def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
+        """Three numbers for every entry, and as much again while they are added up."""
+        return max(6 * 8 * (subject.num_layers + 1) for subject in subjects)
+
+    def held_bytes(self, subjects: Sequence[Subject]) -> int:
+        """What the positions that are looked at together take; the models come one after the other."""
+        return max(_NUM_COPIES * 4 * _chunk(subject) * subject.vocab_size for subject in subjects)
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        """Add some windows."""
+        for reading in readings:
+            self._sums[reading.subject.name].add(reading, self.one_in)
+
+    def result(self) -> LensFindings:
+        """Return the curves of what was read."""
+        return LensFindings({name: sums.curve() for name, sums in self._sums.items()})
+
+
+def logit_lens(
+    models: Any,
+    tokenizer: Any,
+    text: Any,
+    *,
+    length: int = 512,
+    max_tokens: int | None = None,
+    one_in: int = 1,
+    budget_bytes: int = 1 << 29,
+) -> LensFindings:
+    """Look at one model or several through the logit lens.
+
+    Args:
+        models: A model, or a mapping of names to models.
+        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers. Models of different vocabularies
+            are read one after the other; their divergences are of different distributions.
+        text: A text, or token ids where all models share a vocabulary; see `engram_lm.analysis.read_text`.
+        length: Tokens the models see at once.
+        max_tokens: Read only so many tokens.
+        one_in: See `LogitLens`.
+        budget_bytes: See `engram_lm.analysis.read_text`.
+
+    Raises:
+        MismatchError: A model's head is not understood, or token ids were given for models of different vocabularies.
+        ConfigError: A number is impossible, or something is no model.
+        DataError: The text has no tokens.
+
+    Example:
+        >>> findings = logit_lens({"memory": model, "baseline": twin}, tokenizer, text)  # doctest: +SKIP
+        >>> findings.models["memory"].kl  # doctest: +SKIP
+    """
+    subjects = find_subjects(models, tokenizer)
+    groups = group_by_tokenizer(subjects)
+    if len(groups) > 1 and not isinstance(text, str):
+        raise MismatchError(
+            f"{groups[0][0].name} and {groups[1][0].name} have different vocabularies, so token ids cannot mean the "
+            "same to both; pass the text itself"
+        )
+    curves: dict[str, LensCurve] = {}
+    for group in groups:
+        options: dict[str, Any] = {"length": length, "max_tokens": max_tokens, "budget_bytes": budget_bytes}
+        found = read_text(group, text, {"lens": LogitLens(one_in=one_in)}, **options)["lens"]
+        if isinstance(found, NotApplicable):
+            raise MismatchError(f"the logit lens does not apply: {found.reason}")
+        curves |= found.models
+    if not all(curve.num_positions for curve in curves.values()):
+        raise DataError("not one position of the text has finite hidden states and logits, so there is nothing to say")
+    return LensFindings({subject.name: curves[subject.name] for subject in subjects})
+
+
+class _Sums:
+    """What is added up for one model."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        entries = subject.num_layers + 1
+        self.totals = np.zeros((3, entries))  # divergence, entropy, agreement
+        self.depth = 0.0
+        self.num_positions = self.num_windows = self.num_not_finite = 0
+        # For the standard error of a ratio of sums over windows: squares and products of a window's two sums.
+        self.squares, self.products, self.count_squares = np.zeros(entries), np.zeros(entries), 0
+
+    def add(self, reading: Reading, one_in: int) -> None:
+        num_windows, length = reading.tokens.shape
+        chosen = np.flatnonzero(thinned(reading.start + np.arange(num_windows * length), one_in))
+        finite = reading.finite.flatten().cpu().numpy()[chosen]
+        places = chosen[finite]
+        values = np.concatenate(
+            [np.zeros((3, self.subject.num_layers + 1, 0)), *self._measured(reading, places)], axis=-1
+        )
+        # A layer in the middle may overflow in half precision although the model itself does not.
+        good = np.isfinite(values).all((0, 1))
+        values, places = values[..., good], places[good]
+        self.num_not_finite += len(chosen) - len(places)
+        self.num_positions += len(places)
+        self.totals += values.sum(-1)
+        wrong = values[2] == 0
+        # The entry behind the last one that is wrong; the last entry never is.
+        self.depth += float((len(wrong) - np.argmax(wrong[::-1], axis=0))[wrong.any(0)].sum())
+        counts = np.bincount(places // length, minlength=num_windows)
+        sums = np.stack([np.bincount(places // length, row, minlength=num_windows) for row in values[0]])
+        self.num_windows += int((counts > 0).sum())
+        self.squares += np.square(sums).sum(1)
+        self.products += (sums * counts).sum(1)
+        self.count_squares += int(np.square(counts).sum())
+
+    def _measured(self, reading: Reading, places: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield divergence, entropy and agreement, float64 ``[3, E, P]``, for some positions at a time."""
+        step = _chunk(self.subject)
+        for begin in range(0, len(places), step):
+            yield _measure(reading, torch.from_numpy(places[begin : begin + step])).cpu().numpy()
+
+    def curve(self) -> LensCurve:
+        count, windows = self.num_positions, self.num_windows
+        kl, entropy, agreement = self.totals / count if count else np.full_like(self.totals, np.nan)
+        error = np.full_like(kl, np.nan)
+        if windows > 1:
+            spread = self.squares - 2 * kl * self.products + np.square(kl) * self.count_squares
+            error = np.sqrt(np.maximum(spread, 0) * windows / (windows - 1)) / count
+        return LensCurve(
+            num_layers=self.subject.num_layers,
+            memory_blocks=tuple(self.subject.memories),
+            kl=kl,
+            kl_error=error,
+            entropy=entropy,
+            agreement=agreement,
+            prediction_depth=self.depth / count if count else float("nan"),
+            num_positions=count,
+            num_windows=windows,
+            num_not_finite=self.num_not_finite,
+        )
+
+
+def _chunk(subject: Subject) -> int:
+    return max(_FEWEST, _CHUNK_BYTES // (4 * subject.vocab_size))
+
+
+def _measure(reading: Reading, places: Tensor) -> Tensor:
+    """Compare all entries with the model's own prediction at some positions, float64 ``[3, E, P]``."""
+    assert reading.logits is not None
+    device = reading.logits.device
+    final_PV = torch.log_softmax(reading.logits.flatten(0, 1)[places.to(device)].float(), -1)
+    shares_PV, best_P = final_PV.exp(), final_PV.argmax(-1)
+    found = torch.zeros(3, len(reading.hidden), len(places), dtype=torch.float64, device=device)
+    for entry, hidden in enumerate(reading.hidden[:-1]):
+        logits = reading.subject.predict(hidden.flatten(0, 1)[places.to(hidden.device)]).to(device)
+        layer_PV = torch.log_softmax(logits.float(), -1)
+        del logits
+        found[1, entry] = -layer_PV.exp().mul_(layer_PV).sum(-1, dtype=torch.float64)
+        found[2, entry] = layer_PV.argmax(-1) == best_P
+        # The difference of logarithms first: where both distributions are alike, nothing large is left to cancel.
+        found[0, entry] = -layer_PV.sub_(final_PV).mul_(shares_PV).sum(-1, dtype=torch.float64)
+    # The last layer's prediction is the model's own.
+    found[1, -1] = -shares_PV.mul_(final_PV).sum(-1, dtype=torch.float64)
+    found[2, -1] = 1
+    return found

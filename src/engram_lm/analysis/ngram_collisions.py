@@ -1,0 +1,277 @@
+"""Collisions among the frequent N-grams of a text, beside what a perfectly even hash would give; no model needed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_lm.analysis.plain_values import plain
+from engram_lm.analysis.reading import text_tokens
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+
+__all__ = ["CollisionStudy", "NgramCollisions", "collision_study", "ngram_collisions", "ngram_rows"]
+
+# Dimension key: G blocks with memory, O orders, K heads of one order, N N-grams; C token maps, T choices of heads.
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class NgramCollisions:
+    """How many of the frequent N-grams of a text share rows. A share of no N-grams is NaN (None in `to_dict`).
+
+    Shares are of distinct N-grams, and only frequent ones can be in their way: those that occur once or twice share
+    rows with everything and hardly train them.
+    """
+
+    blocks: tuple[int, ...]
+    """Blocks that read memory, from 0: axis G."""
+    orders: tuple[int, ...]
+    """N-gram orders: axis O."""
+    min_count: int
+    """Positions at which a frequent N-gram occurs at least."""
+    num_ngrams: np.ndarray
+    """Frequent N-grams, int64 ``[O]``."""
+    num_distinct: np.ndarray
+    """Distinct N-grams of the text, frequent or not, int64 ``[O]``."""
+    covered: np.ndarray
+    """Share of the text's positions that have a frequent N-gram, float64 ``[O]``."""
+    by_head: np.ndarray
+    """Share whose row another frequent N-gram reads too, head by head, float64 ``[G, O, K]``."""
+    expected_by_head: np.ndarray
+    """What an even hash would give on average, float64 ``[G, O, K]``."""
+    all_heads: np.ndarray
+    """Share that another frequent N-gram meets in all heads of the order, so that the two read the same and cannot be
+    told apart, float64 ``[G, O]``."""
+    expected_all_heads: np.ndarray
+    """What even and independent heads would give on average, float64 ``[G, O]``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CollisionStudy:
+    """What token compression and the number of heads do to collisions. Made by `collision_study`.
+
+    More heads on the same rows make each head more crowded, but leave fewer N-grams confused in all of them.
+    """
+
+    orders: tuple[int, ...]
+    """N-gram orders: axis O."""
+    heads: tuple[int, ...]
+    """Heads per order: axis T."""
+    compression: tuple[bool, ...]
+    """Whether canonical tokens are hashed, or raw ones: axis C."""
+    rows_per_order: int
+    """Rows that all heads of one order have together, nearly: each has the next prime number of them."""
+    min_count: int
+    """Positions at which a frequent N-gram occurs at least."""
+    num_tokens: int
+    """Tokens of the text."""
+    vocab_size: np.ndarray
+    """Different tokens that are hashed, int64 ``[C]``."""
+    num_distinct: np.ndarray
+    """Distinct N-grams of the text, int64 ``[C, O]``."""
+    num_ngrams: np.ndarray
+    """Frequent ones among them, int64 ``[C, O]``."""
+    covered: np.ndarray
+    """Share of the text's positions that have a frequent N-gram, float64 ``[C, O]``."""
+    one_head: np.ndarray
+    """Share of them whose row another frequent N-gram reads too, mean over heads, float64 ``[C, T, O]``."""
+    expected_one_head: np.ndarray
+    """What an even hash would give, float64 ``[C, T, O]``."""
+    all_heads: np.ndarray
+    """Share that another frequent N-gram meets in all heads, float64 ``[C, T, O]``."""
+    expected_all_heads: np.ndarray
+    """What even and independent heads would give, float64 ``[C, T, O]``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def ngram_rows(spec: HashSpec, ngrams: FrequentNgrams, layer: int) -> np.ndarray:
+    """Find the rows that N-grams read, wherever they occur.
+
+    Args:
+        spec: The hash that they were counted with.
+        ngrams: N-grams of one of its orders.
+        layer: The layer's published id.
+
+    Returns:
+        Row numbers in the layer's table, one for each head of the order, int64 ``[N, K]``.
+
+    Raises:
+        ConfigError: The layer has no memory.
+    """
+    spec.offsets(layer)
+    # Codes of canonical tokens without a break; what is older than the N-gram does not reach its columns.
+    codes = np.full((len(ngrams.canonical), spec.orders[-1]), -1, np.int64)
+    codes[:, spec.orders[-1] - ngrams.order :] = ngrams.canonical * 4
+    rows: np.ndarray = spec.rows_for_layers(codes[:, -1:], codes[:, :-1])[layer][:, 0]
+    first = spec.orders.index(ngrams.order) * spec.num_heads
+    return rows[:, first : first + spec.num_heads]
+
+
+def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, min_count: int = 2) -> NgramCollisions:
+    """Count the collisions among frequent N-grams.
+
+    Args:
+        spec: The hash.
+        ngrams: By order, as from `engram_lm.hashing.ngrams.frequent_ngrams` with a spec of the same orders, token map
+            and segments; so many are compared at most.
+        min_count: Of these, take those that occur at so many positions at least.
+
+    Raises:
+        ConfigError: ``min_count`` is below 1.
+    """
+    if type(min_count) is not int or min_count < 1:
+        raise ConfigError(f"min_count is a whole number from 1, got {min_count!r}")
+    frequent = [_frequent(ngrams[order], min_count) for order in spec.orders]
+    shape = (len(spec.layers), len(spec.orders), spec.num_heads)
+    by_head, expected_by_head = np.full(shape, np.nan), np.full(shape, np.nan)
+    all_heads, expected_all_heads = np.full(shape[:2], np.nan), np.full(shape[:2], np.nan)
+    for index, layer in enumerate(spec.layers):
+        for place, some in enumerate(frequent):
+            number = len(some.counts)
+            if not number:
+                continue
+            rows, first = ngram_rows(spec, some, layer), place * spec.num_heads
+            primes = np.array(spec.primes[index][first : first + spec.num_heads], np.float64)
+            by_head[index, place] = [_met(column) for column in rows.T]
+            all_heads[index, place] = _met(rows)
+            expected_by_head[index, place] = [_expected(number, np.log(prime)) for prime in primes]
+            expected_all_heads[index, place] = _expected(number, float(np.log(primes).sum()))
+    return NgramCollisions(
+        blocks=spec.blocks,
+        orders=spec.orders,
+        min_count=min_count,
+        num_ngrams=np.array([len(some.counts) for some in frequent]),
+        num_distinct=np.array([some.num_distinct for some in frequent]),
+        covered=np.array([some.covered for some in frequent]),
+        by_head=by_head,
+        expected_by_head=expected_by_head,
+        all_heads=all_heads,
+        expected_all_heads=expected_all_heads,
+    )
+
+
+def collision_study(
+    tokenizer: Any,
+    text: Any,
+    *,
+    rows_per_order: int,
+    orders: Sequence[int] = (2, 3),
+    heads: Sequence[int] = (1, 2, 4, 8),
+    compression: Sequence[bool] = (True, False),
+    min_count: int = 2,
+    max_ngrams: int = 1 << 16,
+    pad_token_id: int | None = None,
+    segments: Segments | None = None,
+    seed: int = 0,
+) -> CollisionStudy:
+    """Measure on a text what token compression and the number of heads do to collisions, at one budget of rows.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer, or a `TokenMap`.
+        text: Raw tokens, integers ``[num_tokens]``, or with a tokenizer a text.
+        rows_per_order: Rows of one order over all its heads.
+        orders: N-gram orders, ascending.
+        heads: Heads per order to compare.
+        compression: Whether to hash canonical tokens (True), raw tokens (False), or one after the other.
+        min_count: Positions at which a frequent N-gram occurs at least.
+        max_ngrams: Take so many of the most frequent N-grams of each order at most.
+        pad_token_id: Raw id that stands for what is before the start; the tokenizer's, or 0.
+        segments: Where look-backs stop, besides the start of the text.
+        seed: Seed of the multipliers.
+
+    Raises:
+        ConfigError: There are fewer rows than two for each head, or another number is impossible.
+        DataError: The text has no tokens.
+        TokenError: A token is outside the vocabulary.
+
+    Example:
+        >>> study = collision_study(tokenizer, text, rows_per_order=1 << 16)  # doctest: +SKIP
+        >>> study.all_heads[:, :, -1]  # [compression, heads] of the highest order  # doctest: +SKIP
+    """
+    compared = {"heads": heads, "compression": compression, "orders": orders}
+    if empty := [name for name, values in compared.items() if not len(values)]:
+        raise ConfigError(f"there is nothing to compare: {empty[0]} is empty; pass at least one value")
+    if any(type(number) is not int or number < 1 for number in heads):
+        raise ConfigError(f"heads are whole numbers from 1, got {list(heads)}")
+    if type(rows_per_order) is not int or rows_per_order < 2 * max(heads):
+        raise ConfigError(
+            f"rows_per_order is a whole number, at least two for each of {max(heads)} heads, got {rows_per_order!r}"
+        )
+    mapped = isinstance(tokenizer, TokenMap)
+    if isinstance(text, str):
+        if mapped:
+            raise ConfigError("a TokenMap does not tokenize text; pass the tokenizer, or token ids")
+        text = text_tokens(tokenizer, text)
+    if pad_token_id is None:
+        given = None if mapped else getattr(tokenizer, "pad_token_id", None)
+        pad_token_id = 0 if given is None else given
+    token_map = tokenizer if mapped else TokenMap.from_tokenizer(tokenizer)
+    found: list[list[NgramCollisions]] = []
+    vocab_size = []
+    for compressed in compression:
+        used = token_map if compressed else TokenMap.identity(token_map.num_tokens)
+        specs = [
+            HashSpec.build(
+                used, layers=(0,), orders=orders, heads=number, rows_per_head=rows_per_order // number, seed=seed,
+                pad_token_id=pad_token_id, segments=segments,
+            )
+            for number in heads
+        ]  # fmt: skip
+        # What an N-gram is does not depend on the heads.
+        ngrams = frequent_ngrams(specs[0], text, num_ngrams=max_ngrams)
+        found.append([ngram_collisions(spec, ngrams, min_count=min_count) for spec in specs])
+        vocab_size.append(len(used))
+
+    def of_maps(name: str) -> np.ndarray:
+        return np.array([getattr(choices[0], name) for choices in found])
+
+    def of_heads(name: str) -> np.ndarray:
+        values = ([getattr(one, name)[0] for one in choices] for choices in found)
+        return np.array([[value.mean(-1) if value.ndim == 2 else value for value in choices] for choices in values])
+
+    return CollisionStudy(
+        orders=tuple(orders),
+        heads=tuple(heads),
+        compression=tuple(bool(value) for value in compression),
+        rows_per_order=rows_per_order,
+        min_count=min_count,
+        num_tokens=len(text),
+        vocab_size=np.array(vocab_size),
+        num_distinct=of_maps("num_distinct"),
+        num_ngrams=of_maps("num_ngrams"),
+        covered=of_maps("covered"),
+        one_head=of_heads("by_head"),
+        expected_one_head=of_heads("expected_by_head"),
+        all_heads=of_heads("all_heads"),
+        expected_all_heads=of_heads("expected_all_heads"),
+    )
+
+
+def _frequent(ngrams: FrequentNgrams, min_count: int) -> FrequentNgrams:
+    """Those that occur often enough; they come from the most frequent on."""
+    number = int((ngrams.counts >= min_count).sum())
+    columns = {name: getattr(ngrams, name)[:number] for name in ("canonical", "tokens", "counts")}
+    return dataclasses.replace(ngrams, **columns)
+
+
+def _met(rows: np.ndarray) -> float:
+    """Share of entries ``[N]`` or ``[N, K]`` that another one equals."""
+    counts = np.unique(rows, axis=0, return_counts=True)[1]
+    return float(counts[counts > 1].sum() / len(rows))
+
+
+def _expected(number: int, log_places: float) -> float:
+    """Chance that at least one of the others falls on the same of exp(log_places) places."""
+    if number == 1:
+        return 0.0
+    chance = np.exp(-log_places)
+    return 1.0 if chance >= 1 else float(-np.expm1((number - 1) * np.log1p(-chance)))

@@ -1,0 +1,219 @@
+"""Positions of a text at which hidden states are compared: ends of words, of names, of N-grams that come again."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from engram_lm.analysis.gates import token_texts
+from engram_lm.analysis.ngram_table import ngram_keys, spread_bits
+from engram_lm.analysis.reading import Reading
+from engram_lm.analysis.subject import Subject
+from engram_lm.errors import ConfigError
+
+__all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
+
+# Dimension key: B windows at a time, L length.
+
+Positions = Literal["all", "word_ends", "names", "ngrams"]
+
+# Letters, with combining accents and apostrophes inside.
+_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f]|['\u2019](?=[^\W\d_]))*")
+_BREAK = "\n"
+"""Stands for special tokens: words end there."""
+_REPLACEMENT = "\ufffd"
+_NUM_COUNTERS = 1 << 20
+_ORDER_WITHOUT_MEMORY = 3
+
+
+def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
+    """Take one in so many places: of each run of ``one_in`` numbers one, at a place of the run that looks random.
+
+    Every so many-th one would not do: where the step and the length of a window have a common divisor, only some
+    places of the windows would be seen, at worst their first tokens alone.
+
+    Args:
+        places: Counted from the start of the text, integers ``[n]``; none negative.
+        one_in: How many there are for one that is taken.
+
+    Returns:
+        Bool ``[n]``; a place is taken or not whatever the others are.
+    """
+    runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
+    taken: np.ndarray = within == spread_bits(runs) % np.uint64(one_in)
+    return taken
+
+
+def word_ends(text: str) -> list[int]:
+    """Find the last character of each word, a word being a run of letters: places in the text."""
+    return [match.end() - 1 for match in _WORD.finditer(text)]
+
+
+def name_ends(text: str) -> list[int]:
+    """Find the last character of each name, a stand-in for named entities that needs no other model.
+
+    A name is two or more words in a row, each beginning with a capital, with one space or hyphen between them. A word
+    that is capitalized because a sentence begins there counts as part of a name.
+    """
+    ends: list[int] = []
+    words = 0
+    last = -2
+    for match in _WORD.finditer(text):
+        capital = match.group()[0].isupper()
+        joined = match.start() == last + 2 and text[last + 1] in " -\u00a0"
+        if capital and joined and words:
+            words += 1
+            if words > 2:
+                ends.pop()
+            ends.append(match.end() - 1)
+        else:
+            words = int(capital)
+        last = match.end() - 1
+    return ends
+
+
+class PositionChoice:
+    """Chooses positions window by window; the choice does not depend on how many windows are read at once.
+
+    Args:
+        positions: ``"all"``; ``"word_ends"``: the token that completes a run of letters; ``"names"``: the token that
+            completes a name, see `name_ends`; ``"ngrams"``: where the N-gram of the highest order has occurred at least
+            ``min_count`` times so far (of canonical tokens where a model has memory, else of three tokens; counted in
+            a million counters, so that now and then a rare one passes for frequent); or a bool array ``[num_tokens]``
+            over the tokens of the text. Words and names that a window cuts are left out.
+        min_count: See ``"ngrams"``.
+        one_in: Take one in so many of the chosen positions; see `thinned`.
+
+    Raises:
+        ConfigError: There is no such choice, or a number is below 1.
+    """
+
+    def __init__(self, positions: Positions | Any = "all", *, min_count: int = 5, one_in: int = 1) -> None:
+        for name, value in (("min_count", min_count), ("one_in", one_in)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
+        self.min_count, self.one_in = min_count, one_in
+        self.mask: np.ndarray | None = None
+        self.name = positions if isinstance(positions, str) else "given"
+        if not isinstance(positions, str):
+            self.mask = np.asarray(positions)
+            if self.mask.dtype != np.bool_ or self.mask.ndim != 1:
+                raise ConfigError(
+                    "positions are given as a bool array [num_tokens], one value for each token of the text; got "
+                    f"{self.mask.dtype} {list(self.mask.shape)}"
+                )
+        elif positions not in get_args(Positions):
+            raise ConfigError(
+                f"positions are {', '.join(get_args(Positions))} or a bool array [num_tokens], not {positions!r}"
+            )
+
+    def start(self, subjects: Sequence[Subject]) -> None:
+        """Begin with a new text."""
+        self._tokenizer = subjects[0].tokenizer
+        self._place = next((place for place, subject in enumerate(subjects) if subject.spec is not None), None)
+        self._texts: dict[int, str] = {}
+        self._seen = 0
+        self._counters = np.zeros(_NUM_COUNTERS if self.name == "ngrams" else 0, np.int32)
+
+    def choose(self, readings: Sequence[Reading]) -> np.ndarray:
+        """Choose among the positions of some windows, the same for all models.
+
+        Dead positions are never chosen: memory is silent there.
+
+        Returns:
+            Places in ``B * L``, ascending, int64.
+
+        Raises:
+            ConfigError: The given array is shorter than the text.
+        """
+        chosen = self._chosen(readings).flatten()
+        for reading in readings:
+            chosen &= reading.active.flatten().cpu().numpy()
+        places = np.flatnonzero(chosen)
+        kept = places[thinned(self._seen + np.arange(len(places)), self.one_in)]
+        self._seen += len(places)
+        return kept
+
+    def _chosen(self, readings: Sequence[Reading]) -> np.ndarray:
+        """Bool ``[B, L]``."""
+        reading = readings[0]
+        shape = tuple(reading.tokens.shape)
+        if self.mask is not None:
+            end = reading.start + reading.tokens.numel()
+            if end > len(self.mask):
+                raise ConfigError(
+                    f"positions were given for {len(self.mask)} tokens, and the text has more; give one for each token"
+                )
+            return self.mask[reading.start : end].reshape(shape).copy()
+        if self.name == "all":
+            return np.ones(shape, bool)
+        if self.name == "ngrams":
+            return self._recurring(readings)
+        windows = reading.tokens.cpu().numpy()
+        chosen = np.zeros(shape, bool)
+        for row, window in enumerate(windows):
+            chosen[row, self._completed(window, reading.start == 0 and row == 0)] = True
+        return chosen
+
+    def _completed(self, window: np.ndarray, begins_text: bool) -> np.ndarray:
+        """Find the tokens that complete a word or a name."""
+        texts = self._spelled(window.tolist())
+        text = "".join(texts)
+        if self.name == "word_ends":
+            ends = word_ends(text)
+            closed = len(text)
+        else:
+            ends = name_ends(text)
+            closed = len(text.rstrip())  # the next word may belong to the name
+        first = _WORD.match(text)
+        # What the window's beginning or end may have cut.
+        low = first.end() if first is not None and not begins_text else 0
+        ends = [end for end in ends if low <= end < closed - 1]
+        return np.searchsorted(np.cumsum([len(piece) for piece in texts]), np.array(ends, np.int64), side="right")
+
+    def _spelled(self, tokens: list[int]) -> list[str]:
+        """What each token spells; joined they are the text."""
+        special = set(self._tokenizer.all_special_ids)
+        limit = len(self._tokenizer)
+        new = sorted(token for token in set(tokens) - self._texts.keys() if token < limit and token not in special)
+        if new:
+            # Some tokenizers strip the space in front of the first token; so it is decoded behind another one.
+            anchor = self._tokenizer("a", add_special_tokens=False).input_ids[-1:]
+            prefix, *decoded = self._tokenizer.batch_decode(
+                [anchor, *([*anchor, token] for token in new)],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+            self._texts.update((token, text[len(prefix) :]) for token, text in zip(new, decoded, strict=True))
+        texts = [self._texts.get(token, _BREAK) for token in tokens]
+        if any(_REPLACEMENT in text for text in texts):
+            # Characters split over tokens: these are decoded in their context, which takes longer.
+            known = [place for place, token in enumerate(tokens) if token in self._texts]
+            for place, text in zip(
+                known, token_texts(self._tokenizer, [tokens[place] for place in known]), strict=True
+            ):
+                texts[place] = text
+        return texts
+
+    def _recurring(self, readings: Sequence[Reading]) -> np.ndarray:
+        """Find the positions whose N-gram of the highest order is no newcomer."""
+        reading = readings[0 if self._place is None else self._place]
+        tokens = reading.tokens.cpu().numpy()
+        spec = reading.subject.spec
+        if spec is None or reading.codes is None:
+            order, codes = _ORDER_WITHOUT_MEMORY, tokens << 2
+            visible = np.broadcast_to(np.minimum(np.arange(tokens.shape[1]) + 1, order), tokens.shape)
+        else:
+            order, codes, visible = spec.orders[-1], reading.codes.cpu().numpy(), reading.visible.cpu().numpy()
+        whole = visible >= order
+        counters = (ngram_keys(codes, visible, order)[whole] % np.uint64(_NUM_COUNTERS)).astype(np.int64)
+        order_of = np.argsort(counters, kind="stable")
+        ordered = counters[order_of]
+        begins = np.searchsorted(ordered, ordered, side="left")
+        counts = np.empty(len(counters), np.int64)
+        counts[order_of] = self._counters[ordered] + np.arange(len(ordered)) - begins + 1
+        np.add.at(self._counters, counters, 1)
+        chosen = np.zeros(tokens.shape, bool)
+        chosen[whole] = counts >= self.min_count
+        return chosen

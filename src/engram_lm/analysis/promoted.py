@@ -1,0 +1,104 @@
+"""What a row or an N-gram says by itself: the tokens that its value makes more likely."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.analysis.memory_rows import spelled
+from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
+from engram_lm.analysis.subject import Subject
+from engram_lm.memory.layer import EngramLayer
+
+__all__ = ["Promoted", "promoted_tokens"]
+
+# Dimension key: N vectors, C channels of the memory vector, M memory width, S streams, D hidden, V vocabulary.
+
+
+class Promoted(NamedTuple):
+    """A token that a value raises."""
+
+    token: int
+    """Its id."""
+    text: str
+    """What it spells."""
+    logit: float
+    """How far above the logit that an empty hidden state gives it."""
+
+
+@torch.no_grad()
+def promoted_tokens(
+    subject: Subject, layer: EngramLayer, vectors: Tensor, channels: slice, number: int
+) -> tuple[tuple[Promoted, ...], ...]:
+    """Send parts of the memory vector through the value projection and on to the model's head.
+
+    This is the straight way out only: the gate, which scales the value, the convolution, the projection's bias and all
+    later layers are left aside, so it says what a row adds and not what the model makes of it. The final norm brings
+    values of any size to one.
+
+    Args:
+        subject: The model.
+        layer: One of its memories.
+        vectors: What stands in some channels of the memory vector, the others being zero, floating ``[N, C]``.
+        channels: Which ones.
+        number: Tokens to name for each vector.
+
+    Returns:
+        For each vector the tokens it raises most; none where its value is zero or not finite, where ``number`` is 0,
+        or where it is not known how the model predicts (see `Subject.predict`).
+
+    Source: direct logit attribution, Elhage et al., “A Mathematical Framework for Transformer Circuits”, 2021.
+    """
+    nothing: tuple[tuple[Promoted, ...], ...] = ((),) * len(vectors)
+    if number < 1 or not _can_predict(subject):
+        return nothing
+    values = _values(layer, vectors, channels, subject.device)
+    # Streams all hold the value, as they do behind the memory but for their gates.
+    states = values.to(subject.dtype).unsqueeze(-2).expand(-1, subject.num_streams, -1)
+    num_tokens = min(len(subject.tokenizer), subject.vocab_size)
+    logits = subject.predict(torch.cat([states, torch.zeros_like(states[:1])]))[..., :num_tokens].float().cpu()
+    raised = logits[:-1] - logits[-1:]
+    says = (values.abs().amax(-1) > 0).cpu() & raised.isfinite().all(-1)
+    best = raised.topk(min(number, num_tokens))
+    return tuple(
+        tuple(
+            Promoted(token, spelled(subject, np.array([token])), logit)
+            for token, logit in zip(tokens, found, strict=True)
+        )
+        if speaks
+        else ()
+        for tokens, found, speaks in zip(best.indices.tolist(), best.values.tolist(), says.tolist(), strict=True)
+    )
+
+
+class _Predicts(Analysis):
+    """Applies where `Subject.predict` gives the model's own logits."""
+
+    wants = frozenset({"predict"})
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        pass
+
+    def result(self) -> bool:
+        return True
+
+
+def _can_predict(subject: Subject) -> bool:
+    if subject.head is None:
+        return False
+    few = np.arange(min(4, len(subject.tokenizer), subject.vocab_size))
+    found = read_text([subject], few, {"predicts": _Predicts()}, length=len(few))["predicts"]
+    return not isinstance(found, NotApplicable)
+
+
+def _values(layer: EngramLayer, vectors: Tensor, channels: slice, device: torch.device) -> Tensor:
+    """The value projection without its bias, [N, D]; called as a module, which quantized and offloaded ones need."""
+    weight = layer.key_value.weight
+    memory = torch.zeros(len(vectors) + 1, layer.config.memory_dim)
+    memory[:-1, channels] = vectors
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    projected = layer.key_value(memory.to(device if weight.is_meta else weight.device, dtype))
+    values = projected[..., -layer.config.hidden_size :].float()
+    return (values[:-1] - values[-1:]).to(device)

@@ -1,0 +1,116 @@
+"""What a model does in one forward pass, recorded by hooks: hidden states, rows, and gates split by order."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram_lm.analysis.gate_scores import score_parts
+from engram_lm.analysis.subject import Subject
+from engram_lm.errors import MismatchError
+from engram_lm.memory.layer import EngramLayer, EngramOutput
+
+__all__ = ["Recording", "recording"]
+
+# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, O orders.
+
+
+class Recording:
+    """What the last forward pass of a model did. `recording` makes it; `clear` before the next pass."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of everything, so that nothing of this pass is alive during the next."""
+        self.hidden: list[Tensor] = []  # [B, L, S, D]: what enters the first layer, then each layer's output
+        self.rows: dict[int, Tensor] = {}  # block -> [B, L, H]
+        self.gates: dict[int, Tensor] = {}  # block -> [B, L, S]
+        self.order_scores: dict[int, Tensor] = {}  # block -> [B, L, O, S]
+        self.bias_scores: dict[int, Tensor] = {}  # block -> [B, L, S]
+        self._asked: dict[int, bool] = {}
+
+
+@contextlib.contextmanager
+def recording(subject: Subject, *, hidden: bool, order_scores: bool) -> Iterator[Recording]:
+    """Hook a model so that each forward pass leaves what it did; the hooks are gone afterwards, errors or not.
+
+    Args:
+        subject: The model.
+        hidden: Whether to keep hidden states. They are copied: some models change them in place later on.
+        order_scores: Whether to split the gates' scores by order.
+    """
+    record = Recording()
+    with contextlib.ExitStack() as hooks:
+        if hidden:
+            first, streams = subject.layers[0], (subject.num_streams, subject.hidden_size)
+            # First in line: an attached memory adds to the hidden state in a hook of its own, after this one.
+            entering = first.register_forward_pre_hook(
+                functools.partial(_enter, record, streams), with_kwargs=True, prepend=True
+            )
+            hooks.callback(entering.remove)
+            for layer in subject.layers:
+                hooks.callback(layer.register_forward_hook(functools.partial(_leave, record, streams)).remove)
+        for block, memory in subject.memories.items():
+            before = functools.partial(_before_memory, record, block, order_scores and memory.config.gate != "none")
+            after = functools.partial(_after_memory, record, block)
+            hooks.callback(memory.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(memory.register_forward_hook(after).remove)
+        yield record
+
+
+def _enter(record: Recording, streams: tuple[int, int], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    record.hidden.append(_copied(args[0] if args else kwargs["hidden_states"], streams))
+
+
+def _leave(record: Recording, streams: tuple[int, int], module: nn.Module, args: Any, output: Any) -> None:
+    record.hidden.append(_copied(output if isinstance(output, Tensor) else output[0], streams))
+
+
+def _copied(hidden: Tensor, streams: tuple[int, int]) -> Tensor:
+    hidden = hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden
+    if hidden.shape[2:] != streams:
+        raise MismatchError(
+            f"a decoder layer hands on hidden states {list(hidden.shape)}; expected [batch, length, {streams[0]}, "
+            f"{streams[1]}] (streams, width) of every layer"
+        )
+    return hidden.detach().clone()
+
+
+def _before_memory(
+    record: Recording, block: int, split: bool, module: EngramLayer, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Ask for the gates, keep the row numbers, and split the scores before the layer computes them."""
+    hidden, memory = args[0], args[1]
+    if not memory.is_floating_point():
+        record.rows[block] = memory.detach()
+    if split:
+        # Read once for both: the layer takes memory vectors as well as row numbers.
+        memory = memory if memory.is_floating_point() else module.read(memory)
+        parts = score_parts(module, hidden, memory.to(hidden.device), kwargs.get("active"))
+        record.order_scores[block], record.bias_scores[block] = parts
+    record._asked[block] = bool(kwargs.get("return_gates", False))
+    return (hidden, memory, *args[2:]), {**kwargs, "return_gates": True}
+
+
+def _after_memory(record: Recording, block: int, module: EngramLayer, args: Any, output: EngramOutput) -> Any:
+    record.gates[block] = output.gates.detach()
+    return output if record._asked[block] else output.update
+
+
+def not_finite(tensor: Tensor) -> Tensor:
+    """Find positions that hold a NaN or an infinity.
+
+    Args:
+        tensor: ``[B, L, ...]``.
+
+    Returns:
+        Bool ``[B, L]``.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
+    # The largest magnitude is not finite exactly where one of them is not, and no copy of the tensor is made.
+    return ~torch.linalg.vector_norm(tensor.flatten(2), ord=torch.inf, dim=-1).isfinite()

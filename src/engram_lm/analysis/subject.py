@@ -1,0 +1,278 @@
+"""One view of any model: its layers, its memory, and what its head makes of a hidden state of any layer."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperHead
+
+from engram_lm.adapt import attached_adapters
+from engram_lm.adapt.decoder import Decoder, find_decoder
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.hashing import HashSpec, TokenMap
+from engram_lm.memory.layer import EngramLayer
+
+__all__ = ["Subject", "find_subject", "find_subjects", "group_by_tokenizer"]
+
+# Dimension key: S streams, D hidden, V vocabulary.
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Subject:
+    """A model that is analyzed. `find_subject` makes it; nothing of the model is copied or changed."""
+
+    name: str
+    """For people; unique among the models of one analysis."""
+    model: Any
+    """The causal language model: ours, any of transformers, or one with an attached memory."""
+    tokenizer: Any
+    """Its tokenizer."""
+    layers: nn.ModuleList
+    """Decoder layers, in the order in which they run."""
+    memories: dict[int, EngramLayer]
+    """Block, counted from 0, to the memory it begins with, in order of depth; empty without memory."""
+    spec: HashSpec | None
+    """How the memory hashes; None without memory."""
+    num_streams: int
+    """Residual streams between the layers."""
+    hidden_size: int
+    """Width of one stream."""
+    vocab_size: int
+    """Rows of the token embedding."""
+    collapse: nn.Module | None
+    """What makes one hidden state of the streams before the final norm; None where there is one stream."""
+    norm: nn.Module | None
+    """The final norm; None where none was found."""
+    head: nn.Module | None
+    """The output head; None where the model has none."""
+    keeps_fewer_logits: bool
+    """Whether the model takes ``logits_to_keep``, so that logits nobody asks for are not computed."""
+    max_length: int | None
+    """Most tokens it can see at once; None where positions are not learned, so nothing forbids more."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a memory and it has gates."""
+        return any(layer.config.gate != "none" for layer in self.memories.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are handed to the model."""
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return torch.device(self.model.device) if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the hidden states, as far as it can be told beforehand: that of the first floating parameter."""
+        floating = (parameter.dtype for parameter in self.layers.parameters() if parameter.is_floating_point())
+        return next(floating, torch.float32)
+
+    @cached_property
+    def vocabulary_digest(self) -> str | None:
+        """Digest of the tokenizer's vocabulary."""
+        return TokenMap.identity(len(self.tokenizer), self.tokenizer).vocabulary_digest
+
+    @torch.no_grad()
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Compute what the model would say if a hidden state were its last layer's output.
+
+        The streams are brought together as before the model's own head, then come the final norm, the head, and the
+        scaling or soft-capping that the configuration names (Gemma, Cohere, Granite, Falcon-H1).
+
+        Args:
+            hidden: Output of any layer, ``[..., S, D]``.
+
+        Returns:
+            Logits ``[..., V]``, in the head's type.
+
+        Raises:
+            MismatchError: The hidden state has another shape, or no head was found.
+
+        Source: logit lens, nostalgebraist 2020; paper, section 6.1 (which does not say how streams are collapsed).
+        """
+        if hidden.shape[-2:] != (self.num_streams, self.hidden_size):
+            raise MismatchError(
+                f"hidden states of {self.name} end in {list(hidden.shape[-2:])}; expected "
+                f"[..., {self.num_streams}, {self.hidden_size}] (streams, width)"
+            )
+        if self.head is None:
+            raise MismatchError(f"{self.name} has no output head, so nothing can be predicted from its layers")
+        state = hidden.squeeze(-2) if self.collapse is None else self._collapsed(hidden)
+        logits: Tensor = self.head(state if self.norm is None else self.norm(state))
+        config = self.model.config.get_text_config(decoder=True)
+        for name, apply in _SCALES.items():
+            value = getattr(config, name, None)
+            if value is not None:
+                logits = apply(logits, value)
+        return logits
+
+    def _collapsed(self, hidden: Tensor) -> Tensor:
+        assert self.collapse is not None
+        shape = hidden.shape
+        result: Tensor = self.collapse(hidden.reshape(1, -1, *shape[-2:]))
+        return result.reshape(*shape[:-2], shape[-1])
+
+
+_SCALES = {
+    "logits_scaling": lambda logits, value: logits / value,
+    "logit_scale": lambda logits, value: logits * value,
+    "lm_head_multiplier": lambda logits, value: logits * value,
+    "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,
+}
+"""What models do to the logits behind their head, by the name in their configuration."""
+
+
+def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter: str | None = None) -> Subject:
+    """Look at a model: where its layers are, whether it has memory, how it predicts.
+
+    Args:
+        model: An `engram_lm.EngramForCausalLM`, any causal language model of transformers, one with an attached memory,
+            or any of these inside peft.
+        tokenizer: The tokenizer it was trained with.
+        name: What it is called in results; the name it was loaded by where None.
+        adapter: Which attached memory to look at, where there are several.
+
+    Raises:
+        ConfigError: Not such a model, or several memories are attached and none is chosen, or none of that name.
+        MismatchError: The memory was made for another tokenizer.
+        TokenMapError: The model was built from a configuration alone and has no token map.
+    """
+    try:
+        decoder = find_decoder(model)
+    except ConfigError as error:
+        raise ConfigError(f"{type(model).__name__} cannot be analyzed, its layers are not found: {error}") from error
+    memories, spec = _memories(model, decoder, adapter)
+    if spec is not None:
+        check_tokenizer(tokenizer, spec)
+    around = model.get_submodule(decoder.name.rpartition(".")[0])
+    heads = [child for child in around.children() if isinstance(child, DeepseekV4HyperHead)]
+    find_head = getattr(model, "get_output_embeddings", None)
+    collapse = heads[0] if heads else None
+    return Subject(
+        name=name or _name(model),
+        model=model,
+        tokenizer=tokenizer,
+        layers=decoder.layers,
+        memories=memories,
+        spec=spec,
+        num_streams=1 if collapse is None else int(collapse.hc_mult),
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
+        collapse=collapse,
+        norm=_final_norm(around, decoder.layers),
+        head=find_head() if callable(find_head) else None,
+        keeps_fewer_logits=any("logits_to_keep" in inspect.signature(one.forward).parameters for one in decoder.outer),
+        max_length=_max_length(around),
+    )
+
+
+def find_subjects(models: Any, tokenizer: Any) -> list[Subject]:
+    """Look at one model or several.
+
+    Args:
+        models: A model, or a mapping of the names they are to have in results to models. In place of a model there may
+            be a `Subject`, which keeps its own name where it is not in a mapping.
+        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers.
+
+    Raises:
+        ConfigError: There is no model, no tokenizer for one of them, or `find_subject` says so.
+        MismatchError: The memory of a model was made for another tokenizer.
+    """
+    if not isinstance(models, Mapping):
+        return [models if isinstance(models, Subject) else find_subject(models, tokenizer)]
+    if not models:
+        raise ConfigError("there is no model to look at; pass at least one")
+    subjects = []
+    for name, model in models.items():
+        if isinstance(model, Subject):
+            subjects.append(dataclasses.replace(model, name=name))
+            continue
+        if isinstance(tokenizer, Mapping) and name not in tokenizer:
+            raise ConfigError(f"no tokenizer was given for {name}; those given are for {', '.join(tokenizer)}")
+        own = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
+        subjects.append(find_subject(model, own, name=name))
+    return subjects
+
+
+def group_by_tokenizer(subjects: Sequence[Subject]) -> list[list[Subject]]:
+    """Divide models into groups that share a vocabulary, and so can read one text token by token together.
+
+    Returns:
+        Groups in order of their first model.
+    """
+    groups: dict[tuple[int, str | None], list[Subject]] = {}
+    for subject in subjects:
+        groups.setdefault((len(subject.tokenizer), subject.vocabulary_digest), []).append(subject)
+    return list(groups.values())
+
+
+def check_tokenizer(tokenizer: Any, spec: HashSpec) -> None:
+    """Refuse a tokenizer that a memory was not made for.
+
+    Raises:
+        MismatchError: With both digests.
+    """
+    given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
+    if spec.vocabulary_digest not in (None, given):
+        raise MismatchError(
+            f"the model was trained with the vocabulary {spec.vocabulary_digest}, this tokenizer has {given}; "
+            "pass the model's own tokenizer"
+        )
+
+
+def _memories(
+    model: nn.Module, decoder: Decoder, adapter: str | None
+) -> tuple[dict[int, EngramLayer], HashSpec | None]:
+    """Find the memory layers by their block, in order of depth, and how they hash."""
+    attached = attached_adapters(model)
+    if adapter is not None and adapter not in attached:
+        raise ConfigError(f"no memory called {adapter!r} is attached to this model; there are {sorted(attached)}")
+    if adapter is None:
+        active = [one for one in attached if attached[one].enabled]
+        if len(active) > 1:
+            raise ConfigError(
+                f"several memories are attached to this model: {', '.join(active)}; choose with adapter='...'"
+            )
+        adapter = active[0] if active else None
+    if adapter is not None:
+        chosen = attached[adapter]
+        if not chosen.enabled:
+            raise ConfigError(f"the memory {adapter!r} is switched off; set adapter.enabled = True to look at it")
+        layers = {block: chosen.layers[str(block)] for block in sorted(chosen.spec.blocks)}
+        return layers, chosen.spec  # type: ignore[return-value]
+    own = {block: getattr(layer, "memory", None) for block, layer in enumerate(decoder.layers)}
+    layers = {block: memory for block, memory in own.items() if isinstance(memory, EngramLayer)}
+    return layers, decoder.text_model.hash_spec if layers else None  # type: ignore[return-value]
+
+
+def _final_norm(around: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
+    """Find the norm behind the layers: the last one that stands beside the list, and after it where any does."""
+    children = list(around.children())
+    place = next(place for place, child in enumerate(children) if child is layers)
+    norms = [child for child in children[place:] if "norm" in type(child).__name__.lower()]
+    norms = norms or [child for child in children[:place] if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None
+
+
+def _max_length(around: nn.Module) -> int | None:
+    """Rows of a learned position embedding beside the layers, as GPT-2 and OPT have."""
+    learned = [
+        child.num_embeddings
+        for name, child in around.named_children()
+        if isinstance(child, nn.Embedding) and (name == "wpe" or "position" in name)
+    ]
+    return min(learned, default=None)
+
+
+def _name(model: Any) -> str:
+    path = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/")
+    return path.rpartition("/")[2] or type(model).__name__

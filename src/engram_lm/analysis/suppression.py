@@ -1,0 +1,324 @@
+"""What a model does without its memory: the memory's output set to zero, or its rows shuffled, layer by layer.
+
+This is no comparison with a model that was trained without memory: the rest of the model still counts on it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
+from engram_lm.analysis.plain_values import plain
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.evaluation.task_scores import score_tasks
+from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.layer import EngramLayer, EngramOutput
+from engram_lm.model.modeling import EngramModel
+
+__all__ = ["Condition", "How", "SuppressionEffect", "conditions", "suppressed", "suppression_effect"]
+
+# Dimension key: B batch, L length, H heads of all orders.
+
+How = Literal["zero", "shuffle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """Which memory is suppressed, and how."""
+
+    blocks: tuple[int, ...] = ()
+    """Blocks whose memory is suppressed, ascending, counted from 0; none where the model is as it is."""
+    how: How | None = None
+    """How; None where nothing is suppressed."""
+
+    def __str__(self) -> str:
+        if self.how is None:
+            return "memory on"
+        what = "zero" if self.how == "zero" else "shuffled"
+        return f"{what} in block{'s' * (len(self.blocks) > 1)} {', '.join(map(str, self.blocks))}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuppressionEffect:
+    """What suppression does to loss and to families of questions. Made by `suppression_effect`.
+
+    Axes: C conditions, the first of which suppresses nothing; F families.
+    """
+
+    conditions: tuple[Condition, ...]
+    """What was suppressed, ``[C]``."""
+    families: tuple[str, ...]
+    """Families of questions, ``[F]``; empty where none were asked."""
+    num_items: np.ndarray
+    """Questions of each family, int64 ``[F]``."""
+    exact_match: np.ndarray
+    """Share of answers that greedy decoding gives, float64 ``[C, F]``."""
+    accuracy: np.ndarray
+    """Share of right choices, float64 ``[C, F]``; NaN for a family without choices."""
+    chance: np.ndarray
+    """What guessing among the choices gives, float64 ``[F]``; NaN without choices."""
+    answer_loss: np.ndarray
+    """Nats per token of the right answers, float64 ``[C, F]``."""
+    loss: np.ndarray
+    """Nats per token of the text, float64 ``[C]``; NaN where there was no text."""
+
+    @property
+    def retained(self) -> np.ndarray:
+        """`exact_match` relative to that with memory, float64 ``[C, F]``; NaN where that is 0."""
+        full = self.exact_match[:1]
+        return np.divide(self.exact_match, full, out=np.full_like(self.exact_match, np.nan), where=full > 0)
+
+    @property
+    def retained_error(self) -> np.ndarray:
+        """Standard error of `retained`, from the binomial ones of both shares, float64 ``[C, F]``.
+
+        Both shares are of the same questions, which makes the true error smaller: this one is on the safe side.
+        """
+        share, count = self.exact_match, np.maximum(self.num_items, 1)
+        variance = share * (1 - share) / count
+        full, retained = share[:1], self.retained
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.sqrt(variance + retained**2 * variance[:1]) / full
+        error[0] = 0.0
+        error[np.isnan(retained)] = np.nan
+        return error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; NaN is None."""
+        values: dict[str, Any] = {
+            "conditions": [{"name": str(one), "blocks": list(one.blocks), "how": one.how} for one in self.conditions],
+            "families": list(self.families),
+            "num_items": self.num_items.tolist(),
+        }
+        for name in ("exact_match", "accuracy", "chance", "answer_loss", "loss", "retained", "retained_error"):
+            values[name] = plain(getattr(self, name))
+        return values
+
+
+@contextlib.contextmanager
+def suppressed(
+    subject: Any, blocks: Sequence[int] | None = None, how: How = "zero", *, seed: int = 0
+) -> Iterator[None]:
+    """Suppress memory inside a ``with`` block, in forward passes and in generation, with a cache or without.
+
+    ``"zero"`` sets what memory adds to the hidden states to zero. ``"shuffle"`` reads another row of the same head in
+    place of each: the same one each time, and never one row in place of two, so that memory says as much as before but
+    says it about other N-grams. Of a table with rows that training never touched, some of those are read then.
+
+    Args:
+        subject: An `EngramForCausalLM`, a model with attached memory (all of its adapters), a `MemoryAdapter`, or a
+            `Subject` of either kind. Not compiled before.
+        blocks: Blocks whose memory is suppressed, counted from 0; all that have one where None.
+        how: ``"zero"`` or ``"shuffle"``.
+        seed: Decides which rows are read by ``"shuffle"``.
+
+    Raises:
+        MismatchError: There is no memory.
+        ConfigError: A block reads no memory, or there is no such ``how``.
+
+    Source: paper, section 6.3 (zero). Shuffling is ours.
+    """
+    if how not in get_args(How):
+        raise ConfigError(f"how is 'zero' or 'shuffle', not {how!r}")
+    found = _memories(subject)
+    chosen = _chosen({memory.block for memory in found}, blocks)
+    with contextlib.ExitStack() as hooks:
+        for memory in found:
+            if memory.block not in chosen:
+                continue
+            if how == "zero":
+                handle = memory.layer.register_forward_hook(_zero)
+            else:
+                shuffle = functools.partial(_shuffle, _row_maps(memory.spec, memory.block, seed))
+                handle = memory.layer.register_forward_pre_hook(shuffle)
+            hooks.callback(handle.remove)
+        yield
+
+
+def conditions(subject: Any, how: Sequence[How] = ("zero", "shuffle")) -> tuple[Condition, ...]:
+    """List what can be suppressed: nothing; then, in each way, all memory and that of each block by itself.
+
+    Raises:
+        MismatchError: There is no memory.
+    """
+    blocks = tuple(sorted({memory.block for memory in _memories(subject)}))
+    parts = [blocks, *((block,) for block in blocks if len(blocks) > 1)]
+    return (Condition(), *(Condition(part, way) for way in how for part in parts))
+
+
+def suppression_effect(
+    model: Any,
+    tokenizer: Any,
+    *,
+    items: Sequence[TaskItem] = (),
+    tokens: np.ndarray | None = None,
+    chosen: Sequence[Condition] | None = None,
+    length: int = 256,
+    batch_size: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[Condition], None] = lambda condition: None,
+) -> SuppressionEffect:
+    """Measure what a model loses with its memory suppressed.
+
+    Every condition is a run of its own over the questions and the text: what a suppressed model computes has nothing in
+    common with what the whole one does.
+
+    Args:
+        model: As for `suppressed`, but the model or the `Subject`, not an adapter.
+        tokenizer: Its tokenizer.
+        items: Questions, as from `read_tasks`.
+        tokens: Packed tokens of a text, integers ``[num_tokens]``, for the loss.
+        chosen: What to suppress; `conditions` where None. Put ``Condition()`` first, or it is.
+        length: Tokens of the text seen at once.
+        batch_size: Sequences at a time.
+        seed: Decides what ``"shuffle"`` reads.
+        on_progress: Called with each condition when it is done.
+
+    Raises:
+        MismatchError: There is no memory.
+        ConfigError: Neither questions nor text were given, or a condition cannot be.
+        DataError: A question or the text cannot be used.
+
+    Example:
+        >>> effect = suppression_effect(model, tokenizer, items=read_tasks("facts.jsonl"))  # doctest: +SKIP
+        >>> dict(zip(effect.families, effect.retained[1]))  # doctest: +SKIP
+    """
+    if not len(items) and tokens is None:
+        raise ConfigError("suppression is measured on questions (items), on a text (tokens) or on both; give one")
+    asked = tuple(chosen) if chosen is not None else conditions(model)
+    if not asked or asked[0] != Condition():
+        asked = (Condition(), *asked)
+    inner = model.model if _is_subject(model) else model
+    families = tuple(dict.fromkeys(item.family for item in items))
+    shape = (len(asked), len(families))
+    exact, accuracy, answer_loss = (np.full(shape, np.nan) for _ in range(3))
+    loss, chance, counts = (
+        np.full(len(asked), np.nan),
+        np.full(len(families), np.nan),
+        np.zeros(len(families), np.int64),
+    )
+    for row, condition in enumerate(asked):
+        with contextlib.ExitStack() as stack:
+            if condition.how is not None:
+                stack.enter_context(suppressed(model, condition.blocks, condition.how, seed=seed))
+            if families:
+                scores = score_tasks(inner, tokenizer, items, batch_size=batch_size)
+                for column, name in enumerate(families):
+                    family = scores.families[name]
+                    exact[row, column], answer_loss[row, column] = family.exact_match, family.answer_loss
+                    accuracy[row, column] = math.nan if family.accuracy is None else family.accuracy
+                    chance[column] = math.nan if family.chance is None else family.chance
+                    counts[column] = family.num_items
+            if tokens is not None:
+                loss[row] = held_out_loss(inner, tokens, length=length, batch_size=batch_size).loss
+        on_progress(condition)
+    return SuppressionEffect(
+        conditions=asked,
+        families=families,
+        num_items=counts,
+        exact_match=exact,
+        accuracy=accuracy,
+        chance=chance,
+        answer_loss=answer_loss,
+        loss=loss,
+    )
+
+
+class _Memory(NamedTuple):
+    """A memory layer, where it is, and what hashes for it."""
+
+    block: int
+    layer: EngramLayer
+    spec: HashSpec
+
+
+def _is_subject(subject: Any) -> bool:
+    return isinstance(getattr(subject, "memories", None), Mapping)
+
+
+def _memories(subject: Any) -> list[_Memory]:
+    """Find the memory layers of a model of any kind, in order of depth."""
+    if _is_subject(subject):
+        found = [_Memory(block, layer, subject.spec) for block, layer in subject.memories.items()]
+    elif isinstance(subject, MemoryAdapter):
+        found = _of_adapter(subject)
+    else:
+        # Around the model there may be others, as peft's.
+        modules = list(subject.modules()) if isinstance(subject, torch.nn.Module) else []
+        found = [memory for module in modules if isinstance(module, EngramModel) for memory in _of_own(module)]
+        adapters = [adapter for module in modules for adapter in attached_adapters(module).values()]
+        found += [memory for adapter in adapters for memory in _of_adapter(adapter)]
+    if not found:
+        kind = type(subject).__name__
+        raise MismatchError(f"{kind} has no memory to suppress; pass a model with memory, or attach one to it")
+    return sorted(found, key=lambda memory: memory.block)
+
+
+def _of_own(model: EngramModel) -> list[_Memory]:
+    layers = {block: layer.memory for block, layer in enumerate(model.layers)}
+    return [_Memory(block, layer, model.hash_spec) for block, layer in layers.items() if isinstance(layer, EngramLayer)]
+
+
+def _of_adapter(adapter: MemoryAdapter) -> list[_Memory]:
+    return [_Memory(block, adapter.layers[str(block)], adapter.spec) for block in adapter.spec.blocks]  # type: ignore[arg-type]
+
+
+def _chosen(there: set[int], blocks: Sequence[int] | None) -> set[int]:
+    if blocks is None:
+        return there
+    for block in blocks:
+        if block not in there:
+            raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, sorted(there)))}")
+    return set(blocks)
+
+
+def _zero(layer: Any, args: tuple[Any, ...], output: Tensor | EngramOutput) -> Tensor | EngramOutput:
+    # Not a product with zero: what memory says may be anything, NaN included.
+    if isinstance(output, EngramOutput):
+        return output._replace(update=torch.zeros_like(output.update))
+    return torch.zeros_like(output)
+
+
+class _RowMaps(NamedTuple):
+    """One bijection of a head's rows for each head: row -> (factor * row + shift) mod rows, counted from the head's."""
+
+    offsets: Tensor
+    factors: Tensor
+    shifts: Tensor
+    counts: Tensor
+    """All int64 ``[H]``."""
+
+
+def _row_maps(spec: HashSpec, block: int, seed: int) -> _RowMaps:
+    """Draw the bijections. A permutation written out would be as long as the table."""
+    index = spec.blocks.index(block)
+    # Drawn from a text, which random turns into a number the same way in every process.
+    chance = random.Random(f"{seed} {block}")
+    factors, shifts = [], []
+    for count in spec.primes[index]:
+        # Below 2^31, so that a product with a row number stays below 2^63 in a table of up to 2^32 rows a head.
+        bound = min(count, 2**31)
+        candidates = (chance.randrange(2, bound) for _ in range(1000)) if bound > 3 else iter(())
+        factors.append(next((factor for factor in candidates if math.gcd(factor, count) == 1), 1))
+        shifts.append(chance.randrange(1, count) if count > 1 else 0)
+    columns = (spec.offsets_at(index), factors, shifts, spec.primes[index])
+    return _RowMaps(*(torch.tensor(column, dtype=torch.int64) for column in columns))
+
+
+def _shuffle(maps: _RowMaps, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden, memory, *rest = args
+    if memory.is_floating_point():
+        raise MismatchError("rows cannot be shuffled where memory vectors are passed in place of row numbers")
+    offsets, factors, shifts, counts = (part.to(memory.device) for part in maps)
+    shuffled = offsets + (factors * (memory - offsets) + shifts) % counts
+    return hidden, shuffled, *rest

@@ -1,0 +1,135 @@
+"""``engram-lm eval``: loss of a model on text files, and its answers to the questions of task files."""
+
+import dataclasses
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from engram_lm.errors import ConfigError
+from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.evaluation.task_scores import score_tasks
+from engram_lm.evaluation.tasks import TaskItem, read_tasks
+from engram_lm.serving.load import ModelFlags, load_model
+from engram_lm.training.batches import pack
+from engram_lm.training.corpus import Corpus, read_corpus
+
+__all__ = ["Eval"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(ModelFlags):
+    """Measure the loss of a model on text, or ask it the questions of task files, or both.
+
+    The model is a quickstart run, or any folder with a causal language model and its tokenizer; --adapter adds memory
+    to it. A task file has one
+    question per line, {"prompt": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1}, or without
+    choices and with the answer itself; "id" and "family" (what scores are averaged over) may be given too.
+
+    Examples::
+
+        engram-lm eval runs/quickstart --data notes.txt
+        engram-lm eval runs/quickstart --tasks capitals.jsonl dates.jsonl --json
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """Folder of the model."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders."""
+    tasks: tuple[Path, ...] = ()
+    """Task files (JSON lines)."""
+    sequence_length: int | None = None
+    """Tokens in a sequence; what the model was trained with unless given, 1024 at most."""
+    batch_size: int = 16
+    """Sequences at a time."""
+    max_tokens: int | None = None
+    """Evaluate so many tokens at most."""
+    device: str = "cpu"
+    """Where to run, as torch names it."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sequence_length", "batch_size", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not self.data and not self.tasks:
+            raise ConfigError("name what to evaluate on: text with --data, or task files with --tasks")
+
+    def run(self) -> int:
+        """Print loss, perplexity, bits per byte and speed, and scores by family."""
+        corpus = read_corpus(self.data) if self.data else None
+        items = read_tasks(self.tasks) if self.tasks else ()
+        model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
+        values: dict[str, Any] = {"model": str(self.model)}
+        if self.adapter is not None:
+            values["adapter"] = self.adapter
+        if corpus is not None:
+            values |= self._measure_loss(corpus, model, tokenizer)
+        if items:
+            values |= self._ask(items, model, tokenizer)
+        if self.json:
+            print(json_module.dumps(values))
+        return 0
+
+    def _measure_loss(self, corpus: Corpus, model: Any, tokenizer: Any) -> dict[str, Any]:
+        longest = getattr(model.config, "max_position_embeddings", None) or 1024
+        length = self.sequence_length or min(longest, 1024)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            tokens = pack(corpus.documents, tokenizer)
+            count = min(len(tokens) - 1, self.max_tokens or len(tokens))
+            task = progress.add_task("evaluating", total=count)
+            found = held_out_loss(
+                model,
+                tokens,
+                length=length,
+                batch_size=self.batch_size,
+                max_tokens=self.max_tokens,
+                num_bytes=corpus.num_bytes if self.max_tokens is None else None,
+                on_progress=lambda done: progress.advance(task, done),
+            )
+        if not self.json:
+            print(f"loss            {found.loss:.4f} nats per token")
+            print(f"perplexity      {found.perplexity:.2f}")
+            if found.bits_per_byte is not None:
+                print(f"bits per byte   {found.bits_per_byte:.4f}")
+            print(
+                f"text            {len(corpus.documents):,} files, {found.num_tokens:,} tokens, sequences of {length}"
+            )
+            for reason, number in corpus.skipped.items():
+                print(f"skipped         {number} files: {reason}")
+            print(f"speed           {found.tokens_per_second:,.0f} tokens/s")
+        values = {"files": len(corpus.documents), "skipped": corpus.skipped, "sequence_length": length}
+        return {**values, **dataclasses.asdict(found)}
+
+    def _ask(self, items: tuple[TaskItem, ...], model: Any, tokenizer: Any) -> dict[str, Any]:
+        num_answers = sum(max(1, len(item.choices)) for item in items)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("asking", total=num_answers)
+            scores = score_tasks(
+                model,
+                tokenizer,
+                items,
+                batch_size=self.batch_size,
+                on_progress=lambda done: progress.advance(task, done),
+            )
+        if not self.json:
+            print(f"{'family':24} {'questions':>9} {'exact match':>14} {'accuracy':>14} {'by length':>14} {'loss':>8}")
+            for family in scores.families.values():
+                cells = [
+                    _share(family.exact_match, family.exact_match_error),
+                    _share(family.accuracy, family.accuracy_error),
+                    _share(family.accuracy_by_length, family.accuracy_by_length_error),
+                ]
+                line = " ".join(f"{cell:>14}" for cell in cells)
+                print(f"{family.family:24} {family.num_items:>9,} {line} {family.answer_loss:>8.4f}")
+        return {"tasks": scores.to_dict()["families"]}
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return "–" if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"

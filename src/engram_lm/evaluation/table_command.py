@@ -1,0 +1,251 @@
+"""``engram-lm table build`` and ``engram-lm table convert``: packed tables, and what rounding them costs."""
+
+import dataclasses
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from engram_lm.errors import ConfigError, EngramError
+from engram_lm.hashing import HashSpec
+from engram_lm.tables.progress import byte_progress
+
+__all__ = ["Build", "Convert"]
+
+Dtype = Literal["float32", "bfloat16", "float16", "float8_e4m3", "int8", "int4"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Build:
+    """Write one packed table: of a checkpoint's table, or of random rows for a geometry.
+
+    Examples::
+
+        engram-lm table build layer-1.engram --source RUN --layer 1
+        engram-lm table build random.engram --rows 1000000 --width 256 --dtype float8_e4m3
+        engram-lm table build random.engram --config config.json --layer 1 --width 256
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """The file to write, which should end with .engram."""
+    source: str | None = None
+    """A checkpoint folder or file whose table is taken."""
+    config: Path | None = None
+    """A published config.json, or ours, whose hash says how many rows a random table has."""
+    layer: str | None = None
+    """Which table of the source or config, where there are several."""
+    rows: int | None = None
+    """Rows of a random table."""
+    width: int | None = None
+    """Numbers in each of its rows."""
+    std: float = 1.0
+    """Standard deviation of random rows."""
+    seed: int = 0
+    """Of random rows."""
+    dtype: Dtype | None = None
+    """How numbers are stored; as in the source unless given, bfloat16 for random rows."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.source, self.config, self.rows)) != 1:
+            raise ConfigError("give exactly one of --source, --config and --rows")
+        if (self.source is None) != (self.width is not None):
+            raise ConfigError("--width belongs to random rows (--rows or --config), which need it")
+        for name in ("rows", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {value}")
+
+    def run(self) -> int:
+        """Write the table and print what it is."""
+        from engram_lm.tables.build import build_packed, build_random
+        from engram_lm.tables.codec import RowCodec
+        from engram_lm.tables.packed import PackedGeometry
+        from engram_lm.tables.sources import choose_layout, table_layouts
+        from engram_lm.tables.verify import inspect_packed
+
+        with byte_progress() as advance:
+            if self.source is not None:
+                layout = choose_layout(table_layouts(self.source), self.layer, self.source)
+                codec = layout.codec if self.dtype is None else RowCodec.named(self.dtype, layout.codec.width)
+                total = PackedGeometry(codec, layout.num_rows).data_bytes
+                provenance = {
+                    "made_by": "engram-lm table build",
+                    "source": self.source,
+                    "source_identity": layout.identity,
+                    "source_codec": str(layout.codec),
+                }
+                build_packed(
+                    self.path,
+                    layout,
+                    codec=codec,
+                    provenance=provenance,
+                    on_progress=lambda done: advance("building", done, total),
+                    **_spec_of(Path(self.source)),
+                )
+            else:
+                assert self.width is not None
+                about = {} if self.config is None else _spec_of(self.config, strict=True)
+                rows = self.rows or self._rows_of(HashSpec.from_config(self.config or ""))
+                codec = RowCodec.named(self.dtype or "bfloat16", self.width)
+                total = PackedGeometry(codec, rows).data_bytes
+                build_random(
+                    self.path,
+                    rows,
+                    codec,
+                    std=self.std,
+                    seed=self.seed,
+                    on_progress=lambda done: advance("building", done, total),
+                    **about,
+                )
+        values = inspect_packed(self.path)
+        if self.json:
+            print(json_module.dumps(values))
+        else:
+            print(
+                f"{self.path}: {values['num_rows']:,} rows of {values['width']} numbers, {codec}, "
+                f"{values['file_bytes']:,} bytes"
+            )
+        return 0
+
+    def _rows_of(self, spec: HashSpec) -> int:
+        layers = {str(layer): layer for layer in spec.layers}
+        if self.layer is None and len(layers) > 1 and not spec.shared_table:
+            raise ConfigError(f"the config has the layers {', '.join(layers)}; choose one with --layer")
+        name = self.layer or next(iter(layers))
+        if name not in layers:
+            raise ConfigError(f"the config has the layers {', '.join(layers)}, not {name}")
+        return spec.num_rows(layers[name])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write the tables of a checkpoint as packed tables: as they are, or rounded to another type.
+
+    Sources are this library's own checkpoints, DeepSeek-V4.1 and Qwen (qwen4_exp) folders, and packed tables. An
+    interrupted conversion goes on where it was when it is called again. Where numbers are rounded, bytes saved and
+    error are printed; with --model and --data also the change in held-out loss.
+
+    Examples::
+
+        engram-lm table convert DeepSeek-V4.1-Flash tables
+        engram-lm table convert DeepSeek-V4.1-Flash tables --layer 1 --dtype int4
+        engram-lm table convert RUN tables --dtype int8 --model RUN --data held-out.txt
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """The checkpoint: a folder, or one file of it."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """Folder for the packed tables, layer-L.engram each."""
+    layer: str | None = None
+    """Convert this table only."""
+    dtype: Dtype | None = None
+    """How numbers are stored; as they are unless given. 8 bits and less have scales by blocks of 32."""
+    resume: Literal["yes", "no"] = "yes"
+    """Whether to go on with the work of an interrupted call, and to leave finished files alone."""
+    error_rows: int = 131_072
+    """Rows, drawn evenly, that the error is measured on; 0 for all (16,777,216 at most)."""
+    model: Path | None = None
+    """A model of this library: measure its held-out loss with its own tables and with these."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders for that."""
+    sequence_length: int | None = None
+    """Tokens in a sequence; what the model was trained with unless given, 1024 at most."""
+    max_tokens: int | None = None
+    """Measure the loss on so many tokens at most."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (not self.data):
+            raise ConfigError("--model and --data belong together: the loss of a model on text")
+        if self.error_rows < 0:
+            raise ConfigError(f"--error-rows must be at least 0, not {self.error_rows}")
+        for name in ("sequence_length", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def run(self) -> int:
+        """Convert, and print what was written and what it cost."""
+        from engram_lm.tables.convert import convert
+
+        with byte_progress() as advance:
+            last: dict[int | str, int] = {}
+
+            def show(layer: int | str, done: int, total: int) -> None:
+                advance(f"layer {layer}", done - last.get(layer, 0), total)
+                last[layer] = done
+
+            results = convert(
+                self.source,
+                self.target,
+                layer=self.layer,
+                dtype=self.dtype,
+                resume=self.resume == "yes",
+                progress=show,
+                error_rows=self.error_rows or None,
+                **_spec_of(Path(self.source)),
+            )
+        loss = self._loss({result.layer: result.path for result in results}) if self.model is not None else None
+        if self.json:
+            tables = [result.to_dict() for result in results]
+            print(json_module.dumps({"tables": tables, "loss": None if loss is None else dataclasses.asdict(loss)}))
+            return 0
+        for result in results:
+            saved = result.source_bytes - result.stored_bytes
+            print(f"layer {result.layer}: {result.path}{' (was there already)' if result.kept else ''}")
+            print(
+                f"  rows            {result.num_rows:,} of {result.width} numbers, "
+                f"{result.source_codec} → {result.codec}"
+            )
+            print(
+                f"  bytes           {result.source_bytes:,} → {result.stored_bytes:,}, saved {saved:,} "
+                f"({saved / result.source_bytes:.1%}); the file has {result.file_bytes:,}"
+            )
+            if (error := result.error) is not None:
+                rows = "all rows" if error.all_rows else f"{error.num_rows:,} rows drawn evenly"
+                print(
+                    f"  relative error  mean {error.relative_error_mean:.3e}, median {error.relative_error_p50:.3e}, "
+                    f"99 % {error.relative_error_p99:.3e}, max {error.relative_error_max:.3e} ({rows})"
+                )
+                print(f"  cosine          mean {error.cosine_mean:.8f}, min {error.cosine_min:.8f}")
+        if loss is not None:
+            print(
+                f"held-out loss     {loss.loss_before:.5f} → {loss.loss_after:.5f} nats per token, {loss.change:+.5f}, "
+                f"{loss.num_tokens:,} tokens"
+            )
+        return 0
+
+    def _loss(self, paths: dict[int | str, Path]) -> Any:
+        from engram_lm.evaluation.table_loss import loss_change
+        from engram_lm.serving.load import load_model
+        from engram_lm.tables.packed import packed_layout
+        from engram_lm.training.batches import pack
+        from engram_lm.training.corpus import read_corpus
+
+        assert self.model is not None
+        corpus = read_corpus(self.data)
+        model, tokenizer = load_model(self.model, device="cpu")
+        longest = getattr(model.config, "max_position_embeddings", None) or 1024
+        tokens = pack(corpus.documents, tokenizer)
+        if self.max_tokens is not None:
+            tokens = tokens[: self.max_tokens + 1]
+        layouts = {key: packed_layout(path) for key, path in paths.items()}
+        return loss_change(model, layouts, tokens, length=self.sequence_length or min(longest, 1024))
+
+
+def _spec_of(source: Path, *, strict: bool = False) -> dict[str, Any]:
+    """The HashSpec of a checkpoint's config for the header of its packed tables, where it has one that can be read."""
+    if not strict and not (source / "config.json").is_file():
+        return {}
+    try:
+        spec = HashSpec.from_config(source)
+    except (EngramError, OSError):
+        # The rows can be read without it; the header then says that it is not known.
+        if strict:
+            raise
+        return {}
+    return {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}

@@ -1,0 +1,313 @@
+"""Questions asked of a causal language model, and its answers scored by family."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_lm.errors import DataError
+from engram_lm.evaluation.tasks import TaskItem
+
+__all__ = ["FamilyScore", "ItemScore", "TaskScores", "score_tasks"]
+
+_LOGIT_BYTES = 1 << 28
+"""Room for the logits of a batch; a batch that would need more is cut."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemScore:
+    """What a model made of one question."""
+
+    id: str
+    """The question's."""
+    family: str
+    """The question's."""
+    chosen: int | None
+    """Index of the choice with the highest log-probability; None without choices, or where it is not a number."""
+    chosen_by_length: int | None
+    """The same, each log-probability divided by the choice's length in UTF-8 bytes."""
+    correct: bool | None
+    """Whether `chosen` is the answer; None without choices."""
+    correct_by_length: bool | None
+    """Whether `chosen_by_length` is the answer."""
+    exact: bool
+    """Whether greedy decoding from the prompt begins with the answer."""
+    answer_nats: float
+    """-log probability of the answer."""
+    num_tokens: int
+    """Tokens of the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyScore:
+    """What a model made of a family of questions. Every ``_error`` is the binomial standard error."""
+
+    family: str
+    """Its name."""
+    num_items: int
+    """Questions."""
+    exact_match: float
+    """Share whose answer greedy decoding gives."""
+    exact_match_error: float
+    """Of `exact_match`."""
+    answer_loss: float
+    """Mean nats per token of the right answers; NaN where the model gave none that is a number."""
+    num_choice_items: int
+    """Questions with choices."""
+    accuracy: float | None
+    """Share of those where the right choice has the highest log-probability; None without choices."""
+    accuracy_error: float | None
+    """Of `accuracy`."""
+    accuracy_by_length: float | None
+    """The same with log-probabilities divided by the choices' lengths in bytes."""
+    accuracy_by_length_error: float | None
+    """Of `accuracy_by_length`."""
+    chance: float | None
+    """What guessing among the choices gives."""
+    num_not_finite: int
+    """Questions for which the model gave something that is not a number; they count as wrong."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, None for what is not a number."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """What a model made of all questions. Made by `score_tasks`."""
+
+    families: Mapping[str, FamilyScore]
+    """By name, in the order in which they first occur."""
+    items: tuple[ItemScore, ...]
+    """Question by question, in their order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The families as plain values."""
+        return {"families": {name: family.to_dict() for name, family in self.families.items()}}
+
+
+@torch.no_grad()
+def score_tasks(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[TaskItem],
+    *,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] = lambda num_answers: None,
+) -> TaskScores:
+    """Ask a model questions.
+
+    Every choice is scored by its log-probability after the prompt, summed over its tokens. Prompt and choice are made
+    into tokens together, and what differs from the tokens of the prompt alone is what is scored. A begin-of-text token
+    stands before the prompt where the tokenizer puts one. Answers are padded on the right, and nothing depends on the
+    batch beyond rounding.
+
+    Args:
+        model: A causal language model of transformers, with or without memory attached; its mode is put back.
+        tokenizer: Its tokenizer.
+        items: The questions.
+        batch_size: Sequences at a time.
+        on_progress: Called with the number of answers just scored.
+
+    Raises:
+        DataError: There are no questions, one is longer than the model's context, or cannot be asked (the message names
+            it).
+
+    Source: choices and their normalization by length as in EleutherAI/lm-evaluation-harness (``acc``, ``acc_norm``).
+    """
+    if not items:
+        raise DataError("there are no questions to ask; read a task file with read_tasks")
+    if batch_size < 1:
+        raise DataError(f"batch_size is the number of sequences computed at a time, at least 1, not {batch_size}")
+    requests = _requests(tokenizer, items, _context_of(model))
+    # Choices of one token each read the same tokens, so that one pass scores them all.
+    same_input: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        same_input.setdefault(tuple(request.tokens[:-1]), []).append(index)
+    answers: list[_Answer | None] = [None] * len(requests)
+    # Of one length together, so that little is padding; the longest first, so that too little memory shows at once.
+    inputs = sorted(same_input, key=len, reverse=True)
+    was_training = model.training
+    model.eval()
+    try:
+        while inputs:
+            fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * _vocab_size(model)))
+            batch, inputs = inputs[: min(batch_size, fit)], inputs[min(batch_size, fit) :]
+            for tokens, logits in zip(batch, _logits(model, batch, _padding_of(tokenizer)), strict=True):
+                for index in same_input[tokens]:
+                    answers[index] = _answer(logits, requests[index])
+                on_progress(len(same_input[tokens]))
+    finally:
+        model.train(was_training)
+    by_item: list[list[_Answer]] = [[] for _ in items]
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer is not None
+        by_item[request.item].append(answer)
+    scores = tuple(_item_score(item, found) for item, found in zip(items, by_item, strict=True))
+    families = dict.fromkeys(item.family for item in items)
+    chances = {name: [len(item.choices) for item in items if item.family == name and item.choices] for name in families}
+    return TaskScores(
+        {
+            name: _family_score(name, [score for score in scores if score.family == name], chances[name])
+            for name in families
+        },
+        scores,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """An answer to score."""
+
+    item: int
+    """Index of its question."""
+    tokens: list[int]
+    """Prompt and answer."""
+    start: int
+    """Where the answer begins in them, at least 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    log_probability: float
+    exact: bool
+    num_tokens: int
+
+
+def _requests(tokenizer: Any, items: Sequence[TaskItem], context: int | None) -> list[_Request]:
+    texts = [(item.prompt, item.prompt + choice) for item in items for choice in item.choices or (item.answer,)]
+    owners = [index for index, item in enumerate(items) for _ in item.choices or (item.answer,)]
+    begin = _begin_token(tokenizer)
+    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False).input_ids
+    wholes = tokenizer([whole for _, whole in texts], add_special_tokens=False).input_ids
+    requests = []
+    for owner, prompt, whole in zip(owners, prompts, wholes, strict=True):
+        same = 0
+        while same < min(len(prompt), len(whole)) and prompt[same] == whole[same]:
+            same += 1
+        # The last letters of the prompt and the first of the answer may be one token.
+        tokens = [*begin, *whole]
+        start = same + len(begin)
+        if not start:  # nothing to predict the first token from
+            end = getattr(tokenizer, "eos_token_id", None)
+            if end is None:
+                raise DataError(
+                    f"the question {items[owner].id!r:.80} has nothing before its answer, and the tokenizer has no "
+                    "token that begins a text; give it a prompt"
+                )
+            tokens, start = [end, *tokens], 1
+        if start == len(tokens):
+            raise DataError(f"an answer of the question {items[owner].id!r:.80} has no tokens of its own")
+        if context is not None and len(tokens) - 1 > context:
+            raise DataError(
+                f"the question {items[owner].id!r:.80} has {len(tokens)} tokens with its answer, the model sees "
+                f"{context}; shorten its prompt"
+            )
+        requests.append(_Request(owner, tokens, start))
+    return requests
+
+
+def _logits(model: Any, inputs: Sequence[tuple[int, ...]], padding: int) -> Tensor:
+    """Run some inputs, padded on the right; returns ``[len(inputs), longest, V]``."""
+    device = next(model.parameters()).device
+    tokens = torch.full((len(inputs), len(inputs[0])), padding, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, read in enumerate(inputs):
+        tokens[row, : len(read)], mask[row, : len(read)] = torch.tensor(read), 1
+    logits: Tensor = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    return logits
+
+
+def _answer(logits: Tensor, request: _Request) -> _Answer:
+    targets = torch.tensor(request.tokens[request.start :], device=logits.device)
+    predicted = logits[request.start - 1 : len(request.tokens) - 1].float()
+    log_probabilities = predicted.log_softmax(-1).gather(1, targets[:, None])
+    return _Answer(
+        log_probability=float(log_probabilities.double().sum()),
+        exact=bool((predicted.argmax(-1) == targets).all()),
+        num_tokens=len(targets),
+    )
+
+
+def _item_score(item: TaskItem, answers: Sequence[_Answer]) -> ItemScore:
+    right = item.choices.index(item.answer) if item.choices else 0
+    finite = all(math.isfinite(answer.log_probability) for answer in answers)
+    chosen = by_length = None
+    if item.choices and finite:
+        sums = [answer.log_probability for answer in answers]
+        lengths = [len(choice.encode()) for choice in item.choices]
+        chosen = max(range(len(sums)), key=sums.__getitem__)
+        by_length = max(range(len(sums)), key=lambda index: sums[index] / lengths[index])
+    answer = answers[right]
+    return ItemScore(
+        id=item.id,
+        family=item.family,
+        chosen=chosen,
+        chosen_by_length=by_length,
+        correct=chosen == right if item.choices else None,
+        correct_by_length=by_length == right if item.choices else None,
+        exact=answer.exact and math.isfinite(answer.log_probability),
+        answer_nats=-answer.log_probability,
+        num_tokens=answer.num_tokens,
+    )
+
+
+def _family_score(name: str, scores: Sequence[ItemScore], num_choices: Sequence[int]) -> FamilyScore:
+    def share(values: Sequence[bool | None]) -> tuple[float | None, float | None]:
+        known = [bool(value) for value in values if value is not None]
+        if not known:
+            return None, None
+        mean = sum(known) / len(known)
+        return mean, math.sqrt(mean * (1 - mean) / len(known))
+
+    exact, exact_error = share([score.exact for score in scores])
+    accuracy, accuracy_error = share([score.correct for score in scores])
+    by_length, by_length_error = share([score.correct_by_length for score in scores])
+    finite = [score for score in scores if math.isfinite(score.answer_nats)]
+    num_tokens = sum(score.num_tokens for score in finite)
+    assert exact is not None and exact_error is not None  # a family has questions
+    return FamilyScore(
+        family=name,
+        num_items=len(scores),
+        exact_match=exact,
+        exact_match_error=exact_error,
+        answer_loss=sum(score.answer_nats for score in finite) / num_tokens if finite else math.nan,
+        num_choice_items=len(num_choices),
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        accuracy_by_length=by_length,
+        accuracy_by_length_error=by_length_error,
+        chance=sum(1 / number for number in num_choices) / len(num_choices) if num_choices else None,
+        num_not_finite=sum(
+            not math.isfinite(score.answer_nats) or (score.correct is not None and score.chosen is None)
+            for score in scores
+        ),
+    )
+
+
+def _begin_token(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: its begin-of-text token, or nothing."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return [begin] if begin is not None and tokenizer("a").input_ids[:1] == [begin] else []
+
+
+def _padding_of(tokenizer: Any) -> int:
+    """Any token; what is masked is not looked at."""
+    padding = getattr(tokenizer, "pad_token_id", None)
+    return 0 if padding is None else int(padding)
+
+
+def _context_of(model: Any) -> int | None:
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def _vocab_size(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)

@@ -1,0 +1,255 @@
+"""The choices of conditional memory, and what they cost. Does not import torch."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from engram_lm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engram_lm.hashing import HashSpec, Segments, TokenMap
+
+__all__ = ["EngramConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngramConfig:
+    """Conditional memory of one model: where it sits, how large its tables are, how its layers read them.
+
+    Frozen, comparable, and able to price itself without building anything.
+
+    Example:
+        >>> config = EngramConfig(hidden_size=2560, layers=(1, 14), num_streams=4, memory_dim=1280,
+        ...                       rows_per_head=2_262_400)
+        >>> config.table_parameters()  # the paper's Engram-27B: "5.7B"
+        5792338560
+
+    Source: paper, section 2 and Table 5; the options that the paper lacks: ``docs/paper.md``, “Published variants”.
+    """
+
+    hidden_size: int
+    """Width D of one residual stream."""
+    layers: tuple[int, ...] = (1,)
+    """Blocks that read memory at their start, counted from 0. The paper counts from 1: its [2, 15] is (1, 14)."""
+    num_streams: int = 1
+    """Residual streams S (M in the paper, also called ``hc_mult``); 1 is an ordinary residual model."""
+    orders: tuple[int, ...] = (2, 3)
+    """Orders of the suffix N-grams that are looked up, increasing, each at least 2."""
+    num_heads: int = 8
+    """Hash heads per order (K in the paper)."""
+    memory_dim: int = 1280
+    """Width of the concatenated memory vector (d_mem); each row is memory_dim / (orders x heads) wide."""
+    rows_per_head: int = 100_000
+    """Rows asked for per head; the next unused prime is taken. Also called ``engram_vocab_size``."""
+    tables: Literal["per_layer", "shared"] = "per_layer"
+    """One table for each layer, or one for all of them, which each layer then addresses by its own multipliers."""
+    signs: Literal["none", "hashed"] = "none"
+    """``"hashed"`` multiplies every row by +1 or -1, decided by the N-gram's row in the next head: two N-grams that
+    collide in one head then cancel as often as they add."""
+    gate: Literal["signed_sqrt", "plain", "none"] = "signed_sqrt"
+    """Squashing before the sigmoid: signed square root (all released code), none (Eq. 4), or no gate at all."""
+    kernel_size: int = 4
+    """Taps of the short convolution; 0 leaves the convolution out."""
+    dilation: int | None = None
+    """Distance between taps in tokens; the highest order where None."""
+    bias: bool = False
+    """Whether the key and value projections have a bias (the paper's demo does, the released models do not)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square inside every normalization of the layer."""
+    norm_weight: Literal["plain", "zero_centered"] = "plain"
+    """Whether a norm multiplies by its weight (starting at 1) or by 1 + weight (starting at 0)."""
+    table_std: float = 1.0
+    """Standard deviation of the initial rows; not zero, because rows feed normalized keys."""
+    projection_std: float = 0.02
+    """Standard deviation of the initial key and value projections."""
+    value_init: Literal["normal", "zero"] = "normal"
+    """``"zero"`` starts the value projection at zero, so that the layer begins as the identity."""
+    table_gradient: Literal["sparse", "dense"] = "sparse"
+    """Whether a table's gradient holds the rows that were read (for `engram_lm.training.optimizers.RowAdam`) or all of
+    them (what ordinary optimizers, ``clip_grad_norm_`` and ``transformers.Trainer`` need; only for small tables)."""
+    seed: int = 0
+    """Seed of the hash multipliers."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "orders"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigError(f"{name} is a sequence of whole numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+            if any(type(item) is not int for item in getattr(self, name)):
+                raise ConfigError(f"{name} is a sequence of whole numbers, not {value!r}")
+        for name in ("hidden_size", "num_streams", "num_heads", "memory_dim", "rows_per_head"):
+            _whole(name, getattr(self, name), at_least=1)
+        _whole("kernel_size", self.kernel_size, at_least=0)
+        if type(self.bias) is not bool:
+            raise ConfigError(f"bias must be true or false, not {self.bias!r}")
+        _whole("seed", self.seed, at_least=0)
+        if self.dilation is not None:
+            _whole("dilation", self.dilation, at_least=1)
+        for name in ("norm_eps", "table_std", "projection_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                hint = _ZERO_TABLE if name == "table_std" else ""
+                raise ConfigError(f"{name} must be a finite number above 0, not {value!r}{hint}")
+        if len(set(self.layers)) != len(self.layers) or any(layer < 0 for layer in self.layers) or not self.layers:
+            raise ConfigError(f"layers must be distinct block numbers counted from 0, not {self.layers}")
+        if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.orders)):
+            raise ConfigError(f"orders must increase and start at 2 or above, not {self.orders}")
+        heads = self.num_heads_total
+        if self.orders[-1] > _HIGHEST_ORDER or heads * len(self.layers) > _MOST_HEADS:
+            raise ConfigError(
+                f"orders reach {self.orders[-1]} and {heads * len(self.layers)} heads in all are asked for; an order "
+                f"is at most {_HIGHEST_ORDER}, heads over all orders and layers at most {_MOST_HEADS}"
+            )
+        if self.memory_dim % heads:
+            raise ConfigError(
+                f"memory_dim {self.memory_dim} does not divide into {len(self.orders)} orders x {self.num_heads} "
+                f"heads; the nearest that does is {max(1, round(self.memory_dim / heads)) * heads}"
+            )
+        if self.signs == "hashed" and self.num_heads < 2:
+            raise ConfigError(
+                "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
+            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+
+    @property
+    def num_heads_total(self) -> int:
+        """Hash heads over all orders: the rows read per token and layer."""
+        return len(self.orders) * self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one row."""
+        return self.memory_dim // self.num_heads_total
+
+    @property
+    def conv_dilation(self) -> int:
+        """Distance between the taps of the convolution, in tokens."""
+        return self.dilation if self.dilation is not None else max(self.orders)
+
+    @property
+    def conv_context(self) -> int:
+        """Positions before the current one that the convolution reads, and that decoding keeps."""
+        return max(self.kernel_size - 1, 0) * self.conv_dilation
+
+    def hash_spec(self, token_map: "TokenMap", *, pad_token_id: int, segments: "Segments | None" = None) -> "HashSpec":
+        """Build the hash that addresses these tables for a tokenizer.
+
+        Args:
+            token_map: Canonical tokens of the tokenizer.
+            pad_token_id: Raw id that stands for everything before the start of a segment.
+            segments: Which look-backs are blocked; nothing beyond the start of the sequence where None.
+        """
+        from engram_lm.hashing import HashSpec, Segments
+
+        return HashSpec.build(
+            token_map,
+            layers=self.layers,
+            orders=self.orders,
+            heads=self.num_heads,
+            rows_per_head=self.rows_per_head,
+            seed=self.seed,
+            pad_token_id=pad_token_id,
+            segments=Segments() if segments is None else segments,
+            shared_table=self.tables == "shared",
+        )
+
+    # What it costs -------------------------------------------------------------------------------------------------
+
+    def num_table_rows(self) -> tuple[int, ...]:
+        """Rows of each table: one number per layer, or a single one where the layers share a table."""
+        return _table_rows(self.rows_per_head, len(self.orders), self.num_heads, self._num_tables)
+
+    def table_parameters(self) -> int:
+        """Numbers in all tables."""
+        return sum(self.num_table_rows()) * self.head_dim
+
+    def layer_parameters(self) -> int:
+        """Numbers in one layer besides its table: projections, norms and convolution."""
+        projected = (self.num_streams + 1) * self.hidden_size
+        wide = self.num_streams * self.hidden_size
+        projection = (self.memory_dim + self.bias) * projected
+        gate_norms = 2 * wide if self.gate != "none" else 0
+        return projection + gate_norms + (wide * (self.kernel_size + 1) if self.kernel_size else 0)
+
+    def num_parameters(self) -> int:
+        """All numbers: tables and layers."""
+        return self.table_parameters() + len(self.layers) * self.layer_parameters()
+
+    def table_bytes(self, bytes_per_number: float = 2) -> int:
+        """Bytes of all tables, in bfloat16 unless told otherwise."""
+        return int(self.table_parameters() * bytes_per_number)
+
+    def bytes_read_per_token(self, bytes_per_number: float = 2) -> int:
+        """Bytes of rows read for one token over all layers."""
+        return int(len(self.layers) * self.memory_dim * bytes_per_number)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one token's forward pass over all layers; a training step takes three times it.
+
+        A multiplication and an addition count as two. Reading rows and hashing count as none.
+        """
+        wide = self.num_streams * self.hidden_size
+        projection = 2 * self.memory_dim * (self.num_streams + 1) * self.hidden_size
+        gate = 6 * wide + wide if self.gate != "none" else 0  # two mean squares, one dot product, one scaling
+        convolution = wide * (2 * self.kernel_size + 4) if self.kernel_size else 0  # taps, norm, residual
+        return len(self.layers) * (projection + gate + convolution)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: An unknown key, with the nearest known one.
+        """
+        import difflib
+
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"EngramConfig has no field {key!r}{hint}")
+        return cls(**values)
+
+    @property
+    def _num_tables(self) -> int:
+        return 1 if self.tables == "shared" else len(self.layers)
+
+
+def _whole(name: str, value: object, *, at_least: int) -> None:
+    if type(value) is not int or not at_least <= value < 2**62:
+        raise ConfigError(f"{name} must be a whole number, at least {at_least}, not {value!r:.40}")
+
+
+_HIGHEST_ORDER = 64
+_MOST_HEADS = 16_384  # each has a prime to be found
+
+_ZERO_TABLE = ": a table of zeros has no gradient through its keys; use value_init='zero' to begin as the identity"
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "tables": ("per_layer", "shared"),
+    "signs": ("none", "hashed"),
+    "gate": ("signed_sqrt", "plain", "none"),
+    "norm_weight": ("plain", "zero_centered"),
+    "table_gradient": ("sparse", "dense"),
+    "value_init": ("normal", "zero"),
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _table_rows(rows_per_head: int, num_orders: int, num_heads: int, num_tables: int) -> tuple[int, ...]:
+    from engram_lm.hashing.primes import distinct_primes
+
+    used: set[int] = set()
+    tables = (distinct_primes((rows_per_head,) * num_orders, num_heads, used) for _ in range(num_tables))
+    return tuple(sum(primes) for primes in tables)

@@ -1,0 +1,61 @@
+"""The reference language model around the memory, as a Hugging Face model.
+
+Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
+modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
+keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py``, ``table_place.py`` and
+``checkpoint.py`` (loading, placing tables, saving); then, without building anything, ``sizes.py`` (parameters and
+FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram-lm plan``).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_lm.model.budget import Allocation, allocate
+    from engram_lm.model.config import EngramLMConfig
+    from engram_lm.model.experts import balance_experts, expert_load
+    from engram_lm.model.modeling import EngramForCausalLM, EngramModel
+    from engram_lm.model.read_ahead import record_rows
+
+__all__ = [
+    "Allocation",
+    "EngramForCausalLM",
+    "EngramLMConfig",
+    "EngramModel",
+    "allocate",
+    "balance_experts",
+    "expert_load",
+    "record_rows",
+    "register_auto_classes",
+]
+
+_MODULES = {
+    "Allocation": "engram_lm.model.budget",
+    "EngramForCausalLM": "engram_lm.model.modeling",
+    "EngramLMConfig": "engram_lm.model.config",
+    "EngramModel": "engram_lm.model.modeling",
+    "allocate": "engram_lm.model.budget",
+    "balance_experts": "engram_lm.model.experts",
+    "expert_load": "engram_lm.model.experts",
+    "record_rows": "engram_lm.model.read_ahead",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that ``engram-lm plan`` does not wait for the modeling code of transformers.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_auto_classes()
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def register_auto_classes() -> None:
+    """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know this model. Safe to call again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from engram_lm.model.config import EngramLMConfig
+    from engram_lm.model.modeling import EngramForCausalLM, EngramModel
+
+    AutoConfig.register(EngramLMConfig.model_type, EngramLMConfig, exist_ok=True)
+    AutoModel.register(EngramLMConfig, EngramModel, exist_ok=True)
+    AutoModelForCausalLM.register(EngramLMConfig, EngramForCausalLM, exist_ok=True)

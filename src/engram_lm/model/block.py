@@ -1,0 +1,76 @@
+"""One block of the reference model: DeepSeek-V3's, which may begin by reading memory and may have several streams."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3MoE
+
+from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.state import ConvolutionState
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.experts import Experts, Router
+from engram_lm.model.streams import StreamMixer
+from engram_lm.tables import Table
+
+__all__ = ["EngramBlock"]
+
+# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams.
+
+
+class EngramBlock(DeepseekV3DecoderLayer):
+    """One block: memory (where the configuration says so), then attention, then feed-forward.
+
+    With several streams each of the two sublayers reads from them and writes to them through a `StreamMixer`.
+    """
+
+    def __init__(self, config: EngramLMConfig, layer_idx: int, table: Table | None = None) -> None:
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        if isinstance(self.mlp, DeepseekV3MoE):
+            self.mlp.gate, self.mlp.experts = Router(config), Experts(config)
+        memory = config.memory_config
+        self.memory = EngramLayer(memory, table) if memory is not None and layer_idx in memory.layers else None
+        self.single_fusion = config.memory_fusion == "single"
+        if config.num_streams > 1:
+            self.attention_streams = StreamMixer(config, site=2 * layer_idx)
+            self.feed_forward_streams = StreamMixer(config, site=2 * layer_idx + 1)
+        self.num_streams = config.num_streams
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory_rows: Tensor | None = None,
+        memory_active: Tensor | None = None,
+        memory_state: ConvolutionState | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Update the hidden states: ``[B, L, D]``, or ``[B, L, S, D]`` with several streams.
+
+        Args:
+            hidden_states: Output of the block before.
+            memory_rows: Row numbers, int64 ``[B, L, H]``.
+            memory_active: Bool ``[B, L]``, False where memory adds nothing.
+            memory_state: The convolution's window.
+            **kwargs: What attention takes.
+        """
+        memory = {"state": memory_state, "active": memory_active, "return_gates": True}
+        if self.memory is not None and not (self.single_fusion and self.num_streams > 1):
+            update, _ = self.memory(hidden_states, memory_rows, **memory)
+            hidden_states = hidden_states + update
+        if self.num_streams == 1:
+            return super().forward(hidden_states, **kwargs)
+
+        post, comb, read = self.attention_streams(hidden_states)
+        update = None
+        if self.memory is not None and self.single_fusion:
+            update, _ = self.memory(read, memory_rows, **memory)
+            read = read + update
+        output, _ = self.self_attn(hidden_states=self.input_layernorm(read), **kwargs)
+        if update is not None:
+            # With one stream this is the ordinary residual: x + update + attention(norm(x + update)).
+            output = output + update
+        hidden_states = self.attention_streams.write(hidden_states, output, post, comb)
+
+        post, comb, read = self.feed_forward_streams(hidden_states)
+        output = self.mlp(self.post_attention_layernorm(read))
+        return self.feed_forward_streams.write(hidden_states, output, post, comb)

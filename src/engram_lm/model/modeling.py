@@ -1,0 +1,363 @@
+"""The reference language model: the decoder, and the decoder with its head."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3RotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from engram_lm.errors import MismatchError, TokenMapError
+from engram_lm.hashing import HashSpec, TokenMap
+from engram_lm.model.block import EngramBlock
+from engram_lm.model.cache import memory_layer
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.experts import sequence_balance_loss
+from engram_lm.model.pretrained import EngramPreTrainedModel
+from engram_lm.model.read_ahead import ask_for_rows
+from engram_lm.model.streams import StreamHead
+from engram_lm.tables import ParameterTable
+
+__all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
+
+# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams, V vocabulary,
+# E routed experts, K of them chosen per token.
+
+_SHARED = "shared"
+
+
+@dataclasses.dataclass
+class EngramModelOutput(BaseModelOutputWithPast):
+    """Output of `EngramModel`."""
+
+    gates: tuple[Tensor, ...] | None = None
+    """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """With ``output_router_logits=True``: one float32 ``[B * L, E]`` per mixture of experts."""
+    chosen_experts: tuple[Tensor, ...] | None = None
+    """With ``output_chosen_experts=True``: one int64 ``[B * L, K]`` per mixture of experts."""
+
+
+@dataclasses.dataclass
+class EngramCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `EngramForCausalLM`."""
+
+    gates: tuple[Tensor, ...] | None = None
+    """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """With ``output_router_logits=True``: one float32 ``[B * L, E]`` per mixture of experts."""
+    chosen_experts: tuple[Tensor, ...] | None = None
+    """With ``output_chosen_experts=True``: one int64 ``[B * L, K]`` per mixture of experts."""
+    balance_loss: Tensor | None = None
+    """The sequence-wise balance loss that ``loss`` contains, times its weight; None where the weight is 0."""
+
+
+class EngramModel(EngramPreTrainedModel):
+    """The decoder without its head: token embedding, blocks, final norm, memory tables and token map.
+
+    Args:
+        config: Backbone and memory. A configuration made by `EngramLMConfig.for_tokenizer` brings its token map; one
+            read from a file does not, and needs `bind_tokenizer` or a checkpoint.
+        places: Where `from_pretrained` puts the tables by itself, by name as in a device map; None where they are
+            loaded with the rest.
+    """
+
+    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        memory, spec = config.memory_config, config.spec
+        self.__dict__["_memory_config"] = memory
+        # A table that stands apart is neither moved, counted nor given hooks with the modules.
+        self.__dict__["_tables_apart"], self.__dict__["_places"] = {}, places
+        self.__dict__["_stored_tables"], self.__dict__["_row_traces"] = {}, []
+        self.memory_tables = nn.ModuleDict()
+        tables = self.memory_tables if places is None else self.__dict__["_tables_apart"]
+        if memory is not None and spec is not None:
+            for block, layer in zip(spec.blocks, spec.layers, strict=True):
+                name = _SHARED if spec.shared_table else str(block)
+                if name not in tables:
+                    tables[name] = ParameterTable(
+                        spec.num_rows(layer),
+                        memory.head_dim,
+                        gradient=memory.table_gradient,
+                        std=memory.table_std,
+                        device="meta" if getattr(config, "_tables_on_meta", False) else None,
+                    )
+            # A buffer, so that the map travels in the checkpoint; -1 until it is known.
+            self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
+        self.layers = nn.ModuleList(
+            [
+                EngramBlock(config, block, self.tables.get(self._table_name(block)))
+                for block in range(config.num_hidden_layers)
+            ]
+        )
+        if config.num_streams > 1:
+            self.stream_head = StreamHead(config)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.__dict__["_spec"] = None
+        self.register_load_state_dict_post_hook(_forget_spec)
+        self.post_init()
+        token_map = getattr(config, "_token_map", None)
+        if token_map is None and spec is not None:
+            raw = TokenMap.identity(spec.num_tokens)
+            token_map = raw if raw.digest == spec.token_map_digest else None  # raw tokens need no tokenizer
+        if token_map is not None and not self.token_map.is_meta:
+            self.bind_tokenizer(token_map)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> EngramModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: Tokens ``[B, L]``. Memory is addressed by them, so a model with memory needs them even where
+                ``inputs_embeds`` are passed too.
+            attention_mask: ``[B, past + L]``, 0 at padding: N-grams do not reach across a masked position, and the
+                convolution reads zeros there, so padding changes nothing.
+            position_ids: ``[B, L]``.
+            past_key_values: Keys, values, token history and convolution windows of the tokens before.
+            inputs_embeds: ``[B, L, D]``, used instead of the token embedding.
+            use_cache: Whether to return a cache.
+            **kwargs: ``output_hidden_states`` (of blocks ``[B, L, S, D]`` with several streams, the last one always
+                ``[B, L, D]``), ``output_attentions``, ``output_gates``, ``output_router_logits``,
+                ``output_chosen_experts``, and what attention takes.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
+        if input_ids is None and self.config.memory is not None:
+            raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
+        # Before the embedding, so that a token outside the vocabulary is refused in words.
+        memory = self._memory_inputs(input_ids, attention_mask, position_ids, past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        num_streams = self.config.num_streams
+        if num_streams > 1:
+            hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, num_streams, -1).contiguous()
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        for block, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                **memory.get(block, {}),
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if num_streams > 1:
+            hidden_states = self.stream_head(hidden_states)
+        return EngramModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _memory_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+    ) -> dict[int, dict[str, Any]]:
+        """Hash the tokens once for all blocks and collect each block's decode state."""
+        if self.config.memory is None or input_ids is None:
+            return {}
+        spec, config = self._bound_spec(), self.__dict__["_memory_config"]
+        batch_size, length = input_ids.shape
+        if attention_mask is not None and attention_mask.dim() != 2:
+            # Which positions are padding cannot be told from a mask of pairs, and memory must know.
+            raise MismatchError(
+                f"attention_mask is {tuple(attention_mask.shape)}; a model with memory needs [batch, past + length], "
+                "0 at padding"
+            )
+        mask = None if attention_mask is None else attention_mask[:, -length:]
+        if self.training and self.gradient_checkpointing:
+            # Blocks run twice then, and would move their state twice; transformers drops their cache as well.
+            cache = None
+        codes = spec.encode(input_ids, attention_mask=mask, position_ids=position_ids.expand(batch_size, length))
+        blocks = self.config.memory_layers
+        history = None
+        if cache is not None:
+            states = {block: memory_layer(cache, block, self.config) for block in blocks}
+            history = states[blocks[0]].token_history(spec, batch_size, input_ids.device)
+        rows = spec.rows_for_layers(codes, history)
+        by_block = {block: rows[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
+        ask_for_rows(self.layers, by_block)
+        for trace in self.__dict__["_row_traces"]:
+            trace.add(by_block)
+        active = codes >= 0
+        inputs: dict[int, dict[str, Any]] = {}
+        for block, numbers in by_block.items():
+            inputs[block] = {"memory_rows": numbers, "memory_active": active}
+            if cache is not None and config.conv_context:
+                weight = self.get_parameter(f"layers.{block}.memory.key_value.weight")
+                device = _device_of(self.layers[block], weight)
+                dtype = _product_dtype(weight, device)
+                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, device, dtype)
+        if history is not None:
+            history.advance_codes(codes)
+        return inputs
+
+    def _bound_spec(self) -> HashSpec:
+        spec = self.__dict__["_spec"]
+        if spec is not None:
+            return spec
+        unbound = self.config.spec
+        if unbound is None:
+            raise TokenMapError("this model has no memory, so it has no HashSpec")
+        canonical = self.token_map.cpu().numpy()
+        if canonical.size and canonical.min() < 0:
+            raise TokenMapError(
+                "the model was built from a configuration alone and does not know its token map; "
+                "call model.bind_tokenizer(tokenizer), or load a checkpoint with from_pretrained"
+            )
+        spec = unbound.bind(TokenMap(canonical, vocabulary_digest=unbound.vocabulary_digest))
+        self.__dict__["_spec"] = spec
+        return spec
+
+    def _table_name(self, block: int) -> str:
+        return _SHARED if _SHARED in self.tables else str(block)
+
+
+class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
+    """The reference language model: decoder and head.
+
+    Args:
+        config: Backbone and memory.
+        places: As in `EngramModel`.
+
+    Example:
+        >>> model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory))  # doctest: +SKIP
+        >>> model.generate(**tokenizer("def main", return_tensors="pt"), max_new_tokens=20)  # doctest: +SKIP
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self.model = EngramModel(config, places)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> EngramCausalLMOutput:
+        """Run the model; see `EngramModel.forward`.
+
+        Args:
+            input_ids: Tokens ``[B, L]``.
+            attention_mask: ``[B, past + L]``.
+            position_ids: ``[B, L]``.
+            past_key_values: State of the tokens before.
+            inputs_embeds: ``[B, L, D]``.
+            labels: Tokens ``[B, L]``, shifted by the loss itself; -100 is not counted.
+            use_cache: Whether to return a cache.
+            logits_to_keep: Positions from the end to compute logits for; 0 is all.
+            **kwargs: As in `EngramModel.forward`.
+        """
+        balance = (
+            self.config.sequence_balance if labels is not None and self.training and self.config.has_experts else 0.0
+        )
+        wanted = {
+            name: kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_router_logits", "output_chosen_experts")
+        }
+        if balance:
+            kwargs.update(dict.fromkeys(wanted, True))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = balance_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if balance:
+                mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+                balance_loss = balance * sequence_balance_loss(
+                    outputs.router_logits, outputs.chosen_experts, labels.shape[0], mask
+                ).to(loss.device)
+                items = kwargs.get("num_items_in_batch")
+                if items is not None:
+                    # Losses of an accumulated batch are added up, so each brings its share only.
+                    balance_loss = balance_loss * ((labels[:, 1:] != -100).sum() / items).to(loss.device)
+                loss = loss + balance_loss
+        return EngramCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gates=outputs.gates,
+            router_logits=outputs.router_logits if wanted["output_router_logits"] or not balance else None,
+            chosen_experts=outputs.chosen_experts if wanted["output_chosen_experts"] or not balance else None,
+            balance_loss=balance_loss,
+        )
+
+
+def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
+    # The token map may have been replaced by the loaded one.
+    module.__dict__["_spec"] = None
+
+
+def _product_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
+    """Type that a product with this weight has: autocast's where it is on, and so the convolution window's."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else weight.dtype
+
+
+def _device_of(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module runs: offloaded weights are on the meta device, and accelerate's hook knows better."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return weight.device if device is None else torch.device(device)

@@ -1,0 +1,446 @@
+"""What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.layer import EngramLayer
+from engram_lm.model.block import EngramBlock
+from engram_lm.model.checkpoint import (
+    CHOSEN_BY_SIZE,
+    TABLES,
+    check_files,
+    check_index,
+    check_missing,
+    map_tensor,
+    split_device_map,
+    table_place,
+)
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.model.experts import Router
+from engram_lm.model.streams import StreamHead, StreamMixer
+from engram_lm.model.table_place import Located, TablePlace, TableSource, WantedTable
+from engram_lm.tables import ParameterTable, RowLayout, StoredTensor, Table
+from engram_lm.tables.cache import Policy
+from engram_lm.tables.staged import StagedTable
+
+__all__ = ["EngramPreTrainedModel"]
+
+# Where the base model keeps what its tables of another source were opened from.
+_ELSEWHERE = "_tables_elsewhere"
+
+
+class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
+    """What transformers needs to know of this family."""
+
+    config: EngramLMConfig
+    config_class = EngramLMConfig
+    _no_split_modules = ["EngramBlock"]
+    _can_record_outputs = {
+        "hidden_states": EngramBlock,
+        "attentions": DeepseekV3Attention,
+        "gates": OutputRecorder(EngramLayer, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+        "chosen_experts": OutputRecorder(Router, index=2),
+    }
+    # As DeepSeek-V4 has it for its hyper-connections: small, and decisive for every sublayer.
+    _keep_in_fp32_modules_strict = [
+        "e_score_correction_bias",
+        "attention_streams",
+        "feed_forward_streams",
+        "stream_head",
+    ]
+    # The one tensor of the model itself: device maps that divide it by modules do not name it, and must not have to.
+    _no_placement_params = ["token_map"]
+    _keys_to_ignore_on_load_unexpected = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, EngramLayer | ParameterTable):
+            module.reset_parameters()
+        elif isinstance(module, StreamMixer | StreamHead):
+            module.reset_parameters(self.config.initializer_range)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's text; the decorated class is the one we import.
+        return True
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The memory tables by the block that reads them, or one called ``shared``.
+
+        Each is a `ParameterTable`, or a table of the tier from which ``from_pretrained`` was told to read it.
+        """
+        base = self.base_model
+        return {**base._modules[TABLES], **base.__dict__["_tables_apart"]}
+
+    @property
+    def hash_spec(self) -> HashSpec:
+        """How this model turns tokens into row numbers, bound to its token map.
+
+        Raises:
+            TokenMapError: The model has no memory, or has not been given its token map.
+            MismatchError: The token map in the checkpoint is not the one its configuration was made with.
+        """
+        return self.base_model._bound_spec()
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Give the model the token map of its tokenizer, where it was built from a configuration file alone.
+
+        Args:
+            tokenizer: A Hugging Face fast tokenizer, or a `TokenMap`.
+
+        Raises:
+            MismatchError: Its canonical tokens are not those the model was configured for; both digests are named.
+        """
+        base = self.base_model
+        if base.config.spec is None:
+            return
+        spec = base.config.spec.bind(tokenizer)
+        base.token_map.copy_(torch.from_numpy(spec.token_map.canonical.copy()))
+        base.__dict__["_spec"] = spec
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer other than the one the model's memory was trained with.
+
+        Raises:
+            MismatchError: With both digests.
+        """
+        if self.config.spec is not None:
+            self.config.spec.bind(tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        tokenizer: Any = None,
+        table_tier: str | None = None,
+        table_source: TableSource | None = None,
+        table_cache_bytes: int = 0,
+        table_cache_policy: Policy = "clock",
+        table_pinned: str | os.PathLike[str] | None = None,
+        table_read_ahead: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model as ``transformers`` does, and check that the checkpoint is whole and fits its hash.
+
+        With ``device_map="auto"`` (and its kin) the tables stay on the host: rows are read there, and only rows read
+        travel. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves them in the
+        checkpoint's safetensors files, where rows are read in place and not trained.
+
+        With ``table_tier`` all tables are read from one tier, whatever a device map says of them. Logits are the same
+        to the bit. Such tables are no parameters: they are neither trained, counted nor moved, and the rest of the
+        model trains around them. They stay open, and the files must stay, as long as the model is used.
+
+        With ``table_source`` tables come from elsewhere than the checkpoint, which then need not have them: packed
+        files, another folder, a file server, a Mooncake Store. Each is compared with the model's HashSpec. Logits are
+        those of the checkpoint's tables, to the bit, where the source holds their rows unrounded.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository.
+            *args: As in ``PreTrainedModel.from_pretrained``.
+            tokenizer: The tokenizer that will be used with the model.
+            table_tier: ``"device"`` (parameters, loaded with the model), ``"mmap"`` and ``"file"`` (left in the
+                checkpoint's safetensors files), ``"host"`` (loaded, as stored), ``"shared"`` (one copy for all
+                processes on this machine), ``"http"`` and ``"remote"`` (on the machine that a ``table_source`` names),
+                or ``"auto"`` (what suits the table and the machine). None: ``"auto"`` with a source, else ``"device"``.
+            table_source: Where tables lie: a folder, a file or an address as `open_table` takes it, which holds a table
+                for each name of `tables`; such a text with ``{table}`` in place of the name, as
+                ``"mooncake://host:port/mine-{table}"``; or a mapping from names (or block numbers) to sources, the
+                others being the checkpoint's.
+            table_cache_bytes: Bytes of a cache before each table, which keeps rows that were read; 0 for none.
+            table_cache_policy: Which of them give way, ``"clock"`` or ``"lru"``; see `CachedTable`.
+            table_pinned: A trace that `record_rows` saved: the rows it reads most are put into the cache at once, as
+                many as fit, and never give way.
+            table_read_ahead: Whether rows are read in the background from when the tokens are known.
+            **kwargs: As in ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or malformed, or tensors of the model are missing. The latter
+                is allowed with ``ignore_mismatched_sizes=True``, and for a head on the checkpoint of a base model.
+            ConfigError: An unknown tier, a source that is not for this model, or a cache for tables that are
+                parameters.
+            DataError: The trace cannot be read, or is of other blocks.
+            MismatchError: The checkpoint's token map, its tables, those of the source, or the tokenizer do not fit its
+                HashSpec.
+            RemoteError: Nobody answers at an address, or there is no such table.
+        """
+        place = TablePlace(
+            tier=table_tier or ("device" if table_source is None else "auto"),
+            cache_bytes=table_cache_bytes,
+            read_ahead=table_read_ahead,
+            cache_policy=table_cache_policy,
+            pinned=table_pinned,
+            source=table_source,
+            device=_one_device(kwargs.get("device_map")),
+        )
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_index(Path(source) / (kwargs.get("subfolder") or ""))
+        kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
+        if place.tier != "device" or table_source is not None:
+            places = {"": place}
+        # What stands behind the source reaches `__init__`.
+        more = () if places is None else (places,)
+        try:
+            result = super().from_pretrained(source, *args, *more, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot read the weights of {source}: {error}; download them again") from error
+        except RuntimeError as error:
+            if "mismatched_sizes" not in str(error):
+                raise
+            raise MismatchError(
+                f"weights of this checkpoint do not have the sizes that its configuration gives"
+                f"{_digest_of(source)}; the report above names them. The configuration belongs to another model, "
+                "or was edited"
+            ) from error
+        model = result[0] if isinstance(result, tuple) else result
+        try:
+            if places is not None:
+                model._adopt_tables(kwargs["device_map"])
+            if model.config.memory is not None and not model.base_model.token_map.is_meta:
+                _ = model.hash_spec
+                if tokenizer is not None:
+                    model.check_tokenizer(tokenizer)
+        except BaseException:
+            _close_tables(model)
+            raise
+        return result
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as ``transformers`` does; tables that are read from another tier are copied from the checkpoint.
+
+        Tables that are read from a ``table_source`` stay there: the saved model is loaded with the same source again.
+
+        Args:
+            save_directory: The folder.
+            *args: As in ``PreTrainedModel.save_pretrained``.
+            **kwargs: As in ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            ConfigError: The folder holds the very files that tables are being read from.
+        """
+        mapped: dict[str, StoredTensor] = self.base_model.__dict__["_stored_tables"]
+        elsewhere: dict[str, Located] = self.base_model.__dict__.get(_ELSEWHERE, {})
+        read = {stored.path for stored in mapped.values()}
+        for located in elsewhere.values():
+            read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
+        for written in Path(save_directory).glob("*.safetensors"):
+            if any(path.exists() and path.samefile(written) for path in read):
+                raise ConfigError(
+                    f"{written} is being read by this model and cannot be written over; save it into another folder"
+                )
+        if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
+            tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
+            kwargs["state_dict"] = {**self.state_dict(), **tables}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def stage_tables(self, max_tokens: int) -> None:
+        """Let rows of tables that are off this model's GPU travel to it while it computes.
+
+        Each block with memory gets a `StagedTable` of its own: pinned memory and device memory at fixed addresses, a
+        stream and an event. Nothing is done for tables on the GPU, nor for a model that is not on one. Moving the model
+        to another device afterwards asks for another call.
+
+        Args:
+            max_tokens: Tokens of the largest forward pass to stage (batch times length); larger ones are read as
+                before.
+
+        Raises:
+            ConfigError: ``max_tokens`` is less than 1.
+        """
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
+        base = self.base_model
+        for block in base.config.memory_layers:
+            memory, device = base.layers[block].memory, base.layers[block].memory.key_value.weight.device
+            table = memory.table.table if isinstance(memory.table, StagedTable) else memory.table
+            if device.type == "cuda" and not isinstance(table, ParameterTable):
+                max_rows = max_tokens * memory.config.num_heads_total
+                memory.table = StagedTable(table, device, max_rows=max_rows)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the size of the vocabulary, as ``transformers`` does; never below the tokens that memory hashes.
+
+        Memory knows the tokens of its HashSpec only: rows beyond them may fill a vocabulary up to a round number, but
+        reading such a token is refused.
+
+        Args:
+            new_num_tokens: The new size.
+            pad_to_multiple_of: What to round it up to.
+            mean_resizing: Whether new rows resemble the old.
+
+        Raises:
+            MismatchError: The new size is less than the number of tokens that memory hashes.
+        """
+        spec = self.config.spec
+        if spec is not None and new_num_tokens is not None and new_num_tokens < spec.num_tokens:
+            raise MismatchError(
+                f"memory hashes {spec.num_tokens} tokens, so the vocabulary cannot shrink to {new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Check the files, let transformers load what is in the module tree, then load the tables that are not."""
+        if expected_keys is not None:  # an adapter for this model, not the model
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+        stored = check_files(checkpoint_files, load_config.sharded_metadata)
+        # First: that nobody answers at an address should not be found out about after the weights were loaded.
+        elsewhere = model._locate_tables()
+        if not load_config.ignore_mismatched_sizes:
+            for name, wanted in model._wanted_tables().items():
+                if name not in elsewhere and (source := model._stored_table(stored, name)) is not None:
+                    wanted.check(str(source), source.shape)
+        info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        try:
+            missing = info.missing_keys | model._load_tables(stored, elsewhere, info.unexpected_keys, load_config.dtype)
+            if not load_config.ignore_mismatched_sizes:
+                check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+        except BaseException:
+            _close_tables(model)
+            raise
+        return info, offloaded
+
+    def _wanted_tables(self) -> dict[str, WantedTable]:
+        """The tables that the configuration describes, by name."""
+        config, base = self.config, self.base_model
+        spec, memory = config.spec, config.memory_config
+        if spec is None or memory is None:
+            return {}
+        blocks: dict[str, list[int]] = {}
+        for block in spec.blocks:
+            blocks.setdefault(base._table_name(block), []).append(block)
+        rows = {
+            base._table_name(block): spec.num_rows(layer) for block, layer in zip(spec.blocks, spec.layers, strict=True)
+        }
+        return {
+            name: WantedTable(name, tuple(blocks[name]), rows[name], memory.head_dim, spec.digest) for name in blocks
+        }
+
+    def _locate_tables(self) -> dict[str, Located]:
+        """Find the tables that do not come from the checkpoint, by name; see `TablePlace.locate`."""
+        place = (self.base_model.__dict__["_places"] or {}).get("")
+        return place.locate(self._wanted_tables()) if isinstance(place, TablePlace) else {}
+
+    def _stored_table(self, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+        """The tensor of a table in the checkpoint, of a whole model or of its base; None where it has none."""
+        own = f"{TABLES}.{name}.weight"
+        return stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
+
+    def _load_tables(
+        self,
+        stored: Mapping[str, StoredTensor],
+        elsewhere: Mapping[str, Located],
+        unexpected: set[str],
+        dtype: torch.dtype,
+    ) -> set[str]:
+        """Load the tables that stand apart, strike their names from the unexpected ones and return those missing."""
+        base, missing = self.base_model, set()
+        apart, wanted = base.__dict__["_tables_apart"], self._wanted_tables()
+        if not stored and apart.keys() - elsewhere.keys():
+            raise CheckpointError(
+                "tables are put on another device or tier than the rest, or left on disk, out of safetensors files "
+                "only; load the model without a device_map or table_tier and save it once"
+            )
+        for name, table in apart.items():
+            own = f"{TABLES}.{name}.weight"
+            place = table_place(base.__dict__["_places"], f"{self._base_prefix}{own}")
+            # "device" makes parameters, as a device in a device map does.
+            device = place.device if isinstance(place, TablePlace) else place
+            resident = not isinstance(place, TablePlace) or place.tier == "device"
+            source = self._stored_table(stored, name)
+            if name in elsewhere:
+                # The checkpoint may have the table too; it is not what was asked for.
+                unexpected.difference_update((f"{self.base_model_prefix}.{own}", own))
+                base.__dict__.setdefault(_ELSEWHERE, {})[name] = elsewhere[name]
+                if resident:
+                    table.weight = nn.Parameter(place.load(elsewhere[name], wanted[name], dtype))
+                else:
+                    apart[name] = place.open(elsewhere[name], wanted[name], dtype)
+                continue
+            if source is None:
+                if not resident:
+                    raise CheckpointError(
+                        f"{own} is to be read from disk, and the checkpoint does not have it; say with table_source= "
+                        "where it lies, or download the checkpoint again"
+                    )
+                missing.add(f"{self._base_prefix}{own}")
+                table.to_empty(device=device).reset_parameters()
+                continue
+            unexpected.discard(source.name)
+            wanted[name].check(str(source), source.shape)
+            if resident:
+                table.weight = nn.Parameter(source.load().to(device=device, dtype=dtype))
+            else:
+                apart[name] = place.open(source, wanted[name], dtype)
+                base.__dict__["_stored_tables"][name] = source
+        return missing
+
+    def _adopt_tables(self, device_map: Any) -> None:
+        """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
+        base = self.base_model
+        apart, places = base.__dict__["_tables_apart"], base.__dict__["_places"]
+        # What other tools ask when they want to know whether a model may be moved or compiled.
+        if not hasattr(self, "hf_device_map"):
+            self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
+        for name, table in list(apart.items()):
+            place = table_place(places, f"{self._base_prefix}{TABLES}.{name}.weight")
+            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = (
+                place.device_map_name if isinstance(place, TablePlace) else place
+            )
+            for layer in base.layers:
+                if layer.memory is not None and base._table_name(layer.layer_idx) == name:
+                    layer.memory.table = table
+            if isinstance(table, ParameterTable):
+                base._modules[TABLES][name] = apart.pop(name).train(self.training)
+                # Its rows are the model's own now, and are saved with it.
+                base.__dict__.get(_ELSEWHERE, {}).pop(name, None)
+
+    @property
+    def _base_prefix(self) -> str:
+        """What the names of the base model begin with."""
+        return "" if self.base_model is self else f"{self.base_model_prefix}."
+
+
+def _one_device(device_map: Any) -> str | int | torch.device:
+    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *CHOSEN_BY_SIZE):
+        return "cpu"
+    return device
+
+
+def _close_tables(model: Any) -> None:
+    """Close what was opened for a model that could not be loaded: threads, connections, processes."""
+    for table in model.base_model.__dict__["_tables_apart"].values():
+        if not isinstance(table, ParameterTable):
+            table.close()
+
+
+def _digest_of(source: Any) -> str:
+    """The HashSpec digest of a checkpoint's configuration, for a message."""
+    try:
+        spec = EngramLMConfig.from_pretrained(source).spec
+    except (OSError, ValueError):
+        return ""
+    return "" if spec is None else f" (HashSpec {spec.digest})"

@@ -1,0 +1,145 @@
+"""What a model of a configuration holds and costs, without building it."""
+
+import dataclasses
+
+from engram_lm.model.config import EngramLMConfig
+
+__all__ = ["ModelSizes", "model_sizes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Parameters by kind, and floating-point operations."""
+
+    vocabulary: int
+    """Token embedding and output head (one matrix where they are tied)."""
+    vocabulary_matrix: int
+    """One of those matrices."""
+    attention: int
+    """Attention projections and their norms."""
+    dense_feed_forward: int
+    """Feed-forward networks of the leading dense blocks."""
+    shared_experts: int
+    """Experts that every token visits."""
+    routed_experts: int
+    """All experts that tokens are routed to."""
+    chosen_experts: int
+    """Those of them that one token visits."""
+    routers: int
+    """Routers; their selection biases are buffers and not counted."""
+    norms: int
+    """Norms of the residual stream."""
+    streams: int
+    """Maps of the hyper-connections and the weights that collapse the streams."""
+    memory_layers: int
+    """Projections, norms and convolutions of memory."""
+    memory_tables: int
+    """Rows of memory."""
+    memory_read: int
+    """Numbers of those rows that one token reads."""
+    flops_per_token: int
+    """Forward pass of one token, averaged over a sequence: matrix products, attention and the output head, a
+    multiply-add counted as two. A training step takes three times it."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, as they are stored."""
+        return self.backbone + self.memory_layers + self.memory_tables
+
+    @property
+    def backbone(self) -> int:
+        """Everything but memory."""
+        return self.vocabulary + self.attention + self.feed_forward + self.norms + self.streams
+
+    @property
+    def feed_forward(self) -> int:
+        """Feed-forward networks, all experts and routers."""
+        return self.dense_feed_forward + self.shared_experts + self.routed_experts + self.routers
+
+    @property
+    def without_vocabulary(self) -> int:
+        """All parameters but the vocabulary's: what the paper's section 3.1 calls P_tot."""
+        return self.total - self.vocabulary
+
+    @property
+    def paper_total(self) -> int:
+        """Total as in the paper's Table 5, where one vocabulary matrix is counted whether tied or not."""
+        return self.without_vocabulary + self.vocabulary_matrix
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token, the vocabulary's left out: the paper's P_act."""
+        return self.without_vocabulary - self.sparse
+
+    @property
+    def sparse(self) -> int:
+        """Experts that a token does not visit and rows that it does not read: the paper's P_sparse."""
+        return self.routed_experts - self.chosen_experts + self.memory_tables - self.memory_read
+
+
+def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
+    """Count parameters and operations from the configuration.
+
+    Args:
+        config: Any configuration.
+        context: Tokens in a sequence; a token attends to half of it on average.
+
+    Source: paper, section 3.1 (what counts as active and as sparse).
+    """
+    hidden, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    key_width, value_width = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim or 0
+    queries = heads * key_width
+    query_rank = config.q_lora_rank
+    query = hidden * queries if query_rank is None else query_rank * (hidden + queries)
+    key_value = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
+    key_value += config.kv_lora_rank * heads * (config.qk_nope_head_dim + value_width)
+    attention = blocks * (query + key_value + heads * value_width * hidden)
+    attention_rest = blocks * (config.kv_lora_rank + (query_rank or 0))
+    if config.attention_bias:
+        attention_rest += blocks * ((query_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim + hidden)
+    dense_blocks, expert_blocks = config.num_dense_layers, blocks - config.num_dense_layers
+    dense = dense_blocks * 3 * hidden * config.intermediate_size
+    expert = expert_parameters(config)
+    shared, routed = expert * config.n_shared_experts, expert * config.n_routed_experts
+    chosen = expert * (config.num_experts_per_tok or 0)
+    routers = expert_blocks * config.n_routed_experts * hidden
+    embedding = config.vocab_size * hidden
+    streams, stream_flops = _streams(config)
+    memory = config.memory_config
+    # One multiply-add per key and value number and position attended to, over half the context.
+    scores = round(heads * (key_width + value_width) * (context + 1) * blocks)
+    products = attention + dense + shared + chosen + routers + embedding
+    return ModelSizes(
+        vocabulary=embedding * (1 if config.tie_word_embeddings else 2),
+        vocabulary_matrix=embedding,
+        attention=attention + attention_rest,
+        dense_feed_forward=dense,
+        shared_experts=shared,
+        routed_experts=routed,
+        chosen_experts=chosen,
+        routers=routers,
+        norms=(2 * blocks + 1) * hidden,
+        streams=streams,
+        memory_layers=len(memory.layers) * memory.layer_parameters() if memory else 0,
+        memory_tables=memory.table_parameters() if memory else 0,
+        memory_read=len(memory.layers) * memory.memory_dim if memory else 0,
+        flops_per_token=2 * products + scores + stream_flops + (memory.flops_per_token() if memory else 0),
+    )
+
+
+def expert_parameters(config: EngramLMConfig) -> int:
+    """Count one routed expert over all blocks that have experts."""
+    return (config.num_hidden_layers - config.num_dense_layers) * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def _streams(config: EngramLMConfig) -> tuple[int, int]:
+    """Parameters and operations of all hyper-connections; the small Sinkhorn iteration is not counted."""
+    num_streams, sites = config.num_streams, 2 * config.num_hidden_layers
+    if num_streams == 1:
+        return 0, 0
+    wide, maps = num_streams * config.hidden_size, num_streams * (num_streams + 2)
+    parameters = sites * (wide * maps + maps + 3) + wide * num_streams + num_streams + 1
+    # Maps, reading one input, writing S streams from S + 1 sources; at the end the head's maps (its sum is not a
+    # product).
+    flops = sites * 2 * (wide * maps + wide + (num_streams + 1) * wide) + 2 * wide * num_streams
+    return parameters, flops

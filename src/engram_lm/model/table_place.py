@@ -1,0 +1,290 @@
+"""Where a model's tables are read from when they are not its parameters: which tier, which source, which cache."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.hashing import HashSpec
+from engram_lm.tables import (
+    CachedTable,
+    MooncakeTable,
+    RecordTable,
+    RowLayout,
+    StoredTensor,
+    Table,
+    most_frequent,
+    open_table,
+    table_layouts,
+    tensor_layout,
+)
+from engram_lm.tables.cache import Policy
+from engram_lm.tables.http import RemoteFolder, is_address
+from engram_lm.tables.read_ahead import ReadAheadTable
+from engram_lm.tables.row_trace import read_trace
+from engram_lm.tables.sources import choose_layout
+
+__all__ = ["TIERS", "Located", "TablePlace", "TableSource", "WantedTable"]
+
+TIERS = ("device", "auto", "host", "shared", "mmap", "file", "http", "remote")
+"""Where a model's tables may be, as ``table_tier`` spells it."""
+
+TableSource = str | os.PathLike[str] | RowLayout | Mapping[Any, str | os.PathLike[str] | RowLayout]
+"""What ``table_source`` takes: one source for all tables, or table name → source."""
+
+Located = RowLayout | str
+"""One table, found and not opened: where its rows lie, or its ``mooncake://`` address."""
+
+_NAME = "{table}"
+_MOONCAKE = "mooncake://"
+# Rows copied at a time while a whole table is loaded.
+_PIECE_BYTES = 16 << 20
+# Reads of a block that are looked at in a trace, 2 GiB of row numbers; a longer trace adds nothing to what is frequent.
+_MOST_READS = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedTable:
+    """A table as the model's configuration describes it, to be compared with the one that is found."""
+
+    name: str
+    """A block number as text, or ``shared``."""
+    blocks: tuple[int, ...]
+    """The blocks that read it."""
+    num_rows: int
+    """Rows that the HashSpec addresses."""
+    width: int
+    """Numbers in a row."""
+    spec_digest: str
+    """Digest of the HashSpec."""
+
+    def check(self, where: str, shape: tuple[int, ...], spec_digest: str | None = None) -> None:
+        """Refuse a table of another size, or one that was made for another hash.
+
+        Args:
+            where: What messages call the table that was found.
+            shape: Its rows and width.
+            spec_digest: Digest of the HashSpec it was made for, where it says so.
+
+        Raises:
+            MismatchError: As said.
+        """
+        if shape != (self.num_rows, self.width):
+            raise MismatchError(
+                f"{where}: found {list(shape)}, expected {[self.num_rows, self.width]} for the table {self.name}, as "
+                f"the configuration gives (HashSpec {self.spec_digest}); one of them belongs to another model: take "
+                "both from the same"
+            )
+        if spec_digest not in (None, self.spec_digest):
+            raise MismatchError(
+                f"{where} was made for HashSpec {spec_digest}, the model reads its table {self.name} with HashSpec "
+                f"{self.spec_digest}: the same row means another N-gram there; name the table that was made of this "
+                "model's checkpoint"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TablePlace:
+    """A tier that a model reads its tables from, without training them; or a source that they are loaded from."""
+
+    tier: str
+    """One of `TIERS`. ``"device"`` makes parameters of the rows of ``source``."""
+    cache_bytes: int = 0
+    """What a cache of records before each table may take; 0 for none."""
+    read_ahead: bool = False
+    """Whether rows are read in the background from when the tokens are known."""
+    cache_policy: Policy = "clock"
+    """Which record of a full cache gives way, see `CachedTable`."""
+    pinned: str | os.PathLike[str] | None = None
+    """A trace as `RowTrace.save` writes it: the rows it reads most fill the cache and stay there."""
+    source: TableSource | None = None
+    """Where tables lie, see `locate`; in the checkpoint where None."""
+    device: str | int | torch.device = "cpu"
+    """Where tables of the tier ``"device"`` are put."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ConfigError(f"table_tier is one of {', '.join(TIERS)}, not {self.tier!r}")
+        if self.cache_bytes < 0:
+            raise ConfigError(f"table_cache_bytes is at least 0, not {self.cache_bytes}")
+        if self.cache_policy not in get_args(Policy):
+            raise ConfigError(f"table_cache_policy is one of {', '.join(get_args(Policy))}, not {self.cache_policy!r}")
+        if self.tier == "device" and self.cache_bytes:
+            raise ConfigError(
+                "table_cache_bytes is for tables on another tier than the model; pass table_tier, such as 'file'"
+            )
+        if not self.cache_bytes and (self.pinned is not None or self.cache_policy != "clock"):
+            raise ConfigError(
+                "table_pinned and table_cache_policy say what a cache keeps; give it room with table_cache_bytes"
+            )
+        if self.tier in ("http", "remote") and self.source is None:
+            raise ConfigError(
+                f"table_tier={self.tier!r} reads from an address; name it with table_source, as "
+                "'https://HOST/FOLDER' or 'mooncake://HOST:PORT/NAME'"
+            )
+
+    @property
+    def device_map_name(self) -> Any:
+        """What a device map calls it: a device, the host, or a disk."""
+        if self.tier == "device":
+            return self.device
+        return "cpu" if self.tier in ("host", "shared") else "disk"
+
+    def locate(self, wanted: Mapping[str, WantedTable]) -> dict[str, Located]:
+        """Find the model's tables in ``source``, and check what can be known before they are opened.
+
+        A mapping names a source for each table that does not come from the checkpoint. One source for all is a folder
+        or address that holds a table of each name, or a text with ``{table}`` in it, which the names replace. What
+        holds a single table may call it what it likes, where it is clear whose it is.
+
+        Args:
+            wanted: The model's tables by name.
+
+        Returns:
+            Table name to where it is, for those that the source is for; empty without a source.
+
+        Raises:
+            CheckpointError: A source is missing, malformed or holds no table.
+            ConfigError: A name that the model or the source does not have, or one address for several tables.
+            MismatchError: Rows, width or HashSpec of a table are not the model's.
+            RemoteError: Nobody answers at an address.
+        """
+        if self.source is None:
+            return {}
+        held: dict[str, dict[int | str, RowLayout]] = {}
+        result: dict[str, Located] = {}
+        for name, source in _by_name(self.source, wanted).items():
+            if isinstance(source, RowLayout):
+                layout = source
+            else:
+                template = os.fspath(source)
+                where = template.replace(_NAME, name)
+                if where.startswith(_MOONCAKE):
+                    if where in result.values():
+                        raise ConfigError(
+                            f"{where} is one table, the model has {', '.join(wanted)}; write {_NAME} where their names "
+                            "differ, or pass a mapping from table to address"
+                        )
+                    result[name] = where
+                    continue
+                if where not in held:
+                    held[where] = table_layouts(where)
+                clear = len(wanted) == 1 or where != template or isinstance(self.source, Mapping)
+                layout = choose_layout(held[where], None if clear and len(held[where]) == 1 else name, where)
+                if layout.spec_digest is None:
+                    layout = dataclasses.replace(layout, spec_digest=_digest_beside(where))
+            wanted[name].check(", ".join(layout.files), (layout.num_rows, layout.codec.width), layout.spec_digest)
+            result[name] = layout
+        return result
+
+    def open(self, located: Located | StoredTensor, wanted: WantedTable, dtype: torch.dtype | None) -> Table:
+        """Open a table where it lies.
+
+        Args:
+            located: A tensor ``[rows, width]`` of the checkpoint, or what `locate` found.
+            wanted: What it must be; reads of its blocks in the trace decide what is pinned.
+            dtype: Type of the rows that the model reads.
+
+        Raises:
+            CheckpointError: The file has changed, or its rows cannot be read.
+            ConfigError: The tier has no room for it, or the cache none for a row.
+            DataError: The trace cannot be read, or lacks a block.
+            MismatchError: A store's table is not the one that is wanted.
+            RemoteError: Nobody answers, or there is no such table.
+            RowRangeError: The trace has rows that the table has not.
+        """
+        tier: Any = self.tier
+        source = tensor_layout([located]) if isinstance(located, StoredTensor) else located
+        table = open_table(source, tier=tier, dtype=dtype)
+        try:
+            _check_opened(table, wanted)
+            if self.cache_bytes:
+                assert isinstance(table, RecordTable)  # only the device's is not
+                pinned = None
+                if self.pinned is not None:
+                    trace = read_trace(Path(self.pinned), list(wanted.blocks), _MOST_READS)
+                    pinned = most_frequent(
+                        [rows for _, rows, _, _ in trace], self.cache_bytes, table.codec.record_bytes
+                    )
+                table = CachedTable(table, self.cache_bytes, policy=self.cache_policy, pinned_rows=pinned)
+            return ReadAheadTable(table) if self.read_ahead else table
+        except BaseException:
+            table.close()
+            raise
+
+    def load(self, located: Located, wanted: WantedTable, dtype: torch.dtype) -> Tensor:
+        """Load a whole table as numbers, ``[rows, width]`` on `device`.
+
+        Raises:
+            CheckpointError: A file has changed, or its rows cannot be read.
+            MismatchError: A store's table is not the one that is wanted.
+            RemoteError: Nobody answers, or there is no such table.
+        """
+        remote = isinstance(located, str) or any(map(is_address, located.files))
+        table = open_table(located, tier="remote" if remote else "file", dtype=dtype)
+        try:
+            _check_opened(table, wanted)
+            weight = torch.empty(table.num_rows, table.width, dtype=dtype, device=self.device)
+            step = max(1, _PIECE_BYTES // table.row_bytes)
+            for start in range(0, table.num_rows, step):
+                stop = min(start + step, table.num_rows)
+                weight[start:stop] = table.gather(torch.arange(start, stop))
+            return weight
+        finally:
+            table.close()
+
+
+def _by_name(source: TableSource, wanted: Mapping[str, WantedTable]) -> dict[str, Any]:
+    """Table name to its source."""
+    if not wanted:
+        raise ConfigError("table_source is for models with memory, this one has no tables")
+    if isinstance(source, Mapping):
+        result = {str(name): where for name, where in source.items()}
+        if not result or len(result) != len(source) or not result.keys() <= wanted.keys():
+            raise ConfigError(
+                f"table_source names the tables {', '.join(map(repr, source)) or 'of none'}; the model has "
+                f"{', '.join(wanted)}, each once at most"
+            )
+    elif isinstance(source, RowLayout) and len(wanted) > 1:
+        raise ConfigError(f"a layout is one table, the model has {', '.join(wanted)}; pass a mapping from table to it")
+    else:
+        result = dict.fromkeys(wanted, source)
+    for name, where in result.items():
+        if not isinstance(where, str | os.PathLike | RowLayout):
+            raise ConfigError(f"the source of table {name} is a path, an address or a RowLayout, not {where!r:.200}")
+    return result
+
+
+def _check_opened(table: Table, wanted: WantedTable) -> None:
+    """Check a table of a store, which says what it is only when it is opened."""
+    if isinstance(table, MooncakeTable):
+        wanted.check(f"the table {table.name}", (table.num_rows, table.width), table.manifest.spec_digest)
+
+
+def _digest_beside(where: str) -> str | None:
+    """Digest of the HashSpec in the ``config.json`` beside tables, where it is one of ours."""
+    if is_address(where):
+        folder = RemoteFolder(where)
+        try:
+            config, text = f"{where}: config.json", folder.read_small("config.json")
+        finally:
+            folder.close()
+    else:
+        path = Path(where)
+        path = (path if path.is_dir() else path.parent) / "config.json"
+        config, text = str(path), path.read_bytes() if path.is_file() else None
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{config} is no readable JSON ({error!s:.200})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("hash_spec"), dict):
+        return None
+    return HashSpec.from_config(values).digest

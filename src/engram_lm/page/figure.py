@@ -1,0 +1,117 @@
+"""A matplotlib figure as an element of a page: SVG that takes its colors and font from where it stands."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from engram_lm.page.frame import escape
+
+__all__ = ["DASHES", "FAINT", "INK", "MARKERS", "arm_color", "line_legend", "marker_legend", "page_axes", "page_svg"]
+
+# Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
+INK, FAINT = "#010203", "#010204"
+"""What text is drawn in, and what grid lines are."""
+_ARM_COLOR = "#0102{:02x}"
+_FIRST_ARM = 16
+
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 3)), (0, (1.2, 1.2)), (0, (6, 2, 1.2, 2, 1.2, 2)))
+"""How matplotlib draws the n-th arm; those after the last begin again."""
+_LEGEND_DASHES = ("none", "8 4", "2 4", "8 4 2 4", "12 4", "2 2", "9 3 2 3 2 3")
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""How matplotlib marks the n-th arm."""
+_MARKER_PATHS = (
+    "M1.5 6a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+    "M2 2h8v8H2z",
+    "M6 1.5L10.8 10H1.2z",
+    "M6 .8L11.2 6 6 11.2.8 6z",
+    "M6 10.5L1.2 2h9.6z",
+    "M4.4 1.2h3.2v3.2h3.2v3.2H7.6v3.2H4.4V7.6H1.2V4.4h3.2z",
+    "M3.4 1.2L6 3.8l2.6-2.6 2.2 2.2L8.2 6l2.6 2.6-2.2 2.2L6 8.2l-2.6 2.6-2.2-2.2L3.8 6 1.2 3.4z",
+)
+
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "engram", "font.size": 11, "path.simplify": True}
+
+
+def arm_color(index: int) -> str:
+    """The color that becomes the CSS variable ``--arm-INDEX``."""
+    return _ARM_COLOR.format(_FIRST_ARM + index)
+
+
+@contextmanager
+def page_axes(width_inches: float, height_inches: float) -> Iterator[Any]:
+    """Yield empty matplotlib axes in the page's look; draw in the block and give their figure to `page_svg`."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelcolor=INK, pad=6)
+        for side in axes.spines:
+            axes.spines[side].set_visible(side == "bottom")
+            axes.spines[side].set_color(FAINT)
+        yield axes
+
+
+def page_svg(figure: Any, *, name: str, label: str, num_arms: int) -> str:
+    """Write a figure as an element of a page: its colors, font and ids, and nothing from elsewhere.
+
+    Args:
+        figure: Of `page_axes`, inside its block.
+        name: Prefix of the ids in the SVG, so that several can stand in one page.
+        label: What is read out instead of the picture; escaped by the caller.
+        num_arms: How many `arm_color` may occur.
+
+    Returns:
+        An ``<svg>`` element without reference to anything outside; the same bytes for the same figure.
+    """
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r"font-family: [^;]*;", "", svg)
+    colors = {INK: "currentColor", FAINT: "var(--line)"}
+    colors |= {arm_color(index): f"var(--arm-{index})" for index in range(num_arms)}
+    for written, color in colors.items():
+        svg = svg.replace(written, color)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    # matplotlib escapes what it draws; the label is ours to escape, and the caller has.
+    return f'<svg {view_box[0]} role="img" aria-label="{label}">' + svg[svg.index(">") + 1 :].strip()
+
+
+def line_legend(titles: Mapping[str, str]) -> str:
+    """Name the lines of `DASHES`, one for each arm."""
+    return _legend(
+        f'<svg viewBox="0 0 28 8" aria-hidden="true"><path d="M0 4H28" stroke="var(--arm-{index})" '
+        f'stroke-width="2.2" stroke-dasharray="{_LEGEND_DASHES[index % len(_LEGEND_DASHES)]}"/></svg>{escape(title)}'
+        for index, title in enumerate(titles.values())
+    )
+
+
+def marker_legend(titles: Mapping[str, str]) -> str:
+    """Name the points of `MARKERS`, one for each arm."""
+    return _legend(
+        f'<svg class="marker" viewBox="0 0 12 12" aria-hidden="true"><path fill="var(--arm-{index})" '
+        f'd="{_MARKER_PATHS[index % len(_MARKER_PATHS)]}"/></svg>{escape(title)}'
+        for index, title in enumerate(titles.values())
+    )
+
+
+def _legend(entries: Iterator[str]) -> str:
+    return '<ul class="legend">' + "\n".join(f"<li>{entry}</li>" for entry in entries) + "</ul>"

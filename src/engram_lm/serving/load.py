@@ -1,0 +1,142 @@
+"""Open a model folder: the model, its tokenizer, and the check that they belong together."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from engram_lm.errors import ConfigError, EngramError, MismatchError
+
+__all__ = ["ModelFlags", "TableFlags", "TableTier", "load_model"]
+
+TableTier = Literal["device", "auto", "host", "shared", "mmap", "file", "http", "remote"]
+"""Where a model's tables may be; the model's own list is checked against it by a test."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableFlags:
+    """Where a model's memory tables are read from: flags that commands which run a model inherit."""
+
+    table_tier: TableTier | None = None
+    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), one copy
+    for all processes (shared), left in their files (mmap, file), on the machine of a --table-source (http, remote), or
+    what suits the machine (auto). device unless given; auto with a --table-source."""
+    table_source: str | None = None
+    """Read the tables from here and not from the checkpoint: a folder of packed tables, a file, or an address, http(s)
+    or mooncake://HOST:PORT/NAME. {table} in it stands for each table's name."""
+    table_cache_mib: int = 0
+    """MiB of a cache before each table that is not loaded with the model."""
+    table_cache_policy: Literal["clock", "lru"] = "clock"
+    """Which rows give way when that cache is full."""
+    table_pinned: Path | None = None
+    """A recorded trace (.npz): the rows it reads most fill that cache and stay in it."""
+
+    def __post_init__(self) -> None:
+        if self.table_cache_mib < 0 or (self.table_cache_mib and (self._with_the_model or self.table_tier == "device")):
+            raise ConfigError(
+                f"--table-cache-mib {self.table_cache_mib} with --table-tier {self.table_tier or 'device'}: a cache "
+                "has at least 0 MiB, and stands before tables of another tier, such as --table-tier file"
+            )
+        if not self.table_cache_mib and (self.table_pinned is not None or self.table_cache_policy != "clock"):
+            raise ConfigError(
+                "--table-pinned and --table-cache-policy say what a cache keeps; give it room with --table-cache-mib"
+            )
+        if self.table_tier in ("http", "remote") and self.table_source is None:
+            raise ConfigError(f"--table-tier {self.table_tier} reads from an address: name it with --table-source")
+
+    @property
+    def _with_the_model(self) -> bool:
+        return self.table_source is None and self.table_tier in (None, "device")
+
+    def table_options(self) -> dict[str, Any]:
+        """What ``EngramForCausalLM.from_pretrained`` is told; empty where nothing was asked for."""
+        if self._with_the_model:
+            return {}
+        return {
+            "table_tier": self.table_tier,
+            "table_source": self.table_source,
+            "table_cache_bytes": self.table_cache_mib << 20,
+            "table_cache_policy": self.table_cache_policy,
+            "table_pinned": self.table_pinned,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(TableFlags):
+    """Which memory is added to a model, and where tables are read from: flags of commands that run one model."""
+
+    adapter: str | None = None
+    """Memory to add to the model: a folder as MemoryAdapter.save_pretrained writes it, or a repository of the Hugging
+    Face Hub. MODEL is then any causal language model of transformers, and the table flags are for this memory."""
+
+
+_STAGED_TOKENS = 1024
+"""Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
+
+
+def load_model(
+    path: str | Path, *, device: str = "cpu", tables: TableFlags | None = None, adapter: str | Path | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from a local folder.
+
+    Args:
+        path: A folder as ``save_pretrained`` writes it.
+        device: Where the model shall be.
+        tables: Where its memory tables shall be read from; they are loaded with the model where None. With an
+            ``adapter`` it is the adapter's tables that are meant.
+        adapter: Folder or repository of a `MemoryAdapter` to attach.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        CheckpointError: Weights or tables are missing, truncated or malformed.
+        ConfigError: The folder is not a model's, the device is not there, or the tier or source is not for this model.
+        MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
+            trained with; tables of a source are not this model's; or the adapter is for another model.
+        RemoteError: Nobody answers at the address of a source, or at the Hub.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    import engram_lm.model  # noqa: F401 - registers the model's classes
+    from engram_lm.training.loop import find_device
+
+    wanted = find_device(device)
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is no model folder: it has no config.json; `engram-lm quickstart` makes one in runs/quickstart"
+        )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        placed = {} if tables is None else tables.table_options()
+        options = placed if adapter is None else {}
+        if options and AutoConfig.from_pretrained(folder, local_files_only=True).model_type != "engram_lm":
+            raise ConfigError(
+                f"{folder} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place; "
+                "memory for it is named with --adapter"
+            )
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, EngramError):
+            raise
+        raise ConfigError(f"cannot load {folder}: {error}") from error
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise MismatchError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {size}; "
+            "they do not belong together"
+        )
+    if hasattr(model, "check_tokenizer"):
+        model.check_tokenizer(tokenizer)
+    model = model.to(wanted).eval()
+    if hasattr(model, "stage_tables"):
+        model.stage_tables(_STAGED_TOKENS)
+    if adapter is not None:
+        from engram_lm.adapt import MemoryAdapter
+
+        MemoryAdapter.from_pretrained(model, adapter, tokenizer=tokenizer, **placed)
+    return model, tokenizer

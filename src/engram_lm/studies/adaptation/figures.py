@@ -1,0 +1,115 @@
+"""The pictures of an adaptation: what was learned against what was forgotten, and how it was learned."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_legend, page_axes, page_svg
+from engram_lm.page.frame import escape
+from engram_lm.studies.adaptation.finding import arm_title, finite_loss, forgetting, losses
+from engram_lm.studies.curves import curve_svg, describe_curves, finite_points
+
+__all__ = ["curve_figures", "forgetting_figures"]
+
+_WIDTH_INCHES, _HEIGHT_INCHES = 5.4, 3.9
+_CLOSER = 0.5
+"""Share of the way from the base to the farthest run below which the runs get a picture of their own."""
+
+Points = Mapping[str, Sequence[tuple[float, float]]]
+"""For every arm, (change on the old text, domain loss) of every seed."""
+
+
+def forgetting_figures(result: Mapping[str, Any]) -> str:
+    """Draw domain loss against forgetting: every seed of every arm, and the base; closer too, where runs crowd.
+
+    Args:
+        result: A result in the format ``engram.adaptation.1``.
+
+    Returns:
+        HTML; nothing where no run has both numbers.
+    """
+    arms = result.get("arms") or {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, arm in arms.items():
+        learned, changes = losses(arm), forgetting(result, arm)
+        points[name] = [(changes[seed], loss) for seed, loss in learned.items() if seed in changes]
+    drawn = [point for seeds in points.values() for point in seeds]
+    before = finite_loss((result.get("before") or {}).get("domain"))
+    if not drawn:
+        return ""
+    titles = {name: arm_title(arm, name) for name, arm in arms.items()}
+    words = "; ".join(
+        f"{titles[name]}: " + ", ".join(f"{change:+.3f} and {loss:.3f}" for change, loss in seeds)
+        for name, seeds in points.items()
+        if seeds
+    )
+    figures = []
+    base = [] if before is None else [(0.0, before)]
+    if base:
+        label = f"Change on the old text and domain loss, with the base at 0 and {before:.3f}. {words}"
+        figures.append(("From the base", _scatter(points, base, name="forgetting", label=escape(label))))
+    # Where all runs went the same way from the base, what tells them apart is too small to be seen beside it.
+    if not base or _crowded(drawn, base[0]):
+        label = f"Change on the old text and domain loss. {words}"
+        figures.append(("Closer", _scatter(points, [], name="closer", label=escape(label))))
+    shown = "".join(f"<figure><h3>{title}</h3>{svg}</figure>" for title, svg in figures)
+    return f'{marker_legend(titles)}\n<div class="curves">{shown}</div>'
+
+
+def curve_figures(result: Mapping[str, Any]) -> str:
+    """Draw domain loss while training, by tokens and, where arms differ in cost, by compute.
+
+    Args:
+        result: A result in the format ``engram.adaptation.1``.
+
+    Returns:
+        HTML; nothing where no curve has two points.
+    """
+    arms = result.get("arms") or {}
+    titles = {name: arm_title(arm, name) for name, arm in arms.items()}
+    costs = {name: arm.get("flops_per_token") for name, arm in arms.items()}
+    before = {name: arm.get("preparation_flops") or 0.0 for name, arm in arms.items()}
+    curves = {
+        name: [finite_points(run.get("curve") or ()) for run in arm.get("runs") or ()] for name, arm in arms.items()
+    }
+    if not any(len(run) > 1 for runs in curves.values() for run in runs):
+        return ""
+    pictures = [("By tokens", "by-tokens", "training tokens", "tokens", curves)]
+    if all(costs.values()) and len(set(costs.values())) > 1:
+        by_compute = {
+            name: [[(before[name] + tokens * costs[name], loss) for tokens, loss in run] for run in runs]
+            for name, runs in curves.items()
+        }
+        pictures.append(("By compute", "by-compute", "training FLOPs", "FLOPs", by_compute))
+    figures = []
+    for title, name, amount, unit, drawn in pictures:
+        label = f"Domain loss, {title.lower()}. {describe_curves(drawn, titles, unit)}"
+        svg = curve_svg(drawn, name=name, label=escape(label), markers=True, amount=amount)
+        figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+    return f'{line_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
+
+
+def _scatter(points: Points, base: Sequence[tuple[float, float]], *, name: str, label: str) -> str:
+    with page_axes(_WIDTH_INCHES, _HEIGHT_INCHES) as axes:
+        for index, seeds in enumerate(points.values()):
+            if seeds:
+                changes, domain = zip(*seeds, strict=True)
+                marker = MARKERS[index % len(MARKERS)]
+                axes.plot(changes, domain, linestyle="", marker=marker, markersize=7, color=arm_color(index), alpha=0.8)
+        for across, up in base:
+            axes.plot([across], [up], linestyle="", marker="*", markersize=12, color=INK)
+            axes.annotate("base", (across, up), xytext=(9, 0), textcoords="offset points", va="center", color=INK)
+        axes.grid(axis="x", color=axes.spines["bottom"].get_edgecolor(), linewidth=0.8)
+        axes.margins(0.12)
+        axes.set_xlabel("change of loss on the old text, nats per token", color=INK)
+        axes.set_ylabel("domain loss, nats per token", color=INK)
+        return page_svg(axes.figure, name=name, label=label, num_arms=len(points))
+
+
+def _crowded(points: Sequence[tuple[float, float]], base: tuple[float, float]) -> bool:
+    for axis in (0, 1):
+        values = [point[axis] for point in points]
+        whole = [*values, base[axis]]
+        reach, extent = max(values) - min(values), max(whole) - min(whole)
+        if len(points) > 1 and extent > 0 and reach < _CLOSER * extent:
+            return True
+    return False

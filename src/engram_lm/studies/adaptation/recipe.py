@@ -1,0 +1,329 @@
+"""The recipe of an adaptation: everything that decides it, as one value."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory import EngramConfig
+from engram_lm.training.recipe import PATHS, differences
+from engram_lm.training.recipe_file import build, override, read_table, to_plain
+from engram_lm.training.schedules import ScheduleOptions
+from engram_lm.training.sources import TextSource
+
+__all__ = [
+    "AdaptationRecipe",
+    "ArmName",
+    "ArmOptions",
+    "BaseOptions",
+    "DomainOptions",
+    "LoraOptions",
+    "MemoryOptions",
+    "RateOptions",
+    "StepOptions",
+]
+
+ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
+"""What can be compared; `engram_lm.studies.adaptation.arms` says what each is."""
+
+_CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The pretrained model."""
+
+    model: str = "runs/base-cpu/model"
+    """Folder, or name on the Hub, of a causal language model of transformers and its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    layer_list: str | None = None
+    """Path of its decoder layers, such as ``model.layers``, where structure does not tell."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type its weights are loaded in; auto is as stored."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainOptions:
+    """What is trained and evaluated on."""
+
+    domain: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Text of the domain that the model shall learn: files or folders, or tables of ``path``, ``kind``, ``field``,
+    ``split``, as for ``engram-lm train``. Must be given."""
+    held_out: float = 0.06
+    """Share of the domain's documents, chosen by their contents, that the result is measured on; where there are too
+    few of them, that share of the tokens, from the end."""
+    validation: float = 0.02
+    """Share that learning rates are chosen on, and nothing else."""
+    held_out_tokens: int = 65_536
+    """Tokens of the held-out share that are used at most; of the validation share, half as many."""
+    retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], PATHS] = ()
+    """Text that the model knew before, to measure what it forgets: files, or ``standard-library`` for the Python
+    sources that ``engram-lm train`` trains on unless told otherwise. Without it forgetting is not measured."""
+    retained_held_out: float = 0.01
+    """Share of its documents that is used: as ``data.held_out`` of the recipe that trained the base, it finds the very
+    documents that the base was not trained on. 0 uses all of it."""
+    retained_tokens: int = 65_536
+    """Tokens of it that are used at most."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    cache: Path | None = None
+    """Folder of token shards, which runs share; where None, ``engram-lm/shards`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_tokens", "retained_tokens", "sequence_length"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} is at least 2, not {getattr(self, name)}")
+        if not (0 < self.held_out < 1 and 0 <= self.validation < 1 and self.held_out + self.validation < 1):
+            raise ConfigError(
+                f"held_out is a share above 0, validation one from 0, and both leave something to train on; not "
+                f"{self.held_out} and {self.validation}"
+            )
+        if not 0 <= self.retained_held_out < 1:
+            raise ConfigError(f"retained_held_out is a share from 0 and below 1, not {self.retained_held_out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """The memory that is added: fields of ``EngramConfig``."""
+
+    initialization: Literal["random", "transfer"] = "random"
+    """How rows begin: drawn, or made of the base model's own hidden states for the domain's frequent N-grams."""
+    transfer_tokens: int = 131_072
+    """Tokens of the domain whose hidden states are taken for that; the pass over them counts as training."""
+    transfer_source: Literal["last", "block"] = "last"
+    """Whose hidden states: of the last decoder layer, or those that go into the layer that reads the memory."""
+    layers: tuple[int, ...] = (1,)
+    """Decoder layers that read memory before they run, counted from 0."""
+    orders: tuple[int, ...] = (2, 3)
+    """Orders of the N-grams that are looked up."""
+    num_heads: int = 8
+    """Hash heads per order."""
+    memory_dim: int | None = None
+    """Width of the memory vector over all heads; the model's hidden size, as near as the heads divide it, where
+    None."""
+    rows_per_head: int = 32_768
+    """Rows asked for per head."""
+    tables: Literal["per_layer", "shared"] = "per_layer"
+    """One table for each layer, or one for all of them."""
+    signs: Literal["none", "hashed"] = "none"
+    """Whether rows are multiplied by a sign that the N-gram's row in the next head decides."""
+    gate: Literal["signed_sqrt", "plain", "none"] = "signed_sqrt"
+    """What the gate's score goes through before its sigmoid."""
+    kernel_size: int = 4
+    """Taps of the short convolution; 0 leaves it out."""
+    table_std: float = 0.02
+    """Standard deviation of the first rows."""
+    seed: int = 0
+    """Seed of the hash multipliers."""
+
+    def __post_init__(self) -> None:
+        if self.transfer_tokens < 2:
+            raise ConfigError(f"transfer_tokens is at least 2, not {self.transfer_tokens}")
+        self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be
+
+    def for_width(self, hidden_size: int) -> EngramConfig:
+        """Configure the memory of a model of this width.
+
+        Raises:
+            ConfigError: An impossible memory.
+        """
+        heads = self.num_heads * len(self.orders)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("initialization", "transfer_tokens", "transfer_source"):
+            del values[name]
+        if heads and self.memory_dim is None:
+            values["memory_dim"] = max(1, round(hidden_size / heads)) * heads
+        return EngramConfig(hidden_size=hidden_size, value_init="zero", **values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """The low-rank matrices that memory is compared with, and joined with."""
+
+    rank: int | Literal["auto"] = "auto"
+    """Rank; auto takes the one whose operations per token are nearest to those of the memory's matrices."""
+    alpha: float | None = None
+    """Their product is multiplied by alpha / rank; twice the rank where None."""
+    dropout: float = 0.0
+    """Share of their inputs that is dropped in training."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the matrices that get them; ``all-linear`` is every matrix of the decoder layers."""
+
+    def __post_init__(self) -> None:
+        if self.rank != "auto" and self.rank < 1:
+            raise ConfigError(f"rank is at least 1 or 'auto', not {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha is a finite number above 0, not {self.alpha}")
+        if not 0 <= self.dropout < 1 or not self.targets:
+            raise ConfigError(
+                f"dropout is from 0 and below 1 and targets not empty, not {self.dropout}, {self.targets}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How many steps, of what, how often."""
+
+    num_steps: int | None = None
+    """Optimizer steps of the arm ``memory``, whose operations are the budget of all; or give ``epochs``."""
+    epochs: float | None = None
+    """Times through the domain's text, in place of ``num_steps``."""
+    equal: Literal["compute", "tokens"] = "compute"
+    """What every arm gets as much of as the arm ``memory``: operations of training, or tokens."""
+    seeds: int = 1
+    """Repetitions with other first numbers and another order of the text; all arms of one see the same batches."""
+    batch_size: int = 16
+    """Sequences in a step."""
+    micro_batch_size: int | None = None
+    """Sequences that are computed at a time; gradients are added up. All where None."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; auto takes bfloat16 where the device has it in hardware."""
+    device: str = "auto"
+    """Where to train, as torch names it; auto takes an accelerator where there is one."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    curve_points: int = 6
+    """Times that the held-out loss is measured along the way."""
+    curve_tokens: int = 16_384
+    """Held-out tokens used for each of them."""
+
+    def __post_init__(self) -> None:
+        if (self.num_steps is None) == (self.epochs is None):
+            raise ConfigError("give either num_steps or epochs")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ConfigError(f"num_steps is at least 1, not {self.num_steps}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs is a finite number above 0, not {self.epochs}")
+        for name, least in (("seeds", 1), ("batch_size", 1), ("curve_points", 0), ("curve_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is at least {least}, not {getattr(self, name)}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size is at least 1, not {self.micro_batch_size}")
+        if not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(f"max_grad_norm is a finite number above 0, not {self.max_grad_norm}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateOptions:
+    """Learning rates. Of several the first seed tries each, and the one with the lowest validation loss is taken."""
+
+    memory: tuple[float, ...] = (4e-3,)
+    """Of ``memory``; ``random_table``, ``permuted_hash`` and ``transfer`` take the one that it takes."""
+    lora: tuple[float, ...] = (4e-3,)
+    """Of ``lora``."""
+    memory_lora: tuple[float, ...] = (4e-3,)
+    """Of ``memory_lora``."""
+    full: tuple[float, ...] = (1e-3,)
+    """Of ``full``."""
+    table_lr_multiplier: float = 5.0
+    """Learning rate of the tables relative to it."""
+    weight_decay: float = 0.0
+    """Decoupled; of matrices. Tables have none."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "lora", "memory_lora", "full"):
+            rates = getattr(self, name)
+            if not rates or len(set(rates)) != len(rates) or not all(0 < rate < math.inf for rate in rates):
+                raise ConfigError(f"{name} is one or several different rates above 0, not {list(rates)}")
+        if not (0 <= self.table_lr_multiplier < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ConfigError(
+                f"table_lr_multiplier and weight_decay are at least 0, not {self.table_lr_multiplier} and "
+                f"{self.weight_decay}"
+            )
+
+    def of(self, arm: ArmName) -> tuple[float, ...]:
+        """The rates that an arm tries."""
+        rates: tuple[float, ...] = getattr(self, arm if arm in ("lora", "memory_lora", "full") else "memory")
+        return rates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmOptions:
+    """What is trained and compared."""
+
+    names: tuple[ArmName, ...] = ("memory",)
+    """memory; lora; memory_lora (both); full (every weight); random_table (rows that stay as drawn); permuted_hash (an
+    N-gram reads other rows at every position); transfer (rows made of the base's hidden states)."""
+
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise ConfigError(f"names lists one arm or several, each once, not {list(self.names)}")
+
+    def with_controls(self) -> Self:
+        """The same and the controls."""
+        return dataclasses.replace(self, names=tuple(dict.fromkeys((*self.names, *_CONTROLS))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptationRecipe:
+    """Everything that decides an adaptation. A recipe file is this, in TOML, one section per field."""
+
+    base: BaseOptions = dataclasses.field(default_factory=BaseOptions)
+    """The pretrained model."""
+    data: DomainOptions = dataclasses.field(default_factory=DomainOptions)
+    """What is trained and evaluated on."""
+    memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
+    """The memory that is added."""
+    lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
+    """The low-rank matrices that it is compared with."""
+    train: StepOptions
+    """How many steps, of what, how often."""
+    rates: RateOptions = dataclasses.field(default_factory=RateOptions)
+    """Learning rates of the arms."""
+    schedule: ScheduleOptions = dataclasses.field(default_factory=ScheduleOptions)
+    """How they change."""
+    arms: ArmOptions = dataclasses.field(default_factory=ArmOptions)
+    """What is trained and compared."""
+
+    @classmethod
+    def read(cls, path: Path, overrides: list[str] | None = None) -> Self:
+        """Read a recipe file.
+
+        Args:
+            path: The TOML file.
+            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
+
+        Raises:
+            ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
+        """
+        return build(cls, override(read_table(path), overrides or [], prog="engram-lm adapt"))
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Make a recipe of nested dictionaries, as `to_dict` gives them.
+
+        Raises:
+            ConfigError: A key is unknown or a value impossible.
+        """
+        return build(cls, table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values; what is None is left out."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to go on with another recipe than a run was begun with. Seeds and arms may be added.
+
+        Raises:
+            MismatchError: Naming every key that differs.
+        """
+        ours = self.to_dict()
+        different = [
+            f"{place} is {now!r}, was {then!r}"
+            for section in ours
+            for place, now, then in differences(section, ours[section], saved.get(section))
+            if place not in _MAY_CHANGE
+        ]
+        if different:
+            raise MismatchError(
+                f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
+                "run folder, or begin a new run with another --out"
+            )
+
+
+# What decides where work is done and how much of it, and not what comes out of each part.
+_MAY_CHANGE = {"data.cache", "train.micro_batch_size", "train.device", "train.seeds", "arms.names"}

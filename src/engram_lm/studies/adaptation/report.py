@@ -1,0 +1,317 @@
+"""The result of an adaptation as one page that opens offline and asks nothing of the network."""
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
+from engram_lm.page.number_text import count_text, mean_of, number_text
+from engram_lm.studies.adaptation.diagnostics_section import diagnostics_section
+from engram_lm.studies.adaptation.figures import curve_figures, forgetting_figures
+from engram_lm.studies.adaptation.finding import (
+    arm_title,
+    compare,
+    finite_loss,
+    headline,
+    losses,
+)
+from engram_lm.studies.adaptation.summary import COLUMNS, RUN_COLUMNS, arm_rows, run_rows
+
+__all__ = ["render_report"]
+
+_ARM_COLORS = ("memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer")
+_USEFUL = ("memory", "memory_lora", "transfer")
+_KEY_COLUMNS = {"Domain loss", "Change on old text"}
+
+_CONTROLS = {
+    "random_table": (
+        "Random table",
+        "The table stays as it was drawn; only the layers that read it are trained. If this does as well as memory, "
+        "the gain comes from those layers, or from telling N-grams apart at all, and not from what rows have learned.",
+    ),
+    "permuted_hash": (
+        "Permuted hash",
+        "Rows are read in the same number and at the same cost, but an N-gram reads other rows at every position. If "
+        "this does as well as memory, it does not matter which N-gram is looked up: memory is only more parameters.",
+    ),
+    "lora": (
+        "LoRA",
+        "A low-rank change of the model’s own matrices; with <code>lora.rank = &quot;auto&quot;</code>, of the rank "
+        "that costs as much trainable compute per token as the memory. If this does as well, memory is no better use "
+        "of that compute; compare what both forget.",
+    ),
+    "full": (
+        "Full fine-tuning",
+        "All weights of the base are trained, under the same budget. What this forgets is what a frozen base avoids.",
+    ),
+    "transfer": (
+        "Transfer",
+        "The rows of frequent N-grams begin as the base’s own hidden states instead of at random. If this is no better "
+        "than memory, how rows begin does not matter after this much training.",
+    ),
+}
+
+
+def render_report(result: Mapping[str, Any]) -> str:
+    """Render the whole report.
+
+    Args:
+        result: A result in the format ``engram.adaptation.1``; arms, numbers and texts may be missing or not finite.
+
+    Returns:
+        An HTML page with its styles and pictures inside, and without scripts.
+    """
+    style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    return render_page(
+        title=f"{headline(result).title} · engram-lm adapt",
+        header=_header(result),
+        sections=[
+            _forgetting(result),
+            _arms(result),
+            _curves(result),
+            _controls(result),
+            diagnostics_section(result),
+            _use(result),
+            _facts(result),
+        ],
+        footer="This page is complete in itself and loads nothing. The numbers are in <code>result.json</code>, "
+        f"format <code>{escape(result.get('format', ''))}</code>.",
+        colors=[name if name in _ARM_COLORS else "other" for name in _arms_of(result)],
+        style=style,
+    )
+
+
+# Sections, from top to bottom --------------------------------------------------------------------------------------
+
+
+def _header(result: Mapping[str, Any]) -> str:
+    said, base, data = headline(result), result.get("base") or {}, result.get("data") or {}
+    parts = []
+    if base:
+        parts.append(
+            f"The base is {base.get('name')} ({count_text(base.get('num_parameters'))} parameters, "
+            f"{plain_text(base.get('num_layers'))} layers)."
+        )
+    if data.get("domain_tokens") is not None:
+        parts.append(
+            f"The domain is {data.get('domain')}: {plain_text(data['domain_tokens'])} tokens to train on, "
+            f"{plain_text(data.get('held_out_tokens'))} held out to judge."
+        )
+    if _has_old_text(result):
+        parts.append(f"The old text is {data.get('retained')}: {plain_text(data.get('retained_tokens'))} tokens.")
+    lines = [
+        '<p class="eyebrow">engram-lm adapt</p>',
+        f"<h1>{escape(said.title)}</h1>",
+        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
+        f'<p class="muted">{escape(" ".join(parts))}</p>',
+    ]
+    if result.get("interrupted"):
+        lines.append(
+            '<p class="notice">The run was interrupted. What follows is what was finished when it stopped, so arms may '
+            "lack seeds; <code>engram-lm adapt --resume</code> goes on.</p>"
+        )
+    return "\n".join(lines)
+
+
+def _forgetting(result: Mapping[str, Any]) -> str:
+    if not _arms_of(result):
+        return ""
+    figures = forgetting_figures(result)
+    if not figures and _has_old_text(result):
+        return ""
+    if not figures:
+        figures = (
+            '<p class="notice">No old text was given, so what was forgotten is not known. Name text like that which '
+            "the base was trained on with <code>--data.retained</code> to measure it.</p>"
+        )
+    else:
+        figures += (
+            '<p class="note">Each point is one seed. Lower is better on the domain; further left is better on the old '
+            "text, and right of 0 something was forgotten.</p>"
+        )
+    return section("forgetting", "What was learned, and what was forgotten", figures)
+
+
+def _arms(result: Mapping[str, Any]) -> str:
+    arms = _arms_of(result)
+    if not arms and finite_loss((result.get("before") or {}).get("domain")) is None:
+        return ""
+    about = "\n".join(
+        f"<li><strong>{escape(arm_title(arm, name))}</strong>: {escape(arm['about'])}{_rank(arm)}</li>"
+        for name, arm in arms.items()
+        if arm.get("about")
+    )
+    note = "Loss and change are in nats per token, on held-out text; a positive change is something forgotten."
+    if max((len(arm.get("runs") or ()) for arm in arms.values()), default=0) > 1:
+        note += " Values are means over seeds, ± the standard deviation."
+    note += (
+        " <em>Memory off</em> is the same model with its memory not read; <em>rows shuffled</em> reads rows of other "
+        "N&#8209;grams in their place."
+    )
+    models = table(COLUMNS, arm_rows(result), label="The models, a wide table", kind="arms", key_columns=_KEY_COLUMNS)
+    return section(
+        "arms",
+        "The models",
+        f'{models}<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else ""),
+    )
+
+
+def _curves(result: Mapping[str, Any]) -> str:
+    figures = curve_figures(result)
+    if not figures:
+        return ""
+    return section(
+        "curves",
+        "While training",
+        f'{figures}<p class="note">Loss on held-out text of the domain; each seed is a line. The vertical axis leaves '
+        "out the first tenth, where the loss is far higher.</p>",
+    )
+
+
+def _controls(result: Mapping[str, Any]) -> str:
+    arms = _arms_of(result)
+    if "memory" not in arms:
+        return ""
+    entries = []
+    for name, (title, meaning) in _CONTROLS.items():
+        if name in arms:
+            found = _against_memory(result, name)
+        elif name in {"random_table", "permuted_hash", "lora"}:
+            found = "Not run here; <code>engram-lm adapt --controls</code> adds it."
+        else:
+            continue
+        entries.append(f'<dt>{title}</dt><dd>{meaning}</dd><dd class="found">{found}</dd>')
+    for kind, title, meaning in (
+        ("memory_off", "Memory off", "The trained model with its memory switched off: how much depends on it."),
+        (
+            "rows_shuffled",
+            "Rows shuffled",
+            "The trained model reading other rows than it learned: what is lost is what the rows hold.",
+        ),
+    ):
+        found = _without_memory(arms["memory"], kind)
+        if found:
+            entries.append(f'<dt>{title}</dt><dd>{meaning}</dd><dd class="found">{found}</dd>')
+    return section(
+        "controls",
+        "What could explain it instead",
+        f'<dl class="controls">{"".join(entries)}</dl><p class="note">Better or worse is said of a difference of more '
+        "than twice its standard deviation over the seeds. It is taken seed by seed: arms of one seed saw the same "
+        "batches in the same order.</p>",
+    )
+
+
+def _against_memory(result: Mapping[str, Any], name: str) -> str:
+    """What an arm showed beside memory, in a sentence."""
+    sentences = []
+    for text, what in (("domain", "On the domain"), ("retained", "On the old text")):
+        difference = compare(result, name, "memory", text)
+        if difference is not None:
+            verdict = {
+                "lower": "better than memory",
+                "higher": "worse than memory",
+                "equal": "no difference to memory" + (" beyond the spread" if difference.spread is not None else ""),
+                "unknown": "loss minus memory’s, in one seed",
+            }[difference.verdict]
+            sentences.append(f"{what}: {verdict} ({difference.text}).")
+    return escape(" ".join(sentences) or "No seed has a finite loss both here and with memory.")
+
+
+def _without_memory(arm: Mapping[str, Any], kind: str) -> str:
+    """How far the domain loss rises without what memory holds, seed by seed."""
+    kept = losses(arm)
+    rises = [
+        loss - kept[run.get("seed")]
+        for run in arm.get("runs") or ()
+        if (loss := finite_loss((run.get(kind) or {}).get("domain"))) is not None and run.get("seed") in kept
+    ]
+    mean = mean_of(rises)
+    if mean is None:
+        return ""
+    return escape(f"The domain loss {'rises' if mean >= 0 else 'falls'} by {abs(mean):.3f} nats per token.")
+
+
+def _use(result: Mapping[str, Any]) -> str:
+    # The folder is written at the end of a whole run, of the first arm that is no control.
+    useful = [name for name, arm in _arms_of(result).items() if name in _USEFUL and losses(arm)]
+    if not useful or result.get("interrupted"):
+        return ""
+    recipe = (result.get("recipe") or {}).get("base") or {}
+    # JSON and Python write strings alike; the list of layers is only named where structure did not tell.
+    base = json.dumps(str((result.get("base") or {}).get("name") or recipe.get("model") or "BASE"))
+    layers = f", layer_list={json.dumps(str(recipe['layer_list']))}" if recipe.get("layer_list") else ""
+    code = (
+        "import engram_lm, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({base})\n"
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({base})\n"
+        f'adapter = engram_lm.MemoryAdapter.from_pretrained(model, "adapter", tokenizer=tokenizer{layers})\n'
+        'print(tokenizer.decode(model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=40)[0]))'
+    )
+    lora = (
+        "The LoRA that was trained with it lies under <code>runs/</code>, as peft writes it; load both. "
+        if useful[0] == "memory_lora"
+        else ""
+    )
+    return section(
+        "use",
+        "Use the adapter",
+        f"<p>The folder <code>adapter</code> beside this page holds the memory of the first seed. {lora}"
+        "<code>adapter.detach()</code> gives the base back exactly.</p>"
+        f'<pre class="command" tabindex="0" aria-label="Python">{escape(code)}</pre>',
+    )
+
+
+def _facts(result: Mapping[str, Any]) -> str:
+    recipe = result.get("recipe") or {}
+    facts = result.get("facts") or result
+    groups = [
+        ("Base", result.get("base")),
+        ("Data", result.get("data")),
+        ("Memory", result.get("memory")),
+        *((f"Recipe: {name}", values) for name, values in recipe.items() if isinstance(values, Mapping)),
+        ("Recipe", {name: value for name, value in recipe.items() if not isinstance(value, Mapping)}),
+        ("Validation loss by learning rate", _rates_tried(result)),
+        ("Machine", facts.get("machine")),
+        ("Versions", facts.get("versions")),
+        ("Run", {key: facts.get(key) for key in ("started", "commit") if facts.get(key) is not None}),
+    ]
+    if result.get("seconds") is not None:
+        groups[-1][1]["minutes"] = number_text(result["seconds"] / 60)  # type: ignore[index]
+    lists = "\n".join(
+        f"<div><h3>{escape(name)}</h3>{definitions(values)}</div>"
+        for name, values in groups
+        if isinstance(values, Mapping) and values
+    )
+    runs = run_rows(result)
+    every = ""
+    if runs:
+        every = table(RUN_COLUMNS, runs, label="Every run", row_headings=False)
+        every = f"<details><summary>Every run</summary>{every}</details>"
+    command = facts.get("command")
+    shown = f'<pre class="command" tabindex="0" aria-label="Command">{escape(command)}</pre>' if command else ""
+    return section("facts", "How it was made", f'{shown}<div class="facts">{lists}</div>{every}')
+
+
+def _rates_tried(result: Mapping[str, Any]) -> dict[str, str]:
+    """What each arm chose its learning rate by, where it had a choice."""
+    return {
+        arm_title(arm, name): ", ".join(f"{plain_text(rate)}: {number_text(loss, 3)}" for rate, loss in tried)
+        for name, arm in _arms_of(result).items()
+        if len(tried := arm.get("rates_tried") or ()) > 1
+    }
+
+
+# Pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _arms_of(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.get("arms") or {}
+
+
+def _has_old_text(result: Mapping[str, Any]) -> bool:
+    return bool((result.get("before") or {}).get("retained"))
+
+
+def _rank(arm: Mapping[str, Any]) -> str:
+    return f"; LoRA of rank {escape(arm['lora_rank'])}" if arm.get("lora_rank") else ""

@@ -1,0 +1,120 @@
+"""The pictures of the study: loss by depth, the logit lens, CKA and the layers it says memory saves."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engram_lm.files import replacing
+from engram_lm.page.figure import DASHES, MARKERS
+from engram_lm.studies.depth.arms import BASELINE
+
+__all__ = ["save_figures"]
+
+
+def save_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write ``sweep.png``, ``lens.png`` and ``cka.png``, those that there is something for.
+
+    Args:
+        result: A result in the format ``engram.depth.1``.
+        folder: Where to.
+
+    Returns:
+        The files.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    saved = []
+    for name, size, draw in _pictures(result["summary"]):
+        figure = Figure(figsize=size, layout="constrained", dpi=140)
+        FigureCanvasAgg(figure)
+        draw(figure)
+        with replacing(folder / name) as aside:
+            figure.savefig(aside, format="png")
+        saved.append(folder / name)
+    return saved
+
+
+def _pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float], Callable[[Any], None]]]:
+    arms = summary["arms"]
+    if sum(len(arm["blocks"]) == 1 for arm in arms.values()) > 1:
+        yield "sweep.png", (6.4, 3.8), lambda figure: _draw_sweep(figure.subplots(), arms)
+    curves = {arm["title"]: arm["lens"] for arm in arms.values() if arm["lens"]}
+    if curves:
+        yield "lens.png", (6.4, 4.2), lambda figure: _draw_lens(figure.subplots(), curves)
+    maps = {name: arm["cka"] for name, arm in arms.items() if arm["cka"]}
+    if maps:
+        yield "cka.png", (10.4, 4.4), lambda figure: _draw_cka(figure, arms, maps, summary["best"])
+
+
+def _draw_sweep(axes: Any, arms: Mapping[str, Any]) -> None:
+    """Loss by block: the mean, and a small point for every seed's gain subtracted from the mean without memory."""
+    base = arms[BASELINE]["loss"]["mean"]
+    single = [arm for arm in arms.values() if len(arm["blocks"]) == 1]
+    blocks = [arm["blocks"][0] for arm in single]
+    for arm, block in zip(single, blocks, strict=True):
+        gains = arm["gain"]["per_seed"]
+        axes.plot([block] * len(gains), [base - gain for gain in gains], ".", color="C0", alpha=0.5)
+    axes.plot(blocks, [arm["loss"]["mean"] for arm in single], "o-", color="C0", label="one module, by block")
+    axes.axhline(base, color="0.3", linestyle="--", label=arms[BASELINE]["title"])
+    for arm in arms.values():
+        if len(arm["blocks"]) > 1:
+            label = f"divided: {arm['title']}"
+            axes.axhline(arm["loss"]["mean"], color="C1", linestyle=":", label=label)
+            axes.plot(arm["blocks"], [arm["loss"]["mean"]] * len(arm["blocks"]), "s", color="C1")
+    axes.set_xticks(blocks)
+    axes.set_xlabel("block that reads memory, counted from 0")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_lens(axes: Any, curves: Mapping[str, Any]) -> None:
+    """Divergence by layers behind; the output of a block that reads memory has a large point."""
+    for index, (title, curve) in enumerate(curves.items()):
+        values = _numbers(curve["kl"])
+        reading = [block + 1 for block in curve["memory_blocks"]]
+        color = f"C{index - 1}" if index else "0.2"  # as in the other pictures, which leave out the first
+        axes.plot(range(len(values)), values, color=color, linestyle=DASHES[index % len(DASHES)], label=title)
+        marker = MARKERS[index % len(MARKERS)]
+        axes.plot(reading, [values[entry] for entry in reading], linestyle="none", marker=marker, color=color)
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("layers behind")
+    axes.set_ylabel("KL(final‖layer), nats")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_cka(figure: Any, arms: Mapping[str, Any], maps: Mapping[str, Any], best: str) -> None:
+    """The map of the best arm with its soft alignment, and how many layers every arm is ahead."""
+    left, right = figure.subplots(1, 2)
+    found = maps[best]
+    image = left.imshow([_numbers(row) for row in found["similarity"]], origin="lower", vmax=1, cmap="viridis")
+    entries = list(range(len(found["alignment"])))
+    left.plot(entries, entries, color="white", linestyle=":", linewidth=1.5)
+    left.plot(entries, _numbers(found["alignment"]), "o-", color="red", label="soft alignment")
+    left.set_xlabel(f"{arms[best]['title']}: layers behind")
+    left.set_ylabel("no memory: layers behind")
+    left.legend(loc="lower right", fontsize=8)
+    figure.colorbar(image, ax=left, label="CKA")
+    for index, (name, one) in enumerate(maps.items(), 1):  # styles as in the lens, which draws one more
+        right.plot(
+            entries,
+            _numbers(one["gain"]),
+            color=f"C{index - 1}",
+            linestyle=DASHES[index % len(DASHES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            label=arms[name]["title"],
+        )
+    right.axhline(0, color="0.3", linewidth=0.8)
+    right.set_xlabel("layers behind")
+    right.locator_params(axis="x", integer=True)
+    right.set_ylabel("layers ahead of no memory")
+    right.grid(axis="y", color="0.9")
+    right.legend(frameon=False, fontsize=8)
+
+
+def _numbers(values: Any) -> list[float]:
+    return [float("nan") if value is None else value for value in values]

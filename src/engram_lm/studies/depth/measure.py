@@ -1,0 +1,73 @@
+"""What the layers of the trained models do: the logit lens of each, and CKA with the model without memory."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_lm.analysis.alignment import CkaFindings
+from engram_lm.analysis.cka import Cka
+from engram_lm.analysis.lens import LogitLens
+from engram_lm.analysis.positions import Positions
+from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
+from engram_lm.analysis.subject import Subject
+
+__all__ = ["MeasureOptions", "measure"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What is measured, and on how much text."""
+
+    parts: tuple[str, ...]
+    """Of ``lens`` and ``cka``."""
+    length: int
+    """Tokens the models see at once."""
+    max_tokens: int
+    """Tokens that are read, from the start of the text."""
+    positions: Positions
+    """Where CKA compares hidden states."""
+    top_k: int
+    """Layers that a soft alignment averages over."""
+
+
+def measure(
+    subjects: Sequence[Subject],
+    tokens: np.ndarray,
+    options: MeasureOptions,
+    *,
+    baseline: str,
+    on_progress: Callable[[int], None] = lambda num_tokens: None,
+) -> dict[str, Any]:
+    """Let all models read a text once, and look at their layers.
+
+    Args:
+        subjects: The models, of one tokenizer.
+        tokens: The text, integers ``[num_tokens]``.
+        options: What is measured.
+        baseline: Name of the model without memory.
+        on_progress: Called with the number of tokens just read.
+
+    Returns:
+        Plain values by part: for ``lens`` a `LensCurve` of each model, for ``cka`` a `CkaMap` of each but the baseline,
+        by name; ``{"not_applicable": reason}`` in place of a part that does not apply.
+    """
+    known: dict[str, Analysis] = {
+        "lens": LogitLens(),
+        "cka": Cka(baseline=baseline, positions=options.positions),
+    }
+    chosen = {part: known[part] for part in options.parts}
+    found = read_text(
+        subjects, tokens, chosen, length=options.length, max_tokens=options.max_tokens, on_progress=on_progress
+    )
+    return {part: _by_model(result, options.top_k) for part, result in found.items()}
+
+
+def _by_model(result: Any, top_k: int) -> dict[str, Any]:
+    if isinstance(result, NotApplicable):
+        return result.to_dict()
+    if isinstance(result, CkaFindings):
+        return {found.column_model: found.to_dict(top_k) for found in result.maps}
+    models: dict[str, Any] = result.to_dict()["models"]
+    return models

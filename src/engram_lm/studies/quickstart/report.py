@@ -1,0 +1,300 @@
+"""The result of a quickstart as one page that opens offline and asks nothing of the network."""
+
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engram_lm.analysis.gates import GateTrace, strongest
+from engram_lm.page.figure import line_legend
+from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
+from engram_lm.page.number_text import count_text
+from engram_lm.studies.curves import curve_svg, describe_curves, smooth
+from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
+
+__all__ = ["render_report"]
+
+_RUN_COLUMNS = ("Model", "Seed", "Tokens", "Held-out loss", "Perplexity", "Bits per byte", "Tokens/s", "Minutes")
+_KEY_COLUMNS = {"Held-out loss", "Perplexity", "Gain over twin"}
+_ARM_COLORS = ("memory", "twin", "random_table", "wide")
+_NUM_NGRAMS = 12
+_ENOUGH_POSITIONS = 400
+"""Positions above which an N-gram seen once is no longer worth a line."""
+
+
+def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) -> str:
+    """Render the whole report.
+
+    Args:
+        result: A result in the format ``engram.quickstart.1``; numbers may be None and arms may be missing.
+        gate_texts: Held-out texts seen through one model's gates; the sections about gates are left out without any.
+
+    Returns:
+        An HTML page with its styles, scripts and pictures inside.
+    """
+    own = importlib.resources.files(__package__)
+    script = own.joinpath("report.js").read_text(encoding="utf-8")
+    sections = [
+        _arms(result),
+        _curves(result),
+        _gates(gate_texts),
+        _ngrams(gate_texts),
+        _samples(result),
+        _facts(result),
+    ]
+    return render_page(
+        title=f"{headline(result).title} · engram-lm quickstart",
+        header=_header(result),
+        sections=sections,
+        footer=_footer(result),
+        colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],
+        style=own.joinpath("report.css").read_text(encoding="utf-8"),
+        script=f'<script type="application/json" id="data">{_json(_gate_data(gate_texts))}</script>\n'
+        f"<script>\n{script}</script>",
+    )
+
+
+# Sections, from top to bottom --------------------------------------------------------------------------------------
+
+
+def _header(result: Mapping[str, Any]) -> str:
+    said, arms, data = headline(result), result["arms"], result.get("data") or {}
+    parts = []
+    if {"memory", "twin"} <= arms.keys():
+        costs = [count_text(arms[name].get("flops_per_token")) for name in ("memory", "twin")]
+        parts.append(
+            f"A model with memory ({costs[0]} active FLOPs per token) against its memory-less twin ({costs[1]})."
+        )
+    if data.get("train_tokens") is not None:
+        parts.append(
+            f"Trained on {data.get('source')} ({plain_text(data['train_tokens'])} tokens in "
+            f"{plain_text(data.get('train_files'))} files), judged on {plain_text(data.get('held_out_tokens'))} "
+            f"tokens in {plain_text(data.get('held_out_files'))} files held out."
+        )
+    lines = [
+        '<p class="eyebrow">engram-lm quickstart</p>',
+        f"<h1>{escape(said.title)}</h1>",
+        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
+        f'<p class="muted">{escape(" ".join(parts))}</p>',
+    ]
+    if result.get("interrupted"):
+        lines.append(
+            '<p class="notice">The run was interrupted. What follows is what there was when it stopped; '
+            "all models had seen the same text.</p>"
+        )
+    return "\n".join(lines)
+
+
+def _arms(result: Mapping[str, Any]) -> str:
+    rows = arm_rows(result)
+    if not rows:
+        return ""
+    models = table(
+        ("Model", *COLUMNS),
+        ([title, *cells] for title, cells in rows),
+        label="The models, a wide table",
+        kind="arms",
+        key_columns=_KEY_COLUMNS,
+    )
+    about = "\n".join(
+        f"<li><strong>{escape(arm['title'])}</strong>: {escape(arm['about'])}</li>"
+        for arm in result["arms"].values()
+        if arm.get("about")
+    )
+    seeds = len(result.get("seeds") or ())
+    note = "Loss and gain are in nats per token; a positive gain is a lower loss than the twin’s."
+    if seeds > 1:
+        note += f" Values are means over {seeds} seeds, ± the standard deviation."
+    return section(
+        "arms",
+        "The models",
+        f'{models}<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else ""),
+    )
+
+
+def _curves(result: Mapping[str, Any]) -> str:
+    arms = result["arms"]
+    titles = {name: str(arm["title"]) for name, arm in arms.items()}
+    held_out, training = (
+        {name: [smooth(run.get(kind) or ()) for run in arm.get("runs") or ()] for name, arm in arms.items()}
+        for kind in ("held_out_curve", "train_curve")
+    )
+    figures = []
+    for kind, title, curves, markers in (
+        ("held-out", "Held-out loss", held_out, True),
+        ("training", "Training loss, smoothed", training, False),
+    ):
+        if any(run for runs in curves.values() for run in runs):
+            label = f"{title}. {describe_curves(curves, titles)}"
+            svg = curve_svg(curves, name=kind, label=escape(label), markers=markers)
+            figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+    if not figures:
+        return ""
+    several = " Each seed is a line." if len(result.get("seeds") or ()) > 1 else ""
+    return section(
+        "curves",
+        "While training",
+        f'{line_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
+        f'<p class="note">The vertical axis leaves out the first tenth of the tokens, where the loss is far higher.'
+        f"{several}</p>",
+    )
+
+
+def _gates(traces: Sequence[GateTrace]) -> str:
+    if not traces:
+        return ""
+    first = traces[0]
+    controls = _choice("block", "Block", [str(block) for block in first.blocks])
+    if first.num_streams > 1:
+        controls += _choice("stream", "Stream", [str(stream) for stream in range(first.num_streams)])
+    texts = "\n".join(
+        f"<h3>Text {number} of {len(traces)}</h3>\n"
+        f'<div class="text" role="group" aria-label="Text {number}, {len(trace.tokens)} tokens">{_tokens(trace)}</div>'
+        for number, trace in enumerate(traces, start=1)
+    )
+    return section(
+        "gates",
+        "Where the memory fires",
+        "<p>Held-out text, each token colored by its gate: clear at 0, where the memory is ignored, and full at 1, "
+        "where all of it is let in. What is looked up at a token is the N&#8209;gram that <em>ends</em> there, so "
+        "color marks the token that completes a phrase. Point at a token, or press Tab and then the arrow keys, to see "
+        "which N&#8209;gram added most to the gate’s score.</p>"
+        f'<div class="controls">{controls}<span class="scale"><span>gate 0</span><span class="ramp"></span>'
+        f"<span>1</span></span></div>\n{texts}\n"
+        '<div id="panel" role="status" hidden></div>'
+        '<p class="note">Blocks are counted from 0. A score is split exactly between the orders, because it is linear '
+        "in what was looked up; the gate is a sigmoid of (the signed root of) the sum.</p>",
+    )
+
+
+def _tokens(trace: GateTrace) -> str:
+    spans = []
+    for position, (text, gate) in enumerate(zip(trace.texts, trace.gates[0, :, 0].tolist(), strict=True)):
+        kind = " piece" if not text else " line" if "\n" in text else ""
+        tab = 0 if position == 0 else -1
+        spans.append(
+            f'<span class="t{kind}" data-i="{position}" tabindex="{tab}" style="--g:{round(gate, 3)}">'
+            f"{escape(text)}</span>"
+        )
+    return "".join(spans)
+
+
+def _choice(name: str, label: str, values: Sequence[str]) -> str:
+    buttons = "".join(
+        f'<button type="button" data-choice="{name}" value="{index}" aria-pressed="{str(index == 0).lower()}">'
+        f"{escape(value)}</button>"
+        for index, value in enumerate(values)
+    )
+    return (
+        f'<span class="choice"><span id="choice-{name}">{label}</span>'
+        f'<span class="buttons" role="group" aria-labelledby="choice-{name}">{buttons}</span></span>'
+    )
+
+
+def _ngrams(traces: Sequence[GateTrace]) -> str:
+    if not traces:
+        return ""
+    min_count = 2 if sum(len(trace.tokens) for trace in traces) >= _ENOUGH_POSITIONS else 1
+    tables = []
+    for block in traces[0].blocks:
+        ranked = strongest(traces, block, _NUM_NGRAMS, min_count=min_count)
+        rows = "\n".join(
+            f'<tr><td><span class="ngram">{_visible(item.text)}</span></td><td>{item.order}</td>'
+            f"<td>{item.mean_gate:.2f}</td><td>{item.num_positions}</td></tr>"
+            for item in ranked
+        )
+        tables.append(
+            f'<div><h3>Block {block}</h3><div class="scroll"><table class="ngrams"><thead><tr><th scope="col">N-gram'
+            '</th><th scope="col">Order</th><th scope="col">Mean gate</th><th scope="col">Times</th></tr></thead>\n'
+            f"<tbody>{rows}</tbody></table></div></div>"
+        )
+    times = "more than once" if min_count > 1 else "at least once"
+    return section(
+        "ngrams",
+        "N-grams with the highest mean gate",
+        f'<p class="muted">In the texts above, among those that fired {times}. ␣ is a space, ↵ a line break.</p>'
+        f'<div class="columns">{"".join(tables)}</div>',
+    )
+
+
+def _samples(result: Mapping[str, Any]) -> str:
+    blocks = []
+    for sample in result.get("samples") or ():
+        columns = "".join(
+            f"<div><h3>{escape(result['arms'].get(name, {}).get('title', name))}</h3>"
+            f'<pre><span class="prompt">{escape(sample["prompt"])}</span>{escape(text)}</pre></div>'
+            for name, text in sample["continuations"].items()
+        )
+        blocks.append(f'<div class="sample columns">{columns}</div>')
+    if not blocks:
+        return ""
+    note = '<p class="muted">The prompt is gray; what follows it is the model’s.</p>'
+    return section("samples", "What the models write", note + "\n".join(blocks))
+
+
+def _facts(result: Mapping[str, Any]) -> str:
+    data = dict(result.get("data") or {})
+    skipped = data.pop("skipped", None) or {}
+    # Reasons come from the corpus, so they get a prefix rather than a place among our own words.
+    facts = {**data, **{f"skipped: {reason}": count for reason, count in skipped.items()}}
+    if not skipped:
+        facts["skipped"] = 0
+    run = {key: result.get(key) for key in ("started", "commit", "seeds", "interrupted")}
+    groups = (
+        ("Data", facts),
+        ("Settings", result.get("settings") or {}),
+        ("Machine", result.get("machine") or {}),
+        ("Versions", result.get("versions") or {}),
+        ("Run", run),
+    )
+    lists = "\n".join(f"<div><h3>{name}</h3>{definitions(values)}</div>" for name, values in groups if values)
+    runs = run_rows(result)
+    every = ""
+    if runs:
+        every = table(_RUN_COLUMNS, runs, label="Every run", row_headings=False)
+        every = f"<details><summary>Every run</summary>{every}</details>"
+    command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'
+    return section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{every}')
+
+
+def _footer(result: Mapping[str, Any]) -> str:
+    return (
+        "This page is complete in itself and loads nothing. The numbers are in <code>result.json</code>, "
+        f"format <code>{escape(result.get('format', ''))}</code>."
+    )
+
+
+# Pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _visible(text: str) -> str:
+    shown = escape(text)
+    return shown.replace(" ", "<i>␣</i>").replace("\n", "<i>↵</i>").replace("\t", "<i>⇥</i>") or "<i>·</i>"
+
+
+def _json(value: Any) -> str:
+    # Inside a script element only "<" could end it or open a comment.
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _gate_data(traces: Sequence[GateTrace]) -> dict[str, Any]:
+    """Lay out what the script reads: ``gates[block][stream][token]``, ``scores[block][stream][order][token]``."""
+    if not traces:
+        return {}
+    return {
+        "blocks": traces[0].blocks,
+        "orders": traces[0].orders,
+        "streams": traces[0].num_streams,
+        "traces": [
+            {
+                "tokens": trace.texts,
+                "visible": trace.visible.tolist(),
+                "gates": [[[round(g, 3) for g in stream] for stream in block.T.tolist()] for block in trace.gates],
+                "scores": [
+                    [[[round(s, 2) for s in order] for order in stream] for stream in block.transpose(2, 1, 0).tolist()]
+                    for block in trace.order_scores
+                ],
+            }
+            for trace in traces
+        ],
+    }

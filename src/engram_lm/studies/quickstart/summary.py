@@ -1,0 +1,160 @@
+"""The result of a quickstart in words and rows, for the terminal and for the page."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_of, spread_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "run_rows", "terminal_table"]
+
+COLUMNS = (
+    "Held-out loss",
+    "Perplexity",
+    "Gain over twin",
+    "Backbone",
+    "Vocabulary",
+    "Memory layers",
+    "Memory tables",
+    "Total parameters",
+    "Active FLOPs per token",
+    "Tokens/s",
+    "Minutes",
+)
+"""What is said of every arm, in order; `arm_rows` gives a cell for each. Loss and gain are in nats per token."""
+
+_TWIN, _MEMORY = "twin", "memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """What came out, as a title and a sentence."""
+
+    title: str
+    """The finding."""
+    detail: str
+    """The numbers behind it."""
+
+
+def headline(result: Mapping[str, Any]) -> Headline:
+    """Say which model predicts held-out text better, and by how much, whichever it is.
+
+    Args:
+        result: A result in the format ``engram.quickstart.1``.
+    """
+    arms = result["arms"]
+    difference = result.get("difference")
+    if not difference or difference.get("mean") is None or not {_MEMORY, _TWIN} <= arms.keys():
+        losses = [f"{arm['title']}: {_spread(arm['loss'])} nats per token" for arm in arms.values() if _runs(arm)]
+        return Headline("No comparison yet", "; ".join(losses) or "No model was evaluated.")
+    per_seed = [value for value in difference.get("per_seed") or [difference["mean"]] if value is not None]
+    mean = difference["mean"]
+    amount = f"{abs(mean):.3f} nats per token"
+    wins, seeds = sum(value > 0 for value in per_seed), len(per_seed)
+    if amount.startswith("0.000"):
+        title = "Memory made no difference to the held-out loss"
+    elif 0 < wins < seeds:
+        title = f"The seeds disagree: memory wins {wins} of {seeds}"
+    elif mean > 0:
+        title = f"Memory lowers the held-out loss by {amount}"
+    else:
+        title = f"Memory did not help: it raises the held-out loss by {amount}"
+    perplexities = [mean_of(run.get("perplexity") for run in _runs(arms[name])) for name in (_MEMORY, _TWIN)]
+    detail = f"Perplexity {number_text(perplexities[0])} with memory, {number_text(perplexities[1])} without. "
+    spread = difference.get("std")
+    if seeds > 1:
+        detail += f"Twin minus memory is {signed_text(mean)}"
+        detail += f" ± {spread:.3f} nats per token (mean ± standard deviation over {seeds} seeds)."
+    else:
+        detail += "One seed, so how much of this is chance is not known."
+    return Headline(title, detail)
+
+
+def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Describe every arm: its title, and one cell for each of `COLUMNS`.
+
+    Losses are means over the seeds, with their standard deviation where there are several.
+    """
+    arms = result["arms"]
+    twin_losses = _losses(arms.get(_TWIN, {}))
+    rows = []
+    for name, arm in arms.items():
+        parameters, runs, losses = arm["parameters"], _runs(arm), _losses(arm)
+        gains = [twin_losses[seed] - losses[seed] for seed in losses if seed in twin_losses]
+        minutes = mean_of(run.get("seconds") for run in runs)
+        kinds = ("backbone", "vocabulary", "memory_layers", "memory_tables", "total")
+        cells = [
+            _spread(arm["loss"]),
+            number_text(mean_of(run.get("perplexity") for run in runs)),
+            NOTHING if name == _TWIN else _gain(gains),
+            *(count_text(parameters.get(kind)) for kind in kinds),
+            count_text(arm.get("flops_per_token")),
+            count_text(mean_of(run.get("tokens_per_second") for run in runs)),
+            number_text(None if minutes is None else minutes / 60),
+        ]
+        rows.append((str(arm["title"]), cells))
+    return rows
+
+
+def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Describe every run: arm, seed, tokens, held-out loss, perplexity, bits per byte, tokens per second, minutes."""
+    return [
+        [
+            str(arm["title"]),
+            str(run["seed"]),
+            count_text(run.get("tokens")),
+            number_text(run.get("loss"), 4),
+            number_text(run.get("perplexity")),
+            number_text(run.get("bits_per_byte"), 4),
+            count_text(run.get("tokens_per_second")),
+            number_text(run["seconds"] / 60 if run.get("seconds") is not None else None),
+        ]
+        for arm in result["arms"].values()
+        for run in _runs(arm)
+    ]
+
+
+def terminal_table(result: Mapping[str, Any]) -> "Table":
+    """Lay the arms side by side, a line for each of `COLUMNS`, which fits a terminal of 80 columns.
+
+    Args:
+        result: A result in the format ``engram.quickstart.1``.
+
+    Returns:
+        A table to print with ``rich``.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=Text(headline(result).title, style="bold"), title_justify="left")
+    table.add_column("")
+    rows = arm_rows(result)
+    for title, _ in rows:
+        table.add_column(Text(title), justify="right")
+    for index, column in enumerate(COLUMNS):
+        # Text, not markup: titles come from a file.
+        table.add_row(column, *(Text(cells[index]) for _, cells in rows))
+    return table
+
+
+def _runs(arm: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return arm.get("runs") or ()
+
+
+def _losses(arm: Mapping[str, Any]) -> dict[int, float]:
+    return {run["seed"]: run["loss"] for run in _runs(arm) if run.get("loss") is not None}
+
+
+def _gain(gains: Sequence[float]) -> str:
+    if not gains:
+        return NOTHING
+    return spread_text(statistics.fmean(gains), spread_of(gains), signed=True)
+
+
+def _spread(loss: Mapping[str, Any]) -> str:
+    return spread_text(loss.get("mean"), loss.get("std"))

@@ -1,0 +1,66 @@
+"""Row numbers → rows. Knows nothing of tokens or N-grams.
+
+Reading order: ``table.py`` (the interface every tier keeps), ``resident.py`` (the tables that live in memory: a plain
+one to read from and a trainable one), ``sharded.py`` (the trainable one divided over processes); ``codec.py`` and
+``block_float8.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie), ``safetensors_file.py`` and
+``safetensors_writer.py`` (one kind of file they lie in), ``record_table.py`` (what all tables of stored rows share),
+``mapped.py``, ``file.py``, ``host.py`` and ``http.py`` (its tiers on one machine and on a file server), with
+``scattered_copy.py``, ``page_cache.py``, ``async_reads.py`` and ``http_ranges.py`` (how they read); ``sources.py``
+(which tables a checkpoint holds) and ``open.py`` (one call for all of it); ``cache.py``, ``read_ahead.py`` and
+``staged.py`` (tables around tables: records kept, rows read early, rows brought to a GPU); ``shared.py`` (one copy for
+many processes), ``mooncake.py`` with its client (a remote store); ``packed.py``, ``packed_writer.py``, ``build.py``,
+``convert.py`` and ``verify.py`` (our own file format); ``row_trace.py``, ``reuse.py`` and ``residency.py`` (a recorded
+trace of rows, and what it would cost).
+"""
+
+from engram_lm.tables.cache import CachedTable, most_frequent
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.file import FileTable
+from engram_lm.tables.host import HostTable
+from engram_lm.tables.http import HttpTable, http_layout
+from engram_lm.tables.layout import RowLayout, tensor_layout
+from engram_lm.tables.mapped import MappedTable
+from engram_lm.tables.mooncake import MooncakeTable, publish_to_mooncake
+from engram_lm.tables.open import open_table
+from engram_lm.tables.packed import packed_layout
+from engram_lm.tables.packed_writer import write_packed
+from engram_lm.tables.read_ahead import ReadAheadTable
+from engram_lm.tables.record_table import RecordTable
+from engram_lm.tables.resident import ParameterTable, ResidentTable
+from engram_lm.tables.safetensors_file import StoredTensor, TensorFolder
+from engram_lm.tables.shared import SharedTable
+from engram_lm.tables.sources import table_layouts
+from engram_lm.tables.staged import StagedTable
+from engram_lm.tables.table import Table, Ticket
+from engram_lm.tables.verify import inspect_packed, verify_packed
+
+__all__ = [
+    "CachedTable",
+    "FileTable",
+    "HostTable",
+    "HttpTable",
+    "MappedTable",
+    "MooncakeTable",
+    "ParameterTable",
+    "ReadAheadTable",
+    "RecordTable",
+    "ResidentTable",
+    "RowCodec",
+    "RowLayout",
+    "SharedTable",
+    "StagedTable",
+    "StoredTensor",
+    "Table",
+    "TensorFolder",
+    "Ticket",
+    "http_layout",
+    "inspect_packed",
+    "most_frequent",
+    "open_table",
+    "packed_layout",
+    "publish_to_mooncake",
+    "table_layouts",
+    "tensor_layout",
+    "verify_packed",
+    "write_packed",
+]

@@ -1,0 +1,88 @@
+"""Numbers as E4M3 floats with one power of two per block: how DeepSeek-V4.1 stores its memory.
+
+An E8M0 scale byte ``b`` means ``2 ** (b - 127)``; 255 means NaN. torch's own conversion gives all of these, byte 0
+included; shifting the byte into a float's exponent field would give 0 there instead of ``2 ** -127``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError
+
+__all__ = ["BLOCK", "dequantize", "num_blocks", "quantize"]
+
+BLOCK = 32
+"""Columns (and, in a matrix with square blocks, rows) that share a scale."""
+
+# 448, the largest E4M3 number, is 0.875 * 2 ** 9.
+_LARGEST_FRACTION, _LARGEST_EXPONENT = 0.875, 9
+
+
+def num_blocks(size: int) -> int:
+    """Count the blocks over a dimension; the last may be cut."""
+    return -(-size // BLOCK)
+
+
+def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bool = False) -> Tensor:
+    """Multiply every number by its block's scale.
+
+    Exact in bfloat16 wherever the product is within its range: a product has the four significant bits of its value.
+
+    Args:
+        values: float8_e4m3fn ``[rows, columns]``.
+        scales: float8_e8m0fnu ``[rows, num_blocks(columns)]``, or ``[num_blocks(rows), num_blocks(columns)]``.
+        dtype: Type of the result.
+        square: Whether a block is 32 x 32, or 32 columns of one row.
+
+    Returns:
+        ``[rows, columns]``.
+
+    Source: deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``.
+    """
+    # The product is rounded once, to the result's type; float16 could not even hold the scales.
+    exact = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+    rows, columns = values.shape
+    if columns % BLOCK == 0 and not square:
+        # The same products without a scale for every number in memory: half the time.
+        blocks = values.to(exact).view(rows, -1, BLOCK).mul_(scales.to(exact).unsqueeze(2))
+        return blocks.view(rows, columns).to(dtype)
+    wide = scales.to(exact).repeat_interleave(BLOCK, dim=1)[:, :columns]
+    if square:
+        wide = wide.repeat_interleave(BLOCK, dim=0)[:rows]
+    return values.to(exact).mul_(wide).to(dtype)
+
+
+def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
+    """Round numbers to E4M3 under the smallest power of two per block that lets its largest number fit.
+
+    What `dequantize` returned (within its range) comes back with equal values: a smaller scale than the original one
+    only leaves room for more bits.
+
+    Args:
+        values: ``[rows, columns]``, any floating type.
+        square: Whether a block is 32 x 32, or 32 columns of one row.
+
+    Returns:
+        Values, float8_e4m3fn ``[rows, columns]``, and scales, float8_e8m0fnu, shaped as for `dequantize`.
+
+    Raises:
+        CheckpointError: A number is infinite or NaN.
+
+    Source: the ``ue8m0`` scales of deepseek-ai/DeepSeek-V4.1-Flash ``config.json``.
+    """
+    rows, columns = values.shape
+    values = values.float()
+    height = BLOCK if square else 1
+    padded = F.pad(values, (0, -columns % BLOCK, 0, -rows % height))
+    largest = padded.abs().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).amax((1, 3))
+    if not largest.isfinite().all():
+        raise CheckpointError("8-bit floats cannot hold these weights: some are infinite or NaN")
+    fraction, exponent = torch.frexp(largest)
+    exponent = exponent - _LARGEST_EXPONENT + (fraction > _LARGEST_FRACTION)
+    exponent = torch.where(largest == 0, 0, exponent).clamp_min(-127)
+    scales = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    wide = scales.float().repeat_interleave(BLOCK, dim=1)[:, :columns]
+    if square:
+        wide = wide.repeat_interleave(BLOCK, dim=0)[:rows]
+    return (values / wide).to(torch.float8_e4m3fn), scales

@@ -1,0 +1,205 @@
+"""What the bytes of a row mean: how a row's record becomes numbers, and numbers a record."""
+
+import dataclasses
+import math
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.tables.block_float8 import dequantize, num_blocks, quantize
+from engram_lm.tables.block_integers import (
+    INT4,
+    LARGEST,
+    SCALE_BYTES,
+    dequantize_integers,
+    pack_nibbles,
+    quantize_integers,
+    unpack_nibbles,
+)
+
+__all__ = ["CODEC_NAMES", "RowCodec"]
+
+CODEC_NAMES: dict[str, tuple[torch.dtype, Literal["none", "blocks"]]] = {
+    "float32": (torch.float32, "none"),
+    "bfloat16": (torch.bfloat16, "none"),
+    "float16": (torch.float16, "none"),
+    "float8_e4m3": (torch.float8_e4m3fn, "blocks"),
+    "int8": (torch.int8, "blocks"),
+    "int4": (INT4, "blocks"),
+}
+"""What tables are converted to, by the name on the command line: type of the numbers and kind of scale."""
+
+_NUMBERS_AT_ONCE = 2**17
+
+# Halfway between 448, the largest E4M3 number, and what would come next.
+_LARGEST_ROUNDED_DOWN = 464
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCodec:
+    """How one row is stored: a record of bytes, its numbers first, then their scales where it has some.
+
+    The record is what tiers read, keep, send and cache. It becomes numbers last, so every tier gives the same bits.
+    """
+
+    width: int
+    """Numbers in a row."""
+    stored_dtype: torch.dtype
+    """Type of the stored numbers: a float of 16 bits or more, ``torch.float8_e4m3fn``, ``torch.int8``, or
+    ``torch.int4``, of which a byte holds two."""
+    scale: Literal["none", "table", "blocks"] = "none"
+    """What numbers of 8 bits and less are multiplied by: one number of the table (8-bit floats only), or one per 32
+    numbers, which then stands in the record: an E8M0 byte for floats, a bfloat16 for integers."""
+    table_scale: float = 1.0
+    """The number, where ``scale`` is ``"table"``."""
+
+    def __post_init__(self) -> None:
+        eight, wide = self.stored_dtype == torch.float8_e4m3fn, _is_wide(self.stored_dtype)
+        if self.width < 1 or not (eight or wide or self.stored_dtype in LARGEST):
+            raise ConfigError(f"a row of {self.width} numbers of {self.stored_dtype} cannot be stored")
+        if self.scale not in (("none",) if wide else ("table", "blocks") if eight else ("blocks",)):
+            raise ConfigError(
+                f"rows of {self.stored_dtype} with scale={self.scale!r}: 8-bit rows have scales, others none; integers "
+                "have them by blocks"
+            )
+        if not 0 < self.table_scale < math.inf:
+            raise ConfigError(f"the table's scale is {self.table_scale}, expected a finite number above 0")
+
+    @classmethod
+    def named(cls, name: str, width: int) -> Self:
+        """Return the codec of one of `CODEC_NAMES` for rows of so many numbers.
+
+        Raises:
+            ConfigError: An unknown name or an impossible width.
+        """
+        if name not in CODEC_NAMES:
+            raise ConfigError(f"rows are stored as {', '.join(CODEC_NAMES)}, not as {name!r}")
+        return cls(width, *CODEC_NAMES[name])
+
+    def __str__(self) -> str:
+        """Type of the numbers and kind of scale, for messages."""
+        name = str(self.stored_dtype).removeprefix("torch.").removesuffix("fn")
+        scales = {"none": "", "table": f" times {self.table_scale:g}", "blocks": " with scales by blocks of 32"}
+        return name + scales[self.scale]
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a row's numbers."""
+        return -(-self.width // 2) if self.stored_dtype == INT4 else self.width * self.stored_dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales."""
+        if self.scale != "blocks":
+            return 0
+        return num_blocks(self.width) * (SCALE_BYTES if self.stored_dtype in LARGEST else 1)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a row as it is stored."""
+        return self.value_bytes + self.scale_bytes
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        """Type that loses nothing: the stored one, bfloat16 for 8-bit floats, float32 for integers."""
+        if self.stored_dtype in LARGEST:
+            return torch.float32
+        return torch.bfloat16 if self.stored_dtype.itemsize == 1 else self.stored_dtype
+
+    def checked_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The type that rows are returned in, where ``dtype`` was asked for.
+
+        Raises:
+            ConfigError: It is not a float of 16 bits or more.
+        """
+        if dtype is None:
+            return self.natural_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ConfigError(f"rows are read as torch's floats of 16 bits or more, not as {dtype!r}")
+        return dtype
+
+    def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn records into rows.
+
+        Args:
+            records: uint8 ``[n, record_bytes]``, contiguous.
+            dtype: Type of the result.
+
+        Returns:
+            ``[n, width]``. A view of the records where they are the rows already.
+        """
+        if self.stored_dtype in LARGEST:
+            values = records[:, : self.value_bytes]
+            if self.stored_dtype == INT4:
+                values = unpack_nibbles(values, self.width)
+            scales = records[:, self.value_bytes :].contiguous().view(torch.bfloat16)
+            return dequantize_integers(values.view(torch.int8), scales, dtype)
+        if self.scale == "blocks":
+            values = records[:, : self.value_bytes].contiguous().view(self.stored_dtype)
+            scales = records[:, self.value_bytes :].contiguous().view(torch.float8_e8m0fnu)
+            return dequantize(values, scales, dtype)
+        values = records.view(self.stored_dtype)
+        if self.scale == "table":
+            # In float32, so that the product is rounded once.
+            return (values.float() * self.table_scale).to(dtype)
+        return values.to(dtype)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Turn rows into records; what `decode` gave comes back with equal values.
+
+        Args:
+            rows: ``[n, width]``, any floating type.
+
+        Returns:
+            uint8 ``[n, record_bytes]``.
+
+        Raises:
+            CheckpointError: A number is infinite or NaN, and the stored type has scales; or it is finite and larger
+                than the stored type can hold.
+        """
+        if self.stored_dtype in LARGEST:
+            integers, factors = quantize_integers(rows, self.stored_dtype)
+            packed = pack_nibbles(integers) if self.stored_dtype == INT4 else integers.view(torch.uint8)
+            return torch.cat([packed, factors.view(torch.uint8)], dim=1)
+        if self.scale == "blocks":
+            values, scales = quantize(rows)
+            return torch.cat([values.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+        if self.scale == "table":
+            rows = rows.float() / self.table_scale
+            # torch rounds everything above to 448, infinity included, and says nothing.
+            if not (rows.abs() <= _LARGEST_ROUNDED_DOWN).all():
+                raise CheckpointError(f"{self} cannot hold these rows: some numbers are too large, infinite or NaN")
+        stored = rows.to(self.stored_dtype)
+        if self.scale == "none" and stored.dtype != rows.dtype and (stored.isinf() & rows.isfinite()).any():
+            raise CheckpointError(f"{self} cannot hold these rows: some numbers are too large and would be infinite")
+        return stored.contiguous().view(torch.uint8).view(len(rows), self.record_bytes)
+
+    def reencode(self, records: Tensor, codec: "RowCodec") -> Tensor:
+        """Turn records of another codec into records of this one; records of this one are returned as they are.
+
+        Args:
+            records: uint8 ``[n, codec.record_bytes]``.
+            codec: What they mean.
+
+        Returns:
+            uint8 ``[n, record_bytes]``.
+
+        Raises:
+            CheckpointError: As `encode`.
+        """
+        if codec == self:
+            return records
+        exact = torch.float64 if codec.stored_dtype == torch.float64 else torch.float32
+        result = torch.empty(len(records), self.record_bytes, dtype=torch.uint8)
+        # A few rows at a time: what lies between both types then stays in the processor's cache.
+        at_once = max(1, _NUMBERS_AT_ONCE // self.width)
+        for start in range(0, len(records), at_once):
+            part = slice(start, start + at_once)
+            result[part] = self.encode(codec.decode(records[part], exact))
+        return result
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2

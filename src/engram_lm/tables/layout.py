@@ -1,0 +1,315 @@
+"""Where the rows of a table lie: which bytes of which files make up row r."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engram_lm.errors import CheckpointError, ConfigError, RowRangeError
+from engram_lm.tables.block_float8 import num_blocks
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.safetensors_file import StoredTensor
+
+__all__ = ["Extent", "Part", "RowLayout", "tensor_layout"]
+
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+_FLOAT8 = "F8_E4M3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``.
+
+    Where the rows lie in pages whose tails are empty, so that none lies on two, it begins at
+    ``start_bytes + i // rows_per_page * page_bytes + i % rows_per_page * stride_bytes``. `offsets` is the one place
+    that computes this.
+    """
+
+    file: str
+    """Path or address of the file."""
+    start_bytes: int
+    """First byte of the run."""
+    num_rows: int
+    """Rows in the run."""
+    stride_bytes: int
+    """From the beginning of one row to that of the next (on the same page, where there are pages)."""
+    rows_per_page: int = 0
+    """Rows on a page; 0 where they follow each other without pages."""
+    page_bytes: int = 0
+    """From the beginning of one page to that of the next; 0 likewise."""
+
+    def offsets(self, inside: np.ndarray) -> np.ndarray:
+        """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""
+        if self.rows_per_page:
+            pages, inside = np.divmod(inside, self.rows_per_page)
+            return pages * self.page_bytes + inside * self.stride_bytes + self.start_bytes
+        return inside * self.stride_bytes + self.start_bytes
+
+    def end_bytes(self, row_bytes: int) -> int:
+        """One past the last byte of the run, where each row takes so many bytes."""
+        return int(self.offsets(np.array([self.num_rows - 1]))[0]) + row_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The bytes of every row that lie side by side: its numbers, its scales, or both."""
+
+    row_bytes: int
+    """Bytes of each row."""
+    extents: tuple[Extent, ...]
+    """Where they are, in the order of the rows."""
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """First row of each extent, int64."""
+        return np.array([0, *itertools.accumulate(extent.num_rows for extent in self.extents)][:-1], dtype=np.int64)
+
+    def divide(self, numbers: np.ndarray) -> Iterator[tuple[Extent, np.ndarray | slice, np.ndarray]]:
+        """Find the bytes of each row.
+
+        Args:
+            numbers: Row numbers, int64 ``[n]``, checked.
+
+        Yields:
+            An extent; which of ``numbers`` lie in it; the first byte of each of those in its file, int64.
+        """
+        for index, where, inside in self.split(numbers):
+            yield self.extents[index], where, self.extents[index].offsets(inside)
+
+    def split(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Find the extent of each row.
+
+        Args:
+            numbers: Row numbers, int64 ``[n]``, checked.
+
+        Yields:
+            The place of an extent in `extents`; which of ``numbers`` lie in it; their numbers inside it, int64.
+        """
+        if len(self.extents) == 1:
+            yield 0, slice(None), numbers
+            return
+        owners = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        order = np.argsort(owners, kind="stable")
+        bounds = np.searchsorted(owners[order], np.arange(len(self.extents) + 1))
+        for owner in np.unique(owners).tolist():
+            where = order[bounds[owner] : bounds[owner + 1]]
+            yield owner, where, numbers[where] - self.first_rows[owner]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """A table in files, not opened: what its rows mean and where their bytes are.
+
+    All tiers that read files are made from one of these, so they read the same bytes.
+    """
+
+    codec: RowCodec
+    """What a record means."""
+    parts: tuple[Part, ...]
+    """Where its bytes lie; laid one after another, the parts of a row are its record."""
+    tensors: tuple[StoredTensor, ...] = ()
+    """The tensors of numbers, where the rows lie in safetensors files."""
+    scale_tensors: tuple[StoredTensor, ...] = ()
+    """The tensors of scales, likewise."""
+    spec_digest: str | None = None
+    """Digest of the HashSpec that addresses the rows, where the source says it."""
+
+    def __post_init__(self) -> None:
+        if sum(part.row_bytes for part in self.parts) != self.codec.record_bytes:
+            raise ConfigError(
+                f"a row has {self.codec.record_bytes} bytes, its parts {[part.row_bytes for part in self.parts]}"
+            )
+        counts = {sum(extent.num_rows for extent in part.extents) for part in self.parts}
+        if len(counts) != 1 or min(counts) < 1:
+            raise ConfigError(f"the parts of a table have as many rows as each other and at least one, not {counts}")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the table."""
+        return sum(extent.num_rows for extent in self.parts[0].extents)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file, once, in the order of first use."""
+        return tuple(dict.fromkeys(extent.file for part in self.parts for extent in part.extents))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all records."""
+        return self.num_rows * self.codec.record_bytes
+
+    def load_records(self, start: int, stop: int) -> torch.Tensor:
+        """Read a run of rows with ordinary reads, so that copying a table leaves no mapped pages behind.
+
+        Args:
+            start: First row.
+            stop: One past the last row.
+
+        Returns:
+            uint8 ``[stop - start, codec.record_bytes]``.
+
+        Raises:
+            CheckpointError: A file is gone, or has been cut since the layout was made.
+            RowRangeError: The run leaves the table.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise RowRangeError(
+                f"the table has rows 0 to {self.num_rows - 1}, rows {start} to {stop - 1} were asked for"
+            )
+        records = torch.empty(stop - start, self.codec.record_bytes, dtype=torch.uint8)
+        data, column = records.numpy(), 0
+        for part in self.parts:
+            for first, extent in zip(part.first_rows.tolist(), part.extents, strict=True):
+                low, high = max(start - first, 0), min(stop - first, extent.num_rows)
+                if low < high:
+                    out = data[first + low - start : first + high - start, column : column + part.row_bytes]
+                    _read_run(extent, low, high, out)
+            column += part.row_bytes
+        return records
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256, in hexadecimal, of where and what the table is: geometry, places, sizes and times of its files.
+
+        Two processes that open the same unchanged files find the same value; it names caches and shared copies.
+        """
+        files = []
+        for file in self.files:
+            path = Path(file)
+            if path.exists():
+                status = path.stat()
+                files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+            else:
+                files.append([file, None, None])
+        codec = [self.codec.width, str(self.codec.stored_dtype), self.codec.scale, self.codec.table_scale]
+        parts = [
+            [
+                part.row_bytes,
+                [
+                    [e.file, e.start_bytes, e.num_rows, e.stride_bytes, e.rows_per_page, e.page_bytes]
+                    for e in part.extents
+                ],
+            ]
+            for part in self.parts
+        ]
+        return hashlib.sha256(json.dumps([codec, parts, files, self.spec_digest]).encode()).hexdigest()
+
+
+def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
+    """Copy rows ``low`` to ``high`` of an extent into ``out``, bytes ``[high - low, row_bytes]``."""
+    row_bytes = out.shape[1]
+    # Whole pages are read, as far as the rows reach; rows are picked out of them afterwards.
+    first = low - low % extent.rows_per_page if extent.rows_per_page else low
+    start, last = extent.offsets(np.array([first, high - 1])).tolist()
+    size = last + row_bytes - start
+    # Straight into the result where nothing lies between the rows; a second copy would cost as much as the read.
+    direct = out.flags.c_contiguous and size == out.size
+    buffer = out.reshape(-1) if direct else np.empty(size, np.uint8)
+    try:
+        with open(extent.file, "rb", buffering=0) as file:
+            file.seek(start)
+            found = 0
+            while found < size:
+                count = file.readinto(buffer[found:])  # type: ignore[arg-type]  # an array is a buffer
+                if not count:
+                    break
+                found += count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {extent.file}: {error.strerror}") from error
+    if found != size:
+        raise CheckpointError(
+            f"{extent.file} was cut after its header was read: expected at least {start + size} bytes, found "
+            f"{start + found}"
+        )
+    if direct:
+        return
+    if not extent.rows_per_page:
+        out[...] = np.lib.stride_tricks.as_strided(buffer, out.shape, (extent.stride_bytes, 1), writeable=False)
+        return
+    # Rows from the beginning of a page on, so that each page is one strided copy: first the whole pages, then the tail.
+    per_page, stride = extent.rows_per_page, extent.stride_bytes
+    position = 0
+    while position < len(out):
+        page, skipped = divmod(low - first + position, per_page)
+        num_pages = 1 if skipped else max(1, (len(out) - position) // per_page)
+        taken = min(per_page * num_pages - skipped, len(out) - position)
+        per_piece = taken // num_pages
+        begin = page * extent.page_bytes + skipped * stride
+        pages = np.lib.stride_tricks.as_strided(
+            buffer[begin:], (num_pages, per_piece, row_bytes), (extent.page_bytes, stride, 1), writeable=False
+        )
+        piece = out[position : position + taken]
+        if piece.flags.c_contiguous:
+            piece.reshape(num_pages, per_piece, row_bytes)[...] = pages
+        else:
+            piece[...] = pages.reshape(taken, row_bytes)
+        position += taken
+
+
+def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:
+    """Describe a table that lies in one tensor of a safetensors file, or in several laid one after another.
+
+    Args:
+        shards: Tensors ``[rows, width]`` of one width and type, in the order of their rows. Each has as many rows as
+            it has.
+        scales: What 8-bit rows are multiplied by, and required for them: one tensor F8_E8M0
+            ``[rows, ceil(width / 32)]`` per shard, or one number for the whole table.
+
+    Raises:
+        CheckpointError: Tensors of the wrong rank, type or size.
+        ConfigError: Scales where there should be none, or none where there should be some.
+    """
+    shards = tuple(shards)
+    width = _check_shards(shards)
+    quantized = shards[0].dtype == _FLOAT8
+    scale_tensors: tuple[StoredTensor, ...] = ()
+    if quantized != (scales is not None):
+        # Without its scales an 8-bit table reads without an error and is wrong by orders of magnitude.
+        raise ConfigError(
+            f"{shards[0]}: rows of {_FLOAT8} need scales, pass 1.0 if they have none"
+            if quantized
+            else f"{shards[0]}: only rows of {_FLOAT8} have scales"
+        )
+    if scales is None:
+        codec = RowCodec(width, shards[0].torch_dtype)
+    elif isinstance(scales, int | float):
+        if not 0 < scales < float("inf"):
+            raise CheckpointError(f"{shards[0]}: the table's scale is {scales}, expected a finite number above 0")
+        codec = RowCodec(width, torch.float8_e4m3fn, "table", float(scales))
+    else:
+        codec, scale_tensors = RowCodec(width, torch.float8_e4m3fn, "blocks"), tuple(scales)
+        if len(scale_tensors) != len(shards):
+            raise CheckpointError(f"{len(shards)} shards have {len(scale_tensors)} tensors of scales")
+        for shard, scale in zip(shards, scale_tensors, strict=True):
+            expected = (shard.shape[0], num_blocks(width))
+            if (scale.dtype, scale.shape) != ("F8_E8M0", expected):
+                raise CheckpointError(f"{scale}: expected F8_E8M0 {list(expected)}, for {shard}")
+    parts = [_part(shards, codec.value_bytes)]
+    if scale_tensors:
+        parts.append(_part(scale_tensors, codec.scale_bytes))
+    return RowLayout(codec, tuple(parts), shards, scale_tensors)
+
+
+def _part(tensors: tuple[StoredTensor, ...], row_bytes: int) -> Part:
+    extents = (Extent(str(tensor.path), tensor.start_bytes, tensor.shape[0], row_bytes) for tensor in tensors)
+    return Part(row_bytes, tuple(extents))
+
+
+def _check_shards(shards: tuple[StoredTensor, ...]) -> int:
+    """Check the shards against each other and return their width."""
+    if not shards:
+        raise ConfigError("a table has at least one shard")
+    for shard in shards:
+        if shard.dtype not in _PLAIN | {_FLOAT8}:
+            raise CheckpointError(f"{shard}: rows are {', '.join(sorted(_PLAIN))} or {_FLOAT8}")
+        if len(shard.shape) != 2 or 0 in shard.shape:
+            raise CheckpointError(f"{shard}: a table is [rows, width], with at least one of each")
+        if (shard.shape[1], shard.dtype) != (shards[0].shape[1], shards[0].dtype):
+            raise CheckpointError(f"{shard} differs in width or type from the shard before it, {shards[0]}")
+    return shards[0].shape[1]

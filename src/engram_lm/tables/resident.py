@@ -1,0 +1,120 @@
+"""Tables whose rows are in this process's memory: one to read from, one to train."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram_lm.errors import ConfigError
+from engram_lm.tables.table import Table
+
+__all__ = ["ParameterTable", "ResidentTable"]
+
+
+class ResidentTable(Table):
+    """The obvious table: one tensor, read by indexing. The twin that every other tier is tested against.
+
+    Args:
+        weight: ``[num_rows, width]``, any floating type, on any device. Kept, not copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight: Tensor | None = weight
+        self._dtype = weight.dtype
+        self.num_rows, self.width = weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that `gather` returns."""
+        return self._dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Table.gather`."""
+        # Held until the end, so that another thread may close the table meanwhile.
+        weight = self._weight
+        self._refuse_closed(weight is None)
+        assert weight is not None
+        self._check_rows(rows)
+        result = weight[rows.to(weight.device)].to(rows.device)
+        return result if out is None else out.copy_(result)
+
+    def close(self) -> None:
+        """Drop the reference to the tensor."""
+        self._weight = None
+
+
+class ParameterTable(nn.Module, Table):
+    """A table that is trained: one parameter, whose gradient holds only the rows that were read.
+
+    Args:
+        num_rows: Rows in the table.
+        width: Numbers in a row.
+        gradient: ``"sparse"`` (the default: a step costs what was touched) or ``"dense"`` (what ordinary optimizers,
+            FSDP2 and CUDA graphs need).
+        std: Standard deviation of the initial rows. Rows feed normalized keys, whose gradient grows as rows shrink
+            (worst row gradient about 5 at 1.0, 65 at 0.02, 1e4 and more at 1e-6), so it must not be zero.
+        device: Where the rows are; ``"meta"`` allocates nothing.
+        dtype: Floating type of the rows.
+
+    Optimizers tell tables from other parameters by this class: a mark on the parameter itself would be lost when a
+    model is copied or loaded.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        gradient: Literal["sparse", "dense"] = "sparse",
+        std: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if gradient not in ("sparse", "dense"):
+            raise ConfigError(f"gradient must be 'sparse' or 'dense', not {gradient!r}")
+        self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
+        self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all rows anew from a normal distribution."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that `gather` returns."""
+        return self.weight.dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Read rows, differentiably. See `Table.gather`.
+
+        Rows come back on the device of their numbers: where the table is on the host and the model is not, the numbers
+        travel one way and the rows read the other.
+
+        On an accelerator the range is checked by the device itself, which ends the process with an assertion: no
+        host synchronization is spent on it here.
+        """
+        if self.weight.is_meta and not rows.is_meta:
+            raise ConfigError(
+                "this table has no rows (its device is meta). accelerate's hooks do not serve tables: load the model "
+                'with from_pretrained(..., device_map="auto"), which keeps them on the host'
+            )
+        try:
+            result = F.embedding(rows.to(self.weight.device), self.weight, sparse=self.gradient == "sparse")
+            result = result.to(rows.device)
+        except (IndexError, RuntimeError):
+            self._check_rows(rows)
+            raise
+        return result if out is None else out.copy_(result)
+
+    forward = gather
+
+    def stats(self) -> dict[str, Any]:
+        """See `Table.stats`; adds how gradients are kept."""
+        return {**super().stats(), "gradient": self.gradient}
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.num_rows}, {self.width}, gradient={self.gradient!r}"

@@ -1,0 +1,14 @@
+"""Text on disk → trained weights.
+
+Reading order: ``corpus.py`` (files → documents, split by file) and ``sources.py`` (documents of every kind, in bounded
+memory), ``tokenizer.py`` (documents → a tokenizer), ``packing.py`` and ``shards.py`` (documents → packed tokens on
+disk), ``batches.py`` (tokens → batches, a pure function of seed and step); ``loss.py`` (what is trained),
+``distribution.py`` (several processes as one), ``optimizers/`` and ``schedules.py`` (gradients → updates), ``loop.py``
+(steps), ``diagnostics.py``, ``held_out.py`` and ``peak.py`` (what is measured); ``checkpoint_state.py``,
+``checkpoint_storage.py`` and ``checkpoints.py`` (files that any number of processes reads), ``state.py`` (what is in
+them), ``export.py`` (a Hugging Face folder of one). Around it: ``recipe_file.py`` and ``recipe.py`` (what decides a
+run), ``assembly.py`` (its parts made real), ``metrics.py``, ``progress.py``, ``interrupts.py`` and ``run_folder.py``
+(what a run tells, when it stops and what it leaves), ``run.py`` (the run), ``command.py`` (``engram-lm train``);
+``cost.py`` and ``dry_run.py`` (what it would cost). For trainers of others: ``huggingface.py``, and
+``table_gradients.py`` (tables under DistributedDataParallel).
+"""

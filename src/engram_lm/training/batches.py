@@ -1,0 +1,204 @@
+"""Tokens → batches, as a pure function of (seed, step, sample)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.training.corpus import Document
+from engram_lm.training.shards import TokenShards
+
+__all__ = ["Batch", "Batches", "pack", "shuffled"]
+
+_DOCUMENTS_AT_ONCE = 64
+_ROUNDS = 8
+
+
+def pack(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> np.ndarray:
+    """Tokenize documents and lay them end to end, an end-of-text token after each if the tokenizer has one.
+
+    Args:
+        documents: What to tokenize.
+        tokenizer: A fast tokenizer.
+        on_progress: Called with the number of characters done since the last call.
+
+    Returns:
+        Tokens, int32 ``[num_tokens]``.
+    """
+    pieces: list[np.ndarray] = []
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+            pieces += [np.array(encoding.ids, dtype=np.int32), end]
+        on_progress(sum(len(text) for text in texts))
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some samples of a step."""
+
+    inputs: Tensor
+    """Tokens, int64 ``[samples, length]``."""
+    targets: Tensor
+    """The token that follows each, int64 ``[samples, length]``."""
+    position_ids: Tensor | None
+    """Where documents restart: positions counted from the start of the document or of the sequence, whichever is
+    nearer, int64 ``[samples, length]``. None where they do not."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Fixed-length sequences of a packed corpus, shuffled anew each time through it.
+
+    Sequence i is tokens ``[i * length, (i + 1) * length]``: its last target is the first input of the next one. The
+    tokens behind the last whole sequence, at most ``length`` of them, are not used.
+
+    A step's samples depend on nothing but these fields and the step, so a run that resumes, on any number of ranks,
+    sees what it would have seen. The order is computed, not stored: asking for a sample costs the same in a corpus of
+    any size.
+    """
+
+    tokens: np.ndarray | TokenShards
+    """Packed tokens, integers ``[num_tokens]``, in memory or on disk."""
+    batch_size: int
+    """Sequences in a batch, over all ranks."""
+    length: int
+    """Tokens in a sequence."""
+    seed: int
+    """Decides the order, from 0."""
+    restart_documents: bool = False
+    """Also give ``position_ids`` that restart with each document. With them, and with ``use_cache=False`` and no
+    attention mask, attention stays inside a document, and so do N-grams if ``Segments.positions`` or ``end_tokens``
+    say so. The memory's short convolution does not know of documents."""
+    num_tokens: int | None = None
+    """Use only so many tokens, from the start; all where None."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Batches.{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"Batches.seed must be at least 0, not {self.seed}")
+        if self.restart_documents and not isinstance(self.tokens, TokenShards):
+            raise ConfigError(
+                "restart_documents needs to know where documents end, and an array of tokens does not say; pack the "
+                "text with pack_to_shards"
+            )
+        if self.num_sequences < 1:
+            raise DataError(
+                f"the text gives {self._num_tokens} tokens, one sequence needs {self.length + 1}; "
+                "give more text, or shorter sequences with --sequence-length"
+            )
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in one pass through the corpus."""
+        return max(0, (self._num_tokens - 1) // self.length)
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.tokens) if self.num_tokens is None else min(self.num_tokens, len(self.tokens))
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and the tokens that follow them, both int64 ``[batch_size, length]``."""
+        batch = self.part(step, 0, self.batch_size)
+        return batch.inputs, batch.targets
+
+    def part(self, step: int, start: int, stop: int) -> Batch:
+        """Samples [start, stop) of a step; the parts of any division put together are the whole.
+
+        Args:
+            step: Counted from 0, without end: after the last sequence all come again in another order.
+            start: First sample, at least 0.
+            stop: One past the last, at most ``batch_size``; equal to ``start`` for an empty part.
+
+        Raises:
+            IndexError: A negative step, or samples outside the batch.
+            DataError: Shards on disk cannot be read.
+        """
+        if step < 0 or not 0 <= start <= stop <= self.batch_size:
+            raise IndexError(f"samples {start} to {stop} of step {step}: a step has {self.batch_size}, from 0")
+        firsts = self.sequences(step)[start:stop] * self.length
+        windows = np.empty((len(firsts), self.length + 1), dtype=np.int64)
+        for window, first in zip(windows, firsts.tolist(), strict=True):
+            window[:] = self.tokens[first : first + self.length + 1]
+        batch = torch.from_numpy(windows)
+        positions = torch.from_numpy(self._positions(firsts)) if self.restart_documents else None
+        return Batch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), positions)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """Numbers of the sequences that make up a step, int64 ``[batch_size]``."""
+        samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epochs, places = np.divmod(samples, self.num_sequences)
+        result = np.empty_like(places)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            inside = epochs == epoch
+            result[inside] = shuffled(places[inside], self.num_sequences, (self.seed, epoch))
+        return result
+
+    def _positions(self, firsts: np.ndarray) -> np.ndarray:
+        assert isinstance(self.tokens, TokenShards)
+        places = np.arange(self.length)
+        starts = np.zeros((len(firsts), self.length), dtype=np.int64)
+        for row, first in zip(starts, firsts.tolist(), strict=True):
+            begun = self.tokens.document_ends(first, first + self.length - 1) - first
+            row[begun] = begun
+        return places - np.maximum.accumulate(starts, axis=1)
+
+
+def shuffled(places: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Look up places in a random order of 0 to ``count - 1``, without making the order.
+
+    A Feistel network permutes the numbers below the next power of 4; a result that is not below ``count`` is put in
+    again until it is, which takes fewer than 4 turns on average and keeps it a permutation.
+
+    Args:
+        places: Places in the order, int64 ``[n]``, each in [0, count).
+        count: How many numbers are ordered, at least 1.
+        key: Integers from 0 that choose the order.
+
+    Returns:
+        int64 ``[n]``; all places together give every number once.
+
+    Source: Black and Rogaway, “Ciphers with Arbitrary Finite Domains” (2002), cycle walking.
+    """
+    half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    low = np.uint64((1 << int(half)) - 1)
+
+    def permute(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & low
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & low)
+        return (left << half) | right
+
+    result = permute(places.astype(np.uint64))
+    while (outside := result >= np.uint64(count)).any():
+        result[outside] = permute(result[outside])
+    return result.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit over all others, modulo 2^64.
+
+    Source: splitmix64, Steele, Lea and Flood (2014).
+    """
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

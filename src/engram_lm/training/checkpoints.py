@@ -1,0 +1,298 @@
+"""Checkpoints of training: whole or not there, written while training goes on, read by any number of ranks."""
+
+import contextlib
+import datetime
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
+from engram_lm.tables.safetensors_file import DTYPES
+from engram_lm.training.checkpoint_state import SavedState, complete_checkpoints
+from engram_lm.training.checkpoint_storage import StateReader, StateWriter
+from engram_lm.training.distribution import Ranks, agree
+
+__all__ = ["Checkpoints", "latest_checkpoint", "read_facts"]
+
+# A rank that is done waits for the slowest one to write; a rank that dies is noticed at once, whatever this is.
+_LONGEST_WRITE = datetime.timedelta(hours=4)
+_NAMES_SHOWN = 8
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest complete checkpoint, without any communication.
+
+    Args:
+        folder: The folder of all checkpoints; it need not be there.
+
+    Returns:
+        Its folder; None where there is none. Complete means: ``state.json`` is undamaged, and every file it names is
+        there and has its size. Checksums are compared when it is loaded.
+    """
+    return next((path for _, path in complete_checkpoints(Path(folder))), None)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read what was written beside the tensors of a checkpoint, with which the model is built that they belong to.
+
+    Args:
+        path: The folder of one checkpoint.
+
+    Raises:
+        CheckpointError: It is not complete.
+    """
+    return SavedState.read(Path(path)).facts
+
+
+class Checkpoints:
+    """The checkpoints of a run: ``folder/step-00000100/`` with a safetensors file per rank and ``state.json``.
+
+    A checkpoint is written under a name that ends in ``.partial``, flushed, and renamed by rank 0 once every rank has
+    finished. A kill at any moment leaves all earlier ones whole; what it left is removed by the next save. An error on
+    one rank (a full disk) raises the same error on all of them, removes what was written and touches nothing else; a
+    rank that dies fails the others.
+
+    Each rank writes the parts that it alone holds and its share of those that all hold, and reads what it needs: a
+    checkpoint of 2 ranks loads on 1 or 3. Tensors that are divided over ranks are ``DTensor``; a plain tensor either
+    is the same on all ranks, or has a name that only one rank uses (as ``rng/rank0/cpu``).
+
+    All methods but `latest` are called by all ranks together, as is the constructor, which makes a process group of
+    its own (gloo), so that writing in the background does not meet what training communicates.
+
+    Args:
+        folder: Where they are, on a file system that all ranks see; made when the first is saved.
+        keep_last: How many complete ones stay. Older ones are removed after a newer one is in place; those of later
+            steps, left by a run that was then resumed from an earlier step, are not touched.
+
+    Raises:
+        ConfigError: ``keep_last`` is less than 1.
+
+    Cost: an asynchronous save keeps one copy of what this rank writes in the host's memory, pinned where it comes from
+        a GPU, from the first save on. Checksums cost one pass over what is written and one over what is read.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        if keep_last < 1:
+            raise ConfigError(f"keep_last must be at least 1, not {keep_last}: the newest checkpoint always stays")
+        self.folder, self.keep_last = Path(folder), keep_last
+        self._group: Any = None
+        self._ranks = Ranks()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+            self._ranks = Ranks(dist.get_rank(), dist.get_world_size(), group=self._group)
+        self._staging: dict[Any, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, asynchronous: bool = False
+    ) -> None:
+        """Write a checkpoint; an earlier one of this step gives way when the new one is in place.
+
+        Args:
+            step: Optimizer steps done.
+            tensors: By name; see `engram_lm.training.state.training_tensors`.
+            facts: JSON that is written beside them; rank 0's. Keys that others rely on are in
+                `engram_lm.training.state`.
+            asynchronous: Return as soon as the tensors are copied to the host's memory, so that they may change, and
+                write in the background. At most one save is under way: the next one waits for it. An error in the
+                background is raised by the next `save`, `load` or `wait`, on all ranks.
+
+        Raises:
+            CheckpointError: This save, or the one before it that ran in the background, failed; the earlier checkpoints
+                are as they were.
+            ConfigError: A tensor or the facts cannot be saved.
+        """
+        self.wait()
+        if not 0 <= step < 10**18:
+            raise ConfigError(f"a checkpoint's step is from 0 to 10^18, not {step}")
+        staging, staged = (self._staging, threading.Event()) if asynchronous else (None, threading.Event())
+        writer = StateWriter(self.folder, step, facts, self.keep_last, staging, staged.set)
+        with _quiet():
+            if not asynchronous:
+                self._write(writer, tensors)
+            else:
+                if any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values()):
+                    torch.cuda.synchronize()  # the copies are made by another thread, on another stream
+
+                def write() -> None:
+                    self._write(writer, tensors)
+                    staged.set()  # it may have failed before
+
+                # No daemon: a process that ends waits for its last checkpoint.
+                self._thread = threading.Thread(target=write, name=f"checkpoint-{step}")
+                self._thread.start()
+                staged.wait()
+        # What comes after the plan fails on ranks at different moments; all of them raise it at the next call.
+        if not asynchronous or not writer.is_planned:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            CheckpointError: The save in the background failed.
+            ConfigError: It was given what cannot be saved.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; see `latest_checkpoint`. It communicates nothing."""
+        return latest_checkpoint(self.folder)
+
+    def load(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        optional: Sequence[str] = ("rng/",),
+        expected: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint into tensors that are there, whatever the number of ranks that wrote it.
+
+        Everything is checked before the first number changes: names, types, shapes, sizes of files and every byte's
+        checksum (each rank checks a share of the files).
+
+        Args:
+            path: The folder of one checkpoint; the same on all ranks.
+            tensors: What to fill, by name, in place.
+            optional: Beginnings of names that may be missing on either side: such a tensor stays as it is, or in the
+                file. Random states of ranks are, as there may be more or fewer ranks now.
+            expected: Facts that must be what the checkpoint says, such as ``{"spec_digest": ...}``.
+
+        Returns:
+            The facts.
+
+        Raises:
+            CheckpointError: A file is missing, cut or damaged; ranks were given different checkpoints.
+            ConfigError: A tensor to fill is on the meta device.
+            MismatchError: The checkpoint is of another model: other facts, names, types or shapes.
+        """
+        self.wait()
+        path = Path(path)
+        with agree(self._ranks):
+            state = SavedState.read(path)
+        digests = [state.digest]
+        if self._group is not None:
+            digests = [""] * self._ranks.world_size
+            dist.all_gather_object(digests, state.digest, group=self._group)
+        with agree(self._ranks):
+            wanted = _matching(path, state, digests, tensors, optional, expected or {})
+        reader = StateReader(path, state)
+        with agree(self._ranks):
+            reader.verify(self._ranks.rank, self._ranks.world_size)
+        try:
+            with _quiet():
+                dcp.load(
+                    wanted,
+                    storage_reader=reader,
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except (dcp.CheckpointException, Exception) as error:
+            raise _explained(error, f"{path} was read in part only; load a checkpoint again before going on") from error
+        return state.facts
+
+    def _write(self, writer: StateWriter, tensors: Mapping[str, Tensor]) -> None:
+        """Write, and keep the error for `wait`."""
+        failed = True
+        try:
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+            failed = False
+        except BaseException as error:
+            earlier = f"earlier checkpoints in {self.folder} are as they were"
+            self._error = _explained(error, f"the checkpoint of step {writer.step} was not saved, {earlier}")
+        finally:
+            writer.close(failed=failed)
+
+
+def _matching(
+    path: Path,
+    state: SavedState,
+    digests: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    optional: Sequence[str],
+    expected: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Check that a checkpoint is of these tensors, and return those that it has."""
+    if len(set(digests)) > 1:
+        raise CheckpointError(f"ranks were told to load different checkpoints, here {path}; name one for all")
+    for name, value in expected.items():
+        if state.facts.get(name) != value:
+            raise MismatchError(
+                f"{path} was saved with {name} {_short(state.facts.get(name))}, expected {_short(value)}; load it into "
+                "the model it was made with, or start a new run"
+            )
+    beginnings = tuple(optional)
+    wanted = {name: tensor for name, tensor in tensors.items() if name in state.tensors}
+    lacking = [name for name in tensors if name not in wanted and not name.startswith(beginnings)]
+    more = [name for name in state.tensors if name not in wanted and not name.startswith(beginnings)]
+    if lacking or more:
+        parts = [f"it lacks {_listed(lacking)}"] * bool(lacking) + [f"it has besides {_listed(more)}"] * bool(more)
+        raise MismatchError(
+            f"{path} is of another model or optimizer: {', and '.join(parts)}. Use the recipe it was saved with"
+        )
+    other = []
+    for name, tensor in wanted.items():
+        saved = state.tensors[name]
+        if tensor.is_meta:
+            raise ConfigError(f"{name} is on the meta device; allocate it before it is loaded")
+        if DTYPES[saved.dtype] != tensor.dtype or saved.shape != tuple(tensor.shape):
+            there = f"{DTYPES[saved.dtype]} {list(saved.shape)}".removeprefix("torch.")
+            other.append(f"{name} is {there}, expected {tensor.dtype} {list(tensor.shape)}".replace("torch.", ""))
+    if other:
+        raise MismatchError(f"{path} is of another geometry: {_listed(other, '; ')}. Use the recipe it was saved with")
+    return wanted
+
+
+def _explained(error: BaseException, what: str) -> BaseException:
+    """Turn what DCP raises on all ranks alike into one of our errors, the same on all; ours say enough themselves."""
+    where = ""
+    if isinstance(error, dcp.CheckpointException):
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        where = f"rank {rank}: "
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return error
+    if isinstance(error, EngramError):
+        return type(error)(f"{where}{error}")
+    todo = ". Make room, or name a folder that all ranks can write" if isinstance(error, OSError) else ""
+    return CheckpointError(f"{what}: {where}{error}{todo}")
+
+
+def _listed(names: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return separator.join(names[:_NAMES_SHOWN]) + more
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let DCP not warn of one process being one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

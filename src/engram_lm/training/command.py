@@ -1,0 +1,135 @@
+"""``engram-lm train``: a recipe, a folder, and all that happens between."""
+
+import dataclasses
+import json as json_module
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import tyro
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from engram_lm.errors import ConfigError
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import describe_keys, divide, write_toml
+
+__all__ = ["Train"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model by a recipe, on this process or under torchrun on many.
+
+    Any key of the recipe can be given as a flag: --train.num_steps 100 --model.memory.rows_per_head 50000; --keys lists
+    them. A run that was stopped, by Ctrl-C, SIGTERM or a crash, goes on with --resume from its last complete checkpoint
+    as if it had never stopped.
+
+    Examples::
+
+        engram-lm train recipes/nano-cpu.toml
+        engram-lm train recipes/nano-cpu.toml --out runs/mine --train.num_steps 200
+        engram-lm train runs/mine --resume
+        engram-lm train recipes/paper-27b.toml --dry-run --world-size 64
+        torchrun --nproc-per-node 2 -m engram-lm train recipes/nano-cpu.toml
+    """
+
+    recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml|RUN")] = None
+    """The recipe; or the folder of a run, to go on with it by its own recipe."""
+    out: Path | None = None
+    """Run folder; runs/NAME for NAME.toml unless given."""
+    max_steps: int | None = None
+    """Stop after this step, with a checkpoint; the schedule stays that of all steps."""
+    resume: bool = False
+    """Go on with the run in the folder, from its last complete checkpoint."""
+    dry_run: bool = False
+    """Print the resolved recipe and what it costs on each process and in each step, and train nothing."""
+    world_size: int | None = None
+    """Processes that --dry-run reckons with; those that were started unless given."""
+    keys: bool = False
+    """List every key of a recipe with its meaning and default."""
+    json: bool = False
+    """Print the result, or the plan of --dry-run, as JSON."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Keys of the recipe given as flags."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        """Parse a command line; what is no flag of this verb is a key of the recipe."""
+        own_arguments, keys = divide(arguments)
+        # A key's value that stands before the recipe would be taken for it, so keys go first.
+        own, rest = tyro.cli(
+            cls, prog=prog, args=own_arguments, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+        return dataclasses.replace(own, overrides=(*keys, *rest))
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"--max-steps must be at least 1, not {self.max_steps}")
+        if self.world_size is not None and (self.world_size < 1 or not self.dry_run):
+            raise ConfigError("--world-size is a number from 1, and for --dry-run only; torchrun decides it otherwise")
+
+    def run(self) -> int:
+        """Train, or say what would be."""
+        if self.keys:
+            print(describe_keys(Recipe))
+            return 0
+        if self.recipe is None:
+            raise ConfigError(
+                "name a recipe: engram-lm train RECIPE.toml; engram-lm train --keys lists what it may hold"
+            )
+        path = self.recipe / "recipe.toml" if self.recipe.is_dir() else self.recipe
+        recipe = Recipe.read(path, list(self.overrides))
+        if self.dry_run:
+            return self._plan(recipe)
+        return self._train(recipe)
+
+    def _train(self, recipe: Recipe) -> int:
+        from engram_lm.training.distribution import start
+        from engram_lm.training.progress import RunProgress
+        from engram_lm.training.run import Run
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        assert self.recipe is not None
+        out = self.out or (self.recipe if self.recipe.is_dir() else Path("runs") / self.recipe.stem)
+        # Blocks hand on a view of what they computed; nothing writes to it, which is what FSDP2 warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        with start(None if recipe.train.device == "auto" else recipe.train.device) as ranks:
+            first = ranks.rank == 0
+            progress = RunProgress(Console(stderr=True), silent=not first)
+            run = Run(recipe, out, ranks, resume=self.resume, stop_after=self.max_steps, progress=progress)
+            result = run.execute()
+        if first:
+            if self.json:
+                print(json_module.dumps(result))
+            else:
+                print(_last_words(result))
+        return 130 if result["interrupted"] else 0
+
+    def _plan(self, recipe: Recipe) -> int:
+        from engram_lm.training.dry_run import dry_run, print_dry_run
+
+        world_size = self.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        found = dry_run(recipe, world_size)
+        if self.json:
+            print(json_module.dumps({"recipe": recipe.to_dict(), **found}))
+        else:
+            print(write_toml(recipe.to_dict()))
+            print_dry_run(found)
+        return 0
+
+
+def _last_words(result: dict[str, Any]) -> str:
+    held_out = result["held_out"]
+    loss = ""
+    if held_out is not None:
+        when = "" if held_out["step"] == result["num_steps"] else f" after step {held_out['step']:,}"
+        loss = f", held-out loss {held_out['loss']:.3f} nats per token{when}"
+    skipped = f", {result['num_skipped']} of them skipped" if result["num_skipped"] else ""
+    words = f"{result['num_steps']:,} steps{skipped}, {result['num_tokens']:,} tokens{loss}, {result['seconds']:.0f} s"
+    if result["interrupted"]:
+        return f"stopped after {words}; go on with --resume"
+    return f"{words}\n  continue: engram-lm generate {result['out']}/model --prompt '...'"

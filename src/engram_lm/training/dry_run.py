@@ -1,0 +1,95 @@
+"""``engram-lm train --dry-run``: what a recipe costs on every process and in every step, without building it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from engram_lm.model.config import EngramLMConfig
+from engram_lm.tables.byte_size import byte_size
+from engram_lm.training.assembly import model_config
+from engram_lm.training.cost import TrainingShape, bill
+from engram_lm.training.recipe import Recipe
+
+__all__ = ["dry_run", "priced_config", "print_dry_run"]
+
+
+def priced_config(recipe: Recipe) -> EngramLMConfig:
+    """Configure the recipe's model as far as is known without its tokenizer.
+
+    The vocabulary is the preset's, unless the recipe trains a tokenizer: then it has as many tokens as asked for.
+
+    Raises:
+        ConfigError: An impossible model.
+    """
+    model = recipe.model
+    if recipe.tokenizer.path is None and model.weights is None and model.config is None:
+        backbone = {"vocab_size": recipe.tokenizer.vocab_size, **model.backbone}
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(model, backbone=backbone))
+    return model_config(recipe)
+
+
+def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Price a recipe's model: see `priced_config`.
+
+    Args:
+        recipe: What would be trained.
+        world_size: Processes.
+
+    Returns:
+        ``world_size``, ``num_steps``, ``num_tokens`` and ``bill``: see `engram_lm.training.cost.Bill`.
+
+    Raises:
+        ConfigError: An impossible model, or fewer sequences than processes.
+    """
+    config = priced_config(recipe)
+    shape = TrainingShape(
+        world_size=world_size,
+        batch_size=recipe.train.batch_size,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch_size=recipe.train.micro_batch_size,
+        backbone=recipe.parallel.backbone if world_size > 1 else "none",
+        backbone_optimizer=recipe.optimizer.backbone,
+        table_optimizer=recipe.optimizer.tables,
+        dtype="bfloat16" if recipe.train.dtype == "auto" else recipe.train.dtype,
+        checkpointing=recipe.train.gradient_checkpointing,
+        deduplicate=recipe.parallel.deduplicate,
+    )
+    return {
+        "world_size": world_size,
+        "num_steps": recipe.train.num_steps,
+        "num_tokens": recipe.train.num_steps * recipe.train.batch_size * recipe.data.sequence_length,
+        "bill": bill(config, shape).to_dict(),
+    }
+
+
+def print_dry_run(found: Mapping[str, Any]) -> None:
+    """Print the bill as tables."""
+    console, costs = Console(), found["bill"]
+    console.print(
+        f"{found['num_steps']:,} steps, {found['num_tokens']:,} tokens, {found['world_size']} "
+        f"process{'es' if found['world_size'] > 1 else ''}",
+        highlight=False,
+    )
+    counts = {name: f"{number:,}" for name, number in costs["parameters"].items()}
+    flops = {name.replace("_", " "): f"{number:.3g}" for name, number in costs["flops"].items()}
+    rows = {name.replace("_", " "): f"{number:,}" for name, number in costs["rows"].items()}
+    memory = {name.replace("_", " "): byte_size(size) for name, size in costs["memory"].items() if size}
+    sent = {f"backbone, {name.replace('_', ' ')}": size for name, size in costs["backbone_sent"].items()}
+    sent |= {f"tables, {name.replace('_', ' ')}": size for name, size in costs["tables_sent"].items()}
+    sent |= {"tables, were rows not sent once each": costs["tables_sent_with_duplicates"]["total"]}
+    sections = {
+        "parameters": counts,
+        "floating-point operations": flops,
+        "rows of the tables": rows,
+        "memory of a process": memory,
+        "sent by a process in a step": {name: byte_size(size) for name, size in sent.items() if size},
+    }
+    for title, lines in sections.items():
+        if lines:
+            table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+            for name, value in lines.items():
+                table.add_row(name, value)
+            console.print(table)

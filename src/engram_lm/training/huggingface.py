@@ -1,0 +1,348 @@
+"""Training a model with memory by ``transformers.Trainer``, TRL's ``SFTTrainer`` and their like.
+
+What those lack is mixed in: an optimizer of rows for the tables, clipping that knows sparse gradients, tables under
+DistributedDataParallel, and checkpoints that hold the memory.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from engram_lm.adapt.adapter import CONTAINER, MemoryAdapter
+from engram_lm.adapt.decoder import find_decoder
+from engram_lm.adapt.folder import LocalFiles
+from engram_lm.adapt.stored_adapter import read_adapter
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
+from engram_lm.memory.layer import EngramLayer
+from engram_lm.model.table_place import TablePlace
+from engram_lm.tables import ParameterTable
+from engram_lm.training.optimizers import (
+    CombinedOptimizer,
+    OptimizerOptions,
+    build_optimizer,
+    clip_gradients,
+    is_trainable_table,
+)
+from engram_lm.training.table_gradients import SharedTables, share_tables, sparse_tables
+
+if importlib.util.find_spec("accelerate") is None:
+    raise MissingExtraError(
+        "transformers.Trainer needs accelerate: install the extra with `pip install 'engram-lm[hf]'`, or train with a "
+        "loop of your own and engram_lm.training.optimizers.build_optimizer"
+    )
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+from transformers import Trainer
+
+__all__ = ["MemoryTrainer", "MemoryTrainerMixin", "TableTraining", "train_memory"]
+
+# Rows of a table that are restored at a time.
+_PIECE_ROWS = 1 << 16
+
+
+def train_memory(
+    model: nn.Module, backbone: Literal["frozen", "full"] = "frozen", *, adapters: Iterable[str] | None = None
+) -> None:
+    """Choose what is trained: ``requires_grad`` of every parameter of a model.
+
+    With ``"frozen"`` that is the memory; LoRA and whatever else peft trains stays as peft has set it, in either order
+    of attaching. With ``"full"`` it is everything.
+
+    Args:
+        model: A model with attached memory, also inside peft.
+        backbone: What becomes of the parameters that are no memory.
+        adapters: Names of the memory adapters to train, the others are frozen; all where None.
+
+    Raises:
+        ConfigError: No memory is attached, or none of such a name; ``backbone`` is something else.
+    """
+    if backbone not in ("frozen", "full"):
+        raise ConfigError(f"backbone must be 'frozen' or 'full', not {backbone!r}; for LoRA, 'frozen' and peft")
+    found = _adapters(model)
+    wanted = set(found) if adapters is None else set(adapters)
+    if not found or wanted - found.keys():
+        raise ConfigError(
+            f"memory adapters {sorted(wanted) or 'to train'} are asked for, the model has {sorted(found) or 'none'}; "
+            "attach with engram_lm.attach(model, tokenizer, config) first"
+        )
+    memory = {id(parameter) for adapter in found.values() for parameter in adapter.parameters()}
+    if backbone == "full" or getattr(model, "peft_config", None) is None:
+        for parameter in model.parameters():
+            if id(parameter) not in memory and parameter.is_floating_point():
+                parameter.requires_grad_(backbone == "full")
+    for name, adapter in found.items():
+        adapter.requires_grad_(name in wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableTraining:
+    """How a trainer treats memory tables. Everything else is as its ``TrainingArguments`` say."""
+
+    lr_multiplier: float = 5.0
+    """Learning rate of tables relative to ``learning_rate``, at every step of its schedule (paper, Table 5)."""
+    weight_decay: float = 0.0
+    """Decoupled, of rows in the steps that touch them (paper: none). ``args.weight_decay`` is not for tables."""
+    optimizer: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
+    """Of tables with sparse gradients; those with dense ones have AdamW."""
+    bias_correction: Literal["step", "row"] = "step"
+    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
+
+    def __post_init__(self) -> None:
+        self.options(lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+
+    def options(self, *, lr: float, betas: tuple[float, float], eps: float) -> OptimizerOptions:
+        """Put together with what a trainer's arguments say."""
+        return OptimizerOptions(
+            backbone="adamw",
+            tables=self.optimizer,
+            lr=lr,
+            table_lr_multiplier=self.lr_multiplier,
+            table_weight_decay=self.weight_decay,
+            table_bias_correction=self.bias_correction,
+            betas=betas,
+            eps=eps,
+        )
+
+
+class MemoryTrainerMixin(_Trainer):
+    """What a trainer of Hugging Face needs for a model with memory; stands before it: ``class T(Mixin, SFTTrainer)``.
+
+    - **Optimizer**: what ``args`` say for everything but the tables (``optim``, ``learning_rate``, ``weight_decay``,
+      Adam's constants), and an optimizer of rows for tables, with their multiple of the learning rate. Both are one
+      `CombinedOptimizer`, whose groups are those that schedules, accelerate and checkpoints see. Norms and convolution
+      of the memory have no weight decay.
+    - **Clipping**: ``max_grad_norm`` bounds the norm of all gradients together, sparse ones by their merged rows.
+    - **Several processes**: DistributedDataParallel (``torchrun``, ``accelerate launch``), see `share_tables`.
+    - **Checkpoints**: ``engram_adapters/NAME`` in each holds the adapter as `MemoryAdapter.save_pretrained` writes it.
+      Beside it stands what trains otherwise: with a frozen backbone nothing, with peft its adapter, else the model
+      without the memory. Resuming and ``load_best_model_at_end`` read both.
+    - Memory that was trainable stays so when the trainer itself wraps the model in peft (``peft_config``).
+
+    Args:
+        *args: The trainer's own.
+        tables: How tables are trained; the defaults where None.
+        **kwargs: The trainer's own.
+
+    Raises:
+        ConfigError: When training begins: memory together with FSDP, DeepSpeed or DataParallel.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, *args: Any, tables: TableTraining | None = None, **kwargs: Any) -> None:
+        self.table_training = tables or TableTraining()
+        self._shared_tables: SharedTables | None = None
+        model = kwargs.get("model", args[0] if args else None)
+        memory = _adapters(model).values() if isinstance(model, nn.Module) else ()
+        trained = [parameter for adapter in memory for parameter in adapter.parameters() if parameter.requires_grad]
+        super().__init__(*args, **kwargs)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see ``transformers.Trainer.train``."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_sharing()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, once, and prepare the tables for several processes."""
+        opt_model: nn.Module = self.model if model is None else model
+        if _trained(opt_model) or sparse_tables(opt_model):
+            self._refuse_other_strategies()
+        if sparse_tables(opt_model):
+            self._end_sharing()
+            self._shared_tables = share_tables(opt_model, is_due=lambda: bool(self.accelerator.sync_gradients))
+        if self.optimizer is not None:
+            return self.optimizer
+        tables = {id(module.weight) for module in opt_model.modules() if is_trainable_table(module)}
+        trained = [parameter for parameter in opt_model.parameters() if parameter.requires_grad]
+        with _without_gradient(parameter for parameter in trained if id(parameter) in tables):
+            optimizers: list[torch.optim.Optimizer] = [super().create_optimizer(opt_model)]
+        made = optimizers[0]
+        if any(id(parameter) in tables for parameter in trained):
+            args = self.args
+            options = self.table_training.options(
+                lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+            )
+            with _without_gradient(parameter for parameter in trained if id(parameter) not in tables):
+                optimizers += build_optimizer(opt_model, options).optimizers
+            for optimizer in optimizers[1:]:
+                for group in optimizer.param_groups:
+                    group.pop("param_names", None)  # the trainer's own groups have none, and either all have or none
+            made = self.optimizer = CombinedOptimizer(optimizers)
+        return made
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay: as the trainer says, less the memory's norms and convolution."""
+        plain = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, EngramLayer)
+            for parameter in module.parameters(recurse=False)
+        }
+        named = dict(model.named_parameters(remove_duplicate=False))
+        return [name for name in super().get_decay_parameter_names(model) if id(named.get(name)) not in plain]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not sparse_tables(model):
+            return super()._clip_grad_norm(model)
+        return self._clip(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is not None or not sparse_tables(model):
+            return super()._get_grad_norm(model, grad_norm)
+        return self._clip(model, float("inf"))
+
+    def _clip(self, model: nn.Module, max_norm: float) -> float:
+        self.accelerator.unscale_gradients()
+        return clip_gradients(model.parameters(), max_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the trained adapters, and of the model what is trained beside them."""
+        adapters = _trained(self.model)
+        if not adapters:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._saves_model():
+            if state_dict is None and not _has_peft(self.model):
+                state_dict = {name: value for name, value in self.model.state_dict().items() if not _is_memory(name)}
+            super()._save(output_dir, state_dict)
+        elif (tokenizer := self.processing_class or getattr(self.data_collator, "tokenizer", None)) is not None:
+            tokenizer.save_pretrained(folder)
+        for name, adapter in adapters.items():
+            # Rows that are read from elsewhere do not change.
+            own = all(isinstance(table, nn.Module) for table in adapter.tables.values())
+            adapter.save_pretrained(folder / CONTAINER / name, tables=own)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapters = _trained(self.model)
+        if not adapters or self._saves_model():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _restore(adapters, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        adapters = _trained(self.model)
+        if not adapters or self._saves_model():
+            super()._load_best_model()
+        _restore(adapters, self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The memory is not missing: it lies in a folder of its own.
+        missing = [name for name in load_result.missing_keys if not _is_memory(name)]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _saves_model(self) -> bool:
+        """Whether something beside attached memory is trained and has to be saved."""
+        memory = {id(parameter) for adapter in _adapters(self.model).values() for parameter in adapter.parameters()}
+        return any(parameter.requires_grad and id(parameter) not in memory for parameter in self.model.parameters())
+
+    def _refuse_other_strategies(self) -> None:
+        kind = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+        if kind is not None:
+            raise ConfigError(
+                f"{kind} would divide the memory, which neither its optimizer of rows nor its checkpoints know; train "
+                "with DistributedDataParallel: torchrun or accelerate launch, without such a configuration"
+            )
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"this process sees {self.args.n_gpu} GPUs, over which the trainer would spread copies of the model "
+                "(DataParallel); start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            )
+
+    def _end_sharing(self) -> None:
+        if self._shared_tables is not None:
+            self._shared_tables.remove()
+            self._shared_tables = None
+
+
+class MemoryTrainer(MemoryTrainerMixin, Trainer):
+    """``transformers.Trainer`` for a model with memory: `engram_lm.attach`ed, or an `EngramForCausalLM`.
+
+    See `MemoryTrainerMixin` for what differs from the ordinary trainer.
+
+    Example:
+        >>> adapter = engram_lm.attach(model, tokenizer, EngramConfig(hidden_size=2048))  # doctest: +SKIP
+        >>> train_memory(model)  # doctest: +SKIP
+        >>> MemoryTrainer(model, TrainingArguments("out"), train_dataset=dataset).train()  # doctest: +SKIP
+    """
+
+
+def _adapters(model: nn.Module) -> dict[str, MemoryAdapter]:
+    """Attached adapters by name, wherever in the model: peft, attached to later, holds them further inside."""
+    return {module.name: module for module in model.modules() if isinstance(module, MemoryAdapter)}
+
+
+def _trained(model: nn.Module) -> dict[str, MemoryAdapter]:
+    return {
+        name: adapter
+        for name, adapter in _adapters(model).items()
+        if any(parameter.requires_grad for parameter in adapter.parameters())
+    }
+
+
+def _has_peft(model: nn.Module) -> bool:
+    return getattr(model, "peft_config", None) is not None
+
+
+def _is_memory(name: str) -> bool:
+    return CONTAINER in name.split(".")
+
+
+@contextlib.contextmanager
+def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let some trainable parameters look frozen inside a ``with`` block."""
+    hidden = list(parameters)
+    try:
+        for parameter in hidden:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in hidden:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _restore(adapters: dict[str, MemoryAdapter], checkpoint: str) -> None:
+    """Read the weights of attached adapters from a checkpoint, in place."""
+    for name, adapter in adapters.items():
+        folder = Path(checkpoint) / CONTAINER / name
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{checkpoint} holds no memory {name!r} (expected the folder {CONTAINER}/{name}); it was written "
+                "without MemoryTrainerMixin, or for other adapters: resume from another checkpoint, or begin anew"
+            )
+        assert adapter.model is not None
+        stored = read_adapter(LocalFiles(folder), find_decoder(adapter.model, adapter.layer_list))
+        if stored.spec.digest != adapter.spec.digest:
+            raise MismatchError(
+                f"the memory {name!r} in {checkpoint} has the hash {stored.spec.digest}, the attached one "
+                f"{adapter.spec.digest}; attach with the configuration and tokenizer of the run that is resumed"
+            )
+        adapter.layers.load_state_dict(stored.layers)
+        tables = {key: table for key, table in adapter.tables.items() if isinstance(table, ParameterTable)}
+        if not tables:
+            continue
+        opened = stored.open_tables(TablePlace(tier="mmap", read_ahead=False), None)
+        try:
+            for key, table in tables.items():
+                for start in range(0, table.num_rows, _PIECE_ROWS):
+                    rows = torch.arange(start, min(start + _PIECE_ROWS, table.num_rows))
+                    table.weight[start : start + len(rows)] = opened[key].gather(rows).to(table.weight.device)
+        finally:
+            for stored_table in opened.values():
+                stored_table.close()

@@ -1,0 +1,78 @@
+"""The loss that is trained, and the same on text that is not trained on."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram_lm.model import EngramForCausalLM
+from engram_lm.model.experts import sequence_balance_loss
+
+__all__ = ["autocast", "cut_into_sequences", "language_model_loss"]
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Run matrix products in ``dtype``."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    # A weight is used once in a pass. Kept copies of all of them would outlast the blocks that use them.
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False)
+
+
+def language_model_loss(
+    model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32", *, position_ids: Tensor | None = None
+) -> Tensor:
+    """Compute the mean nats per token.
+
+    A model of ours whose configuration weighs the sequence-wise balance loss of its experts has it added, as with
+    ``labels``.
+
+    Args:
+        model: An `EngramForCausalLM`, whose logits are never all in memory; or any causal language model of
+            transformers.
+        inputs: Tokens ``[B, L]``.
+        targets: The token after each, ``[B, L]``.
+        dtype: Type of matrix products.
+        position_ids: ``[B, L]``, starting anew where a document does; one run of positions where None.
+    """
+    if not isinstance(model, EngramForCausalLM):
+        return _loss_of_logits(model, inputs, targets, dtype, position_ids)
+    balance = model.config.sequence_balance if model.training and model.config.has_experts else 0.0
+    with autocast(inputs.device, dtype):
+        wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
+        outputs = model.model(input_ids=inputs, position_ids=position_ids, use_cache=False, **wanted)
+    hidden = outputs.last_hidden_state
+    weight = model.lm_head.weight
+    if dtype != "float32":
+        hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
+    # Each token's loss comes in the type of the products: only their mean in float32 has more digits than that.
+    losses = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none")
+    loss = losses.float().mean()
+    if balance:
+        loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
+    return loss
+
+
+def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
+    # Not every model takes positions.
+    wanted = {} if position_ids is None else {"position_ids": position_ids}
+    with autocast(inputs.device, dtype):
+        logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def cut_into_sequences(tokens: np.ndarray, length: int) -> list[slice]:
+    """Cut packed tokens into sequences that do not see each other: whole ones, then the shorter rest.
+
+    Args:
+        tokens: Packed tokens ``[num_tokens]``.
+        length: Tokens in a sequence.
+
+    Returns:
+        Slices of ``tokens``, each a sequence and the token after it, so that every token but the first is predicted.
+    """
+    count = len(tokens) - 1
+    return [slice(start, min(start + length, count) + 1) for start in range(0, count, length)]

@@ -1,0 +1,165 @@
+"""What a run reports, step by step: metrics.jsonl always, TensorBoard and Weights & Biases where they are wanted."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from engram_lm.errors import MissingExtraError, RunFolderError
+from engram_lm.files import replacing
+
+__all__ = ["Metrics", "check_installed", "read_metrics"]
+
+
+class Metrics:
+    """The metrics of a run: one JSON object a line, each with ``step``.
+
+    Every line reaches the file at once, so that a process that is killed loses none. On resuming, lines of steps that
+    will be taken again are removed first.
+
+    Args:
+        path: The ``metrics.jsonl``.
+        first_step: The step that comes next; lines from it on are removed.
+        tensorboard: Whether to write TensorBoard's event files beside it, in ``tensorboard/``.
+        wandb: Whether to send the same to Weights & Biases.
+        config: What describes the run there.
+
+    Raises:
+        MissingExtraError: One of the two was asked for with ``"yes"`` and is not installed.
+        RunFolderError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        first_step: int = 1,
+        tensorboard: Literal["auto", "yes", "no"] = "no",
+        wandb: Literal["auto", "yes", "no"] = "no",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_installed(tensorboard=tensorboard, wandb=wandb)
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.exists() else []
+        with replacing(path) as aside:
+            aside.write_text("".join(_line(values) for values in kept), encoding="utf-8")
+        self.last_held_out: dict[str, Any] | None = next(
+            (values["held_out"] for values in reversed(kept) if values.get("held_out")), None
+        )
+        """The newest ``held_out`` of the lines that were kept."""
+        # Without a buffer: what a full disk refused would be written again, and refused again, on closing.
+        self._file = path.open("ab", buffering=0)
+        self._board = self._wandb = None
+        if tensorboard != "no" and _is_installed("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)
+        if wandb != "no" and _is_installed("wandb") and (wandb == "yes" or os.environ.get("WANDB_PROJECT")):
+            import wandb as client
+
+            self._wandb = client.init(dir=str(path.parent), config=dict(config or {}), resume="allow")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Args:
+            values: ``step`` and anything that JSON holds; numbers, nested or not, become curves elsewhere.
+
+        Raises:
+            RunFolderError: The disk is full.
+        """
+        try:
+            rest = _line(values).encode()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._show(values)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write the metrics in {self.path.parent}: {error.strerror}; free some space and resume"
+            ) from error
+
+    def _show(self, values: Mapping[str, Any]) -> None:
+        if self._board is None and self._wandb is None:
+            return
+        numbers = dict(_numbers("", values))
+        step = int(numbers.pop("step"))
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End all of them."""
+        self._file.close()
+        if self._board is not None:
+            # It writes in the background, and says here again what `write` has said.
+            with contextlib.suppress(OSError):
+                self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_installed(*, tensorboard: str, wandb: str) -> None:
+    """Refuse what was asked for with ``"yes"`` and is not installed, before any work is done.
+
+    Raises:
+        MissingExtraError: Naming the package.
+    """
+    for module, choice in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if choice == "yes" and not _is_installed(module):
+            raise MissingExtraError(f"log.{module} = 'yes' needs {module}: pip install {module}, or leave it at 'auto'")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a ``metrics.jsonl``; a last line that a killed process did not finish is left out.
+
+    Raises:
+        RunFolderError: A line in the middle is no JSON object with a ``step``.
+    """
+    found: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            values = json.loads(line)
+            if not isinstance(values["step"], int):
+                raise TypeError("step")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise RunFolderError(f"line {number} of {path} is not an object with a step: {line[:80]!r}") from error
+        found.append(values)
+    return found
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _numbers(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

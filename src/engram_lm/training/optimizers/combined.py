@@ -1,0 +1,265 @@
+"""Several optimizers as one: one list of groups, one state, one step."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engram_lm.errors import ConfigError
+from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
+from engram_lm.training.optimizers.groups import sort_parameters
+from engram_lm.training.optimizers.muon import Muon
+from engram_lm.training.optimizers.row_wise import RowWiseAdagrad, RowWiseAdam
+from engram_lm.training.optimizers.rows import (
+    BiasCorrection,
+    RowAdam,
+    RowOptimizer,
+    check_bias_correction,
+    check_options,
+)
+from engram_lm.training.optimizers.sinkhorn import SinkhornMomentum
+
+__all__ = ["CombinedOptimizer", "OptimizerOptions", "build_optimizer"]
+
+_BACKBONES = ("muon", "adamw")
+_TABLES = ("row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """How the parameters of a model are trained."""
+
+    backbone: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the matrices of hidden layers (paper: Muon); everything else beside the tables has AdamW."""
+    tables: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
+    """Optimizer of the tables (paper: Adam; DeepSeek-V4.1: sinkhorn)."""
+    lr: float = 4e-4
+    """Learning rate of the backbone at a factor of 1 (paper, Table 5)."""
+    table_lr_multiplier: float = 5.0
+    """Learning rate of tables relative to the backbone's (paper, Table 5)."""
+    weight_decay: float = 0.1
+    """Decoupled; of matrices, the head, routers and stream mixers. Norms, biases and embeddings have none."""
+    table_weight_decay: float = 0.0
+    """Decoupled, of rows in the steps that touch them."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's moments, AdamW's and the tables'."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment, AdamW's and the tables' (DeepSeek's models: 1e-20)."""
+    momentum: float = 0.95
+    """Of Muon, and of ``sinkhorn``."""
+    update_rms: float = 0.18
+    """Root mean square of an update of Muon and of ``sinkhorn``, relative to the learning rate (DeepSeek-V4.1)."""
+    table_bias_correction: BiasCorrection = "step"
+    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
+    table_first_moment: Literal["full", "none"] = "full"
+    """Of ``row_wise_adam``: as large as the table, or none."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("backbone", self.backbone, _BACKBONES), ("tables", self.tables, _TABLES)):
+            if value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas are two numbers, not {self.betas}")
+        check_options(
+            "an optimizer",
+            lr=self.lr,
+            table_lr_multiplier=self.table_lr_multiplier,
+            weight_decay=self.weight_decay,
+            table_weight_decay=self.table_weight_decay,
+            eps=self.eps,
+            update_rms=self.update_rms,
+            betas=(*self.betas, self.momentum),
+        )
+        check_bias_correction(self.table_bias_correction)
+        if self.table_first_moment not in ("full", "none"):
+            raise ConfigError(f"table_first_moment must be 'full' or 'none', not {self.table_first_moment!r}")
+
+
+class CombinedOptimizer(ExactStateOptimizer):
+    """Several optimizers that look like one: to schedulers of torch, to checkpoints, to a training loop.
+
+    ``param_groups`` are the live groups of all of them, ``state`` is one dict that all of them use, and ``state_dict``
+    has torch's usual form, by the number of the parameter. Every group has a ``name``, and an ``lr_multiplier`` by
+    which `set_lr` multiplies. Both are ordinary options of the group, so that no wrapper of the model and no
+    scheduler loses them.
+
+    Args:
+        optimizers: Of different parameters; all of them with names of parameters, or none. Used only through this
+            object from then on.
+
+    Raises:
+        ConfigError: There is none.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        if not self.optimizers:
+            raise ConfigError("there is nothing to combine: the model has no trainable parameter")
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for number, group in enumerate(groups):
+            group.setdefault("name", f"group{number}")
+            group.setdefault("lr_multiplier", 1.0)
+        self._is_complete = False
+        super().__init__(groups, {})
+        self._is_complete = True
+        for optimizer in self.optimizers:
+            self.state.update(optimizer.state)
+        self._share()
+
+    def _share(self) -> None:
+        """Let all optimizers use this one's state and groups."""
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = list(itertools.islice(groups, len(optimizer.param_groups)))
+            optimizer.state = self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: nothing would say which of the optimizers a new group belongs to.
+
+        Raises:
+            ConfigError: Always, once the object is made.
+        """
+        if self._is_complete:
+            raise ConfigError("a combined optimizer takes no further groups; build it anew with all parameters")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step with each optimizer; a closure is called once, before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def set_lr(self, rate: float) -> None:
+        """Set every group's learning rate to ``rate`` times its ``lr_multiplier``."""
+        for group in self.param_groups:
+            group["lr"] = rate * group["lr_multiplier"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, options of the groups included. Tensors are copied, in their saved type."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def allocate_state(self) -> None:
+        """Make all state tensors as they are before the first step, so that saved ones can be written into them.
+
+        Raises:
+            ConfigError: One of the optimizers is neither of this package nor AdamW, and makes its state itself.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ExactStateOptimizer):
+                optimizer.allocate_state()
+            elif isinstance(optimizer, torch.optim.AdamW):
+                _allocate_adamw(optimizer)
+            else:
+                raise ConfigError(
+                    f"the state of {type(optimizer).__name__} is not known before its first step; take a step, or use "
+                    "AdamW or an optimizer of engram_lm.training.optimizers"
+                )
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The live state tensors by "parameter name/state name". Empty before `allocate_state` or the first step.
+
+        Counters are tensors of no dimension; all others have the parameter's first dimension or its whole shape.
+
+        Raises:
+            ConfigError: The optimizers were made without names of parameters.
+        """
+        named = {}
+        for group in self.param_groups:
+            if "param_names" not in group:
+                raise ConfigError("parameters have no names here; pass (name, parameter) pairs to the optimizers")
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                for key, value in self.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        named[f"{name}/{key}"] = value
+        return named
+
+
+def build_optimizer(
+    model: nn.Module, options: OptimizerOptions | None = None, *, group: "dist.ProcessGroup | None" = None
+) -> CombinedOptimizer:
+    """Make the optimizers of a model and combine them.
+
+    Groups are called ``matrices`` (Muon), ``decayed`` and ``plain`` (AdamW), ``tables`` (a row optimizer) and
+    ``dense_tables`` (AdamW, for tables made with ``gradient="dense"``); the empty ones are left out.
+
+    Args:
+        model: Any model, wrapped (DDP, FSDP2) and its tables sharded or not; wrap and shard first, because both
+            replace parameters.
+        options: How to train; the defaults where None.
+        group: The ranks that train this model together. Given, Muon divides its work among them where they hold the
+            same matrices; sharded tables are divided over all ranks where it is None.
+
+    Raises:
+        ConfigError: Nothing in the model is trainable, or a table's gradient is dense and its optimizer is of rows
+            other than ``row_adam``.
+    """
+    options = options or OptimizerOptions()
+    kinds = sort_parameters(model)
+    if kinds.dense_tables and options.tables != "row_adam":
+        raise ConfigError(
+            f"tables='{options.tables}' updates touched rows only, and {next(iter(kinds.dense_tables))} is made with "
+            "gradient='dense'; make it with gradient='sparse' (table_gradient of the memory's configuration)"
+        )
+
+    def named(name: str, parameters: dict[str, nn.Parameter], **group_options: Any) -> list[dict[str, Any]]:
+        group = {"params": list(parameters.items()), "name": name, "lr_multiplier": 1.0, **group_options}
+        return [{**group, "lr": options.lr * group["lr_multiplier"]}] if parameters else []
+
+    table = {"lr_multiplier": options.table_lr_multiplier, "weight_decay": options.table_weight_decay}
+    matrices, decayed = kinds.matrices, kinds.decayed
+    if options.backbone == "adamw":
+        matrices, decayed = {}, {**matrices, **decayed}
+    optimizers: list[torch.optim.Optimizer] = []
+    if found := named("matrices", matrices, weight_decay=options.weight_decay):
+        muon: dict[str, Any] = {"momentum": options.momentum, "update_rms": options.update_rms, "copies": group}
+        optimizers.append(Muon(found, lr=options.lr, **muon))
+    if found := [
+        *named("decayed", decayed, weight_decay=options.weight_decay),
+        *named("plain", kinds.plain, weight_decay=0.0),
+        *named("dense_tables", kinds.dense_tables, **table),
+    ]:
+        optimizers.append(torch.optim.AdamW(found, lr=options.lr, betas=options.betas, eps=options.eps, fused=True))
+    if found := named("tables", kinds.tables, **table):
+        optimizers.append(_table_optimizer(found, options, kinds.num_sharded > 0, group))
+    return CombinedOptimizer(optimizers)
+
+
+def _table_optimizer(
+    groups: list[dict[str, Any]], options: OptimizerOptions, sharded: bool, group: "dist.ProcessGroup | None"
+) -> RowOptimizer:
+    adam: dict[str, Any] = {"betas": options.betas, "eps": options.eps}
+    adam["bias_correction"] = options.table_bias_correction
+    if options.tables == "row_adam":
+        return RowAdam(groups, **adam)
+    if options.tables == "row_wise_adam":
+        return RowWiseAdam(groups, first_moment=options.table_first_moment, **adam)
+    if options.tables == "row_wise_adagrad":
+        return RowWiseAdagrad(groups)
+    return SinkhornMomentum(
+        groups, momentum=options.momentum, update_rms=options.update_rms, sharded=sharded, group=group
+    )
+
+
+def _allocate_adamw(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state as its first step would."""
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            device = parameter.device if on_device else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+            for name in names:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)

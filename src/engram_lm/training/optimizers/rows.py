@@ -1,0 +1,272 @@
+"""Optimizers of tables: what all of them share, and Adam on the rows a step touched."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from engram_lm.errors import ConfigError
+from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
+
+__all__ = ["BiasCorrection", "RowAdam", "RowOptimizer", "check_options", "merge_rows"]
+
+BiasCorrection = Literal["step", "row"]
+"""What corrects the bias of moments that began at zero: the optimizer's steps, or the touches of each row."""
+
+# Numbers of rows that are worked on at once: on a CPU copies of this size stay in the cache (0.8 of the time), and
+# nowhere is more memory taken than this, however many rows a step touched.
+_CHUNK_NUMBERS = {"cpu": 2**16}
+_OTHER_CHUNK_NUMBERS = 2**26
+
+
+def merge_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up the entries of a sparse gradient that belong to the same row.
+
+    Args:
+        gradient: Sparse COO, one sparse dimension, ``[num_rows, width]``; coalesced or not.
+
+    Returns:
+        Distinct rows, int64 ascending ``[n]``, and their gradients ``[n, width]``, in the gradient's type. Entries of
+        bfloat16 are added in float32.
+
+    Cost: sorting the row numbers and reading the entries once; a quarter of ``Tensor.coalesce`` on a CPU.
+    """
+    rows, values = gradient._indices()[0], gradient._values()
+    if gradient.is_coalesced() or not len(rows):
+        return rows, values
+    dtype = values.dtype
+    values = values.float() if dtype.itemsize < 4 else values
+    if values.device.type != "cpu":
+        distinct, position = torch.unique(rows, return_inverse=True)
+        merged = values.new_zeros(len(distinct), *values.shape[1:])
+        return distinct, merged.index_add_(0, position, values).to(dtype)
+    # Stable, so that the entries of a row are added in the order in which they came: same input, same bits.
+    ordered, order = torch.sort(rows, stable=True)
+    begins = torch.ones(len(rows), dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
+    first = begins.nonzero()[:, 0]
+    return ordered[first], F.embedding_bag(order, values, first, mode="sum").to(dtype)
+
+
+class RowOptimizer(ExactStateOptimizer):
+    """What all optimizers of tables share: rows without a gradient keep weights and state, bit for bit.
+
+    Gradients must be sparse (``ParameterTable(gradient="sparse")``). State is float32 whatever the table's type, and
+    has the table's rows in its first dimension (but for the count of steps), so that a division of the table by rows
+    divides the state with it.
+
+    ``weight_decay`` of a group is decoupled as in AdamW and lazy: a row shrinks by ``1 - lr * weight_decay`` in steps
+    that touch it, and not in the others. Rows that are read rarely therefore decay rarely.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows that have a gradient.
+
+        Raises:
+            ConfigError: A gradient is dense.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if not gradient.is_sparse:
+                    raise ConfigError(
+                        f"{type(self).__name__} updates touched rows only and was given a dense gradient; make the "
+                        "table with gradient='sparse', or train it with torch.optim.AdamW"
+                    )
+                if not self.state[parameter]:
+                    self._allocate(parameter, group)
+                state = self.state[parameter]
+                state["step"] += 1
+                self._update(parameter.detach(), *merge_rows(gradient), state, group)
+        return loss
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
+        """Update distinct rows ``[n]``, which may be none, by their gradients ``[n, width]``."""
+        raise NotImplementedError
+
+
+def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: float) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+        ConfigError: One of ``options`` is negative or no number, or a beta is outside [0, 1).
+    """
+    betas = tuple(betas)
+    if not all(value >= 0 for value in options.values()) or not all(0 <= beta < 1 for beta in betas):
+        given = ", ".join([*(f"{name}={value}" for name, value in options.items()), *(["betas"] if betas else [])])
+        needed = [f"{name} >= 0" for name in options] + (["betas in [0, 1)"] if betas else [])
+        raise ConfigError(f"{optimizer} needs {', '.join(needed)}, not {given}" + (f" = {betas}" if betas else ""))
+
+
+def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Divide rows ``[n]`` and gradients ``[n, width]`` into pieces that are worked on at once; gradients in float32."""
+    numbers = _CHUNK_NUMBERS.get(values.device.type, _OTHER_CHUNK_NUMBERS)
+    num_rows = max(1, numbers // max(1, values.shape[1]))
+    for first in range(0, len(rows), num_rows):
+        yield rows[first : first + num_rows], values[first : first + num_rows].float()
+
+
+def add_to_rows(
+    weight: Tensor, rows: Tensor, update: Tensor, size: float, group: dict[str, Any], scale: Tensor | None = None
+) -> None:
+    """Move rows: ``w <- w * (1 - lr * weight_decay) - size * scale * update``.
+
+    Args:
+        weight: ``[num_rows, width]``.
+        rows: Distinct, ``[n]``.
+        update: float32 ``[n, width]``.
+        size: Of the step.
+        group: Gives ``lr`` and ``weight_decay``.
+        scale: One factor per row, float32 ``[n, 1]``.
+    """
+    now = weight.index_select(0, rows).float()
+    decay = group["lr"] * group["weight_decay"]
+    if decay:
+        now.mul_(1 - decay)
+    now = now.add_(update, alpha=-size) if scale is None else now.addcmul_(update, scale, value=-size)
+    weight.index_copy_(0, rows, now.to(weight.dtype))
+
+
+def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tuple[float, Tensor | None]:
+    """Correct the bias of two moments that began at zero: ``sqrt(1 - beta2^t) / (1 - beta1^t)``.
+
+    With ``"row"`` the rows' touches are counted here.
+
+    Returns:
+        The learning rate times the correction where it is the same for all rows, and the correction of each row,
+        float32 ``[n, 1]``, where it is not.
+    """
+    beta1, beta2 = group["betas"]
+    beta1 = 0.0 if group.get("first_moment") == "none" else beta1
+    if group["bias_correction"] == "step":
+        step = int(state["step"])
+        return group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step), None
+    touches = state["row_steps"].index_select(0, rows).add_(1)
+    state["row_steps"].index_copy_(0, rows, touches)
+    # In float64, as 1 - beta^t has few digits in float32 where beta is near 1.
+    exponent = touches.double().unsqueeze(1)
+    first = 1 - beta1**exponent
+    second = 1 - beta2**exponent
+    return group["lr"], second.sqrt_().div_(first).float()
+
+
+def new_step_counters(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Count of steps (float32, on the host as torch's) and, where bias is corrected per row, touches of each row."""
+    counters = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    if group.get("bias_correction") == "row":
+        counters["row_steps"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+    return counters
+
+
+def check_bias_correction(value: str) -> None:
+    """Refuse an unknown way to correct bias.
+
+    Raises:
+        ConfigError: It is neither ``"step"`` nor ``"row"``.
+    """
+    if value not in ("step", "row"):
+        raise ConfigError(f"bias_correction must be 'step' or 'row', not {value!r}")
+
+
+class RowAdam(RowOptimizer):
+    """Adam whose step costs what was touched: rows without a gradient keep weights and moments as they are.
+
+    Equal to ``torch.optim.SparseAdam`` in its updates, with the table options of the paper: no weight decay, and a
+    learning rate given apart from the backbone's. By default bias correction counts steps of the optimizer, as there,
+    so a row first touched late moves by ``lr * (1 - beta1) / sqrt(1 - beta2)`` and not by ``lr``: 0.45 of it with the
+    betas (0.9, 0.95) that training uses here. With ``bias_correction="row"`` each row counts its own touches: it is
+    trained as if it were a parameter of its own that Adam saw in those steps only, and its first move is ``lr``.
+
+    Gradients must be sparse (``ParameterTable(gradient="sparse")``).
+
+    Args:
+        params: Tables, or groups of them.
+        lr: Learning rate. The paper multiplies the backbone's by 5.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment, before its bias is corrected.
+        weight_decay: Decoupled and lazy, see `RowOptimizer`. The paper has none.
+        bias_correction: By the optimizer's steps, or by the touches of each row (4 bytes of state per row more).
+
+    State per table: ``step``; ``exp_avg`` and ``exp_avg_sq``, float32 ``[num_rows, width]``; with ``"row"``
+    ``row_steps``, int32 ``[num_rows]``.
+
+    Cost: sorting the touched row numbers, and reading and writing their rows and two moments.
+    Source: paper, Table 5 (Adam, learning rate x5, no weight decay).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        weight_decay: float = 0.0,
+        bias_correction: BiasCorrection = "step",
+    ) -> None:
+        check_options("RowAdam", lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
+        check_bias_correction(bias_correction)
+        defaults = {"lr": lr, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay, "bias_correction": bias_correction})
+
+    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        self.state[parameter].update(
+            **new_step_counters(parameter, group),
+            exp_avg=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
+            exp_avg_sq=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
+        )
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
+        for some, gradient in chunks(rows, values):
+            update = self._by_rows if group["bias_correction"] == "row" else self._by_steps
+            update(weight, some, gradient, state, group)
+
+    @staticmethod
+    def _by_steps(weight: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Any], group: Any) -> None:
+        """Take the rows out and let torch's fused kernel do the arithmetic in one pass over them."""
+        (beta1, beta2), step = group["betas"], int(state["step"])
+        now = weight.index_select(0, rows).float()
+        mean = state["exp_avg"].index_select(0, rows)
+        square = state["exp_avg_sq"].index_select(0, rows)
+        fused = weight.device.type in ("cpu", "cuda")
+        adamw(
+            [now],
+            [gradient],
+            [mean],
+            [square],
+            [],
+            [torch.full((), step - 1.0, device=weight.device if fused else "cpu")],
+            fused=fused,
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            # Same form as SparseAdam: eps is added to the uncorrected root, which the kernel divides.
+            eps=group["eps"] / (1 - beta2**step) ** 0.5,
+            maximize=False,
+        )
+        state["exp_avg"].index_copy_(0, rows, mean)
+        state["exp_avg_sq"].index_copy_(0, rows, square)
+        weight.index_copy_(0, rows, now.to(weight.dtype))
+
+    @staticmethod
+    def _by_rows(weight: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Any], group: Any) -> None:
+        beta1, beta2 = group["betas"]
+        mean = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state["exp_avg"].index_copy_(0, rows, mean)
+        state["exp_avg_sq"].index_copy_(0, rows, square)
+        size, scale = bias_sizes(state, rows, group)
+        add_to_rows(weight, rows, mean.div_(square.sqrt_().add_(group["eps"])), size, group, scale)

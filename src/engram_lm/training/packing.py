@@ -1,0 +1,422 @@
+"""Sources → packed token shards on disk, once: what was packed before is reused, what was begun is continued.
+
+A corpus lies in a folder named by a digest of what its sources contain, the tokenizer and the options::
+
+    cache/files.json            digests of files, so that a second run need not read them
+    cache/<digest>/index.json   what was packed; written last
+    cache/<digest>/state.json   while packing: the shards that are complete, and where to go on
+    cache/<digest>/train/       token shards, see `engram_lm.training.shards`
+    cache/<digest>/held_out/
+
+Documents go through in batches of fixed size, and a shard ends between two batches. Which batches there are depends on
+the sources alone, counted from the shard's beginning, so packing that is continued writes what it would have written.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from engram_lm.errors import ConfigError, DataError, RunFolderError
+from engram_lm.files import write_atomically
+from engram_lm.training.shards import (
+    INDEX_NAME,
+    Shard,
+    TokenShards,
+    token_dtype,
+    tokenizer_digest,
+    write_index,
+    write_shard,
+)
+from engram_lm.training.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
+
+__all__ = ["OneSidedError", "PackedCorpus", "open_remembered", "pack_to_shards"]
+
+_FORMAT = "engram.packed.1"
+_STATE_NAME = "state.json"
+_SIDES = ("train", "held_out")
+_BATCH_CHARACTERS = 4 << 20
+_BATCH_PIECES = 8192
+"""A batch is complete when it has so many characters or pieces; twice as many are in memory at most."""
+
+
+class OneSidedError(DataError):
+    """No document fell on one side: there are too few of them for the share that was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCorpus:
+    """Token shards of a corpus, divided by document."""
+
+    train: TokenShards
+    """What to train on."""
+    held_out: TokenShards | None
+    """Documents set aside; None if none were asked for."""
+    folder: Path
+    """Where both lie; its name is the digest of sources, tokenizer and options."""
+    skipped: dict[str, int]
+    """Files passed over, by reason."""
+    num_left_out: int
+    """Held-out documents beyond the limit in tokens; they are on neither side."""
+    reused: bool
+    """Whether it was there already."""
+
+    @property
+    def digest(self) -> str:
+        """Of sources, tokenizer and options."""
+        return self.folder.name
+
+
+def pack_to_shards(
+    sources: Iterable[str | os.PathLike[str] | Mapping[str, Any] | TextSource],
+    tokenizer: PreTrainedTokenizerFast,
+    cache_folder: str | os.PathLike[str],
+    *,
+    held_out: float = 0.01,
+    max_held_out_tokens: int | None = None,
+    seed: int = 0,
+    shard_tokens: int = 1 << 26,
+    on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
+) -> PackedCorpus:
+    """Tokenize sources into shards on disk, or open those of an earlier run.
+
+    Tokenization runs on all cores (``TOKENIZERS_PARALLELISM=false`` forbids it) while the next batch is read and the
+    last one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
+    follows it if the tokenizer has one, and one of more than 262,144 characters comes in pieces (see
+    `engram_lm.training.sources.cut_text`). Killed at any moment and called again, it goes on from the last complete
+    shard, with the same bytes at the end. A second process that packs the same waits for the first and reuses its work.
+
+    Args:
+        sources: Paths, tables, or `TextSource`s, in the order in which they are packed.
+        tokenizer: A fast tokenizer.
+        cache_folder: Where packed corpora are kept; made if missing.
+        held_out: Share of the documents to set aside, in [0, 1). A document's side depends on its text and ``seed``
+            alone, so copies of a document are on the same side.
+        max_held_out_tokens: Set no further documents aside when so many tokens are reached; they are left out then.
+        seed: Another one sets other documents aside.
+        shard_tokens: A shard ends with the batch that brings it to so many tokens.
+        on_progress: Called with a task (``"reading"`` or ``"tokenizing"``), the source bytes just done, and in all
+            (None where a dataset does not tell). Raising in it stops packing; complete shards stay.
+
+    Returns:
+        The shards of both sides.
+
+    Raises:
+        DataError: A source is missing, empty, broken or changes meanwhile; no document fell on one side; shards of an
+            earlier run are damaged.
+        ConfigError: Impossible options, or a tokenizer without a fast backend.
+        MissingExtraError: Parquet or datasets without the packages that read them.
+        RunFolderError: The cache folder cannot be written, or its disk is full.
+
+    Memory: two batches of text and encodings (some hundred MB), one shard, and the largest record.
+    """
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out is a share of the documents, at least 0 and below 1, got {held_out}")
+    if max_held_out_tokens is not None and max_held_out_tokens < 1:
+        raise ConfigError(f"max_held_out_tokens is at least 1, or None for no limit, got {max_held_out_tokens}")
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens is at least 1, got {shard_tokens}")
+    options = {
+        "held_out": held_out,
+        "max_held_out_tokens": max_held_out_tokens,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+        "batch": [_BATCH_CHARACTERS, _BATCH_PIECES, PIECE_CHARACTERS],
+    }
+    made_by = tokenizer_digest(tokenizer)
+    cache, given = Path(cache_folder), [TextSource.of(source) for source in sources]
+    try:
+        opened = open_remembered(given, cache, lambda *done: on_progress("reading", *done))
+        contents = [_FORMAT, options, made_by, [item.identity for item in opened.items]]
+        folder = cache / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
+        folder.mkdir(exist_ok=True)
+        with _locked(folder):
+            reused = (folder / INDEX_NAME).is_file()
+            if not reused:
+                _Packing(folder, opened, tokenizer, made_by, options).run(
+                    lambda num_bytes: on_progress("tokenizing", num_bytes, opened.num_bytes)
+                )
+            return _open(folder, made_by, opened.skipped, reused)
+    except RunFolderError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
+
+
+def open_remembered(
+    sources: Sequence[TextSource],
+    cache: Path,
+    on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
+) -> OpenSources:
+    """Open sources, whose files are read for their digests once for all who share a cache folder.
+
+    Raises:
+        ConfigError: The cache folder lies in a source.
+        RunFolderError: The cache folder cannot be written.
+        DataError: As `open_sources`; `MissingExtraError` likewise.
+    """
+    for source in sources:
+        if cache.resolve().is_relative_to(Path(source.path).resolve()):
+            raise ConfigError(f"the cache folder {cache} lies in the source {source.path}; keep it elsewhere")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return open_sources(sources, remembered=cache / "files.json", on_progress=on_progress)
+    except OSError as error:
+        raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a corpus alone. The kernel gives the lock back however a process ends."""
+    with open(folder / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _open(folder: Path, made_by: str, skipped: dict[str, int], reused: bool) -> PackedCorpus:
+    try:
+        index = json.loads((folder / INDEX_NAME).read_bytes())
+        sides, left_out = index["sides"], index["num_left_out"]
+        if index["format"] != _FORMAT or type(left_out) is not int or not isinstance(sides, list):
+            raise ValueError("fields of other types than expected")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder / INDEX_NAME} is malformed ({error!r:.200}); remove {folder} to pack again"
+        ) from error
+    held_out = TokenShards.open(folder / "held_out", tokenizer=made_by) if "held_out" in sides else None
+    train = TokenShards.open(folder / "train", tokenizer=made_by)
+    return PackedCorpus(train, held_out, folder, skipped, left_out, reused)
+
+
+@dataclasses.dataclass
+class _Side:
+    """One side of the corpus: what is stored, and what is not yet."""
+
+    shards: list[Shard] = dataclasses.field(default_factory=list)
+    num_text_bytes: int = 0
+    num_tokens: int = 0
+    """Stored or not."""
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    ends: list[int] = dataclasses.field(default_factory=list)
+    waiting: int = 0
+    """Tokens in ``tokens``."""
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.tokens.append(tokens)
+        self.waiting += len(tokens)
+        self.num_tokens += len(tokens)
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where packing stands between two batches."""
+
+    item: int = 0
+    pieces: int = 0
+    """Pieces of the item that are done."""
+    document_tokens: int = 0
+    """Tokens of the document that is not yet at its end."""
+    drops: bool = False
+    """Whether that document is left out."""
+
+
+class _Packing:
+    """Packs one corpus into its folder, from wherever an earlier attempt stopped."""
+
+    def __init__(
+        self, folder: Path, opened: OpenSources, tokenizer: Any, made_by: str, options: dict[str, Any]
+    ) -> None:
+        self.folder, self.opened, self.options, self.made_by = folder, opened, options, made_by
+        self.encoder = _encoder(tokenizer)
+        self.vocab_size, self.end_token = len(tokenizer), tokenizer.eos_token_id
+        self.dtype = token_dtype(self.vocab_size)
+        self.end = np.array([] if self.end_token is None else [self.end_token], dtype=self.dtype)
+        self.sides = {name: _Side() for name in _SIDES[: 2 if options["held_out"] else 1]}
+        self.place = _Place()
+        self.facts = {"num_documents": 0, "num_left_out": 0, "lowest": 1.0}
+
+    def run(self, on_progress: Callable[[int], None]) -> None:
+        """Pack what is left, and write the index."""
+        for leftover in self.folder.rglob(".*.part"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        self._resume()
+        # One thread hands batches to the tokenizer, whose own threads do the work without Python's lock.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            under_way: collections.deque[tuple[list[Piece], _Place, concurrent.futures.Future[list[Encoding]]]]
+            under_way = collections.deque()
+            try:
+                for batch, place in self._batches(on_progress):
+                    texts = [piece.text for piece in batch]
+                    under_way.append((batch, place, pool.submit(self._encode, texts)))
+                    if len(under_way) > 1:
+                        self._store(*under_way.popleft(), on_progress)
+                while under_way:
+                    self._store(*under_way.popleft(), on_progress)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        self._finish()
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        return self.encoder.encode_batch_fast(texts, add_special_tokens=False)
+
+    def _batches(self, on_progress: Callable[[int], None]) -> Iterator[tuple[list[Piece], _Place]]:
+        """Pieces that are not stored yet, in batches, each with the place after it."""
+        batch: list[Piece] = []
+        size, done, first = 0, dataclasses.replace(self.place), dataclasses.replace(self.place)
+        for item in self.opened.items[: first.item]:
+            on_progress(item.num_bytes or 0)
+        for number in range(first.item, len(self.opened.items)):
+            done.item, done.pieces = number, 0
+            for piece in self.opened.items[number].pieces():
+                done.pieces += 1
+                if number == first.item and done.pieces <= first.pieces:
+                    on_progress(piece.source_bytes)
+                    continue
+                batch.append(piece)
+                size += len(piece.text)
+                if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+                    yield batch, dataclasses.replace(done)
+                    batch, size = [], 0
+        if batch:
+            yield batch, done
+
+    def _store(
+        self,
+        batch: list[Piece],
+        place: _Place,
+        encodings: "concurrent.futures.Future[list[Encoding]]",
+        on_progress: Callable[[int], None],
+    ) -> None:
+        state = self.place
+        for piece, encoding in zip(batch, encodings.result(), strict=True):
+            on_progress(piece.source_bytes)
+            draw = self._draw(piece.digest)
+            side = self.sides["held_out" if draw < self.options["held_out"] else "train"]
+            if state.document_tokens == 0:
+                limit = self.options["max_held_out_tokens"] if side is not self.sides["train"] else None
+                state.drops = limit is not None and side.num_tokens >= limit
+            tokens = np.array(encoding.ids, dtype=self.dtype)
+            state.document_tokens += len(tokens)
+            if not state.drops:
+                side.add(tokens)
+                side.num_text_bytes += len(piece.text.encode())
+            if piece.ends_document:
+                if not state.drops:
+                    side.add(self.end)
+                    if state.document_tokens + len(self.end):
+                        side.ends.append(side.waiting)
+                self.facts["num_documents"] += 1
+                self.facts["num_left_out"] += state.drops
+                self.facts["lowest"] = min(self.facts["lowest"], draw)
+                state.document_tokens, state.drops = 0, False
+        state.item, state.pieces = place.item, place.pieces
+        if max(side.waiting for side in self.sides.values()) >= self.options["shard_tokens"]:
+            self._write_shards()
+
+    def _draw(self, digest: bytes) -> float:
+        """A number in [0, 1) for a document."""
+        number = hashlib.sha256(f"{self.options['seed']}:".encode() + digest).digest()
+        return int.from_bytes(number[:6], "big") / 2**48
+
+    def _write_shards(self) -> None:
+        # Tokens of a file that has changed meanwhile must not be stored under the digest of its earlier contents.
+        for item in self.opened.items[: self.place.item + 1]:
+            item.check_unchanged()
+        for name, side in self.sides.items():
+            if side.tokens:
+                path = self.folder / name / f"{len(side.shards):05d}.safetensors"
+                side.shards.append(write_shard(path, side.tokens, side.ends, self.dtype))
+                side.tokens, side.ends, side.waiting = [], [], 0
+        state = {
+            "format": _FORMAT,
+            "place": dataclasses.asdict(self.place),
+            "facts": self.facts,
+            "sides": {
+                name: {"shards": side.shards, "num_text_bytes": side.num_text_bytes, "num_tokens": side.num_tokens}
+                for name, side in self.sides.items()
+            },
+        }
+        # Only now do the shards count; without this they are written again.
+        write_atomically(self.folder / _STATE_NAME, json.dumps(state))
+
+    def _resume(self) -> None:
+        """Take over what an earlier attempt stored; from the beginning where that is not whole."""
+        try:
+            state = json.loads((self.folder / _STATE_NAME).read_bytes())
+            if state["format"] != _FORMAT:
+                return
+            sides = {name: _Side(**state["sides"][name]) for name in self.sides}
+            place, facts = _Place(**state["place"]), {name: state["facts"][name] for name in self.facts}
+            for name, side in sides.items():
+                for shard in side.shards:
+                    if (self.folder / name / shard["file"]).stat().st_size != shard["file_bytes"]:
+                        return
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        self.sides, self.place, self.facts = sides, place, facts
+
+    def _finish(self) -> None:
+        facts = self.facts
+        if not facts["num_documents"]:
+            raise DataError("the sources hold no text: every document is blank; name sources that hold some")
+        for name, side in self.sides.items():
+            if not side.num_tokens:
+                raise OneSidedError(self._empty(name))
+        if any(side.tokens for side in self.sides.values()):
+            self._write_shards()
+        for name, side in self.sides.items():
+            shared = {
+                "vocab_size": self.vocab_size,
+                "tokenizer": self.made_by,
+                "end_token": self.end_token,
+                "num_text_bytes": side.num_text_bytes,
+            }
+            write_index(self.folder / name, shared, side.shards)
+        index = {
+            "format": _FORMAT,
+            "options": self.options,
+            "tokenizer": self.made_by,
+            "sides": list(self.sides),
+            "num_documents": facts["num_documents"],
+            "num_left_out": facts["num_left_out"],
+            "items": [item.identity for item in self.opened.items],
+        }
+        write_atomically(self.folder / INDEX_NAME, json.dumps(index, indent=1))
+        (self.folder / _STATE_NAME).unlink(missing_ok=True)
+
+    def _empty(self, side: str) -> str:
+        documents, share = self.facts["num_documents"], self.options["held_out"]
+        if documents == 1:
+            return (
+                "the sources hold a single document, so none could be held out; give more documents, cut it into "
+                "several files, or pass held_out=0"
+            )
+        if side == "train":
+            return f"all {documents} documents fell on the held-out side (held_out={share}); give a smaller share"
+        return (
+            f"none of {documents} documents fell on the held-out side (held_out={share}); give more documents, or "
+            f"a share of at least {self.facts['lowest'] * 1.001 + 1e-6:.6f}, which would hold one out"
+        )
+
+
+def _encoder(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of its own, that neither cuts nor pads, and reads the names of special tokens as text."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder

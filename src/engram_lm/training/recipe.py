@@ -1,0 +1,300 @@
+"""The recipe: everything that decides a training run, as one value."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.training.loop import TrainOptions
+from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.recipe_file import build, override, read_table, to_plain
+from engram_lm.training.schedules import ScheduleOptions
+from engram_lm.training.sources import TextSource
+
+__all__ = [
+    "PATHS",
+    "CheckpointOptions",
+    "DataOptions",
+    "EvaluationOptions",
+    "LogOptions",
+    "ModelOptions",
+    "ParallelOptions",
+    "Recipe",
+    "RunOptions",
+    "TokenizerOptions",
+    "differences",
+]
+
+PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
+"""How ``--keys`` shows text: the tables that stand in the place of a path are more than a flag can say."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is trained."""
+
+    preset: str = "engram-nano"
+    """A preset of ``engram-lm plan``: dense-, moe- or engram- with -nano, -tiny, -small, or one of the paper's."""
+    config: Path | None = None
+    """A config.json, or a folder that holds one, in place of a preset."""
+    weights: Path | None = None
+    """A Hugging Face folder of this project, whose model and tokenizer training goes on from, in place of a preset."""
+    backbone: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of ``EngramLMConfig`` to change, such as ``num_hidden_layers``."""
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of ``EngramConfig`` to change, such as ``rows_per_head``."""
+
+    def __post_init__(self) -> None:
+        if self.config is not None and self.weights is not None:
+            raise ConfigError("config and weights both say which model is trained; keep one of them")
+        if (self.backbone or self.memory) and (self.config is not None or self.weights is not None):
+            raise ConfigError("backbone and memory change a preset; with config or weights, edit its config.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """How text becomes tokens."""
+
+    path: str | None = None
+    """A tokenizer's folder, or its name on the Hub; where None, one is trained on the data (or comes with weights)."""
+    vocab_size: int = 8192
+    """Tokens of the tokenizer that is trained, at least 258."""
+    train_bytes: int = 32_000_000
+    """Text that it is trained on, from the beginning of the sources."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 258 or self.train_bytes < 1:
+            raise ConfigError(
+                f"vocab_size is at least 258 (all bytes and two special tokens) and train_bytes at least 1, not "
+                f"{self.vocab_size} and {self.train_bytes}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is trained on."""
+
+    sources: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Where text comes from; the Python standard library's own sources where empty."""
+    cache: Path | None = None
+    """Folder of token shards, which runs share; where None, ``engram-lm/shards`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    held_out: float = 0.01
+    """Share of the documents that is never trained on, chosen by their contents; where there are too few of them, that
+    share of the tokens, from the end. 0 holds nothing out."""
+    held_out_sources: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Where text to evaluate on comes from, in place of ``held_out``."""
+    restart_documents: bool = False
+    """Whether positions, attention and N-grams start anew at each document within a sequence. The short convolution of
+    memory does not: it reads up to the last nine tokens of the document before."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2 or not 0 <= self.held_out < 1:
+            raise ConfigError(
+                f"sequence_length is at least 2 and held_out a share from 0 and below 1, not {self.sequence_length} "
+                f"and {self.held_out}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How many steps, of what."""
+
+    num_steps: int
+    """Optimizer steps; the schedule ends with them."""
+    batch_size: int = 16
+    """Sequences in a step, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences that a process computes at a time; gradients of a larger share are added up. All where None."""
+    seed: int = 0
+    """Decides the first weights and the order of the text."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; weights stay in float32. Auto takes bfloat16 where the device has it in hardware."""
+    device: str = "auto"
+    """Where to train, as torch names it; auto takes an accelerator where there is one."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because their gradient is not finite, before training ends with an error."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed twice, to keep less of them in memory."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"batch_size is at least 1 and seed from 0 to 2^63 - 1, not {self.batch_size} and {self.seed}"
+            )
+        self.for_trainer("float32")  # refuses what cannot be
+
+    def for_trainer(self, dtype: Literal["float32", "bfloat16"]) -> TrainOptions:
+        """What the trainer needs of it."""
+        return TrainOptions(
+            num_steps=self.num_steps,
+            micro_batch_size=self.micro_batch_size,
+            max_grad_norm=self.max_grad_norm,
+            max_skipped_steps=self.max_skipped_steps,
+            dtype=dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """When held-out loss is measured."""
+
+    every: int = 500
+    """Steps from one measurement to the next; 0 measures at the end only."""
+    max_tokens: int = 65_536
+    """Held-out tokens used each time."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.max_tokens < 2:
+            raise ConfigError(f"every is at least 0 and max_tokens at least 2, not {self.every} and {self.max_tokens}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When everything is saved."""
+
+    every: int = 500
+    """Steps from one checkpoint to the next; 0 saves at the end and on a signal only."""
+    keep_last: int = 2
+    """Checkpoints that are kept."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, at the price of a second copy of it in memory."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep_last < 1:
+            raise ConfigError(f"every is at least 0 and keep_last at least 1, not {self.every} and {self.keep_last}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """How the work is divided under ``torchrun``. Tables are always divided by rows."""
+
+    backbone: Literal["ddp", "fsdp2"] = "ddp"
+    """Whether every process holds the backbone (DDP) or its share of it (FSDP2)."""
+    deduplicate: bool = True
+    """Whether a row that a process reads several times travels once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What is written down."""
+
+    every: int = 1
+    """Steps from one line of metrics.jsonl to the next."""
+    details_every: int = 100
+    """Steps from one line with norms by group, use of the tables and expert load to the next; 0 leaves them out."""
+    tensorboard: Literal["auto", "yes", "no"] = "auto"
+    """Whether TensorBoard's event files are written too; auto writes them where ``tensorboard`` is installed."""
+    wandb: Literal["auto", "yes", "no"] = "auto"
+    """Whether Weights & Biases gets them too; auto where ``wandb`` is installed and ``WANDB_PROJECT`` is set."""
+    peak_tflops: float | None = None
+    """What one device computes at best, in 10^12 operations a second, for MFU; measured on a CPU where None, and looked
+    up on a known accelerator."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.details_every < 0:
+            raise ConfigError(
+                f"every is at least 1 and details_every at least 0, not {self.every} and {self.details_every}"
+            )
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"peak_tflops is a finite number above 0, not {self.peak_tflops}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a training run. A recipe file is this, in TOML, one section per field."""
+
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """Which model is trained."""
+    tokenizer: TokenizerOptions = dataclasses.field(default_factory=TokenizerOptions)
+    """How text becomes tokens."""
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    """What is trained on."""
+    train: RunOptions
+    """How many steps, of how many sequences, in which type."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    """How gradients become updates."""
+    schedule: ScheduleOptions = dataclasses.field(default_factory=ScheduleOptions)
+    """How the learning rate changes."""
+    evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
+    """When held-out loss is measured."""
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+    """When everything is saved."""
+    parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
+    """How the work is divided under torchrun."""
+    log: LogOptions = dataclasses.field(default_factory=LogOptions)
+    """What is written down."""
+
+    @classmethod
+    def read(cls, path: Path, overrides: list[str] | None = None) -> Self:
+        """Read a recipe file.
+
+        Args:
+            path: The TOML file.
+            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
+
+        Raises:
+            ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
+        """
+        return build(cls, override(read_table(path), overrides or []))
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Make a recipe of nested dictionaries, as `to_dict` gives them.
+
+        Raises:
+            ConfigError: A key is unknown or a value impossible.
+        """
+        return build(cls, table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values; what is None is left out."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to go on with another recipe than a checkpoint was made with.
+
+        How often something is written down, and on how many processes of which kind the work is divided, may change.
+
+        Args:
+            saved: The recipe in the checkpoint.
+
+        Raises:
+            MismatchError: Naming every key that differs.
+        """
+        ours = self.to_dict()
+        different = [
+            f"{place} is {_show(now)}, was {_show(then)}"
+            for section in ("model", "tokenizer", "data", "train", "optimizer", "schedule")
+            for place, now, then in differences(section, ours.get(section), saved.get(section))
+            if place not in _MAY_CHANGE
+        ]
+        if different:
+            raise MismatchError(
+                f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
+                "run folder, or begin a new run with another --out"
+            )
+
+
+# What decides where and how fast work is done, and not what comes out beyond rounding.
+_MAY_CHANGE = {"data.cache", "train.micro_batch_size", "train.device"}
+
+
+def differences(place: str, now: Any, then: Any) -> list[tuple[str, Any, Any]]:
+    """List what differs between two recipes, key by key: the key, its value now, and its value then."""
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        names = [*now, *(name for name in then if name not in now)]
+        return [found for name in names for found in differences(f"{place}.{name}", now.get(name), then.get(name))]
+    return [] if now == then else [(place, now, then)]
+
+
+def _show(value: Any) -> str:
+    return "not given" if value is None else repr(value)

@@ -1,0 +1,282 @@
+"""TOML → frozen dataclasses and back: every key checked against the fields, every mistake answered with the place."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import tyro
+
+from engram_lm.errors import ConfigError
+
+__all__ = ["build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
+
+_Options = TypeVar("_Options")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: It cannot be read, or is no TOML; with the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "engram-lm train") -> dict[str, Any]:
+    """Replace keys of a table by what a command line says.
+
+    Args:
+        table: Nested tables, changed in place.
+        arguments: ``--any.recipe.key VALUE`` or ``--any.recipe.key=VALUE``; a value is TOML, or else a plain string. A
+            key may be spelled with hyphens.
+        prog: The command, for messages.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: A flag without a value, something that is no flag, or a key below one that holds no table.
+    """
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--") or "." not in name:
+            raise ConfigError(
+                f"{flag!r} is neither a flag of {prog} nor a key of the recipe, which are given as --section.key VALUE "
+                f"(--train.num_steps 100); {prog} --keys lists them"
+            )
+        if not equals:
+            if not rest or _is_key(rest[0]):
+                raise ConfigError(f"{name} needs a value: {name} VALUE")
+            value = rest.pop(0)
+        *parents, last = name[2:].replace("-", "_").split(".")
+        inner = table
+        for depth, parent in enumerate(parents, 1):
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{name}: {'.'.join(parents[:depth])} is not a section of the recipe")
+        inner[last] = _value(value)
+    return table
+
+
+def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the keys of a recipe, ``--section.key VALUE`` or ``--section.key=VALUE``, out of a command line.
+
+    Returns:
+        The rest; the keys with their values, for `override`.
+    """
+    rest: list[str] = []
+    keys: list[str] = []
+    waits = False
+    for argument in arguments:
+        is_key = argument.startswith("--") and "." in argument.partition("=")[0]
+        (keys if is_key or (waits and not argument.startswith("--")) else rest).append(argument)
+        waits = is_key and "=" not in argument
+    return rest, keys
+
+
+def describe_keys(kind: type) -> str:
+    """The help that a recipe's fields make: key, meaning, default.
+
+    Args:
+        kind: The recipe's dataclass.
+    """
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(kind, prog="RECIPE.toml", args=["--help"])
+    return text.getvalue()
+
+
+def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") -> _Options:
+    """Make options of a table.
+
+    Args:
+        kind: A dataclass; its fields may be numbers, strings, paths, tuples, mappings, choices and dataclasses.
+        table: Field to value.
+        place: Where the table stands in its file, for messages.
+
+    Raises:
+        ConfigError: An unknown key (the nearest is suggested), a value of another type, or one that cannot be.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        where = f"{place}.{key}" if place else key
+        name = key.replace("-", "_")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = (
+                f"did you mean {f'{place}.' if place else ''}{near[0]}?" if near else f"there are {', '.join(fields)}"
+            )
+            raise ConfigError(f"the recipe has an unknown key {where}; {hint}")
+        values[name] = _convert(hints[name], value, where)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"the recipe lacks {', '.join(f'{place}.{name}' if place else name for name in missing)}")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"[{place}] {error}" if place else str(error)) from error
+
+
+def to_plain(options: Any) -> Any:
+    """Options as nested dictionaries of plain values, None left out: what `build` makes the same options of."""
+    if dataclasses.is_dataclass(options) and not isinstance(options, type):
+        pairs = ((field.name, getattr(options, field.name)) for field in dataclasses.fields(options))
+        return {name: to_plain(value) for name, value in pairs if value is not None}
+    if isinstance(options, Mapping):
+        return {str(key): to_plain(value) for key, value in options.items() if value is not None}
+    if isinstance(options, list | tuple):
+        return [to_plain(value) for value in options]
+    return str(options) if isinstance(options, Path) else options
+
+
+def write_toml(table: Mapping[str, Any]) -> str:
+    """Write nested dictionaries of plain values as TOML, plain keys before tables."""
+    return "\n".join(_lines(table, ())) + "\n"
+
+
+def _lines(table: Mapping[str, Any], place: tuple[str, ...]) -> list[str]:
+    lines = [f"{_key(name)} = {_toml(value)}" for name, value in table.items() if not _is_section(value)]
+    if place and (lines or not table):
+        lines = [f"[{'.'.join(map(_key, place))}]", *lines, ""]
+    elif lines:
+        lines.append("")
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, (*place, name))
+        elif _is_section(value):
+            for item in value:
+                header = ".".join(map(_key, (*place, name)))
+                lines += [f"[[{header}]]", *(f"{_key(key)} = {_toml(inner)}" for key, inner in item.items()), ""]
+    return lines
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    )
+
+
+def _key(name: str) -> str:
+    return (
+        name
+        if name and all(letter.isascii() and (letter.isalnum() or letter in "_-") for letter in name)
+        else json.dumps(name)
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        text = repr(value)
+        return text if any(letter in text for letter in ".e") else f"{text}.0"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # A TOML basic string has the escapes of JSON; DEL, which JSON leaves alone, must be escaped as well.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _is_key(argument: str) -> bool:
+    return argument.startswith("--") and "." in argument
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is typing.Annotated:
+        return _convert(arguments[0], value, where)
+    if origin is Literal:
+        if value in arguments and type(value) in {type(choice) for choice in arguments}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in arguments], n=1)
+        raise ConfigError(
+            f"{where} is one of {', '.join(map(repr, arguments))}, not {value!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and hasattr(hint, "of"):
+            return hint.of(value)  # what a string alone stands for
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a table of keys, not {value!r}")
+        return build(typing.cast(type, hint), value, place=where)
+    if origin is tuple:
+        return _convert_tuple(arguments, value, where)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a table of keys, not {value!r}")
+        return dict(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
+    raise ConfigError(f"{where} is {names.get(hint, getattr(hint, '__name__', hint))}, not {value!r}")
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    errors = []
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return _convert(choice, value, where)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0 if len(errors) == 1 else -1]
+
+
+def _convert_tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    repeated = len(items) == 2 and items[1] is Ellipsis
+    if repeated and isinstance(value, str | int | float | Mapping):
+        value = [value]  # one alone needs no brackets
+    if not isinstance(value, list | tuple) or not (repeated or len(value) == len(items)):
+        many = "any number of values" if repeated else f"{len(items)} values"
+        raise ConfigError(f"{where} is a list of {many}, not {value!r}")
+    kinds = [items[0]] * len(value) if repeated else items
+    return tuple(
+        _convert(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )

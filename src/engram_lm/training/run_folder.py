@@ -1,0 +1,165 @@
+"""The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engram_lm.errors import RunFolderError
+
+__all__ = ["RunFolder", "command_line", "commit", "machine", "run_facts", "to_json", "versions"]
+
+_MARK = "result.json"
+
+
+class RunFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Args:
+        path: Where the results shall be. An earlier run there is kept beside it under a numbered name.
+        mark: File in a run by which it is known as one.
+
+    Raises:
+        RunFolderError: The path is a file, holds something that is not a run, or cannot be written.
+    """
+
+    def __init__(self, path: Path, *, mark: str = _MARK) -> None:
+        try:
+            path = path.expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise RunFolderError(f"cannot use {path}: {error}; name another folder with --out") from error
+        self.path = path
+        if path == Path.cwd():
+            raise RunFolderError("the folder you stand in cannot become a run; name a folder in it with --out")
+        if path.is_file():
+            raise RunFolderError(f"{path} is a file; name another folder with --out")
+        if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+            raise RunFolderError(
+                f"{path} exists and holds something that is not a run (no {mark}), so it is left alone; "
+                "name another folder with --out"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to {path.parent}: {error.strerror}; name a folder you can write to with --out"
+            ) from error
+
+    def publish(self) -> Path | None:
+        """Put the folder in its place.
+
+        Returns:
+            Where an earlier run was moved to, if there was one.
+        """
+        moved = None
+        _open_to_readers(self.aside)
+        if self.path.is_dir():
+            if any(self.path.iterdir()):
+                numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in itertools.count(1))
+                moved = next(path for path in numbered if not path.exists())
+                self.path.rename(moved)
+            else:
+                self.path.rmdir()
+        self.aside.rename(self.path)
+        return moved
+
+    def discard(self) -> None:
+        """Remove what was written aside."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files the permissions that new files have here; some of the libraries that write them keep them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def run_facts(started: float, commit: str | None) -> dict[str, Any]:
+    """What every result says of how it was made.
+
+    Args:
+        started: When, in seconds since 1970.
+        commit: `commit`, as it was then: the tree may change under a long run.
+    """
+    return {
+        "command": command_line(),
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": time.time() - started,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit,
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, as it would be typed."""
+    name = Path(sys.argv[0]).name
+    return (
+        shlex.join(["engram-lm" if name == "__main__.py" else name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, without names or paths of it."""
+    import torch
+
+    facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                facts["processor"] = line.split(":", 1)[1].strip()
+                break
+        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (OSError, ValueError):
+        pass
+    facts["threads"] = torch.get_num_threads()
+    facts["system"] = f"{platform.system()} {platform.machine()}"
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    names = ("engram-lm", "torch", "transformers", "tokenizers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, marked where files differ; None where it is installed."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; file names that are no UTF-8 lose what is not."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"

@@ -1,0 +1,371 @@
+"""Packed tokens on disk, memory-mapped: many files that read as one long array."""
+
+import bisect
+import collections
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
+from engram_lm.files import replacing, write_atomically
+from engram_lm.tables.safetensors_file import read_header
+
+__all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
+
+INDEX_NAME = "index.json"
+"""Written last: a folder that has it is whole."""
+_FORMAT = "engram.tokens.1"
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_OPEN_AT_ONCE = 128
+"""Every mapping holds a file descriptor, of which a process often has 1,024."""
+
+Shard = dict[str, Any]
+"""What the index says of a file: ``file``, ``num_tokens``, ``num_documents`` (that end in it), ``file_bytes``,
+``sha256``."""
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything that decides which tokens a text becomes.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer. Truncation, padding, post-processing and decoding do not count.
+
+    Raises:
+        ConfigError: It has no fast backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"packing needs a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+    added = sorted((number, token.content) for number, token in backend.get_added_tokens_decoder().items())
+    digest = hashlib.sha256(json.dumps([added, tokenizer.eos_token_id]).encode())
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.model):
+        # JSON, as in tokenizer.json but without a detour over all of it, which takes ten times as long.
+        text = b"null" if part is None else part.__getstate__()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Smallest type that holds every token: uint16, or uint32 beyond 65,536 tokens."""
+    return _DTYPES["U16" if vocab_size <= 2**16 else "U32"]
+
+
+def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], dtype: np.dtype[Any]) -> Shard:
+    """Write one file, atomically.
+
+    Args:
+        path: Where.
+        tokens: Tokens, in pieces.
+        ends: One past the last token of each document that ends in this file, counted from its beginning.
+        dtype: Of `token_dtype`.
+
+    Returns:
+        Its entry for the index.
+
+    Raises:
+        RunFolderError: The disk is full, or the folder cannot be written. What was there stays as it was.
+    """
+    joined = np.concatenate([np.empty(0, dtype), *tokens])
+    tensors = {"document_ends": np.array(ends, dtype=_DTYPES["I64"]), "tokens": joined}
+    try:
+        with replacing(path) as aside:
+            safetensors.numpy.save_file(tensors, aside)
+            with open(aside, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            num_bytes = aside.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"cannot write {path} ({8 * len(ends) + joined.nbytes} bytes): {error}; make room and start again, the "
+            "shards before it are kept"
+        ) from error
+    return {
+        "file": path.name,
+        "num_tokens": len(joined),
+        "num_documents": len(ends),
+        "file_bytes": num_bytes,
+        "sha256": digest,
+    }
+
+
+def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Shard]) -> None:
+    """Make a folder of shards whole.
+
+    Args:
+        folder: Where the shards lie.
+        facts: ``vocab_size``, ``tokenizer`` (its digest), ``end_token`` (or None), ``num_text_bytes``.
+        shards: What `write_shard` returned, in order.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    try:
+        write_atomically(folder / INDEX_NAME, json.dumps({"format": _FORMAT, **facts, "shards": shards}, indent=1))
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder / INDEX_NAME}: {error}; make room and start again") from error
+
+
+class TokenShards:
+    """Tokens of a folder of shards, read where they lie; made by `open`.
+
+    Slicing (``shards[a:b]``) and ``len`` work as for an array. Reading is safe from several threads, and a copy or a
+    pickle opens the same folder again.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder = folder
+        """Where they lie."""
+        self.vocab_size: int = index["vocab_size"]
+        """Every token is below it."""
+        self.tokenizer_digest: str = index["tokenizer"]
+        """`tokenizer_digest` of the tokenizer that made them."""
+        self.end_token: int | None = index["end_token"]
+        """Stands after every document; None where the tokenizer has none."""
+        self.num_text_bytes: int = index["num_text_bytes"]
+        """Size of the text, as UTF-8."""
+        self.digest: str = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+        """Of everything in them."""
+        self.dtype = token_dtype(self.vocab_size)
+        """As stored."""
+        self.shards: tuple[Shard, ...] = tuple(index["shards"])
+        """Their files."""
+        self._firsts = [0, *itertools.accumulate(shard["num_tokens"] for shard in self.shards)]
+        self._first_documents = [0, *itertools.accumulate(shard["num_documents"] for shard in self.shards)]
+        self.num_tokens: int = self._firsts[-1]
+        """Tokens in all."""
+        self.num_documents: int = self._first_documents[-1]
+        """Documents in all."""
+        self._maps: collections.OrderedDict[int, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> "TokenShards":
+        """Open a folder of shards; costs its index and a look at the size of each file.
+
+        Args:
+            folder: A folder with an ``index.json``.
+            tokenizer: Refuse shards of another one than this (or than the one of this `tokenizer_digest`); any where
+                None.
+
+        Raises:
+            DataError: The folder or a file is missing, unfinished, truncated or malformed.
+            MismatchError: The shards were made with another tokenizer.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        shards = cls(folder, index)
+        if tokenizer is not None:
+            shards.check_tokenizer(tokenizer)
+        for shard in shards.shards:
+            path = folder / shard["file"]
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{path} is missing ({error.strerror}); {_again(folder)}") from error
+            if found != shard["file_bytes"]:
+                raise DataError(f"{path} has {found} bytes, expected {shard['file_bytes']}; {_again(folder)}")
+        return shards
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Tokens of a slice without a step, int64."""
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            raise TypeError(f"token shards are read by slices without a step, got {part!r}")
+        start, stop, _ = part.indices(self.num_tokens)
+        return self.slice(start, max(start, stop))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenShards.open, (self.folder,)
+
+    def __repr__(self) -> str:
+        return f"TokenShards({self.num_tokens:,} tokens, {self.num_documents:,} documents, in {self.folder})"
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse another tokenizer than the one these tokens were made with.
+
+        Args:
+            tokenizer: A fast tokenizer, or its `tokenizer_digest`.
+
+        Raises:
+            MismatchError: It is another one.
+        """
+        given = tokenizer if isinstance(tokenizer, str) else tokenizer_digest(tokenizer)
+        if given != self.tokenizer_digest:
+            raise MismatchError(
+                f"{self.folder} holds tokens of the tokenizer {self.tokenizer_digest}, this one is {given}; use the "
+                "tokenizer they were made with, or pack the text again with this one"
+            )
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of all, int64; a copy, whichever files they lie in.
+
+        Raises:
+            IndexError: Not within [0, num_tokens].
+            DataError: A file cannot be read, or holds something else than its index says.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        result = np.empty(stop - start, dtype=np.int64)
+        number = bisect.bisect_right(self._firsts, start) - 1
+        done = start
+        while done < stop:
+            first, last = self._firsts[number], min(stop, self._firsts[number + 1])
+            if last > done:  # not a shard without tokens
+                result[done - start : last - start] = self._map(number)[0][done - first : last - first]
+                done = last
+            number += 1
+        return result
+
+    def document_ends(self, start: int, stop: int) -> np.ndarray:
+        """Where documents end: every place e, one past a document's last token, with start < e <= stop; int64.
+
+        Raises:
+            DataError: A file cannot be read, or holds something else than its index says.
+        """
+        found = []
+        number = max(0, bisect.bisect_left(self._firsts, start + 1) - 1)
+        while number < len(self.shards) and self._firsts[number] <= stop:
+            ends, first = self._map(number)[1], self._firsts[number]
+            low, high = np.searchsorted(ends, (start - first, stop - first), side="right")
+            found.append(ends[low:high] + first)
+            number += 1
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+
+    def document_of(self, places: Any) -> np.ndarray:
+        """Number of the document that holds each token.
+
+        Args:
+            places: Places of tokens, integers ``[n]``, each in [0, num_tokens).
+
+        Returns:
+            int64 ``[n]``.
+
+        Raises:
+            IndexError: A place outside.
+        """
+        places = np.asarray(places, dtype=np.int64)
+        if places.size and (places.min() < 0 or places.max() >= self.num_tokens):
+            raise IndexError(f"places {places.min()} to {places.max()} of {self.num_tokens} tokens")
+        numbers = np.searchsorted(self._firsts, places, side="right") - 1
+        result = np.empty_like(places)
+        for number in np.unique(numbers):
+            inside = numbers == number
+            ends = self._map(int(number))[1]
+            result[inside] = self._first_documents[number] + np.searchsorted(
+                ends, places[inside] - self._firsts[number], side="right"
+            )
+        return result
+
+    def verify(self, on_progress: Callable[[int, int], None] = lambda num_bytes, total_bytes: None) -> None:
+        """Read everything and compare it with its checksums.
+
+        Args:
+            on_progress: Called with the bytes just read and the bytes in all.
+
+        Raises:
+            DataError: A file differs from what was written; the message names it.
+        """
+        total = sum(shard["file_bytes"] for shard in self.shards)
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            try:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"cannot read {path}: {error.strerror}; {_again(self.folder)}") from error
+            if found != shard["sha256"]:
+                raise DataError(
+                    f"{path} has changed since it was written: its SHA-256 is {found}, expected {shard['sha256']}; "
+                    f"{_again(self.folder)}"
+                )
+            on_progress(shard["file_bytes"], total)
+
+    def _map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and document ends of a shard, mapped; the mappings used last stay open."""
+        with self._lock:
+            found = self._maps.get(number)
+            if found is not None:
+                self._maps.move_to_end(number)
+                return found
+            found = self._open_map(self.shards[number])
+            self._maps[number] = found
+            if len(self._maps) > _OPEN_AT_ONCE:
+                self._maps.popitem(last=False)  # closed when the last reader lets go of it
+            return found
+
+    def _open_map(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        path, arrays = self.folder / shard["file"], []
+        try:
+            header = read_header(path)
+            expected: list[tuple[str, np.dtype[Any], int]] = [
+                ("tokens", self.dtype, shard["num_tokens"]),
+                ("document_ends", _DTYPES["I64"], shard["num_documents"]),
+            ]
+            for name, dtype, length in expected:
+                tensor = header.get(name)
+                found = None if tensor is None else (_DTYPES.get(tensor.dtype), tensor.shape, tensor.num_bytes)
+                if tensor is None or found != (dtype, (length,), length * dtype.itemsize):
+                    raise DataError(f"{path} holds {tensor} where {dtype} [{length}] was expected for {name}")
+                empty = np.empty(0, dtype)
+                arrays.append(
+                    np.memmap(path, dtype, "r", tensor.start_bytes, (length,)).view(np.ndarray) if length else empty
+                )
+        except (OSError, CheckpointError, DataError) as error:
+            raise DataError(f"{error}; {_again(self.folder)}") from error
+        tokens, ends = arrays
+        if len(ends) and (ends[0] < 0 or ends[-1] > len(tokens) or (np.diff(ends) <= 0).any()):
+            raise DataError(f"{path} has document ends out of order; {_again(self.folder)}")
+        return tokens, ends
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder.parent if folder.name in ('train', 'held_out') else folder} to pack the text again"
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{folder} holds no finished token shards: cannot read {path} ({error.strerror}); pack the text first"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({error!s:.200}); {_again(folder)}") from error
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise DataError(f"{path} has the format {found!r:.100}, expected {_FORMAT!r}")
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**62
+
+    shards, end_token = index.get("shards"), index.get("end_token")
+    right = (
+        is_count(index.get("vocab_size"))
+        and is_count(index.get("num_text_bytes"))
+        and isinstance(index.get("tokenizer"), str)
+        and (end_token is None or is_count(end_token))
+        and isinstance(shards, list)
+        and all(
+            isinstance(shard, dict)
+            and all(is_count(shard.get(name)) for name in ("num_tokens", "num_documents", "file_bytes"))
+            and isinstance(shard.get("sha256"), str)
+            and isinstance(shard.get("file"), str)
+            and os.path.basename(shard["file"]) == shard["file"]
+            and "\0" not in shard["file"]
+            for shard in shards
+        )
+    )
+    if not right:
+        raise DataError(f"{path} is malformed; {_again(folder)}")
+    return index

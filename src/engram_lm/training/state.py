@@ -1,0 +1,240 @@
+"""What a training's state is made of, by name, and how it becomes a model to hand on."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
+from engram_lm.files import new_folder, write_atomically
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.tables.safetensors_file import DTYPES, INDEX_NAME
+from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.sharded import ShardedTable
+from engram_lm.training.checkpoint_state import SavedState, SavedTensor
+from engram_lm.training.checkpoint_storage import StateReader
+from engram_lm.training.optimizers import plain_name
+
+__all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "NamedState", "export_model", "model_facts", "training_tensors"]
+
+MODEL_CONFIG = "model_config"
+"""The fact that holds a model's ``config.json``, from which `export_model` makes the model's folder."""
+SPEC_DIGEST = "spec_digest"
+"""The fact that holds the digest of a model's HashSpec, None without memory. Load with it as ``expected``."""
+
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+_LARGEST_FILE_BYTES = 5 * 10**9
+"""As transformers divides its files."""
+
+
+class NamedState(Protocol):
+    """An optimizer whose state can be saved by name, as `engram_lm.training.optimizers.CombinedOptimizer`."""
+
+    def allocate_state(self) -> None:
+        """Make all state as it is before the first step."""
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The live tensors by ``parameter name/state name``."""
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """What must stand beside a model's tensors so that it can be built and exported again: configuration and digest.
+
+    Args:
+        model: An `EngramForCausalLM`.
+    """
+    spec = model.config.spec
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return {MODEL_CONFIG: config, SPEC_DIGEST: None if spec is None else spec.digest}
+
+
+def training_tensors(model: nn.Module, optimizer: NamedState | None = None) -> dict[str, Tensor]:
+    """Name every tensor that training changes, for `Checkpoints`, which reads them and fills them in place.
+
+    Names are the same for any number of ranks. Tables that are divided over ranks, and what the optimizer keeps for
+    their rows, are seen as a whole; what FSDP2 has divided is so already. The optimizer's state is made where it has
+    none yet.
+
+    Args:
+        model: The model itself, not what DDP or a loss module put around it (FSDP2 puts nothing around it).
+        optimizer: Of this model's parameters, which it calls by the names they have in the model; None for weights
+            alone.
+
+    Returns:
+        ``model/NAME`` for parameters and persistent buffers, tied ones once, under their first name;
+        ``optimizer/PARAMETER/STATE`` for the optimizer's. They share memory with what they name.
+
+    Raises:
+        ConfigError: The optimizer is of another model, or a divided table's state has neither an entry per row nor
+            one in all.
+    """
+    tensors: dict[str, Tensor] = {}
+    tables = {id(module.weight): module for module in model.modules() if isinstance(module, ShardedTable)}
+    # All names of a tied weight: an optimizer may know it by another than the first.
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    by_name = {plain_name(name): tables.get(id(parameter)) for name, parameter in parameters}
+    seen: set[int] = set()
+    persistent = model.state_dict(keep_vars=True).keys()
+    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
+        if name in persistent and id(tensor) not in seen:
+            seen.add(id(tensor))
+            table = tables.get(id(tensor))
+            tensors[_MODEL + plain_name(name)] = (
+                tensor.detach() if table is None else table.distributed(tensor.detach())
+            )
+    if optimizer is None:
+        return tensors
+    optimizer.allocate_state()
+    for key, tensor in optimizer.named_state().items():
+        parameter = key.partition("/")[0]
+        if parameter not in by_name:
+            raise ConfigError(f"the optimizer keeps {key}, but the model has no parameter {parameter}; make it of this")
+        table = by_name[parameter]
+        if table is not None and tensor.dim():
+            try:
+                tensor = table.distributed(tensor)
+            except MismatchError as error:
+                raise ConfigError(f"the optimizer's {key} cannot be divided as its table is: {error}") from error
+        tensors[_OPTIMIZER + key] = tensor.detach()
+    return tensors
+
+
+def export_model(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> Path:
+    """Write a checkpoint's model as a Hugging Face folder, which ``EngramForCausalLM.from_pretrained`` loads.
+
+    Tensors are read and written in pieces, so tables may be larger than memory. The checksums of the model's tensors
+    are compared first. The folder appears when it is whole.
+
+    Args:
+        checkpoint: The folder of one checkpoint, with the facts of `model_facts`.
+        out: The folder to make.
+        tokenizer: What is saved beside the model: a Hugging Face tokenizer, or a folder to load one from. It must be
+            the one the model's memory was made with.
+        dtype: Type of weights in floating point; as they were trained where None. Weights that the model keeps in
+            float32 stay in it.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or damaged, or has no model.
+        MismatchError: The tokenizer is another than the model's, or tensors are not those of the configuration.
+        ConfigError: An unknown type.
+        FileExistsError: There is something at ``out``.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    types = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ConfigError(f"dtype is one of float32, bfloat16 and float16, not {dtype!r}")
+    state = SavedState.read(checkpoint)
+    config = _config_of(checkpoint, state)
+    if isinstance(tokenizer, str | os.PathLike):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer is not None and config.spec is not None:
+        config.spec.bind(tokenizer)
+    saved = _model_tensors(checkpoint, state, config)
+    kept = tuple(EngramForCausalLM._keep_in_fp32_modules_strict or ())
+    target: dict[str, torch.dtype] = {}
+    for name, tensor in saved.items():
+        own, wanted = DTYPES[tensor.dtype], types[dtype]
+        fixed = not own.is_floating_point or any(part in name.split(".") for part in kept)
+        target[name] = own if wanted is None or fixed else wanted
+    trained = {kind for name, kind in target.items() if kind.is_floating_point and not set(name.split(".")) & set(kept)}
+    config.dtype = max(trained, key=lambda kind: kind.itemsize) if trained else None
+    config.architectures = [EngramForCausalLM.__name__]
+    reader = StateReader(checkpoint, SavedState(state.step, {}, state.files, _with_prefix(saved)))
+    reader.verify()
+    with new_folder(out) as aside:
+        files = _divided(saved, target)
+        for file, names in files.items():
+            with TensorWriter(aside / file, {name: (target[name], saved[name].shape) for name in names}) as writer:
+                for name in names:
+                    for piece in _whole(reader, _MODEL + name, saved[name]):
+                        writer.append(name, piece.to(target[name]))
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            total = sum(math.prod(saved[name].shape) * target[name].itemsize for name in saved)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_atomically(aside / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        config.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+    return out
+
+
+def _config_of(checkpoint: Path, state: SavedState) -> EngramLMConfig:
+    values = state.facts.get(MODEL_CONFIG)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{checkpoint} has no {MODEL_CONFIG} among its facts, so its model is not known")
+    try:
+        config = EngramLMConfig.from_dict(values)
+    except EngramError:
+        raise
+    except Exception as error:  # the configuration's own checks raise what they like
+        raise CheckpointError(f"the {MODEL_CONFIG} of {checkpoint} is not a configuration: {error!s:.300}") from error
+    assert isinstance(config, EngramLMConfig)
+    return config
+
+
+def _model_tensors(checkpoint: Path, state: SavedState, config: EngramLMConfig) -> dict[str, SavedTensor]:
+    """The model's tensors by their own names, checked against what the configuration describes."""
+    found = {name.removeprefix(_MODEL): tensor for name, tensor in state.tensors.items() if name.startswith(_MODEL)}
+    with torch.device("meta"):
+        described = training_tensors(EngramForCausalLM(config))
+    expected = {name.removeprefix(_MODEL): tuple(tensor.shape) for name, tensor in described.items()}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    if shapes != expected:
+        name = min(name for name in expected | shapes if expected.get(name) != shapes.get(name))
+        raise MismatchError(
+            f"{checkpoint} is not of the model that its {MODEL_CONFIG} describes: {name} has the shape "
+            f"{shapes.get(name, 'of nothing (it is missing)')}, expected {expected.get(name, 'no such tensor')}"
+        )
+    return found
+
+
+def _with_prefix(tensors: Mapping[str, SavedTensor]) -> dict[str, SavedTensor]:
+    return {_MODEL + name: tensor for name, tensor in tensors.items()}
+
+
+def _divided(saved: Mapping[str, SavedTensor], target: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
+    """Files and the names in each: as many tensors in a row as fit, a larger one by itself."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, tensor in saved.items():
+        num_bytes = math.prod(tensor.shape) * target[name].itemsize
+        if not groups or filled + num_bytes > _LARGEST_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += num_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, start=1)
+    }
+
+
+def _whole(reader: StateReader, name: str, tensor: SavedTensor) -> Iterator[Tensor]:
+    """Yield a tensor in row-major order; from memory only where it was divided along another dimension than rows."""
+    if all(chunk.shape[1:] == tensor.shape[1:] for chunk in tensor.chunks):
+        for chunk in tensor.chunks:
+            yield from reader.pieces(name, chunk)
+        return
+    whole = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    for chunk in tensor.chunks:
+        box = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.shape, strict=True))
+        whole[box] = torch.cat(list(reader.pieces(name, chunk)))
+    yield whole
