@@ -19,8 +19,8 @@ import harness
 import numpy as np
 import torch
 
-from engram_lm.tables.convert import convert
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.files.convert import convert
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 WIDTH, ROWS_AT_ONCE = 256, 2**16
 

@@ -28,9 +28,9 @@ from transformers.utils import logging
 
 from engram_lm.model import EngramForCausalLM
 from engram_lm.tables import ParameterTable
-from engram_lm.tables.page_cache import drop_pages
-from engram_lm.tables.residency import resident_share
-from engram_lm.tables.safetensors_file import INDEX_NAME
+from engram_lm.tables.files.safetensors_file import INDEX_NAME
+from engram_lm.tables.tiers.page_cache import drop_pages
+from engram_lm.tables.tiers.residency import resident_share
 from model import build
 
 PROMPT_TOKENS = 64

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from engram_lm.model import EngramLMConfig
-from engram_lm.tables.sharded import ShardedTable, block_of
+from engram_lm.tables.tiers.sharded import ShardedTable, block_of
 from engram_lm.training.batches import pack
 from engram_lm.training.corpus import read_corpus
 from engram_lm.training.tokenizer import train_tokenizer

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.evaluation.table_loss import put_tables
+from engram_lm.evaluation.rounding import put_tables
 from engram_lm.files import new_folder, write_atomically
 from engram_lm.hashing import TokenMap
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
 from engram_lm.tables.codec import CODEC_NAMES
-from engram_lm.tables.convert import convert
+from engram_lm.tables.files.convert import convert
 from engram_lm.training.batches import Batches, pack
 from engram_lm.training.corpus import read_corpus, split_corpus
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from engram_lm.tables import MooncakeTable, publish_to_mooncake, tensor_layout
-from engram_lm.tables.cache import CachedTable
-from engram_lm.tables.safetensors_file import read_header
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.around.cache import CachedTable
+from engram_lm.tables.files.safetensors_file import read_header
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.tables.mooncake_store import running

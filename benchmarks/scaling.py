@@ -1,4 +1,4 @@
-"""The cost model of training (engram_lm.training.cost) against what runs here, and its predictions for larger machines.
+"""The cost model of training (engram_lm.planning) against what runs here, and its predictions for larger machines.
 
 Distinct N-grams are counted in the Python standard library; bytes, memory and time are of real jobs of 1, 2 and 3
 processes over gloo on this machine.
@@ -31,17 +31,11 @@ import numpy as np
 
 from engram_lm.hashing import TokenMap
 from engram_lm.model.config import EngramLMConfig
+from engram_lm.planning.bill import TableTraffic, activation_bytes_per_token, bill
+from engram_lm.planning.deduplication import CURVES
+from engram_lm.planning.machines import MACHINES, Machine, predict
+from engram_lm.planning.shape import TrainingShape
 from engram_lm.tables.byte_size import byte_size
-from engram_lm.training.cost import (
-    CURVES,
-    MACHINES,
-    Machine,
-    TableTraffic,
-    TrainingShape,
-    activation_bytes_per_token,
-    bill,
-    predict,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -198,7 +192,7 @@ def run_rank(name: str, world_size: int, deduplicate: bool, steps: int, corpus: 
 
     from engram_lm.model import EngramForCausalLM
     from engram_lm.model.read_ahead import record_rows
-    from engram_lm.tables.sharded import block_of, shard_tables
+    from engram_lm.tables.tiers.sharded import block_of, shard_tables
     from engram_lm.training.distribution import LossModule, start, wrap_backbone
     from engram_lm.training.loss import language_model_loss
     from engram_lm.training.optimizers import build_optimizer

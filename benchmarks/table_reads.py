@@ -19,8 +19,8 @@ import torch
 
 from engram_lm.tables import FileTable, HostTable, MappedTable, ResidentTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.page_cache import PAGE_BYTES, drop_pages
-from engram_lm.tables.residency import resident_share
+from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_pages
+from engram_lm.tables.tiers.residency import resident_share
 
 WIDTH = 128  # bfloat16: rows of 256 bytes
 ROW_BYTES = 2 * WIDTH

@@ -13,13 +13,13 @@ from tests.small_model import BACKBONE, MEMORY, TEXT
 import engram_lm.cli
 from engram_lm.cli import _TABLE_VERBS, main
 from engram_lm.errors import MismatchError
-from engram_lm.evaluation.table_loss import put_tables
+from engram_lm.evaluation.rounding import put_tables
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.tables.build import build_random
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.packed import packed_layout
-from engram_lm.tables.sources import table_layouts
+from engram_lm.tables.files.build import build_random
+from engram_lm.tables.files.packed import packed_layout
+from engram_lm.tables.files.sources import table_layouts
 from engram_lm.training.tokenizer import train_tokenizer
 
 OURS = ("build", "convert", "verify", "inspect")

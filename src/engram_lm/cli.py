@@ -45,7 +45,8 @@ _VERBS = {
     ),
     "generate": _Verb("engram_lm.serving.generate:Generate", "continue a prompt with a model"),
     "plan": _Verb(
-        "engram_lm.model.plan:Plan", "parameters, bytes, FLOPs and traffic of a preset or config, without building it"
+        "engram_lm.planning.command:Plan",
+        "parameters, bytes, FLOPs and traffic of a preset or config, without building it",
     ),
     "hash": _Verb("engram_lm.hashing.command:Hash", "row numbers of a text under any published config"),
 }
@@ -58,11 +59,13 @@ _TABLE_VERBS = {
         "engram_lm.evaluation.table_command:Convert",
         "write the tables of a checkpoint as packed tables, as they are or rounded; say what rounding costs",
     ),
-    "verify": _Verb("engram_lm.tables.command:Verify", "check a packed table against its checksums and its source"),
-    "inspect": _Verb("engram_lm.tables.command:Inspect", "geometry, codec, bytes and origin of a packed table"),
-    "bench": _Verb("engram_lm.evaluation.table_bench:Bench", "rows per second of a table by tier, cold and warm"),
+    "verify": _Verb(
+        "engram_lm.tables.files.command:Verify", "check a packed table against its checksums and its source"
+    ),
+    "inspect": _Verb("engram_lm.tables.files.command:Inspect", "geometry, codec, bytes and origin of a packed table"),
+    "bench": _Verb("engram_lm.serving.bench.tables:Bench", "rows per second of a table by tier, cold and warm"),
     "simulate": _Verb(
-        "engram_lm.evaluation.table_simulate:Simulate", "row reuse and cache hit rates of a text or a recorded trace"
+        "engram_lm.serving.bench.simulate:Simulate", "row reuse and cache hit rates of a text or a recorded trace"
     ),
 }
 

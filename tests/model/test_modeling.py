@@ -14,7 +14,7 @@ from engram_lm.errors import ConfigError, EngramError, MismatchError, TokenMapEr
 from engram_lm.hashing import TokenMap
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.model.sizes import model_sizes
+from engram_lm.planning.sizes import model_sizes
 from engram_lm.training.optimizers import parameter_groups
 
 IDS = torch.arange(2, 42).view(2, 20)

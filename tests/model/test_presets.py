@@ -11,7 +11,7 @@ from engram_lm.errors import ConfigError, TokenMapError
 from engram_lm.hashing import HashSpec, Segments
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.presets import NAMES
-from engram_lm.model.sizes import model_sizes
+from engram_lm.planning.sizes import model_sizes
 
 PAPER = {  # Table 5: total with one vocabulary matrix, active without, both in billions
     "dense-4b": (4.1, 3.8),

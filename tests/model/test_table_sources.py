@@ -17,8 +17,8 @@ from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchEr
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.read_ahead import record_rows
 from engram_lm.tables import CachedTable, ParameterTable, RowCodec, publish_to_mooncake, table_layouts
-from engram_lm.tables.convert import convert
-from engram_lm.tables.packed_writer import write_packed
+from engram_lm.tables.files.convert import convert
+from engram_lm.tables.files.packed_writer import write_packed
 
 IDS = torch.arange(2, 42).view(2, 20)
 OFFLOADED = "ignore:Attempting to save a model with offloaded modules"

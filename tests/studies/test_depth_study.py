@@ -16,7 +16,7 @@ from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.hashing import TokenMap
-from engram_lm.model.sizes import model_sizes
+from engram_lm.planning.sizes import model_sizes
 from engram_lm.serving.load import load_model
 from engram_lm.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
 from engram_lm.studies.depth.command import DepthStudy

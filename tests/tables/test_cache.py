@@ -13,8 +13,8 @@ from tests.raw_safetensors import write_raw
 
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
 from engram_lm.tables import MappedTable, RecordTable, RowCodec, tensor_layout
-from engram_lm.tables.cache import CachedTable, most_frequent
-from engram_lm.tables.safetensors_file import read_header
+from engram_lm.tables.around.cache import CachedTable, most_frequent
+from engram_lm.tables.files.safetensors_file import read_header
 
 NUM_ROWS, WIDTH = 60, 4
 RECORD = 2 * WIDTH

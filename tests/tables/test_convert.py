@@ -13,14 +13,14 @@ import torch
 from tests.raw_safetensors import random_e4m3, write_raw
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
-from engram_lm.tables.build import build_packed, build_random
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.convert import convert
-from engram_lm.tables.packed import packed_layout, read_packed_header
-from engram_lm.tables.packed_writer import write_packed
-from engram_lm.tables.row_error import measure_row_error
-from engram_lm.tables.sources import table_layouts
-from engram_lm.tables.verify import verify_packed
+from engram_lm.tables.files.build import build_packed, build_random
+from engram_lm.tables.files.convert import convert
+from engram_lm.tables.files.packed import packed_layout, read_packed_header
+from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.row_error import measure_row_error
+from engram_lm.tables.files.sources import table_layouts
+from engram_lm.tables.files.verify import verify_packed
 
 DEEPSEEK = "layers.{}.engram.embed.{}"
 QWEN = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding."
@@ -160,7 +160,7 @@ def test_a_finished_file_of_the_same_source_and_type_is_left_alone(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from engram_lm.tables.convert import convert
+from engram_lm.tables.files.convert import convert
 def progress(layer, done, total):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -238,8 +238,8 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path):
         DEEPSEEK.format(1, "scale"): ("F8_E8M0", (rows, 8), {}),
     })  # fmt: skip
     script = (
-        "import resource, sys; from engram_lm.tables.convert import convert\n"
-        "from engram_lm.tables.verify import verify_packed\n"
+        "import resource, sys; from engram_lm.tables.files.convert import convert\n"
+        "from engram_lm.tables.files.verify import verify_packed\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = used()\n"
         "for dtype in (None, 'int4'):\n"

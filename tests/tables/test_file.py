@@ -14,12 +14,13 @@ import torch
 from tests.tables.tiers import written
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout, async_reads, scattered_copy
-from engram_lm.tables.async_reads import AsyncReads
+from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
-from engram_lm.tables.residency import resident_share
-from engram_lm.tables.scattered_copy import ScatteredCopy
+from engram_lm.tables.tiers import async_reads, scattered_copy
+from engram_lm.tables.tiers.async_reads import AsyncReads
+from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
+from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.scattered_copy import ScatteredCopy
 
 
 def test_systems_that_forbid_the_kernel_copy_read_row_by_row(tmp_path, monkeypatch):
@@ -148,7 +149,7 @@ def test_cold_rows_are_asked_for_before_they_are_read(tmp_path, kind, monkeypatc
 
 
 def test_a_table_larger_than_the_memory_is_not_loaded(tmp_path, monkeypatch):
-    import engram_lm.tables.host as host
+    import engram_lm.tables.tiers.host as host
 
     layout, _ = written(tmp_path, "F32")
     monkeypatch.setattr(host, "available_bytes", lambda: 101 * 70 * 4 - 1)
@@ -157,7 +158,7 @@ def test_a_table_larger_than_the_memory_is_not_loaded(tmp_path, monkeypatch):
 
 
 def test_loading_a_table_takes_its_own_size_and_a_bounded_buffer(tmp_path, monkeypatch):
-    import engram_lm.tables.host as host
+    import engram_lm.tables.tiers.host as host
 
     layout, rows = written(tmp_path, "F32")
     monkeypatch.setattr(host, "_PIECE_BYTES", 7 * 280)

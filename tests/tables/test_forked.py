@@ -10,8 +10,8 @@ import torch
 from tests.tables.tiers import serving, written
 
 from engram_lm.tables import FileTable, HttpTable, MappedTable
-from engram_lm.tables.cache import CachedTable
-from engram_lm.tables.read_ahead import ReadAheadTable
+from engram_lm.tables.around.cache import CachedTable
+from engram_lm.tables.around.read_ahead import ReadAheadTable
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from tests.raw_safetensors import e4m3, e8m0, random_e4m3, write_raw
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
 from engram_lm.tables import MappedTable, ResidentTable, tensor_layout
 from engram_lm.tables.block_float8 import dequantize, quantize
-from engram_lm.tables.safetensors_file import read_header
+from engram_lm.tables.files.safetensors_file import read_header
 
 WIDTH, SIZES = 6, (40, 1, 60)
 NUM_ROWS = sum(SIZES)

@@ -15,11 +15,11 @@ import torch
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.tables import MappedTable
-from engram_lm.tables.build import build_packed, build_random
 from engram_lm.tables.codec import CODEC_NAMES, RowCodec
-from engram_lm.tables.packed import PackedGeometry, encode_header, packed_layout, read_packed_header
-from engram_lm.tables.packed_writer import write_packed
-from engram_lm.tables.verify import inspect_packed, verify_packed
+from engram_lm.tables.files.build import build_packed, build_random
+from engram_lm.tables.files.packed import PackedGeometry, encode_header, packed_layout, read_packed_header
+from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.verify import inspect_packed, verify_packed
 
 PREFIX = "<8sIIQII"
 

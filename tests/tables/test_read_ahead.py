@@ -12,9 +12,9 @@ from tests.raw_safetensors import write_raw
 
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
 from engram_lm.tables import MappedTable, ResidentTable, tensor_layout
-from engram_lm.tables.cache import CachedTable
-from engram_lm.tables.read_ahead import _PATIENCE, ReadAheadTable
-from engram_lm.tables.safetensors_file import read_header
+from engram_lm.tables.around.cache import CachedTable
+from engram_lm.tables.around.read_ahead import _PATIENCE, ReadAheadTable
+from engram_lm.tables.files.safetensors_file import read_header
 
 NUM_ROWS, WIDTH = 200, 6
 WEIGHT = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(5))

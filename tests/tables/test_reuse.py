@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
-from engram_lm.tables.reuse import (
+from engram_lm.tables.around.reuse import (
     HitCurve,
     PageRule,
     batch_starts,

@@ -10,8 +10,8 @@ from tests.raw_safetensors import write_raw
 
 from engram_lm.errors import CheckpointError
 from engram_lm.tables import TensorFolder
-from engram_lm.tables.safetensors_file import INDEX_NAME, read_header
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
 from engram_lm.tables import ParameterTable
-from engram_lm.tables.sharded import ShardedTable, _in_order, block_of, draw_rows
+from engram_lm.tables.tiers.sharded import ShardedTable, _in_order, block_of, draw_rows
 
 WIDTH = 5
 

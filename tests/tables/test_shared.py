@@ -16,7 +16,7 @@ from tests.raw_safetensors import random_e4m3, write_raw
 
 from engram_lm.errors import CheckpointError, MismatchError, SharedCopyError, TableClosedError
 from engram_lm.tables import MappedTable, SharedTable, tensor_layout
-from engram_lm.tables.safetensors_file import read_header
+from engram_lm.tables.files.safetensors_file import read_header
 
 ROWS, WIDTH = 5000, 64
 SPAWN = multiprocessing.get_context("spawn")

@@ -13,9 +13,9 @@ from tests.tables.tiers import serving
 from engram_lm.errors import CheckpointError, ConfigError, RemoteError
 from engram_lm.tables import FileTable, MappedTable, open_table, table_layouts
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.convert import convert
-from engram_lm.tables.packed_writer import write_packed
-from engram_lm.tables.safetensors_file import INDEX_NAME
+from engram_lm.tables.files.convert import convert
+from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.safetensors_file import INDEX_NAME
 
 ROWS, WIDTH = 24, 40
 DEEPSEEK, QWEN = "layers.{}.engram.embed.{}", "model.language_model.layers.1.ple.ple_embedding.{}"

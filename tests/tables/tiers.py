@@ -28,12 +28,12 @@ from engram_lm.tables import (
     open_table,
     publish_to_mooncake,
 )
-from engram_lm.tables.build import build_packed
-from engram_lm.tables.cache import CachedTable
+from engram_lm.tables.around.cache import CachedTable
+from engram_lm.tables.around.read_ahead import ReadAheadTable
+from engram_lm.tables.files.build import build_packed
+from engram_lm.tables.files.packed import packed_layout
+from engram_lm.tables.files.safetensors_file import read_header
 from engram_lm.tables.layout import tensor_layout
-from engram_lm.tables.packed import packed_layout
-from engram_lm.tables.read_ahead import ReadAheadTable
-from engram_lm.tables.safetensors_file import read_header
 
 
 class Files(BaseHTTPRequestHandler):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.tables.sharded import shard_tables
+from engram_lm.tables.tiers.sharded import shard_tables
 from engram_lm.training import checkpoint_storage, state
 from engram_lm.training.checkpoint_state import STATE_NAME, Chunk, SavedState, SavedTensor
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts

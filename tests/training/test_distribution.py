@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from engram_lm.errors import ConfigError, DataError, EngramError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig, balance_experts
-from engram_lm.tables.sharded import ShardedTable, block_of, shard_tables
+from engram_lm.tables.tiers.sharded import ShardedTable, block_of, shard_tables
 from engram_lm.training.batches import Batches
 from engram_lm.training.distribution import (
     LossModule,
@@ -335,7 +335,7 @@ def test_a_rank_that_never_comes_is_reported_in_time(tmp_path):
 
 SCRIPT = """
 import os, sys, torch
-from engram_lm.tables.sharded import ShardedTable
+from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.distribution import agree, start
 with start("cpu", timeout_seconds=60) as ranks:
     table = ShardedTable(10, 2)

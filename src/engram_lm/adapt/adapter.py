@@ -21,7 +21,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import TablePlace, TableSource
 from engram_lm.tables import Table
-from engram_lm.tables.cache import Policy
+from engram_lm.tables.around.cache import Policy
 
 __all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "set_adapters", "table_name"]
 

@@ -23,7 +23,7 @@ from engram_lm.files import replacing_folder
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import HttpTable, MooncakeTable, Table
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 __all__ = [
     "CONFIG",

@@ -18,8 +18,8 @@ import torch
 from engram_lm.adapt.row_change import ROW_DTYPES, Fact, RowChange
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import replacing
-from engram_lm.tables.safetensors_file import StoredTensor, read_header
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.files.safetensors_file import StoredTensor, read_header
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 __all__ = ["StoredPatch", "read_patch", "write_patch"]
 

@@ -25,7 +25,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import Located, TablePlace, WantedTable
 from engram_lm.tables import ParameterTable, StoredTensor, Table, tensor_layout
-from engram_lm.tables.safetensors_file import LONGEST_HEADER_BYTES, read_header
+from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 
 __all__ = ["StoredAdapter", "check_vocabulary", "read_adapter"]
 

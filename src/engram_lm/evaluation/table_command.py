@@ -9,7 +9,7 @@ import tyro
 
 from engram_lm.errors import ConfigError, EngramError
 from engram_lm.hashing import HashSpec
-from engram_lm.tables.progress import byte_progress
+from engram_lm.tables.files.progress import byte_progress
 
 __all__ = ["Build", "Convert"]
 
@@ -60,11 +60,11 @@ class Build:
 
     def run(self) -> int:
         """Write the table and print what it is."""
-        from engram_lm.tables.build import build_packed, build_random
         from engram_lm.tables.codec import RowCodec
-        from engram_lm.tables.packed import PackedGeometry
-        from engram_lm.tables.sources import choose_layout, table_layouts
-        from engram_lm.tables.verify import inspect_packed
+        from engram_lm.tables.files.build import build_packed, build_random
+        from engram_lm.tables.files.packed import PackedGeometry
+        from engram_lm.tables.files.sources import choose_layout, table_layouts
+        from engram_lm.tables.files.verify import inspect_packed
 
         with byte_progress() as advance:
             if self.source is not None:
@@ -170,7 +170,7 @@ class Convert:
 
     def run(self) -> int:
         """Convert, and print what was written and what it cost."""
-        from engram_lm.tables.convert import convert
+        from engram_lm.tables.files.convert import convert
 
         with byte_progress() as advance:
             last: dict[int | str, int] = {}
@@ -220,9 +220,9 @@ class Convert:
         return 0
 
     def _loss(self, paths: dict[int | str, Path]) -> Any:
-        from engram_lm.evaluation.table_loss import loss_change
+        from engram_lm.evaluation.rounding import loss_change
         from engram_lm.serving.load import load_model
-        from engram_lm.tables.packed import packed_layout
+        from engram_lm.tables.files.packed import packed_layout
         from engram_lm.training.batches import pack
         from engram_lm.training.corpus import read_corpus
 

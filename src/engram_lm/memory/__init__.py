@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_lm.memory.config import EngramConfig
+    from engram_lm.memory.formats.published import PublishedMemory, read_memory
+    from engram_lm.memory.formats.publishing import write_memory
     from engram_lm.memory.layer import EngramLayer, EngramOutput
-    from engram_lm.memory.published import PublishedMemory, read_memory
-    from engram_lm.memory.publishing import write_memory
     from engram_lm.memory.state import ConvolutionState
 
 __all__ = [
@@ -29,9 +29,9 @@ _MODULES = {
     "EngramConfig": "engram_lm.memory.config",
     "EngramLayer": "engram_lm.memory.layer",
     "EngramOutput": "engram_lm.memory.layer",
-    "PublishedMemory": "engram_lm.memory.published",
-    "read_memory": "engram_lm.memory.published",
-    "write_memory": "engram_lm.memory.publishing",
+    "PublishedMemory": "engram_lm.memory.formats.published",
+    "read_memory": "engram_lm.memory.formats.published",
+    "write_memory": "engram_lm.memory.formats.publishing",
 }
 
 

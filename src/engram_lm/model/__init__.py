@@ -3,26 +3,22 @@
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
 keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py``, ``table_place.py`` and
-``checkpoint.py`` (loading, placing tables, saving); then, without building anything, ``sizes.py`` (parameters and
-FLOPs), ``budget.py`` (experts against memory) and ``plan.py`` (``engram-lm plan``).
+``checkpoint.py`` (loading, placing tables, saving).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engram_lm.model.budget import Allocation, allocate
     from engram_lm.model.config import EngramLMConfig
     from engram_lm.model.experts import balance_experts, expert_load
     from engram_lm.model.modeling import EngramForCausalLM, EngramModel
     from engram_lm.model.read_ahead import record_rows
 
 __all__ = [
-    "Allocation",
     "EngramForCausalLM",
     "EngramLMConfig",
     "EngramModel",
-    "allocate",
     "balance_experts",
     "expert_load",
     "record_rows",
@@ -30,11 +26,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Allocation": "engram_lm.model.budget",
     "EngramForCausalLM": "engram_lm.model.modeling",
     "EngramLMConfig": "engram_lm.model.config",
     "EngramModel": "engram_lm.model.modeling",
-    "allocate": "engram_lm.model.budget",
     "balance_experts": "engram_lm.model.experts",
     "expert_load": "engram_lm.model.experts",
     "record_rows": "engram_lm.model.read_ahead",
@@ -42,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that ``engram-lm plan`` does not wait for the modeling code of transformers.
+    # Lazy, so that pricing a configuration does not wait for the modeling code of transformers.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     register_auto_classes()

@@ -14,7 +14,7 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError
 from engram_lm.model.table_place import TablePlace
 from engram_lm.tables import StoredTensor, TensorFolder
-from engram_lm.tables.safetensors_file import INDEX_NAME, read_header
+from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
 __all__ = [
     "CHOSEN_BY_SIZE",

@@ -94,7 +94,7 @@ _MEMORIES: dict[str, dict[str, Any]] = {
     "paper": {"layers": (1, 14), "memory_dim": 1280, "norm_eps": 1e-20},
 }
 
-# Whole numbers that `engram_lm.model.budget.allocate` finds at a ratio of 0.75, and the dense width of equal FLOPs.
+# Whole numbers that `engram_lm.planning.budget.allocate` finds at a ratio of 0.75, and the dense width of equal FLOPs.
 _ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "dense-nano": ("nano", {"intermediate_size": 656}, None),
     "moe-nano": ("nano", {"intermediate_size": 1024, "n_routed_experts": 64}, None),

@@ -31,8 +31,8 @@ from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.model.table_place import Located, TablePlace, TableSource, WantedTable
 from engram_lm.tables import ParameterTable, RowLayout, StoredTensor, Table
-from engram_lm.tables.cache import Policy
-from engram_lm.tables.staged import StagedTable
+from engram_lm.tables.around.cache import Policy
+from engram_lm.tables.around.staged import StagedTable
 
 __all__ = ["EngramPreTrainedModel"]
 

@@ -24,11 +24,11 @@ from engram_lm.tables import (
     table_layouts,
     tensor_layout,
 )
-from engram_lm.tables.cache import Policy
-from engram_lm.tables.http import RemoteFolder, is_address
-from engram_lm.tables.read_ahead import ReadAheadTable
-from engram_lm.tables.row_trace import read_trace
-from engram_lm.tables.sources import choose_layout
+from engram_lm.tables.around.cache import Policy
+from engram_lm.tables.around.read_ahead import ReadAheadTable
+from engram_lm.tables.around.row_trace import read_trace
+from engram_lm.tables.files.sources import choose_layout
+from engram_lm.tables.tiers.http import RemoteFolder, is_address
 
 __all__ = ["TIERS", "Located", "TablePlace", "TableSource", "WantedTable"]
 

@@ -13,26 +13,26 @@ many processes), ``mooncake.py`` with its client (a remote store); ``packed.py``
 trace of rows, and what it would cost).
 """
 
-from engram_lm.tables.cache import CachedTable, most_frequent
+from engram_lm.tables.around.cache import CachedTable, most_frequent
+from engram_lm.tables.around.read_ahead import ReadAheadTable
+from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.file import FileTable
-from engram_lm.tables.host import HostTable
-from engram_lm.tables.http import HttpTable, http_layout
+from engram_lm.tables.files.packed import packed_layout
+from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder
+from engram_lm.tables.files.sources import table_layouts
+from engram_lm.tables.files.verify import inspect_packed, verify_packed
 from engram_lm.tables.layout import RowLayout, tensor_layout
-from engram_lm.tables.mapped import MappedTable
-from engram_lm.tables.mooncake import MooncakeTable, publish_to_mooncake
 from engram_lm.tables.open import open_table
-from engram_lm.tables.packed import packed_layout
-from engram_lm.tables.packed_writer import write_packed
-from engram_lm.tables.read_ahead import ReadAheadTable
-from engram_lm.tables.record_table import RecordTable
-from engram_lm.tables.resident import ParameterTable, ResidentTable
-from engram_lm.tables.safetensors_file import StoredTensor, TensorFolder
-from engram_lm.tables.shared import SharedTable
-from engram_lm.tables.sources import table_layouts
-from engram_lm.tables.staged import StagedTable
 from engram_lm.tables.table import Table, Ticket
-from engram_lm.tables.verify import inspect_packed, verify_packed
+from engram_lm.tables.tiers.file import FileTable
+from engram_lm.tables.tiers.host import HostTable
+from engram_lm.tables.tiers.http import HttpTable, http_layout
+from engram_lm.tables.tiers.mapped import MappedTable
+from engram_lm.tables.tiers.mooncake import MooncakeTable, publish_to_mooncake
+from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.resident import ParameterTable, ResidentTable
+from engram_lm.tables.tiers.shared import SharedTable
 
 __all__ = [
     "CachedTable",

@@ -14,7 +14,7 @@ import torch
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError
 from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.safetensors_file import StoredTensor
+from engram_lm.tables.files.safetensors_file import StoredTensor
 
 __all__ = ["Extent", "Part", "RowLayout", "tensor_layout"]
 

@@ -10,11 +10,11 @@ import torch
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network
-from engram_lm.tables.http import HttpTable, is_address
-from engram_lm.tables.http_ranges import HttpOptions
+from engram_lm.tables.files.sources import choose_layout, table_layouts
 from engram_lm.tables.layout import RowLayout
-from engram_lm.tables.sources import choose_layout, table_layouts
 from engram_lm.tables.table import Table
+from engram_lm.tables.tiers.http import HttpTable, is_address
+from engram_lm.tables.tiers.http_ranges import HttpOptions
 
 __all__ = ["Tier", "open_table"]
 
@@ -69,8 +69,8 @@ def open_table(
     table, reason = _open(source, layer, tier, dtype, options)
     try:
         if cache_bytes:
-            from engram_lm.tables.cache import CachedTable
-            from engram_lm.tables.record_table import RecordTable
+            from engram_lm.tables.around.cache import CachedTable
+            from engram_lm.tables.tiers.record_table import RecordTable
 
             assert isinstance(table, RecordTable)  # only the device's is not
             table = CachedTable(table, cache_bytes)
@@ -92,7 +92,7 @@ def _open(
     if isinstance(source, str) and source.startswith("mooncake://"):
         if tier not in ("auto", "remote"):
             raise ConfigError(f"{source} is read with tier='remote', not {tier!r}")
-        from engram_lm.tables.mooncake import MooncakeTable
+        from engram_lm.tables.tiers.mooncake import MooncakeTable
 
         place, _, name = source.removeprefix("mooncake://").partition("/")
         if not name or layer is not None:
@@ -161,8 +161,8 @@ def _gigabytes(size: int) -> str:
 
 
 def _on_device(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.host import load_in_pieces
-    from engram_lm.tables.resident import ResidentTable
+    from engram_lm.tables.tiers.host import load_in_pieces
+    from engram_lm.tables.tiers.resident import ResidentTable
 
     options = dict(options)
     device = torch.device(options.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
@@ -184,26 +184,26 @@ def _on_device(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) 
 
 
 def _in_host(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.host import HostTable
+    from engram_lm.tables.tiers.host import HostTable
 
     return _made(HostTable, "host", source, dtype, options)
 
 
 def _in_shared(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.shared import SharedTable
+    from engram_lm.tables.tiers.shared import SharedTable
 
     return _made(SharedTable, "shared", layout, dtype, options)
 
 
 def _mapped(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.mapped import MappedTable
+    from engram_lm.tables.tiers.mapped import MappedTable
 
     _refuse(options, "mmap")
     return MappedTable(layout, dtype)
 
 
 def _in_file(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.file import FileTable
+    from engram_lm.tables.tiers.file import FileTable
 
     return _made(FileTable, "file", layout, dtype, options)
 

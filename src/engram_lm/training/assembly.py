@@ -18,8 +18,8 @@ from transformers.activations import ACT2FN
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.files import new_folder
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.model.plan import read_config
-from engram_lm.tables.sharded import shard_tables
+from engram_lm.planning.command import read_config
+from engram_lm.tables.tiers.sharded import shard_tables
 from engram_lm.training.corpus import standard_library_files
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.tables.safetensors_file import DTYPES
+from engram_lm.tables.files.safetensors_file import DTYPES
 
 __all__ = [
     "FOLDER_NAME",

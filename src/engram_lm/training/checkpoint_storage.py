@@ -34,8 +34,8 @@ from torch.futures import Future
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import flush, write_atomically
-from engram_lm.tables.safetensors_file import DTYPES, StoredTensor, read_header
-from engram_lm.tables.safetensors_writer import TensorWriter
+from engram_lm.tables.files.safetensors_file import DTYPES, StoredTensor, read_header
+from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.training.checkpoint_state import (
     FOLDER_NAME,
     REPLACED,

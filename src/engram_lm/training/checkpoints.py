@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
-from engram_lm.tables.safetensors_file import DTYPES
+from engram_lm.tables.files.safetensors_file import DTYPES
 from engram_lm.training.checkpoint_state import SavedState, complete_checkpoints
 from engram_lm.training.checkpoint_storage import StateReader, StateWriter
 from engram_lm.training.distribution import Ranks, agree

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engram_lm.tables import Table
-from engram_lm.tables.sharded import ShardedTable
+from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.distribution import Ranks, sharded_weights
 from engram_lm.training.optimizers import CombinedOptimizer, merge_rows
 from engram_lm.training.optimizers.groups import is_trainable_table

@@ -1,8 +1,8 @@
 """Several processes train one model: who they are, what each does, and how none is left waiting for another.
 
 The backbone is PyTorch's to distribute (DDP or FSDP2). Tables are not: their rows have owners, see
-`engram_lm.tables.sharded`. Both divide gradients by the number of ranks, once, so what a rank back-propagates is its
-part of the mean loss: `loss_weight`.
+`engram_lm.tables.tiers.sharded`. Both divide gradients by the number of ranks, once, so what a rank back-propagates is
+its part of the mean loss: `loss_weight`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engram_lm.errors
 from engram_lm.errors import ConfigError, EngramError
 from engram_lm.tables import ParameterTable
-from engram_lm.tables.sharded import ShardedTable
+from engram_lm.tables.tiers.sharded import ShardedTable
 
 __all__ = [
     "LossModule",

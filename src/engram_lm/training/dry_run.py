@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from engram_lm.model.config import EngramLMConfig
+from engram_lm.planning.bill import bill
+from engram_lm.planning.shape import TrainingShape
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.assembly import model_config
-from engram_lm.training.cost import TrainingShape, bill
 from engram_lm.training.recipe import Recipe
 
 __all__ = ["dry_run", "priced_config", "print_dry_run"]
@@ -39,7 +40,7 @@ def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
         world_size: Processes.
 
     Returns:
-        ``world_size``, ``num_steps``, ``num_tokens`` and ``bill``: see `engram_lm.training.cost.Bill`.
+        ``world_size``, ``num_steps``, ``num_tokens`` and ``bill``: see `engram_lm.planning.bill.Bill`.
 
     Raises:
         ConfigError: An impossible model, or fewer sequences than processes.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.files import replacing, write_atomically
-from engram_lm.tables.safetensors_file import read_header
+from engram_lm.tables.files.safetensors_file import read_header
 
 __all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import new_folder, write_atomically
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.tables.safetensors_file import DTYPES, INDEX_NAME
-from engram_lm.tables.safetensors_writer import TensorWriter
-from engram_lm.tables.sharded import ShardedTable
+from engram_lm.tables.files.safetensors_file import DTYPES, INDEX_NAME
+from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.checkpoint_state import SavedState, SavedTensor
 from engram_lm.training.checkpoint_storage import StateReader
 from engram_lm.training.optimizers import plain_name

@@ -11,7 +11,7 @@ from engram_lm.errors import RunFolderError
 from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.files import new_folder
 from engram_lm.hashing import TokenMap
-from engram_lm.model.sizes import model_sizes
+from engram_lm.planning.sizes import model_sizes
 from engram_lm.studies.depth.arms import DepthArm, build_arm
 from engram_lm.studies.depth.text import StudyText
 from engram_lm.studies.quickstart.run import Quickstart

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from engram_lm.hashing import TokenMap
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.model.sizes import ModelSizes, model_sizes
+from engram_lm.planning.sizes import ModelSizes, model_sizes
 
 __all__ = ["Arm", "build_arms", "share_initialization", "widened"]
 

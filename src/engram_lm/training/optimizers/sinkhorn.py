@@ -40,8 +40,8 @@ class SinkhornMomentum(RowOptimizer):
         num_normalizations: K, an odd number.
         eps: The least a norm's square may be.
         weight_decay: Decoupled and lazy, see `RowOptimizer`. Published without.
-        sharded: The tables hold this rank's rows of larger ones (`engram_lm.tables.sharded`). Sums over rows are then
-            added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that an
+        sharded: The tables hold this rank's rows of larger ones (`engram_lm.tables.tiers.sharded`). Sums over rows are
+            then added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that an
             update does not depend on the number of ranks. Every rank must step the same tables in the same order.
         group: Those ranks; all where None.
 

@@ -1,0 +1,100 @@
+"""How a training step is divided over ranks, kept and sent."""
+
+import dataclasses
+from typing import Any, Literal
+
+from engram_lm.errors import ConfigError
+from engram_lm.planning.deduplication import CURVES
+
+__all__ = ["ITEM_BYTES", "TrainingShape"]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number of each type."""
+_MOST_RANKS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingShape:
+    """How a step is divided, kept and sent."""
+
+    world_size: int = 1
+    """Ranks; one accelerator each."""
+    batch_size: int = 8
+    """Sequences in a step, over all ranks."""
+    sequence_length: int = 1024
+    """Tokens in a sequence."""
+    micro_batch_size: int | None = None
+    """Sequences that a rank runs at a time; all of its share where None."""
+    backbone: Literal["ddp", "fsdp2", "none"] = "ddp"
+    """How everything but tables is kept: whole on every rank, divided over them, or whole and never reduced."""
+    backbone_optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon keeps one number per number of a matrix, AdamW two."""
+    table_optimizer: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
+    """What is kept per row: two moments; a moment and one number; one number; a moment."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of matrix products (autocast). Weights, gradients and moments are kept in float32."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which FSDP2 gathers weights: float32, or a lower one where products use what was gathered itself (FSDP2's
+    ``MixedPrecisionPolicy``) and not copies of it in `dtype`."""
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of rows, and of rows and gradients as they are sent. Moments are float32."""
+    checkpointing: bool = False
+    """Whether backward computes each block again instead of keeping what it needs."""
+    fused_attention: bool = False
+    """Whether attention keeps no scores for backward, as kernels of accelerators do. PyTorch's CPU kernel keeps them
+    where keys and values are of unequal width, as here."""
+    deduplicate: bool = True
+    """Whether a rank asks for each distinct row once per gather."""
+    shard_tables: bool = True
+    """Whether the rows are divided over the ranks; otherwise each rank keeps them all and nothing is exchanged."""
+    curve: str = "deepseek-v3"
+    """Which of `CURVES` says how many N-grams are distinct."""
+    distinct_share: float | None = None
+    """Distinct rows over lookups of one gather, in place of the curve, where it was measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "batch_size", "sequence_length", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is None and name == "micro_batch_size":
+                continue
+            if type(value) is not int or not 1 <= value < 2**40:
+                raise ConfigError(f"{name} must be a whole number, at least 1, not {value!r:.40}")
+        if self.world_size > _MOST_RANKS:
+            raise ConfigError(f"world_size must be at most {_MOST_RANKS}, not {self.world_size}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+        if self.curve not in CURVES:
+            raise ConfigError(f"curve must be one of {', '.join(map(repr, CURVES))}, not {self.curve!r}")
+        share = self.distinct_share
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"distinct_share is a share above 0, at most 1, not {share!r}")
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Sequences of the rank that has most."""
+        return -(-self.batch_size // self.world_size)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that a rank runs at a time."""
+        return min(self.sequences_per_rank, self.micro_batch_size or self.sequences_per_rank)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward and backward passes of a rank in a step."""
+        return -(-self.sequences_per_rank // self.micro_batch)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "backbone": ("ddp", "fsdp2", "none"),
+    "backbone_optimizer": ("muon", "adamw"),
+    "table_optimizer": ("row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"),
+    "dtype": tuple(ITEM_BYTES),
+    "gather_dtype": tuple(ITEM_BYTES),
+    "fused_attention": (False, True),
+    "table_dtype": tuple(ITEM_BYTES),
+    "checkpointing": (False, True),
+    "deduplicate": (False, True),
+    "shard_tables": (False, True),
+}

@@ -1,0 +1,427 @@
+"""``engram-lm table simulate``: what caches and batches would do for the rows that a text, or a recorded run, reads."""
+
+import dataclasses
+import itertools
+import json as json_module
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.tables.around.reuse import (
+    PAGE_BYTES,
+    HitCurve,
+    PageRule,
+    batch_starts,
+    count_in_batches,
+    frequency_ranks,
+    lfu_ranks,
+    lru_distances,
+    pinned_ranks,
+    previous_pages,
+    previous_reads,
+    row_reuse,
+)
+from engram_lm.tables.around.row_trace import read_trace
+from engram_lm.tables.byte_size import byte_size
+
+__all__ = ["Simulate"]
+
+POLICIES = {
+    "lru": "LRU",
+    "lfu": "LFU",
+    "pinned": "pinned by the first part",
+    "ideal": "best fixed set (known ahead)",
+}
+_DOCUMENTS_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Reads of one table, or of one order's heads in it."""
+
+    block: int
+    order: int | None
+    """None for all orders together."""
+    rows: np.ndarray
+    """int64 [n], in the order they were read."""
+    rows_per_token: int
+    starts: np.ndarray | None
+    """First read of each step, where they were recorded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Simulate caches, batches and pages for the rows that a text reads, before buying the memory.
+
+    The rows come from text under any published config, from text under a model of ours, or from a recorded run. All
+    policies are asked for the same reads: those behind the first --train-share of the trace, which warms LRU and LFU
+    and decides what a pinned set holds. Sizes of caches are bytes of records; a cache's own index is not in them.
+
+    Examples::
+
+        engram-lm table simulate --config config.json --tokenizer FOLDER --data texts/ --plot hits.png
+        engram-lm table simulate --model runs/mine/model --data texts/ --hit-rates 0.5,0.9 --json
+        engram-lm table simulate --trace recorded.npz --rows-per-token 24 --record-bytes 264
+    """
+
+    trace: Path | None = None
+    """A recorded .npz: rows_BLOCK, int64 [n], row numbers in the order they were read; and steps_BLOCK, if there,
+    int64 [s], the place in it where each forward pass begins."""
+    config: Path | None = None
+    """A config that engram-lm hash reads, or the folder that holds it."""
+    tokenizer: Path | None = None
+    """A folder with tokenizer.json, or that file."""
+    model: Path | None = None
+    """A model folder of ours, in place of --config and --tokenizer."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders."""
+    layers: str | None = None
+    """Layers of the config to simulate, separated by commas; the first unless given: layers read the same N-grams and
+    differ in collisions only. For --trace all blocks unless given."""
+    sequence_length: int = 4096
+    """Tokens after which N-grams begin anew, as in a new request; documents end sequences too."""
+    batch_tokens: str = "1,16,256,4096"
+    """Batches whose distinct rows and pages are counted, in tokens."""
+    rows_per_token: int = 1
+    """Rows that a token reads, for --trace; leave 1 to have batches counted in reads."""
+    record_bytes: int | None = None
+    """Bytes of a stored row: 264 (FP8 with scales, as DeepSeek-V4.1) unless given; for --model its bfloat16 row."""
+    scale_bytes: int = 0
+    """How many of them are scales that lie in a tensor of their own: adds the pages of that layout."""
+    hit_rates: str = "0.5,0.8,0.9"
+    """Hit rates whose cache size is wanted."""
+    train_share: float = 0.5
+    """Share of the trace that comes before what is measured."""
+    max_reads: int = 20_000_000
+    """Reads per table, at most: the trace is cut there. Takes about 120 bytes of memory each."""
+    plot: Path | None = None
+    """Draw hit rate against cache size, into this .png or .svg."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        sources = [self.trace is not None, self.config is not None, self.model is not None]
+        if sum(sources) != 1:
+            raise ConfigError("name exactly one source of rows: --trace, --config (with --data), or --model (likewise)")
+        if (self.trace is None) != bool(self.data):
+            raise ConfigError("--config and --model need the text they read as --data; --trace has its rows already")
+        if self.config is None and self.tokenizer is not None:
+            raise ConfigError("--tokenizer belongs to --config; a --model folder holds its own")
+        if self.config is not None and self.tokenizer is None:
+            raise ConfigError("--config needs the --tokenizer that turns text into tokens")
+        for name in ("sequence_length", "rows_per_token", "record_bytes", "max_reads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not 0 < self.train_share < 1:
+            raise ConfigError(f"--train-share is a share between 0 and 1, not {self.train_share}")
+        if not 0 <= self.scale_bytes < (self.record_bytes or 264):
+            raise ConfigError(f"--scale-bytes is a part of the record, not {self.scale_bytes}")
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg"):
+            raise ConfigError(f"--plot writes .png or .svg, not {self.plot}")
+        self._numbers("batch_tokens", int, 1, None)
+        self._numbers("hit_rates", float, 0, 1)
+        if self.layers is not None:
+            self._numbers("layers", int, 0, None)
+
+    def run(self) -> int:
+        """Simulate and print."""
+        record_bytes = self.record_bytes or (264 if self.model is None else _model_row_bytes(self.model))
+        found: dict[str, Any] = {
+            "record_bytes": record_bytes,
+            "page_bytes": PAGE_BYTES,
+            "train_share": self.train_share,
+            "cut": False,
+            "traces": [],
+        }
+        for trace in self._traces(found):
+            name = f"block {trace.block}, " + ("all orders" if trace.order is None else f"order {trace.order}")
+            print(f"engram-lm table simulate: {name}, {len(trace.rows):,} reads", file=sys.stderr)
+            found["traces"].append(self._simulate(trace, record_bytes))
+        if self.plot is not None:
+            save_plot(found["traces"], self.plot)
+        if self.json:
+            print(json_module.dumps(found))
+        else:
+            _print(found)
+        return 0
+
+    def _numbers(self, field: str, kind: type, low: float, high: float | None) -> list[Any]:
+        text = getattr(self, field)
+        try:
+            numbers = [kind(part) for part in text.replace(",", " ").split()]
+        except ValueError:
+            numbers = []
+        if not numbers or any(not low <= number <= (high or 2**62) for number in numbers):
+            limits = f"from {low} up" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"--{field.replace('_', '-')} takes numbers {limits} separated by commas, not {text!r}")
+        return numbers
+
+    # Where rows come from -------------------------------------------------------------------------------------------
+
+    def _traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
+        """The traces of each table, all orders first; says in ``found`` what they were made from."""
+        if self.trace is None:
+            yield from self._text_traces(found)
+            return
+        found["source"] = str(self.trace)
+        blocks = None if self.layers is None else self._numbers("layers", int, 0, None)
+        for block, rows, starts, cut in read_trace(self.trace, blocks, self.max_reads):
+            found["cut"] |= cut
+            yield _Trace(block, None, rows, self.rows_per_token, starts)
+
+    def _text_traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
+        from engram_lm.hashing.spec import HashSpec
+        from engram_lm.hashing.token_map import load_tokenizer
+        from engram_lm.training.corpus import read_corpus
+
+        config, folder = (self.config, self.tokenizer) if self.model is None else (self.model, self.model)
+        assert config is not None
+        tokenizer = load_tokenizer(folder)
+        spec = HashSpec.from_config(config, tokenizer)
+        layers = [spec.layers[0]] if self.layers is None else self._numbers("layers", int, 0, None)
+        for layer in layers:
+            if layer not in spec.layers:
+                raise ConfigError(f"layer {layer} has no memory; this config's layers are {list(spec.layers)}")
+        corpus = read_corpus(self.data)
+        heads, most = spec.num_heads_total, max(1, self.max_reads // spec.num_heads_total)
+        texts = (document.text for document in corpus.documents)
+        pieces, num_tokens, cut = [], 0, False
+        for ids in _encode(tokenizer, texts):
+            cut = cut or num_tokens + len(ids) > most
+            ids = ids[: most - num_tokens]
+            num_tokens += len(ids)
+            pieces += [ids[start : start + self.sequence_length] for start in range(0, len(ids), self.sequence_length)]
+            if num_tokens >= most:
+                break
+        if not pieces:
+            raise DataError(f"the text of {corpus.source} has no tokens")
+        found.update(source=corpus.source, num_tokens=num_tokens, variant=spec.variant, digest=spec.digest, cut=cut)
+        for layer, block in zip(spec.layers, spec.blocks, strict=True):
+            if layer not in layers:
+                continue
+            rows = np.concatenate([spec.rows(piece, layer) for piece in pieces])  # [tokens, heads]
+            yield _Trace(block, None, rows.reshape(-1), heads, None)
+            for place, order in enumerate(spec.orders):
+                columns = slice(place * spec.num_heads, (place + 1) * spec.num_heads)
+                yield _Trace(block, order, rows[:, columns].reshape(-1), spec.num_heads, None)
+
+    # What is said about them ----------------------------------------------------------------------------------------
+
+    def _simulate(self, trace: _Trace, record_bytes: int) -> dict[str, Any]:
+        rows = trace.rows
+        previous, earlier = previous_reads(rows)
+        cut = int(len(rows) * self.train_share)
+        if not 0 < cut < len(rows):
+            raise DataError(f"a trace of {len(rows)} reads has nothing to divide; give more text")
+        reuse = row_reuse(rows)
+        values: dict[str, Any] = {
+            "block": trace.block,
+            "order": trace.order,
+            "num_reads": reuse.num_reads,
+            "distinct_rows": reuse.num_rows,
+            "distinct_rows_bytes": reuse.num_rows * record_bytes,
+            "read_once_rows": reuse.num_read_once,
+            "rows_by_reads": [{"reads_from": reads, "rows": rows_} for reads, rows_ in reuse.rows_by_reads],
+            "coverage": [{"rows": rows_, "share": share} for rows_, share in reuse.coverage],
+            "batches": self._batches(trace, previous, record_bytes),
+            "measured_reads": len(rows) - cut,
+            "policies": {},
+        }
+        # One at a time, and only its curve is kept: an array of distances is as long as the trace.
+        for policy in POLICIES:
+            if policy == "lru":
+                curve = HitCurve.from_sizes(lru_distances(rows, previous)[cut:])
+            elif policy == "lfu":
+                curve = HitCurve.from_sizes(lfu_ranks(rows, previous, earlier)[cut:])
+            elif policy == "pinned":
+                curve = HitCurve.from_sizes(pinned_ranks(rows[:cut], rows[cut:]))
+            else:
+                curve = HitCurve.from_sizes(frequency_ranks(rows[cut:]))
+            values["policies"][policy] = self._describe(curve, record_bytes)
+        return values
+
+    def _describe(self, curve: HitCurve, record_bytes: int) -> dict[str, Any]:
+        largest = len(curve.hits) - 1
+        sizes = sorted({0, largest, *itertools.takewhile(lambda size: size < largest, _growing())})
+        wanted = []
+        for rate in self._numbers("hit_rates", float, 0, 1):
+            size = curve.rows_for(rate)
+            wanted.append(
+                {
+                    "hit_rate": rate,
+                    "cache_rows": size,
+                    "cache_bytes": None if size is None else size * record_bytes,
+                }
+            )
+        return {
+            "highest_hit_rate": curve.highest,
+            "curve": [
+                {"cache_rows": size, "cache_bytes": size * record_bytes, "hit_rate": curve.hit_rate(size)}
+                for size in sizes
+            ],
+            "wanted": wanted,
+        }
+
+    def _batches(self, trace: _Trace, previous: np.ndarray, record_bytes: int) -> list[dict[str, Any]]:
+        """Distinct rows and pages of batches of every size, and of the steps where they were recorded."""
+        layouts: dict[str, list[PageRule]] = {}
+        if trace.order is None:  # where rows lie is a matter of the whole table
+            layouts["side_by_side"] = [PageRule(record_bytes, record_bytes)]
+            if record_bytes <= PAGE_BYTES:
+                layouts["whole_in_pages"] = [PageRule(record_bytes, record_bytes, within_pages=True)]
+            if self.scale_bytes:
+                numbers = record_bytes - self.scale_bytes
+                layouts["scales_apart"] = [PageRule(numbers, numbers), PageRule(self.scale_bytes, self.scale_bytes)]
+        batches: list[tuple[int | None, np.ndarray]] = [
+            (tokens, batch_starts(len(trace.rows), tokens * trace.rows_per_token))
+            for tokens in self._numbers("batch_tokens", int, 1, None)
+        ]
+        if trace.starts is not None:
+            batches.append((None, trace.starts))
+        results: list[dict[str, Any]] = []
+        for tokens, starts in batches:
+            distinct = count_in_batches(previous, starts)
+            results.append(
+                {
+                    "batch_tokens": tokens,
+                    "num_batches": len(starts),
+                    "reads_per_batch": len(trace.rows) / len(starts),
+                    "distinct_rows_per_batch": float(distinct.mean()),
+                    "distinct_share": float(distinct.sum() / len(trace.rows)),
+                    "pages_per_batch": {},
+                    "page_amplification": {},
+                }
+            )
+        for name, rules in layouts.items():
+            pages = np.zeros(len(batches), np.int64)
+            for rule in rules:
+                touched, pages_per_row = previous_pages(trace.rows, rule)
+                for place, (_, starts) in enumerate(batches):
+                    pages[place] += count_in_batches(touched, starts * pages_per_row).sum()
+            for result, total in zip(results, pages.tolist(), strict=True):
+                useful = result["distinct_share"] * len(trace.rows) * record_bytes
+                result["pages_per_batch"][name] = total / result["num_batches"]
+                result["page_amplification"][name] = total * PAGE_BYTES / useful
+        return results
+
+
+def _growing() -> Iterator[int]:
+    """Cache sizes, about four to an octave."""
+    size = 1
+    while True:
+        yield size
+        size = max(size + 1, round(size * 2**0.25))
+
+
+def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:
+    """Token ids of each document, int64, a few documents at a time."""
+    while some := list(itertools.islice(texts, _DOCUMENTS_AT_ONCE)):
+        for encoding in tokenizer.encode_batch(some, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.int64)
+
+
+def _model_row_bytes(folder: Path) -> int:
+    """Bytes of a bfloat16 row of a model of ours."""
+    from engram_lm.planning.command import read_config
+
+    memory = read_config(str(folder / "config.json") if folder.is_dir() else str(folder)).memory_config
+    if memory is None:
+        raise ConfigError(f"{folder} is a model without memory: it reads no rows")
+    return memory.head_dim * 2
+
+
+def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
+    """Draw hit rate against cache size: a row of panels for each block, a panel for each order where they are known.
+
+    Args:
+        traces: As in the JSON output.
+        path: A ``.png`` or ``.svg``, replaced when the picture is whole.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+    from engram_lm.files import replacing
+
+    blocks = sorted({trace["block"] for trace in traces})
+    columns = max(sum(trace["block"] == block for trace in traces) for block in blocks)
+    size = (max(5.6, 3.4 * columns), 3.2 * len(blocks) + 0.6)
+    figure = Figure(figsize=size, layout="constrained", dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(blocks), columns, squeeze=False, sharey=True)
+    styles = dict(zip(POLICIES, (("C0", "-"), ("C1", "--"), ("C2", "-."), ("0.45", ":")), strict=True))
+    for row, block in enumerate(blocks):
+        shown = [trace for trace in traces if trace["block"] == block]
+        for axes, trace in itertools.zip_longest(panels[row], shown):
+            if trace is None:
+                axes.set_axis_off()
+                continue
+            for policy, (color, dashes) in styles.items():
+                points = [point for point in trace["policies"][policy]["curve"] if point["cache_bytes"]]
+                axes.plot(
+                    [point["cache_bytes"] for point in points],
+                    [point["hit_rate"] for point in points],
+                    color=color,
+                    linestyle=dashes,
+                    label=POLICIES[policy],
+                )
+            order = "all rows" if trace["order"] is None else f"{trace['order']}-grams"
+            axes.set_title(f"block {block}: {order}")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(LogLocator(base=64))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_ylim(0, 1)
+            axes.set_xlabel("cache, bytes of rows")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_size(value, digits=0)))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(alpha=0.3)
+        panels[row][0].set_ylabel("reads answered by the cache")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    with replacing(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:])
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    tokens = f", {found['num_tokens']:,} tokens" if "num_tokens" in found else ""
+    cut = "; cut at --max-reads" if found["cut"] else ""
+    console.print(f"{found['source']}{tokens}{cut}; records of {found['record_bytes']} bytes", highlight=False)
+    for trace in found["traces"]:
+        order = "all orders" if trace["order"] is None else f"order {trace['order']}"
+        table = Table(title=f"block {trace['block']}, {order}", title_justify="left")
+        table.add_column("")
+        for name in POLICIES.values():
+            table.add_column(name, justify="right")
+        share = trace["distinct_rows"] / trace["num_reads"]
+        once = trace["read_once_rows"] / trace["distinct_rows"]
+        policies = trace["policies"].values()
+        for place, wanted in enumerate(trace["policies"]["lru"]["wanted"]):
+            sizes = [policy["wanted"][place]["cache_bytes"] for policy in policies]
+            cells = ["never" if size is None else byte_size(size, digits=1) for size in sizes]
+            table.add_row(f"RAM for {wanted['hit_rate']:.0%} hits", *cells)
+        table.add_row("most hits of any size", *(f"{policy['highest_hit_rate']:.1%}" for policy in policies))
+        console.print()
+        console.print(table)
+        console.print(
+            f"{trace['num_reads']:,} reads of {trace['distinct_rows']:,} rows ({share:.1%}; "
+            f"{byte_size(trace['distinct_rows_bytes'], digits=1)}), {once:.0%} of the rows read once",
+            highlight=False,
+        )
+        for batch in trace["batches"]:
+            name = "a recorded step" if batch["batch_tokens"] is None else f"{batch['batch_tokens']:,} tokens"
+            pages = ", ".join(
+                f"{times:.1f}× {layout.replace('_', ' ')}" for layout, times in batch["page_amplification"].items()
+            )
+            console.print(
+                f"  batch of {name}: {batch['distinct_share']:.1%} of its {batch['reads_per_batch']:,.0f} reads are "
+                f"distinct{'; bytes of pages over bytes of rows ' + pages if pages else ''}",
+                highlight=False,
+            )

@@ -1,0 +1,441 @@
+"""``engram-lm table bench``: rows and bytes a second from a table, by tier, cold and warm."""
+
+import contextlib
+import dataclasses
+import functools
+import json as json_module
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+import tyro
+
+from engram_lm.errors import ConfigError
+
+__all__ = ["Bench"]
+
+Distribution = Literal["zipf", "uniform"]
+
+IN_FILES = ("mmap", "file")
+"""Tiers whose rows are read from files of this machine while they are gathered: those that can be cold."""
+
+COLD_METHOD = "table closed, fsync and posix_fadvise(POSIX_FADV_DONTNEED) on each of its files, checked with mincore"
+_STATES = {
+    "cold_seconds": "cold",
+    "cold_seconds_with_prefetch": "cold, prefetched and gathered at once",
+    "cold_seconds_after_prefetch_and_compute": "cold, prefetched, gathered after as long",
+    "warm_seconds": "warm",
+    "warm_seconds_with_prefetch": "warm, prefetched and gathered at once",
+}
+_COLD_BELOW = 0.001  # of a file's pages: a few stay where another process reads the header, say
+_WRITE_BYTES = 32 << 20
+_STAGED_BYTES = 8 << 30  # more than the largest gather: a prefetch that is skipped measures nothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure how fast rows come from a table: every tier, cold and warm, with the same rows in the same rounds.
+
+    A round takes each tier and number of rows once, in a new order, on row numbers that no round before had; a gather
+    is cold first, if it can be, then warm with the same rows. Printed are medians over the rounds.
+
+    Cold: the table is closed, its files are dropped from the page cache, mincore says that they are gone, it is
+    opened again (not timed) and read. Where the kernel does not drop them (a file system in memory, a file that
+    another process has mapped) no cold number is given, and that is said. A disk's own cache and a host's below a
+    virtual machine stay as they are.
+
+    Examples::
+
+        engram-lm table bench FOLDER --tier mmap,file --rows 1,64,4096
+        engram-lm table bench --synthetic 4000000x256 --folder /mnt/nvme --tier mmap,file --prefetch --json
+    """
+
+    source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SOURCE")] = None
+    """What holds the table: whatever open_table opens, a folder, a file or an address."""
+    synthetic: str | None = None
+    """Write a table of so many ROWSxWIDTH bfloat16 numbers, measure it, remove it; in place of SOURCE."""
+    folder: Path | None = None
+    """Where --synthetic writes; the system's folder for temporary files unless given."""
+    layer: int | str | None = None
+    """Which layer's table, where the source holds several."""
+    tier: str = "mmap,file"
+    """Tiers to measure, separated by commas."""
+    rows: str = "1,64,4096,65536"
+    """Rows in a gather, separated by commas."""
+    distribution: Distribution = "zipf"
+    """Which rows: every one as often (uniform), or the k-th most popular 1/k as often, spread over the table (zipf)."""
+    prefetch: bool = False
+    """Measure each gather also behind a prefetch of its rows, at once and after time to compute."""
+    rounds: int = 5
+    """Times that everything is measured."""
+    seed: int = 0
+    """Decides which rows, and in which order."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.synthetic is None):
+            raise ConfigError("name exactly one table: a SOURCE, or --synthetic ROWSxWIDTH")
+        if self.folder is not None and self.synthetic is None:
+            raise ConfigError("--folder says where --synthetic writes; without it there is nothing to write")
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds must be at least 1, not {self.rounds}")
+        if self.synthetic is not None:
+            _geometry(self.synthetic)
+        self._row_counts()
+        if not self._tiers():
+            raise ConfigError("--tier names at least one tier")
+
+    def run(self) -> int:
+        """Measure and print."""
+        with contextlib.ExitStack() as stack:
+            source = self.source
+            if self.synthetic is not None:
+                source = str(stack.enter_context(synthetic_table(*_geometry(self.synthetic), self.folder)))
+            assert source is not None
+            found = self._measure(source)
+        if self.json:
+            print(json_module.dumps(found))
+        else:
+            _print(found)
+        return 0
+
+    def _tiers(self) -> list[str]:
+        return list(dict.fromkeys(self.tier.replace(",", " ").split()))
+
+    def _row_counts(self) -> list[int]:
+        try:
+            counts = [int(part) for part in self.rows.replace(",", " ").split()]
+        except ValueError:
+            counts = []
+        if not counts or min(counts) < 1 or max(counts) > 1 << 24:
+            raise ConfigError(f"--rows takes numbers from 1 to {1 << 24} separated by commas, not {self.rows!r}")
+        return list(dict.fromkeys(counts))
+
+    def _measure(self, source: str) -> dict[str, Any]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from engram_lm.tables.open import open_table
+
+        openers: dict[str, Callable[[], Any]] = {
+            tier: functools.partial(open_table, source, layer=self.layer, tier=cast(Any, tier))
+            for tier in self._tiers()
+        }
+        # Tiers in memory stay open: opening one again would load it again. The others are opened for each gather.
+        kept: dict[str, Any] = {}
+        described: dict[str, dict[str, Any]] = {}
+        with contextlib.ExitStack() as stack:
+            for tier, opener in openers.items():
+                started = time.perf_counter()
+                table = opener()
+                described[tier] = {**_describe(table), "open_seconds": time.perf_counter() - started}
+                if described[tier]["is_in_files"]:
+                    table.close()
+                else:
+                    kept[tier] = _ahead(table) if self.prefetch else table
+                    stack.callback(kept[tier].close)
+            geometry = {(each["num_rows"], each["width"]) for each in described.values()}
+            if len(geometry) != 1:
+                raise ConfigError(f"these tiers do not hold the same table: (rows, width) is {sorted(geometry)}")
+            numbers = next(iter(described.values()))
+            cases = [(tier, count) for count in self._row_counts() for tier in openers]
+            samples: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task("measuring", total=self.rounds * len(cases))
+                for round_ in range(self.rounds):
+                    for place in np.random.default_rng((self.seed, round_)).permutation(len(cases)).tolist():
+                        tier, count = cases[place]
+                        draw = np.random.default_rng((self.seed, round_, count))  # the same rows for every tier
+                        rows = draw_rows(self.distribution, numbers["num_rows"], count, draw)
+                        if tier in kept:
+                            sample = self._sample_memory(kept[tier], rows)
+                        else:
+                            sample = self._sample_files(openers[tier], rows)
+                        samples[tier, count].append({**sample, "distinct_rows": len(np.unique(rows))})
+                        progress.advance(task)
+        return {
+            "source": self.synthetic or source,
+            "distribution": self.distribution,
+            "rounds": self.rounds,
+            "seed": self.seed,
+            **{key: numbers[key] for key in ("num_rows", "width", "dtype", "record_bytes", "row_bytes")},
+            "cold_method": COLD_METHOD,
+            "tiers": [{"tier": tier, **values} for tier, values in described.items()],
+            "results": [_summary(tier, count, samples[tier, count], numbers) for tier, count in cases],
+        }
+
+    def _sample_memory(self, table: Any, numbers: np.ndarray) -> dict[str, Any]:
+        """One gather from a table that stays open."""
+        import torch
+
+        rows = torch.from_numpy(numbers)
+        plain = table.table if self.prefetch else table
+        plain.gather(rows)
+        values = {"warm_seconds": _seconds(lambda: plain.gather(rows))}
+        return {**values, **_prefetched(table, rows, "warm")} if self.prefetch else values
+
+    def _sample_files(self, opener: Callable[[], Any], numbers: np.ndarray) -> dict[str, Any]:
+        """One gather from a table in files, cold if that can be had, then warm; then the same behind a prefetch."""
+        import torch
+
+        rows = torch.from_numpy(numbers)
+        with _opened(opener) as table:
+            files = tuple(find_layout(table).files)
+        left = drop(files)
+        values: dict[str, Any] = {"resident_share_before_cold": left}
+        cold = _is_cold(left)
+        with _opened(opener) as table:
+            first = _seconds(lambda: table.gather(rows))
+            if cold:
+                values["cold_seconds"] = first
+            values["warm_seconds"] = _seconds(lambda: table.gather(rows))
+        if not self.prefetch:
+            return values
+        with _opened(lambda: _ahead(opener())) as table:
+            values.update(_prefetched(table, rows, "warm"))
+        if cold and _is_cold(drop(files)):
+            with _opened(lambda: _ahead(opener())) as table:
+                values.update(_prefetched(table, rows, "cold"))
+        if cold and _is_cold(drop(files)):
+            with _opened(lambda: _ahead(opener())) as table:
+                _start_threads(table)
+                table.prefetch(rows)
+                time.sleep(first)  # stands for compute that takes as long as the rows do
+                values["cold_seconds_after_prefetch_and_compute"] = _seconds(lambda: table.gather(rows))
+        return values
+
+
+def _ahead(table: Any) -> Any:
+    """The table with a prefetch that reads in the background."""
+    from engram_lm.tables.around.read_ahead import ReadAheadTable
+
+    return table if isinstance(table, ReadAheadTable) else ReadAheadTable(table, max_bytes=_STAGED_BYTES)
+
+
+def _start_threads(table: Any) -> None:
+    """Let the threads of a prefetch begin, which happens once and is not what is measured; reads the last row."""
+    import torch
+
+    last = torch.tensor([table.num_rows - 1])
+    table.prefetch(last)
+    table.gather(last)
+
+
+def _is_cold(resident_share: float | None) -> bool:
+    return resident_share is not None and resident_share < _COLD_BELOW
+
+
+def _prefetched(table: Any, rows: Any, state: str) -> dict[str, float]:
+    """Prefetch and gather at once."""
+    _start_threads(table)
+    started = time.perf_counter()
+    table.prefetch(rows)
+    asked = time.perf_counter()
+    table.gather(rows)
+    ended = time.perf_counter()
+    return {f"{state}_prefetch_call_seconds": asked - started, f"{state}_seconds_with_prefetch": ended - started}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _opened(opener: Callable[[], Any]) -> Iterator[Any]:
+    table = opener()
+    try:
+        yield table
+    finally:
+        table.close()
+
+
+def find_layout(table: Any) -> Any:
+    """Find the layout of a table's files, below caches and what reads ahead.
+
+    Raises:
+        ConfigError: The table does not say which files it reads.
+    """
+    while not hasattr(table, "layout") and hasattr(table, "table"):
+        table = table.table
+    if not hasattr(table, "layout"):
+        raise ConfigError(f"{type(table).__name__} does not say which files it reads; it cannot be measured cold")
+    return table.layout
+
+
+def _describe(table: Any) -> dict[str, Any]:
+    stats = table.stats()
+    return {
+        "num_rows": table.num_rows,
+        "width": table.width,
+        "dtype": str(table.dtype).removeprefix("torch."),
+        "row_bytes": table.row_bytes,
+        "record_bytes": stats.get("record_bytes", table.row_bytes),
+        "is_in_files": stats.get("tier") in IN_FILES,
+    }
+
+
+def drop(files: tuple[str, ...]) -> float | None:
+    """Drop files from the page cache.
+
+    Args:
+        files: Paths. No mapping of them may be open in this process: mapped pages are not dropped.
+
+    Returns:
+        Largest share of a file that is still there; None where the system does not say, or cannot drop at all.
+    """
+    from engram_lm.tables.tiers.page_cache import drop_pages
+    from engram_lm.tables.tiers.residency import resident_share
+
+    left: list[float | None] = []
+    for file in files:
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            # Advice is refused, or flushing is, on file systems that have no cache of their own.
+            with contextlib.suppress(OSError, AttributeError):
+                drop_pages(descriptor)
+        finally:
+            os.close(descriptor)
+        left.append(resident_share(file))
+    return None if None in left else max((share for share in left if share is not None), default=None)
+
+
+def draw_rows(distribution: Distribution, num_rows: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw row numbers.
+
+    Args:
+        distribution: ``"uniform"``, or ``"zipf"``: the k-th most popular row is drawn in proportion to log(1 + 1/k),
+            which is 1/k but for the first few. Popular rows are spread over the table, as hashing spreads them.
+        num_rows: Rows in the table.
+        count: How many numbers.
+        random: Where chance comes from.
+
+    Returns:
+        int64 ``[count]``.
+    """
+    if distribution == "uniform":
+        return random.integers(0, num_rows, count)
+    ranks = np.exp(random.random(count) * math.log(num_rows + 1)).astype(np.int64) - 1
+    ranks = np.clip(ranks, 0, num_rows - 1)
+    factor = max(1, min(2**62 // num_rows, round(num_rows * (math.sqrt(5) - 1) / 2)))
+    while math.gcd(factor, num_rows) != 1:
+        factor -= 1
+    return ranks * factor % num_rows
+
+
+@contextlib.contextmanager
+def synthetic_table(num_rows: int, width: int, folder: Path | None) -> Iterator[Path]:
+    """Write a table of random bfloat16 rows as a safetensors file and remove it in the end.
+
+    Args:
+        num_rows: Rows.
+        width: Numbers in a row.
+        folder: Where; the system's folder for temporary files where None.
+
+    Yields:
+        The file.
+
+    Raises:
+        ConfigError: The disk has less room than the table takes.
+        OSError: It cannot be written.
+    """
+    import torch
+
+    from engram_lm.tables.files.safetensors_writer import TensorWriter
+
+    size = num_rows * width * 2
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--folder {folder} is no folder")
+    place = Path(tempfile.mkdtemp(prefix="engram-bench-", dir=folder))
+    try:
+        free = shutil.disk_usage(place).free
+        if free < size * 1.01 + (1 << 20):
+            raise ConfigError(
+                f"--synthetic takes {size:,} bytes and {place.parent} has {free:,} free; name another --folder"
+            )
+        path = place / "table.safetensors"
+        random = np.random.default_rng(0)
+        print(f"engram-lm table bench: writing {size:,} bytes to {path}", file=sys.stderr)
+        with TensorWriter(path, {"memory_tables.synthetic.weight": (torch.bfloat16, (num_rows, width))}) as writer:
+            at_once = max(1, _WRITE_BYTES // (2 * width))
+            for start in range(0, num_rows, at_once):
+                rows = random.integers(0, 0x7F00, (min(at_once, num_rows - start), width), dtype=np.uint16)
+                writer.append("memory_tables.synthetic.weight", torch.from_numpy(rows).view(torch.bfloat16))
+        yield path
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _geometry(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**40 for part in parts):
+        raise ConfigError(f"--synthetic is ROWSxWIDTH, as in 4000000x256, not {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _summary(tier: str, count: int, samples: list[dict[str, Any]], numbers: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the rounds, and what they are in rows and bytes a second."""
+    values: dict[str, Any] = {"tier": tier, "gather_rows": count}
+    values["distinct_rows"] = statistics.median(sample["distinct_rows"] for sample in samples)
+    for key in dict.fromkeys(key for sample in samples for key in sample if "_seconds" in key):
+        values[key] = statistics.median(sample[key] for sample in samples if key in sample)
+    for state in ("cold", "warm"):
+        for suffix in ("", "_with_prefetch"):
+            seconds = values.get(f"{state}_seconds{suffix}")
+            if seconds is not None:
+                rate = count / max(seconds, 1e-9)
+                values[f"{state}_rows_per_second{suffix}"] = rate
+                values[f"{state}_gigabytes_per_second{suffix}"] = rate * numbers["record_bytes"] / 1e9
+    shares = [sample["resident_share_before_cold"] for sample in samples if "resident_share_before_cold" in sample]
+    if not shares:
+        values["cold"] = "none: this tier's rows are in memory, or another machine has them"
+    elif None in shares:
+        values["cold"] = "none: the system does not say which pages of the files are in memory"
+    elif "cold_seconds" not in values:
+        values["cold"] = f"none: {min(shares):.1%} of a file stayed in memory after it was dropped"
+    else:
+        dropped = sum("cold_seconds" in sample for sample in samples)
+        values["cold"] = f"files dropped in {dropped} of {len(samples)} rounds"
+    values["largest_resident_share_before_cold"] = max((s for s in shares if s is not None), default=None)
+    return values
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{found['source']}: {found['num_rows']:,} rows of {found['width']}, records of {found['record_bytes']} bytes; "
+        f"{found['distribution']} rows, medians of {found['rounds']} interleaved rounds",
+        highlight=False,
+    )
+    table = Table()
+    for name, side in (("rows", "right"), ("tier", "left"), ("state", "left"), ("rows/s", "right"), ("GB/s", "right")):
+        table.add_column(name, justify=cast(Any, side))
+    table.add_column("ms", justify="right")
+    for result in found["results"]:
+        for key, state in _STATES.items():
+            seconds = result.get(key)
+            if seconds is not None:
+                rate = result["gather_rows"] / max(seconds, 1e-9)
+                amounts = (f"{rate:,.0f}", f"{rate * found['record_bytes'] / 1e9:.3f}", f"{seconds * 1e3:.3f}")
+                table.add_row(f"{result['gather_rows']:,}", result["tier"], state, *amounts)
+    console.print(table)
+    console.print(f"cold: {found['cold_method']}", highlight=False)
+    for tier in found["tiers"]:
+        said = {result["cold"] for result in found["results"] if result["tier"] == tier["tier"]}
+        console.print(f"  {tier['tier']}: {'; '.join(sorted(said))}", highlight=False)

@@ -1,0 +1,121 @@
+"""``engram-lm table inspect`` and ``engram-lm table verify``: what a packed table is, and whether it is whole."""
+
+import dataclasses
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from engram_lm.errors import ConfigError
+from engram_lm.tables.files.progress import byte_progress
+
+__all__ = ["Inspect", "Verify"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Print what a packed table says of itself: geometry, codec, bytes, padding, digest, provenance. Reads no rows.
+
+    Examples::
+
+        engram-lm table inspect tables/layer-1.engram
+        engram-lm table inspect tables/layer-1.engram --json
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """The packed table, a file that ends with .engram."""
+    json: bool = False
+    """Print JSON, with the HashSpec where the file has it."""
+
+    def run(self) -> int:
+        """Print it."""
+        from engram_lm.tables.files.packed import read_packed_header
+        from engram_lm.tables.files.verify import inspect_packed
+
+        values = inspect_packed(self.path)
+        if self.json:
+            print(json_module.dumps(values))
+            return 0
+        codec = read_packed_header(self.path).geometry.codec
+        per_page = values["rows_per_page"]
+        pages = f"{per_page} on a page of {values['page_bytes']}" if per_page else "each longer than a page"
+        print(f"rows            {values['num_rows']:,} of {values['width']} numbers")
+        print(f"codec           {codec}, {values['bytes_per_number']:.3f} bytes per number")
+        print(f"records         {values['record_bytes']} bytes, {pages}")
+        print(f"file            {values['file_bytes']:,} bytes, {values['padding_share']:.1%} of the pages empty")
+        print(f"checksums       CRC-32 of {values['num_chunks']:,} chunks of {values['chunk_rows']:,} rows")
+        print(f"hash            {values['spec_digest'] or 'not known'}")
+        for name, value in values["provenance"].items():
+            print(f"{name.replace('_', ' '):15} {value}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a packed table against its checksums, and against the checkpoint it was made of where one is named.
+
+    Exits with 1 and names the first bad chunk and its rows where something is wrong.
+
+    Examples::
+
+        engram-lm table verify tables/layer-1.engram
+        engram-lm table verify tables/layer-1.engram --sample 100
+        engram-lm table verify tables/layer-1.engram --source DeepSeek-V4.1-Flash --layer 1
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """The packed table."""
+    sample: int | None = None
+    """Check so many chunks, drawn evenly; all unless given."""
+    seed: int = 0
+    """Of that draw."""
+    source: str | None = None
+    """The checkpoint that the table was made of: its rows are compared too."""
+    layer: str | None = None
+    """Which of the source's tables, where it holds several."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 1:
+            raise ConfigError(f"--sample must be at least 1, not {self.sample}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, not {self.seed}")
+        if self.layer is not None and self.source is None:
+            raise ConfigError("--layer chooses a table of the --source; name that too")
+
+    def run(self) -> int:
+        """Print what was checked and what was found."""
+        from engram_lm.tables.files.packed import read_packed_header
+        from engram_lm.tables.files.sources import choose_layout, table_layouts
+        from engram_lm.tables.files.verify import verify_packed
+
+        layout = None
+        if self.source is not None:
+            layout = choose_layout(table_layouts(self.source), self.layer, self.source)
+        geometry = read_packed_header(self.path).geometry
+        share = 1.0 if self.sample is None else min(1.0, self.sample / geometry.num_chunks)
+        with byte_progress() as advance:
+            found = verify_packed(
+                self.path,
+                sample=self.sample,
+                seed=self.seed,
+                source=layout,
+                on_progress=lambda done: advance("verifying", done, int(share * geometry.data_bytes)),
+            )
+        if self.json:
+            print(json_module.dumps(dataclasses.asdict(found)))
+            return int(found.bad is not None)
+        if found.bad is not None:
+            bad = found.bad
+            print(
+                f"bad             chunk {bad.index}, rows {bad.first_row} to {bad.last_row}, at byte {bad.start_bytes}"
+            )
+            print(f"because         {bad.reason}")
+            print("what to do      copy the file again, or convert its source again")
+        else:
+            source = " and the source" if found.source_compared else ""
+            print(f"good            checksums{source} agree")
+        print(f"checked         {found.chunks_checked:,} of {found.num_chunks:,} chunks, {found.rows_checked:,} rows")
+        return int(found.bad is not None)

@@ -1,0 +1,201 @@
+"""From a checkpoint's tables to packed files: copied as they are, or rounded to another type."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.files.packed import SUFFIX, PackedGeometry, PackedHeader, packed_layout, read_packed_header
+from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.row_error import RowError, measure_row_error
+from engram_lm.tables.files.sources import choose_layout, table_layouts
+from engram_lm.tables.files.verify import checked_records
+from engram_lm.tables.layout import RowLayout
+
+__all__ = ["Converted", "Progress", "convert", "packed_name"]
+
+Progress = Callable[[int | str, int, int], None]
+"""Called with the layer, bytes written so far and bytes in all."""
+
+ERROR_ROWS = 2**17
+"""Rows that the error of a conversion is measured on, unless asked otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """One table that has been converted."""
+
+    layer: int | str
+    """Block number, or the table's name where it is none."""
+    path: Path
+    """The packed file."""
+    num_rows: int
+    """Rows in it."""
+    width: int
+    """Numbers in a row."""
+    source_codec: RowCodec
+    """How rows were stored."""
+    codec: RowCodec
+    """How they are stored now."""
+    source_bytes: int
+    """Bytes of all records before."""
+    stored_bytes: int
+    """Bytes of all records now."""
+    file_bytes: int
+    """Bytes of the file, with padding, header and checksums."""
+    kept: bool
+    """Whether the file was there already, made of the same source, and was left alone."""
+    error: RowError | None
+    """What rounding cost; None where rows were copied as they are."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        error = None if self.error is None else dataclasses.asdict(self.error)
+        codecs = {"path": str(self.path), "source_codec": str(self.source_codec), "codec": str(self.codec)}
+        return {**values, **codecs, "bytes_saved": self.source_bytes - self.stored_bytes, "error": error}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target_folder: str | os.PathLike[str],
+    *,
+    layer: int | str | None = None,
+    dtype: str | None = None,
+    resume: bool = True,
+    progress: Progress = lambda layer, done, total: None,
+    error_rows: int | None = ERROR_ROWS,
+    spec_digest: str | None = None,
+    hash_spec: Mapping[str, Any] | None = None,
+) -> list[Converted]:
+    """Write the tables of a checkpoint as packed files, ``layer-L.engram`` each, in bounded memory.
+
+    Without ``dtype`` every record is copied as it is: the 8-bit floats and scales of a DeepSeek-V4.1 table come to lie
+    side by side and keep every bit. An interrupted call leaves nothing under the final names; the next one goes on from
+    where it was, if source and target are still the same.
+
+    Args:
+        source: What `table_layouts` opens, on this machine.
+        target_folder: Where the packed files go.
+        layer: The one table to convert; all where None.
+        dtype: One of `CODEC_NAMES`; as stored where None.
+        resume: Whether to go on with the work of an interrupted call, and to leave files alone that are finished.
+        progress: Told how far it is.
+        error_rows: Rows to measure the error of rounding on, drawn evenly; all (2 ** 24 at most) where None.
+        spec_digest: Digest of the HashSpec that addresses the rows; the source's own where None.
+        hash_spec: That HashSpec, as JSON values.
+
+    Raises:
+        CheckpointError: The source is damaged (a packed one is held against its checksums) or holds no table, a number
+            does not fit the type, or another process is writing the same file.
+        ConfigError: No such layer or type, or a source on a server.
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    layouts = table_layouts(source)
+    if layer is not None:
+        chosen = choose_layout(layouts, layer, str(source))
+        layouts = {key: layout for key, layout in layouts.items() if layout is chosen}
+    if error_rows is not None and error_rows < 1:
+        raise ConfigError(f"the error is measured on at least 1 row, not {error_rows}")
+    folder = Path(target_folder)
+    # Before any of them is written: a wrong type should not be found out about after hours.
+    codecs = {
+        key: layout.codec if dtype is None else RowCodec.named(dtype, layout.codec.width)
+        for key, layout in layouts.items()
+    }
+    for key, layout in layouts.items():
+        if any(os.path.realpath(file) == os.path.realpath(folder / packed_name(key)) for file in layout.files):
+            raise ConfigError(f"{folder / packed_name(key)} is the source itself; name another folder")
+    results = []
+    for key, layout in layouts.items():
+        codec, path = codecs[key], folder / packed_name(key)
+        about = {
+            "spec_digest": spec_digest or layout.spec_digest,
+            "hash_spec": hash_spec,
+            "provenance": {
+                "made_by": "engram-lm table convert",
+                "source": str(source),
+                "source_identity": layout.identity,
+                "source_codec": str(layout.codec),
+                "layer": key,
+            },
+        }
+        header = _finished(path, codec, about) if resume else None
+        kept = header is not None
+        if header is None:
+            header = _write(path, layout, codec, key, resume, progress, about)
+        rounded = codec != layout.codec
+        results.append(
+            Converted(
+                layer=key,
+                path=path,
+                num_rows=layout.num_rows,
+                width=codec.width,
+                source_codec=layout.codec,
+                codec=codec,
+                source_bytes=layout.stored_bytes,
+                stored_bytes=layout.num_rows * codec.record_bytes,
+                file_bytes=header.file_bytes,
+                kept=kept,
+                error=measure_row_error(layout, packed_layout(path), sample=error_rows) if rounded else None,
+            )
+        )
+    return results
+
+
+def packed_name(key: int | str) -> str:
+    """Name of the packed file of a table, as `table_layouts` understands it."""
+    return f"layer-{key}{SUFFIX}" if isinstance(key, int) else f"{key}{SUFFIX}"
+
+
+def _finished(path: Path, codec: RowCodec, about: Mapping[str, Any]) -> PackedHeader | None:
+    """The header of the file, if it is what this conversion would write."""
+    if not path.exists():
+        return None
+    try:
+        header = read_packed_header(path)
+    except CheckpointError:
+        return None
+    found = {"spec_digest": header.spec_digest, "hash_spec": header.hash_spec, "provenance": header.provenance}
+    return header if header.geometry.codec == codec and found == about else None
+
+
+def _write(
+    path: Path,
+    layout: RowLayout,
+    codec: RowCodec,
+    key: int | str,
+    resume: bool,
+    progress: Progress,
+    about: Mapping[str, Any],
+) -> PackedHeader:
+    load = checked_records(layout)
+
+    def records(start: int, stop: int) -> Tensor:
+        try:
+            return codec.reencode(load(start, stop), layout.codec)
+        except CheckpointError as error:
+            raise CheckpointError(f"layer {key}, rows {start} to {stop - 1}: {error}") from error
+
+    total, done = PackedGeometry(codec, layout.num_rows).data_bytes, 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(key, done, total)
+
+    progress(key, 0, total)
+    return write_packed(
+        path,
+        records,
+        codec,
+        layout.num_rows,
+        resume_key=layout.identity if resume else None,
+        on_progress=advance,
+        **about,
+    )

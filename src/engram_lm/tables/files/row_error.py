@@ -1,0 +1,107 @@
+"""How far rows are from those they were made of: what quantization costs."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.errors import MismatchError
+from engram_lm.tables.layout import RowLayout
+from engram_lm.tables.tiers.mapped import MappedTable
+
+__all__ = ["RowError", "measure_row_error"]
+
+MOST_ROWS = 2**24
+"""Rows measured at most: quantiles need one number of every row in memory."""
+
+_ROWS_AT_ONCE = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class RowError:
+    """Error of a table against another one of the same rows, over all rows or a sample.
+
+    The relative error of a row is the length of the difference over the length of the exact row. Rows of zeros count as
+    exact where they are zeros on both sides, and as infinitely wrong where they are not; they have no cosine.
+    """
+
+    num_rows: int
+    """Rows compared."""
+    all_rows: bool
+    """Whether those were all."""
+    relative_error_mean: float
+    """Mean over rows of the relative error."""
+    relative_error_p50: float
+    """Its median."""
+    relative_error_p99: float
+    """99 of 100 rows have at most this."""
+    relative_error_max: float
+    """Its largest value."""
+    cosine_mean: float
+    """Mean over rows of the cosine between both vectors; 1 where there is no row but zeros."""
+    cosine_min: float
+    """Its smallest value."""
+
+
+def measure_row_error(exact: RowLayout, other: RowLayout, *, sample: int | None = None, seed: int = 0) -> RowError:
+    """Compare the rows of two tables as numbers, in float64.
+
+    Args:
+        exact: The rows as they were.
+        other: The rows as they are now.
+        sample: Rows to compare, drawn evenly without repeats; all where None or more than there are. Never more than
+            2 ** 24.
+        seed: Of the draw.
+
+    Raises:
+        MismatchError: Tables of different sizes.
+        CheckpointError: A file is gone or has been cut.
+    """
+    if (exact.num_rows, exact.codec.width) != (other.num_rows, other.codec.width):
+        raise MismatchError(
+            f"tables of {exact.num_rows} rows of {exact.codec.width} and {other.num_rows} rows of {other.codec.width} "
+            "numbers cannot be compared"
+        )
+    count = min(exact.num_rows, MOST_ROWS if sample is None else min(sample, MOST_ROWS))
+    numbers = sampled(exact.num_rows, count, seed)
+    errors, cosines = [], []
+    tables = MappedTable(exact, torch.float32), MappedTable(other, torch.float32)
+    for start in range(0, count, _ROWS_AT_ONCE):
+        rows = torch.from_numpy(numbers[start : start + _ROWS_AT_ONCE])
+        relative, cosine = _compare(*(table.gather(rows).double() for table in tables))
+        errors.append(relative)
+        cosines.append(cosine)
+    error, cosine = torch.cat(errors), torch.cat(cosines)
+    quantiles = np.quantile(error.numpy(), [0.5, 0.99], method="inverted_cdf").tolist()
+    return RowError(
+        num_rows=count,
+        all_rows=count == exact.num_rows,
+        relative_error_mean=float(error.mean()),
+        relative_error_p50=quantiles[0],
+        relative_error_p99=quantiles[1],
+        relative_error_max=float(error.max()),
+        cosine_mean=float(cosine.mean()) if len(cosine) else 1.0,
+        cosine_min=float(cosine.min()) if len(cosine) else 1.0,
+    )
+
+
+def sampled(size: int, count: int, seed: int) -> np.ndarray:
+    """Draw different numbers below ``size``, ascending, int64 ``[count]``; all of them where ``count`` is ``size``."""
+    if count == size:
+        return np.arange(size)
+    generator = np.random.default_rng(seed)
+    found = np.empty(0, dtype=np.int64)
+    # Drawn until enough differ, in memory of the sample's size: a permutation would take that of the table's.
+    while len(found) < count:
+        found = np.union1d(found, generator.integers(0, size, 2 * (count - len(found)) + 16))
+    return np.sort(generator.permutation(found)[:count])
+
+
+def _compare(exact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative error of each row, ``[n]``, and cosine of those rows that have one."""
+    lengths, others = exact.norm(dim=1), other.norm(dim=1)
+    distance = (exact - other).norm(dim=1)
+    relative = torch.where(distance == 0, 0, distance / lengths)
+    both = (lengths > 0) & (others > 0)
+    return relative, ((exact * other).sum(dim=1)[both] / (lengths * others)[both]).clamp(-1, 1)

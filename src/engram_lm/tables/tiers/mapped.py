@@ -1,0 +1,160 @@
+"""A table read where it lies, through memory mapping."""
+
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError
+from engram_lm.tables.layout import Part, RowLayout
+from engram_lm.tables.tiers.page_cache import request_missing
+from engram_lm.tables.tiers.record_table import RecordTable
+
+__all__ = ["MappedTable"]
+
+
+class MappedTable(RecordTable):
+    """Rows read in place from files through memory mapping.
+
+    Opening costs nothing however large the files are; reading costs the pages that the rows lie on, which stay in the
+    page cache. A file that is cut while it is mapped ends the process with SIGBUS: `FileTable` does not.
+
+    Args:
+        layout: Where the rows lie.
+        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+
+    Raises:
+        CheckpointError: A file is missing, or has been cut since its layout was made.
+        ConfigError: An impossible ``dtype``.
+    """
+
+    def __init__(self, layout: RowLayout, dtype: torch.dtype | None = None) -> None:
+        super().__init__(layout.codec, layout.num_rows, dtype)
+        self.layout = layout
+        files = {file: _map(file) for file in layout.files}
+        self._parts: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
+        # Where whole records follow each other in one file, which is usual: read by one call.
+        only = layout.parts[0].extents[0]
+        dense = [len(part.extents) for part in layout.parts] == [1] and not only.rows_per_page
+        self._dense = dense and only.stride_bytes == self.codec.record_bytes
+        self._descriptors = {file: _Descriptor(file) for file in layout.files}
+
+    @property
+    def _closed(self) -> bool:
+        return self._parts is None
+
+    def _read(self, numbers: np.ndarray) -> Tensor:
+        mapped = self._parts
+        self._refuse_closed(mapped is None)
+        assert mapped is not None
+        self._request(numbers)
+        records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
+        if self._dense:
+            # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
+            mapped[0][0].take(numbers, axis=0, out=records.numpy(), mode="clip")
+            return records
+        data, first = records.numpy(), 0
+        for part, views in zip(self.layout.parts, mapped, strict=True):
+            last = first + part.row_bytes
+            _take(part, views, numbers, data if len(self.layout.parts) == 1 else data[:, first:last])
+            first = last
+        return records
+
+    def _request(self, numbers: np.ndarray) -> None:
+        """Have the kernel read what is not in memory, all at once; touching it would wait for page after page."""
+        if len(numbers) < 2:
+            return
+        descriptors = self._descriptors
+        for part in self.layout.parts:
+            for extent, _, offsets in part.divide(numbers):
+                if extent.file in descriptors:
+                    request_missing(descriptors[extent.file].number, offsets, part.row_bytes)
+
+    def load_records(self, start: int, stop: int) -> Tensor:
+        """See `RecordTable.load_records`; reads past the mapping."""
+        self._refuse_closed(self._closed)
+        return self.layout.load_records(start, stop)
+
+    def stats(self) -> dict[str, Any]:
+        """See `Table.stats`; adds how many files the table lies in."""
+        return {**super().stats(), "tier": "mmap", "num_files": len(self.layout.files)}
+
+    def close(self) -> None:
+        """Give the mapping back. A gather of another thread that has begun still ends well."""
+        self._parts, self._descriptors = None, {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by opening the files again."""
+        return MappedTable, (self.layout, self._dtype)
+
+
+class _Descriptor:
+    """An open file by number, closed when nobody holds it any more."""
+
+    def __init__(self, file: str) -> None:
+        self.number = -1
+        try:
+            self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot map {file}: {error}") from error
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Held here: when the interpreter ends, the module may be gone before this is.
+        if self.number >= 0:
+            close(self.number)
+
+
+def _take(part: Part, views: list[np.ndarray], numbers: np.ndarray, out: np.ndarray) -> None:
+    """Copy rows of one part into ``out``, ``[n, row_bytes]``."""
+    for index, where, inside in part.split(numbers):
+        if part.extents[index].rows_per_page:
+            out[where] = _from_pages(views[index], part.extents[index].offsets(inside))
+        elif len(views) == 1 and out.flags.c_contiguous:
+            # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
+            np.take(views[index], inside, axis=0, out=out, mode="clip")
+        else:
+            out[where] = views[index][inside]
+
+
+def _from_pages(view: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Rows that begin at the given bytes: ``[n, row_bytes]``."""
+    # As items of row_bytes each: indexing a matrix by row takes half as long again, by page and row twice as long.
+    return view[offsets].view(np.uint8).reshape(len(offsets), -1)
+
+
+def _map(file: str) -> mmap.mmap:
+    try:
+        with open(file, "rb") as opened:
+            mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot map {file}: {error}") from error
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Rows lie far apart; reading ahead would fetch tens of pages for one row.
+        mapping.madvise(mmap.MADV_RANDOM)
+    return mapping
+
+
+def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
+    """Matrices of bytes ``[rows, row_bytes]`` on the mappings, read-only.
+
+    Where rows lie in pages, the view is the row that would begin at every byte of the file, as one item each.
+    """
+    views = []
+    for extent in part.extents:
+        mapping, end = files[extent.file], extent.end_bytes(part.row_bytes)
+        if end > len(mapping):
+            raise CheckpointError(
+                f"{extent.file} was cut after its header was read: expected at least {end} bytes, found {len(mapping)}"
+            )
+        if extent.rows_per_page:
+            item = np.dtype((np.void, part.row_bytes))
+            views.append(np.ndarray((end - part.row_bytes + 1,), item, buffer=mapping, strides=(1,)))
+            continue
+        data = np.frombuffer(mapping, np.uint8, count=end - extent.start_bytes, offset=extent.start_bytes)
+        shape, strides = (extent.num_rows, part.row_bytes), (extent.stride_bytes, 1)
+        views.append(np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False))
+    return views

@@ -1,0 +1,125 @@
+"""What all tables have in common whose rows are kept as records: check the numbers, fetch the bytes, decode them."""
+
+import abc
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.errors import ConfigError
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.table import Table
+from engram_lm.tables.tiers.forked import renew_when_forked
+
+__all__ = ["RecordTable"]
+
+
+class RecordTable(Table):
+    """A table that fetches records and decodes them. A tier says only where records come from: `_read`.
+
+    Args:
+        codec: What a record means.
+        num_rows: Rows in the table.
+        dtype: Type of the rows that `gather` returns; what loses nothing where None.
+
+    Raises:
+        ConfigError: An impossible ``dtype``.
+    """
+
+    def __init__(self, codec: RowCodec, num_rows: int, dtype: torch.dtype | None = None) -> None:
+        self.codec, self.num_rows, self.width = codec, num_rows, codec.width
+        self._dtype = codec.checked_dtype(dtype)
+        self._is_stored_so = codec.scale == "none" and codec.stored_dtype == self._dtype
+        self._count_lock = threading.Lock()
+        self._num_gathers = self._rows_read = 0
+        renew_when_forked(self)
+
+    def _renew(self) -> None:
+        """Take nothing over from threads of the process that this one was forked from, see `renew_when_forked`."""
+        self._count_lock = threading.Lock()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that `gather` returns."""
+        return self._dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Table.gather`. Rows come back on the CPU, or in ``out``."""
+        records = self.read_records(rows)
+        # The usual case first: a small request costs microseconds, and each call into torch is one of them.
+        result = records.view(self._dtype) if self._is_stored_so else self.codec.decode(records, self._dtype)
+        if rows.dim() != 1:
+            result = result.view(*rows.shape, self.width)
+        return result if out is None else checked_out(out, rows, self.width, self._dtype).copy_(result)
+
+    def read_records(self, rows: Tensor) -> Tensor:
+        """Fetch rows as they are stored.
+
+        Args:
+            rows: Row numbers, int64, any shape.
+
+        Returns:
+            uint8 ``[rows.numel(), codec.record_bytes]`` on the CPU, contiguous, the caller's own.
+
+        Raises:
+            RowRangeError: A number is outside the table.
+            TableClosedError: The table has been closed.
+        """
+        self._refuse_closed(self._closed)
+        numbers = self._checked_numbers(rows)
+        records = self._read(numbers) if len(numbers) else torch.empty(0, self.codec.record_bytes, dtype=torch.uint8)
+        with self._count_lock:
+            self._num_gathers += 1
+            self._rows_read += len(numbers)
+        return records
+
+    def _checked_numbers(self, rows: Tensor) -> np.ndarray:
+        """Row numbers of any shape as int64 ``[n]`` on the CPU, refused as `Table._check_rows` refuses them."""
+        if rows.dtype != torch.int64:
+            self._check_rows(rows)
+        numbers = rows.detach().cpu().numpy().reshape(-1)
+        # Without their sign negative numbers are larger than any table: one pass finds both kinds of wrong ones.
+        if len(numbers) and numbers.view(np.uint64).max() >= self.num_rows:
+            self._check_rows(rows)
+        return numbers
+
+    def load_records(self, start: int, stop: int) -> Tensor:
+        """Fetch a run of rows as they are stored: uint8 ``[stop - start, codec.record_bytes]``, for copying.
+
+        Raises:
+            RowRangeError: The run leaves the table.
+            TableClosedError: The table has been closed.
+        """
+        return self.read_records(torch.arange(start, stop))
+
+    @abc.abstractmethod
+    def _read(self, numbers: np.ndarray) -> Tensor:
+        """Fetch the records of checked row numbers, int64 ``[n]``, n > 0: uint8 ``[n, record_bytes]``, contiguous."""
+
+    @property
+    @abc.abstractmethod
+    def _closed(self) -> bool:
+        """Whether the table has been closed."""
+
+    def stats(self) -> dict[str, Any]:
+        """See `Table.stats`; adds what rows take where they are stored, and how often they were asked for."""
+        return {
+            **super().stats(),
+            "record_bytes": self.codec.record_bytes,
+            "stored_bytes": self.num_rows * self.codec.record_bytes,
+            "num_gathers": self._num_gathers,
+            "gathered_rows": self._rows_read,
+        }
+
+
+def checked_out(out: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Refuse an ``out`` of another shape or type than ``[*rows.shape, width]`` of the table's.
+
+    Raises:
+        ConfigError: As said.
+    """
+    if out.shape != (*rows.shape, width) or out.dtype != dtype:
+        raise ConfigError(f"out is {tuple(out.shape)} of {out.dtype}; expected {(*rows.shape, width)} of {dtype}")
+    return out
