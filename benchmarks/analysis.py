@@ -30,7 +30,7 @@ def measure_parts(parts: str, num_tokens: int, memory_mib: int) -> dict[str, Any
 
     from engram_lm import EngramForCausalLM, EngramLMConfig
     from engram_lm.analysis import find_subject
-    from engram_lm.analysis.all_parts import AnalyzeOptions, analyze
+    from engram_lm.analysis.run import AnalyzeOptions, analyze
     from engram_lm.training.batches import pack
     from engram_lm.training.corpus import Document, read_corpus
     from engram_lm.training.tokenizer import train_tokenizer

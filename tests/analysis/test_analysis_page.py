@@ -8,7 +8,7 @@ from tests.analysis.conftest import LENGTH
 from tests.page_reading import HOSTILE, Page, contrast
 
 from engram_lm.analysis import gate_trace
-from engram_lm.analysis.report.page import render_report
+from engram_lm.analysis.report import render_report
 from engram_lm.serving.load import load_model
 
 TYPED = "The cat sat on zebras"

@@ -13,10 +13,10 @@ from tests.small_model import MEMORY
 
 import engram_lm
 from engram_lm.analysis import find_subject, gate_trace
-from engram_lm.analysis.all_parts import PARTS, AnalyzeOptions, analyze
 from engram_lm.analysis.command import _names
-from engram_lm.analysis.gate_statistics import average_gates
-from engram_lm.analysis.lens import logit_lens
+from engram_lm.analysis.gates.averages import average_gates
+from engram_lm.analysis.lens.lens import logit_lens
+from engram_lm.analysis.run import PARTS, AnalyzeOptions, analyze
 from engram_lm.analysis.summary import remarks
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError

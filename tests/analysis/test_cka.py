@@ -10,8 +10,8 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import Analysis, find_subject, read_text
-from engram_lm.analysis.alignment import CkaMap, soft_alignment
-from engram_lm.analysis.cka import Cka, centered_gram, layer_similarity
+from engram_lm.analysis.cka.cka import Cka, centered_gram, layer_similarity
+from engram_lm.analysis.cka.maps import CkaMap, soft_alignment
 from engram_lm.analysis.reading import NotApplicable, text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 

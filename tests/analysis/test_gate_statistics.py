@@ -11,9 +11,9 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import GateStatistics, NotApplicable, average_gates, find_subject, gate_trace, read_text
-from engram_lm.analysis.ngram_table import NgramTable, ngram_keys
+from engram_lm.analysis.gates.ngram_table import NgramTable, ngram_keys
+from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.hashing import Segments
 

@@ -12,9 +12,9 @@ from tests.small_model import BACKBONE, MEMORY
 
 import engram_lm
 from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
-from engram_lm.analysis.ngram_collisions import ngram_collisions, ngram_rows
 from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.row_hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.analysis.rows.collisions import ngram_collisions, ngram_rows
+from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.hashing.ngrams import frequent_ngrams

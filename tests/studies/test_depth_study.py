@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from engram_lm.analysis.cka import layer_similarity
-from engram_lm.analysis.lens import logit_lens
+from engram_lm.analysis.cka.cka import layer_similarity
+from engram_lm.analysis.lens.lens import logit_lens
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.loss import held_out_loss

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engram_lm.analysis.gate_scores import score_bytes_per_token
+from engram_lm.analysis.gates.scores import score_bytes_per_token
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 

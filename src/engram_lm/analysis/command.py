@@ -9,9 +9,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from engram_lm.analysis.all_parts import PARTS, AnalyzeOptions, Findings, analyze
 from engram_lm.analysis.figures import save_figures
-from engram_lm.analysis.report.page import render_report
+from engram_lm.analysis.report import render_report
+from engram_lm.analysis.run import PARTS, AnalyzeOptions, Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.analysis.summary import print_summary
 from engram_lm.errors import ConfigError

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from engram_lm.analysis.gates import token_texts
-from engram_lm.analysis.ngram_table import ngram_keys, spread_bits
+from engram_lm.analysis.gates.ngram_table import ngram_keys, spread_bits
+from engram_lm.analysis.gates.trace import token_texts
 from engram_lm.analysis.reading import Reading
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram_lm.analysis.gate_scores import score_parts
+from engram_lm.analysis.gates.scores import score_parts
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import MismatchError
 from engram_lm.memory.layer import EngramLayer, EngramOutput

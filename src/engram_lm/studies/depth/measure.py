@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.alignment import CkaFindings
-from engram_lm.analysis.cka import Cka
-from engram_lm.analysis.lens import LogitLens
+from engram_lm.analysis.cka.cka import Cka
+from engram_lm.analysis.cka.maps import CkaFindings
+from engram_lm.analysis.lens.lens import LogitLens
 from engram_lm.analysis.positions import Positions
 from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
 from engram_lm.analysis.subject import Subject

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.analysis.gates import GateTrace, strongest
+from engram_lm.analysis.gates.trace import GateTrace, strongest
 from engram_lm.page.figure import line_legend
 from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.analysis.gates import GateTrace, gate_trace
+from engram_lm.analysis.gates.trace import GateTrace, gate_trace
 from engram_lm.errors import ConfigError, RunFolderError
 from engram_lm.evaluation.loss import HeldOutLoss, held_out_loss
 from engram_lm.files import write_atomically

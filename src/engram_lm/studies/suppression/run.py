@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.analysis.suppression import suppression_effect
+from engram_lm.analysis.suppression.effect import suppression_effect
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.task_scores import TaskScores, score_tasks
 from engram_lm.evaluation.tasks import read_tasks, write_tasks

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from engram_lm.analysis.ngram_collisions import NgramCollisions, ngram_collisions
 from engram_lm.analysis.plain_values import plain
 from engram_lm.analysis.reading import Analysis, Reading, read_text, text_tokens
-from engram_lm.analysis.row_hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.analysis.rows.collisions import NgramCollisions, ngram_collisions
+from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.errors import ConfigError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec
@@ -59,7 +59,7 @@ class RowUsage:
     """Share of all reads that go to the rows up to a rank: what a cache of so many rows would answer at best, float64
     ``[T, R]``."""
     zipf_exponent: np.ndarray
-    """s in hits ~ rank**-s, fitted to `hits`; see `engram_lm.analysis.row_hits.zipf_exponent`; float64 ``[T]``."""
+    """s in hits ~ rank**-s, fitted to `hits`; see `engram_lm.analysis.rows.hits.zipf_exponent`; float64 ``[T]``."""
     zipf_exponent_by_order: np.ndarray
     """The same for one order, float64 ``[T, O]``."""
     collisions: NgramCollisions | None
@@ -113,7 +113,7 @@ class RowUse(Analysis):
         min_count: Positions at which a frequent N-gram occurs at least.
         max_ngrams: Take so many of the most frequent N-grams of each order at most.
         max_bytes: Budget of all counts together, in equal parts for each block of each model; see
-            `engram_lm.analysis.row_hits.HitCounter`.
+            `engram_lm.analysis.rows.hits.HitCounter`.
 
     Raises:
         ConfigError: A number is below 1.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engram_lm.analysis.gates import GateTrace
+from engram_lm.analysis.gates.trace import GateTrace
 from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:

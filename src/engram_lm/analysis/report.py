@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.analysis.gates import GateTrace
-from engram_lm.analysis.phrases import Phrase
-from engram_lm.analysis.report.gates_section import average_sections, gate_data, gate_section, ngram_section
-from engram_lm.analysis.report.layers_section import cka_section, lens_section
-from engram_lm.analysis.report.memory_section import row_section, suppression_section
+from engram_lm.analysis.gates.phrases import Phrase
+from engram_lm.analysis.gates.section import average_sections, gate_data, gate_section, ngram_section
+from engram_lm.analysis.gates.trace import GateTrace
+from engram_lm.analysis.layers_section import cka_section, lens_section
+from engram_lm.analysis.memory_section import row_section, suppression_section
 from engram_lm.analysis.summary import headline, remarks
 from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.alignment import CkaFindings, CkaMap
+from engram_lm.analysis.cka.maps import CkaFindings, CkaMap
 from engram_lm.analysis.positions import PositionChoice, Positions
 from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text, text_tokens
 from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer

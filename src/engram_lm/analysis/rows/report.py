@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.neighbours import Neighbours, nearest_ngrams
-from engram_lm.analysis.ngram_collisions import CollisionStudy, collision_study
+from engram_lm.analysis.rows.collisions import CollisionStudy, collision_study
+from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams

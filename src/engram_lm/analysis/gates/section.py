@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.colored_text import visible_text
-from engram_lm.analysis.gates import GateTrace
-from engram_lm.analysis.phrases import Phrase
+from engram_lm.analysis.gates.colored_text import visible_text
+from engram_lm.analysis.gates.phrases import Phrase
+from engram_lm.analysis.gates.trace import GateTrace
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import count_text, number_text
 

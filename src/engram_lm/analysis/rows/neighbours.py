@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from engram_lm.analysis.memory_rows import RowReaders, TextNgram, counted_ngrams, memory_rows, spelled, text_ngram
-from engram_lm.analysis.ngram_collisions import ngram_rows
 from engram_lm.analysis.plain_values import plain
-from engram_lm.analysis.promoted import Promoted, promoted_tokens
 from engram_lm.analysis.reading import text_tokens
+from engram_lm.analysis.rows.collisions import ngram_rows
+from engram_lm.analysis.rows.memory_rows import RowReaders, TextNgram, counted_ngrams, memory_rows, spelled, text_ngram
+from engram_lm.analysis.rows.promoted import Promoted, promoted_tokens
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, RowRangeError
 
@@ -47,8 +47,8 @@ class Neighbours:
     num_ngrams: np.ndarray
     """How many of the text's frequent N-grams read the row, int64 ``[Q]``; 1 for N-grams."""
     promoted: tuple[tuple[Promoted, ...], ...]
-    """For each of Q the tokens that it raises most; see `engram_lm.analysis.promoted.promoted_tokens`. Empty where that
-    is not known, or where the value is zero."""
+    """For each of Q the tokens that it raises most; see `promoted_tokens`. Empty where that is not known, or where the
+    value is zero."""
     num_searched: int
     """Rows or N-grams that were compared with the query."""
     num_left_out: int

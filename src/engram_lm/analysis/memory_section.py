@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.analysis.colored_text import visible_text
 from engram_lm.analysis.figures import draw_rows, row_curves
+from engram_lm.analysis.gates.colored_text import visible_text
 from engram_lm.page.figure import INK, arm_color, line_legend, page_axes, page_svg
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, number_text

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.memory_rows import spelled
 from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
+from engram_lm.analysis.rows.memory_rows import spelled
 from engram_lm.analysis.subject import Subject
 from engram_lm.memory.layer import EngramLayer
 

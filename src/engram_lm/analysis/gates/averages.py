@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.gates import NgramGate
-from engram_lm.analysis.ngram_table import NgramEntries, NgramTable, ngram_keys
+from engram_lm.analysis.gates.ngram_table import NgramEntries, NgramTable, ngram_keys
+from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
+from engram_lm.analysis.gates.trace import NgramGate
 from engram_lm.analysis.plain_values import plain
 from engram_lm.analysis.reading import Analysis, Reading, read_text
 from engram_lm.analysis.subject import Subject, find_subject
-from engram_lm.analysis.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.errors import ConfigError, MismatchError
 
 __all__ = ["FREQUENCY_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "average_gates"]
@@ -30,7 +30,7 @@ class GateAverages:
     """Gates of one model over a text. A mean over no positions is NaN (None in `to_dict`).
 
     The N-gram of a position is the one whose order adds most to the gate's score, summed over streams; see
-    `engram_lm.analysis.gates.GateTrace.fired`.
+    `engram_lm.analysis.gates.trace.GateTrace.fired`.
     """
 
     blocks: tuple[int, ...]

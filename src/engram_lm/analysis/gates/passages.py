@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.gates import GateTrace, token_texts
+from engram_lm.analysis.gates.trace import GateTrace, token_texts
 from engram_lm.analysis.reading import Analysis, Reading
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError

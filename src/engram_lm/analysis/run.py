@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from engram_lm.analysis.budget import bytes_per_token
-from engram_lm.analysis.cka import Cka
-from engram_lm.analysis.gate_statistics import GateFindings, GateStatistics
-from engram_lm.analysis.gates import GateTrace
-from engram_lm.analysis.lens import LogitLens
-from engram_lm.analysis.passages import Passages, PassageTraces
-from engram_lm.analysis.phrases import Phrase, frequent_phrases
+from engram_lm.analysis.cka.cka import Cka
+from engram_lm.analysis.gates.averages import GateFindings, GateStatistics
+from engram_lm.analysis.gates.passages import Passages, PassageTraces
+from engram_lm.analysis.gates.phrases import Phrase, frequent_phrases
+from engram_lm.analysis.gates.trace import GateTrace
+from engram_lm.analysis.lens.lens import LogitLens
 from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
-from engram_lm.analysis.row_report import compression_and_heads, neighbours_of_frequent
-from engram_lm.analysis.rows import RowUse
+from engram_lm.analysis.rows.report import compression_and_heads, neighbours_of_frequent
+from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.subject import Subject, group_by_tokenizer
-from engram_lm.analysis.suppression import conditions, suppression_effect
+from engram_lm.analysis.suppression.effect import conditions, suppression_effect
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.training.batches import pack

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.ngram_table import NgramEntries
+from engram_lm.analysis.gates.ngram_table import NgramEntries
 
 __all__ = ["Phrase", "frequent_phrases"]
 
@@ -40,7 +40,7 @@ def frequent_phrases(
     N-grams that spell nothing by themselves (space alone, pieces of a character) are left out.
 
     Args:
-        entries: Of `engram_lm.analysis.gate_statistics.GateStatistics.entries`.
+        entries: Of `engram_lm.analysis.gates.averages.GateStatistics.entries`.
         tokenizer: The model's.
         num_frequent: How many of the most frequent ones to take.
         num_open: How many of those with the highest mean gate over blocks and streams to add.

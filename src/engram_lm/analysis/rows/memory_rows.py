@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.ngram_collisions import ngram_rows
 from engram_lm.analysis.reading import text_tokens
+from engram_lm.analysis.rows.collisions import ngram_rows
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec

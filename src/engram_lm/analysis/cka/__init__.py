@@ -1,0 +1,1 @@
+"""CKA: which layers of two models represent a text alike."""

@@ -1,0 +1,1 @@
+"""When the memory fires: gates token by token, averaged over a text, and laid behind it as colors."""

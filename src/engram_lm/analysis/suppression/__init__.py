@@ -1,0 +1,1 @@
+"""Suppression: what a model loses when its memory is silenced or shuffled."""
