@@ -13,9 +13,9 @@ import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
 from engram_lm.analysis.suppression.effect import Condition, conditions, suppressed, suppression_effect
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.training.held_out import held_out_loss
 
 IDS = TOKENIZER("The Cat saw a rat; the rat ran to the mat.", return_tensors="pt").input_ids
 ITEMS = (

@@ -11,10 +11,10 @@ from tests.small_model import BACKBONE, TEXT
 from tests.training.test_loop import TOKENIZER, model
 
 from engram_lm.cli import main
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.serving.generate import continue_text
 from engram_lm.serving.load import load_model
+from engram_lm.training.held_out import held_out_loss
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engram_lm import MemoryAdapter
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
 from engram_lm.studies.adaptation.run import Adaptation
+from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.progress import RunProgress
 
 ALL_ARMS = ["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]

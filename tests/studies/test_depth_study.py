@@ -14,13 +14,13 @@ from engram_lm.analysis.cka.cka import layer_similarity
 from engram_lm.analysis.lens.lens import logit_lens
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.hashing import TokenMap
 from engram_lm.planning.sizes import model_sizes
 from engram_lm.serving.load import load_model
 from engram_lm.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
 from engram_lm.studies.depth.command import DepthStudy
 from engram_lm.studies.depth.summary import summarize, terminal_table
+from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.tokenizer import train_tokenizer
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")

@@ -9,9 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -24,7 +22,6 @@ from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.batches import Batches
 from engram_lm.training.checkpoints import read_facts
 from engram_lm.training.distribution import Ranks
-from engram_lm.training.held_out import evaluate
 from engram_lm.training.metrics import Metrics, read_metrics
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
@@ -333,24 +330,6 @@ def test_details_are_written_in_steps_of_their_own_and_few_lines_are_plotted(tex
     assert [line["step"] for line in measured(tmp_path / "a")] == [3, 4]
     run(tmp_path / "b", table(text, cache, log__every=10), stop_after=1)
     assert measured(tmp_path / "b") == []
-
-
-def test_documents_restart_in_evaluation_as_in_training():
-    tokens, given = np.arange(9), []
-
-    class Model(torch.nn.Linear):
-        base_model = SimpleNamespace(layers=[])
-
-    class Loss(torch.nn.Module):
-        def forward(self, inputs, targets, position_ids):
-            given.append(position_ids.tolist())
-            return torch.zeros(())
-
-    ends = np.array([2, 3, 9])
-    evaluate(Model(1, 1), Loss(), tokens, length=4, batch_size=8, ranks=Ranks(), document_ends=ends)
-    assert given == [[[0, 1, 0, 0], [0, 1, 2, 3]]]
-    with pytest.raises(DataError, match="hold out more"):
-        evaluate(Model(1, 1), Loss(), tokens[:1], length=4, batch_size=8, ranks=Ranks())
 
 
 def test_a_full_disk_is_said_once_and_the_lines_before_it_stay(tmp_path):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from engram_lm.analysis.gates.scores import score_parts
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import MismatchError
-from engram_lm.memory.layer import EngramLayer, EngramOutput
+from engram_lm.memory.gate_recorder import record_gates
+from engram_lm.memory.layer import EngramLayer
 
 __all__ = ["Recording", "recording"]
 
@@ -31,7 +32,6 @@ class Recording:
         self.gates: dict[int, Tensor] = {}  # block -> [B, L, S]
         self.order_scores: dict[int, Tensor] = {}  # block -> [B, L, O, S]
         self.bias_scores: dict[int, Tensor] = {}  # block -> [B, L, S]
-        self._asked: dict[int, bool] = {}
 
 
 @contextlib.contextmanager
@@ -56,9 +56,8 @@ def recording(subject: Subject, *, hidden: bool, order_scores: bool) -> Iterator
                 hooks.callback(layer.register_forward_hook(functools.partial(_leave, record, streams)).remove)
         for block, memory in subject.memories.items():
             before = functools.partial(_before_memory, record, block, order_scores and memory.config.gate != "none")
-            after = functools.partial(_after_memory, record, block)
             hooks.callback(memory.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(memory.register_forward_hook(after).remove)
+        hooks.enter_context(record_gates(subject.memories, lambda block, gates: record.gates.update({block: gates})))
         yield record
 
 
@@ -83,7 +82,7 @@ def _copied(hidden: Tensor, streams: tuple[int, int]) -> Tensor:
 def _before_memory(
     record: Recording, block: int, split: bool, module: EngramLayer, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """Ask for the gates, keep the row numbers, and split the scores before the layer computes them."""
+    """Keep the row numbers, and split the scores before the layer computes them."""
     hidden, memory = args[0], args[1]
     if not memory.is_floating_point():
         record.rows[block] = memory.detach()
@@ -92,13 +91,7 @@ def _before_memory(
         memory = memory if memory.is_floating_point() else module.read(memory)
         parts = score_parts(module, hidden, memory.to(hidden.device), kwargs.get("active"))
         record.order_scores[block], record.bias_scores[block] = parts
-    record._asked[block] = bool(kwargs.get("return_gates", False))
-    return (hidden, memory, *args[2:]), {**kwargs, "return_gates": True}
-
-
-def _after_memory(record: Recording, block: int, module: EngramLayer, args: Any, output: EngramOutput) -> Any:
-    record.gates[block] = output.gates.detach()
-    return output if record._asked[block] else output.update
+    return (hidden, memory, *args[2:]), kwargs
 
 
 def not_finite(tensor: Tensor) -> Tensor:

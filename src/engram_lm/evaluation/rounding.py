@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import MismatchError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.tables import MappedTable, RowLayout
+from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["LossChange", "loss_change", "put_tables"]
 

@@ -12,7 +12,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.training.corpus import Document
 from engram_lm.training.shards import TokenShards
 
-__all__ = ["Batch", "Batches", "pack", "shuffled"]
+__all__ = ["Batch", "Batches", "pack", "restarting_positions", "shuffled"]
 
 _DOCUMENTS_AT_ONCE = 64
 _ROUNDS = 8
@@ -154,12 +154,24 @@ class Batches:
 
     def _positions(self, firsts: np.ndarray) -> np.ndarray:
         assert isinstance(self.tokens, TokenShards)
-        places = np.arange(self.length)
-        starts = np.zeros((len(firsts), self.length), dtype=np.int64)
-        for row, first in zip(starts, firsts.tolist(), strict=True):
-            begun = self.tokens.document_ends(first, first + self.length - 1) - first
-            row[begun] = begun
-        return places - np.maximum.accumulate(starts, axis=1)
+        ends = (self.tokens.document_ends(first, first + self.length - 1) - first for first in firsts.tolist())
+        return np.array([restarting_positions(self.length, some) for some in ends]).reshape(len(firsts), self.length)
+
+
+def restarting_positions(length: int, document_ends: np.ndarray) -> np.ndarray:
+    """Count positions from the start of the document or of the sequence, whichever is nearer.
+
+    Args:
+        length: Tokens in the sequence.
+        document_ends: Where documents end inside the sequence: one past their last tokens, from 0 to ``length - 1``.
+
+    Returns:
+        Position of each token, int64 ``[length]``.
+    """
+    starts = np.zeros(length, dtype=np.int64)
+    starts[document_ends] = document_ends
+    positions: np.ndarray = np.arange(length) - np.maximum.accumulate(starts)
+    return positions
 
 
 def shuffled(places: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:

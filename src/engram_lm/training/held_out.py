@@ -1,138 +1,173 @@
-"""Loss and gates on tokens that are not trained on, on one process or on many."""
+"""The loss of a model on text it was not trained on: the one measure that every command and study reports."""
 
-import contextlib
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engram_lm.adapt import attached_adapters
 from engram_lm.errors import DataError
+from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
-from engram_lm.training.distribution import Ranks, reshard, share
-from engram_lm.training.loss import cut_into_sequences
+from engram_lm.training.batches import restarting_positions
+from engram_lm.training.distribution import LossModule, Ranks, reshard, share
+from engram_lm.training.loss import cut_into_sequences, language_model_loss
 
-__all__ = ["evaluate"]
+__all__ = ["HeldOutLoss", "held_out_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """Loss on held-out tokens."""
+
+    loss: float
+    """Mean nats per token."""
+    perplexity: float
+    """exp(loss)."""
+    num_tokens: int
+    """Tokens predicted."""
+    tokens_per_second: float
+    """Speed of this evaluation."""
+    bits_per_byte: float | None = None
+    """Loss in bits per byte of the text, which compares models with different tokenizers; None if bytes are unknown."""
+    gates: dict[str, dict[str, float]] | None = None
+    """By block with memory, the ``mean`` gate and the share of gates ``above_half``, over all tokens and streams; None
+    without memory."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Whatever is known and does not depend on the machine: every field but the speed."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        del values["tokens_per_second"]
+        return values
 
 
 @torch.no_grad()
-def evaluate(
+def held_out_loss(
     model: Any,
-    loss_module: nn.Module,
     tokens: np.ndarray,
     *,
     length: int,
-    batch_size: int,
-    ranks: Ranks,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    num_bytes: int | None = None,
+    dtype: str = "float32",
+    ranks: Ranks | None = None,
+    loss_module: nn.Module | None = None,
     document_ends: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Measure the held-out loss, and how far the gates of memory are open.
+    on_progress: Callable[[int], None] = lambda num_tokens: None,
+) -> HeldOutLoss:
+    """Evaluate on packed tokens, cut into sequences of equal length that do not see each other.
 
-    Every process calls this with the same tokens and gets the same answer.
+    With several ranks, every one calls this with the same tokens and gets the same answer.
 
     Args:
-        model: The model; its training flag is put back afterwards.
-        loss_module: What computes its loss, wrapped for several processes or not.
-        tokens: Packed tokens ``[num_tokens]``; all but the first are predicted.
-        length: Tokens in a sequence.
-        batch_size: Sequences at a time, over all processes.
-        ranks: The processes.
+        model: An `EngramForCausalLM` or any causal language model of transformers, with memory attached or without.
+            Its training flag is put back afterwards.
+        tokens: Packed tokens, integers ``[num_tokens]``. Every one but the first is predicted exactly once.
+        length: Tokens in a sequence; the last sequence may be shorter.
+        batch_size: Sequences at a time, over all ranks.
+        max_tokens: Predict at most this many tokens, from the start; all where None.
+        num_bytes: Bytes of the text that ``tokens`` came from.
+        dtype: Type of matrix products. A ``loss_module`` brings its own.
+        ranks: The processes; this one alone where None.
+        loss_module: What computes the model's loss, wrapped for several processes; the model's own loss where None.
         document_ends: One past the last token of each document, in order, where positions restart with documents as
             they do in training; None where they do not.
+        on_progress: Called with the number of tokens just evaluated, over all ranks.
 
-    Returns:
-        ``loss`` (mean nats per token), ``perplexity``, ``num_tokens`` and, with memory, ``gates``: for each block with
-        memory the mean gate, and the share of gates above one half.
+    Raises:
+        DataError: There are fewer than two tokens.
     """
-    whole = [piece for piece in cut_into_sequences(tokens, length) if piece.stop - piece.start == length + 1]
-    pieces = whole or cut_into_sequences(tokens, length)
-    if not pieces:
-        raise DataError(f"the held-out text has {len(tokens)} tokens, so none follows another; hold out more")
-    within = None if document_ends is None else _places_in_documents(len(tokens), document_ends)
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    was_training = model.training
+    if max_tokens is not None:
+        tokens = tokens[: max_tokens + 1]
+    count = len(tokens) - 1
+    if count < 1:
+        raise DataError(
+            f"the held-out text has {len(tokens)} tokens, and it takes at least 2 for one to follow another; hold out "
+            "more"
+        )
+    ranks = ranks or Ranks()
+    loss_module = loss_module or LossModule(model, functools.partial(language_model_loss, dtype=dtype))
+    device = next(model.parameters()).device
+    layers = _memory_layers(model)
+    gate_sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)
+    places = {block: place for place, block in enumerate(layers)}
+    pass_sums = torch.zeros_like(gate_sums)
+
+    def add_gates(block: int, gates: Tensor) -> None:
+        values = gates.double()
+        pass_sums[places[block]] += torch.stack(
+            [values.sum(), (gates > 0.5).double().sum(), values.new_tensor(float(values.numel()))]
+        ).to(device)
+
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    was_training, started = model.training, time.perf_counter()
     model.eval()
     try:
-        with _gates(model) as gates:
-            for first in range(0, len(pieces), max(batch_size, ranks.world_size)):
-                batch = pieces[first : first + max(batch_size, ranks.world_size)]
-                start, stop = share(len(batch), ranks) if len(batch) >= ranks.world_size else (0, len(batch))
-                # Where fewer sequences are left than processes, all compute the same and only the first counts it.
-                counts = len(batch) >= ranks.world_size or ranks.rank == 0
-                windows = torch.from_numpy(np.stack([tokens[piece] for piece in batch[start:stop]]).astype(np.int64))
-                windows = windows.to(ranks.device)
-                positions = None
-                if within is not None:
-                    # Counted from the start of the document or of the sequence, whichever is nearer.
-                    nearer = [np.minimum(within[p][:-1], np.arange(p.stop - p.start - 1)) for p in batch[start:stop]]
-                    positions = torch.from_numpy(np.stack(nearer)).to(ranks.device)
-                loss = loss_module(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), position_ids=positions)
-                if counts:
-                    number = windows.shape[0] * (windows.shape[1] - 1)
-                    total += torch.stack([loss.double() * number, torch.tensor(float(number), device=ranks.device)])
-                else:
-                    gates.forget()
+        with record_gates(layers, add_gates):
+            for pieces in _batches(tokens, length, max(batch_size, ranks.world_size)):
+                # Where there are fewer sequences than ranks, all compute the same and only the first counts it.
+                shared = len(pieces) >= ranks.world_size
+                own = pieces[slice(*share(len(pieces), ranks))] if shared else pieces
+                windows = torch.from_numpy(np.stack([tokens[piece] for piece in own]).astype(np.int64)).to(device)
+                loss = loss_module(
+                    windows[:, :-1].contiguous(),
+                    windows[:, 1:].contiguous(),
+                    position_ids=None if document_ends is None else _positions(own, document_ends).to(device),
+                )
+                if shared or ranks.is_first:
+                    total += loss.double() * windows[:, 1:].numel()
+                    gate_sums += pass_sums
+                pass_sums.zero_()
+                on_progress(sum(piece.stop - piece.start - 1 for piece in pieces))
     finally:
         model.train(was_training)
         reshard(loss_module)
-    nats, count = (float(value) for value in ranks.sum(total))
-    found = {"loss": nats / count, "perplexity": math.exp(min(nats / count, 700.0)), "num_tokens": int(count)}
-    summary = gates.summary(ranks)
-    return {**found, "gates": summary} if summary else found
-
-
-def _places_in_documents(num_tokens: int, ends: np.ndarray) -> np.ndarray:
-    """Place of each token in its document, int64 ``[num_tokens]``."""
-    starts = np.zeros(num_tokens, dtype=np.int64)
-    begun = ends[ends < num_tokens]
-    starts[begun] = begun
-    places: np.ndarray = np.arange(num_tokens) - np.maximum.accumulate(starts)
-    return places
-
-
-class _GateStatistics:
-    """Sums of the gates that layers return, by block."""
-
-    def __init__(self, blocks: list[int], device: torch.device) -> None:
-        self._sums = {block: torch.zeros(3, dtype=torch.float64, device=device) for block in blocks}
-        self._last: dict[int, Tensor] = {}
-
-    def add(self, block: int, gates: Tensor) -> None:
-        gates = gates.detach().double()
-        number = torch.tensor(float(gates.numel()), dtype=torch.float64, device=gates.device)
-        self._last[block] = torch.stack([gates.sum(), (gates > 0.5).double().sum(), number])
-        self._sums[block] += self._last[block]
-
-    def forget(self) -> None:
-        """Leave out the pass that was added last."""
-        for block, last in self._last.items():
-            self._sums[block] -= last
-
-    def summary(self, ranks: Ranks) -> dict[str, dict[str, float]]:
-        found = {}
-        for block, sums in self._sums.items():
-            total, above, number = (float(value) for value in ranks.sum(sums))
-            found[str(block)] = {"mean": total / max(number, 1), "above_half": above / max(number, 1)}
-        return found
-
-
-@contextlib.contextmanager
-def _gates(model: Any) -> Iterator[_GateStatistics]:
-    layers = {
-        block: layer.memory
-        for block, layer in enumerate(model.base_model.layers)
-        if isinstance(layer.memory, EngramLayer)
+    nats = float(ranks.sum(total))
+    gates = {
+        str(block): {"mean": mean / max(number, 1.0), "above_half": above / max(number, 1.0)}
+        for block, (mean, above, number) in zip(layers, ranks.sum(gate_sums).tolist(), strict=True)
     }
-    statistics = _GateStatistics(list(layers), next(model.parameters()).device)
+    return HeldOutLoss(
+        loss=nats / count,
+        perplexity=math.exp(min(nats / count, 700.0)),
+        num_tokens=count,
+        tokens_per_second=count / (time.perf_counter() - started),
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
+        gates=gates or None,
+    )
 
-    def watch(block: int) -> Any:
-        return lambda module, inputs, output: statistics.add(block, output[1])
 
-    handles = [layer.register_forward_hook(watch(block)) for block, layer in layers.items()]
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
+def _batches(tokens: np.ndarray, length: int, batch_size: int) -> list[list[slice]]:
+    """Whole sequences in batches, then the shorter rest alone, so that no padding is needed."""
+    pieces = cut_into_sequences(tokens, length)
+    num_whole = (len(tokens) - 1) // length
+    batches = [pieces[first : min(first + batch_size, num_whole)] for first in range(0, num_whole, batch_size)]
+    return [*batches, *([piece] for piece in pieces[num_whole:])]
+
+
+def _positions(pieces: list[slice], document_ends: np.ndarray) -> Tensor:
+    rows = []
+    for piece in pieces:
+        first, last = np.searchsorted(document_ends, (piece.start, piece.stop - 1), side="left")
+        rows.append(restarting_positions(piece.stop - piece.start - 1, document_ends[first:last] - piece.start))
+    return torch.from_numpy(np.stack(rows))
+
+
+def _memory_layers(model: Any) -> dict[int, EngramLayer]:
+    """The memory layers by block: the model's own, or those of the memory attached to it if there is exactly one."""
+    blocks = enumerate(getattr(model.base_model, "layers", ()))
+    own = {block: getattr(layer, "memory", None) for block, layer in blocks}
+    found = {block: layer for block, layer in own.items() if isinstance(layer, EngramLayer)}
+    if found:
+        return found
+    adapters = list(attached_adapters(model).values())
+    if len(adapters) != 1:
+        return {}
+    return {int(block): layer for block, layer in adapters[0].layers.items() if isinstance(layer, EngramLayer)}

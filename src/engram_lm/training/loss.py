@@ -1,6 +1,7 @@
 """The loss that is trained, and the same on text that is not trained on."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import sequence_balance_loss
 
 __all__ = ["autocast", "cut_into_sequences", "language_model_loss"]
+
+_LOGITS_AT_ONCE = 1 << 27
+"""Numbers of logits that are in memory at a time in an evaluation, 512 MiB."""
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
@@ -28,7 +32,8 @@ def language_model_loss(
     """Compute the mean nats per token.
 
     A model of ours whose configuration weighs the sequence-wise balance loss of its experts has it added, as with
-    ``labels``.
+    ``labels``. Without gradients, as in an evaluation, the mean is exact: losses are taken in float32 and added up in
+    float64.
 
     Args:
         model: An `EngramForCausalLM`, whose logits are never all in memory; or any causal language model of
@@ -48,9 +53,14 @@ def language_model_loss(
     weight = model.lm_head.weight
     if dtype != "float32":
         hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
-    # Each token's loss comes in the type of the products: only their mean in float32 has more digits than that.
-    losses = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none")
-    loss = losses.float().mean()
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    if torch.is_grad_enabled():
+        # Each token's loss comes in the type of the products: only their mean in float32 has more digits than that.
+        loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().mean()
+    else:
+        at_once = max(1, _LOGITS_AT_ONCE // len(weight))
+        pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        loss = _sum_of_losses((F.linear(some, weight), following) for some, following in pairs) / len(targets)
     if balance:
         loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
     return loss
@@ -61,7 +71,15 @@ def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, pos
     wanted = {} if position_ids is None else {"position_ids": position_ids}
     with autocast(inputs.device, dtype):
         logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+    if not torch.is_grad_enabled():
+        return _sum_of_losses([(logits.flatten(0, 1), targets.flatten())]) / targets.numel()
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def _sum_of_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Add up the losses of logits ``[n, V]`` and targets ``[n]``, each taken in float32; float64."""
+    sums = [F.cross_entropy(logits.float(), targets, reduction="sum").double() for logits, targets in parts]
+    return torch.stack(sums).sum()
 
 
 def cut_into_sequences(tokens: np.ndarray, length: int) -> list[slice]:

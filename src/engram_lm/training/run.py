@@ -20,7 +20,7 @@ from engram_lm.training.batches import Batches
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
-from engram_lm.training.held_out import evaluate
+from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, Trainer, best_dtype
 from engram_lm.training.metrics import Metrics, check_installed, read_metrics
@@ -293,16 +293,16 @@ class Run:
         record = trainer.step(details=bool(details_every) and number % details_every == 0)
         values = {**record.to_dict(), "num_skipped": trainer.num_skipped, **speed.of(record, trainer)}
         if text.held_out is not None and (number == recipe.train.num_steps or (every and number % every == 0)):
-            found = evaluate(
+            found = held_out_loss(
                 trainer.model,
-                trainer.loss_module,
                 text.held_out,
                 length=recipe.data.sequence_length,
                 batch_size=_sequences_at_once(recipe, self.ranks),
                 ranks=self.ranks,
+                loss_module=trainer.loss_module,
                 document_ends=text.held_out_ends if recipe.data.restart_documents else None,
             )
-            values["held_out"] = {"step": number, **found}
+            values["held_out"] = {"step": number, **found.to_dict()}
         return record, values
 
     def _result(self, trainer: Trainer, config: Any, held_out: Any, interrupted: bool) -> dict[str, Any]:

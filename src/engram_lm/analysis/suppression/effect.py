@@ -18,12 +18,12 @@ from torch import Tensor
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
 from engram_lm.analysis.plain_values import plain
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.layer import EngramLayer, EngramOutput
 from engram_lm.model.modeling import EngramModel
+from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["Condition", "How", "SuppressionEffect", "conditions", "suppressed", "suppression_effect"]
 

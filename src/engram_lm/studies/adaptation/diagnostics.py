@@ -1,7 +1,5 @@
 """What a memory does, in numbers: which rows are in use, how many N-grams share them, how far the gates open."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +7,9 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt import MemoryAdapter
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.hashing.collisions import row_collisions
-from engram_lm.memory.layer import EngramOutput
+from engram_lm.memory.gate_recorder import record_gates
+from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["collisions", "gate_statistics", "occupancy"]
 
@@ -80,13 +78,15 @@ def gate_statistics(
     Returns:
         By block: ``mean``, ``p10``, ``p50``, ``p90`` and ``share_above_half``.
     """
-    with _recorded(adapter) as gates:
+    layers = {int(block): layer for block, layer in adapter.layers.items()}
+    gates: dict[int, list[Tensor]] = {block: [] for block in layers}
+    with record_gates(layers, lambda block, values: gates[block].append(values.float().cpu().flatten())):
         held_out_loss(model, tokens, length=length, max_tokens=_GATE_TOKENS, dtype=dtype)
     found = {}
     for block, parts in gates.items():
         values = torch.cat(parts)
         low, middle, high = torch.quantile(values, values.new_tensor([0.1, 0.5, 0.9])).tolist()
-        found[block] = {
+        found[str(block)] = {
             "mean": float(values.mean()),
             "p10": low,
             "p50": middle,
@@ -94,25 +94,3 @@ def gate_statistics(
             "share_above_half": float((values > 0.5).float().mean()),
         }
     return found
-
-
-@contextlib.contextmanager
-def _recorded(adapter: MemoryAdapter) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the gates of every layer while the context is open."""
-    gates: dict[str, list[Tensor]] = {block: [] for block in adapter.layers}
-
-    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "return_gates": True}
-
-    def watch(block: str) -> Any:
-        def record(module: Any, args: Any, output: EngramOutput) -> Tensor:
-            gates[block].append(output.gates.detach().float().cpu().flatten())
-            return output.update  # what the model goes on with
-
-        return record
-
-    with contextlib.ExitStack() as handles:
-        for block, layer in adapter.layers.items():
-            handles.callback(layer.register_forward_pre_hook(ask, with_kwargs=True).remove)
-            handles.callback(layer.register_forward_hook(watch(block)).remove)
-        yield gates

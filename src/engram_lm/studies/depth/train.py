@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import RunFolderError
-from engram_lm.evaluation.loss import held_out_loss
 from engram_lm.files import new_folder
 from engram_lm.hashing import TokenMap
 from engram_lm.planning.sizes import model_sizes
@@ -16,6 +15,7 @@ from engram_lm.studies.depth.arms import DepthArm, build_arm
 from engram_lm.studies.depth.text import StudyText
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.training.batches import Batches
+from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
 from engram_lm.training.optimizers import OptimizerOptions

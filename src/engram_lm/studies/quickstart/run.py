@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 from engram_lm.analysis.gates.trace import GateTrace, gate_trace
 from engram_lm.errors import ConfigError, RunFolderError
-from engram_lm.evaluation.loss import HeldOutLoss, held_out_loss
 from engram_lm.files import write_atomically
 from engram_lm.hashing import TokenMap
 from engram_lm.memory import EngramConfig
@@ -29,6 +28,7 @@ from engram_lm.studies.quickstart.report import render_report
 from engram_lm.studies.quickstart.summary import terminal_table
 from engram_lm.training.batches import Batches, pack
 from engram_lm.training.corpus import Corpus, Document, read_corpus, split_corpus
+from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
 from engram_lm.training.optimizers import OptimizerOptions

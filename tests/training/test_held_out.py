@@ -1,6 +1,7 @@
 """Held-out loss is the mean over every token but the first, however it is batched."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from tests.training.test_loop import TOKENS, model
 
 from engram_lm.errors import DataError
-from engram_lm.evaluation.loss import held_out_loss
+from engram_lm.memory.gate_recorder import record_gates
+from engram_lm.training.held_out import held_out_loss
 
 
 def test_the_loss_is_the_mean_over_sequences_that_do_not_see_each_other():
@@ -43,3 +45,34 @@ def test_a_limit_evaluates_the_beginning():
 def test_too_little_text_is_refused():
     with pytest.raises(DataError, match="at least 2"):
         held_out_loss(model(), TOKENS[:1], length=16)
+
+
+def test_documents_restart_in_evaluation_as_in_training():
+    tokens, given = np.arange(9), []
+
+    class Model(torch.nn.Linear):
+        base_model = SimpleNamespace(layers=[])
+
+    class Loss(torch.nn.Module):
+        def forward(self, inputs, targets, position_ids):
+            given.append(position_ids.tolist())
+            return torch.zeros(())
+
+    ends = np.array([2, 3, 9])
+    held_out_loss(Model(1, 1), tokens, length=4, batch_size=8, loss_module=Loss(), document_ends=ends)
+    assert given == [[[0, 1, 0, 0], [0, 1, 2, 3]]]
+    with pytest.raises(DataError, match="hold out more"):
+        held_out_loss(Model(1, 1), tokens[:1], length=4, loss_module=Loss())
+
+
+def test_gates_are_summed_over_every_token_predicted():
+    one = model()
+    seen = {block: [] for block in one.config.memory_layers}
+    layers = {block: one.base_model.layers[block].memory for block in seen}
+    with record_gates(layers, lambda block, gates: seen[block].append(gates.flatten().double())):
+        found = held_out_loss(one, TOKENS[:70], length=32, batch_size=2)
+    assert found.gates is not None and set(found.gates) == {str(block) for block in seen}
+    for block, parts in seen.items():
+        gates = torch.cat(parts)
+        expected = {"mean": pytest.approx(float(gates.mean())), "above_half": float((gates > 0.5).double().mean())}
+        assert len(gates) == 69 and found.gates[str(block)] == expected
