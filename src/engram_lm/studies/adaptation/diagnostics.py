@@ -78,7 +78,7 @@ def gate_statistics(
     Returns:
         By block: ``mean``, ``p10``, ``p50``, ``p90`` and ``share_above_half``.
     """
-    layers = {int(block): layer for block, layer in adapter.layers.items()}
+    layers: dict[int, Any] = {int(block): layer for block, layer in adapter.layers.items()}
     gates: dict[int, list[Tensor]] = {block: [] for block in layers}
     with record_gates(layers, lambda block, values: gates[block].append(values.float().cpu().flatten())):
         held_out_loss(model, tokens, length=length, max_tokens=_GATE_TOKENS, dtype=dtype)
