@@ -15,7 +15,7 @@ from engram_lm.adapt.ngram_states import mean_states
 from engram_lm.adapt.transfer import reduced, transfer_rows
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.hashing import Segments
-from engram_lm.hashing.ngrams import frequent_ngrams
+from engram_lm.hashing.counting import frequent_ngrams
 
 DEAD, END = 40, 50
 

@@ -14,7 +14,7 @@ import engram_lm
 from engram_lm.analysis import find_subject, nearest_ngrams, nearest_rows
 from engram_lm.analysis.reading import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, RowRangeError
-from engram_lm.hashing.ngrams import frequent_ngrams
+from engram_lm.hashing.counting import frequent_ngrams
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]
 

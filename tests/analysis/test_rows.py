@@ -13,11 +13,11 @@ from tests.small_model import BACKBONE, MEMORY
 import engram_lm
 from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
 from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.rows.collisions import ngram_collisions, ngram_rows
+from engram_lm.analysis.rows.collisions import ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
-from engram_lm.hashing.ngrams import frequent_ngrams
+from engram_lm.hashing.counting import frequent_ngrams, ngram_rows
 
 LENGTH = 16
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]

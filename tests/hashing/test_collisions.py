@@ -7,7 +7,8 @@ import pytest
 
 from engram_lm.errors import ConfigError, RowRangeError
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.collisions import ngram_ids, row_collisions
+from engram_lm.hashing.collisions import row_collisions
+from engram_lm.hashing.counting import ngram_keys, ngrams_of
 from engram_lm.hashing.reference import encode_reference, rows_reference, sight_reference
 
 
@@ -68,7 +69,7 @@ def plain_counts(spec, layer, tokens, besides=(), min_positions=1):
 
 
 @pytest.mark.parametrize("extras", ["bare", "mask and positions"])
-def test_two_positions_have_one_number_exactly_where_the_hash_sees_the_same_tokens(spec, extras):
+def test_two_positions_have_one_key_exactly_where_the_hash_sees_the_same_tokens(spec, extras):
     tokens = some_text(spec, 1, (3, 60))
     mask = positions = None
     if extras != "bare":
@@ -76,18 +77,24 @@ def test_two_positions_have_one_number_exactly_where_the_hash_sees_the_same_toke
         mask = (generator.random(tokens.shape) > 0.2).astype(np.int64)
         positions = np.arange(60)[None].repeat(3, 0) % 17
     seen = plain_ngrams(spec, tokens, mask, positions)
-    found = ngram_ids(spec, tokens, attention_mask=mask, position_ids=positions)
-    assert list(found) == list(spec.orders)
-    for order, ids in found.items():
-        assert (ids.dtype, ids.shape) == (np.int64, tokens.shape)
-        number = {}
-        for b, t in np.ndindex(*tokens.shape):
-            ngram = None if seen[b][t] is None else seen[b][t][order]
-            assert number.setdefault(ngram, ids[b, t]) == ids[b, t]
-            assert (ngram is None) == (ids[b, t] == -1)
-        assert sorted(set(number.values()) - {-1}) == list(range(len(number) - (None in number)))
-    single = ngram_ids(spec, tokens[0])
-    assert all(ids.shape == (60,) for ids in single.values())
+    codes = spec.encode(tokens, mask, positions)
+    ngrams = ngrams_of(spec, codes)
+    known = {}
+    for order in spec.orders:
+        padded = np.where(np.arange(spec.orders[-1]) < spec.orders[-1] - order, -1, ngrams)
+        for keys, name in (
+            (ngram_keys(ngrams[..., -order:], spec.vocab_size), order),
+            (ngram_keys(padded, spec.vocab_size), 0),
+        ):
+            assert keys.shape == tokens.shape
+            for b, t in np.ndindex(*tokens.shape):
+                assert (seen[b][t] is None) == (codes[b, t] == -1)
+                if seen[b][t] is not None:
+                    ngram = (name, order, seen[b][t][order])
+                    assert known.setdefault(ngram, keys[b, t]) == keys[b, t]
+    for name in (0, *spec.orders):
+        keys = [key for ngram, key in known.items() if ngram[0] == name]
+        assert len(set(keys)) == len(keys)
 
 
 def test_rows_are_counted_as_by_a_dictionary(spec):

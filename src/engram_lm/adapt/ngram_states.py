@@ -14,7 +14,7 @@ from engram_lm.adapt.decoder import Decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.ngrams import FrequentNgrams, seen_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, seen_ngrams
 
 __all__ = ["NgramStates", "Source", "mean_states"]
 

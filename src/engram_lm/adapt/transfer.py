@@ -13,8 +13,7 @@ from engram_lm.adapt.adapter import MemoryAdapter, table_name
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.ngram_states import NgramStates, Source, mean_states
 from engram_lm.errors import ConfigError
-from engram_lm.hashing import HashSpec
-from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 from engram_lm.memory.layer import row_signs
 from engram_lm.tables import ParameterTable
 
@@ -227,15 +226,13 @@ def _write(
     config, spec = adapter.config, adapter.spec
     blocks = [block for block in spec.blocks if table_name(spec, block) == name]
     written = 0
-    for place, (order, found) in enumerate(ngrams.items()):
+    for order, found in ngrams.items():
         met = states.counts[order] > 0
         if not met.any():
             continue
-        heads = slice(place * config.num_heads, (place + 1) * config.num_heads)
-        rows_KH = _rows(spec, found)
         rows, values = [], []
         for block in blocks:
-            mine = rows_KH[block][:, heads]
+            mine = torch.from_numpy(ngram_rows(spec, found, spec.layers[spec.blocks.index(block)]))
             value = pieces[block, order].unflatten(-1, (config.num_heads, config.head_dim))
             if config.signs == "hashed":
                 value = value * row_signs(mine, config.num_heads).unsqueeze(-1)
@@ -266,12 +263,3 @@ def _write_head(table: ParameterTable, rows: Tensor, values: Tensor, weights: Te
     weight = table.weight
     weight[distinct.to(weight.device)] = (mean * (std / size)).to(weight)
     return len(distinct)
-
-
-def _rows(spec: HashSpec, found: FrequentNgrams) -> dict[int, Tensor]:
-    """Rows that each N-gram reads, by block, int64 ``[K, H]``; those of other orders than its own mean nothing."""
-    codes = torch.from_numpy(np.ascontiguousarray(found.canonical * 4))
-    before = codes.new_full((len(codes), spec.context), -1)
-    before[:, spec.context + 1 - found.order :] = codes[:, :-1]
-    rows = spec.rows_for_layers(codes[:, -1:], before)
-    return {block: rows[layer][:, 0] for block, layer in zip(spec.blocks, spec.layers, strict=True)}

@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from engram_lm.analysis.gates.ngram_table import ngram_keys, spread_bits
+from engram_lm.analysis.gates.ngram_table import ngram_keys
 from engram_lm.analysis.gates.trace import token_texts
 from engram_lm.analysis.reading import Reading
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
+from engram_lm.hashing.splitmix64 import splitmix64
 
 __all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
 
@@ -41,7 +42,7 @@ def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
         Bool ``[n]``; a place is taken or not whatever the others are.
     """
     runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
-    taken: np.ndarray = within == spread_bits(runs) % np.uint64(one_in)
+    taken: np.ndarray = within == splitmix64(runs) % np.uint64(one_in)
     return taken
 
 

@@ -1,22 +1,22 @@
 """Which N-grams of a text share a row: exact counts, by row and by column of the hash.
 
-Two N-grams *collide* in a column (one order, one head) where they differ and read the same row. An N-gram is here what
-the hash sees of it: canonical tokens, and the fill where a look-back is blocked.
+Two N-grams *collide* in a column (one order, one head) if they differ and read the same row. What an N-gram is, and
+what tells two of them apart, is said in `engram_lm.hashing.counting`.
 """
 
-# Dimension key: B batch, L length, P positions that are text, C distinct N-grams, N rows, H heads of all orders.
+# Dimension key: B batch, L length, P positions that are text, N rows, H heads of all orders.
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from engram_lm.errors import RowRangeError
-from engram_lm.hashing.rows import numpy_sight
+from engram_lm.hashing.counting import ngram_keys, ngrams_of
 from engram_lm.hashing.spec import HashSpec
 
-__all__ = ["ColumnCollisions", "RowCollisions", "ngram_ids", "row_collisions"]
+__all__ = ["ColumnCollisions", "RowCollisions", "row_collisions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ColumnCollisions:
     num_ngrams: int
     """Distinct N-grams."""
     num_colliding_ngrams: int
-    """Those of them whose row another one reads too."""
+    """Those of them whose row another N-gram reads too."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class RowCollisions:
     """The layer's published id."""
 
     def columns(self) -> tuple[ColumnCollisions, ...]:
-        """Sum up each column, in the order of the table. Meant for all rows: of some, only those are counted."""
+        """Sum up each column, in the order of the table. Only the rows held here count, so count all rows for this."""
         found = []
         for column, num_rows in enumerate(self.spec.primes[self.spec.layers.index(self.layer)]):
             order, head = self.spec.orders[column // self.spec.num_heads], column % self.spec.num_heads
@@ -73,33 +73,6 @@ class RowCollisions:
                 )
             )
         return tuple(found)
-
-
-def ngram_ids(
-    spec: HashSpec, tokens: Any, *, attention_mask: Any = None, position_ids: Any = None
-) -> dict[int, np.ndarray]:
-    """Number the distinct N-grams of a text, for each order of a hash.
-
-    Args:
-        spec: The hash, with its token map.
-        tokens: Raw token ids, integers ``[num_tokens]`` or ``[B, L]``; each of the B sequences starts anew.
-        attention_mask: Of the same shape; 0 marks padding.
-        position_ids: As for `HashSpec.encode`.
-
-    Returns:
-        Order to int64 numbers in the shape of ``tokens``: equal where the hash sees the same canonical tokens, from 0
-        without a gap, and -1 where a position is no text and so reads nothing.
-
-    Raises:
-        TokenMapError: No token map is bound.
-        TokenError: A token is outside the vocabulary.
-        MismatchError: Mask or positions have another shape.
-
-    Cost: one sort of the positions per distance, and some arrays of eight bytes per token.
-    """
-    tokens = np.asarray(tokens)
-    codes = _encode(spec, tokens, attention_mask, position_ids)
-    return {order: ids.reshape(tokens.shape) for order, (ids,) in _ids(spec, [codes]).items()}
 
 
 def row_collisions(
@@ -120,9 +93,10 @@ def row_collisions(
         layer: The layer's published id.
         tokens: The text, integers ``[num_tokens]`` or ``[B, L]``; each of the B sequences starts anew.
         rows: The rows to count for, integers ``[N]`` in any order; all rows that the text reads, ascending, where None.
-        besides: Texts of tokens, integers ``[num_tokens]`` each, whose N-grams are not counted: what remains are
-            the *other* N-grams.
-        min_positions: Count only N-grams that the text has at least so often: collisions among frequent ones.
+        besides: Texts of tokens, integers ``[num_tokens]`` each, whose N-grams are not counted, so that only the
+            *other* N-grams remain.
+        min_positions: Count only N-grams that occur at this many positions of the text or more, to find the collisions
+            among frequent ones.
         attention_mask: Of the shape of ``tokens``; 0 marks padding.
         position_ids: As for `HashSpec.encode`.
 
@@ -137,39 +111,38 @@ def row_collisions(
     """
     offsets = np.array(spec.offsets(layer))
     codes = _encode(spec, np.asarray(tokens), attention_mask, position_ids)
-    others = [_encode(spec, np.asarray(text)[None], None, None) for text in besides]
-    ids = _ids(spec, [codes, *others])
     text = codes >= 0
-    rows_PH = spec.rows_for_layers(codes)[layer][text]
-    found, ngrams, positions = [], [], []
-    for column in range(spec.num_heads_total):
-        ids_P, *ids_besides = ids[spec.orders[column // spec.num_heads]]
-        ids_P = ids_P[text]
-        # The N-gram decides the row of a column, so the first place of each stands for all of them.
-        distinct, first, inverse, counts = np.unique(ids_P, return_index=True, return_inverse=True, return_counts=True)
+    rows_PH, ngrams = spec.rows_for_layers(codes)[layer][text], ngrams_of(spec, codes)[text]
+    others = [_encode(spec, np.asarray(text)[None], None, None) for text in besides]
+    left_out = [ngrams_of(spec, other)[other >= 0] for other in others]
+    hit, num_ngrams, num_positions = [], [], []
+    for place, order in enumerate(spec.orders):
+        keys_P = ngram_keys(ngrams[:, -order:], spec.vocab_size)
+        distinct, first, inverse, counts = np.unique(keys_P, return_index=True, return_inverse=True, return_counts=True)
         counted = counts >= min_positions
-        for ids_other in ids_besides:
-            counted &= ~np.isin(distinct, ids_other)
-        row_C, row_P = rows_PH[first, column][counted], rows_PH[counted[inverse], column]
-        hit, num_ngrams = np.unique(row_C, return_counts=True)
-        found.append(hit)
-        ngrams.append(num_ngrams)
-        positions.append(np.unique(row_P, return_counts=True)[1])
-    # Columns follow one another in the table, so what is found is ascending.
-    hit, num_ngrams, num_positions = (np.concatenate(parts).astype(np.int64) for parts in (found, ngrams, positions))
+        for other in left_out:
+            counted &= ~np.isin(distinct, ngram_keys(other[:, -order:], spec.vocab_size))
+        for column in range(place * spec.num_heads, (place + 1) * spec.num_heads):
+            # The N-gram decides the row of a column, so the first place of each stands for all of them.
+            found, readers = np.unique(rows_PH[first, column][counted], return_counts=True)
+            hit.append(found)
+            num_ngrams.append(readers)
+            num_positions.append(np.unique(rows_PH[counted[inverse], column], return_counts=True)[1])
+    # Columns follow one another in the table, so the rows that were found ascend.
+    hit_N, *counts_N = (np.concatenate(parts).astype(np.int64) for parts in (hit, num_ngrams, num_positions))
     if rows is not None:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         _check_rows(spec, layer, wanted)
-        num_ngrams, num_positions = (_look_up(hit, counts, wanted) for counts in (num_ngrams, num_positions))
-        hit = wanted
-    columns = np.searchsorted(offsets, hit, side="right") - 1
-    padding = hit >= sum(spec.primes[spec.layers.index(layer)])
+        counts_N = [_look_up(hit_N, counts, wanted) for counts in counts_N]
+        hit_N = wanted
+    columns = np.searchsorted(offsets, hit_N, side="right") - 1
+    padding = hit_N >= sum(spec.primes[spec.layers.index(layer)])
     return RowCollisions(
-        rows=hit,
+        rows=hit_N,
         orders=np.where(padding, 0, np.array(spec.orders)[columns // spec.num_heads]),
         heads=np.where(padding, -1, columns % spec.num_heads),
-        num_ngrams=num_ngrams,
-        num_positions=num_positions,
+        num_ngrams=counts_N[0],
+        num_positions=counts_N[1],
         spec=spec,
         layer=layer,
     )
@@ -184,26 +157,6 @@ def _encode(spec: HashSpec, tokens: np.ndarray, attention_mask: Any, position_id
         )
     codes: np.ndarray = spec.encode(tokens, attention_mask, position_ids)
     return codes
-
-
-def _ids(spec: HashSpec, texts: Sequence[np.ndarray]) -> dict[int, list[np.ndarray]]:
-    """Number the N-grams of several texts of codes together: order to an array for each text."""
-    alive = np.concatenate([codes.reshape(-1) for codes in texts]) >= 0
-    seen = [numpy_sight(spec, np.pad(codes, ((0, 0), (spec.context, 0)), constant_values=-1)) for codes in texts]
-    ends = np.cumsum([codes.size for codes in texts])[:-1]
-    numbers = np.zeros(int(alive.sum()), np.int64)
-    found = {}
-    for distance in range(spec.orders[-1]):
-        tokens = np.concatenate([sight[distance].reshape(-1) for sight in seen])[alive]
-        # An N-gram is the shorter one and one token more. Numbers stay below the count of positions, so the pair fits
-        # int64: 2**31 tokens times 2**32 positions.
-        numbers = np.unique(numbers * spec.vocab_size + tokens, return_inverse=True)[1].reshape(-1)
-        if distance + 1 in spec.orders:
-            ids = np.full(len(alive), -1, np.int64)
-            ids[alive] = numbers
-            parts = np.split(ids, ends)
-            found[distance + 1] = [part.reshape(codes.shape) for part, codes in zip(parts, texts, strict=True)]
-    return found
 
 
 def _look_up(known: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -5,10 +5,11 @@ Both bound the draw so that ``canonical token * multiplier`` stays below 2**63.
 
 import numpy as np
 
-__all__ = ["multiplier_bound", "pcg64_multipliers", "splitmix64", "splitmix64_multipliers"]
+from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
+
+__all__ = ["multiplier_bound", "pcg64_multipliers", "splitmix64_multipliers"]
 
 _LAYER_STRIDE = 10007
-_GAMMA = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
 
@@ -37,14 +38,6 @@ def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) ->
     return tuple(2 * int(draw) + 1 for draw in draws)
 
 
-def splitmix64(value: int) -> int:
-    """Scramble a 64-bit integer: one step of the splitmix64 generator, its increment included."""
-    value = (value + _GAMMA) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
 def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int) -> tuple[int, ...]:
     """Draw the multipliers of one layer as Qwen's PLE does.
 
@@ -61,4 +54,5 @@ def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int)
     """
     base, bound = seed + _LAYER_STRIDE * ordinal, multiplier_bound(vocab_size)
     # The increment is added here and again inside splitmix64: that is what the published model does.
-    return tuple(2 * (splitmix64((base + _GAMMA * (index + 1)) & _MASK) % bound) + 1 for index in range(count))
+    draws = splitmix64(np.array([(base + GAMMA * (index + 1)) & _MASK for index in range(count)], np.uint64))
+    return tuple(2 * (int(draw) % bound) + 1 for draw in draws)

@@ -8,16 +8,18 @@ A *code* is all a row needs to know of a position, in one int64: -1 if it is dea
 # Dimension key: B batch, L length, W context (highest order - 1), G memory layers, O orders, K heads of one, H = O * K.
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from engram_lm.hashing.codes import look_back
 
 if TYPE_CHECKING:
     import torch
 
     from engram_lm.hashing.spec import HashSpec
 
-__all__ = ["numpy_rows", "numpy_sight", "torch_rows"]
+__all__ = ["numpy_rows", "torch_rows"]
 
 
 def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers: Sequence[int]) -> list[np.ndarray]:
@@ -32,7 +34,7 @@ def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers:
     Returns:
         For each of them, int64 [B, L, H], offsets included.
     """
-    sight = numpy_sight(spec, np.concatenate([context, codes], axis=1))
+    sight = _sight(spec, np.concatenate([context, codes], axis=1))
     results = []
     for index in layers:
         primes, offsets = spec.primes[index], spec.offsets_at(index)
@@ -49,30 +51,6 @@ def numpy_rows(spec: "HashSpec", codes: np.ndarray, context: np.ndarray, layers:
             rows_BLH[..., column] = mix_BL % prime + offset
         results.append(rows_BLH)
     return results
-
-
-def numpy_sight(spec: "HashSpec", codes: np.ndarray) -> list[np.ndarray]:
-    """Find what each position sees: with that and the multipliers, its rows are decided.
-
-    Args:
-        spec: The hash.
-        codes: What came before and what is asked for, int64 [B, W + L].
-
-    Returns:
-        For the distances 0, 1, … W: canonical ids, the spec's fill where the look-back is blocked, int64 [B, L].
-    """
-    assert spec.fill is not None
-    width = spec.context
-    length = codes.shape[1] - width
-    tokens, stops = codes >> 2, (codes[:, :-1] & 2) != 0
-    if spec.looks_at_positions:
-        stops |= (codes[:, 1:] & 1) != 0
-    visible = codes[:, width:] >= 0
-    sight = [np.where(visible, tokens[:, width:], spec.fill)]
-    for s in range(1, width + 1):
-        visible = visible & ~stops[:, width - s : width - s + length]
-        sight.append(np.where(visible, tokens[:, width - s : width - s + length], spec.fill))
-    return sight
 
 
 def torch_rows(
@@ -94,7 +72,7 @@ def torch_rows(
     """
     import torch
 
-    sight = _torch_sight(spec, torch.cat([context, codes], dim=1))
+    sight = _sight(spec, torch.cat([context, codes], dim=1))
     primes_GOK, offsets_GH, factors = spec.constants(codes.device, tuple(layers))
     mixes: list[torch.Tensor] = []
     if spec.variant == "longcat":
@@ -121,18 +99,6 @@ def torch_rows(
     return list(rows_GBLH.unbind(0))
 
 
-def _torch_sight(spec: "HashSpec", codes: "torch.Tensor") -> list["torch.Tensor"]:
-    import torch
-
+def _sight(spec: "HashSpec", codes: Any) -> list[Any]:
     assert spec.fill is not None
-    width = spec.context
-    length = codes.shape[1] - width
-    tokens, stops = codes >> 2, (codes[:, :-1] & 2) != 0
-    if spec.looks_at_positions:
-        stops = stops | ((codes[:, 1:] & 1) != 0)
-    visible = codes[:, width:] >= 0
-    sight = [torch.where(visible, tokens[:, width:], spec.fill)]
-    for s in range(1, width + 1):
-        visible = visible & ~stops[:, width - s : width - s + length]
-        sight.append(torch.where(visible, tokens[:, width - s : width - s + length], spec.fill))
-    return sight
+    return look_back(codes, width=spec.context, fill=spec.fill, positions=spec.looks_at_positions)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
 from engram_lm.training.corpus import Document
 from engram_lm.training.shards import TokenShards
 
@@ -197,20 +198,11 @@ def shuffled(places: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray
     def permute(values: np.ndarray) -> np.ndarray:
         left, right = values >> half, values & low
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & low)
+            # The generator's increment is taken back: only its scrambling is wanted.
+            left, right = right, left ^ (splitmix64((right ^ round_key) - np.uint64(GAMMA)) & low)
         return (left << half) | right
 
     result = permute(places.astype(np.uint64))
     while (outside := result >= np.uint64(count)).any():
         result[outside] = permute(result[outside])
     return result.astype(np.int64)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over all others, modulo 2^64.
-
-    Source: splitmix64, Steele, Lea and Flood (2014).
-    """
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

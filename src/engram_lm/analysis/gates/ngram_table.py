@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 
-__all__ = ["NgramEntries", "NgramTable", "ngram_keys", "spread_bits"]
+from engram_lm.hashing.splitmix64 import splitmix64
+
+__all__ = ["NgramEntries", "NgramTable", "ngram_keys"]
 
 # Dimension key: B windows, L length, N N-grams, O tokens of the highest order, G blocks with memory, S streams.
 
@@ -139,13 +141,5 @@ def ngram_keys(codes: np.ndarray, visible: np.ndarray, order: int) -> np.ndarray
         if distance < codes.shape[1]:
             canonical = (codes[:, : codes.shape[1] - distance] >> 2) + 1
             seen[:, distance:] = np.where(visible[:, distance:] > distance, canonical, 0)
-        keys = spread_bits(keys ^ spread_bits(seen + np.uint64(distance + 1)))
+        keys = splitmix64(keys ^ splitmix64(seen + np.uint64(distance + 1)))
     return keys
-
-
-def spread_bits(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over all others. Source: the finalizer of splitmix64, Steele, Lea and Flood 2014."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -10,9 +10,9 @@ from engram_lm.analysis.plain_values import plain
 from engram_lm.analysis.reading import text_tokens
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
-from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 
-__all__ = ["CollisionStudy", "NgramCollisions", "collision_study", "ngram_collisions", "ngram_rows"]
+__all__ = ["CollisionStudy", "NgramCollisions", "collision_study", "ngram_collisions"]
 
 # Dimension key: G blocks with memory, O orders, K heads of one order, N N-grams; C token maps, T choices of heads.
 
@@ -93,35 +93,12 @@ class CollisionStudy:
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def ngram_rows(spec: HashSpec, ngrams: FrequentNgrams, layer: int) -> np.ndarray:
-    """Find the rows that N-grams read, wherever they occur.
-
-    Args:
-        spec: The hash that they were counted with.
-        ngrams: N-grams of one of its orders.
-        layer: The layer's published id.
-
-    Returns:
-        Row numbers in the layer's table, one for each head of the order, int64 ``[N, K]``.
-
-    Raises:
-        ConfigError: The layer has no memory.
-    """
-    spec.offsets(layer)
-    # Codes of canonical tokens without a break; what is older than the N-gram does not reach its columns.
-    codes = np.full((len(ngrams.canonical), spec.orders[-1]), -1, np.int64)
-    codes[:, spec.orders[-1] - ngrams.order :] = ngrams.canonical * 4
-    rows: np.ndarray = spec.rows_for_layers(codes[:, -1:], codes[:, :-1])[layer][:, 0]
-    first = spec.orders.index(ngrams.order) * spec.num_heads
-    return rows[:, first : first + spec.num_heads]
-
-
 def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, min_count: int = 2) -> NgramCollisions:
     """Count the collisions among frequent N-grams.
 
     Args:
         spec: The hash.
-        ngrams: By order, as from `engram_lm.hashing.ngrams.frequent_ngrams` with a spec of the same orders, token map
+        ngrams: By order, as from `engram_lm.hashing.counting.frequent_ngrams` with a spec of the same orders, token map
             and segments; so many are compared at most.
         min_count: Of these, take those that occur at so many positions at least.
 

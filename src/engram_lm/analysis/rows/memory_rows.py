@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.rows.collisions import ngram_rows
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 from engram_lm.memory.layer import EngramLayer, row_signs
 
 __all__ = ["MemoryRows", "RowReaders", "TextNgram", "counted_ngrams", "memory_rows", "spelled", "text_ngram"]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from engram_lm.analysis.plain_values import plain
 from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.rows.collisions import ngram_rows
 from engram_lm.analysis.rows.memory_rows import RowReaders, TextNgram, counted_ngrams, memory_rows, spelled, text_ngram
 from engram_lm.analysis.rows.promoted import Promoted, promoted_tokens
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, RowRangeError
+from engram_lm.hashing.counting import ngram_rows
 
 if TYPE_CHECKING:
     from rich.table import Table

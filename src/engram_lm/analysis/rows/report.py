@@ -10,7 +10,7 @@ from engram_lm.analysis.rows.collisions import CollisionStudy, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
-from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams
 
 __all__ = ["compression_and_heads", "neighbours_of_frequent"]
 

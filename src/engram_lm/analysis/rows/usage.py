@@ -15,7 +15,7 @@ from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_ex
 from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.errors import ConfigError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.ngrams import FrequentNgrams, frequent_ngrams
+from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams
 
 __all__ = ["RowFindings", "RowUsage", "RowUse", "row_use"]
 

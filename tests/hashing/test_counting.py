@@ -7,8 +7,8 @@ import pytest
 from tests.hashing.conftest import small_map
 
 from engram_lm.errors import ConfigError, DataError, TokenError
-from engram_lm.hashing import HashSpec, TokenMap, ngrams
-from engram_lm.hashing.ngrams import frequent_ngrams, seen_ngrams
+from engram_lm.hashing import HashSpec, TokenMap, counting
+from engram_lm.hashing.counting import frequent_ngrams, seen_ngrams
 from engram_lm.hashing.reference import encode_reference, sight_reference
 
 
@@ -52,7 +52,7 @@ def test_counts_and_raw_tokens_are_those_of_a_dictionary_over_the_plain_hash(spe
 def test_pieces_and_little_memory_change_nothing(spec, monkeypatch):
     tokens = text(spec, 900)
     whole = frequent_ngrams(spec, tokens, num_ngrams=40)
-    monkeypatch.setattr(ngrams, "_CHUNK_TOKENS", 97)
+    monkeypatch.setattr(counting, "_CHUNK_TOKENS", 97)
     read = []
     pieces = frequent_ngrams(spec, tokens, num_ngrams=40, max_distinct=20, on_progress=read.append)
     for order, expected in whole.items():
@@ -63,14 +63,14 @@ def test_pieces_and_little_memory_change_nothing(spec, monkeypatch):
 
 def test_no_more_is_held_than_was_allowed(monkeypatch):
     spec = HashSpec.build(TokenMap.identity(1000), layers=(0,), orders=(2,), heads=1, rows_per_head=9, pad_token_id=0)
-    monkeypatch.setattr(ngrams, "_CHUNK_TOKENS", 64)
-    held, joined = [], ngrams._Entries.joined
+    monkeypatch.setattr(counting, "_CHUNK_TOKENS", 64)
+    held, joined = [], counting.NgramEntries.joined
 
     def watched(parts):
-        held.append(sum(len(part.keys) for part in parts))
+        held.append(sum(len(part) for part in parts))
         return joined(parts)
 
-    monkeypatch.setattr(ngrams._Entries, "joined", watched)
+    monkeypatch.setattr(counting.NgramEntries, "joined", watched)
     frequent_ngrams(spec, np.random.default_rng(0).integers(0, 1000, 5000), num_ngrams=5, max_distinct=200)
     assert max(held) <= 3 * 200
 
@@ -82,7 +82,7 @@ def test_ngrams_are_found_again_however_many_bytes_they_take(num_tokens):
     known[:3] = [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     known = np.unique(known, axis=0)
     generator.shuffle(known)
-    found = ngrams.FrequentNgrams(5, num_tokens, known, known, np.ones(len(known), np.int64), len(known), 0)
+    found = counting.FrequentNgrams(5, num_tokens, known, known, np.ones(len(known), np.int64), len(known), 0)
     np.testing.assert_array_equal(found.find(known), np.arange(len(known)))
     others = generator.integers(0, num_tokens, (200, 5))
     place = {tuple(row): index for index, row in enumerate(known.tolist())}
