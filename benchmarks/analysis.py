@@ -31,9 +31,9 @@ def measure_parts(parts: str, num_tokens: int, memory_mib: int) -> dict[str, Any
     from engram_lm import EngramForCausalLM, EngramLMConfig
     from engram_lm.analysis import find_subject
     from engram_lm.analysis.run import AnalyzeOptions, analyze
-    from engram_lm.training.batches import pack
-    from engram_lm.training.corpus import Document, read_corpus
-    from engram_lm.training.tokenizer import train_tokenizer
+    from engram_lm.training.data.batches import pack
+    from engram_lm.training.data.corpus import Document, read_corpus
+    from engram_lm.training.data.tokenizer import train_tokenizer
 
     corpus = read_corpus(max_bytes=3_000_000)
     tokenizer = train_tokenizer((document.text for document in corpus.documents[:40]), 4096)

@@ -28,17 +28,17 @@ from transformers import AutoTokenizer
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.quickstart.run import Quickstart
-from engram_lm.training import packing
-from engram_lm.training.batches import Batches
-from engram_lm.training.corpus import read_corpus, standard_library
-from engram_lm.training.packing import pack_to_shards
-from engram_lm.training.shards import TokenShards, token_dtype, write_index, write_shard
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data import packing
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.corpus import read_corpus, standard_library
+from engram_lm.training.data.packing import pack_to_shards
+from engram_lm.training.data.shards import TokenShards, token_dtype, write_index, write_shard
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 PEAK = """
 import sys
 from transformers import AutoTokenizer
-from engram_lm.training.packing import pack_to_shards
+from engram_lm.training.data.packing import pack_to_shards
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 # Of this program alone; getrusage counts what the parent had too.

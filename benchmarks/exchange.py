@@ -24,9 +24,9 @@ import torch.multiprocessing as mp
 
 from engram_lm.model import EngramLMConfig
 from engram_lm.tables.tiers.sharded import ShardedTable, block_of
-from engram_lm.training.batches import pack
-from engram_lm.training.corpus import read_corpus
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import read_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 TRAINING = {"nano": (8, 256), "tiny": (4, 256)}  # sequences of a rank, tokens in each
 PLACE_BYTES = 4

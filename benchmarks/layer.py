@@ -16,10 +16,10 @@ from engram_lm.memory.reference import layer_reference
 from engram_lm.studies.quickstart.arms import build_arms
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import ParameterTable
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions
-from engram_lm.training.tokenizer import train_tokenizer
 
 
 def against_the_twin(repeats: int) -> list[dict]:

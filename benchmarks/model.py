@@ -27,7 +27,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.streams import StreamMixer
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions
 

@@ -33,12 +33,12 @@ from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
 from engram_lm.tables.codec import CODEC_NAMES
 from engram_lm.tables.files.convert import convert
-from engram_lm.training.batches import Batches, pack
-from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches, pack
+from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.run_folder import commit
-from engram_lm.training.tokenizer import train_tokenizer
 
 HELD_OUT = 0.06
 BATCH = 4

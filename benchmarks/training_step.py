@@ -19,11 +19,11 @@ import torch
 
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.experts import balance_experts
-from engram_lm.training.batches import Batches, pack
-from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches, pack
+from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions, clip_gradients
-from engram_lm.training.tokenizer import train_tokenizer
 
 SHAPES = {"nano": (16, 256), "tiny": (8, 256)}  # sequences, tokens in each
 VOCABULARY, TEXT_BYTES = 8192, 4_000_000

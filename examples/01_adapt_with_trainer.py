@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import engram_lm
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.huggingface import MemoryTrainer, train_memory
-from engram_lm.training.tokenizer import train_tokenizer
 
 OUT = "runs/01_adapt"
 TEXT = "The cat sat on the mat. The rat ran to the mat; the cat saw the rat. " * 60

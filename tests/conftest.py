@@ -83,7 +83,7 @@ def fixed_seeds():
 @pytest.fixture(scope="session")
 def other_tokenizer():
     """A tokenizer of the same size as the small model's, trained on another text."""
-    from engram_lm.training.tokenizer import train_tokenizer
+    from engram_lm.training.data.tokenizer import train_tokenizer
 
     return train_tokenizer(["quite another text, 1234567890 " * 40], 300)
 

@@ -20,7 +20,7 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.build import build_random
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.sources import table_layouts
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 OURS = ("build", "convert", "verify", "inspect")
 

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 TEXT = "the cat sat on the mat. The Cat saw a rat; the rat ran to the mat. " * 30
 TOKENIZER = train_tokenizer([TEXT], 300)

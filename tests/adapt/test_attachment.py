@@ -13,7 +13,7 @@ import engram_lm
 from engram_lm.adapt import attached_adapters, set_adapters
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, Segments
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 
 def tokens(batch=2, length=20, seed=2):

@@ -21,8 +21,8 @@ from engram_lm.analysis.summary import remarks
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.serving.load import load_model
-from engram_lm.training.batches import pack
-from engram_lm.training.corpus import Document, read_corpus
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import Document, read_corpus
 
 
 @pytest.fixture(scope="module")

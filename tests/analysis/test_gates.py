@@ -13,7 +13,7 @@ from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import Segments
 from engram_lm.memory.gate import signed_sqrt
 from engram_lm.tables import ParameterTable
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 TEXT = "def close(self):\n    self.file.close()\n    return self\n"
 ODD_TEXT = "naïve 中国 → 🐎\r\n\tend \ufffd of text"

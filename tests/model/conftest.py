@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,7 @@ def _interleaved_model(name):
 
         from engram_lm.memory import EngramConfig
         from engram_lm.model import EngramLMConfig
-        from engram_lm.training.tokenizer import train_tokenizer
+        from engram_lm.training.data.tokenizer import train_tokenizer
 
         backbone, memory = VARIANTS[name]
         memory = EngramConfig(**{**MEMORY, **memory})

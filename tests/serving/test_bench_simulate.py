@@ -18,7 +18,7 @@ from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.read_ahead import record_rows
 from engram_lm.serving.bench.simulate import Simulate
 from engram_lm.tables.around.reuse import HitCurve, lru_distances
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 
 def simulated(capsys, *arguments):

@@ -19,12 +19,12 @@ from engram_lm.studies.adaptation.controls import permuted_hash, shuffled_rows
 from engram_lm.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
 from engram_lm.studies.adaptation.text import open_text
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.sources import TextSource
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import write_toml
-from engram_lm.training.sources import TextSource
 
 MEMORY = EngramConfig(hidden_size=32, layers=(0, 2), num_heads=2, memory_dim=24, rows_per_head=97)
 

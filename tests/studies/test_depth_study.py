@@ -20,8 +20,8 @@ from engram_lm.serving.load import load_model
 from engram_lm.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
 from engram_lm.studies.depth.command import DepthStudy
 from engram_lm.studies.depth.summary import summarize, terminal_table
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.held_out import held_out_loss
-from engram_lm.training.tokenizer import train_tokenizer
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
 SIZES = {

@@ -19,8 +19,8 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.quickstart import run as run_module
 from engram_lm.studies.quickstart.arms import build_arms
 from engram_lm.studies.quickstart.run import Quickstart
-from engram_lm.training.corpus import read_corpus, split_corpus
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 NAMES = ["Alexander the Great", "Diana Princess of Wales", "Isaac Newton", "Ada Lovelace", "Marie Curie"]
 SMALL = ["--vocab-size", "300", "--hidden-size", "32", "--blocks", "2", "--sequence-length", "64", "--batch-size", "4"]

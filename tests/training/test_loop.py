@@ -10,12 +10,12 @@ from tests.small_model import BACKBONE, MEMORY, TEXT
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions
-from engram_lm.training.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 TOKENS = np.array(TOKENIZER(TEXT).input_ids, dtype=np.int32)

@@ -9,6 +9,7 @@ from tests.small_model import BACKBONE, EXPERTS, MEMORY, TEXT
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.optimizers import (
     CombinedOptimizer,
     OptimizerOptions,
@@ -17,7 +18,6 @@ from engram_lm.training.optimizers import (
     clip_gradients,
     sort_parameters,
 )
-from engram_lm.training.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 IDS = torch.tensor(TOKENIZER(TEXT).input_ids[:66]).view(2, 33)

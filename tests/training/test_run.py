@@ -19,8 +19,8 @@ from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.model import EngramForCausalLM
 from engram_lm.training.assembly import find_tokenizer, open_text
-from engram_lm.training.batches import Batches
 from engram_lm.training.checkpoints import read_facts
+from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.metrics import Metrics, read_metrics
 from engram_lm.training.progress import RunProgress

@@ -18,7 +18,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
 from engram_lm.serving.load import ModelFlags, load_model
-from engram_lm.training.corpus import Corpus, read_corpus
+from engram_lm.training.data.corpus import Corpus, read_corpus
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
 
 __all__ = ["Analyze"]

@@ -20,8 +20,8 @@ from engram_lm.analysis.subject import Subject, group_by_tokenizer
 from engram_lm.analysis.suppression.effect import conditions, suppression_effect
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation.tasks import TaskItem
-from engram_lm.training.batches import pack
-from engram_lm.training.corpus import Document
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import Document
 
 __all__ = ["PARTS", "AnalyzeOptions", "Findings", "analyze"]
 

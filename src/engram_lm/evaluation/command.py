@@ -13,8 +13,8 @@ from engram_lm.errors import ConfigError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, read_tasks
 from engram_lm.serving.load import ModelFlags, load_model
-from engram_lm.training.batches import pack
-from engram_lm.training.corpus import Corpus, read_corpus
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import Corpus, read_corpus
 from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["Eval"]

@@ -223,8 +223,8 @@ class Convert:
         from engram_lm.evaluation.rounding import loss_change
         from engram_lm.serving.load import load_model
         from engram_lm.tables.files.packed import packed_layout
-        from engram_lm.training.batches import pack
-        from engram_lm.training.corpus import read_corpus
+        from engram_lm.training.data.batches import pack
+        from engram_lm.training.data.corpus import read_corpus
 
         assert self.model is not None
         corpus = read_corpus(self.data)

@@ -20,13 +20,13 @@ from engram_lm.files import new_folder
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
 from engram_lm.tables.tiers.sharded import shard_tables
-from engram_lm.training.corpus import standard_library_files
+from engram_lm.training.data.corpus import standard_library_files
+from engram_lm.training.data.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards
+from engram_lm.training.data.shards import TokenShards
+from engram_lm.training.data.sources import TextSource
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.distribution import Ranks
-from engram_lm.training.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards
 from engram_lm.training.recipe import Recipe
-from engram_lm.training.shards import TokenShards
-from engram_lm.training.sources import TextSource
-from engram_lm.training.tokenizer import train_tokenizer
 
 __all__ = ["TrainingText", "build_model", "cache_folder", "find_tokenizer", "model_config", "open_text", "text_sources"]
 

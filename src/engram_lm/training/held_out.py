@@ -15,7 +15,7 @@ from engram_lm.adapt import attached_adapters
 from engram_lm.errors import DataError
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
-from engram_lm.training.batches import restarting_positions
+from engram_lm.training.data.batches import restarting_positions
 from engram_lm.training.distribution import LossModule, Ranks, reshard, share
 from engram_lm.training.loss import cut_into_sequences, language_model_loss
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.model.experts import Router, balance_experts
-from engram_lm.training.batches import Batch, Batches
+from engram_lm.training.data.batches import Batch, Batches
 from engram_lm.training.diagnostics import TableUse, UpdateMeter, gradient_norms
 from engram_lm.training.distribution import (
     LossModule,

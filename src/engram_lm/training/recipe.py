@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 
 from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.training.data.sources import TextSource
 from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import build, override, read_table, to_plain
 from engram_lm.training.schedules import ScheduleOptions
-from engram_lm.training.sources import TextSource
 
 __all__ = [
     "PATHS",

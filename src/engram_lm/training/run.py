@@ -16,8 +16,8 @@ from engram_lm.errors import CheckpointError, MismatchError, RunFolderError
 from engram_lm.files import write_atomically
 from engram_lm.planning.sizes import model_sizes
 from engram_lm.training.assembly import TrainingText, build_model, find_tokenizer, model_config, open_text
-from engram_lm.training.batches import Batches
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
+from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
 from engram_lm.training.held_out import held_out_loss

@@ -177,7 +177,7 @@ class Simulate:
     def _text_traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
         from engram_lm.hashing.spec import HashSpec
         from engram_lm.hashing.token_map import load_tokenizer
-        from engram_lm.training.corpus import read_corpus
+        from engram_lm.training.data.corpus import read_corpus
 
         config, folder = (self.config, self.tokenizer) if self.model is None else (self.model, self.model)
         assert config is not None

@@ -9,10 +9,10 @@ import numpy as np
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.studies.adaptation.recipe import DomainOptions
 from engram_lm.training.assembly import cache_folder
-from engram_lm.training.corpus import standard_library_files
-from engram_lm.training.packing import OneSidedError, PackedCorpus, pack_to_shards
-from engram_lm.training.shards import TokenShards
-from engram_lm.training.sources import TextSource
+from engram_lm.training.data.corpus import standard_library_files
+from engram_lm.training.data.packing import OneSidedError, PackedCorpus, pack_to_shards
+from engram_lm.training.data.shards import TokenShards
+from engram_lm.training.data.sources import TextSource
 
 __all__ = ["AdaptationText", "HeldOutText", "open_text"]
 

@@ -18,7 +18,7 @@ from engram_lm.studies.adaptation.cost import forward_flops_per_token, training_
 from engram_lm.studies.adaptation.diagnostics import collisions, gate_statistics, occupancy
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.adaptation.text import AdaptationText, HeldOutText
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engram_lm.errors import RunFolderError
 from engram_lm.files import new_folder
-from engram_lm.training.batches import pack
-from engram_lm.training.corpus import read_corpus, split_corpus
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.run_folder import to_json
-from engram_lm.training.tokenizer import train_tokenizer
 
 __all__ = ["StudyText", "open_text"]
 

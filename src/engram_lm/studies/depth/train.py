@@ -14,7 +14,7 @@ from engram_lm.planning.sizes import model_sizes
 from engram_lm.studies.depth.arms import DepthArm, build_arm
 from engram_lm.studies.depth.text import StudyText
 from engram_lm.studies.quickstart.run import Quickstart
-from engram_lm.training.batches import Batches
+from engram_lm.training.data.batches import Batches
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device

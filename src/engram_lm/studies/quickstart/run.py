@@ -26,14 +26,14 @@ from engram_lm.studies.quickstart.curves import save_curves
 from engram_lm.studies.quickstart.progress import Progress
 from engram_lm.studies.quickstart.report import render_report
 from engram_lm.studies.quickstart.summary import terminal_table
-from engram_lm.training.batches import Batches, pack
-from engram_lm.training.corpus import Corpus, Document, read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches, pack
+from engram_lm.training.data.corpus import Corpus, Document, read_corpus, split_corpus
+from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions, best_dtype, find_device
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
-from engram_lm.training.tokenizer import train_tokenizer
 
 __all__ = ["Quickstart"]
 

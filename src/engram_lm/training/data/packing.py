@@ -5,7 +5,7 @@ A corpus lies in a folder named by a digest of what its sources contain, the tok
     cache/files.json            digests of files, so that a second run need not read them
     cache/<digest>/index.json   what was packed; written last
     cache/<digest>/state.json   while packing: the shards that are complete, and where to go on
-    cache/<digest>/train/       token shards, see `engram_lm.training.shards`
+    cache/<digest>/train/       token shards, see `engram_lm.training.data.shards`
     cache/<digest>/held_out/
 
 Documents go through in batches of fixed size, and a shard ends between two batches. Which batches there are depends on
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
-from engram_lm.training.shards import (
+from engram_lm.training.data.shards import (
     INDEX_NAME,
     Shard,
     TokenShards,
@@ -39,7 +39,7 @@ from engram_lm.training.shards import (
     write_index,
     write_shard,
 )
-from engram_lm.training.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
+from engram_lm.training.data.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
 
 __all__ = ["OneSidedError", "PackedCorpus", "open_remembered", "pack_to_shards"]
 
@@ -94,8 +94,8 @@ def pack_to_shards(
     Tokenization runs on all cores (``TOKENIZERS_PARALLELISM=false`` forbids it) while the next batch is read and the
     last one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
     follows it if the tokenizer has one, and one of more than 262,144 characters comes in pieces (see
-    `engram_lm.training.sources.cut_text`). Killed at any moment and called again, it goes on from the last complete
-    shard, with the same bytes at the end. A second process that packs the same waits for the first and reuses its work.
+    `engram_lm.training.data.sources.cut_text`). Killed at any moment and called again, it goes on from the last
+    complete shard, with the same bytes at the end. A second process that packs the same waits for the first and reuses its work.
 
     Args:
         sources: Paths, tables, or `TextSource`s, in the order in which they are packed.

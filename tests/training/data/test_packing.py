@@ -13,11 +13,11 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
-from engram_lm.training import packing
-from engram_lm.training.packing import pack_to_shards
-from engram_lm.training.shards import TokenShards, token_dtype, tokenizer_digest, write_index, write_shard
-from engram_lm.training.sources import PIECE_CHARACTERS
-from engram_lm.training.tokenizer import END_OF_TEXT, train_tokenizer
+from engram_lm.training.data import packing
+from engram_lm.training.data.packing import pack_to_shards
+from engram_lm.training.data.shards import TokenShards, token_dtype, tokenizer_digest, write_index, write_shard
+from engram_lm.training.data.sources import PIECE_CHARACTERS
+from engram_lm.training.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 TEXTS = [f"document {number}: " + "the cat sat on the mat. " * (number % 7 + 1) for number in range(300)]
 
@@ -161,7 +161,7 @@ def test_a_special_token_spelled_in_a_text_is_text(tmp_path, tokenizer):
 
 KILLS = """
 import os, signal, sys
-from engram_lm.training import packing
+from engram_lm.training.data import packing
 from transformers import AutoTokenizer
 
 packing._BATCH_PIECES = 16
@@ -295,7 +295,7 @@ def test_a_cache_inside_a_source_and_impossible_options_are_refused(tmp_path, to
 
 @pytest.mark.parametrize("vocab_size", [300, 100_000])
 def test_many_files_read_as_one_array(tmp_path, vocab_size, monkeypatch):
-    monkeypatch.setattr("engram_lm.training.shards._OPEN_AT_ONCE", 2)
+    monkeypatch.setattr("engram_lm.training.data.shards._OPEN_AT_ONCE", 2)
     generator = np.random.default_rng(0)
     lengths = [5, 0, 1, 7, 3, 0]
     # Ends on both sides of a border, one of a document that ended with the file before, and a file without any.

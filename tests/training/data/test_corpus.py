@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engram_lm.errors import DataError
-from engram_lm.training.batches import Batches, pack
-from engram_lm.training.corpus import Document, read_corpus, split_corpus, standard_library
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.batches import Batches, pack
+from engram_lm.training.data.corpus import Document, read_corpus, split_corpus, standard_library
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture

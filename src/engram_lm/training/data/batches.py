@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
-from engram_lm.training.corpus import Document
-from engram_lm.training.shards import TokenShards
+from engram_lm.training.data.corpus import Document
+from engram_lm.training.data.shards import TokenShards
 
 __all__ = ["Batch", "Batches", "pack", "restarting_positions", "shuffled"]
 

@@ -14,8 +14,8 @@ from pyarrow import parquet
 from tokenizers import Regex, pre_tokenizers
 
 from engram_lm.errors import ConfigError, DataError, MissingExtraError
-from engram_lm.training import sources
-from engram_lm.training.sources import PIECE_CHARACTERS, TextSource, cut_text, open_sources
+from engram_lm.training.data import sources
+from engram_lm.training.data.sources import PIECE_CHARACTERS, TextSource, cut_text, open_sources
 
 TEXTS = ["The cat sat.\nIt slept.\n", "déjà vu 🐈", "x = 1\n\n\ny = 2"]
 CL100K = (

@@ -11,9 +11,9 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing import Segments
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.training.batches import Batches, shuffled
-from engram_lm.training.shards import TokenShards, token_dtype, write_index, write_shard
-from engram_lm.training.tokenizer import train_tokenizer
+from engram_lm.training.data.batches import Batches, shuffled
+from engram_lm.training.data.shards import TokenShards, token_dtype, write_index, write_shard
+from engram_lm.training.data.tokenizer import train_tokenizer
 
 LENGTHS = (40, 7, 0, 95, 61)
 
