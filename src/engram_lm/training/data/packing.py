@@ -95,7 +95,8 @@ def pack_to_shards(
     last one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
     follows it if the tokenizer has one, and one of more than 262,144 characters comes in pieces (see
     `engram_lm.training.data.sources.cut_text`). Killed at any moment and called again, it goes on from the last
-    complete shard, with the same bytes at the end. A second process that packs the same waits for the first and reuses its work.
+    complete shard, with the same bytes at the end. A second process that packs the same waits
+    for the first and reuses its work.
 
     Args:
         sources: Paths, tables, or `TextSource`s, in the order in which they are packed.
