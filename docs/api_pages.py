@@ -19,6 +19,7 @@ FOLDERS = (
     "training.checkpoints",
     "training.state",
     "training.recipe",
+    "training.job",
     "training.run",
     "training.huggingface",
     "training.table_gradients",

@@ -132,6 +132,26 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(whole, text, cache
     assert_same(tmp_path / "run", whole)
 
 
+def test_runs_that_take_steps_in_turn_are_the_runs_that_they_are_alone(text, cache, tmp_path):
+    # Dropout draws random numbers in every step.
+    sections = table(text, cache, train__num_steps=4)
+    sections["model"] = {**sections["model"], "backbone": {**sections["model"]["backbone"], "attention_dropout": 0.2}}
+    other = {**sections, "train": {**sections["train"], "seed": 1}}
+    run(tmp_path / "alone", sections)
+    with (
+        Run(Recipe.from_dict(sections), tmp_path / "a").open() as a,
+        Run(Recipe.from_dict(other), tmp_path / "b").open() as b,
+    ):
+        while not a.done:
+            record, values = a.step()
+            assert values["step"] == record.step == a.num_steps_done
+            torch.rand(3)
+            b.step()
+        assert b.done and a.finish()["held_out"] == a.held_out and b.finish()["num_steps"] == 4
+    assert_same(tmp_path / "a", tmp_path / "alone")
+    assert measured(tmp_path / "b") != measured(tmp_path / "a")
+
+
 SCRIPT = """
 import sys, pathlib, json
 from tests.training.test_run import run
@@ -418,8 +438,8 @@ def test_a_run_goes_on_by_the_name_of_its_folder(text, cache, tmp_path, capsys):
 
 def test_a_run_goes_on_in_the_type_that_it_was_begun_in(text, cache, tmp_path, monkeypatch):
     sections = table(text, cache, train__dtype="auto")
-    monkeypatch.setattr("engram_lm.training.run.best_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr("engram_lm.training.job.best_dtype", lambda device: "bfloat16")
     run(tmp_path / "run", sections, stop_after=1)
-    monkeypatch.setattr("engram_lm.training.run.best_dtype", lambda device: "float32")
+    monkeypatch.setattr("engram_lm.training.job.best_dtype", lambda device: "float32")
     run(tmp_path / "run", sections, resume=True, stop_after=2)
     assert read_facts(tmp_path / "run" / "checkpoints" / "step-00000002")["dtype"] == "bfloat16"

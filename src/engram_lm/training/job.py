@@ -1,0 +1,352 @@
+"""A run under way: model, text, optimizer and checkpoints of a recipe, moved forward one step at a time."""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram_lm.errors import CheckpointError, MismatchError
+from engram_lm.files import write_atomically
+from engram_lm.planning.sizes import model_sizes
+from engram_lm.training.assembly import TrainingText, build_model, find_tokenizer, model_config, open_text
+from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.distribution import Ranks, agree
+from engram_lm.training.export import CHECKPOINTS, TOKENIZER
+from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.loop import StepRecord, Trainer, best_dtype
+from engram_lm.training.metrics import Metrics, check_installed, read_metrics
+from engram_lm.training.peak import peak_flops
+from engram_lm.training.progress import RunProgress
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.run_folder import commit, run_facts, to_json, versions
+from engram_lm.training.state import SPEC_DIGEST, export_model, model_facts, training_tensors
+
+__all__ = ["METRICS", "MODEL", "RESULT", "Job"]
+
+METRICS, RESULT, MODEL = "metrics.jsonl", "result.json", "model"
+"""What a run writes into its folder: a line per step, the result, and the trained model."""
+
+
+class Job:
+    """A run that `engram_lm.training.run.Run.open` has prepared, in a folder that this process holds.
+
+    All ranks call the same methods in the same order.
+
+    Args:
+        recipe: What to train.
+        out: The run folder.
+        ranks: The processes.
+        progress: What people see.
+        resume: Whether to say so where there is no checkpoint to go on from.
+        last_step: The step to stop at.
+
+    Raises:
+        CheckpointError: The newest checkpoint is damaged, or is not of a run.
+        MismatchError: The newest checkpoint is of another text or another hash.
+    """
+
+    def __init__(
+        self, recipe: Recipe, out: Path, ranks: Ranks, progress: RunProgress, *, resume: bool, last_step: int
+    ) -> None:
+        self.recipe, self.out, self.ranks, self.progress = recipe, out, ranks, progress
+        self.last_step = last_step
+        self._started, self._commit = time.time(), commit()  # now: the tree may change under a long run
+        self._metrics: Metrics | None = None
+        self._saved_step: int | None = None
+        with agree(ranks):
+            check_installed(tensorboard=recipe.log.tensorboard, wandb=recipe.log.wandb)
+            progress.note("finding the tokenizer")
+            self.tokenizer = find_tokenizer(recipe, out / TOKENIZER)
+        with agree(ranks), progress.packing() as advance:
+            self.text: TrainingText = open_text(recipe, self.tokenizer, advance)
+            """What is trained and evaluated on."""
+        if self.text.about is not None:
+            progress.note(self.text.about)
+        with agree(ranks):
+            config = model_config(recipe, self.tokenizer)
+            self.model: Any = build_model(recipe, config, ranks)
+            batches = Batches(
+                self.text.train,
+                recipe.train.batch_size,
+                recipe.data.sequence_length,
+                recipe.train.seed,
+                restart_documents=recipe.data.restart_documents,
+                num_tokens=self.text.num_tokens,
+            )
+            dtype = self._dtype()
+        self.trainer = Trainer(
+            self.model,
+            batches,
+            recipe.train.for_trainer(dtype),
+            recipe.optimizer,
+            recipe.schedule,
+            ranks=ranks,
+            backbone=recipe.parallel.backbone,
+        )
+        self._random = self._random_states()
+        self._checkpoints = Checkpoints(out / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last)
+        self._restore(resume)
+        self._first = self.trainer.num_steps_done
+        self.sizes = model_sizes(config, context=recipe.data.sequence_length)
+        """What the model holds and what a token costs."""
+        with agree(ranks):
+            if ranks.rank == 0:
+                self._metrics = self._open_metrics()
+        peak = recipe.log.peak_tflops and recipe.log.peak_tflops * 1e12
+        self._speed = _Speed(3 * self.sizes.flops_per_token, peak or peak_flops(ranks.device, dtype), ranks.world_size)
+        self.held_out: dict[str, Any] | None = None if self._metrics is None else self._metrics.last_held_out
+        """The newest measurement of held-out loss; on the first rank, also one made before the run was resumed."""
+
+    @property
+    def num_steps_done(self) -> int:
+        """Steps taken so far, those before a resume among them."""
+        return self.trainer.num_steps_done
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to take."""
+        return self.num_steps_done >= self.last_step
+
+    def step(self) -> tuple[StepRecord, dict[str, Any]]:
+        """Take the next step; measure held-out loss, write metrics and save a checkpoint where they are due.
+
+        Returns:
+            What the step did; and its line of ``metrics.jsonl``, with ``held_out`` where that was measured.
+
+        Raises:
+            DataError: Training diverged: see `Trainer.step`.
+            CheckpointError: A checkpoint could not be written.
+        """
+        recipe, number = self.recipe, self.num_steps_done + 1
+        details = bool(recipe.log.details_every) and number % recipe.log.details_every == 0
+        with self._own_random_numbers():
+            record = self.trainer.step(details=details)
+        values = {**record.to_dict(), "num_skipped": self.trainer.num_skipped, **self._speed.of(record, self.trainer)}
+        every = recipe.evaluation.every
+        if self.text.held_out is not None and (number == recipe.train.num_steps or (every and number % every == 0)):
+            self.held_out = values["held_out"] = {"step": number, **self._evaluate(self.text.held_out)}
+        if self._metrics is not None and (number % recipe.log.every == 0 or details or "held_out" in values):
+            self._metrics.write(values)
+        last = number == self.last_step
+        if last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0):
+            self.save(wait=last)
+        return record, values
+
+    def save(self, *, wait: bool) -> None:
+        """Save a checkpoint of the last step, unless there is one already.
+
+        Args:
+            wait: Whether to return only when it is written; otherwise it is written in the background, if the recipe
+                says so.
+        """
+        if self._saved_step != self.num_steps_done:
+            facts = {
+                "step": self.num_steps_done,
+                "num_skipped": self.trainer.num_skipped,
+                "corpus": self.text.digest,
+                "dtype": self.trainer.options.dtype,
+                "recipe": self.recipe.to_dict(),
+                "world_size": self.ranks.world_size,
+                "versions": versions(),
+                **model_facts(self.model),
+            }
+            asynchronous = self.recipe.checkpoint.asynchronous and not wait
+            self._checkpoints.save(self.num_steps_done, self._tensors(), facts, asynchronous=asynchronous)
+            self._saved_step = self.num_steps_done
+        if wait:
+            self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Wait for what is being written, and close the metrics; called by `Run.open`.
+
+        Also after a step that failed: what is being written in the background is an earlier step's, and whole.
+        """
+        try:
+            self._checkpoints.wait()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+                self._metrics = None
+
+    def finish(self) -> dict[str, Any]:
+        """Write the model and the result, if the last step has been taken, and draw the losses.
+
+        Returns:
+            What ``result.json`` holds; ``interrupted`` says that steps are left.
+        """
+        self.close()
+        result = self._result()
+        # The other processes do not wait: writing a large model may take longer than any is waited for.
+        if self.done and self.ranks.rank == 0:
+            ended = self._ended_before() if self.num_steps_done == self._first else None
+            if ended is not None:
+                return ended
+            self.progress.note("writing the model")
+            latest = self._checkpoints.latest()
+            assert latest is not None
+            if (self.out / MODEL).is_dir():
+                shutil.rmtree(self.out / MODEL)  # of an earlier end of this run, which its checkpoint has as well
+            export_model(latest, self.out / MODEL, tokenizer=self.tokenizer)
+            write_atomically(self.out / RESULT, to_json(result))
+            _plot(self.out)
+        return result
+
+    def _evaluate(self, tokens: Any) -> dict[str, Any]:
+        found = held_out_loss(
+            self.model,
+            tokens,
+            length=self.recipe.data.sequence_length,
+            batch_size=_sequences_at_once(self.recipe, self.ranks),
+            ranks=self.ranks,
+            loss_module=self.trainer.loss_module,
+            document_ends=self.text.held_out_ends if self.recipe.data.restart_documents else None,
+        )
+        return found.to_dict()
+
+    def _ended_before(self) -> dict[str, Any] | None:
+        """What ``result.json`` says, where the run had ended with this step and its model is there."""
+        try:
+            result = json.loads((self.out / RESULT).read_bytes())
+            good = result["num_steps"] == self._first and (self.out / MODEL / "config.json").is_file()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return {**result, "out": str(self.out)} if good else None
+
+    def _dtype(self) -> Literal["float32", "bfloat16"]:
+        """Type of products; on a machine that chooses otherwise, a run goes on as it was begun."""
+        chosen = self.recipe.train.dtype
+        if chosen != "auto":
+            return chosen
+        latest = latest_checkpoint(self.out / CHECKPOINTS)
+        begun = None if latest is None else read_facts(latest).get("dtype")
+        return begun if begun in ("float32", "bfloat16") else best_dtype(self.ranks.device)
+
+    def _restore(self, resume: bool) -> None:
+        """Put everything back as it was when the last complete checkpoint was made, if there is one."""
+        with agree(self.ranks):
+            latest = latest_checkpoint(self._checkpoints.folder)
+            if latest is not None:
+                _check_facts(latest, self.text.digest)
+        if latest is None:
+            if resume:
+                self.progress.note("there is no complete checkpoint yet: beginning at step 1")
+            return
+        self.progress.note(f"reading {latest.name}")
+        expected = {SPEC_DIGEST: model_facts(self.model)[SPEC_DIGEST]}
+        facts = self._checkpoints.load(latest, self._tensors(), expected=expected)
+        self.trainer.num_steps_done, self.trainer.num_skipped = facts["step"], facts["num_skipped"]
+        self._saved_step = facts["step"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        states = {f"rng/rank{self.ranks.rank}/{place}": state for place, state in self._random.items()}
+        return {**training_tensors(self.model, self.trainer.optimizer), **self.trainer.table_use.tensors(), **states}
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        return states
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Draw this run's random numbers, and leave those of the process as they were."""
+        outside = self._random_states()
+        self._set_random_states(self._random)
+        try:
+            yield
+        finally:
+            self._random = self._random_states()
+            self._set_random_states(outside)
+
+    def _set_random_states(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.ranks.device)
+
+    def _open_metrics(self) -> Metrics:
+        log = self.recipe.log
+        return Metrics(
+            self.out / METRICS,
+            first_step=self.num_steps_done + 1,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            config=self.recipe.to_dict(),
+        )
+
+    def _result(self) -> dict[str, Any]:
+        trainer, sizes = self.trainer, self.sizes
+        return {
+            "format": "engram.train.1",
+            **run_facts(self._started, self._commit),
+            "world_size": self.ranks.world_size,
+            "num_steps": trainer.num_steps_done,
+            "num_skipped": trainer.num_skipped,
+            "num_tokens": trainer.num_steps_done * trainer.batches.batch_size * trainer.batches.length,
+            "parameters": {"total": sizes.total, "tables": sizes.memory_tables, "active": sizes.active},
+            "held_out": self.held_out,
+            "interrupted": not self.done,
+            "out": str(self.out),
+        }
+
+
+def _check_facts(checkpoint: Path, corpus: str) -> None:
+    """Refuse a checkpoint that no run has made, or one whose text was another."""
+    facts = read_facts(checkpoint)
+    if not all(type(facts.get(name)) is int for name in ("step", "num_skipped")):
+        raise CheckpointError(
+            f"{checkpoint} does not say how many steps were done; name the folder of a run with --out"
+        )
+    if facts.get("corpus") != corpus:
+        raise MismatchError(
+            f"the text is not what it was: {checkpoint} was trained on the corpus {facts.get('corpus')}, the sources "
+            f"now give {corpus}; put the text back as it was, or begin a new run with another --out"
+        )
+
+
+def _sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
+    """Sequences that all processes together compute at a time in training."""
+    own = -(-recipe.train.batch_size // ranks.world_size)
+    return min(own, recipe.train.micro_batch_size or own) * ranks.world_size
+
+
+class _Speed:
+    """Tokens and operations per second of a step."""
+
+    def __init__(self, flops_per_token: int, peak: float | None, world_size: int) -> None:
+        self.flops_per_token, self.peak, self.world_size = flops_per_token, peak, world_size
+
+    def of(self, record: StepRecord, trainer: Trainer) -> dict[str, float]:
+        tokens = trainer.batches.batch_size * trainer.batches.length / record.seconds
+        found = {"tokens_per_second": tokens, "model_tflops": tokens * self.flops_per_token / 1e12}
+        if self.peak is not None:
+            found["mfu"] = tokens * self.flops_per_token / (self.peak * self.world_size)
+        return found
+
+
+def _plot(folder: Path) -> None:
+    """Draw the losses of a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(folder / METRICS)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    known = [(line["num_tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), linewidth=1, alpha=0.6, label="training")
+    held_out = [(line["num_tokens"], line["held_out"]["loss"]) for line in lines if "held_out" in line]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    if known or held_out:
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(str(folder / "loss.png"))
