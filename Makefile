@@ -16,7 +16,7 @@ BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py,$(wildcard
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint fmt docs bench clean
+.PHONY: help demo test lint fmt docs bench wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed ## set up, then train a small memory model and its memo
 	$(BIN)/engram-lm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up, then run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -48,6 +48,17 @@ bench: $(VENV)/.installed-dev ## run every benchmark and write benchmarks/result
 		echo "==> $$name"; \
 		$(BIN)/python "$$script" --out "benchmarks/results/$$name.json" $(ARGS); \
 	done
+
+wheel: $(VENV)/.installed-dev ## build the wheel, install it into an environment of its own, run the main job from an empty folder
+	@rm -rf build dist $(VENV)/wheel
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	@$(PYTHON) -m venv $(VENV)/wheel
+	@# Its dependencies are those of $(VENV), which are the pinned ones; the package itself is the wheel's.
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> "$$($(VENV)/wheel/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
+	@$(VENV)/wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/*.whl
+	@empty=$$(mktemp -d) && wheel=$$(cd $(VENV)/wheel/bin && pwd) && cd "$$empty" && "$$wheel/engram-lm" --version && \
+		"$$wheel/engram-lm" quickstart --minutes 0.2 && test -f runs/quickstart/report.html; status=$$?; rm -rf "$$empty"; exit $$status
 
 clean: ## remove the environment, build outputs, caches and runs/
 	rm -rf .venv build dist site runs src/*.egg-info
