@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 from tests.raw_safetensors import write_raw
-from tests.tables.tiers import Files, serving
+from tests.tables.tiers import Files, http_layout, serving
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
-from engram_lm.tables import HttpTable, http_layout, open_table
+from engram_lm.tables import HttpTable, open_table
 
 NUM_ROWS, WIDTH = 500, 16
 IMPATIENT = {"timeout_seconds": 0.3, "request_seconds": 0.6, "num_retries": 1}

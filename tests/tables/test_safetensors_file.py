@@ -174,7 +174,7 @@ def test_without_an_index_all_files_are_searched_and_a_name_in_two_is_refused(tm
     write_raw(tmp_path / "y.safetensors", {"b": ("BF16", (1,), b"12")})
     folder = TensorFolder(tmp_path)
     assert sorted(folder.names) == ["a", "b"] and "a" in folder
-    assert folder.find("b").path == tmp_path / "y.safetensors"
+    assert folder.find("b").file == str(tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match=f"tensor c is missing from {tmp_path}"):
         folder.find("c")
     write_raw(tmp_path / "z.safetensors", {"a": ("BF16", (1,), b"12")})

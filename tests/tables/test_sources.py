@@ -36,7 +36,7 @@ def dequantized(tensors, layer):
     return torch.from_numpy(e4m3(values).reshape(-1, WIDTH) * wide).bfloat16()
 
 
-def qwen(num_shards=12, rows=2, kind="BF16", primes=None):
+def qwen(num_shards=12, rows=2, kind="BF16"):
     tensors = {
         QWEN.format(f"ngram_embedding.shard_{shard}.weight"): (
             kind, (rows, 4), bytes([shard]) * (rows * 4 * (2 if kind == "BF16" else 1)),
@@ -46,23 +46,18 @@ def qwen(num_shards=12, rows=2, kind="BF16", primes=None):
     if kind != "BF16":
         scale = ("F32", (), np.float32(0.5).tobytes())
         tensors[QWEN.format("ngram_embedding.weight_scale")] = scale
-    if primes:
-        tensors[QWEN.format("ngram_heads_vocab_sizes")] = ("I64", (len(primes),), np.array(primes).tobytes())
     return tensors
 
 
-def write(folder, tensors, config=None, name="model.safetensors"):
+def write(folder, tensors, name="model.safetensors"):
     folder.mkdir(exist_ok=True)
     write_raw(folder / name, tensors)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_the_two_tables_of_deepseek_are_opened_by_layer_with_their_scales(tmp_path):
     tensors = {**deepseek(), "layers.1.engram.wkv.weight": ("BF16", (1,), b"ab")}
-    config = {"text_config": {"engram_layer_ids": [1, 14], "engram_num_embeddings": [ROWS, ROWS]}}
-    folder = write(tmp_path / "m", tensors, config)
+    folder = write(tmp_path / "m", tensors)
     assert list(table_layouts(folder)) == [1, 14]
     for layer in (1, "14"):
         with_path = open_table(folder, layer=layer, tier="file")
@@ -75,7 +70,7 @@ def test_the_two_tables_of_deepseek_are_opened_by_layer_with_their_scales(tmp_pa
 
 
 def test_shards_of_qwen_follow_their_numbers_and_the_scale_of_the_table(tmp_path):
-    folder = write(tmp_path / "m", qwen(primes=[11, 12]), {"make_ngram_vocab_size_divisible_by": 8})
+    folder = write(tmp_path / "m", qwen())
     table = open_table(folder, layer=1, tier="mmap")
     expected = torch.arange(12).repeat_interleave(2).to(torch.uint8)[:, None].repeat(1, 8)
     assert torch.equal(table.gather(torch.arange(24)).view(torch.uint8), expected)
@@ -100,8 +95,6 @@ def test_an_index_and_a_server_lead_to_the_same_rows(tmp_path):
         write(folder, {name: tensors[name] for name in names}, name=f"part {number}.safetensors")
     places = {name: f"part {int(place > 2)}.safetensors" for place, name in enumerate(tensors)}
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {**places, "other": "not-downloaded.safetensors"}}))
-    config = {"engram_layer_ids": [1, 14], "engram_num_embeddings": [ROWS, ROWS]}
-    (folder / "config.json").write_text(json.dumps(config))
     rows = torch.randint(ROWS, (50,), generator=torch.Generator().manual_seed(1))
     with serving(tmp_path) as server:
         sources = {"folder": folder, "address": f"{server.address}/m/"}
@@ -115,11 +108,6 @@ def test_an_index_and_a_server_lead_to_the_same_rows(tmp_path):
                 sources["address"], layer=1, tier=tier, **({"device": "cpu"} if tier == "device" else {})
             )
             assert torch.equal(table.gather(rows), dequantized(tensors, 1)[rows])
-        config["engram_num_embeddings"][0] += 1
-        (folder / "config.json").write_text(json.dumps(config))
-        for source in sources.values():
-            with pytest.raises(CheckpointError, match=rf"layer 1 has {ROWS} rows.*says {ROWS + 1}"):
-                table_layouts(source)
 
 
 def without(tensors, *names):
@@ -132,45 +120,30 @@ def bad_checkpoints():
     whole = QWEN.format("ngram_embedding.weight")
     table_scale = QWEN.format("ngram_embedding.weight_scale")
     own = ("F32", (2, 2), bytes(16))
-    yield "scale without weight", without(deep, weight), None, rf"lacks {weight}"
-    yield "weight without scale", without(deep, scale), None, rf"lacks {scale}"
-    yield "rows not of the config", deep, {"engram_layer_ids": [1], "engram_num_embeddings": [23]}, "24 rows.*says 23"
-    yield "layer not of the config", deep, {"engram_layer_ids": [2], "engram_num_embeddings": [24]}, r"has \[2\]"
+    yield "scale without weight", without(deep, weight), rf"lacks {weight}"
+    yield "weight without scale", without(deep, scale), rf"lacks {scale}"
     yield (
         "scales of another shape",
         {**deep, scale: ("F8_E8M0", (ROWS, 1), bytes(ROWS))},
-        None,
         r"expected F8_E8M0 \[24, 2\]",
     )
-    yield "rows of another type", {**deep, weight: ("BF16", (ROWS, 2), bytes(4 * ROWS))}, None, "expected F8_E4M3"
-    yield "two prefixes", {**deep, **{f"model.{name}": tensor for name, tensor in deep.items()}}, None, "several times"
-    yield "missing shard", without(shards, QWEN.format("ngram_embedding.shard_7.weight")), None, "shard_7"
-    yield "whole and shards", {**shards, whole: ("BF16", (2, 4), bytes(16))}, None, "both in one tensor and in shards"
-    yield "8 bits without scale", without(eight, table_scale), None, "weight_scale"
-    yield "scale alone", {table_scale: eight[table_scale]}, None, "without its numbers"
-    yield "scale of 16-bit rows", {**shards, table_scale: eight[table_scale]}, None, "has no scale"
-    yield "scale of many numbers", {**eight, table_scale: ("F32", (2,), bytes(8))}, None, "expected one number"
-    yield "not the sum of primes", qwen(primes=[11, 14]), {"make_ngram_vocab_size_divisible_by": 8}, "25, which is 32"
-    hashed = {"layers": [2, 3], "layer_base": 1, "padded_rows": [2, 5]}
-    ours = {"memory_tables.1.weight": own, "memory_tables.2.weight": own}
-    yield "rows not of our hash", ours, {"hash_spec": hashed}, "table 2 has 2 rows, the primes.* make 5"
-    hashed = {**hashed, "padded_rows": [3, 3], "shared_table": True}
-    yield (
-        "shared rows not of our hash",
-        {"memory_tables.shared.weight": own},
-        {"hash_spec": hashed},
-        "table shared.*make 3",
-    )
-    yield "no table", {"x": ("BF16", (1,), b"ab")}, None, r"no memory table.*memory_tables\.NAME"
-    yield "two kinds in a layer", {**deep, "memory_tables.1.weight": own}, None, "several tables of layer 1"
-    yield "config of no object", deep, [1], "expected an object"
+    yield "rows of another type", {**deep, weight: ("BF16", (ROWS, 2), bytes(4 * ROWS))}, "expected F8_E4M3"
+    yield "two prefixes", {**deep, **{f"model.{name}": tensor for name, tensor in deep.items()}}, "several times"
+    yield "missing shard", without(shards, QWEN.format("ngram_embedding.shard_7.weight")), "shard_7"
+    yield "whole and shards", {**shards, whole: ("BF16", (2, 4), bytes(16))}, "both in one tensor and in shards"
+    yield "8 bits without scale", without(eight, table_scale), "weight_scale"
+    yield "scale alone", {table_scale: eight[table_scale]}, "without its numbers"
+    yield "scale of 16-bit rows", {**shards, table_scale: eight[table_scale]}, "has no scale"
+    yield "scale of many numbers", {**eight, table_scale: ("F32", (2,), bytes(8))}, "expected one number"
+    yield "no table", {"x": ("BF16", (1,), b"ab")}, r"no memory table.*memory_tables\.NAME"
+    yield "two kinds in a layer", {**deep, "memory_tables.1.weight": own}, "several tables of layer 1"
 
 
-@pytest.mark.parametrize(("tensors", "config", "message"), [
+@pytest.mark.parametrize(("tensors", "message"), [
     pytest.param(*case[1:], id=case[0]) for case in bad_checkpoints()
 ])  # fmt: skip
-def test_checkpoints_that_cannot_be_right_are_refused_by_name(tmp_path, tensors, config, message):
-    folder = write(tmp_path / "m", tensors, config)
+def test_checkpoints_that_cannot_be_right_are_refused_by_name(tmp_path, tensors, message):
+    folder = write(tmp_path / "m", tensors)
     with pytest.raises(CheckpointError, match=message):
         table_layouts(folder)
     with serving(folder) as server, pytest.raises(CheckpointError, match=message):
@@ -217,10 +190,6 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             open_table(source)
-    folder = write(tmp_path / "m", deepseek((1,)))
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="no readable JSON"):
-        open_table(folder)
 
 
 def test_auto_says_why_it_chose_a_tier(tmp_path, monkeypatch):
@@ -299,7 +268,7 @@ def test_a_table_of_98_gigabytes_opens_in_under_a_second_and_200_megabytes(tmp_p
     folder = write(tmp_path / "m", {
         DEEPSEEK.format(1, "weight"): ("F8_E4M3", (num_rows, 256), weight),
         DEEPSEEK.format(1, "scale"): ("F8_E8M0", (num_rows, 8), scale),
-    }, {"engram_layer_ids": [1], "engram_num_embeddings": [num_rows]})  # fmt: skip
+    })  # fmt: skip
     file = folder / "model.safetensors"
     assert file.stat().st_size > 98e9 and file.stat().st_blocks * 512 < 1e6
     done = subprocess.run([sys.executable, "-c", OPEN_LARGE, str(folder), tier], capture_output=True, text=True)

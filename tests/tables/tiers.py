@@ -24,15 +24,16 @@ from engram_lm.tables import (
     MappedTable,
     ResidentTable,
     SharedTable,
-    http_layout,
     open_table,
     publish_to_mooncake,
+    table_layouts,
 )
 from engram_lm.tables.around.cache import CachedTable
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.files.build import build_packed
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.safetensors_file import read_header
+from engram_lm.tables.files.sources import choose_layout
 from engram_lm.tables.layout import tensor_layout
 
 
@@ -108,6 +109,11 @@ def serving(folder, handler=Files):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+def http_layout(address, layer=None, **options):
+    """The layout of a table on a server."""
+    return choose_layout(table_layouts(address, **options), layer, address)
 
 
 def raw(tensor):

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_lm.errors import ConfigError, EngramError
+from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
+from engram_lm.memory.formats.table_rows import check_table_rows, spec_beside
+from engram_lm.tables import RowLayout
 from engram_lm.tables.files.progress import byte_progress
 
 __all__ = ["Build", "Convert"]
@@ -63,12 +66,14 @@ class Build:
         from engram_lm.tables.codec import RowCodec
         from engram_lm.tables.files.build import build_packed, build_random
         from engram_lm.tables.files.packed import PackedGeometry
-        from engram_lm.tables.files.sources import choose_layout, table_layouts
+        from engram_lm.tables.files.sources import choose_layout, find_tables
         from engram_lm.tables.files.verify import inspect_packed
 
         with byte_progress() as advance:
             if self.source is not None:
-                layout = choose_layout(table_layouts(self.source), self.layer, self.source)
+                layouts = find_tables(self.source)
+                about = _checked_spec(Path(self.source), layouts)
+                layout = choose_layout(layouts, self.layer, self.source)
                 codec = layout.codec if self.dtype is None else RowCodec.named(self.dtype, layout.codec.width)
                 total = PackedGeometry(codec, layout.num_rows).data_bytes
                 provenance = {
@@ -83,11 +88,12 @@ class Build:
                     codec=codec,
                     provenance=provenance,
                     on_progress=lambda done: advance("building", done, total),
-                    **_spec_of(Path(self.source)),
+                    **about,
                 )
             else:
                 assert self.width is not None
-                about = {} if self.config is None else _spec_of(self.config, strict=True)
+                spec = None if self.config is None else HashSpec.from_config(self.config)
+                about = {} if spec is None else {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}
                 rows = self.rows or self._rows_of(HashSpec.from_config(self.config or ""))
                 codec = RowCodec.named(self.dtype or "bfloat16", self.width)
                 total = PackedGeometry(codec, rows).data_bytes
@@ -171,6 +177,7 @@ class Convert:
     def run(self) -> int:
         """Convert, and print what was written and what it cost."""
         from engram_lm.tables.files.convert import convert
+        from engram_lm.tables.files.sources import find_tables
 
         with byte_progress() as advance:
             last: dict[int | str, int] = {}
@@ -187,7 +194,7 @@ class Convert:
                 resume=self.resume == "yes",
                 progress=show,
                 error_rows=self.error_rows or None,
-                **_spec_of(Path(self.source)),
+                **_checked_spec(Path(self.source), find_tables(self.source)),
             )
         loss = self._loss({result.layer: result.path for result in results}) if self.model is not None else None
         if self.json:
@@ -237,15 +244,10 @@ class Convert:
         return loss_change(model, layouts, tokens, length=self.sequence_length or min(longest, 1024))
 
 
-def _spec_of(source: Path, *, strict: bool = False) -> dict[str, Any]:
-    """The HashSpec of a checkpoint's config for the header of its packed tables, where it has one that can be read."""
-    if not strict and not (source / "config.json").is_file():
+def _checked_spec(source: Path, layouts: Mapping[int | str, RowLayout]) -> dict[str, Any]:
+    """What the headers of packed tables say of the hash, after the tables were held against it."""
+    spec = spec_beside(source)
+    if spec is None:
         return {}
-    try:
-        spec = HashSpec.from_config(source)
-    except (EngramError, OSError):
-        # The rows can be read without it; the header then says that it is not known.
-        if strict:
-            raise
-        return {}
+    check_table_rows(layouts, spec, source)
     return {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}

@@ -68,7 +68,7 @@ def check_files(files: Sequence[str] | None, metadata: Mapping[str, Any] | None)
             )
         tensors |= read_header(path)
     for name, file in ((metadata or {}).get("weight_map") or {}).items():
-        if paths and (name not in tensors or tensors[name].path.name != Path(file).name):
+        if paths and (name not in tensors or Path(tensors[name].file).name != Path(file).name):
             raise CheckpointError(f"{file} does not hold {name}, although {INDEX_NAME} says so; download both again")
     return tensors
 
@@ -138,5 +138,5 @@ def table_place(places: Mapping[str, Any], name: str) -> Any:
 def map_tensor(stored: StoredTensor) -> Tensor:
     """Map a tensor without reading it: its pages come when they are looked at."""
     # Copy on write, because torch warns of memory it must not write to; nothing is written.
-    data: np.ndarray = np.memmap(stored.path, np.uint8, mode="c", offset=stored.start_bytes, shape=(stored.num_bytes,))
+    data: np.ndarray = np.memmap(stored.file, np.uint8, mode="c", offset=stored.start_bytes, shape=(stored.num_bytes,))
     return torch.from_numpy(data).view(stored.torch_dtype).view(stored.shape)

@@ -235,7 +235,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         """
         mapped: dict[str, StoredTensor] = self.base_model.__dict__["_stored_tables"]
         elsewhere: dict[str, Located] = self.base_model.__dict__.get(_ELSEWHERE, {})
-        read = {stored.path for stored in mapped.values()}
+        read = {Path(stored.file) for stored in mapped.values()}
         for located in elsewhere.values():
             read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
         for written in Path(save_directory).glob("*.safetensors"):

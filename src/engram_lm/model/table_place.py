@@ -27,8 +27,9 @@ from engram_lm.tables import (
 from engram_lm.tables.around.cache import Policy
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.around.row_trace import read_trace
+from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
-from engram_lm.tables.tiers.http import RemoteFolder, is_address
+from engram_lm.tables.tiers.http import RemoteFolder
 
 __all__ = ["TIERS", "Located", "TablePlace", "TableSource", "WantedTable"]
 
@@ -272,7 +273,7 @@ def _digest_beside(where: str) -> str | None:
     if is_address(where):
         folder = RemoteFolder(where)
         try:
-            config, text = f"{where}: config.json", folder.read_small("config.json")
+            config, text = f"{where}: config.json", folder.read("config.json")
         finally:
             folder.close()
     else:

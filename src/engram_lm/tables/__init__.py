@@ -20,14 +20,13 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder
-from engram_lm.tables.files.sources import table_layouts
 from engram_lm.tables.files.verify import inspect_packed, verify_packed
 from engram_lm.tables.layout import RowLayout, tensor_layout
-from engram_lm.tables.open import open_table
+from engram_lm.tables.open import open_table, table_layouts
 from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable
-from engram_lm.tables.tiers.http import HttpTable, http_layout
+from engram_lm.tables.tiers.http import HttpTable
 from engram_lm.tables.tiers.mapped import MappedTable
 from engram_lm.tables.tiers.mooncake import MooncakeTable, publish_to_mooncake
 from engram_lm.tables.tiers.record_table import RecordTable
@@ -53,7 +52,6 @@ __all__ = [
     "Table",
     "TensorFolder",
     "Ticket",
-    "http_layout",
     "inspect_packed",
     "most_frequent",
     "open_table",

@@ -297,7 +297,7 @@ def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTens
 
 
 def _part(tensors: tuple[StoredTensor, ...], row_bytes: int) -> Part:
-    extents = (Extent(str(tensor.path), tensor.start_bytes, tensor.shape[0], row_bytes) for tensor in tensors)
+    extents = (Extent(tensor.file, tensor.start_bytes, tensor.shape[0], row_bytes) for tensor in tensors)
     return Part(row_bytes, tuple(extents))
 
 

@@ -10,19 +10,47 @@ import torch
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network
-from engram_lm.tables.files.sources import choose_layout, table_layouts
+from engram_lm.tables.files.byte_source import is_address
+from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
-from engram_lm.tables.tiers.http import HttpTable, is_address
+from engram_lm.tables.tiers.http import HttpTable, RemoteFolder
 from engram_lm.tables.tiers.http_ranges import HttpOptions
 
-__all__ = ["Tier", "open_table"]
+__all__ = ["Tier", "open_table", "table_layouts"]
 
 Tier = Literal["auto", "device", "host", "shared", "mmap", "file", "http", "remote"]
 
 # A table is loaded of its own accord only where it takes at most this share of the memory that is available: the model,
 # its cache and the page cache need the rest.
 _LARGEST_SHARE = 0.5
+
+
+def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | str, RowLayout]:
+    """Find the tables of a checkpoint or a packed file, here or on a server; see `find_tables`.
+
+    Args:
+        source: What `find_tables` takes, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or
+            of a packed file.
+        options: Fields of `HttpOptions`, for addresses.
+
+    Returns:
+        Block number (from 0), or the table's name where it is none → where the rows lie, in ascending order.
+
+    Raises:
+        CheckpointError: As `find_tables`.
+        ConfigError: Options without an address.
+        RemoteError: Nobody answers at the address, or not with ranges.
+    """
+    if is_address(source):
+        folder = RemoteFolder(str(source), **options)
+        try:
+            return {key: folder.place(layout) for key, layout in find_tables(folder, folder.file).items()}
+        finally:
+            folder.close()
+    if options:
+        raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, {source} is none")
+    return find_tables(source)
 
 
 def open_table(

@@ -194,12 +194,12 @@ def _find_prefix(tensors: TensorFolder, variant: PublishedVariant, blocks: Seque
     prefixes = sorted({match[1] for match in matches if match})
     if not prefixes:
         raise CheckpointError(
-            f"{tensors.folder} holds no memory of block {blocks[0]}: no tensor is named "
+            f"{tensors.name} holds no memory of block {blocks[0]}: no tensor is named "
             f"[...]layers.{blocks[0]}.{NAMES[variant]['query_norm']}"
         )
     if len(prefixes) > 1:
         raise CheckpointError(
-            f"{tensors.folder} holds several memories, under the prefixes {', '.join(map(repr, prefixes))}; keep one"
+            f"{tensors.name} holds several memories, under the prefixes {', '.join(map(repr, prefixes))}; keep one"
         )
     return prefixes[0]
 

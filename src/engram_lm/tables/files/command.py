@@ -88,12 +88,12 @@ class Verify:
     def run(self) -> int:
         """Print what was checked and what was found."""
         from engram_lm.tables.files.packed import read_packed_header
-        from engram_lm.tables.files.sources import choose_layout, table_layouts
+        from engram_lm.tables.files.sources import choose_layout, find_tables
         from engram_lm.tables.files.verify import verify_packed
 
         layout = None
         if self.source is not None:
-            layout = choose_layout(table_layouts(self.source), self.layer, self.source)
+            layout = choose_layout(find_tables(self.source), self.layer, self.source)
         geometry = read_packed_header(self.path).geometry
         share = 1.0 if self.sample is None else min(1.0, self.sample / geometry.num_chunks)
         with byte_progress() as advance:

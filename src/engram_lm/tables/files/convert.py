@@ -13,7 +13,7 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import SUFFIX, PackedGeometry, PackedHeader, packed_layout, read_packed_header
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.row_error import RowError, measure_row_error
-from engram_lm.tables.files.sources import choose_layout, table_layouts
+from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.files.verify import checked_records
 from engram_lm.tables.layout import RowLayout
 
@@ -80,7 +80,7 @@ def convert(
     where it was, if source and target are still the same.
 
     Args:
-        source: What `table_layouts` opens, on this machine.
+        source: What `find_tables` opens, on this machine.
         target_folder: Where the packed files go.
         layer: The one table to convert; all where None.
         dtype: One of `CODEC_NAMES`; as stored where None.
@@ -96,7 +96,7 @@ def convert(
         ConfigError: No such layer or type, or a source on a server.
         OSError: The folder cannot be written, or the disk is full.
     """
-    layouts = table_layouts(source)
+    layouts = find_tables(source)
     if layer is not None:
         chosen = choose_layout(layouts, layer, str(source))
         layouts = {key: layout for key, layout in layouts.items() if layout is chosen}
@@ -149,7 +149,7 @@ def convert(
 
 
 def packed_name(key: int | str) -> str:
-    """Name of the packed file of a table, as `table_layouts` understands it."""
+    """Name of the packed file of a table, as `find_tables` understands it."""
     return f"layer-{key}{SUFFIX}" if isinstance(key, int) else f"{key}{SUFFIX}"
 
 

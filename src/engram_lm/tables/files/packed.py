@@ -7,18 +7,17 @@ are opened; ``packed_writer.py`` writes them.
 import dataclasses
 import json
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.errors import CheckpointError, ConfigError, EngramError
 from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.files.byte_source import ByteSource, LocalFile
 from engram_lm.tables.layout import Extent, Part, RowLayout
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "PackedGeometry",
     "PackedHeader",
     "packed_layout",
-    "parse_packed_header",
     "parse_packed_prefix",
     "read_packed_header",
 ]
@@ -137,8 +135,8 @@ class PackedGeometry:
 class PackedHeader:
     """What a packed file says of itself, checked against its size."""
 
-    path: Path
-    """The file."""
+    path: str
+    """Path or address of the file."""
     geometry: PackedGeometry
     """How rows lie."""
     data_start: int
@@ -169,7 +167,7 @@ class PackedHeader:
         # Pages that are full to the last byte need no arithmetic: there rows follow each other.
         paged = geometry.rows_per_page * geometry.stride_bytes not in (0, PAGE_BYTES)
         extent = Extent(
-            str(self.path),
+            self.path,
             self.data_start,
             geometry.num_rows,
             geometry.stride_bytes,
@@ -180,7 +178,7 @@ class PackedHeader:
         return RowLayout(geometry.codec, (part,), spec_digest=self.spec_digest)
 
 
-def read_packed_header(path: str | os.PathLike[str]) -> PackedHeader:
+def read_packed_header(source: str | os.PathLike[str] | ByteSource) -> PackedHeader:
     """Read what a packed file says of itself, and check every number of it against the file.
 
     Costs the header only, whatever the size of the file; the rows are checked by `verify_packed`.
@@ -188,44 +186,28 @@ def read_packed_header(path: str | os.PathLike[str]) -> PackedHeader:
     Raises:
         CheckpointError: The file is missing, not a packed table, of another version, shorter or longer than its header
             says, or its header is damaged or contradicts itself.
+        RemoteError: The file lies on a server that does not answer.
     """
-    path = Path(path)
     try:
-        # Looked at before it is opened: opening a pipe would wait for somebody to write to it.
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a file; name a packed table, a file that ends with {SUFFIX}")
-        with open(path, "rb") as file:
-            prefix = file.read(PREFIX_BYTES)
-            text = file.read(parse_packed_prefix(prefix, path, status.st_size))
+        file = LocalFile(source) if isinstance(source, str | os.PathLike) else source
+        prefix = file.read(0, min(PREFIX_BYTES, file.size)) if file.size else b""
+        length = parse_packed_prefix(prefix, file.name, file.size)
+        text = file.read(PREFIX_BYTES, PREFIX_BYTES + length) if length else b""
+    except EngramError:
+        raise
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return parse_packed_header(prefix, text, path, status.st_size)
-
-
-def parse_packed_header(prefix: bytes, text: bytes, path: Path, size: int) -> PackedHeader:
-    """Check the header of a packed file against the size of the file.
-
-    Args:
-        prefix: The first `PREFIX_BYTES`, checked by `parse_packed_prefix`.
-        text: The header behind them.
-        path: What messages and the returned layout call the file.
-        size: Bytes of the whole file.
-
-    Raises:
-        CheckpointError: What `read_packed_header` says of headers.
-    """
-    _, _, _, length, expected, _ = _PREFIX.unpack(prefix)
+        raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
+    _, _, _, _, expected, _ = _PREFIX.unpack(prefix)
     if len(text) != length or zlib.crc32(text) != expected:
         raise CheckpointError(
-            f"{path}: the header is damaged: its checksum is not the one the file promises; copy the file "
+            f"{file.name}: the header is damaged: its checksum is not the one the file promises; copy the file "
             "again or convert its source again"
         )
-    header = _parse(text, path, PREFIX_BYTES + length)
-    if size != header.file_bytes:
+    header = _parse(text, file.name, PREFIX_BYTES + length)
+    if file.size != header.file_bytes:
         raise CheckpointError(
-            f"{path} is {'truncated' if size < header.file_bytes else 'longer than its header says'}: "
-            f"expected {header.file_bytes} bytes, found {size}; copy the file again"
+            f"{file.name} is {'truncated' if file.size < header.file_bytes else 'longer than its header says'}: "
+            f"expected {header.file_bytes} bytes, found {file.size}; copy the file again"
         )
     return header
 
@@ -297,7 +279,7 @@ def encode_checksums(checksums: list[int]) -> bytes:
     return b"".join(map(_CRC.pack, checksums))
 
 
-def parse_packed_prefix(prefix: bytes, path: Path, size: int) -> int:
+def parse_packed_prefix(prefix: bytes, path: str, size: int) -> int:
     """Check the first `PREFIX_BYTES` of a packed file and return the length of the header that follows them.
 
     Args:
@@ -333,7 +315,7 @@ def parse_packed_prefix(prefix: bytes, path: Path, size: int) -> int:
     return length
 
 
-def _parse(text: bytes, path: Path, data_start: int) -> PackedHeader:
+def _parse(text: bytes, path: str, data_start: int) -> PackedHeader:
     """Check the header by itself."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

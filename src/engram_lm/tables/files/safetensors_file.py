@@ -5,21 +5,32 @@ short by a broken download is refused when it is opened, and never read past its
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import stat
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError
+from engram_lm.errors import CheckpointError, EngramError
+from engram_lm.tables.files.byte_source import ByteSource, FileFolder, LocalFile, LocalFolder
 
-__all__ = ["DTYPES", "INDEX_NAME", "StoredTensor", "TensorFolder", "parse_header", "parse_index", "read_header"]
+__all__ = [
+    "DTYPES",
+    "INDEX_NAME",
+    "LONGEST_HEADER_BYTES",
+    "StoredTensor",
+    "TensorFolder",
+    "TensorHeader",
+    "local_header",
+    "parse_header",
+    "read_header",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 """The file that says which tensor lies in which of several files."""
@@ -53,8 +64,8 @@ class StoredTensor:
 
     name: str
     """Its name in the file."""
-    path: Path
-    """The file."""
+    file: str
+    """Path or address of the file."""
     dtype: str
     """Its type as the format spells it, such as ``"BF16"``; a key of `DTYPES` where it can be read."""
     shape: tuple[int, ...]
@@ -66,7 +77,7 @@ class StoredTensor:
 
     def __str__(self) -> str:
         """Name, type, shape and file, for messages."""
-        return f"{self.name} ({self.dtype} {list(self.shape)}, in {self.path})"
+        return f"{self.name} ({self.dtype} {list(self.shape)}, in {self.file})"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -103,23 +114,33 @@ class StoredTensor:
             skipped = start * math.prod(self.shape[1:]) * dtype.itemsize
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         try:
-            with open(self.path, "rb") as file:
+            with open(self.file, "rb") as file:
                 file.seek(self.start_bytes + skipped)
                 found = file.readinto(data.numpy().data)
         except OSError as error:
             raise CheckpointError(f"cannot read {self}: {error.strerror}") from error
         if found != data.numel():
             raise CheckpointError(
-                f"{self.path} was cut after it was opened: {data.numel()} bytes of {self.name} were expected from byte "
+                f"{self.file} was cut after it was opened: {data.numel()} bytes of {self.name} were expected from byte "
                 f"{self.start_bytes + skipped}, {found} were there"
             )
         return data.view(dtype).reshape(shape)
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read which tensors a safetensors file holds, and check that all of their bytes are there.
+@dataclasses.dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says at its beginning, checked against the size of the file."""
 
-    Costs the header only, whatever the size of the file.
+    tensors: dict[str, StoredTensor]
+    """Name to place, in the order of the file."""
+    metadata: dict[str, str]
+    """The texts under ``__metadata__``; empty where there are none."""
+    text: bytes
+    """The header itself: JSON, without the eight bytes of its length."""
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Read which tensors a safetensors file of this machine holds, and check that all of their bytes are there.
 
     Args:
         path: A ``.safetensors`` file.
@@ -128,54 +149,47 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         Name to place, in the order of the file.
 
     Raises:
-        CheckpointError: The file is missing, truncated or longer than its header says, or the header is malformed:
-            too long, not JSON, a name twice, impossible shapes, offsets that overlap, leave gaps or leave the file.
+        CheckpointError: The file is missing, or what `parse_header` refuses.
+    """
+    return local_header(path).tensors
+
+
+def local_header(path: str | os.PathLike[str]) -> TensorHeader:
+    """Read the whole header of a safetensors file of this machine; see `read_header`."""
+    with _reading(path):
+        return parse_header(LocalFile(path))
+
+
+def parse_header(source: ByteSource) -> TensorHeader:
+    """Read and check the header of a safetensors file, wherever the file lies.
+
+    Costs the header only, whatever the size of the file.
+
+    Raises:
+        CheckpointError: The file is truncated or longer than its header says, or the header is malformed: too long, not
+            JSON, a name twice, impossible shapes, offsets that overlap, leave gaps or leave the file.
+        OSError: The file cannot be read.
 
     Source: huggingface/safetensors ``README.md``, “Format”.
     """
-    path = Path(path)
-    try:
-        # Looked at before it is opened: opening a pipe would wait for somebody to write to it.
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a file; name a checkpoint folder, or a .safetensors file of one")
-        size = status.st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path} is truncated or not a safetensors file: it begins with a header length of {length} bytes, "
-                    f"found {size} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed); download it again"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return parse_header(text, path, size)
-
-
-def parse_header(text: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
-    """Check the header of a safetensors file against the size of the file.
-
-    Args:
-        text: The header, without the eight bytes of its length.
-        path: What messages and the returned tensors call the file.
-        size: Bytes of the whole file.
-
-    Returns:
-        Name to place, in the order of the file.
-
-    Raises:
-        CheckpointError: What `read_header` says of headers.
-    """
-    header = _parse_json(text, path)
-    header.pop("__metadata__", None)
-    data_start = 8 + len(text)
-    tensors = {name: _entry(name, entry, path, data_start) for name, entry in header.items()}
-    expected = max((tensor.start_bytes + tensor.num_bytes for tensor in tensors.values()), default=data_start)
-    if size != expected:
+    length = int.from_bytes(source.read(0, min(8, source.size)) if source.size else b"", "little")
+    if source.size < 8 or length > min(source.size - 8, LONGEST_HEADER_BYTES):
         raise CheckpointError(
-            f"{path} is {'truncated' if size < expected else 'longer than its header says'}: expected {expected} "
-            f"bytes, found {size}; download it again"
+            f"{source.name} is truncated or not a safetensors file: it begins with a header length of {length} bytes, "
+            f"found {source.size} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed); download it again"
+        )
+    text = source.read(8, 8 + length) if length else b""
+    header = _parse_json(text, source.name)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{source.name}: the header's metadata holds values that are not text; download it again")
+    data_start = 8 + length
+    tensors = {name: _entry(name, entry, source.name, data_start) for name, entry in header.items()}
+    expected = max((tensor.start_bytes + tensor.num_bytes for tensor in tensors.values()), default=data_start)
+    if source.size != expected:
+        raise CheckpointError(
+            f"{source.name} is {'truncated' if source.size < expected else 'longer than its header says'}: expected "
+            f"{expected} bytes, found {source.size}; download it again"
         )
     end = data_start
     # Tensors without bytes lie anywhere between the others, so they sort before what starts at the same byte.
@@ -187,7 +201,7 @@ def parse_header(text: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
                 "write it again with another tool"
             )
         end += tensor.num_bytes
-    return tensors
+    return TensorHeader(tensors, metadata, text)
 
 
 class TensorFolder:
@@ -196,41 +210,47 @@ class TensorFolder:
     With an index only the files that are asked for need to be there, so a part of a large release can be opened.
 
     Args:
-        folder: A folder with ``*.safetensors`` files.
+        folder: A folder with ``*.safetensors`` files; a path, or one that lies elsewhere.
+        file: The one file of the folder that is looked at, whatever lies beside it; all where None.
 
     Raises:
         CheckpointError: No safetensors files, an index that is malformed or points out of the folder, a tensor in two
-            files, or (without an index) what `read_header` refuses.
+            files, or (without an index) what `parse_header` refuses.
+        RemoteError: The folder lies on a server that does not answer.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self._headers: dict[Path, dict[str, StoredTensor]] = {}
-        self._paths: dict[str, Path] = {}
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            self._paths = _read_index(index)
+    def __init__(self, folder: str | os.PathLike[str] | FileFolder, file: str | None = None) -> None:
+        self._folder = LocalFolder(folder) if isinstance(folder, str | os.PathLike) else folder
+        self.name = self._folder.name
+        self._sources: dict[str, ByteSource] = {}
+        self._headers: dict[str, TensorHeader] = {}
+        self._files: dict[str, str] = {}
+        with _reading(f"{self.name}/{INDEX_NAME}"):
+            index = self._folder.read(INDEX_NAME) if file is None else None
+        if index is not None:
+            self._files = _parse_index(index, f"{self.name}/{INDEX_NAME}")
             return
-        files = sorted(self.folder.glob("*.safetensors"))
+        files = self._folder.tensor_files() if file is None else [file]
         if not files:
             raise CheckpointError(
-                f"{self.folder} holds neither {INDEX_NAME} nor any *.safetensors file; name a "
-                "checkpoint folder, or download it again"
+                f"{self.name} holds neither {INDEX_NAME} nor any *.safetensors file; name a checkpoint folder, or "
+                "download it again"
             )
-        for path in files:
-            for name in self._header(path):
-                if name in self._paths:
-                    raise CheckpointError(f"{name} is in both {self._paths[name]} and {path}; remove one of the files")
-                self._paths[name] = path
+        for each in files:
+            for name in self._header(each).tensors:
+                if name in self._files:
+                    first, second = self._sources[self._files[name]].name, self._sources[each].name
+                    raise CheckpointError(f"{name} is in both {first} and {second}; remove one of the files")
+                self._files[name] = each
 
     @property
     def names(self) -> Iterable[str]:
         """Names of all tensors that the folder promises."""
-        return self._paths.keys()
+        return self._files.keys()
 
     def __contains__(self, name: str) -> bool:
         """Whether the folder promises a tensor of that name."""
-        return name in self._paths
+        return name in self._files
 
     def find(self, name: str) -> StoredTensor:
         """Return where a tensor lies.
@@ -238,39 +258,70 @@ class TensorFolder:
         Raises:
             CheckpointError: There is no such tensor, the file that the index names for it is missing or lacks it, or
                 that file is malformed or truncated.
+            RemoteError: The file lies on a server that does not answer.
         """
-        if name not in self._paths:
-            raise CheckpointError(f"the tensor {name} is missing from {self.folder}")
-        path = self._paths[name]
-        if not os.path.exists(path):  # unlike `Path.exists`, says no to a name that the file system cannot have
+        if name not in self._files:
+            raise CheckpointError(f"the tensor {name} is missing from {self.name}")
+        file = self._files[name]
+        try:
+            tensors = self._header(file).tensors
+        except FileNotFoundError as error:
             raise CheckpointError(
-                f"{path} is missing: {INDEX_NAME} says that it holds {name}; download it into {self.folder}"
+                f"{error}: {INDEX_NAME} says that it holds {name}; download it into {self.name}"
+            ) from error
+        if name not in tensors:
+            raise CheckpointError(
+                f"{self._sources[file].name} does not hold {name}, although {INDEX_NAME} says so; download both again"
             )
-        header = self._header(path)
-        if name not in header:
-            raise CheckpointError(f"{path} does not hold {name}, although {INDEX_NAME} says so; download both again")
-        return header[name]
+        return tensors[name]
 
-    def _header(self, path: Path) -> dict[str, StoredTensor]:
-        if path not in self._headers:
-            self._headers[path] = read_header(path)
-        return self._headers[path]
+    def load(self, name: str) -> Tensor:
+        """Read a whole small tensor; a large one of this machine is read faster by `StoredTensor.load`.
+
+        Raises:
+            CheckpointError: As `find`; or the type of the tensor is unknown here.
+            RemoteError: The file lies on a server that does not answer, or has changed.
+        """
+        tensor = self.find(name)
+        dtype, stop = tensor.torch_dtype, tensor.start_bytes + tensor.num_bytes
+        if not tensor.num_bytes:
+            return torch.empty(tensor.shape, dtype=dtype)
+        data = bytearray(self._sources[self._files[name]].read(tensor.start_bytes, stop))
+        return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+
+    def _header(self, file: str) -> TensorHeader:
+        if file not in self._headers:
+            self._sources[file] = self._folder.open(file)
+            with _reading(self._sources[file].name):
+                self._headers[file] = parse_header(self._sources[file])
+        return self._headers[file]
 
 
-def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
+@contextlib.contextmanager
+def _reading(name: object) -> Iterator[None]:
+    """Turn errors of the operating system into ours; errors of ours pass, such as those of a server."""
+    try:
+        yield
+    except EngramError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name}: {error.strerror}") from error
+
+
+def _entry(name: str, entry: Any, file: str, data_start: int) -> StoredTensor:
     """Check one entry of a header by itself."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("dtype"), str):
         raise CheckpointError(
-            f"{path}: the header's entry for {name} has no type: {entry!r:.200}; download the file again"
+            f"{file}: the header's entry for {name} has no type: {entry!r:.200}; download the file again"
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or len(shape) > _HIGHEST_RANK:
-        raise CheckpointError(f"{path}: {name} has the impossible shape {shape!r:.200}; download the file again")
+        raise CheckpointError(f"{file}: {name} has the impossible shape {shape!r:.200}; download the file again")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{path}: {name} has the impossible data_offsets {offsets!r:.200}; download the file again"
+            f"{file}: {name} has the impossible data_offsets {offsets!r:.200}; download the file again"
         )
-    tensor = StoredTensor(name, path, entry["dtype"], tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+    tensor = StoredTensor(name, file, entry["dtype"], tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
     if tensor.dtype in DTYPES and tensor.num_bytes != math.prod(shape) * tensor.torch_dtype.itemsize:
         raise CheckpointError(
             f"{tensor} takes {math.prod(shape) * tensor.torch_dtype.itemsize} bytes, its data_offsets hold "
@@ -283,20 +334,8 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        text = index.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index}: {error.strerror}") from error
-    return parse_index(text, index)
-
-
-def parse_index(text: bytes, index: Path) -> dict[str, Path]:
-    """Read an index: the names of tensors → the paths of their files, all inside the index's folder.
-
-    Raises:
-        CheckpointError: It is malformed, or names a file outside the folder.
-    """
+def _parse_index(text: bytes, index: str) -> dict[str, str]:
+    """Read an index: the names of tensors → the names of their files, all inside the index's folder."""
     places = _parse_json(text, index).get("weight_map")
     if not isinstance(places, Mapping):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names; download it again")
@@ -308,10 +347,10 @@ def parse_index(text: bytes, index: Path) -> dict[str, Path]:
             raise CheckpointError(
                 f"{index} places {name} at {file!r:.200}, which is not a file inside the folder; download it again"
             )
-    return {name: index.parent / file for name, file in places.items()}
+    return dict(places)
 
 
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+def _parse_json(text: bytes, path: str) -> dict[str, Any]:
     """Read a JSON object that has no name twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

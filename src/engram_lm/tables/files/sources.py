@@ -1,25 +1,19 @@
 """The tables of a checkpoint, found by the names of its tensors; nothing is loaded and nothing copied."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
-
-from torch import Tensor
+from typing import Literal
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.block_float8 import num_blocks
-from engram_lm.tables.files.packed import packed_layout
-from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder, read_header
+from engram_lm.tables.files.byte_source import FileFolder, LocalFolder, is_address
+from engram_lm.tables.files.packed import SUFFIX, packed_layout, read_packed_header
+from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.layout import RowLayout, tensor_layout
-from engram_lm.tables.tiers.http import RemoteFolder, is_address
 
-__all__ = ["PACKED_SUFFIX", "TABLE_NAMES", "PublishedKind", "choose_layout", "published_layout", "table_layouts"]
-
-PACKED_SUFFIX = ".engram"
-"""How the files of the library's own packed format end."""
+__all__ = ["TABLE_NAMES", "PublishedKind", "choose_layout", "find_tables", "published_layout"]
 
 PublishedKind = Literal["qwen_ple", "deepseek_v41"]
 """Whose checkpoint it is: transformers ``qwen4_exp``, or DeepSeek-V4.1."""
@@ -47,52 +41,55 @@ def _pattern(kind: PublishedKind) -> re.Pattern[str]:
 
 _DEEPSEEK, _QWEN = _pattern("deepseek_v41"), _pattern("qwen_ple")
 _FLOATS = ("BF16", "F16", "F32")
-_MOST_HEADS = 10_000
 
 
-def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | str, RowLayout]:
+def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = None) -> dict[int | str, RowLayout]:
     """Find the tables of a checkpoint: the library's own, DeepSeek-V4.1's, Qwen's (``qwen4_exp``), or a packed file.
 
+    Only names, types and shapes are checked here. Whether a table has the rows that a hash addresses is checked where
+    the hash is known.
+
     Args:
-        source: A folder with ``*.safetensors`` files, one such file, one packed file (``*.engram``), a folder of packed
-            files and no others, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or of a
-            packed file.
-        options: Fields of `HttpOptions`, for addresses.
+        source: A folder with ``*.safetensors`` files, one such file, one packed file (``*.engram``), or a folder of
+            packed files and no others. A path of this machine, or a folder that lies elsewhere.
+        file: The one file of a folder that is looked at, whatever lies beside it.
 
     Returns:
         Block number (from 0), or the table's name where it is none → where the rows lie, in ascending order.
 
     Raises:
         CheckpointError: No table, scales without their numbers or the other way round, a missing shard, tensors of
-            unexpected types or shapes, row counts that ``config.json`` contradicts, malformed or truncated files.
-        ConfigError: Options without an address.
-        RemoteError: Nobody answers at the address, or not with ranges.
+            unexpected types or shapes, malformed or truncated files.
+        ConfigError: The source is an address; `engram_lm.tables.table_layouts` finds the tables there.
+        RemoteError: The folder lies on a server that does not answer.
 
     Source: names and shapes of deepseek-ai/DeepSeek-V4.1-Flash ``inference/model.py`` and transformers
     ``models/qwen4_exp/modeling_qwen4_exp.py``.
     """
-    if is_address(source):
-        folder = RemoteFolder(str(source), **options)
-        try:
-            if folder.packed is not None:
-                return {_packed_key(folder.packed): folder.place(folder.read_packed().layout)}
-            found = _find(folder, str(source), _parse_config(folder.read_small("config.json"), str(source)))
-            return {key: folder.place(layout) for key, layout in found.items()}
-        finally:
-            folder.close()
-    if options:
-        raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, {source} is none")
-    path = Path(source)
-    if path.suffix == PACKED_SUFFIX and not path.is_dir():
-        return _packed([path])
-    if path.is_dir():
-        packed = sorted(path.glob(f"*{PACKED_SUFFIX}"))
-        if packed and not any(path.glob("*.safetensors")):
-            return _packed(packed)
-        return _find(TensorFolder(path), str(path), _read_config(path))
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; a table is a checkpoint folder, a file of one, or an address")
-    return _find(_OneFile(path), str(path), _read_config(path.parent))
+    folder: FileFolder
+    if isinstance(source, str | os.PathLike):
+        if is_address(source):
+            raise ConfigError(f"{source} is on a server, and tables are copied from files; download it first")
+        path = Path(source)
+        if path.is_dir():
+            folder = LocalFolder(path)
+            packed = sorted(path.glob(f"*{SUFFIX}"))
+            if packed and not folder.tensor_files():
+                return _packed(packed)
+        elif path.suffix == SUFFIX:
+            return _packed([path])
+        elif path.exists():
+            folder, file = LocalFolder(path.parent), path.name
+        else:
+            raise CheckpointError(
+                f"{path} does not exist; a table is a checkpoint folder, a file of one, or an address"
+            )
+    else:
+        folder = source
+        if file is not None and file.endswith(SUFFIX):
+            header = read_packed_header(folder.open(file))
+            return {_packed_key(Path(file)): header.layout}
+    return _find(TensorFolder(folder, file))
 
 
 def choose_layout(layouts: Mapping[int | str, RowLayout], layer: int | str | None, source: str) -> RowLayout:
@@ -132,18 +129,10 @@ def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> R
     names = [name for name in tensors.names if name.startswith(stem) and pattern.fullmatch(name)]
     if not names:
         raise CheckpointError(
-            f"the tensor {stem}{TABLE_NAMES[kind]['table']} is missing from {tensors.folder}, and so is every other of "
+            f"the tensor {stem}{TABLE_NAMES[kind]['table']} is missing from {tensors.name}, and so is every other of "
             "its table; download it again"
         )
-    return read(tensors, names, str(tensors.folder))
-
-
-class _OneFile(TensorFolder):
-    """The tensors of one file, whatever lies beside it."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder, self._headers = path, {path: read_header(path)}
-        self._paths = dict.fromkeys(self._headers[path], path)
+    return read(tensors, names, tensors.name)
 
 
 def _packed(paths: Sequence[Path]) -> dict[int | str, RowLayout]:
@@ -166,8 +155,9 @@ def _order(key: int | str) -> tuple[bool, int, str]:
     return (isinstance(key, str), key if isinstance(key, int) else 0, str(key))
 
 
-def _find(tensors: TensorFolder, source: str, config: Mapping[str, Any]) -> dict[int | str, RowLayout]:
-    """Find all tables by name, check their rows against the config."""
+def _find(tensors: TensorFolder) -> dict[int | str, RowLayout]:
+    """Find all tables by name."""
+    source = tensors.name
     own: dict[int | str, list[str]] = {}
     deepseek: dict[int | str, list[str]] = {}
     qwen: dict[int | str, list[str]] = {}
@@ -190,10 +180,6 @@ def _find(tensors: TensorFolder, source: str, config: Mapping[str, Any]) -> dict
             f"{source} holds no memory table: no tensor is named [...]memory_tables.NAME.weight, "
             "[...]layers.L.engram.embed.weight or [...]layers.L.ple.ple_embedding.ngram_embedding[.shard_I].weight"
         )
-    _check_own_rows(config, {key: layouts[key].num_rows for key in own}, source)
-    _check_deepseek_rows(config, {key: layouts[key].num_rows for key in deepseek}, source)
-    for key, names in qwen.items():
-        _check_qwen_rows(tensors, names[0], layouts[key].num_rows, config, source)
     return dict(sorted(layouts.items(), key=lambda item: _order(item[0])))
 
 
@@ -253,88 +239,4 @@ def _qwen_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLay
     scale = tensors.find(scales[0])
     if scale.shape not in ((), (1,)) or scale.dtype not in _FLOATS:
         raise CheckpointError(f"{scale}: expected one number of {', '.join(_FLOATS)}")
-    return tensor_layout(rows, scales=_load(tensors, scale).float().item())
-
-
-def _load(tensors: TensorFolder, tensor: StoredTensor) -> Tensor:
-    return tensors.load(tensor) if isinstance(tensors, RemoteFolder) else tensor.load()
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    try:
-        text = (folder / "config.json").read_bytes()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
-    return _parse_config(text, str(folder))
-
-
-def _parse_config(text: bytes | None, source: str) -> Mapping[str, Any]:
-    """The config's text model, or the config itself; empty without one."""
-    if text is None:
-        return {}
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: config.json is no readable JSON ({error!s:.200})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{source}: config.json is a JSON {type(config).__name__}, expected an object")
-    inside = config.get("text_config")
-    return {**config, **inside} if isinstance(inside, dict) else config
-
-
-def _check_own_rows(config: Mapping[str, Any], found: Mapping[int | str, int], source: str) -> None:
-    """Hold row counts against the hash that our own config says its tables are addressed with."""
-    spec = config.get("hash_spec")
-    if not isinstance(spec, dict):
-        return
-    layers, base, rows = spec.get("layers"), spec.get("layer_base"), spec.get("padded_rows")
-    if not (_are_integers(layers) and _are_integers(rows) and len(layers) == len(rows) > 0 and type(base) is int):
-        return
-    names = ["shared"] * len(layers) if spec.get("shared_table") is True else [layer - base for layer in layers]
-    expected = dict(zip(names, rows, strict=True))
-    for key, num_rows in found.items():
-        if num_rows != expected.get(key, num_rows):
-            raise CheckpointError(
-                f"{source}: the table {key} has {num_rows} rows, the primes of 'hash_spec' in config.json make "
-                f"{expected[key]}; the folder holds weights of another geometry"
-            )
-
-
-def _check_deepseek_rows(config: Mapping[str, Any], found: Mapping[int | str, int], source: str) -> None:
-    """Hold row counts against what the config says of them."""
-    layers, counts = config.get("engram_layer_ids"), config.get("engram_num_embeddings")
-    if not (_are_integers(layers) and _are_integers(counts) and len(layers) == len(counts)):
-        return
-    expected = dict(zip(layers, counts, strict=True))
-    for layer, num_rows in found.items():
-        if layer not in expected:
-            raise CheckpointError(f"{source} holds a table of layer {layer}, config.json has {sorted(expected)}")
-        if num_rows != expected[layer]:
-            raise CheckpointError(
-                f"{source}: the table of layer {layer} has {num_rows} rows, 'engram_num_embeddings' in config.json "
-                f"says {expected[layer]}; the folder holds weights of another geometry"
-            )
-
-
-def _check_qwen_rows(tensors: TensorFolder, name: str, found: int, config: Mapping[str, Any], source: str) -> None:
-    """Hold a row count against the primes that the checkpoint itself states, rounded up as its config says."""
-    primes_name = name.partition(".ngram_embedding.")[0] + ".ngram_heads_vocab_sizes"
-    multiple = config.get("make_ngram_vocab_size_divisible_by", 128)
-    if primes_name not in tensors or type(multiple) is not int or multiple < 1:
-        return
-    stored = tensors.find(primes_name)
-    if stored.dtype != "I64" or len(stored.shape) != 1 or stored.shape[0] > _MOST_HEADS:
-        raise CheckpointError(f"{stored}: expected I64 [heads], at most {_MOST_HEADS}")
-    total = sum(_load(tensors, stored).tolist())
-    expected = -(-total // multiple) * multiple
-    if found != expected:
-        raise CheckpointError(
-            f"{source}: the table of {name} has {found} rows, its heads have {total}, which is {expected} as a "
-            f"multiple of {multiple}; the folder holds weights of another geometry"
-        )
-
-
-def _are_integers(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+    return tensor_layout(rows, scales=tensors.load(scales[0]).float().item())

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.errors import CheckpointError, MismatchError
 from engram_lm.tables.files.packed import PAGE_BYTES, SUFFIX, PackedHeader, read_checksums, read_packed_header
 from engram_lm.tables.files.row_error import sampled
 from engram_lm.tables.layout import RowLayout
-from engram_lm.tables.tiers.http import is_address
 
 __all__ = ["BadChunk", "Verification", "checked_records", "inspect_packed", "verify_packed"]
 
@@ -139,12 +138,7 @@ def checked_records(layout: RowLayout) -> Callable[[int, int], Tensor]:
 
     Raises:
         CheckpointError: The header or the table of checksums of a packed file is damaged.
-        ConfigError: The table is on a server.
     """
-    if (address := next(filter(is_address, layout.files), None)) is not None:
-        raise ConfigError(
-            f"{address.partition('#')[0]} is on a server, and tables are copied from files; download it first"
-        )
     if layout.tensors or not layout.files[0].endswith(SUFFIX):
         return layout.load_records
     header = read_packed_header(layout.files[0])

@@ -5,37 +5,23 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError, ConfigError, RemoteError
-from engram_lm.tables.files.packed import PREFIX_BYTES, SUFFIX, PackedHeader, parse_packed_header, parse_packed_prefix
-from engram_lm.tables.files.safetensors_file import (
-    INDEX_NAME,
-    LONGEST_HEADER_BYTES,
-    StoredTensor,
-    TensorFolder,
-    parse_header,
-    parse_index,
-)
+from engram_lm.errors import ConfigError, RemoteError
+from engram_lm.tables.files.packed import SUFFIX
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.http_ranges import HttpOptions, RangeClient, RemoteFile, split_address
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["HttpTable", "RemoteFolder", "http_layout", "is_address"]
+__all__ = ["HttpTable", "RemoteFolder"]
 
 _LONGEST_SMALL_FILE_BYTES = 100_000_000
 # Behind the address of a file, in a layout: which version of it the layout was made from.
 _VERSION_MARK = "#engram-version="
-
-
-def is_address(source: object) -> bool:
-    """Whether a source is an http or https address."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 class HttpTable(RecordTable):
@@ -45,7 +31,7 @@ class HttpTable(RecordTable):
     and every wait ends. A file that changes on the server while it is open gives an error.
 
     Args:
-        layout: Where the rows lie; the files of its extents are addresses, see `http_layout`.
+        layout: Where the rows lie; the files of its extents are addresses, see `table_layouts`.
         dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
         options: Fields of `HttpOptions`.
 
@@ -196,135 +182,70 @@ def _check(found: RemoteFile, file: str, end: int) -> None:
         raise RemoteError(f"{found.url} is too short: expected at least {end} bytes, found {found.num_bytes}")
 
 
-class RemoteFolder(TensorFolder):
-    """The tensors of a checkpoint on a server, found by its headers alone.
+class _RemoteSource:
+    """A file on a server as a `ByteSource`."""
+
+    def __init__(self, client: RangeClient, file: RemoteFile) -> None:
+        self._client, self._file = client, file
+        self.name, self.size = file.url, file.num_bytes
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See `ByteSource.read`."""
+        return self._client.read(self._file, start, stop)
+
+
+class RemoteFolder:
+    """A folder on a server as a `FileFolder`.
 
     Args:
-        address: Of a folder, which holds an index or one ``model.safetensors``; of one ``.safetensors`` file; or of a
-            packed file (``.engram``), which has no tensors: see `read_packed`.
+        address: Of a folder, which holds an index or one ``model.safetensors``; or of one file in a folder.
         options: Fields of `HttpOptions`.
 
     Raises:
-        CheckpointError: A malformed index or header, or neither index nor ``model.safetensors``.
-        RemoteError: Nobody answers, or the server does not answer ranges.
+        RemoteError: The address is malformed.
     """
 
     def __init__(self, address: str, **options: Any) -> None:
         self._client = RangeClient(_options(options))
-        self._headers, self._paths = {}, {}
-        self._files: dict[Path, RemoteFile] = {}
+        self._files: dict[str, RemoteFile] = {}
         split_address(address)
-        parts = urllib.parse.urlsplit(address)
-        self._query = f"?{parts.query}" if parts.query else ""
+        query = urllib.parse.urlsplit(address).query
+        self._query = f"?{query}" if query else ""
         base = address.partition("#")[0].partition("?")[0].rstrip("/")
-        name = "model.safetensors"
+        self.file: str | None = None
+        """The one file that the address names; None where it names a folder."""
         if base.endswith((".safetensors", SUFFIX)):
             base, _, name = base.rpartition("/")
-        self.address = base
-        # What messages call the folder, and what the paths of its files begin with; `url` turns them into addresses.
-        self.folder = Path()
-        self.packed = Path(urllib.parse.unquote(name)) if name.endswith(SUFFIX) else None
-        """The packed file that the address names, in the folder; None where it names none."""
-        if self.packed is not None:
-            return
-        if not parts.path.endswith(".safetensors"):
-            index = self._client.fetch(self.url(Path(INDEX_NAME)), _LONGEST_SMALL_FILE_BYTES)
-            if index is not None:
-                self._paths = parse_index(index, Path(INDEX_NAME))
-                return
-        path = Path(urllib.parse.unquote(name))
-        self._paths = dict.fromkeys(self._header(path), path)
+            self.file = urllib.parse.unquote(name)
+        self.name = base
 
-    def url(self, path: Path) -> str:
-        """The address of a file inside the folder."""
-        return f"{self.address}/{urllib.parse.quote(path.as_posix())}{self._query}"
+    def tensor_files(self) -> list[str]:
+        """See `FileFolder.tensor_files`."""
+        return ["model.safetensors"]
 
-    def read_small(self, name: str) -> bytes | None:
-        """Read a small file beside the tensors, such as ``config.json``; None where there is none.
+    def open(self, file: str) -> _RemoteSource:
+        """See `FileFolder.open`."""
+        found = self._client.look(self._url(file))
+        self._files[found.url] = found
+        return _RemoteSource(self._client, found)
 
-        Raises:
-            RemoteError: Nobody answers, or it is not small.
-        """
-        return self._client.fetch(self.url(Path(name)), _LONGEST_SMALL_FILE_BYTES)
-
-    def find(self, name: str) -> StoredTensor:
-        """Return where a tensor lies, in a file relative to the folder.
-
-        Raises:
-            CheckpointError: There is no such tensor, or the file that should hold it lacks it or is malformed.
-            RemoteError: The file is missing, or nobody answers.
-        """
-        if name not in self._paths:
-            raise CheckpointError(f"the tensor {name} is missing from {self.address}")
-        path = self._paths[name]
-        header = self._header(path)
-        if name not in header:
-            raise CheckpointError(f"{self.url(path)} does not hold {name}, although {INDEX_NAME} says so")
-        return header[name]
-
-    def _header(self, path: Path) -> dict[str, StoredTensor]:
-        if path not in self._headers:
-            url = self.url(path)
-            file = self._client.look(url)
-            if file.num_bytes < 8:
-                raise CheckpointError(f"{url} is not a safetensors file: it has {file.num_bytes} bytes")
-            length = int.from_bytes(self._client.read(file, 0, 8), "little")
-            if length > min(file.num_bytes - 8, LONGEST_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{url} is truncated or not a safetensors file: it begins with a header length of {length} bytes, "
-                    f"found {file.num_bytes} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed)"
-                )
-            text = self._client.read(file, 8, 8 + length) if length else b""
-            self._headers[path] = parse_header(text, path, file.num_bytes)
-            self._files[path] = file
-        return self._headers[path]
-
-    def load(self, tensor: StoredTensor) -> Tensor:
-        """Read a small tensor that was found here.
-
-        Raises:
-            CheckpointError: Its type is unknown here.
-            RemoteError: Nobody answers, or its file has changed.
-        """
-        dtype, start = tensor.torch_dtype, tensor.start_bytes
-        if not tensor.num_bytes:
-            return torch.empty(tensor.shape, dtype=dtype)
-        data = self._client.read(self._files[tensor.path], start, start + tensor.num_bytes)
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tensor.shape)
-
-    def read_packed(self) -> PackedHeader:
-        """Read the header of the packed file that the address names.
-
-        Raises:
-            CheckpointError: As `read_packed_header`; or the address names none.
-            RemoteError: Nobody answers, there is no such file, or the server does not answer ranges.
-        """
-        if self.packed is None:
-            raise CheckpointError(f"{self.address} names no packed file, a file that ends with {SUFFIX}")
-        url = self.url(self.packed)
-        file = self._client.look(url)
-        size, path = file.num_bytes, self.packed
-        prefix = self._client.read(file, 0, min(size, PREFIX_BYTES))
-        length = parse_packed_prefix(prefix, path, size)
-        text = self._client.read(file, PREFIX_BYTES, PREFIX_BYTES + length) if length else b""
-        self._files[path] = file
-        return parse_packed_header(prefix, text, path, size)
+    def read(self, file: str) -> bytes | None:
+        """See `FileFolder.read`."""
+        return self._client.fetch(self._url(file), _LONGEST_SMALL_FILE_BYTES)
 
     def place(self, layout: RowLayout) -> RowLayout:
-        """Give a layout of tensors that were found here the addresses of its files.
+        """Add to a layout of files that were opened here which version of each file it was made from.
 
-        The addresses carry the version of the file, so that a table is never opened on another one than its header.
+        So a table is never opened on another file than its header.
         """
 
-        def address(file: str) -> str:
-            found = self._files[Path(file)]
-            mark = f"{_VERSION_MARK}{urllib.parse.quote(found.version, safe='')}" if found.version else ""
-            return found.url + mark
+        def marked(url: str) -> str:
+            version = self._files[url].version
+            return url + (f"{_VERSION_MARK}{urllib.parse.quote(version, safe='')}" if version else "")
 
         parts = tuple(
             dataclasses.replace(
-                part,
-                extents=tuple(dataclasses.replace(extent, file=address(extent.file)) for extent in part.extents),
+                part, extents=tuple(dataclasses.replace(extent, file=marked(extent.file)) for extent in part.extents)
             )
             for part in layout.parts
         )
@@ -334,23 +255,5 @@ class RemoteFolder(TensorFolder):
         """Close the connections."""
         self._client.close()
 
-
-def http_layout(address: str, *, layer: int | str | None = None, **options: Any) -> RowLayout:
-    """Find a table on a server by the headers of its files; nothing else is read.
-
-    Args:
-        address: Of a checkpoint folder with an index or one ``model.safetensors``, of one ``.safetensors`` file, or of
-            a packed file (``.engram``).
-        layer: Which table, as `table_layouts` names them; may be left out where there is one.
-        options: Fields of `HttpOptions`.
-
-    Returns:
-        A layout whose extents name addresses, for `HttpTable`.
-
-    Raises:
-        CheckpointError: No table, several and no ``layer``, or malformed files.
-        RemoteError: Nobody answers, or the server does not answer ranges.
-    """
-    from engram_lm.tables.files.sources import choose_layout, table_layouts
-
-    return choose_layout(table_layouts(address, **options), layer, address)
+    def _url(self, file: str) -> str:
+        return f"{self.name}/{urllib.parse.quote(file)}{self._query}"
