@@ -21,7 +21,7 @@ def test_without_a_verb_it_says_what_there_is(capsys):
 
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
     assert main(["quikstart"]) == 2
-    assert "did you mean quickstart?" in capsys.readouterr().err
+    assert "did you mean 'quickstart'?" in capsys.readouterr().err
     assert main(["zzz"]) == 2
     assert "hash" in capsys.readouterr().err
 

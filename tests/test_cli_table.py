@@ -57,9 +57,9 @@ def test_the_verbs_of_tables_are_listed_with_a_line_each(capsys, monkeypatch):
 
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys):
     assert main(["table", "convrt"]) == 2
-    assert "engram-lm table: there is no verb 'convrt'; did you mean convert?" in capsys.readouterr().err
+    assert "engram-lm table: there is no verb 'convrt'; did you mean 'convert'?" in capsys.readouterr().err
     assert main(["tabel"]) == 2
-    assert "did you mean table?" in capsys.readouterr().err
+    assert "did you mean 'table'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OURS)

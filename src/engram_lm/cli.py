@@ -5,14 +5,13 @@ A command is a frozen dataclass whose fields are the flags and whose ``run`` doe
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from engram_lm.errors import EngramError
+from engram_lm.errors import EngramError, suggestion
 
 __all__ = ["main"]
 
@@ -131,9 +130,7 @@ def _run_group(group: str, arguments: list[str]) -> int:
 
 
 def _refuse(prog: str, name: str, verbs: Sequence[str] | Mapping[str, _Verb]) -> None:
-    near = difflib.get_close_matches(name, verbs, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(verbs)}"
-    print(f"{prog}: there is no verb {name!r}{hint}", file=sys.stderr)
+    print(f"{prog}: there is no verb {name!r}; {suggestion(name, verbs)}", file=sys.stderr)
 
 
 def _run(name: str, verb: _Verb, arguments: list[str]) -> int:

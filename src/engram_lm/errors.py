@@ -21,6 +21,8 @@ Each message says what was expected, what was given and what to do. ``except Eng
 second base class is what a caller who does not know this library would catch.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -36,6 +38,8 @@ __all__ = [
     "TableClosedError",
     "TokenError",
     "TokenMapError",
+    "closest",
+    "suggestion",
 ]
 
 
@@ -93,3 +97,36 @@ class SharedCopyError(EngramError, OSError):
 
 class MissingExtraError(EngramError, ImportError):
     """An optional dependency that is not installed; the message names the extra that brings it."""
+
+
+def closest(name: object, known: Iterable[object], *, cutoff: float = 0.6) -> str | None:
+    """Find the known name that an unknown one is most like.
+
+    Args:
+        name: What was given.
+        known: What could have been given.
+        cutoff: How alike the two must be at least, from 0 to 1.
+
+    Returns:
+        The nearest name, or None if none is near.
+    """
+    import difflib
+
+    near = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> str:
+    """Say what an unknown name may have meant, for the end of an error's message.
+
+    Args:
+        name: What was given.
+        known: What could have been given.
+        prefix: What stands before the known names in the suggestion, such as the section of a key.
+
+    Returns:
+        ``did you mean 'train'?``, or ``there are train, eval, …`` if no name is near.
+    """
+    names = [str(one) for one in known]
+    near = closest(name, names)
+    return f"did you mean {prefix + near!r}?" if near else f"there are {', '.join(names)}"

@@ -3,14 +3,18 @@
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["flush", "new_folder", "replacing", "replacing_folder", "write_atomically"]
+from engram_lm.errors import CheckpointError, EngramError
+
+__all__ = ["flush", "new_folder", "parse_json", "read_json", "replacing", "replacing_folder", "write_atomically"]
 
 
 @contextlib.contextmanager
@@ -132,6 +136,42 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def read_json(
+    path: str | os.PathLike[str], *, error: type[EngramError] = CheckpointError, advice: str = ""
+) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        advice: What the user can do about a bad file; the end of the error's message.
+
+    Returns:
+        The object.
+
+    Raises:
+        EngramError: Of the type ``error``: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror}){advice and '; ' + advice}") from cause
+    return parse_json(text, str(path), error=error, advice=advice)
+
+
+def parse_json(
+    text: bytes | str, where: str, *, error: type[EngramError] = CheckpointError, advice: str = ""
+) -> dict[str, Any]:
+    """Parse a JSON object that came from somewhere else, as `read_json` does; ``where`` names it in messages."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where} is not readable JSON ({cause!s:.200}){advice and '; ' + advice}") from cause
+    if not isinstance(values, dict):
+        raise error(f"{where} holds a JSON {type(values).__name__}, not an object{advice and '; ' + advice}")
+    return values
 
 
 def flush(path: Path) -> None:

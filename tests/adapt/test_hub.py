@@ -96,7 +96,7 @@ def test_tables_that_are_elsewhere_are_not_downloaded(hub, tmp_path):
 def test_what_is_no_adapter_or_another_model_s_is_refused_before_anything_large_is_downloaded(hub):
     other = {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(9), "pytorch_model.bin": b"pickle"}
     hub.repositories["me/model"] = {"main": [other]}
-    with pytest.raises(CheckpointError, match="is of no memory adapter"):
+    with pytest.raises(CheckpointError, match="does not describe a memory adapter"):
         hub(hub_client.load, "me/model")
     assert hub.downloaded == ["config.json"]
     with pytest.raises(ConfigError, match="me/model holds something else"):
@@ -127,7 +127,7 @@ def test_a_missing_or_private_repository_and_a_missing_token_are_refused_with_th
     for repo in ("me/none", "me/secret"):
         with pytest.raises(CheckpointError, match=f"no folder {repo} .*no repository.*hf auth login.*token="):
             hub(hub_client.load, repo)
-    with pytest.raises(CheckpointError, match="is of no memory adapter"):
+    with pytest.raises(CheckpointError, match="does not describe a memory adapter"):
         hub(hub_client.load, "me/secret", token=TOKEN)
     with pytest.raises(RemoteError, match=r"(?s)does not take me/new.*hf auth login.*Invalid username"):
         hub(hub_client.push, "me/new")

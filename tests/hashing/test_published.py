@@ -254,7 +254,7 @@ def test_unknown_configs_are_refused_with_what_was_looked_for(tmp_path):
     with pytest.raises(ConfigError, match="not readable JSON"):
         HashSpec.from_config(tmp_path)
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ConfigError, match="a config is a dictionary"):
+    with pytest.raises(ConfigError, match="holds a JSON list, not an object"):
         HashSpec.from_config(tmp_path)
 
 

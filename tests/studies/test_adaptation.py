@@ -321,7 +321,7 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
         assert main(["adapt", *arguments]) == 1
         return capsys.readouterr().err
 
-    assert "did you mean memory.layers" in said(path, "--memory.layer", "[1]")
+    assert "did you mean 'memory.layers'" in said(path, "--memory.layer", "[1]")
     assert "--data.domain" in said(path, "--data.domain", "[]", "--out", str(tmp_path / "a"))
     assert "3 decoder layers, from 0" in said(path, "--memory.layers", "[3]", "--out", str(tmp_path / "b"))
     assert "engram-lm train recipes/base-cpu.toml" in said(

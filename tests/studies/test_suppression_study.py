@@ -201,4 +201,4 @@ def test_the_group_of_studies_explains_itself(capsys):
     )
     assert main(["study", "suppression", "--seeds", "0"]) == 2
     assert main(["study", "supression"]) == 2
-    assert "did you mean suppression?" in capsys.readouterr().err
+    assert "did you mean 'suppression'?" in capsys.readouterr().err

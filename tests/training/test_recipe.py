@@ -45,8 +45,8 @@ def test_flags_replace_what_the_file_says():
 @pytest.mark.parametrize(
     ("text", "flags", "words"),
     [
-        ("[train]\nnum_step = 3\n", [], "unknown key train.num_step; did you mean train.num_steps?"),
-        ("[trian]\nnum_steps = 3\n", [], "unknown key trian; did you mean train?"),
+        ("[train]\nnum_step = 3\n", [], "unknown key train.num_step; did you mean 'train.num_steps'"),
+        ("[trian]\nnum_steps = 3\n", [], "unknown key trian; did you mean 'train'"),
         ("", [], "lacks train"),
         ("[train]\n", [], "lacks train.num_steps"),
         ("[train]\nnum_steps = 0\n", [], r"\[train\] .*num_steps >= 1"),

@@ -260,7 +260,7 @@ def test_the_command_line_explains_itself(text, cache, tmp_path, capsys):
     keys = capsys.readouterr().out
     assert "--train.num-steps" in keys and "--optimizer.table-lr-multiplier" in keys and "--data.sources" in keys
     assert main(["train", str(recipe), "--train.num_step", "4"]) == 1
-    assert "did you mean train.num_steps?" in capsys.readouterr().err
+    assert "did you mean 'train.num_steps'?" in capsys.readouterr().err
     assert main(["train"]) == 1
     assert "name a recipe" in capsys.readouterr().err
     assert main(["train", str(recipe), "--dry-run", "--world-size", "4", "--json"]) == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from engram_lm.adapt.decoder import Decoder
 from engram_lm.adapt.model_card import SavedTable, check_license, model_card
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.files import replacing_folder
+from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import HttpTable, MooncakeTable, Table
@@ -222,15 +222,12 @@ def _check_replaceable(folder: Path, tables_inside: bool) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_LONGEST_CONFIG_BYTES + 1)
-        values = json.loads(text) if len(text) <= _LONGEST_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error!s:.200}); download it again") from error
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise CheckpointError(f"{path} is of no memory adapter: expected format {_FORMAT!r}, found {found!r:.100}")
+    values = read_json(path, advice="download it again")
+    if values.get("format") != _FORMAT:
+        found = values.get("format")
+        raise CheckpointError(
+            f"{path} does not describe a memory adapter: expected format {_FORMAT!r}, found {found!r:.100}"
+        )
     return values
 
 

@@ -1,7 +1,6 @@
 """The hash specification: everything that decides which rows a token reads, one value that travels with the weights."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenError, TokenMapError
-from engram_lm.files import write_atomically
+from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenError, TokenMapError, suggestion
+from engram_lm.files import read_json, write_atomically
 from engram_lm.hashing.multipliers import pcg64_multipliers, splitmix64_multipliers
 from engram_lm.hashing.primes import longcat_moduli, prime_tables
 from engram_lm.hashing.rows import numpy_rows, torch_rows
@@ -684,9 +683,7 @@ def _typed(name: str, value: Any) -> Any:
 def _known(values: Mapping[str, Any], names: set[str], where: str) -> dict[str, Any]:
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+            raise ConfigError(f"{where}: unknown key {key!r}; {suggestion(key, sorted(names))}")
     return dict(values)
 
 
@@ -713,7 +710,4 @@ def _read_json(path: str | os.PathLike[str]) -> Any:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"there is no config at {path}; pass a JSON file or a folder with a config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error})") from error
+    return read_json(path, error=ConfigError)

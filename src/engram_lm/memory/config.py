@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from engram_lm.hashing import HashSpec, Segments, TokenMap
@@ -211,14 +211,10 @@ class EngramConfig:
         Raises:
             ConfigError: An unknown key, with the nearest known one.
         """
-        import difflib
-
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"EngramConfig has no field {key!r}{hint}")
+                raise ConfigError(f"EngramConfig has no field {key!r}; {suggestion(key, sorted(known))}")
         return cls(**values)
 
     @property

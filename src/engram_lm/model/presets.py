@@ -1,9 +1,8 @@
 """The named models: the paper's four, and three sizes of dense, MoE and memory models to train on smaller machines."""
 
-import difflib
 from typing import Any, NamedTuple
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, suggestion
 
 __all__ = ["CANONICAL_DEEPSEEK", "NAMES", "preset_fields"]
 
@@ -128,10 +127,7 @@ def preset_fields(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if not isinstance(name, str):
         raise ConfigError(f"a preset is named by a string, as {NAMES[-1]!r}, not {type(name).__name__}")
     if name not in _ARMS:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        raise ConfigError(
-            f"there is no preset {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list(NAMES)}")
-        )
+        raise ConfigError(f"there is no preset {name!r}; {suggestion(name, NAMES)}")
     size, arm, rows = _ARMS[name]
     fields = {**_COMMON, **_BACKBONES[size], **arm}
     if name.startswith("dense"):

@@ -1,7 +1,6 @@
 """Where a model's tables are read from when they are not its parameters: which tier, which source, which cache."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.files import parse_json
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import (
     CachedTable,
@@ -282,10 +282,5 @@ def _digest_beside(where: str) -> str | None:
         config, text = str(path), path.read_bytes() if path.is_file() else None
     if text is None:
         return None
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config} is no readable JSON ({error!s:.200})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("hash_spec"), dict):
-        return None
-    return HashSpec.from_config(values).digest
+    values = parse_json(text, config)
+    return HashSpec.from_config(values).digest if isinstance(values.get("hash_spec"), dict) else None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from huggingface_hub.errors import StrictDataclassError
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, closest
 from engram_lm.hashing import TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
@@ -323,16 +323,13 @@ def _check_names(values: dict[str, Any]) -> None:
     Raises:
         ConfigError: A name near to a field's, or no sizes at all.
     """
-    import difflib
-
     missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if name not in values]
     known = set(EngramLMConfig().to_dict()) | {field.name for field in dataclasses.fields(EngramLMConfig)}
     unknown = []
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if near:
-                raise ConfigError(f"there is no field {name!r}; did you mean {near[0]!r}?")
+            if near := closest(name, known, cutoff=0.85):
+                raise ConfigError(f"there is no field {name!r}; did you mean {near!r}?")
             unknown.append(name)
     if missing:
         raise ConfigError(f"a configuration to be planned says at least {', '.join(missing)}")

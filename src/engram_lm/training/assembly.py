@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, suggestion
 from engram_lm.files import new_folder
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
@@ -191,9 +190,7 @@ def _preset(recipe: Recipe, tokenizer: Any) -> EngramLMConfig:
     known = [field.name for field in dataclasses.fields(EngramLMConfig) if field.name not in ("memory", "hash_spec")]
     for name in model.backbone:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"model.backbone has an unknown field {name!r}{hint}")
+            raise ConfigError(f"model.backbone has an unknown field {name!r}; {suggestion(name, known)}")
     activation = str(model.backbone.get("hidden_act", "silu"))
     if activation not in ACT2FN:  # only building a block would find out, by a KeyError
         raise ConfigError(f"model.backbone.hidden_act is one of {', '.join(ACT2FN)}, not {activation!r}")

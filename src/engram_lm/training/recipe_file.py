@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import tyro
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, closest, suggestion
 
 __all__ = ["build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
 
@@ -122,10 +121,7 @@ def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") ->
         where = f"{place}.{key}" if place else key
         name = key.replace("-", "_")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = (
-                f"did you mean {f'{place}.' if place else ''}{near[0]}?" if near else f"there are {', '.join(fields)}"
-            )
+            hint = suggestion(name, fields, prefix=f"{place}." if place else "")
             raise ConfigError(f"the recipe has an unknown key {where}; {hint}")
         values[name] = _convert(hints[name], value, where)
     missing = [
@@ -228,10 +224,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in arguments], n=1)
+        near = closest(value, arguments)
         raise ConfigError(
             f"{where} is one of {', '.join(map(repr, arguments))}, not {value!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near!r}?" if near else "")
         )
     if dataclasses.is_dataclass(hint):
         if isinstance(value, str) and hasattr(hint, "of"):

@@ -232,7 +232,7 @@ def test_a_file_is_cut_like_the_same_text_in_a_record(tmp_path):
 
 
 def test_impossible_sources_are_refused():
-    with pytest.raises(ConfigError, match=r"no field 'feild'; did you mean field\?"):
+    with pytest.raises(ConfigError, match=r"no field 'feild'; did you mean 'field'\?"):
         TextSource.of({"path": "a", "feild": "text"})
     with pytest.raises(ConfigError, match=r"needs a path"):
         TextSource.of({"field": "text"})

@@ -16,7 +16,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
-from engram_lm.files import replacing, write_atomically
+from engram_lm.files import read_json, replacing, write_atomically
 from engram_lm.tables.files.safetensors_file import read_header
 
 __all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
@@ -334,17 +334,11 @@ def _again(folder: Path) -> str:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
-    try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{folder} holds no finished token shards: cannot read {path} ({error.strerror}); pack the text first"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error!s:.200}); {_again(folder)}") from error
-    if not isinstance(index, dict) or index.get("format") != _FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise DataError(f"{path} has the format {found!r:.100}, expected {_FORMAT!r}")
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished token shards: there is no {path}; pack the text first")
+    index = read_json(path, error=DataError, advice=_again(folder))
+    if index.get("format") != _FORMAT:
+        raise DataError(f"{path} has the format {index.get('format')!r:.100}, expected {_FORMAT!r}")
 
     def is_count(value: object) -> bool:
         return type(value) is int and 0 <= value < 2**62

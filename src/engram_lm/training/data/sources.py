@@ -8,7 +8,6 @@ file that has changed in between is refused.
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import gzip
 import hashlib
 import importlib.util
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError, MissingExtraError, suggestion
 from engram_lm.files import write_atomically
 
 __all__ = ["PIECE_CHARACTERS", "OpenSources", "Piece", "SourceItem", "TextSource", "cut_text", "open_sources"]
@@ -103,9 +102,7 @@ class TextSource:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in value:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                raise ConfigError(f"a data source has no field {key!r}; {hint}")
+                raise ConfigError(f"a data source has no field {key!r}; {suggestion(key, known)}")
         if "path" not in value:
             raise ConfigError(f"a data source needs a path, got only {', '.join(map(str, value)) or 'an empty table'}")
         return cls(**value)
