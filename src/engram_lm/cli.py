@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from engram_lm.errors import EngramError, suggestion
+from engram_lm.studies.registry import STUDIES
 
 __all__ = ["main"]
 
@@ -68,16 +69,7 @@ _TABLE_VERBS = {
     ),
 }
 
-_STUDY_VERBS = {
-    "suppression": _Verb(
-        "engram_lm.studies.suppression.run:SuppressionStudy",
-        "what a model still knows, and still reads, with its memory suppressed",
-    ),
-    "depth": _Verb(
-        "engram_lm.studies.depth.command:DepthStudy",
-        "at which block memory helps most, and how many layers it saves",
-    ),
-}
+_STUDY_VERBS = {name: _Verb(command, about) for name, (command, about) in STUDIES.items()}
 
 _GROUPS = {
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),

@@ -11,6 +11,7 @@
     ├── HistoryError (RuntimeError)       decode state asked for something it no longer holds
     ├── TableClosedError (RuntimeError)   a table used after ``close()``
     ├── DataError (ValueError)            text that cannot be trained or evaluated on
+    │   └── DivergedError                 training whose loss or gradient is not finite any more
     ├── CheckpointError (ValueError)      weights on disk that are missing, truncated or of unexpected names or shapes
     ├── RunFolderError (OSError)          a run folder that cannot be written or read
     ├── RemoteError (OSError)             a remote table that does not answer, or answers something else
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "EngramError",
     "HistoryError",
     "MismatchError",
@@ -77,6 +79,10 @@ class TableClosedError(EngramError, RuntimeError):
 
 class DataError(EngramError, ValueError):
     """Text that cannot be trained or evaluated on."""
+
+
+class DivergedError(DataError):
+    """Training whose loss or gradient is not finite any more."""
 
 
 class CheckpointError(EngramError, ValueError):

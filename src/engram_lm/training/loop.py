@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, DivergedError
 from engram_lm.model.experts import Router, balance_experts
 from engram_lm.training.data.batches import Batch, Batches
 from engram_lm.training.diagnostics import TableUse, UpdateMeter, gradient_norms
@@ -163,7 +163,8 @@ class Trainer:
             details: Whether to measure norms of gradients and updates by group, use of the tables and expert load.
 
         Raises:
-            DataError: More than ``max_skipped_steps`` in a row have been skipped; the model is as it was before them.
+            DivergedError: More than ``max_skipped_steps`` in a row have been skipped; the model is as it was before
+                them.
         """
         started = time.perf_counter()
         rate = self.optimizer_options.lr * learning_rate_factor(
@@ -199,7 +200,7 @@ class Trainer:
         self.num_skipped += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > self.options.max_skipped_steps:
-            raise DataError(
+            raise DivergedError(
                 f"the loss became {loss} and the gradient {norm} at step {self.num_steps_done}"
                 + (f", after {self._skipped_in_a_row} such steps in a row" if self._skipped_in_a_row > 1 else "")
                 + "; lower the learning rate"

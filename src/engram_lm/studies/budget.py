@@ -1,0 +1,116 @@
+"""What the arms of a study cost, and whether they share the budget that the study says they share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from engram_lm.errors import ConfigError
+from engram_lm.page.number_text import count_text
+from engram_lm.planning.sizes import model_sizes
+from engram_lm.studies.study import Study
+from engram_lm.tables.byte_size import byte_size
+from engram_lm.training.dry_run import priced_config
+from engram_lm.training.loop import best_dtype
+from engram_lm.training.peak import peak_flops
+from engram_lm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Cost", "check_budget", "cost_table", "estimated_seconds", "price"]
+
+_WEIGHT_BYTES = 4
+"""Weights are trained in float32."""
+_UTILIZATION = 0.1
+"""Share of a CPU's best speed that training a small model reaches; between 0.06 and 0.16 was measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one arm holds and takes with one seed."""
+
+    total: int
+    """All parameters."""
+    active: int
+    """Parameters that take part in a token, without the vocabulary's."""
+    bytes: int
+    """Bytes of the weights, as they are trained."""
+    flops: int
+    """Operations of the whole training."""
+    flops_per_token: int
+    """Operations of a forward pass, per token."""
+    tokens: int
+    """Tokens trained on."""
+
+
+def price(recipe: Recipe) -> Cost:
+    """Work out what a recipe costs without building its model.
+
+    Raises:
+        ConfigError: The model is impossible.
+    """
+    sizes = model_sizes(priced_config(recipe), context=recipe.data.sequence_length)
+    tokens = recipe.train.num_steps * recipe.train.batch_size * recipe.data.sequence_length
+    return Cost(
+        total=sizes.total,
+        active=sizes.active,
+        bytes=_WEIGHT_BYTES * sizes.total,
+        flops=3 * sizes.flops_per_token * tokens,
+        flops_per_token=sizes.flops_per_token,
+        tokens=tokens,
+    )
+
+
+def check_budget(study: Study) -> dict[str, Cost]:
+    """Price every arm, and refuse a study whose arms do not share what it says they share.
+
+    Returns:
+        The cost of each arm, by name.
+
+    Raises:
+        ConfigError: A model is impossible, or an arm's cost differs from the first arm's by more than the tolerance.
+    """
+    costs = {arm.name: price(arm.recipe) for arm in study.arms}
+    first = study.arms[0]
+    for arm in study.arms[1:]:
+        for quantity in () if arm.is_control else study.budget.equal:
+            ours, wanted = getattr(costs[arm.name], quantity), getattr(costs[first.name], quantity)
+            if abs(ours - wanted) > study.budget.tolerance * wanted:
+                raise ConfigError(
+                    f"the study {study.name} compares arms of equal {quantity}, but {arm.name} has {ours:,} and "
+                    f"{first.name} {wanted:,}, which differ by more than {study.budget.tolerance:.1%}; change the "
+                    "sizes, or the budget of the study"
+                )
+    return costs
+
+
+def estimated_seconds(study: Study, costs: Mapping[str, Cost]) -> float | None:
+    """Guess how long the whole study takes on this machine's CPU, by the speed of its matrix products.
+
+    Returns:
+        Seconds, right within a factor of about two for small models; None on another device.
+    """
+    if any(arm.recipe.train.device not in ("auto", "cpu") for arm in study.arms):
+        return None
+    device = torch.device("cpu")
+    peak = peak_flops(device, best_dtype(device))
+    assert peak is not None, "a CPU is measured"
+    return study.seeds * sum(cost.flops for cost in costs.values()) / (peak * _UTILIZATION)
+
+
+def cost_table(study: Study, costs: Mapping[str, Cost]) -> "Table":
+    """Lay out what each arm costs with one seed, a line for each."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Arm", no_wrap=True)
+    for title in ("Parameters", "Active", "Bytes", "Tokens", "FLOPs"):
+        table.add_column(title, justify="right")
+    for arm in study.arms:
+        cost = costs[arm.name]
+        sizes = (count_text(cost.total), count_text(cost.active), byte_size(cost.bytes))
+        table.add_row(arm.title, *sizes, count_text(cost.tokens), count_text(cost.flops))
+    return table

@@ -1,0 +1,224 @@
+"""The shape of a study: a few lines are enough for a new one, and the runner trains it however it is asked to."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.studies.budget import check_budget, price
+from engram_lm.studies.command import StudyCommand
+from engram_lm.studies.study import Arm, Budget, Study
+from engram_lm.studies.summary import headline, paired_p_value, seeds_note, summarize
+from engram_lm.training.recipe import Recipe
+
+WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
+
+
+def some_text(num_words=3000):
+    chance = random.Random(0)
+    return " ".join(chance.choice(WORDS) + ("." if chance.random() < 0.1 else "") for _ in range(num_words))
+
+
+def tiny_recipe(text, preset, **train):
+    backbone = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "hidden_size": 32, "num_attention_heads": 2}
+    return Recipe.from_dict(
+        {
+            "model": {"preset": preset, "backbone": {**backbone, "intermediate_size": 48, "num_streams": 1}}
+            | ({"memory": {"layers": [1], "memory_dim": 32, "rows_per_head": 97}} if "engram" in preset else {}),
+            "tokenizer": {"vocab_size": 300},
+            "data": {"sources": [str(text)], "sequence_length": 32, "held_out": 0.1},
+            "train": {"num_steps": 6, "batch_size": 4, "dtype": "float32", "device": "cpu", **train},
+            "checkpoint": {"every": 2, "asynchronous": False},
+            "log": {"details_every": 0, "peak_tflops": 1.0},
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whether(StudyCommand):
+    """A whole new study: what its flags are, and what they compare."""
+
+    name = "whether"
+    text: str = __file__
+    rate: float = 4e-3
+
+    def study(self):
+        arms = []
+        for name, preset, rate in (("without", "dense-nano", 4e-3), ("with", "engram-nano", self.rate)):
+            recipe = tiny_recipe(self.text, preset, max_skipped_steps=0)
+            recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, lr=rate))
+            arms.append(Arm(name=name, title=f"{name} memory", recipe=recipe, x=len(arms)))
+        return Study(name=self.name, question="Does memory help?", arms=tuple(arms), seeds=self.seeds)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(some_text().split(". ")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "interleaved"
+    assert Whether(out=out, text=str(text), seeds=2, mode="interleaved").run() == 0
+    return out
+
+
+def losses(out):
+    result = json.loads((out / "result.json").read_text())
+    return {name: [run["measures"] for run in arm["runs"]] for name, arm in result["arms"].items()}
+
+
+def test_a_few_lines_are_a_study_with_a_result_pictures_and_a_page(study):
+    result = json.loads((study / "result.json").read_text())
+    assert result["format"] == "engram.study.1" and result["seeds"] == [0, 1] and result["machine"]
+    assert [run["num_steps"] for arm in result["arms"].values() for run in arm["runs"]] == [6] * 4
+    difference = result["arms"]["with"]["summary"]["loss"]["difference"]
+    found = losses(study)
+    assert difference["per_seed"] == [
+        a["loss"] - b["loss"] for a, b in zip(found["with"], found["without"], strict=True)
+    ]
+    assert found["with"][0] != found["with"][1]
+    page = (study / "report.html").read_text()
+    assert "Does memory help?" in page and "too few to tell" in page and "data:image/png;base64," in page
+    assert (study / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("mode", ["one_by_one", "processes"])
+def test_every_mode_gives_the_same_numbers(study, text, tmp_path, mode):
+    assert Whether(out=tmp_path, text=str(text), seeds=2, mode=mode).run() == 0
+    assert losses(tmp_path) == losses(study)
+
+
+def test_an_arm_can_be_trained_alone_by_the_recipe_beside_it(study, tmp_path, capsys):
+    assert main(["train", str(study / "seed-1/with.toml"), "--out", str(tmp_path / "alone"), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["held_out"]["loss"] == losses(study)["with"][1]["loss"]
+
+
+def test_what_is_finished_is_not_trained_again_and_seeds_can_be_added(text, tmp_path):
+    command = Whether(out=tmp_path, text=str(text), seeds=1)
+    assert command.run() == 0
+    model = tmp_path / "seed-0/with/model/model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert dataclasses.replace(command, seeds=2, resume=True).run() == 0
+    assert model.stat().st_mtime_ns == before and len(losses(tmp_path)["with"]) == 2
+    with pytest.raises(MismatchError, match="other options"):
+        dataclasses.replace(command, rate=0.5, resume=True).run()
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "processes"])
+def test_an_arm_that_diverges_is_a_result_and_does_not_end_the_others(text, tmp_path, mode):
+    command = Whether(out=tmp_path, text=str(text), seeds=1, mode=mode, rate=1e30)
+    assert command.run() == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (diverged,), (other,) = (result["arms"][name]["runs"] for name in ("with", "without"))
+    assert "lower the learning rate" in diverged["failed"] and diverged["measures"] == {}
+    assert other["failed"] is None and math.isfinite(other["measures"]["loss"])
+    assert result["arms"]["with"]["summary"]["loss"]["difference"]["mean"] is None
+    assert "1 diverged" in (tmp_path / "report.html").read_text()
+    metrics = (tmp_path / "seed-0/with/metrics.jsonl").stat()
+    assert dataclasses.replace(command, resume=True).run() == 0
+    assert (tmp_path / "seed-0/with/metrics.jsonl").stat() == metrics
+
+
+SCRIPT = """
+import pathlib, sys
+from tests.studies.test_study import Whether
+sys.exit(Whether(out=pathlib.Path(sys.argv[1]), text=sys.argv[2], seeds=2, mode=sys.argv[3]).run())
+"""
+
+
+@pytest.mark.parametrize(("mode", "number"), [("processes", signal.SIGINT), ("interleaved", signal.SIGKILL)])
+def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(study, text, tmp_path, mode, number):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            out,
+            text,
+            mode,
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.stat().st_size for path in out.glob("seed-0/*/metrics.jsonl")):
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in said
+    assert not (out / "result.json").exists()
+    assert Whether(out=out, text=str(text), seeds=2, mode=mode, resume=True).run() == 0
+    assert losses(out) == losses(study)
+
+
+def test_help_and_dry_run_show_the_question_the_arms_and_what_they_cost(text, tmp_path, capsys):
+    assert Whether(out=tmp_path / "none", text=str(text), dry_run=True, json=True).run() == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["question"] == "Does memory help?" and plan["seeds"] == 3 and plan["estimated_seconds"] > 0
+    recipe = tiny_recipe(text, "engram-nano")
+    assert plan["arms"]["with"]["tokens"] == 6 * 4 * 32 and plan["arms"]["with"]["total"] == price(recipe).total
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit) as ended:
+        Whether.from_arguments(["--help"], "engram-lm study whether")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(part in shown for part in ("--dry-run", "Does memory help?", "without memory", "3 seeds"))
+
+
+def test_a_budget_that_the_arms_do_not_share_is_refused_before_anything_is_trained(text):
+    arms = Whether(text=str(text)).study().arms
+    tied = Study(name="tied", question="?", arms=arms, budget=Budget(equal=("tokens",)))
+    assert list(check_budget(tied)) == ["without", "with"]
+    with pytest.raises(ConfigError, match="equal total, but with has"):
+        check_budget(dataclasses.replace(tied, budget=Budget(equal=("tokens", "total"))))
+    control = dataclasses.replace(arms[1], is_control=True)
+    check_budget(dataclasses.replace(tied, arms=(arms[0], control), budget=Budget(equal=("total",))))
+
+
+def test_impossible_studies_are_refused(text):
+    arm = Whether(text=str(text)).study().arms[0]
+    for options in ({"arms": ()}, {"arms": (arm, arm)}, {"arms": (arm,), "seeds": 0}, {"arms": (arm,), "measures": ()}):
+        with pytest.raises(ConfigError):
+            Study(**{"name": "none", "question": "?", **options})
+
+
+@pytest.mark.parametrize("num_pairs", [2, 3, 4, 5, 8, 9])
+def test_the_p_value_is_what_integrating_students_density_gives(num_pairs):
+    differences = [0.3 + math.sin(3 * number) for number in range(num_pairs)]
+    freedom = num_pairs - 1
+    t = np.mean(differences) / (np.std(differences, ddof=1) / num_pairs**0.5)
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 1_000_001)  # t = sqrt(freedom) * tan(angle): no tail is cut off
+    density = np.cos(angles) ** (freedom - 1)
+    expected = density[np.abs(angles) > abs(np.arctan(t / freedom**0.5))].sum() / density.sum()
+    assert paired_p_value(differences) == pytest.approx(expected, abs=1e-5)
+    assert paired_p_value([-value for value in differences]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_differences_are_paired_by_seed_and_few_seeds_claim_nothing():
+    summary = summarize({"a": {"loss": {0: 3.0, 1: 4.0, 2: None}}, "b": {"loss": {0: 2.9, 1: 3.8, 2: 1.0}}})
+    difference = summary["b"]["loss"]["difference"]
+    assert difference["per_seed"] == pytest.approx([-0.1, -0.2]) and summary["a"]["loss"]["mean"] == 3.5
+    assert "difference" not in summary["a"]["loss"]
+    assert paired_p_value([1.0]) is None and paired_p_value([2.0, 2.0]) is None
+    assert "too few" in seeds_note(2) and "too few" not in seeds_note(3)
+    arms = {name: {"title": name, "summary": found} for name, found in summary.items()}
+    assert "too few seeds" in headline({"measures": {"loss": {"title": "loss", "unit": "nats"}}, "arms": arms})
