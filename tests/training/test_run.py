@@ -152,6 +152,54 @@ def test_runs_that_take_steps_in_turn_are_the_runs_that_they_are_alone(text, cac
     assert measured(tmp_path / "b") != measured(tmp_path / "a")
 
 
+def test_held_out_loss_is_measured_along_the_way_and_on_other_texts(text, cache, tmp_path):
+    sections = table(text, cache, train__num_steps=6, data__validation=0.2, evaluation__points=2)
+    sections["evaluation"] |= {"start": True, "curve_tokens": 50}
+    sections["evaluation"]["texts"] = [{"name": "known", "sources": [str(text / "3.txt")], "max_tokens": 60}]
+    result = run(tmp_path / "run", sections)
+    lines = measured(tmp_path / "run")
+    assert [line["step"] for line in lines if "held_out" in line] == [0, 2, 4, 6]
+    assert [line["held_out"]["num_tokens"] for line in lines if "held_out" in line][:3] == [50] * 3
+    assert [tokens for tokens, _ in result["curve"]] == [0, 2 * 96, 4 * 96, 6 * 96]
+    assert result["curve"][-1][1] == lines[-1]["curve_loss"] != result["held_out"]["loss"]
+    assert result["held_out"]["num_tokens"] > 50 and set(result["texts"]) == {"validation", "known"}
+    assert result["texts"]["known"]["num_tokens"] == 60 and result["texts"]["known"]["bits_per_byte"] > 0
+    # Text to choose by and text to measure on are different.
+    opened = open_text(
+        Recipe.from_dict(sections), find_tokenizer(Recipe.from_dict(sections), tmp_path / "run/tokenizer")
+    )
+    assert opened.held_out[:20].tolist() != opened.texts["validation"].tokens[:20].tolist()
+    again = run(tmp_path / "stopped", sections, stop_after=3)
+    assert again["texts"] == {} and [tokens for tokens, _ in again["curve"]] == [0, 2 * 96]
+    assert run(tmp_path / "stopped", sections, resume=True)["curve"] == result["curve"]
+
+
+def test_a_model_begins_with_the_numbers_of_another_and_its_tables_can_be_frozen(text, cache, tmp_path):
+    sections = table(text, cache, train__num_steps=1, optimizer__lr=1e-30, optimizer__weight_decay=0.0)
+    run(tmp_path / "first", sections)
+    first = weights(tmp_path / "first")
+    own = sections["model"]
+    wide = {**own["backbone"], "intermediate_size": 64}
+    like = [{"preset": own["preset"], "backbone": own["backbone"], "memory": own["memory"]}]
+    sections["model"] = {"preset": "moe-nano", "backbone": wide, "like": like}
+    run(tmp_path / "twin", sections)
+    for name, value in weights(tmp_path / "twin").items():
+        given = first[name]
+        if name.endswith("e_score_correction_bias"):  # moved by a fixed amount
+            continue
+        torch.testing.assert_close(value[tuple(map(slice, given.shape))], given, rtol=0, atol=1e-20, msg=name)
+    moved = {**own["memory"], "layers": [0]}
+    sections["model"] = {**own, "memory": moved, "like": [{**like[0], "part": "memory"}], "frozen_tables": True}
+    sections["optimizer"] = {"lr": 1e-1}
+    run(tmp_path / "moved", {**sections, "train": {**sections["train"], "num_steps": 2}})
+    found = weights(tmp_path / "moved")
+    rows = found["model.memory_tables.0.weight"], first["model.memory_tables.1.weight"]
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-20)
+    sections["model"]["like"] = [{"preset": "moe-nano", "backbone": own["backbone"], "part": "memory"}]
+    with pytest.raises(ConfigError, match="cannot be paired"):
+        run(tmp_path / "none", sections)
+
+
 SCRIPT = """
 import sys, pathlib, json
 from tests.training.test_run import run

@@ -1,39 +1,43 @@
-"""A recipe's parts made real: tokenizer, token shards, configuration, model."""
+"""A recipe's text made real: tokenizer, and token shards to train and to evaluate on."""
 
 import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
-from transformers.activations import ACT2FN
 
-from engram_lm.errors import ConfigError, DataError, MismatchError, suggestion
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.files import new_folder
-from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.planning.command import read_config
-from engram_lm.tables.tiers.sharded import shard_tables
 from engram_lm.training.data.corpus import standard_library_files
 from engram_lm.training.data.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards
 from engram_lm.training.data.shards import TokenShards
 from engram_lm.training.data.sources import TextSource
 from engram_lm.training.data.tokenizer import train_tokenizer
-from engram_lm.training.distribution import Ranks
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["TrainingText", "build_model", "cache_folder", "find_tokenizer", "model_config", "open_text", "text_sources"]
+__all__ = [
+    "HeldOutText",
+    "TrainingText",
+    "cache_folder",
+    "find_tokenizer",
+    "open_text",
+    "standard_library",
+    "text_sources",
+]
 
 
 def text_sources(recipe: Recipe) -> tuple[TextSource, ...]:
     """Where the recipe's text comes from."""
-    if recipe.data.sources:
-        return recipe.data.sources
+    return recipe.data.sources or standard_library()
+
+
+def standard_library() -> tuple[TextSource, ...]:
+    """The Python standard library's own sources on this machine, which are the text where none is named."""
     return tuple(TextSource(path=str(path), kind="text") for path in standard_library_files())
 
 
@@ -83,7 +87,17 @@ def _load_tokenizer(source: str | Path) -> Any:
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOutText:
+    """Tokens that are evaluated on and never trained on."""
+
+    tokens: np.ndarray
+    """int64 ``[num_tokens]``."""
+    num_bytes: int
+    """Bytes of the text that they came from."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainingText:
     """Tokens to train on, and tokens to evaluate on."""
 
@@ -92,13 +106,15 @@ class TrainingText:
     num_tokens: int
     """How many of its tokens are trained on."""
     held_out: np.ndarray | None
-    """What is evaluated on, int64; None where nothing is."""
+    """What is evaluated on, int64 ``[num_held_out]``; None where nothing is."""
     held_out_ends: np.ndarray | None
     """Where documents end in it."""
     digest: str
     """Of all of it."""
+    texts: Mapping[str, HeldOutText] = dataclasses.field(default_factory=dict)
+    """Other texts to evaluate on, by name: ``validation``, and those of ``evaluation.texts``."""
     about: str | None = None
-    """What people should know of how it was divided."""
+    """What people should know of how the text was divided."""
 
 
 def open_text(
@@ -123,17 +139,15 @@ def open_text(
         )
 
     data, about = recipe.data, None
-    share = 0.0 if data.held_out_sources else data.held_out
-    try:
-        corpus = pack(text_sources(recipe), share)
-        train, held_out, digest, first = corpus.train, corpus.held_out, corpus.digest, 0
-        num_tokens = train.num_tokens
-        if data.held_out_sources:
-            other = pack(data.held_out_sources, 0.0)
-            held_out, digest = other.train, f"{digest}, {other.digest}"
-    except OneSidedError:
-        corpus = pack(text_sources(recipe), 0.0)
-        train = held_out = corpus.train
+    share = 0.0 if data.held_out_sources else data.held_out + data.validation
+    corpus = _packed(pack, text_sources(recipe), share)
+    train, apart, digest, first = corpus.train, corpus.held_out, corpus.digest, 0
+    num_tokens = train.num_tokens
+    if data.held_out_sources:
+        other = pack(data.held_out_sources, 0.0)
+        apart, digest = other.train, f"{digest}, {other.digest}"
+    elif apart is None and share:
+        apart = train
         num_tokens = first = train.num_tokens - max(round(share * train.num_tokens), 2)
         digest = f"{corpus.digest}, the first {num_tokens}"
         about = f"few documents: the last {train.num_tokens - first:,} tokens are held out"
@@ -143,87 +157,52 @@ def open_text(
             f"the text gives {num_tokens} tokens to train on, one sequence needs {needed}; give more text, or a "
             "smaller data.sequence_length"
         )
-    if held_out is None:
-        return TrainingText(train, num_tokens, None, None, digest)
-    stop = min(held_out.num_tokens, first + recipe.evaluation.max_tokens + 1)
-    if stop - first < 2:
-        raise DataError("the held-out text gives less than 2 tokens; give more, or data.held_out = 0 for none")
-    ends = held_out.document_ends(first, stop) - first
-    return TrainingText(train, num_tokens, held_out.slice(first, stop), ends, digest, about)
-
-
-def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:
-    """Configure the recipe's model.
-
-    Args:
-        recipe: Which model.
-        tokenizer: Decides vocabulary and canonical tokens of a preset; without one they are the preset's own.
-
-    Raises:
-        ConfigError: An impossible model.
-        MismatchError: A configuration made for another tokenizer.
-    """
-    model = recipe.model
-    if model.weights is not None or model.config is not None:
-        config = read_config(str(model.weights or model.config))
-        if tokenizer is not None:
-            if config.spec is not None:
-                config._token_map = config.spec.bind(tokenizer).token_map
-            elif config.vocab_size < len(tokenizer):
-                raise MismatchError(
-                    f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; use the "
-                    "tokenizer that the model was made for"
-                )
-    else:
-        config = _preset(recipe, tokenizer)
-    if recipe.data.sequence_length > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length {recipe.data.sequence_length} is more than the model's max_position_embeddings "
-            f"{config.max_position_embeddings}; shorten it, or set model.backbone.max_position_embeddings"
-        )
-    return config
-
-
-def _preset(recipe: Recipe, tokenizer: Any) -> EngramLMConfig:
-    model = recipe.model
-    # transformers keeps fields that it does not know beside those it does: a misspelled one would change nothing.
-    known = [field.name for field in dataclasses.fields(EngramLMConfig) if field.name not in ("memory", "hash_spec")]
-    for name in model.backbone:
-        if name not in known:
-            raise ConfigError(f"model.backbone has an unknown field {name!r}; {suggestion(name, known)}")
-    activation = str(model.backbone.get("hidden_act", "silu"))
-    if activation not in ACT2FN:  # only building a block would find out, by a KeyError
-        raise ConfigError(f"model.backbone.hidden_act is one of {', '.join(ACT2FN)}, not {activation!r}")
-    try:
-        return EngramLMConfig.preset(model.preset, tokenizer, memory=model.memory or None, **model.backbone)
-    except StrictDataclassError as error:
-        raise ConfigError(f"model.backbone cannot be: {' '.join(str(error).split())}") from error
-
-
-def build_model(recipe: Recipe, config: EngramLMConfig, ranks: Ranks) -> Any:
-    """Build the model on this process's device, with its share of the tables.
-
-    The first numbers depend on the seed and nothing else: neither the backbone's on the tables, nor a row on how many
-    processes there are.
-    """
-    torch.manual_seed(recipe.train.seed)
-    model: Any
-    if recipe.model.weights is not None:
-        model = EngramForCausalLM.from_pretrained(recipe.model.weights, dtype=torch.float32)
-    else:
-        # Tables come later: a process may have no room for more than its share of them.
-        config._tables_on_meta = config.memory is not None and config.memory["table_gradient"] == "sparse"
+    texts, max_tokens = {}, recipe.evaluation.max_tokens
+    held_out = ends = None
+    if apart is not None:
+        middle = first + (round((apart.num_tokens - first) * data.validation / share) if data.validation else 0)
+        if data.validation:
+            texts["validation"] = _held_out_text("data.validation", apart, first, middle, max_tokens // 2, tokenizer)
+        stop = min(apart.num_tokens, middle + max_tokens + 1)
+        if stop - middle < 2:
+            raise DataError("the held-out text gives less than 2 tokens; give more, or data.held_out = 0 for none")
+        held_out, ends = apart.slice(middle, stop), apart.document_ends(middle, stop) - middle
+    for named in recipe.evaluation.texts:
         try:
-            model = EngramForCausalLM(config)
-        finally:
-            del config._tables_on_meta
-    if recipe.train.gradient_checkpointing:
-        # Its new name in transformers; the old one warns there.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if any(table.gradient == "sparse" for table in model.tables.values()):
-        seed = None if recipe.model.weights is not None else recipe.train.seed
-        shard_tables(model, ranks.group, seed=seed, device=ranks.device, deduplicate=recipe.parallel.deduplicate)
-    return model.to(ranks.device)
+            packed = pack(named.sources or standard_library(), named.held_out)
+        except OneSidedError as error:
+            raise DataError(
+                f"held_out = {named.held_out} of the text {named.name} is no document or all of them; set it to 0 to "
+                "use all of the text"
+            ) from error
+        shards = packed.train if packed.held_out is None else packed.held_out
+        where = f"the text {named.name}"
+        texts[named.name] = _held_out_text(where, shards, 0, shards.num_tokens, named.max_tokens, tokenizer)
+        digest = f"{digest}, {named.name}: {packed.digest}"
+    return TrainingText(train, num_tokens, held_out, ends, digest, texts, about)
+
+
+def _packed(pack: Callable[[Sequence[TextSource], float], PackedCorpus], sources: Any, share: float) -> PackedCorpus:
+    """Pack text and set a share of its documents apart; none, where documents are too few and too large for that."""
+    if not share:
+        return pack(sources, 0.0)
+    try:
+        corpus = pack(sources, share)
+    except OneSidedError:
+        return pack(sources, 0.0)
+    assert corpus.held_out is not None
+    apart = corpus.held_out.num_tokens
+    # Of a few large documents, those set aside may be half of all the text.
+    as_asked = 0.5 < apart / max(1.0, share * (corpus.train.num_tokens + apart)) < 2
+    return corpus if as_asked else pack(sources, 0.0)
+
+
+def _held_out_text(where: str, shards: TokenShards, start: int, stop: int, most: int, tokenizer: Any) -> HeldOutText:
+    tokens = shards.slice(start, min(stop, start + most + 1))
+    if len(tokens) < 2:
+        raise DataError(f"{where} gives {len(tokens)} tokens, 2 are needed; give more text, or a larger share of it")
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return HeldOutText(tokens, len(text.encode("utf-8", "replace")))
 
 
 def _beginning(recipe: Recipe) -> Iterator[str]:

@@ -11,7 +11,7 @@ from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.bill import bill
 from engram_lm.planning.shape import TrainingShape
 from engram_lm.tables.byte_size import byte_size
-from engram_lm.training.assembly import model_config
+from engram_lm.training.build import model_config
 from engram_lm.training.recipe import Recipe
 
 __all__ = ["dry_run", "priced_config", "print_dry_run"]

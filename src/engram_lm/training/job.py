@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, MismatchError
 from engram_lm.files import write_atomically
 from engram_lm.planning.sizes import model_sizes
-from engram_lm.training.assembly import TrainingText, build_model, find_tokenizer, model_config, open_text
+from engram_lm.training.assembly import TrainingText, find_tokenizer, open_text
+from engram_lm.training.build import build_model, model_config
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
-from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 from engram_lm.training.loop import StepRecord, Trainer, best_dtype
 from engram_lm.training.metrics import Metrics, check_installed, read_metrics
 from engram_lm.training.peak import peak_flops
@@ -71,7 +73,7 @@ class Job:
             progress.note(self.text.about)
         with agree(ranks):
             config = model_config(recipe, self.tokenizer)
-            self.model: Any = build_model(recipe, config, ranks)
+            self.model: Any = build_model(recipe, config, self.tokenizer, ranks)
             batches = Batches(
                 self.text.train,
                 recipe.train.batch_size,
@@ -101,8 +103,10 @@ class Job:
                 self._metrics = self._open_metrics()
         peak = recipe.log.peak_tflops and recipe.log.peak_tflops * 1e12
         self._speed = _Speed(3 * self.sizes.flops_per_token, peak or peak_flops(ranks.device, dtype), ranks.world_size)
-        self.held_out: dict[str, Any] | None = None if self._metrics is None else self._metrics.last_held_out
-        """The newest measurement of held-out loss; on the first rank, also one made before the run was resumed."""
+        self._measured: dict[str, Any] = {} if self._metrics is None else self._metrics.measured
+        self._due = recipe.evaluation.steps(recipe.train.num_steps)
+        if recipe.evaluation.start and self.text.held_out is not None and self.num_steps_done == 0:
+            self._write({"step": 0, "num_tokens": 0, "held_out": self._measure_held_out(0)})
 
     @property
     def num_steps_done(self) -> int:
@@ -113,6 +117,11 @@ class Job:
     def done(self) -> bool:
         """Whether no step is left to take."""
         return self.num_steps_done >= self.last_step
+
+    @property
+    def held_out(self) -> dict[str, Any] | None:
+        """The newest measurement of held-out loss; on the first rank, also one made before the run was resumed."""
+        return self._measured.get("held_out")
 
     def step(self) -> tuple[StepRecord, dict[str, Any]]:
         """Take the next step; measure held-out loss, write metrics and save a checkpoint where they are due.
@@ -129,11 +138,12 @@ class Job:
         with self._own_random_numbers():
             record = self.trainer.step(details=details)
         values = {**record.to_dict(), "num_skipped": self.trainer.num_skipped, **self._speed.of(record, self.trainer)}
-        every = recipe.evaluation.every
-        if self.text.held_out is not None and (number == recipe.train.num_steps or (every and number % every == 0)):
-            self.held_out = values["held_out"] = {"step": number, **self._evaluate(self.text.held_out)}
-        if self._metrics is not None and (number % recipe.log.every == 0 or details or "held_out" in values):
-            self._metrics.write(values)
+        if number in self._due and self.text.held_out is not None:
+            values["held_out"] = self._measure_held_out(number)
+        if number == recipe.train.num_steps:
+            values |= self._measure_at_the_end()
+        if number % recipe.log.every == 0 or details or values.keys() & {"held_out", "texts"}:
+            self._write(values)
         last = number == self.last_step
         if last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0):
             self.save(wait=last)
@@ -198,17 +208,54 @@ class Job:
             _plot(self.out)
         return result
 
-    def _evaluate(self, tokens: Any) -> dict[str, Any]:
-        found = held_out_loss(
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(values)
+
+    def _measure_held_out(self, number: int) -> dict[str, Any]:
+        """Measure held-out loss after step ``number``, on as many tokens as the recipe says."""
+        options, tokens = self.recipe.evaluation, self.text.held_out
+        assert tokens is not None
+        whole = options.curve_tokens is None or number == self.recipe.train.num_steps
+        ends = self.text.held_out_ends if self.recipe.data.restart_documents else None
+        found = self.evaluate(tokens, document_ends=ends, max_tokens=None if whole else options.curve_tokens)
+        self._measured["held_out"] = {"step": number, **found.to_dict()}
+        return self._measured["held_out"]
+
+    def _measure_at_the_end(self) -> dict[str, Any]:
+        """Measure the other texts, and the last point of a curve that has tokens of its own."""
+        found: dict[str, Any] = {}
+        if self.recipe.evaluation.curve_tokens is not None and self.text.held_out is not None:
+            ends = self.text.held_out_ends if self.recipe.data.restart_documents else None
+            last = self.evaluate(self.text.held_out, document_ends=ends, max_tokens=self.recipe.evaluation.curve_tokens)
+            found["curve_loss"] = last.loss
+        if self.text.texts:
+            found["texts"] = self._measured["texts"] = {
+                name: self.evaluate(text.tokens, num_bytes=text.num_bytes).to_dict()
+                for name, text in self.text.texts.items()
+            }
+        return found
+
+    def evaluate(
+        self,
+        tokens: np.ndarray,
+        *,
+        max_tokens: int | None = None,
+        num_bytes: int | None = None,
+        document_ends: np.ndarray | None = None,
+    ) -> HeldOutLoss:
+        """Measure the model's loss on a text as it stands; see `held_out_loss`."""
+        return held_out_loss(
             self.model,
             tokens,
             length=self.recipe.data.sequence_length,
             batch_size=_sequences_at_once(self.recipe, self.ranks),
+            max_tokens=max_tokens,
+            num_bytes=num_bytes,
             ranks=self.ranks,
             loss_module=self.trainer.loss_module,
-            document_ends=self.text.held_out_ends if self.recipe.data.restart_documents else None,
+            document_ends=document_ends,
         )
-        return found.to_dict()
 
     def _ended_before(self) -> dict[str, Any] | None:
         """What ``result.json`` says, where the run had ended with this step and its model is there."""
@@ -275,7 +322,7 @@ class Job:
         log = self.recipe.log
         return Metrics(
             self.out / METRICS,
-            first_step=self.num_steps_done + 1,
+            first_step=self.num_steps_done + 1 if self.num_steps_done else 0,
             tensorboard=log.tensorboard,
             wandb=log.wandb,
             config=self.recipe.to_dict(),
@@ -292,6 +339,8 @@ class Job:
             "num_tokens": trainer.num_steps_done * trainer.batches.batch_size * trainer.batches.length,
             "parameters": {"total": sizes.total, "tables": sizes.memory_tables, "active": sizes.active},
             "held_out": self.held_out,
+            "curve": _curve(self.out / METRICS) if self.ranks.rank == 0 else None,
+            "texts": self._measured.get("texts", {}),
             "interrupted": not self.done,
             "out": str(self.out),
         }
@@ -331,6 +380,12 @@ class _Speed:
         return found
 
 
+def _curve(metrics: Path) -> list[tuple[int, float | None]]:
+    """Held-out loss by tokens trained on, as far as a run has come."""
+    lines = [line for line in read_metrics(metrics) if "held_out" in line]
+    return [(line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])) for line in lines]
+
+
 def _plot(folder: Path) -> None:
     """Draw the losses of a run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -342,7 +397,7 @@ def _plot(folder: Path) -> None:
     known = [(line["num_tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
     if known:
         axes.plot(*zip(*known, strict=True), linewidth=1, alpha=0.6, label="training")
-    held_out = [(line["num_tokens"], line["held_out"]["loss"]) for line in lines if "held_out" in line]
+    held_out = [(tokens, loss) for tokens, loss in _curve(folder / METRICS) if loss is not None]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
     axes.set_xlabel("tokens")

@@ -47,10 +47,10 @@ class Metrics:
         kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.exists() else []
         with replacing(path) as aside:
             aside.write_text("".join(_line(values) for values in kept), encoding="utf-8")
-        self.last_held_out: dict[str, Any] | None = next(
-            (values["held_out"] for values in reversed(kept) if values.get("held_out")), None
-        )
-        """The newest ``held_out`` of the lines that were kept."""
+        self.measured = {
+            name: values[name] for values in kept for name in ("held_out", "texts") if values.get(name) is not None
+        }
+        """The newest ``held_out`` and ``texts`` of the lines that were kept."""
         # Without a buffer: what a full disk refused would be written again, and refused again, on closing.
         self._file = path.open("ab", buffering=0)
         self._board = self._wandb = None

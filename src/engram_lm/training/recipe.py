@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,9 +17,12 @@ from engram_lm.training.schedules import ScheduleOptions
 
 __all__ = [
     "PATHS",
+    "ArchitectureOptions",
     "CheckpointOptions",
     "DataOptions",
     "EvaluationOptions",
+    "EvaluationText",
+    "LikeOptions",
     "LogOptions",
     "ModelOptions",
     "ParallelOptions",
@@ -34,25 +37,52 @@ PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model is trained."""
+class ArchitectureOptions:
+    """Shape of a model of this project."""
 
     preset: str = "engram-nano"
     """A preset of ``engram-lm plan``: dense-, moe- or engram- with -nano, -tiny, -small, or one of the paper's."""
     config: Path | None = None
     """A config.json, or a folder that holds one, in place of a preset."""
-    weights: Path | None = None
-    """A Hugging Face folder of this project, whose model and tokenizer training goes on from, in place of a preset."""
     backbone: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``EngramLMConfig`` to change, such as ``num_hidden_layers``."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``EngramConfig`` to change, such as ``rows_per_head``."""
 
     def __post_init__(self) -> None:
+        if (self.backbone or self.memory) and self.config is not None:
+            raise ConfigError("backbone and memory change a preset; with config or weights, edit its config.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LikeOptions(ArchitectureOptions):
+    """Another model, whose first numbers are taken over."""
+
+    part: Literal["all", "memory"] = "all"
+    """``all`` takes every weight that has the same name in both models. ``memory`` takes the memory layers alone and
+    pairs them in order, whichever blocks they are in."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(ArchitectureOptions):
+    """Which model is trained."""
+
+    weights: Path | None = None
+    """A Hugging Face folder of this project, whose model and tokenizer training goes on from, in place of a preset."""
+    like: Annotated[tuple[LikeOptions, ...], PATHS] = ()
+    """Models that the first weights are taken from, in order, in place of this model's own. Of a larger matrix the part
+    that the smaller one has is taken. Arms of a study so begin with the same numbers wherever they can."""
+    frozen_tables: bool = False
+    """Whether the rows of memory stay as they are at first."""
+
+    def __post_init__(self) -> None:
         if self.config is not None and self.weights is not None:
             raise ConfigError("config and weights both say which model is trained; keep one of them")
-        if (self.backbone or self.memory) and (self.config is not None or self.weights is not None):
+        if (self.backbone or self.memory) and self.weights is not None:
             raise ConfigError("backbone and memory change a preset; with config or weights, edit its config.json")
+        if self.like and self.weights is not None:
+            raise ConfigError("like decides the first weights of a new model; with weights they are known")
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +117,9 @@ class DataOptions:
     held_out: float = 0.01
     """Share of the documents that is never trained on, chosen by their contents; where there are too few of them, that
     share of the tokens, from the end. 0 holds nothing out."""
+    validation: float = 0.0
+    """Share beside ``held_out`` for choices such as that of a learning rate; the trained model is evaluated on it as
+    the text ``validation``."""
     held_out_sources: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Where text to evaluate on comes from, in place of ``held_out``."""
     restart_documents: bool = False
@@ -99,6 +132,13 @@ class DataOptions:
                 f"sequence_length is at least 2 and held_out a share from 0 and below 1, not {self.sequence_length} "
                 f"and {self.held_out}"
             )
+        if self.validation and not (self.validation > 0 and self.held_out > 0 and self.held_out + self.validation < 1):
+            raise ConfigError(
+                f"validation is a share beside held_out, and both leave something to train on; not {self.validation} "
+                f"and {self.held_out}"
+            )
+        if self.validation and self.held_out_sources:
+            raise ConfigError("validation is a share of sources, and held_out_sources stand in place of such shares")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,17 +183,64 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """A text that the trained model is also evaluated on."""
+
+    name: str
+    """Its key in the result. ``validation`` is taken by ``data.validation``."""
+    sources: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Where it comes from; the Python standard library's own sources where empty."""
+    held_out: float = 0.0
+    """Share of its documents that is used, from 0 and below 1. With ``data.held_out`` of an earlier run over the same
+    sources, these are the documents that were not trained on there. 0 uses all of the text."""
+    max_tokens: int = 65_536
+    """Tokens used at most, at least 2."""
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name == "validation":
+            raise ConfigError(f"a text to evaluate on needs a name of its own, not {self.name!r}")
+        if not 0 <= self.held_out < 1 or self.max_tokens < 2:
+            raise ConfigError(
+                f"held_out is a share from 0 and below 1 and max_tokens at least 2, not {self.held_out} and "
+                f"{self.max_tokens}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """When held-out loss is measured."""
+    """When held-out loss is measured, and on what."""
 
     every: int = 500
     """Steps from one measurement to the next; 0 measures at the end only."""
+    points: int | None = None
+    """Measurements along the way, spread evenly over the run, in place of ``every``; at least 0."""
+    start: bool = False
+    """Whether held-out loss is also measured before the first step."""
     max_tokens: int = 65_536
-    """Held-out tokens used each time."""
+    """Held-out tokens used each time, at least 2; half as many of ``data.validation``."""
+    curve_tokens: int | None = None
+    """Held-out tokens used for each measurement before the last one, at least 2; ``max_tokens`` where None. The last
+    point of the curve is then also of these tokens, and the loss of the result is of ``max_tokens``."""
+    texts: Annotated[tuple[EvaluationText, ...], PATHS] = ()
+    """Other texts that the model is evaluated on after the last step, such as one that it should not forget."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.max_tokens < 2:
             raise ConfigError(f"every is at least 0 and max_tokens at least 2, not {self.every} and {self.max_tokens}")
+        if (self.points or 0) < 0 or (self.curve_tokens is not None and self.curve_tokens < 2):
+            raise ConfigError(
+                f"points is at least 0 and curve_tokens at least 2, not {self.points} and {self.curve_tokens}"
+            )
+        if len({text.name for text in self.texts}) < len(self.texts):
+            raise ConfigError(f"texts need different names, not {[text.name for text in self.texts]}")
+
+    def steps(self, num_steps: int) -> Container[int]:
+        """The steps of a run after which held-out loss is measured."""
+        if self.points is not None:
+            along = {round(num_steps * part / (self.points + 1)) for part in range(1, self.points + 1)}
+        else:
+            along = set(range(self.every, num_steps, self.every)) if self.every else set()
+        return along | {num_steps}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,143 @@
+"""A recipe's model made real: configuration, first weights, and its tables divided over the processes."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.activations import ACT2FN
+
+from engram_lm.errors import ConfigError, MismatchError, suggestion
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.planning.command import read_config
+from engram_lm.tables.tiers.sharded import shard_tables
+from engram_lm.training.distribution import Ranks
+from engram_lm.training.recipe import ArchitectureOptions, ModelOptions, Recipe
+
+__all__ = ["build_model", "model_config"]
+
+
+def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:
+    """Configure the recipe's model.
+
+    Args:
+        recipe: Which model.
+        tokenizer: Decides vocabulary and canonical tokens of a preset; without one they are the preset's own.
+
+    Raises:
+        ConfigError: An impossible model.
+        MismatchError: A configuration made for another tokenizer.
+    """
+    config = _architecture(recipe.model, tokenizer)
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length {recipe.data.sequence_length} is more than the model's max_position_embeddings "
+            f"{config.max_position_embeddings}; shorten it, or set model.backbone.max_position_embeddings"
+        )
+    return config
+
+
+def _architecture(model: ArchitectureOptions, tokenizer: Any) -> EngramLMConfig:
+    """Read a model's configuration, or make that of a preset."""
+    source = (model.weights if isinstance(model, ModelOptions) else None) or model.config
+    if source is None:
+        return _preset(model, tokenizer)
+    config = read_config(str(source))
+    if tokenizer is not None:
+        if config.spec is not None:
+            config._token_map = config.spec.bind(tokenizer).token_map
+        elif config.vocab_size < len(tokenizer):
+            raise MismatchError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; use the "
+                "tokenizer that the model was made for"
+            )
+    return config
+
+
+def _preset(model: ArchitectureOptions, tokenizer: Any) -> EngramLMConfig:
+    # transformers keeps fields that it does not know beside those it does: a misspelled one would change nothing.
+    known = [field.name for field in dataclasses.fields(EngramLMConfig) if field.name not in ("memory", "hash_spec")]
+    for name in model.backbone:
+        if name not in known:
+            raise ConfigError(f"model.backbone has an unknown field {name!r}; {suggestion(name, known)}")
+    activation = str(model.backbone.get("hidden_act", "silu"))
+    if activation not in ACT2FN:  # only building a block would find out, by a KeyError
+        raise ConfigError(f"model.backbone.hidden_act is one of {', '.join(ACT2FN)}, not {activation!r}")
+    try:
+        return EngramLMConfig.preset(model.preset, tokenizer, memory=model.memory or None, **model.backbone)
+    except StrictDataclassError as error:
+        raise ConfigError(f"model.backbone cannot be: {' '.join(str(error).split())}") from error
+
+
+def build_model(recipe: Recipe, config: EngramLMConfig, tokenizer: Any, ranks: Ranks) -> Any:
+    """Build the model on this process's device, with its share of the tables.
+
+    The first numbers depend on the seed and nothing else: neither the backbone's on the tables, nor a row on how many
+    processes there are.
+
+    Args:
+        recipe: Which model, and the seed.
+        config: What `model_config` made of it.
+        tokenizer: Of the models in ``model.like``.
+        ranks: The processes.
+
+    Raises:
+        ConfigError: A model in ``model.like`` is impossible, or its memory has another number of layers.
+    """
+    torch.manual_seed(recipe.train.seed)
+    model: Any
+    if recipe.model.weights is not None:
+        model = EngramForCausalLM.from_pretrained(recipe.model.weights, dtype=torch.float32)
+    else:
+        model = _new_model(config)
+        for like in recipe.model.like:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(recipe.train.seed)
+                _take_weights(_new_model(_architecture(like, tokenizer)), model, like.part)
+    if recipe.train.gradient_checkpointing:
+        # Its new name in transformers; the old one warns there.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if any(table.gradient == "sparse" for table in model.tables.values()):
+        seed = None if recipe.model.weights is not None else recipe.train.seed
+        shard_tables(model, ranks.group, seed=seed, device=ranks.device, deduplicate=recipe.parallel.deduplicate)
+    for table in model.tables.values():
+        table.weight.requires_grad_(not recipe.model.frozen_tables)
+    return model.to(ranks.device)
+
+
+def _new_model(config: EngramLMConfig) -> Any:
+    """Build a model whose sparse tables have no numbers yet: a process may have no room for more than its share."""
+    config._tables_on_meta = config.memory is not None and config.memory["table_gradient"] == "sparse"
+    try:
+        return EngramForCausalLM(config)
+    finally:
+        del config._tables_on_meta
+
+
+@torch.no_grad()
+def _take_weights(source: Any, target: Any, part: str) -> None:
+    """Let weights begin as another model's: of a larger matrix, the part that the smaller one has.
+
+    Rows of sparse tables are left out: they depend on the seed and their place among the tables alone.
+    """
+    if part == "all":
+        pairs: Iterable[tuple[nn.Module, nn.Module]] = [(source, target)]
+    else:
+        ours, theirs = (
+            [layer.memory for layer in model.base_model.layers if layer.memory is not None]
+            for model in (target, source)
+        )
+        if len(ours) != len(theirs):
+            raise ConfigError(
+                f"model.like has {len(theirs)} memory layers and the model {len(ours)}; their weights cannot be paired"
+            )
+        pairs = zip(theirs, ours, strict=True)
+    for one, other in pairs:
+        known = dict(one.named_parameters())
+        for name, parameter in other.named_parameters():
+            given = known.get(name)
+            if given is not None and not given.is_meta and not parameter.is_meta:
+                common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, parameter.shape, strict=True))
+                parameter[common] = given[common]
