@@ -15,7 +15,6 @@
     ├── CheckpointError (ValueError)      weights on disk that are missing, truncated or of unexpected names or shapes
     ├── RunFolderError (OSError)          a run folder that cannot be written or read
     ├── RemoteError (OSError)             a remote table that does not answer, or answers something else
-    ├── SharedCopyError (OSError)         a copy for all processes of a machine that cannot be made or waited for
     └── MissingExtraError (ImportError)   an optional dependency that is not installed
 
 Each message says what was expected, what was given and what to do. ``except EngramError`` catches all of them; the
@@ -36,7 +35,6 @@ __all__ = [
     "RemoteError",
     "RowRangeError",
     "RunFolderError",
-    "SharedCopyError",
     "TableClosedError",
     "TokenError",
     "TokenMapError",
@@ -95,10 +93,6 @@ class RunFolderError(EngramError, OSError):
 
 class RemoteError(EngramError, OSError):
     """A remote table that does not answer, or answers something else."""
-
-
-class SharedCopyError(EngramError, OSError):
-    """A table's copy for all processes of a machine that cannot be made, has no room, or was waited for in vain."""
 
 
 class MissingExtraError(EngramError, ImportError):

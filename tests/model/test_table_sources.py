@@ -54,7 +54,7 @@ def same(model, resident):
     return found
 
 
-@pytest.mark.parametrize("tier", [None, "auto", "host", "shared", "mmap", "file", "device"])
+@pytest.mark.parametrize("tier", [None, "auto", "host", "mmap", "file", "device"])
 def test_packed_tables_on_every_tier_give_the_logits_of_the_checkpoint_s_own(places, tier):
     resident, folder = places
     cache = {} if tier == "device" else {"table_cache_bytes": 3000, "table_cache_policy": "lru"}

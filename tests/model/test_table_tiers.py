@@ -2,7 +2,6 @@
 
 import copy
 import json
-import typing
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.read_ahead import record_rows
-from engram_lm.model.table_place import TIERS
-from engram_lm.serving.load import TableFlags, TableTier, load_model
+from engram_lm.serving.load import TableFlags, load_model
 from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
+from engram_lm.tables.choose import TIERS
 
 IDS = torch.arange(2, 42).view(2, 20)
 AWAY = [tier for tier in TIERS if tier not in ("device", "http", "remote")]
@@ -259,7 +258,6 @@ def folder(tmp_path_factory):
 
 
 def test_the_commands_read_tables_from_the_tier_they_are_told(folder, tmp_path, capsys):
-    assert typing.get_args(TableTier) == TIERS
     (tmp_path / "text.txt").write_text("the cat sat on the mat " * 20)
     calls = (
         ["generate", str(folder), "--prompt", "the cat", "--max-new-tokens", "5", "--json"],
@@ -273,6 +271,9 @@ def test_the_commands_read_tables_from_the_tier_they_are_told(folder, tmp_path, 
             printed.append({name: value for name, value in values.items() if "second" not in name})
         assert printed[0] == printed[1] == printed[2]
         assert main([*call, "--table-tier", "tape"]) == 2
+        assert "--table-tier is one of auto, device" in capsys.readouterr().err
+        assert main([*call, "--table-tier", "shared"]) == 2
+        assert "use 'mmap'" in capsys.readouterr().err
         assert main([*call, "--table-cache-mib", "1"]) == 2
         assert "--table-cache-mib" in capsys.readouterr().err
     model, _ = load_model(folder, tables=TableFlags(table_tier="file", table_cache_mib=1))

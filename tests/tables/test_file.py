@@ -1,6 +1,5 @@
 """Reading files by position: what the shared suite of all tiers cannot see of it."""
 
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -16,24 +15,8 @@ from tests.tables.tiers import written
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.tiers import async_reads, scattered_copy
-from engram_lm.tables.tiers.async_reads import AsyncReads
 from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
 from engram_lm.tables.tiers.residency import resident_share
-from engram_lm.tables.tiers.scattered_copy import ScatteredCopy
-
-
-def test_systems_that_forbid_the_kernel_copy_read_row_by_row(tmp_path, monkeypatch):
-    layout, rows = written(tmp_path, "FP8 with block scales")
-    monkeypatch.setattr(scattered_copy, "_process_vm_readv", lambda: None)
-    assert torch.equal(FileTable(layout).gather(torch.arange(101)), rows)
-
-
-def test_rows_are_copied_by_the_kernel_where_it_can(tmp_path, monkeypatch):
-    layout, rows = written(tmp_path, "F32")
-    table = FileTable(layout)
-    monkeypatch.setattr(FileTable, "_read_each", None)
-    assert torch.equal(table.gather(torch.arange(101)), rows)
 
 
 def test_a_file_system_without_direct_reads_is_refused_by_name():
@@ -98,21 +81,6 @@ def test_a_process_that_ends_with_tables_open_ends_in_silence(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_copy_that_ends_after_the_table_was_closed_leaves_no_file_behind(tmp_path):
-    if scattered_copy._pwritev() is None:
-        pytest.skip("no files in memory here")
-    (data, mapping), copy = mapped(tmp_path, 60), ScatteredCopy()
-
-    class ClosesLate(list):
-        def append(self, item):
-            copy.close()
-            super().append(item)
-
-    copy._idle = ClosesLate()
-    assert copy.copy(addresses(mapping, [3]), out := np.empty((1, 100), np.uint8)) and np.array_equal(out[0], data[3])
-    assert not copy._idle
-
-
 def test_all_pages_of_rows_are_asked_for_and_only_when_some_are_missing(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(os.urandom(400 * PAGE_BYTES))
@@ -168,84 +136,23 @@ def test_loading_a_table_takes_its_own_size_and_a_bounded_buffer(tmp_path, monke
     assert max(loaded) == 7 and sum(loaded) == 101
 
 
-def addresses(mapping, rows):
-    """Where the rows of a mapping of 100-byte rows are."""
-    return np.frombuffer(mapping, np.uint8, count=1).ctypes.data + np.asarray(rows, dtype=np.uint64) * np.uint64(100)
+def test_rows_in_memory_are_read_here_and_others_by_the_pool(tmp_path, monkeypatch):
+    import engram_lm.tables.tiers.file as module
 
+    layout, rows = written(tmp_path, "FP8 with one scale", num_rows=4000)
+    numbers = torch.randperm(4000)
+    for missing, read_ahead, direct, by_pool in (
+        (False, True, False, False), (True, True, False, True), (False, False, False, True), (False, True, True, True),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "request_missing", lambda *_, missing=missing: missing)
+        table = FileTable(layout, num_threads=3, read_ahead=read_ahead, direct=direct)
+        run, tasks = table._pool.run, []
 
-def mapped(folder, num_rows):
-    data = np.random.default_rng(1).integers(0, 256, (num_rows, 100), dtype=np.uint8)
-    (folder / "rows").write_bytes(data.tobytes())
-    with open(folder / "rows", "rb") as file:
-        return data, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        def counted(call, some, run=run, tasks=tasks):
+            tasks.append(len(some))
+            run(call, some)
 
-
-@pytest.mark.parametrize("way", ["file", "process"])
-def test_pieces_are_copied_to_their_places_and_a_lost_page_is_told_and_kills_nobody(tmp_path, way, monkeypatch):
-    if way == "process":
-        monkeypatch.setattr(scattered_copy, "_pwritev", lambda: None)
-    elif scattered_copy._pwritev() is None:
-        pytest.skip("no files in memory here")
-    else:
-        monkeypatch.setattr(scattered_copy, "_process_vm_readv", lambda: None)
-    (data, mapping), copy = mapped(tmp_path, 6000), ScatteredCopy()
-    rows = np.random.default_rng(2).integers(0, 6000, 5300)
-    wide, places = np.zeros((6000, 150), np.uint8), np.random.default_rng(3).permutation(6000)[:5300]
-    assert copy.copy(addresses(mapping, rows), wide[:, 20:120], places)
-    assert np.array_equal(wide[places, 20:120], data[rows]) and not wide[:, :20].any() and not wide[:, 120:].any()
-    out = np.empty((5300, 100), np.uint8)
-    assert copy.copy(addresses(mapping, rows), out) and np.array_equal(out, data[rows])
-    os.truncate(tmp_path / "rows", PAGE_BYTES)
-    assert not copy.copy(addresses(mapping, [0, 5999]), out[:2])
-    assert copy.copy(addresses(mapping, [3]), out[:1]) and np.array_equal(out[0], data[3]), "the next one is fine"
-
-
-def test_a_piece_longer_than_the_file_in_memory_is_copied_without_it(tmp_path):
-    size = scattered_copy._FILE_BYTES + 8
-    (tmp_path / "long").write_bytes(np.arange(2 * size, dtype=np.uint8).tobytes())
-    layout = RowLayout(RowCodec(size // 4, torch.float32), (Part(size, (Extent(str(tmp_path / "long"), 0, 2, size),)),))
-    found = FileTable(layout).read_records(torch.tensor([1, 0]))
-    assert torch.equal(found, layout.load_records(0, 2).flip(0))
-
-
-def test_direct_reads_are_the_kernel_s_own_where_it_can_and_threads_elsewhere(tmp_path, monkeypatch):
-    layout, rows = written(tmp_path, "FP8 with block scales", num_rows=4000)
-    table, numbers = FileTable(layout, direct=True, num_threads=3), torch.randperm(4000)
-    threads = []
-    monkeypatch.setattr(table._pool, "run", lambda call, tasks: threads.append(len(tasks)) or list(map(call, tasks)))
-    assert torch.equal(table.gather(numbers), rows[numbers])
-    if not threads:
-        monkeypatch.setattr(async_reads, "_calls", lambda: None)
+        monkeypatch.setattr(table._pool, "run", counted)
         assert torch.equal(table.gather(numbers), rows[numbers])
-    assert threads, "somebody read"
-    table.close()
-
-
-def test_more_asynchronous_reads_than_the_queue_holds_arrive_each_at_its_place_and_bad_ones_say_so(tmp_path):
-    if async_reads._calls() is None or async_reads._calls().setup(1) is None:
-        pytest.skip("this system has no asynchronous reads")
-    count, block = 3 * async_reads._DEPTH + 5, 4096
-    data = np.random.default_rng(4).integers(0, 256, (count, block), dtype=np.uint8)
-    (tmp_path / "blocks").write_bytes(data.tobytes())
-    order = np.random.default_rng(5).permutation(count)
-    offsets, sizes = order * block, np.full(count, block)
-    offsets[7], offsets[300] = -block, count * block
-    buffer = np.frombuffer(mmap.mmap(-1, count * block), np.uint8)
-    descriptor, reads = os.open(tmp_path / "blocks", os.O_RDONLY | os.O_DIRECT), AsyncReads()
-    try:
-        found = reads.read(descriptor, offsets, sizes, buffer.ctypes.data + np.arange(count, dtype=np.uint64) * block)
-    finally:
-        os.close(descriptor)
-        reads.close()
-    fine = np.setdiff1d(np.arange(count), [7, 300])
-    assert (found[fine] == block).all() and found[7] < 0 and found[300] == 0
-    assert np.array_equal(buffer.reshape(count, block)[fine], data[order[fine]])
-
-
-def test_systems_with_neither_copy_nor_files_in_memory_read_row_by_row(tmp_path, monkeypatch):
-    layout, rows = written(tmp_path, "F32")
-    monkeypatch.setattr(scattered_copy, "_process_vm_readv", lambda: None)
-    monkeypatch.setattr(scattered_copy, "_pwritev", lambda: None)
-    each, read = [], FileTable._read_each
-    monkeypatch.setattr(FileTable, "_read_each", lambda *request: each.append(1) or read(*request))
-    assert torch.equal(FileTable(layout).gather(torch.arange(101)), rows) and each
+        assert direct or (max(tasks) > 1) == by_pool
+        table.close()

@@ -234,3 +234,26 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
         opened([header["half"]], dtype=torch.int64)
     with pytest.raises(ConfigError, match="at least one shard"):
         opened([])
+
+
+def test_rows_that_must_stay_are_brought_into_memory_and_locked_there(tmp_path, monkeypatch):
+    shards, rows = plain(tmp_path), torch.arange(NUM_ROWS)
+    layout = tensor_layout(shards)
+    for options in ({"populate": True}, {"lock": True}):
+        table = MappedTable(layout, **options)  # these few pages may be locked by anybody
+        assert torch.equal(table.gather(rows), weight(torch.bfloat16))
+        assert table.stats()["locked"] == ("lock" in options)
+        other = pickle.loads(pickle.dumps(table))
+        assert (other.populate, other.lock) == (table.populate, table.lock)
+    import ctypes
+
+    class Forbidding:
+        def __init__(self, *_, **__): ...
+
+        def mlock(self, *_):
+            ctypes.set_errno(12)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Forbidding)
+    with pytest.raises(ConfigError, match=r"cannot be locked in memory \(Cannot allocate.*ulimit -l.*populate=True"):
+        MappedTable(layout, lock=True)

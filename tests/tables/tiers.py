@@ -23,7 +23,6 @@ from engram_lm.tables import (
     HttpTable,
     MappedTable,
     ResidentTable,
-    SharedTable,
     open_table,
     publish_to_mooncake,
     table_layouts,
@@ -190,12 +189,6 @@ def _http(layout, dtype):
             yield table
 
 
-def _shared(layout, dtype):
-    folder = Path(layout.files[0]).parent / "shared"
-    folder.mkdir(exist_ok=True)
-    return _opened(SharedTable(layout, dtype, folder=folder))
-
-
 @functools.cache
 def _store():
     """One store for all tests, killed when they end."""
@@ -238,7 +231,6 @@ TIERS = {
     "file, row by row": _one_by_one,
     "file, direct": _direct,
     "http": _http,
-    "shared": _shared,
     "remote": _mooncake,
     "mmap, packed": lambda layout, dtype: _opened(MappedTable(_packed(layout), dtype)),
     "file, packed": lambda layout, dtype: _opened(FileTable(_packed(layout), dtype)),

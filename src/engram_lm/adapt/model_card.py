@@ -147,6 +147,6 @@ def _where(tables_inside: bool) -> str:
             "(`https://`, `mooncake://`); they are compared with the HashSpec below."
         )
     return (
-        'The tables are in `tables.safetensors`. They are loaded as parameters; with `table_tier="mmap"`, `"file"`, '
-        '`"host"` or `"shared"` rows are read where they lie, with the same logits to the bit.'
+        'The tables are in `tables.safetensors`. They are loaded as parameters; with `table_tier="mmap"`, `"file"` or '
+        '`"host"` rows are read where they lie, with the same logits to the bit.'
     )

@@ -27,14 +27,12 @@ from engram_lm.tables import (
 from engram_lm.tables.around.cache import Policy
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.around.row_trace import read_trace
+from engram_lm.tables.choose import check_tier
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
 from engram_lm.tables.tiers.http import RemoteFolder
 
-__all__ = ["TIERS", "Located", "TablePlace", "TableSource", "WantedTable"]
-
-TIERS = ("device", "auto", "host", "shared", "mmap", "file", "http", "remote")
-"""Where a model's tables may be, as ``table_tier`` spells it."""
+__all__ = ["Located", "TablePlace", "TableSource", "WantedTable"]
 
 TableSource = str | os.PathLike[str] | RowLayout | Mapping[Any, str | os.PathLike[str] | RowLayout]
 """What ``table_source`` takes: one source for all tables, or table name → source."""
@@ -95,7 +93,7 @@ class TablePlace:
     """A tier that a model reads its tables from, without training them; or a source that they are loaded from."""
 
     tier: str
-    """One of `TIERS`. ``"device"`` makes parameters of the rows of ``source``."""
+    """A tier by name, see `open_table`. ``"device"`` makes parameters of the rows of ``source``."""
     cache_bytes: int = 0
     """What a cache of records before each table may take; 0 for none."""
     read_ahead: bool = False
@@ -110,8 +108,7 @@ class TablePlace:
     """Where tables of the tier ``"device"`` are put."""
 
     def __post_init__(self) -> None:
-        if self.tier not in TIERS:
-            raise ConfigError(f"table_tier is one of {', '.join(TIERS)}, not {self.tier!r}")
+        check_tier(self.tier, "table_tier")
         if self.cache_bytes < 0:
             raise ConfigError(f"table_cache_bytes is at least 0, not {self.cache_bytes}")
         if self.cache_policy not in get_args(Policy):
@@ -135,7 +132,7 @@ class TablePlace:
         """What a device map calls it: a device, the host, or a disk."""
         if self.tier == "device":
             return self.device
-        return "cpu" if self.tier in ("host", "shared") else "disk"
+        return "cpu" if self.tier == "host" else "disk"
 
     def locate(self, wanted: Mapping[str, WantedTable]) -> dict[str, Located]:
         """Find the model's tables in ``source``, and check what can be known before they are opened.

@@ -98,19 +98,18 @@ class Plan:
         return 0
 
     def _place(self, config: EngramLMConfig, found: dict[str, Any]) -> dict[str, Any]:
-        from engram_lm.planning import placement
+        from engram_lm.planning.placement import place
+        from engram_lm.planning.this_machine import DiskRate, measure_disk, read_machine
 
         memory = config.memory_config
         if memory is None:
             raise ConfigError("this model has no memory, so there are no tables to place; leave --placement out")
-        disk = None if self.disk is None else placement.measure_disk(self.disk)
+        disk = None if self.disk is None else measure_disk(self.disk)
         if self.disk_iops is not None:
-            disk = placement.DiskRate.told(self.disk_iops)
+            disk = DiskRate.told(self.disk_iops)
         row_bytes = round(_row_bytes(memory.head_dim)[self.table_dtype])
-        machine = placement.read_machine(
-            ram_gib=self.ram_gib, device_gib=self.device_gib, disk=disk, row_bytes=row_bytes
-        )
-        return placement.place(
+        machine = read_machine(ram_gib=self.ram_gib, device_gib=self.device_gib, disk=disk, row_bytes=row_bytes)
+        return place(
             found,
             machine,
             blocks=memory.layers,

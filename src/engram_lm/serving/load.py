@@ -2,27 +2,26 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError
 
-__all__ = ["ModelFlags", "TableFlags", "TableTier", "load_model"]
-
-TableTier = Literal["device", "auto", "host", "shared", "mmap", "file", "http", "remote"]
-"""Where a model's tables may be; the model's own list is checked against it by a test."""
+__all__ = ["ModelFlags", "TableFlags", "load_model"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableFlags:
     """Where a model's memory tables are read from: flags that commands which run a model inherit."""
 
-    table_tier: TableTier | None = None
-    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), one copy
-    for all processes (shared), left in their files (mmap, file), on the machine of a --table-source (http, remote), or
-    what suits the machine (auto). device unless given; auto with a --table-source."""
+    table_tier: Annotated[str | None, tyro.conf.arg(metavar="device|host|mmap|file|remote|auto")] = None
+    """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), left in
+    their files (mmap, file), on the machine of a --table-source (remote), or what suits the machine (auto). device
+    unless given; auto with a --table-source."""
     table_source: str | None = None
-    """Read the tables from here and not from the checkpoint: a folder of packed tables, a file, or an address, http(s)
-    or mooncake://HOST:PORT/NAME. {table} in it stands for each table's name."""
+    """Read the tables from here and not from the checkpoint: a folder of packed tables, a file, or an address that
+    fsspec opens (https, s3, gs, hf, ...) or mooncake://HOST:PORT/NAME. {table} in it stands for each table's name."""
     table_cache_mib: int = 0
     """MiB of a cache before each table that is not loaded with the model."""
     table_cache_policy: Literal["clock", "lru"] = "clock"
@@ -31,6 +30,10 @@ class TableFlags:
     """A recorded trace (.npz): the rows it reads most fill that cache and stay in it."""
 
     def __post_init__(self) -> None:
+        if self.table_tier is not None:
+            from engram_lm.tables.choose import check_tier
+
+            check_tier(self.table_tier, "--table-tier")
         if self.table_cache_mib < 0 or (self.table_cache_mib and (self._with_the_model or self.table_tier == "device")):
             raise ConfigError(
                 f"--table-cache-mib {self.table_cache_mib} with --table-tier {self.table_tier or 'device'}: a cache "

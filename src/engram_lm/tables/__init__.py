@@ -1,16 +1,9 @@
 """Row numbers → rows. Knows nothing of tokens or N-grams.
 
-Reading order: ``table.py`` (the interface every tier keeps), ``resident.py`` (the tables that live in memory: a plain
-one to read from and a trainable one), ``sharded.py`` (the trainable one divided over processes); ``codec.py`` and
-``block_float8.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie), ``safetensors_file.py`` and
-``safetensors_writer.py`` (one kind of file they lie in), ``record_table.py`` (what all tables of stored rows share),
-``mapped.py``, ``file.py``, ``host.py`` and ``http.py`` (its tiers on one machine and on a file server), with
-``scattered_copy.py``, ``page_cache.py``, ``async_reads.py`` and ``http_ranges.py`` (how they read); ``sources.py``
-(which tables a checkpoint holds) and ``open.py`` (one call for all of it); ``cache.py``, ``read_ahead.py`` and
-``staged.py`` (tables around tables: records kept, rows read early, rows brought to a GPU); ``shared.py`` (one copy for
-many processes), ``mooncake.py`` with its client (a remote store); ``packed.py``, ``packed_writer.py``, ``build.py``,
-``convert.py`` and ``verify.py`` (our own file format); ``row_trace.py``, ``reuse.py`` and ``residency.py`` (a recorded
-trace of rows, and what it would cost).
+Reading order: ``table.py`` (the interface of every table); ``codec.py``, ``block_float8.py`` and ``block_integers.py``
+(what the bytes of a stored row mean), ``layout.py`` (where they lie); ``tiers/`` (where rows are kept and read, one file
+each), ``around/`` (tables around tables: records kept, rows read early, rows brought to a GPU), ``files/`` (what lies on
+disk); ``choose.py`` and ``open.py`` (which tier, and one call for all of it).
 """
 
 from engram_lm.tables.around.cache import CachedTable, most_frequent
@@ -31,7 +24,6 @@ from engram_lm.tables.tiers.mapped import MappedTable
 from engram_lm.tables.tiers.mooncake import MooncakeTable, publish_to_mooncake
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.resident import ParameterTable, ResidentTable
-from engram_lm.tables.tiers.shared import SharedTable
 
 __all__ = [
     "CachedTable",
@@ -46,7 +38,6 @@ __all__ = [
     "ResidentTable",
     "RowCodec",
     "RowLayout",
-    "SharedTable",
     "StagedTable",
     "StoredTensor",
     "Table",

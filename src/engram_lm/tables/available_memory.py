@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["available_bytes", "is_on_network"]
+__all__ = ["available_bytes", "is_on_network", "read_meminfo"]
 
 _NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
@@ -18,22 +18,28 @@ def available_bytes() -> int | None:
     Returns:
         None where the system does not say.
     """
-    found = [size for size in (_machine_bytes(), _container_bytes()) if size is not None]
+    machine = read_meminfo(Path("/proc/meminfo")).get("MemAvailable")
+    found = [size for size in (machine, _container_bytes()) if size is not None]
     return min(found) if found else None
 
 
-def _machine_bytes() -> int | None:
+def read_meminfo(path: Path) -> dict[str, int]:
+    """Read a file like ``/proc/meminfo``: name → bytes (or a plain count); empty where there is no such file."""
+    found: dict[str, int] = {}
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return found
+    for line in lines:
+        name, _, value = line.partition(":")
+        number, *unit = value.split() or [""]
+        if number.isdigit():
+            found[name] = int(number) * (1024 if unit == ["kB"] else 1)
+    return found
 
 
 def _container_bytes() -> int | None:
-    """What the control groups of this process leave, the narrowest of them and those around it."""
+    """What the narrowest of this process's control groups, and of the groups around it, leaves."""
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -67,7 +73,7 @@ def _number(file: Path) -> int | None:
 
 
 def _statistic(file: Path, name: str) -> int:
-    """File pages that the kernel gives up first: they count as used and are not."""
+    """Bytes of file pages that the kernel gives up first; they count as used although they are free."""
     try:
         for line in file.read_text(encoding="ascii").splitlines():
             key, _, value = line.partition(" ")

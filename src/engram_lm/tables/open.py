@@ -4,12 +4,13 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network
+from engram_lm.tables.choose import Tier, check_tier, choose_tier, spare_bytes
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.layout import RowLayout
@@ -17,13 +18,7 @@ from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.http import HttpTable, RemoteFolder
 from engram_lm.tables.tiers.http_ranges import HttpOptions
 
-__all__ = ["Tier", "open_table", "table_layouts"]
-
-Tier = Literal["auto", "device", "host", "shared", "mmap", "file", "http", "remote"]
-
-# A table is loaded of its own accord only where it takes at most this share of the memory that is available: the model,
-# its cache and the page cache need the rest.
-_LARGEST_SHARE = 0.5
+__all__ = ["open_table", "table_layouts"]
 
 
 def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | str, RowLayout]:
@@ -71,14 +66,15 @@ def open_table(
 
             - ``"device"``: decoded, in the memory of an accelerator (option ``device``; the CPU where there is none).
             - ``"host"``: in this process's memory, as stored.
-            - ``"shared"``: in memory that all processes of the machine share.
-            - ``"mmap"``: in their files, mapped; the fastest where the page cache holds them.
+            - ``"mmap"``: in their files, mapped; the fastest where the page cache holds them. All processes of a
+              machine share that one copy.
             - ``"file"``: in their files, by positional reads; survives files that are cut, and network disks.
             - ``"http"`` (or ``"remote"``): on the server.
-            - ``"auto"``: chosen by where the source is and whether it fits; ``stats()["tier_reason"]`` says why.
+            - ``"auto"``: chosen by `choose_tier`: on the host where it fits into 90 % of the available memory, else
+              where it lies. Never on a device. ``stats()["tier_reason"]`` says why.
         dtype: Type of the rows that `Table.gather` returns; the stored one where None, bfloat16 for 8-bit rows.
         cache_bytes: Memory for rows that were read before; 0 keeps none.
-        options: Of the tier's class: `FileTable`, `HostTable`, `SharedTable`, `HttpOptions`, …
+        options: Of the tier's class: `FileTable`, `HostTable`, `MappedTable`, `HttpOptions`, …
 
     Returns:
         The open table; close it when done.
@@ -88,8 +84,7 @@ def open_table(
         ConfigError: An impossible tier, layer, option or ``dtype``, or a table that does not fit.
         RemoteError: Nobody answers at the address, or not with ranges.
     """
-    if tier not in get_args(Tier):
-        raise ConfigError(f"tier is one of {', '.join(get_args(Tier))}, not {tier!r}")
+    tier = check_tier(tier)
     if type(cache_bytes) is not int or cache_bytes < 0:
         raise ConfigError(f"cache_bytes is a number of bytes, 0 or more, not {cache_bytes!r}")
     if cache_bytes and tier == "device":
@@ -148,7 +143,7 @@ def _open(
         )
     if not remote:
         return _OPENERS[tier](layout, dtype, options), reason
-    if tier in ("mmap", "file", "shared"):
+    if tier in ("mmap", "file"):
         raise ConfigError(
             f"tier={tier!r} reads local files and the source is an address; use 'http', 'host' or 'device'"
         )
@@ -173,19 +168,11 @@ def _choose(layout: RowLayout, remote: bool) -> tuple[Tier, str]:
     """Choose a tier by where the table is and whether it fits."""
     if remote:
         return "http", "the source is an address"
-    size, available = layout.stored_bytes, available_bytes()
-    if available is not None and size <= _LARGEST_SHARE * available:
-        return "host", f"the table's {_gigabytes(size)} fit in the {_gigabytes(available)} of memory that are available"
-    memory = "memory of unknown size" if available is None else f"the {_gigabytes(available)} of available memory"
-    why = f"the table's {_gigabytes(size)} are more than {_LARGEST_SHARE:.0%} of {memory}"
-    network = next((file for file in layout.files if is_on_network(file)), None)
-    if network is not None:
-        return "file", f"{why}, and {network} is on a network file system, where a mapped file may vanish"
-    return "mmap", f"{why}, and its files are on a disk of this machine"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    available = available_bytes()
+    spare = None if available is None else spare_bytes(available)
+    on_network = any(map(is_on_network, layout.files))
+    choice = choose_tier(layout.stored_bytes, spare, lies="network" if on_network else "disk")
+    return choice.tier, choice.reason
 
 
 def _on_device(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
@@ -217,17 +204,10 @@ def _in_host(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) ->
     return _made(HostTable, "host", source, dtype, options)
 
 
-def _in_shared(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.tiers.shared import SharedTable
-
-    return _made(SharedTable, "shared", layout, dtype, options)
-
-
 def _mapped(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
     from engram_lm.tables.tiers.mapped import MappedTable
 
-    _refuse(options, "mmap")
-    return MappedTable(layout, dtype)
+    return _made(MappedTable, "mmap", layout, dtype, options)
 
 
 def _in_file(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
@@ -253,7 +233,6 @@ def _refuse(options: dict[str, Any], tier: str, known: "set[str] | frozenset[str
 _OPENERS: dict[str, Callable[[Any, torch.dtype | None, dict[str, Any]], Table]] = {
     "device": _on_device,
     "host": _in_host,
-    "shared": _in_shared,
     "mmap": _mapped,
     "file": _in_file,
 }

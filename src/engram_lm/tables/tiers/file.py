@@ -1,4 +1,4 @@
-"""A table read where it lies, with positional reads: slower files, truncated files and dropped caches do it no harm."""
+"""A table read where it lies, by positional reads: a file that is cut gives an error, never SIGBUS."""
 
 import contextlib
 import itertools
@@ -15,44 +15,44 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import RowLayout
-from engram_lm.tables.tiers.async_reads import AsyncReads
 from engram_lm.tables.tiers.page_cache import request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
-from engram_lm.tables.tiers.scattered_copy import ScatteredCopy
 
 __all__ = ["FileTable"]
 
-# Direct reads begin, end and land on multiples of this: 4 KiB satisfies every common disk.
+# Direct reads begin, end and land on multiples of this many bytes: 4 KiB satisfies every common disk.
 _BLOCK_BYTES = 4096
-# What one direct read may take, and what all buffers of one gather may take together.
+# The most that one direct read may take, and the most that all buffers of one gather may take together.
 _LARGEST_READ_BYTES, _LARGEST_BUFFER_BYTES = 1 << 20, 32 << 20
-# Rows that one task of the pool reads at least; handing over a task costs as much as reading tens of rows.
+# The fewest rows that one task of the pool reads: handing over a task costs as much as reading tens of rows.
 _ROWS_PER_TASK = 64
 
 
 class FileTable(RecordTable):
-    """Rows read in place from files, by the kernel's asynchronous read-ahead or by a pool of threads.
+    """Rows read in place from files by positional reads.
 
-    A file that is cut while it is open gives an error, never SIGBUS.
+    Use this tier where files may be cut while they are open, or where another machine serves them: a mapped file that
+    shrinks ends the process with SIGBUS, this table raises an error. On a local disk `MappedTable` reads cold rows as
+    fast and warm rows several times faster, because it makes no system call for each row.
 
-    Three ways of reading, chosen by what was measured:
+    There are three ways of reading:
 
-    - The usual one asks the kernel for the pages of all rows at once, unless a sample of them says that they are in
-      memory, and then lets the kernel copy the rows: a thousand per system call, and without touching the mapping.
-    - ``read_ahead=False``, and systems that do not allow that call, read each row by itself, many at a time.
-    - ``direct=True`` goes past the page cache: every read comes from the disk, nothing else loses its place in memory.
-      The kernel reads hundreds of blocks at a time (`AsyncReads`); threads do where it does not.
+    - By default the kernel is asked for the pages of all rows at once, unless a sample of them shows that they are in
+      memory. Rows that are in memory are then read by the calling thread, others by a pool of threads.
+    - With ``read_ahead=False`` the kernel is not asked, and the pool reads every row.
+    - With ``direct=True`` the pool reads past the page cache: every read comes from the disk, and nothing else loses
+      its place in memory.
 
     Args:
         layout: Where the rows lie.
         dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
-        num_threads: Reads under way at the same time, where threads read. At least 1.
+        num_threads: Threads of the pool, from 1 to 1024.
         direct: Whether to read with ``O_DIRECT``.
         read_ahead: Whether the kernel is asked before rows are read; without effect when ``direct``.
 
     Raises:
         CheckpointError: A file is missing, or has been cut since its layout was made.
-        ConfigError: An impossible ``dtype`` or ``num_threads``, or direct reads where the file system has none.
+        ConfigError: An impossible ``dtype`` or ``num_threads``, or a file system that refuses direct reads.
     """
 
     def __init__(
@@ -68,9 +68,8 @@ class FileTable(RecordTable):
         if type(num_threads) is not int or not 1 <= num_threads <= 1024:
             raise ConfigError(f"num_threads is between 1 and 1024, not {num_threads!r}")
         self.layout, self.num_threads, self.direct, self.read_ahead = layout, num_threads, direct, read_ahead
-        self._opened: _OpenFiles | None = _OpenFiles(layout, direct)
-        self._pool, self._copy = _Pool(num_threads), ScatteredCopy()
-        self._async = AsyncReads() if direct else None
+        self._opened: dict[str, _OpenFile] | None = _open_files(layout, direct)
+        self._pool = _Pool(num_threads)
 
     @property
     def _closed(self) -> bool:
@@ -81,7 +80,7 @@ class FileTable(RecordTable):
         self._pool = _Pool(self.num_threads)
 
     def _read(self, numbers: np.ndarray) -> Tensor:
-        # Held for as long as this read takes, so that closing the table in another thread closes no file under it.
+        # Held until this read ends, so that another thread that closes the table closes no file under it.
         opened = self._opened
         self._refuse_closed(opened is None)
         assert opened is not None
@@ -91,32 +90,27 @@ class FileTable(RecordTable):
         for part in self.layout.parts:
             out = data[:, column : column + part.row_bytes]
             for extent, where, offsets in part.divide(numbers):
-                plans.append((opened.files[extent.file], offsets, None if isinstance(where, slice) else where, out))
+                places = np.arange(len(numbers)) if isinstance(where, slice) else where
+                plans.append((opened[extent.file], offsets, places, out))
             column += part.row_bytes
-        if self.read_ahead and not self.direct:
-            # For all parts before the first of them is waited for.
-            for file, offsets, _, out in plans:
-                request_missing(file.descriptor, offsets, out.shape[1])
-        for file, offsets, places, out in plans:
+        # All parts are asked for before the first of them is waited for.
+        asks = self.read_ahead and not self.direct
+        waits = [not asks or request_missing(file.descriptor, offsets, out.shape[1]) for file, offsets, _, out in plans]
+        for (file, offsets, places, out), wait in zip(plans, waits, strict=True):
             if self.direct:
                 self._read_direct(file, offsets, places, out)
-            elif not (self.read_ahead and self._copy_rows(file, offsets, places, out)):
-                self._read_each(file, offsets, places, out)
+            else:
+                self._read_rows(file, offsets, places, out, self.num_threads if wait else 1)
         for file in dict.fromkeys(plan[0] for plan in plans):
-            # Bytes past the end of a file that lie on its last page read as zeros.
+            # Rows that are still there are refused too: a file that shrinks is being written to.
             file.refuse_cut()
         return records
 
-    def _copy_rows(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> bool:
-        """Let the kernel copy rows of the mapping into rows ``places`` of ``out``; False where it cannot."""
-        if not file.address:
-            return False
-        return self._copy.copy(offsets.view(np.uint64) + np.uint64(file.address), out, places)
-
-    def _read_each(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> None:
-        """Read rows one by one, several at a time, each straight into its place."""
+    def _read_rows(
+        self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray, most_tasks: int
+    ) -> None:
+        """Read each row straight into its place."""
         size = out.shape[1]
-        places = np.arange(len(offsets)) if places is None else places
         target, stride = _flat(out)
 
         def read(piece: slice) -> None:
@@ -124,11 +118,11 @@ class FileTable(RecordTable):
             for begin, offset in zip(begins, offsets[piece].tolist(), strict=True):
                 file.read_into(target[begin : begin + size], offset)
 
-        # Every task takes every so-many-th row: neighbours in one task would be read one after another.
-        num_tasks = min(self.num_threads, -(-len(offsets) // _ROWS_PER_TASK))
+        # Tasks take turns row by row: neighbouring rows in one task would be read one after another.
+        num_tasks = min(most_tasks, -(-len(offsets) // _ROWS_PER_TASK))
         self._pool.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
 
-    def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray | None, out: np.ndarray) -> None:
+    def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """Read the blocks that rows lie on, each once, and pick the rows out of them."""
         size = out.shape[1]
         per_row = (size - 1) // _BLOCK_BYTES + 2
@@ -140,35 +134,22 @@ class FileTable(RecordTable):
             spans = np.unique(begins // _BLOCK_BYTES)[:, None] + np.arange(per_row)
             last = (begins + size - 1) // _BLOCK_BYTES
             blocks = np.unique(spans)
-            # A block is wanted where some row reaches into it; only rows that begin before it can.
+            # A block is needed where a row reaches into it; only rows that begin before its end can.
             reach = last[np.searchsorted(begins, (blocks + 1) * _BLOCK_BYTES) - 1]
             blocks = blocks[blocks <= reach]
-            # Anonymous memory is aligned to pages, as direct reads ask for.
+            # Anonymous memory is aligned to pages, as direct reads require.
             buffer = np.frombuffer(mmap.mmap(-1, len(blocks) * _BLOCK_BYTES), np.uint8)
-            self._read_blocks(file, blocks, buffer)
+            target = memoryview(buffer)  # type: ignore[arg-type]  # an array is a buffer
+
+            def read(run: tuple[int, int], blocks: np.ndarray = blocks, target: memoryview = target) -> None:
+                low, high, begin = run[0] * _BLOCK_BYTES, run[1] * _BLOCK_BYTES, int(blocks[run[0]]) * _BLOCK_BYTES
+                # The last block of a file may be shorter than a block.
+                file.read_into(target[low:high], begin, min(high - low, file.end_bytes - begin))
+
+            self._pool.run(read, list(_runs(blocks)))
             inside = np.searchsorted(blocks, begins // _BLOCK_BYTES) * _BLOCK_BYTES + begins % _BLOCK_BYTES
             windows = np.lib.stride_tricks.as_strided(buffer, (len(buffer) - size + 1, size), (1, 1), writeable=False)
-            out[chosen if places is None else places[chosen]] = windows[inside]
-
-    def _read_blocks(self, file: "_OpenFile", blocks: np.ndarray, buffer: np.ndarray) -> None:
-        """Read sorted blocks into a buffer that has their size, neighbours together."""
-        target, runs = memoryview(buffer), np.array(list(_runs(blocks)))  # type: ignore[arg-type]  # is a buffer
-        begins, lows = blocks[runs[:, 0]] * _BLOCK_BYTES, runs[:, 0] * _BLOCK_BYTES
-        sizes = (runs[:, 1] - runs[:, 0]) * _BLOCK_BYTES
-        # The last block of a file may be shorter than a block.
-        needed = np.minimum(sizes, file.end_bytes - begins)
-
-        def read(run: int) -> None:
-            low, size = int(lows[run]), int(sizes[run])
-            file.read_into(target[low : low + size], int(begins[run]), int(needed[run]))
-
-        assert self._async is not None
-        addresses = (lows + buffer.ctypes.data).astype(np.uint64)
-        found = self._async.read(file.descriptor, begins, sizes, addresses)
-        # What came short is read again, and gives its error then.
-        again = range(len(runs)) if found is None else np.flatnonzero(found < needed).tolist()
-        if len(again):
-            self._pool.run(read, again)
+            out[places[chosen]] = windows[inside]
 
     def load_records(self, start: int, stop: int) -> Tensor:
         """See `RecordTable.load_records`; one long read for each file."""
@@ -187,12 +168,9 @@ class FileTable(RecordTable):
         }
 
     def close(self) -> None:
-        """Close the files. A gather of another thread that has begun still ends well."""
+        """Close the files. A gather that another thread has begun still completes."""
         self._opened = None
         self._pool.stop()
-        self._copy.close()
-        if self._async is not None:
-            self._async.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the files again."""
@@ -204,14 +182,11 @@ def _open_again(layout: RowLayout, dtype: torch.dtype, num_threads: int, direct:
 
 
 class _OpenFile:
-    """One open file, with what the table needs of it."""
+    """One open file of a table; its descriptor is closed when the last reader lets go of it."""
 
     def __init__(self, path: str, end_bytes: int, direct: bool) -> None:
         self.path, self.end_bytes = path, end_bytes
         self.descriptor = -1
-        self._mapping: mmap.mmap | None = None
-        self.address = 0
-        """Of the mapping, of which nothing here ever touches the memory; 0 where there is none."""
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.refuse_cut()
@@ -220,21 +195,11 @@ class _OpenFile:
                 self.descriptor = -1
                 self.descriptor = _open_direct(path)
             else:
-                self._map()
+                with contextlib.suppress(AttributeError, OSError):
+                    # Rows lie far apart, so what the kernel guesses beyond them would be read for nothing.
+                    os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-    def _map(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            # Rows lie far apart; what the kernel guesses beyond them would be read for nothing.
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        with contextlib.suppress(ValueError, OSError):
-            # Without a mapping every row is read by itself.
-            mapping = mmap.mmap(self.descriptor, self.end_bytes, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):
-                mapping.madvise(mmap.MADV_RANDOM)
-            self._mapping = mapping
-            self.address = np.frombuffer(mapping, np.uint8, count=1).ctypes.data
 
     def read_into(self, target: memoryview, offset: int, needed: int | None = None) -> None:
         """Fill ``target`` from byte ``offset``, or at least ``needed`` bytes of it."""
@@ -247,12 +212,12 @@ class _OpenFile:
                     break
                 found += count
         except OSError as error:
-            # A direct read that ended at the new end of a file goes on where direct reads may not begin.
+            # A direct read that stopped at the new end of a file continues where direct reads may not begin.
             self.refuse_cut()
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
         if found < needed:
             self.refuse_cut()
-            self._raise_cut(offset + found)  # it was, and has grown again
+            self._raise_cut(offset + found)  # the file was cut and has grown again since
 
     def refuse_cut(self) -> None:
         """Check that the file still has all bytes of the table."""
@@ -267,20 +232,18 @@ class _OpenFile:
         )
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # Held here: when the interpreter ends, the module may be gone before this is.
+        # Bound here because the module may be gone before this object when the interpreter ends.
         if self.descriptor >= 0:
             close(self.descriptor)
 
 
-class _OpenFiles:
-    """The open files of a table; closed when the last reader lets go of them."""
-
-    def __init__(self, layout: RowLayout, direct: bool) -> None:
-        ends: dict[str, int] = {}
-        for part in layout.parts:
-            for extent in part.extents:
-                ends[extent.file] = max(ends.get(extent.file, 0), extent.end_bytes(part.row_bytes))
-        self.files = {path: _OpenFile(path, end, direct) for path, end in ends.items()}
+def _open_files(layout: RowLayout, direct: bool) -> dict[str, _OpenFile]:
+    """Open every file of a layout: path → open file."""
+    ends: dict[str, int] = {}
+    for part in layout.parts:
+        for extent in part.extents:
+            ends[extent.file] = max(ends.get(extent.file, 0), extent.end_bytes(part.row_bytes))
+    return {path: _OpenFile(path, end, direct) for path, end in ends.items()}
 
 
 class _Pool:

@@ -1,5 +1,6 @@
 """A table read where it lies, through memory mapping."""
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import Part, RowLayout
 from engram_lm.tables.tiers.page_cache import request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
@@ -21,22 +22,32 @@ class MappedTable(RecordTable):
     """Rows read in place from files through memory mapping.
 
     Opening costs nothing however large the files are; reading costs the pages that the rows lie on, which stay in the
-    page cache. A file that is cut while it is mapped ends the process with SIGBUS: `FileTable` does not.
+    page cache, one copy for all processes of the machine. A file that is cut while it is mapped ends the process with
+    SIGBUS: use `FileTable` where that may happen.
 
     Args:
         layout: Where the rows lie.
         dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        populate: Whether opening brings all rows into the page cache, so that no later read waits for the disk while
+            memory lasts.
+        lock: Whether the rows are also locked there, so that the kernel never gives their pages up (``mlock``).
 
     Raises:
         CheckpointError: A file is missing, or has been cut since its layout was made.
-        ConfigError: An impossible ``dtype``.
+        ConfigError: An impossible ``dtype``, or the system does not let this process lock that much memory.
     """
 
-    def __init__(self, layout: RowLayout, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, layout: RowLayout, dtype: torch.dtype | None = None, *, populate: bool = False, lock: bool = False
+    ) -> None:
         super().__init__(layout.codec, layout.num_rows, dtype)
-        self.layout = layout
+        self.layout, self.populate, self.lock = layout, populate, lock
         files = {file: _map(file) for file in layout.files}
         self._parts: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
+        if populate or lock:
+            for part in layout.parts:
+                for extent in part.extents:
+                    _keep_in_memory(files[extent.file], extent.start_bytes, extent.end_bytes(part.row_bytes), lock)
         # Where whole records follow each other in one file, which is usual: read by one call.
         only = layout.parts[0].extents[0]
         dense = [len(part.extents) for part in layout.parts] == [1] and not only.rows_per_page
@@ -80,16 +91,20 @@ class MappedTable(RecordTable):
         return self.layout.load_records(start, stop)
 
     def stats(self) -> dict[str, Any]:
-        """See `Table.stats`; adds how many files the table lies in."""
-        return {**super().stats(), "tier": "mmap", "num_files": len(self.layout.files)}
+        """See `Table.stats`; adds how many files the table lies in and whether its rows are locked in memory."""
+        return {**super().stats(), "tier": "mmap", "num_files": len(self.layout.files), "locked": self.lock}
 
     def close(self) -> None:
-        """Give the mapping back. A gather of another thread that has begun still ends well."""
+        """Give the mapping back. A gather that another thread has begun still completes."""
         self._parts, self._descriptors = None, {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the files again."""
-        return MappedTable, (self.layout, self._dtype)
+        return _map_again, (self.layout, self._dtype, self.populate, self.lock)
+
+
+def _map_again(layout: RowLayout, dtype: torch.dtype, populate: bool, lock: bool) -> MappedTable:
+    return MappedTable(layout, dtype, populate=populate, lock=lock)
 
 
 class _Descriptor:
@@ -103,7 +118,7 @@ class _Descriptor:
             raise CheckpointError(f"cannot map {file}: {error}") from error
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # Held here: when the interpreter ends, the module may be gone before this is.
+        # Bound here because the module may be gone before this object when the interpreter ends.
         if self.number >= 0:
             close(self.number)
 
@@ -136,6 +151,28 @@ def _map(file: str) -> mmap.mmap:
         # Rows lie far apart; reading ahead would fetch tens of pages for one row.
         mapping.madvise(mmap.MADV_RANDOM)
     return mapping
+
+
+def _keep_in_memory(mapping: mmap.mmap, start: int, stop: int, lock: bool) -> None:
+    """Read bytes ``start`` to ``stop`` of a mapping into the page cache, and lock them there if asked."""
+    start -= start % mmap.PAGESIZE
+    if hasattr(mmap, "MADV_WILLNEED"):
+        mapping.madvise(mmap.MADV_WILLNEED, start, stop - start)
+    pages = np.frombuffer(mapping, np.uint8, count=stop - start, offset=start)
+    if not lock:
+        pages[:: mmap.PAGESIZE].max()  # waits until each page is there
+        return
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        failed = library.mlock(ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(len(pages)))
+        reason = os.strerror(ctypes.get_errno())
+    except (OSError, AttributeError) as error:  # a system without mlock
+        failed, reason = -1, str(error)
+    if failed:
+        raise ConfigError(
+            f"{len(pages)} bytes of a mapped table cannot be locked in memory ({reason}): raise the limit with "
+            "`ulimit -l unlimited`, or use populate=True, which does not lock"
+        )
 
 
 def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
