@@ -1,9 +1,9 @@
 """Row numbers → rows. Knows nothing of tokens or N-grams.
 
-Reading order: ``table.py`` (the interface of every table); ``codec.py``, ``block_float8.py`` and ``block_integers.py``
-(what the bytes of a stored row mean), ``layout.py`` (where they lie); ``tiers/`` (where rows are kept and read, one file
-each), ``around/`` (tables around tables: records kept, rows read early, rows brought to a GPU), ``files/`` (what lies on
-disk); ``choose.py`` and ``open.py`` (which tier, and one call for all of it).
+Reading order: ``table.py`` (the interface of every table); ``codec.py``, ``block_float8.py`` and
+``block_integers.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie); ``tiers/`` (where rows are
+kept and read, one file each), ``around/`` (tables around tables: records kept, rows read early, rows brought to a GPU),
+``files/`` (what lies on disk); ``choose.py`` and ``open.py`` (which tier, and one call for all of it).
 """
 
 from engram_lm.tables.around.cache import CachedTable, most_frequent
