@@ -1,5 +1,10 @@
 """The geometry of a model small enough for tests, and a text its tokenizer is trained on."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
 BACKBONE = {
     "num_hidden_layers": 3,
     "hidden_size": 32,
@@ -45,3 +50,23 @@ VARIANTS = {
     "yarn": (YARN, {}),
     "all": ({**EXPERTS, **YARN, "num_streams": 4}, {"num_streams": 4}),
 }
+
+
+def threads_get_what_one_gets(model):
+    """Generate from several prompts one after the other, then in threads that share the model."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(5, 280, (1, 12), generator=generator) for _ in range(6)]
+
+    def answer(prompt):
+        mask = torch.ones_like(prompt)
+        return model.generate(prompt, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=1).tolist()
+
+    expected = [answer(prompt) for prompt in prompts]
+    assert len({str(tokens) for tokens in expected}) > 1
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads then take turns in the middle of a forward pass
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(answer, prompts)) == expected
+    finally:
+        sys.setswitchinterval(before)

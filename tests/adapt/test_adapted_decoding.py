@@ -1,6 +1,7 @@
 """An adapted model decodes what its whole forward pass computes, in every mode of ``generate`` and every cache."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import CONFIGS, TOKENIZER, small_model
-from transformers import DynamicCache, StaticCache
+from tests.small_model import threads_get_what_one_gets
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import engram_lm
 from engram_lm import EngramConfig
@@ -226,7 +228,7 @@ def test_a_plain_cache_takes_back_as_much_as_was_agreed_and_refuses_more(adapted
 
 def held(cache):
     """How many positions the parts of the state can take back."""
-    (state,) = cache._engram_states.values()
+    (state,) = cache.layers[0].memory_states.values()
     parts = (state.history, *state.windows.values())
     return {count for part in parts for count in part.snapshot()["held"].tolist()}
 
@@ -259,6 +261,52 @@ def test_what_was_recorded_is_given_up_once_some_of_it_is_taken_back(adapted):
     logits = model(ids[:, 20:], past_key_values=cache).logits
     torch.testing.assert_close(logits, whole(model, ids)[:, 20:], atol=2e-5, rtol=1e-5)
     assert held(cache) == {10}  # and recording goes on
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("llama", kind) for kind in CACHES), ("gemma3", "dynamic"), ("gemma3", "static")]
+)
+def test_a_copy_of_a_prompt_s_cache_goes_on_alike(name, kind, way, adapted):
+    model, _ = adapted(name)
+    ids, cache = tokens(), CACHES[kind](model)
+    before = type(cache)
+    model(ids[:, :20], past_key_values=cache)
+    assert type(cache) is before
+    expected = whole(model, ids)[:, 20:]
+    copies = [COPIES[way](cache) for _ in range(2)]
+    for each in (copies[0], cache, copies[1]):
+        torch.testing.assert_close(model(ids[:, 20:], past_key_values=each).logits, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_two_threads_get_what_one_gets(adapted, config):
+    model, _ = adapted()
+    speak(engram_lm.attach(model, TOKENIZER, config(layers=(1,), seed=5), name="second"), seed=3)
+    threads_get_what_one_gets(model)
+
+
+def test_a_call_without_the_memory_does_not_silence_one_that_has_begun(adapted):
+    model, adapter = adapted()
+    ids = tokens()
+    expected = whole(model, ids)
+    switch = model.model.layers[0].register_forward_hook(lambda *_: setattr(adapter, "enabled", False))
+    assert torch.equal(whole(model, ids), expected)
+    assert not torch.equal(whole(model, ids), expected)
+    switch.remove()
+
+
+@torch.no_grad()
+def test_a_cache_that_cannot_carry_the_state_is_refused(adapted):
+    model, _ = adapted()
+    with pytest.raises(MismatchError, match=r"EncoderDecoderCache keeps no list of layers"):
+        model(tokens(), past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 
 @torch.no_grad()
@@ -374,7 +422,7 @@ def test_a_compiled_step_on_a_static_cache_is_one_graph_and_equals_the_whole_for
     # It stays so in steps that are not compiled, until the cache is reset.
     logits = model(ids[:, 20:25], past_key_values=cache).logits
     torch.testing.assert_close(logits, whole(model, ids)[:, 20:25], atol=2e-5, rtol=1e-5)
-    (state,) = cache._engram_states.values()
+    (state,) = cache.layers[0].memory_states.values()
     assert state.seen is None
     cache.reset()
     assert state.seen == 0

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError, HistoryError, MismatchError
-from engram_lm.memory import ConvolutionState, EngramConfig, EngramLayer
+from engram_lm.hashing import RollingWindow
+from engram_lm.memory import EngramConfig, EngramLayer
 from engram_lm.memory.layer import row_signs
 from engram_lm.memory.reference import layer_reference
 from engram_lm.tables import ParameterTable, ResidentTable
@@ -285,7 +286,7 @@ def test_a_state_can_be_saved_and_restored():
     first = layer(hidden, rows, state)
     state.restore(snapshot)
     assert torch.equal(layer(hidden, rows, state), first)
-    assert isinstance(state, ConvolutionState)
+    assert isinstance(state, RollingWindow)
 
 
 def test_the_layer_compiles_without_graph_breaks():

@@ -1,13 +1,14 @@
 """Decoding in every mode equals the forward pass over the whole sequence."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.small_model import VARIANTS
-from transformers import DynamicCache, StaticCache
+from tests.small_model import VARIANTS, threads_get_what_one_gets
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from engram_lm.errors import HistoryError, MismatchError
 
@@ -31,6 +32,14 @@ def whole(model, ids, **kwargs):
     return model(input_ids=ids, use_cache=False, **kwargs).logits
 
 
+def caches(model):
+    return {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=40),
+        "bare": DynamicCache,
+    }
+
+
 CHUNKS = {"ones": [1] * 30, "mixed": [7, 1, 1, 11, 10], "prefill": [29, 1]}
 # Every pair on the plain model and on the one with everything; on the others the two that differ most.
 CHUNKED = [
@@ -46,11 +55,7 @@ CHUNKED = [
 @pytest.mark.parametrize(("variant", "way", "kind"), CHUNKED, indirect=["variant"])
 def test_logits_of_any_chunking_and_cache_equal_the_whole_forward(variant, way, kind):
     model, ids, chunks = variant, tokens(), CHUNKS[way]
-    cache = {
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "static": lambda: StaticCache(config=model.config, max_cache_len=40),
-        "bare": DynamicCache,
-    }[kind]()
+    cache = caches(model)[kind]()
     pieces, start = [], 0
     for size in chunks:
         pieces.append(model(ids[:, start : start + size], past_key_values=cache, use_cache=True).logits)
@@ -226,14 +231,53 @@ def test_rolling_back_without_recording_is_refused_not_wrong(model):
         cache.crop(-1)
 
 
-def test_a_cache_without_room_for_memory_is_refused(model, build):
-    plain = build(memory=False)
+@torch.no_grad()
+def test_a_cache_made_for_another_configuration_is_followed_and_one_without_layers_is_refused(model, build):
+    plain, ids = build(memory=False), tokens()
+    cache = DynamicCache(config=plain.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(10, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole(model, ids), atol=2e-5, rtol=1e-5)
     with pytest.raises(MismatchError, match=r"DynamicCache\(config=model.config\)"):
-        model(tokens(), past_key_values=DynamicCache(config=plain.config))
+        model(ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+
+@torch.no_grad()
+def test_a_cache_that_memory_has_not_followed_is_refused(model, build):
+    plain, cache = build(memory=False), DynamicCache(config=model.config)
+    plain(tokens(), past_key_values=cache)
+    with pytest.raises(HistoryError, match="30 tokens, of which the memory 'model' has seen 0"):
+        model(tokens(2, 1), past_key_values=cache)
     cache = DynamicCache(config=model.config)
     model(tokens(2), past_key_values=cache)
     with pytest.raises(HistoryError, match="batch"):
         model(tokens(3), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_nothing_has_changed_where_a_rollback_is_refused(build):
+    model = build(memory={"layers": (2,)})  # the blocks before it have a cache of their own
+    ids, cache = tokens(), DynamicCache(config=model.config)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(HistoryError, match="takes back 3 tokens"):
+        cache.crop(-3)
+    logits = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids)[:, 20:], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "bare"])
+def test_a_copy_of_a_prompt_s_cache_goes_on_alike(kind, copied, model):
+    ids, cache = tokens(), caches(model)[kind]()
+    model(ids[:, :20], past_key_values=cache)
+    copies = [copied(cache) for _ in range(2)]
+    for each in (copies[0], cache, copies[1]):
+        logits = model(ids[:, 20:], past_key_values=each).logits
+        torch.testing.assert_close(logits, whole(model, ids)[:, 20:], atol=2e-5, rtol=1e-5)
+
+
+def test_two_threads_get_what_one_gets(model):
+    threads_get_what_one_gets(model)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from engram_lm.adapt.stored_adapter import read_adapter
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.registry import build_layer
 from engram_lm.model.table_place import TablePlace, TableSource
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy
@@ -63,7 +63,7 @@ class MemoryAdapter(ForwardPass):
             key: table for key, table in tables.items() if not isinstance(table, nn.Module)
         }
         self.layers = nn.ModuleDict(
-            {str(block): EngramLayer(config, tables[table_name(spec, block)]) for block in spec.blocks}
+            {str(block): build_layer(config, tables[table_name(spec, block)]) for block in spec.blocks}
         )
         self._handles: list[RemovableHandle] = []
         # The model is no part of the adapter, and must not become one of its modules.
@@ -93,7 +93,6 @@ class MemoryAdapter(ForwardPass):
         self._handles = []
         model = self.__dict__["_model"]
         self.__dict__["_model"] = None
-        self._forget_step()
         if model is not None:
             for holder, container in _containers(model):
                 if container._modules.get(self.name) is self:

@@ -22,7 +22,7 @@ from engram_lm.adapt.folder import (
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.registry import build_layer
 from engram_lm.model.table_place import Located, TablePlace, WantedTable
 from engram_lm.tables import ParameterTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
@@ -154,7 +154,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
         )
     header = read_header(path)
     with torch.device("meta"):
-        expected = nn.ModuleDict({str(block): EngramLayer(config) for block in spec.blocks}).state_dict()
+        expected = nn.ModuleDict({str(block): build_layer(config) for block in spec.blocks}).state_dict()
     _check_names(path, header, {*expected, TOKEN_MAP})
     for name, tensor in expected.items():
         if header[name].shape != tuple(tensor.shape) or header[name].torch_dtype not in _FLOATS:

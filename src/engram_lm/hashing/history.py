@@ -1,14 +1,14 @@
 """What decoding has to remember of the tokens so far, so that rows come out as if the whole sequence were given."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from engram_lm.errors import HistoryError
 from engram_lm.hashing.token_map import is_torch
-from engram_lm.hashing.window import Counts, RollingWindow
+from engram_lm.hashing.window import RollingWindow
 
 if TYPE_CHECKING:
     from engram_lm.hashing.spec import HashSpec
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["TokenHistory"]
 
 
-class TokenHistory:
+class TokenHistory(RollingWindow):
     """The codes of the last tokens of each sequence of a batch, changed in place.
 
-    Decode with ``rows = spec.rows(tokens, layer, history)`` for every layer, then ``history.advance(tokens)``.
+    Decode with ``rows = spec.rows(tokens, layer, history)`` for every layer, then ``history.advance(tokens)``. All
+    other operations are those of `RollingWindow`: rollback, reorder, select, fork, record, trim, reset.
 
     Args:
         spec: The hash; it must be able to encode.
@@ -31,29 +32,22 @@ class TokenHistory:
     def __init__(
         self, spec: "HashSpec", batch_size: int, *, device: torch.device | str = "cpu", max_rollback: int | None = 0
     ):
+        super().__init__(batch_size, spec.context, fill=-1, dtype=torch.int64, device=device, max_rollback=max_rollback)
         self.spec = spec
-        self._window = RollingWindow(
-            batch_size, spec.context, fill=-1, dtype=torch.int64, device=device, max_rollback=max_rollback
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences."""
-        return self._window.batch_size
 
     @property
     def codes(self) -> Tensor:
         """Codes of the last positions, oldest first, int64 [batch, spec.context]; -1 before the start."""
-        return self._window.values
+        return self.values
 
-    def advance(
+    def advance(  # type: ignore[override]
         self,
         tokens: Any,
         *,
         lengths: Sequence[int] | Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Any = None,
-    ) -> "TokenHistory":
+    ) -> Self:
         """Append tokens, in place.
 
         Args:
@@ -71,7 +65,7 @@ class TokenHistory:
         """
         return self.advance_codes(self.spec.encode(tokens, attention_mask, position_ids), lengths)
 
-    def advance_codes(self, codes: Any, lengths: Sequence[int] | Tensor | None = None) -> "TokenHistory":
+    def advance_codes(self, codes: Any, lengths: Sequence[int] | Tensor | None = None) -> Self:
         """Append what `HashSpec.encode` returned, in place. As `advance`."""
         codes = codes if is_torch(codes) else torch.from_numpy(codes)
         if codes.ndim != 2 or codes.shape[0] != self.batch_size:
@@ -79,55 +73,21 @@ class TokenHistory:
                 f"this history holds {self.batch_size} sequences, got codes of shape {list(codes.shape)}; "
                 "use fork, reorder or select to follow the batch"
             )
-        self._window.advance(codes, lengths)
-        return self
-
-    def rollback(self, n: Counts) -> "TokenHistory":
-        """Take the last tokens back, in place: ``n`` of all sequences, or one number per sequence.
-
-        Raises:
-            HistoryError: Fewer tokens are held. Nothing has changed then.
-        """
-        self._window.rollback(n)
-        return self
-
-    def reorder(self, indices: Sequence[int] | Tensor) -> "TokenHistory":
-        """Replace every sequence by the one at its index, in place (beam search)."""
-        self._window.reorder(indices)
-        return self
-
-    def select(self, indices: Sequence[int] | Tensor) -> "TokenHistory":
-        """Keep the sequences at the indices, in place; the batch size becomes their number."""
-        self._window.select(indices)
-        return self
-
-    def fork(self, repeats: int = 1) -> "TokenHistory":
-        """Return an independent copy in which every sequence stands ``repeats`` times in a row."""
-        copy = TokenHistory.__new__(TokenHistory)
-        copy.spec, copy._window = self.spec, self._window.fork(repeats)
-        return copy
-
-    def record(self) -> "TokenHistory":
-        """Keep everything from here on, in place, so that any number of tokens can be taken back."""
-        self._window.record()
-        return self
-
-    def trim(self) -> "TokenHistory":
-        """Give up what only `rollback` would need, in place, where everything is kept."""
-        self._window.trim()
-        return self
-
-    def reset(self) -> "TokenHistory":
-        """Forget everything, in place."""
-        self._window.reset()
-        return self
+        return super().advance(codes, lengths)
 
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the state: tensors, integers and the spec's digest."""
-        return {"digest": self.spec.digest, **self._window.snapshot()}
+        return {"digest": self.spec.digest, **super().snapshot()}
 
-    def restore(self, snapshot: Mapping[str, Any]) -> "TokenHistory":
+    def restore(self, snapshot: Mapping[str, Any], *, resize: bool = False) -> Self:
         """Return, in place, to what `snapshot` saw.
+
+        Args:
+            snapshot: Of this history or of another one of the same hash.
+            resize: Also take the snapshot's batch size.
+
+        Returns:
+            The history itself.
 
         Raises:
             HistoryError: The snapshot is of another hash, batch size or kind of history.
@@ -136,5 +96,4 @@ class TokenHistory:
             raise HistoryError(
                 f"the snapshot belongs to the hash {snapshot.get('digest')}, this history to {self.spec.digest}"
             )
-        self._window.restore(snapshot)
-        return self
+        return super().restore(snapshot, resize=resize)

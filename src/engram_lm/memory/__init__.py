@@ -1,8 +1,9 @@
 """Rows and hidden state → update of the hidden state: the Engram layer.
 
-Reading order: ``config.py`` (the choices, and what they cost), ``layer.py`` (the layer), ``gate.py`` and
-``convolution.py`` (its two ideas), ``state.py`` (what decoding keeps), ``reference.py`` (the plain twin),
-``published.py`` and ``publishing.py`` (memory from and for the checkpoints of others).
+Reading order: ``config.py`` (the choices, and what they cost), ``interface.py`` and ``registry.py`` (what a layer is,
+and which there are), ``layer.py`` (the Engram layer), ``gate.py`` and ``convolution.py`` (its two ideas),
+``reference.py`` (its plain twin), ``step.py`` (one forward pass, from tokens to rows and windows), ``decode_state.py``
+(what decoding remembers), ``formats/`` (memory from and for the checkpoints of others).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,8 @@ if TYPE_CHECKING:
     from engram_lm.memory.formats.published import PublishedMemory, read_memory
     from engram_lm.memory.formats.publishing import write_memory
     from engram_lm.memory.layer import EngramLayer, EngramOutput
-    from engram_lm.memory.state import ConvolutionState
 
 __all__ = [
-    "ConvolutionState",
     "EngramConfig",
     "EngramLayer",
     "EngramOutput",
@@ -25,7 +24,6 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ConvolutionState": "engram_lm.memory.state",
     "EngramConfig": "engram_lm.memory.config",
     "EngramLayer": "engram_lm.memory.layer",
     "EngramOutput": "engram_lm.memory.layer",

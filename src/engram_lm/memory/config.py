@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engram_lm.errors import ConfigError, suggestion
+from engram_lm.memory.registry import check_layer, layer_class
 
 if TYPE_CHECKING:
     from engram_lm.hashing import HashSpec, Segments, TokenMap
@@ -72,6 +73,8 @@ class EngramConfig:
     them (what ordinary optimizers, ``clip_grad_norm_`` and ``transformers.Trainer`` need; only for small tables)."""
     seed: int = 0
     """Seed of the hash multipliers."""
+    layer: str = "engram"
+    """Name of the layer that reads memory, one of `engram_lm.memory.registry.LAYERS`."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
@@ -113,6 +116,7 @@ class EngramConfig:
             raise ConfigError(
                 "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
             )
+        check_layer(self.layer)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
@@ -170,12 +174,8 @@ class EngramConfig:
         return sum(self.num_table_rows()) * self.head_dim
 
     def layer_parameters(self) -> int:
-        """Numbers in one layer besides its table: projections, norms and convolution."""
-        projected = (self.num_streams + 1) * self.hidden_size
-        wide = self.num_streams * self.hidden_size
-        projection = (self.memory_dim + self.bias) * projected
-        gate_norms = 2 * wide if self.gate != "none" else 0
-        return projection + gate_norms + (wide * (self.kernel_size + 1) if self.kernel_size else 0)
+        """Numbers in one layer besides its table."""
+        return layer_class(self.layer).count_parameters(self)
 
     def num_parameters(self) -> int:
         """All numbers: tables and layers."""
@@ -194,15 +194,14 @@ class EngramConfig:
 
         A multiplication and an addition count as two. Reading rows and hashing count as none.
         """
-        wide = self.num_streams * self.hidden_size
-        projection = 2 * self.memory_dim * (self.num_streams + 1) * self.hidden_size
-        gate = 6 * wide + wide if self.gate != "none" else 0  # two mean squares, one dot product, one scaling
-        convolution = wide * (2 * self.kernel_size + 4) if self.kernel_size else 0  # taps, norm, residual
-        return len(self.layers) * (projection + gate + convolution)
+        return len(self.layers) * layer_class(self.layer).count_flops(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        """Plain values for JSON. The layer is left out where it is the usual one, as files of version 0.1 have it."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        if self.layer == "engram":
+            del values["layer"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -1,33 +1,25 @@
 """The Engram layer: rows and hidden state → update of the hidden state."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError, HistoryError, MismatchError
+from engram_lm.errors import MismatchError
+from engram_lm.hashing.window import RollingWindow
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.convolution import causal_convolution
+from engram_lm.memory.decode_state import LayerWindow
 from engram_lm.memory.gate import gate_values
-from engram_lm.memory.state import ConvolutionState
+from engram_lm.memory.interface import EngramOutput, MemoryLayer, row_signs
 from engram_lm.tables.table import Table
 
-__all__ = ["EngramLayer", "EngramOutput"]
+__all__ = ["EngramLayer", "EngramOutput", "row_signs"]
 
-# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
-
-
-class EngramOutput(NamedTuple):
-    """What `EngramLayer` returns when gates are asked for."""
-
-    update: Tensor
-    """To be added to the hidden state; its shape."""
-    gates: Tensor
-    """Gate of every token and stream, float32 ``[B, L, S]``; 0 at inactive positions, 1 where there is no gate."""
+# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width,
+# W positions before the current one that the convolution reads.
 
 
-class EngramLayer(nn.Module):
+class EngramLayer(MemoryLayer):
     """Read rows, weigh them by the context, refine them over the last few tokens.
 
     The layer owns its projections, norms and convolution. It owns neither a tokenizer (it takes row numbers) nor its
@@ -45,14 +37,7 @@ class EngramLayer(nn.Module):
     """
 
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
-        super().__init__()
-        if table is not None and table.width != config.head_dim:
-            raise ConfigError(
-                f"the table's rows are {table.width} wide, this configuration reads rows of {config.head_dim} "
-                f"(memory_dim {config.memory_dim} over {config.num_heads_total} heads)"
-            )
-        self.config = config
-        self.table: Table | None = table
+        super().__init__(config, table)
         wide = config.num_streams * config.hidden_size
         # All keys and the value in one product; the value comes last, as in DeepSeek-V4.1's `wkv`.
         self.key_value = nn.Linear(config.memory_dim, wide + config.hidden_size, bias=config.bias)
@@ -63,13 +48,6 @@ class EngramLayer(nn.Module):
             self.conv_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
             self.conv_weight = nn.Parameter(torch.empty(wide, config.kernel_size))
         self.reset_parameters()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # The table stays outside the module tree: it may live on another tier and be shared by several layers.
-        if name == "table":
-            self.__dict__["table"] = value
-        else:
-            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,46 +66,33 @@ class EngramLayer(nn.Module):
         if self.config.kernel_size:
             nn.init.zeros_(self.conv_weight)
 
-    def new_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, max_rollback: int | None = 0
-    ) -> ConvolutionState:
-        """Start the decode state of this layer for a batch of sequences, on the layer's device."""
-        weight = self.key_value.weight
-        return ConvolutionState(
-            self.config, batch_size, device=weight.device, dtype=dtype or weight.dtype, max_rollback=max_rollback
-        )
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Positions that the convolution looks back, and numbers of each (``S * D``)."""
+        return self.config.conv_context, self.config.num_streams * self.config.hidden_size
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Gather rows and lay the heads side by side.
+    @classmethod
+    def count_parameters(cls, config: EngramConfig) -> int:
+        """Count the numbers in one layer besides its table: projections, norms and convolution."""
+        wide = config.num_streams * config.hidden_size
+        projection = (config.memory_dim + config.bias) * (wide + config.hidden_size)
+        gate_norms = 2 * wide if config.gate != "none" else 0
+        return projection + gate_norms + (wide * (config.kernel_size + 1) if config.kernel_size else 0)
 
-        Args:
-            rows: Row numbers, int64 ``[B, L, H]``.
-
-        Returns:
-            Memory vectors ``[B, L, M]``, in the table's type. ``layer(hidden, layer.read(rows))`` equals
-            ``layer(hidden, rows)``.
-
-        Raises:
-            RowRangeError: A row number outside the table.
-            MismatchError: Another number of heads than the configuration's, or no table.
-        """
-        if self.table is None:
-            raise MismatchError("this layer was built without a table; pass embeddings, or build it with table=...")
-        if rows.shape[-1] != self.config.num_heads_total:
-            raise MismatchError(
-                f"row numbers hold {rows.shape[-1]} heads, the layer reads {self.config.num_heads_total} "
-                f"({len(self.config.orders)} orders x {self.config.num_heads}); they come from another HashSpec"
-            )
-        embeddings: Tensor = self.table.gather(rows)
-        if self.config.signs == "hashed":
-            embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings)
-        return embeddings.flatten(-2)
+    @classmethod
+    def count_flops(cls, config: EngramConfig) -> int:
+        """Count the floating-point operations of one token's forward pass through one layer."""
+        wide = config.num_streams * config.hidden_size
+        projection = 2 * config.memory_dim * (wide + config.hidden_size)
+        gate = 6 * wide + wide if config.gate != "none" else 0  # two mean squares, one dot product, one scaling
+        convolution = wide * (2 * config.kernel_size + 4) if config.kernel_size else 0  # taps, norm, residual
+        return projection + gate + convolution
 
     def forward(
         self,
         hidden_states: Tensor,
         memory: Tensor,
-        state: ConvolutionState | None = None,
+        state: RollingWindow | LayerWindow | Tensor | None = None,
         *,
         active: Tensor | None = None,
         lengths: Tensor | list[int] | None = None,
@@ -138,7 +103,8 @@ class EngramLayer(nn.Module):
         Args:
             hidden_states: ``[B, L, S, D]``, or ``[B, L, D]`` where there is one stream.
             memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``.
-            state: What the convolution remembers; read first, then moved past these positions in place.
+            state: What the convolution remembers: a window, which is read first and then moved past these positions in
+                place; or the positions before these, ``[B, W, S * D]`` of `convolution_input`, which are only read.
             active: Bool ``[B, L]``; where False (padding, dead tokens) the gate is 0 and the update is 0.
             lengths: Positions of each sequence that are real, for chunks padded on the right to unequal lengths. Only
                 the state needs to know.
@@ -148,11 +114,37 @@ class EngramLayer(nn.Module):
             The update, in the hidden state's shape and type; with ``return_gates`` an `EngramOutput`.
 
         Raises:
+            HistoryError: The state holds another number of sequences.
+            MismatchError: Shapes that do not fit the configuration.
+            RowRangeError: A row number outside the table.
+        """
+        value, gates_BLS = self.weigh(hidden_states, memory, active)
+        update = gates_BLS.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)
+        if self.config.kernel_size:
+            update = update + self._convolve(update, state, active, lengths)
+        update = update.reshape(hidden_states.shape).to(hidden_states.dtype)
+        return EngramOutput(update, gates_BLS) if return_gates else update
+
+    def weigh(self, hidden_states: Tensor, memory: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute what a token reads, and how much of it each stream takes.
+
+        The two are all that the convolution of later positions depends on, and fewer numbers than its input: an engine
+        that keeps its own state may store them and call `convolution_input` when it reads.
+
+        Args:
+            hidden_states: As for `forward`.
+            memory: As for `forward`.
+            active: As for `forward`.
+
+        Returns:
+            Values ``[B, L, D]`` and gates, float32 ``[B, L, S]``.
+
+        Raises:
             MismatchError: Shapes that do not fit the configuration.
             RowRangeError: A row number outside the table.
         """
         config = self.config
-        hidden_BLSD = self._split_streams(hidden_states)
+        hidden_BLSD = self.split_streams(hidden_states)
         embeddings_BLM = memory if memory.is_floating_point() else self.read(memory)
         if embeddings_BLM.shape != (*hidden_BLSD.shape[:2], config.memory_dim):
             raise MismatchError(
@@ -163,22 +155,43 @@ class EngramLayer(nn.Module):
         embeddings_BLM = embeddings_BLM.to(device=hidden_states.device, dtype=self.key_value.weight.dtype)
         projected = self.key_value(embeddings_BLM)
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
-        gates_BLS = self._gates(hidden_BLSD, key)
+        if config.gate == "none":
+            gates_BLS = torch.ones(hidden_BLSD.shape[:3], device=hidden_BLSD.device)
+        else:
+            key_BLSD = key.unflatten(-1, (config.num_streams, config.hidden_size))
+            with torch.autocast(hidden_BLSD.device.type, enabled=False):
+                gates_BLS = gate_values(
+                    hidden_BLSD, key_BLSD, self.gate_gain(), eps=config.norm_eps, squash=config.gate
+                )
         if active is not None:
             # Filled, not multiplied: padding may hold anything, NaN included.
-            gates_BLS = gates_BLS.masked_fill(~active.unsqueeze(-1).bool(), 0)
-        update = gates_BLS.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)
-        if config.kernel_size:
-            update = update + self._convolve(update, state, active, lengths)
-        update = update.reshape(hidden_states.shape).to(hidden_states.dtype)
-        return EngramOutput(update, gates_BLS) if return_gates else update
+            gates_BLS = gates_BLS.masked_fill(~active.unsqueeze(-1).to(gates_BLS.device, torch.bool), 0)
+        return value, gates_BLS
 
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        config = self.config
-        return f"orders={config.orders}, heads={config.num_heads}, rows of {config.head_dim}, gate={config.gate!r}"
+    def convolution_input(self, gated: Tensor) -> Tensor:
+        """Normalize gated values, as the convolution reads them and decoding keeps them.
 
-    def _split_streams(self, hidden_states: Tensor) -> Tensor:
+        Args:
+            gated: Gates times values, ``[B, L, S, D]``.
+
+        Returns:
+            ``[B, L, S * D]``, in their type.
+        """
+        # In float32: with a small eps the scale alone leaves the range of float16.
+        wide = gated.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
+        return (wide * scale * self._gain(self.conv_norm)).to(gated.dtype).flatten(-2)
+
+    def gate_gain(self) -> Tensor:
+        """Return the product of the norm weights of query and key, float32 ``[S, D]``."""
+        return self._gain(self.query_norm) * self._gain(self.key_norm)
+
+    def split_streams(self, hidden_states: Tensor) -> Tensor:
+        """Return hidden states as ``[B, L, S, D]``.
+
+        Raises:
+            MismatchError: Another shape than the configuration's.
+        """
         config = self.config
         if hidden_states.dim() == 3 and config.num_streams == 1:
             hidden_states = hidden_states.unsqueeze(2)
@@ -189,60 +202,34 @@ class EngramLayer(nn.Module):
             )
         return hidden_states
 
-    def _gates(self, hidden: Tensor, key: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         config = self.config
-        if config.gate == "none":
-            return torch.ones(hidden.shape[:3], device=hidden.device)
-        weight = self._gain(self.query_norm) * self._gain(self.key_norm)
-        key_BLSD = key.unflatten(-1, (config.num_streams, config.hidden_size))
-        with torch.autocast(hidden.device.type, enabled=False):
-            return gate_values(hidden, key_BLSD, weight, eps=config.norm_eps, squash=config.gate)
+        return f"orders={config.orders}, heads={config.num_heads}, rows of {config.head_dim}, gate={config.gate!r}"
 
     def _convolve(
         self,
-        update: Tensor,
-        state: ConvolutionState | None,
+        gated: Tensor,
+        state: RollingWindow | LayerWindow | Tensor | None,
         active: Tensor | None,
         lengths: Tensor | list[int] | None,
     ) -> Tensor:
         config = self.config
-        # In float32: with a small eps the scale alone leaves the range of float16.
-        wide = update.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
-        normed = (wide * scale * self._gain(self.conv_norm)).to(update.dtype).flatten(-2)
-        if state is not None and state.batch_size != normed.shape[0]:
-            raise HistoryError(
-                f"the decode state holds {state.batch_size} sequences, this step has {normed.shape[0]}; "
-                "use fork, reorder or select to follow the batch"
-            )
-        context = None if state is None else state.values
+        normed = self.convolution_input(gated)
+        context = window = None
+        if isinstance(state, Tensor):
+            context = state
+        elif state is not None:
+            window = state.open(normed, config.conv_context)
+            context = window.values
         result = F.silu(causal_convolution(normed, context, self.conv_weight.to(normed.dtype), config.conv_dilation))
-        if state is not None:
-            state.advance(normed, lengths=lengths)
+        if window is not None:
+            window.advance(normed, lengths=lengths)
         if active is not None:
             # An inactive position adds nothing, but its taps may still see the active ones before it.
-            result = result * active.unsqueeze(-1).to(result.dtype)
-        return result.view_as(update)
+            result = result * active.unsqueeze(-1).to(result)
+        return result.view_as(gated)
 
     def _gain(self, weight: Tensor) -> Tensor:
         # In float32: a gain of 1 + weight, or a product of two, would be rounded in a lower type.
         return weight.float() + 1 if self.config.norm_weight == "zero_centered" else weight.float()
-
-
-def row_signs(rows: Tensor, num_heads: int) -> Tensor:
-    """Draw a sign for every row read, from the row number of the next head of the same order.
-
-    Two N-grams that meet in one head have unrelated rows in the next, so their signs are unrelated too, and nothing
-    but the row numbers is needed to know them.
-
-    Args:
-        rows: Row numbers, int64 ``[..., H]``, orders outermost.
-        num_heads: Heads per order, at least 2.
-
-    Returns:
-        +1 or -1, int64 ``[..., H]``.
-
-    Source: random signs on hashed rows, KellerJordan/modded-nanogpt #299; the rule for drawing them is ours.
-    """
-    next_head = rows.unflatten(-1, (-1, num_heads)).roll(-1, dims=-1).flatten(-2)
-    return 1 - 2 * (next_head & 1)

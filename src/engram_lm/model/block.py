@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3MoE
 
-from engram_lm.memory.layer import EngramLayer
-from engram_lm.memory.state import ConvolutionState
+from engram_lm.memory.registry import build_layer
+from engram_lm.memory.step import MemoryStep
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Experts, Router
 from engram_lm.model.streams import StreamMixer
@@ -14,7 +14,7 @@ from engram_lm.tables import Table
 
 __all__ = ["EngramBlock"]
 
-# Dimension key: B batch, L length, D hidden, H heads of all orders, S streams.
+# Dimension key: B batch, L length, D hidden, S streams.
 
 
 class EngramBlock(DeepseekV3DecoderLayer):
@@ -29,41 +29,30 @@ class EngramBlock(DeepseekV3DecoderLayer):
         if isinstance(self.mlp, DeepseekV3MoE):
             self.mlp.gate, self.mlp.experts = Router(config), Experts(config)
         memory = config.memory_config
-        self.memory = EngramLayer(memory, table) if memory is not None and layer_idx in memory.layers else None
+        self.memory = build_layer(memory, table) if memory is not None and layer_idx in memory.layers else None
         self.single_fusion = config.memory_fusion == "single"
         if config.num_streams > 1:
             self.attention_streams = StreamMixer(config, site=2 * layer_idx)
             self.feed_forward_streams = StreamMixer(config, site=2 * layer_idx + 1)
         self.num_streams = config.num_streams
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        memory_rows: Tensor | None = None,
-        memory_active: Tensor | None = None,
-        memory_state: ConvolutionState | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, memory_step: MemoryStep | None = None, **kwargs: Any) -> Tensor:
         """Update the hidden states: ``[B, L, D]``, or ``[B, L, S, D]`` with several streams.
 
         Args:
             hidden_states: Output of the block before.
-            memory_rows: Row numbers, int64 ``[B, L, H]``.
-            memory_active: Bool ``[B, L]``, False where memory adds nothing.
-            memory_state: The convolution's window.
+            memory_step: What this forward pass knows of memory; only a block that reads memory needs it.
             **kwargs: What attention takes.
         """
-        memory = {"state": memory_state, "active": memory_active, "return_gates": True}
         if self.memory is not None and not (self.single_fusion and self.num_streams > 1):
-            update, _ = self.memory(hidden_states, memory_rows, **memory)
-            hidden_states = hidden_states + update
+            hidden_states = hidden_states + self._read_memory(hidden_states, memory_step)
         if self.num_streams == 1:
             return super().forward(hidden_states, **kwargs)
 
         post, comb, read = self.attention_streams(hidden_states)
         update = None
         if self.memory is not None and self.single_fusion:
-            update, _ = self.memory(read, memory_rows, **memory)
+            update = self._read_memory(read, memory_step)
             read = read + update
         output, _ = self.self_attn(hidden_states=self.input_layernorm(read), **kwargs)
         if update is not None:
@@ -74,3 +63,15 @@ class EngramBlock(DeepseekV3DecoderLayer):
         post, comb, read = self.feed_forward_streams(hidden_states)
         output = self.mlp(self.post_attention_layernorm(read))
         return self.feed_forward_streams.write(hidden_states, output, post, comb)
+
+    def _read_memory(self, hidden_states: Tensor, step: MemoryStep | None) -> Tensor:
+        assert self.memory is not None and step is not None
+        # Gates are always asked for: whoever records them hooks the layer.
+        update, _ = self.memory(
+            hidden_states,
+            step.rows[self.layer_idx],
+            step.window(self.layer_idx),
+            active=step.active,
+            return_gates=True,
+        )
+        return update

@@ -1,136 +1,198 @@
-"""What decoding keeps: keys and values, and for a block with memory its convolution window and the token history.
+"""How a cache of transformers carries the decode state of memory: in a layer that also keeps keys and values.
 
-The state lives in the layers of transformers' own `Cache`, so that everything `generate` does to a cache (beam reorder,
-repeat, select, roll back, reset) reaches it.
+Whatever ``generate`` does to a cache (beam reorder, repeat, select, roll back, reset), it does to each of its layers.
+So the first layer is replaced by one that is of the same kind and moves the states along.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from engram_lm.errors import HistoryError, MismatchError
-from engram_lm.hashing import HashSpec, TokenHistory
-from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.state import ConvolutionState
+from engram_lm.memory.decode_state import DecodeState
 from engram_lm.model.config import MEMORY_LAYER_TYPE
 
-if TYPE_CHECKING:
-    from engram_lm.model.config import EngramLMConfig
+__all__ = ["MemoryCacheLayer", "MemoryDynamicLayer", "MemoryStaticLayer", "follow_cache", "start_state"]
 
-__all__ = ["MemoryDynamicLayer", "MemoryStaticLayer", "memory_layer"]
+# What the methods of a layer of unknown kind are called on.
+_Layer: Any = object
 
 
-class _MemoryState:
-    """The part that both kinds of cache layer share."""
+class MemoryCacheLayer(_Layer):
+    """What a cache layer of transformers, its other base, needs so that it also carries the states of memories."""
+
+    # A kind may name the layer type that it stands for, and a subclass that inherits the name would take its place.
+    _layer_type: str | None = None
+    kind: ClassVar[type]
+    """The cache layer of transformers that this one is otherwise."""
+    record_past = False
+    memory_states: dict[str, DecodeState]
+    """The key of a memory → its state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.record_past = False
-        self.history: TokenHistory | None = None
-        self.window: ConvolutionState | None = None
+        self.memory_states = {}
 
-    def token_history(self, spec: HashSpec, batch_size: int, device: torch.device) -> TokenHistory:
-        """The tokens before this step; started empty on first use."""
-        if self.history is None:
-            self.history = TokenHistory(spec, batch_size, device=device, max_rollback=self._max_rollback)
-        return self.history
-
-    def convolution_state(
-        self, config: EngramConfig, batch_size: int, device: torch.device, dtype: torch.dtype
-    ) -> ConvolutionState:
-        """The convolution's window before this step; started empty on first use."""
-        if self.window is None:
-            self.window = ConvolutionState(
-                config, batch_size, device=device, dtype=dtype, max_rollback=self._max_rollback
-            )
-        return self.window
-
-    @property
-    def _max_rollback(self) -> int | None:
-        return None if self.record_past else 0
-
-    @property
-    def _states(self) -> list[TokenHistory | ConvolutionState]:
-        return [state for state in (self.history, self.window) if state is not None]
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A class that was made at run time cannot be found by its name, so it is made again.
+        return _empty_layer, (self.kind,), self.__dict__
 
     def activate_past_recording(self) -> None:
         """Keep everything from here on, so that `crop` can take tokens back (assisted decoding asks for it)."""
+        if hasattr(super(), "activate_past_recording"):
+            super().activate_past_recording()
         self.record_past = True
-        for state in self._states:
+        for state in self.memory_states.values():
             state.record()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, then keep no more than the next step needs.
 
         Raises:
-            HistoryError: Nothing was recorded that could be taken back. Nothing has changed then.
+            HistoryError: They are not held any more. Nothing has changed then.
         """
-        if tokens_to_remove and self._states and not self.record_past:
-            raise HistoryError(
-                "this cache keeps no more of the past than the next token needs; call activate_past_recording() on it "
-                "before the tokens that may have to be taken back"
-            )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        for state in self._states:
-            state.rollback(abs(tokens_to_remove))
-            state.trim()
+        # A positive number is what older releases of transformers call the length that is left.
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, int(self.get_seq_length()) - tokens_to_remove)
+        for state in self.memory_states.values():
+            state.check_rollback(count)
+        super().crop(tokens_to_remove)
+        for state in self.memory_states.values():
+            state.rollback(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        for state in self._states:
+        super().reorder_cache(beam_idx)
+        for state in self.memory_states.values():
             state.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.history = None if self.history is None else self.history.fork(repeats)
-        self.window = None if self.window is None else self.window.fork(repeats)  # type: ignore[assignment]
+        super().batch_repeat_interleave(repeats)
+        for state in self.memory_states.values():
+            state.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        for state in self._states:
+        super().batch_select_indices(indices)
+        for state in self.memory_states.values():
             state.select(indices)
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()  # type: ignore[misc]
-        for state in self._states:
+        super().reset()
+        for state in self.memory_states.values():
             state.reset()
 
 
-class MemoryDynamicLayer(_MemoryState, DynamicLayer):
-    """A growing cache layer of a block that reads memory. ``DynamicCache(config=model.config)`` makes it."""
+class MemoryDynamicLayer(MemoryCacheLayer, DynamicLayer):
+    """The growing kind. ``DynamicCache(config=model.config)`` makes it, and so tells it when recording begins."""
 
     _layer_type = MEMORY_LAYER_TYPE
+    kind = DynamicLayer
 
 
-class MemoryStaticLayer(_MemoryState, StaticLayer):
-    """A cache layer of fixed size and address. ``StaticCache(config=model.config, max_cache_len=...)`` makes it."""
+class MemoryStaticLayer(MemoryCacheLayer, StaticLayer):
+    """The kind of fixed size and address. ``StaticCache(config=model.config, max_cache_len=...)`` makes it."""
 
     _layer_type = MEMORY_LAYER_TYPE
+    kind = StaticLayer
 
 
-def memory_layer(cache: Cache, block: int, config: "EngramLMConfig") -> MemoryDynamicLayer | MemoryStaticLayer:
-    """Find the cache layer of a block with memory.
+def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:
+    """Find the state that a cache carries for a memory, or give it an empty one.
 
-    An empty ``DynamicCache()`` made without a configuration is given the layers it lacks.
+    Args:
+        cache: Any cache of transformers that keeps a list of layers.
+        key: Tells memories apart that use the same cache; what messages call it stands before the first colon.
+        tokens: Those of the step that is about to be computed, ``[B, L]``.
+        context: How many earlier tokens a row depends on (`HashSpec.context`).
+        max_rollback: As for `start_state`.
 
     Raises:
-        MismatchError: The cache was made for another model.
+        HistoryError: The cache holds tokens that the memory has not seen, or another number of sequences.
+        MismatchError: The cache keeps no list of layers.
     """
-    if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers = [
-            MemoryDynamicLayer() if layer_type == MEMORY_LAYER_TYPE else DynamicLayer()
-            for layer_type in config.layer_types or ()
-        ]
-    layer = cache.layers[block] if block < len(cache.layers) else None
-    if not isinstance(layer, MemoryDynamicLayer | MemoryStaticLayer):
-        raise MismatchError(
-            f"block {block} reads memory, but its cache layer is {type(layer).__name__}; "
-            "make the cache with DynamicCache(config=model.config) or StaticCache(config=model.config, ...)"
+    layers: Any = getattr(cache, "layers", None)
+    carried = layers and isinstance(layers[0], MemoryCacheLayer)
+    state: DecodeState | None = layers[0].memory_states.get(key) if carried else None
+    if state is not None and state.seen == 0 and state.batch_size != tokens.shape[0]:
+        state = None  # A cache that was reset may go on with another batch.
+    held, seen = _tokens_in(cache), 0 if state is None else state.seen
+    if held is not None and seen is not None and held != seen:
+        raise HistoryError(
+            f"the cache holds {held} tokens, of which the memory {key.partition(':')[0]!r} has seen {seen}: it was "
+            "filled before the memory was attached or enabled, or by something else; start with an empty cache"
         )
-    return layer
+    if state is None:
+        state = start_state(cache, key, tokens, context=context, max_rollback=max_rollback)
+    if state.batch_size != tokens.shape[0]:
+        raise HistoryError(
+            f"the cache holds memory of {state.batch_size} sequences, this step has {tokens.shape[0]}; use the cache's "
+            "batch_repeat_interleave, batch_select_indices or reorder_cache to follow the batch"
+        )
+    return state
+
+
+@torch.compiler.disable
+def start_state(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:
+    """Give a cache an empty state for a memory.
+
+    Args:
+        cache: Any cache of transformers that keeps a list of layers.
+        key: Tells memories apart that use the same cache.
+        tokens: Those of the step that is about to be computed, ``[B, L]``.
+        context: How many earlier tokens a row depends on (`HashSpec.context`).
+        max_rollback: How many tokens ``crop`` can take back although the cache was not told to record: it may have
+            been told before it had a state to hear of it.
+
+    Raises:
+        MismatchError: The cache keeps no list of layers.
+    """
+    layers: Any = getattr(cache, "layers", None)
+    if layers == [] and cache.layer_class_to_replicate is not None:
+        layers.append(cache.layer_class_to_replicate())
+    if not layers:
+        raise MismatchError(
+            f"a {type(cache).__name__} keeps no list of layers, one of which could carry the memory's state; make the "
+            "cache with DynamicCache(config=model.config) or StaticCache(config=model.config, ...)"
+        )
+    if not isinstance(layers[0], MemoryCacheLayer):
+        layer = _empty_layer(type(layers[0]))
+        layer.__dict__.update(layers[0].__dict__, memory_states={})
+        layers[0] = layer
+    state = DecodeState(tokens.shape[0], context, device=tokens.device, max_rollback=max_rollback)
+    # Layers that cannot forget remember that they were told to record; others keep everything anyway.
+    if any(getattr(layer, "record_past", False) for layer in layers):
+        state.record()
+    layers[0].memory_states[key] = state
+    return state
+
+
+def _empty_layer(kind: type) -> Any:
+    """Make a layer of a kind that carries states, without anything in it."""
+    made: Any = _carrier(kind)
+    return made.__new__(made)
+
+
+@functools.cache
+def _carrier(kind: type) -> type:
+    for known in (MemoryDynamicLayer, MemoryStaticLayer):
+        if known.kind is kind:
+            return known
+    return type(f"Memory{kind.__name__}", (MemoryCacheLayer, kind), {"kind": kind})
+
+
+def _tokens_in(cache: Cache) -> int | None:
+    """Count the tokens that a cache holds; None where that cannot be told without waiting for a device."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        length: Any = cache.get_seq_length()
+    except (ValueError, AttributeError, IndexError):  # of caches that do not count
+        return None
+    if isinstance(length, Tensor):
+        return int(length) if length.device.type == "cpu" else None
+    return int(length)

@@ -16,7 +16,7 @@ from engram_lm.model.presets import CANONICAL_DEEPSEEK, preset_fields
 __all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
 
 MEMORY_LAYER_TYPE = "engram_memory"
-"""Name of a block that reads memory in ``layer_types``; the cache keeps its state under this name."""
+"""What ``layer_types`` calls the block whose cache layer carries the state of all memory; see ``cache.py``."""
 
 _MOST_BLOCKS = 10_000
 _MOST_TOKENS = 2**24
@@ -51,7 +51,7 @@ class EngramLMConfig(DeepseekV3Config):
     hash_spec: dict[str, Any] | None = None
     """What `engram_lm.HashSpec.to_dict` gives: how tokens become row numbers."""
     layer_types: list[str] | None = None
-    """Derived: ``engram_memory`` for blocks that read memory, ``full_attention`` for the others."""
+    """Derived: ``engram_memory`` for the first block of a model with memory, ``full_attention`` for the others."""
     first_k_dense_replace: int | None = 1_000_000
     """Blocks before the first mixture of experts; by default none has one."""
     num_key_value_heads: int | None = None
@@ -86,10 +86,8 @@ class EngramLMConfig(DeepseekV3Config):
             self.first_k_dense_replace = self.num_hidden_layers
         if self.memory is not None:
             self.memory = EngramConfig.from_dict(self.memory).to_dict()
-        memory_layers = self.memory["layers"] if self.memory is not None else ()
-        self.layer_types = [
-            MEMORY_LAYER_TYPE if block in memory_layers else "full_attention" for block in range(self.num_hidden_layers)
-        ]
+        first = "full_attention" if self.memory is None else MEMORY_LAYER_TYPE
+        self.layer_types = [first, *["full_attention"] * (self.num_hidden_layers - 1)]
         super().__post_init__(**kwargs)
         self._check_backbone()
         if self.memory is not None:

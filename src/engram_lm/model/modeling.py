@@ -18,12 +18,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from engram_lm.errors import MismatchError, TokenMapError
 from engram_lm.hashing import HashSpec, TokenMap
+from engram_lm.memory.step import MemoryStep, begin_step
 from engram_lm.model.block import EngramBlock
-from engram_lm.model.cache import memory_layer
+from engram_lm.model.cache import follow_cache
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
-from engram_lm.model.read_ahead import ask_for_rows
 from engram_lm.model.streams import StreamHead
 from engram_lm.tables import ParameterTable
 
@@ -77,10 +77,9 @@ class EngramModel(EngramPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         memory, spec = config.memory_config, config.spec
-        self.__dict__["_memory_config"] = memory
         # A table that stands apart is neither moved, counted nor given hooks with the modules.
         self.__dict__["_tables_apart"], self.__dict__["_places"] = {}, places
-        self.__dict__["_stored_tables"], self.__dict__["_row_traces"] = {}, []
+        self.__dict__["_stored_tables"] = {}
         self.memory_tables = nn.ModuleDict()
         tables = self.memory_tables if places is None else self.__dict__["_tables_apart"]
         if memory is not None and spec is not None:
@@ -156,7 +155,7 @@ class EngramModel(EngramPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
         # Before the embedding, so that a token outside the vocabulary is refused in words.
-        memory = self._memory_inputs(input_ids, attention_mask, position_ids, past_key_values)
+        memory_step = self._begin_memory(input_ids, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         causal_mask = create_causal_mask(
@@ -171,10 +170,10 @@ class EngramModel(EngramPreTrainedModel):
         if num_streams > 1:
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, num_streams, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        for block, layer in enumerate(self.layers):
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                **memory.get(block, {}),
+                memory_step=memory_step,
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -186,17 +185,13 @@ class EngramModel(EngramPreTrainedModel):
             hidden_states = self.stream_head(hidden_states)
         return EngramModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _memory_inputs(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        cache: Cache | None,
-    ) -> dict[int, dict[str, Any]]:
-        """Hash the tokens once for all blocks and collect each block's decode state."""
+    def _begin_memory(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> MemoryStep | None:
+        """Hash the tokens once for all blocks, and find what the cache keeps for them."""
         if self.config.memory is None or input_ids is None:
-            return {}
-        spec, config = self._bound_spec(), self.__dict__["_memory_config"]
+            return None
+        spec = self._bound_spec()
         batch_size, length = input_ids.shape
         if attention_mask is not None and attention_mask.dim() != 2:
             # Which positions are padding cannot be told from a mask of pairs, and memory must know.
@@ -204,33 +199,18 @@ class EngramModel(EngramPreTrainedModel):
                 f"attention_mask is {tuple(attention_mask.shape)}; a model with memory needs [batch, past + length], "
                 "0 at padding"
             )
-        mask = None if attention_mask is None else attention_mask[:, -length:]
-        if self.training and self.gradient_checkpointing:
-            # Blocks run twice then, and would move their state twice; transformers drops their cache as well.
-            cache = None
-        codes = spec.encode(input_ids, attention_mask=mask, position_ids=position_ids.expand(batch_size, length))
-        blocks = self.config.memory_layers
-        history = None
-        if cache is not None:
-            states = {block: memory_layer(cache, block, self.config) for block in blocks}
-            history = states[blocks[0]].token_history(spec, batch_size, input_ids.device)
-        rows = spec.rows_for_layers(codes, history)
-        by_block = {block: rows[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
-        ask_for_rows(self.layers, by_block)
-        for trace in self.__dict__["_row_traces"]:
-            trace.add(by_block)
-        active = codes >= 0
-        inputs: dict[int, dict[str, Any]] = {}
-        for block, numbers in by_block.items():
-            inputs[block] = {"memory_rows": numbers, "memory_active": active}
-            if cache is not None and config.conv_context:
-                weight = self.get_parameter(f"layers.{block}.memory.key_value.weight")
-                device = _device_of(self.layers[block], weight)
-                dtype = _product_dtype(weight, device)
-                inputs[block]["memory_state"] = states[block].convolution_state(config, batch_size, device, dtype)
-        if history is not None:
-            history.advance_codes(codes)
-        return inputs
+        state = None
+        # With gradient checkpointing blocks run twice and would move their state twice; transformers drops the cache.
+        if cache is not None and not (self.training and self.gradient_checkpointing):
+            state = follow_cache(cache, "model", input_ids, context=spec.context)
+        return begin_step(
+            spec,
+            {block: self.get_submodule(f"layers.{block}.memory").table for block in spec.blocks},
+            input_ids,
+            attention_mask=None if attention_mask is None else attention_mask[:, -length:],
+            position_ids=position_ids.expand(batch_size, length),
+            state=state,
+        )
 
     def _bound_spec(self) -> HashSpec:
         spec = self.__dict__["_spec"]
@@ -349,15 +329,3 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
     # The token map may have been replaced by the loaded one.
     module.__dict__["_spec"] = None
-
-
-def _product_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
-    """Type that a product with this weight has: autocast's where it is on, and so the convolution window's."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else weight.dtype
-
-
-def _device_of(module: nn.Module, weight: Tensor) -> torch.device:
-    """Where a module runs: offloaded weights are on the meta device, and accelerate's hook knows better."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return weight.device if device is None else torch.device(device)

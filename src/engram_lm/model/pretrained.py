@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
-from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.interface import MemoryLayer
 from engram_lm.model.block import EngramBlock
 from engram_lm.model.checkpoint import (
     CHOSEN_BY_SIZE,
@@ -49,7 +49,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": EngramBlock,
         "attentions": DeepseekV3Attention,
-        "gates": OutputRecorder(EngramLayer, index=1),
+        "gates": OutputRecorder(MemoryLayer, index=1),
         "router_logits": OutputRecorder(Router, index=0),
         "chosen_experts": OutputRecorder(Router, index=2),
     }
@@ -67,7 +67,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, EngramLayer | ParameterTable):
+        if isinstance(module, MemoryLayer | ParameterTable):
             module.reset_parameters()
         elif isinstance(module, StreamMixer | StreamHead):
             module.reset_parameters(self.config.initializer_range)

@@ -1,35 +1,20 @@
-"""Rows of all blocks asked for as soon as the tokens are known, and recorded where somebody wants to know them."""
+"""Which rows a model reads, recorded for the simulation of caches and for rows that stay in one."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
 from engram_lm.files import replacing
-from engram_lm.memory.layer import EngramLayer
-from engram_lm.tables import Table
+from engram_lm.memory.interface import MemoryLayer
 
-__all__ = ["RowTrace", "ask_for_rows", "record_rows"]
-
-_TRACES = "_row_traces"
-
-
-def ask_for_rows(layers: nn.ModuleList, rows: Mapping[int, Tensor]) -> None:
-    """Ask every table for the rows that its block will read; each block waits for its own when it comes to them.
-
-    Args:
-        layers: The model's blocks.
-        rows: Block to its row numbers, int64 ``[B, L, H]``, in the order in which blocks run.
-    """
-    for block, numbers in rows.items():
-        table = cast(EngramLayer, layers[block].memory).table
-        if isinstance(table, Table) and table.reads_ahead:
-            table.prefetch(numbers)
+__all__ = ["RowTrace", "record_rows"]
 
 
 class RowTrace:
@@ -39,10 +24,9 @@ class RowTrace:
         self.rows: dict[int, list[np.ndarray]] = {}
         """Block to one int64 ``[B * L * H]`` per forward pass, repeats kept."""
 
-    def add(self, rows: Mapping[int, Tensor]) -> None:
-        """Record one forward pass: block to row numbers of any shape."""
-        for block, numbers in rows.items():
-            self.rows.setdefault(block, []).append(numbers.detach().cpu().reshape(-1).numpy().copy())
+    def add(self, block: int, rows: Tensor) -> None:
+        """Record what a block read in one forward pass: row numbers of any shape."""
+        self.rows.setdefault(block, []).append(rows.detach().cpu().reshape(-1).numpy().copy())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as ``.npz``: for each block an int64 ``[n]`` called ``rows_<block>``.
@@ -76,9 +60,14 @@ def record_rows(model: Any) -> Iterator[RowTrace]:
         >>> trace.save("rows.npz")  # doctest: +SKIP
     """
     trace = RowTrace()
-    traces: list[RowTrace] = model.base_model.__dict__[_TRACES]
-    traces.append(trace)
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block, layer in enumerate(model.base_model.layers):
+            if isinstance(layer.memory, MemoryLayer):
+                hook = functools.partial(_record, trace, block)
+                handle = layer.memory.register_forward_pre_hook(hook)
+                hooks.callback(handle.remove)
         yield trace
-    finally:
-        traces[:] = [one for one in traces if one is not trace]
+
+
+def _record(trace: RowTrace, block: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    trace.add(block, args[1])

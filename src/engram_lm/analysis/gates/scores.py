@@ -33,7 +33,7 @@ def score_parts(
     streams = (config.num_streams, config.hidden_size)
     wide = config.num_streams * config.hidden_size
     weight, bias = layer.key_value.weight, layer.key_value.bias
-    hidden_BLSD = layer._split_streams(hidden_states).float()
+    hidden_BLSD = layer.split_streams(hidden_states).float()
     memory_BLM = (memory if memory.is_floating_point() else layer.read(memory)).to(hidden_BLSD)
     weight_SDM = weight[:wide].float().unflatten(0, streams)
     bias_SD = weight.new_zeros(streams).float() if bias is None else bias[:wide].float().unflatten(0, streams)
@@ -44,7 +44,7 @@ def score_parts(
         scale_BLS = scale_BLS / math.sqrt(config.hidden_size)
         if active is not None:
             scale_BLS = scale_BLS * active.unsqueeze(-1)
-        query_BLSD = hidden_BLSD * (layer._gain(layer.query_norm) * layer._gain(layer.key_norm)).float()
+        query_BLSD = hidden_BLSD * layer.gate_gain()
         parts_BLSM = torch.einsum("blsd,sdm->blsm", query_BLSD, weight_SDM) * memory_BLM.unsqueeze(2)
         parts_BLSO = parts_BLSM.unflatten(-1, (len(config.orders), -1)).sum(-1) * scale_BLS.unsqueeze(-1)
         return parts_BLSO.transpose(-1, -2), (query_BLSD * bias_SD).sum(-1) * scale_BLS

@@ -1,0 +1,172 @@
+"""What every memory layer is: it reads rows of a table and updates the hidden state."""
+
+import abc
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.hashing.window import RollingWindow
+from engram_lm.memory.config import EngramConfig
+from engram_lm.memory.decode_state import LayerWindow
+from engram_lm.tables.table import Table
+
+__all__ = ["EngramOutput", "MemoryLayer", "row_signs"]
+
+# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
+
+
+class EngramOutput(NamedTuple):
+    """What a memory layer returns when gates are asked for."""
+
+    update: Tensor
+    """To be added to the hidden state; its shape."""
+    gates: Tensor
+    """Gate of every token and stream, float32 ``[B, L, S]``; 0 at inactive positions, 1 where there is no gate."""
+
+
+class MemoryLayer(nn.Module, abc.ABC):
+    """The interface that `engram_lm.EngramLayer` and its rivals share; `engram_lm.memory.registry` names them.
+
+    Args:
+        config: Geometry and options.
+        table: Where rows are read from; may be None if memory vectors are always passed in. It stays outside the module
+            tree: it may live on another tier and be shared by several layers.
+
+    Raises:
+        ConfigError: The table's rows are not as wide as the configuration says.
+    """
+
+    table: Table | None
+
+    def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
+        super().__init__()
+        if table is not None and table.width != config.head_dim:
+            raise ConfigError(
+                f"the table's rows are {table.width} wide, this configuration reads rows of {config.head_dim} "
+                f"(memory_dim {config.memory_dim} over {config.num_heads_total} heads)"
+            )
+        self.config = config
+        self.table = table
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "table":
+            self.__dict__["table"] = value
+        else:
+            super().__setattr__(name, value)
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Tensor,
+        state: RollingWindow | LayerWindow | Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        lengths: Tensor | list[int] | None = None,
+        return_gates: bool = False,
+    ) -> Tensor | EngramOutput:
+        """Compute the update of the hidden state.
+
+        Args:
+            hidden_states: ``[B, L, S, D]``, or ``[B, L, D]`` where there is one stream.
+            memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``.
+            state: What the layer remembers of the positions before: a window, which is read first and then moved past
+                these positions in place; or the contents of one, ``[B, *window_shape]``, which are only read.
+            active: Bool ``[B, L]``; where False (padding, dead tokens) the update is 0.
+            lengths: Positions of each sequence that are real, for chunks padded on the right to unequal lengths.
+            return_gates: Whether to return the gates too.
+
+        Returns:
+            The update, in the hidden state's shape and type; with ``return_gates`` an `EngramOutput`.
+        """
+
+    @abc.abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialize everything but the table."""
+
+    @property
+    @abc.abstractmethod
+    def window_shape(self) -> tuple[int, int]:
+        """Earlier positions that decoding keeps for this layer (0 for none), and numbers of each."""
+
+    @classmethod
+    @abc.abstractmethod
+    def count_parameters(cls, config: EngramConfig) -> int:
+        """Count the numbers in one layer besides its table."""
+
+    @classmethod
+    @abc.abstractmethod
+    def count_flops(cls, config: EngramConfig) -> int:
+        """Count the floating-point operations of one token's forward pass through one layer.
+
+        A multiplication and an addition count as two. Reading rows and hashing count as none.
+        """
+
+    def new_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, max_rollback: int | None = 0
+    ) -> RollingWindow:
+        """Start the decode state of this layer alone for a batch of sequences, on the layer's device.
+
+        Args:
+            batch_size: Number of sequences.
+            dtype: Type of what is kept; that of the layer's weights where None.
+            max_rollback: How many positions can be taken back; None for all.
+        """
+        weight = next(self.parameters())
+        width, size = self.window_shape
+        return RollingWindow(
+            batch_size,
+            width,
+            item_shape=(size,),
+            fill=0,
+            dtype=dtype or weight.dtype,
+            device=weight.device,
+            max_rollback=max_rollback,
+        )
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Gather rows and lay the heads side by side.
+
+        Args:
+            rows: Row numbers, int64 ``[B, L, H]``.
+
+        Returns:
+            Memory vectors ``[B, L, M]``, in the table's type. ``layer(hidden, layer.read(rows))`` equals
+            ``layer(hidden, rows)``.
+
+        Raises:
+            RowRangeError: A row number outside the table.
+            MismatchError: Another number of heads than the configuration's, or no table.
+        """
+        if self.table is None:
+            raise MismatchError("this layer was built without a table; pass embeddings, or build it with table=...")
+        if rows.shape[-1] != self.config.num_heads_total:
+            raise MismatchError(
+                f"row numbers hold {rows.shape[-1]} heads, the layer reads {self.config.num_heads_total} "
+                f"({len(self.config.orders)} orders x {self.config.num_heads}); they come from another HashSpec"
+            )
+        embeddings: Tensor = self.table.gather(rows)
+        if self.config.signs == "hashed":
+            embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings)
+        return embeddings.flatten(-2)
+
+
+def row_signs(rows: Tensor, num_heads: int) -> Tensor:
+    """Draw a sign for every row read, from the row number of the next head of the same order.
+
+    Two N-grams that meet in one head have unrelated rows in the next, so their signs are unrelated too, and nothing
+    but the row numbers is needed to know them.
+
+    Args:
+        rows: Row numbers, int64 ``[..., H]``, orders outermost.
+        num_heads: Heads per order, at least 2.
+
+    Returns:
+        +1 or -1, int64 ``[..., H]``.
+
+    Source: random signs on hashed rows, KellerJordan/modded-nanogpt #299; the rule for drawing them is ours.
+    """
+    next_head = rows.unflatten(-1, (-1, num_heads)).roll(-1, dims=-1).flatten(-2)
+    return 1 - 2 * (next_head & 1)

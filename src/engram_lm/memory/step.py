@@ -1,0 +1,112 @@
+"""One forward pass seen from the memory: tokens → codes → rows → tables asked for rows → windows.
+
+Knows nothing of transformers: the reference model, attached memory and serving engines all begin here. A step is a
+value that travels with the call, so that two calls at once never see each other.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from engram_lm.errors import MismatchError
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.decode_state import DecodeState, LayerWindow
+from engram_lm.tables import Table
+
+__all__ = ["MemoryStep", "RowMap", "begin_step"]
+
+# Dimension key: B batch, L length, W context (highest order - 1), H heads of all orders.
+
+RowMap = Callable[[int, Tensor], Tensor]
+"""Called with a block and the rows ``[B, L, H]`` that its N-grams hash to; returns the rows to read instead."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryStep:
+    """What one forward pass hands from its beginning to its memory layers."""
+
+    codes: Tensor
+    """Codes of the tokens, int64 ``[B, L]``; -1 at dead positions."""
+    active: Tensor
+    """Bool ``[B, L]``; False where memory adds nothing."""
+    rows: Mapping[int, Tensor]
+    """Block → row numbers, int64 ``[B, L, H]``, in the order in which blocks run."""
+    state: DecodeState | None = None
+    """What earlier steps left; None where there is no cache."""
+
+    def window(self, block: int) -> LayerWindow | None:
+        """Return what the layer of a block takes as its state."""
+        return None if self.state is None else self.state.window(block)
+
+
+def begin_step(
+    spec: HashSpec,
+    tables: Mapping[int, Table | None],
+    tokens: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    state: DecodeState | None = None,
+    context: Tensor | None = None,
+    checked: bool = True,
+    row_map: RowMap | None = None,
+) -> MemoryStep:
+    """Hash the tokens once for all blocks, ask the tables for their rows, and move the history past the tokens.
+
+    An engine that decodes requests of unequal lengths side by side hands T tokens in as a batch of T sequences of
+    length 1, each with the codes that came before it as ``context``, and gives each layer its own context likewise
+    (see `EngramLayer.forward`). With ``checked=False`` nothing depends on the data and nothing waits for the host.
+
+    Args:
+        spec: The hash, bound to its token map.
+        tables: Block → the table that it reads, in the order in which blocks run. Tables that read ahead begin here.
+        tokens: Raw ids, int64 ``[B, L]``.
+        attention_mask: ``[B, L]``; 0 marks dead positions, such as padding.
+        position_ids: ``[B, L]``; where they do not increase a segment starts, if the hash looks at them.
+        state: What earlier steps left; read, then moved past these tokens.
+        context: Codes of the tokens before, int64 ``[B, W]``, where there is no ``state``; None is the start.
+        checked: Whether tokens outside the vocabulary are refused. Otherwise they count as dead.
+        row_map: For controls: chooses the rows that are read instead of those that were hashed.
+
+    Returns:
+        The step.
+
+    Raises:
+        HistoryError: State or context hold another number of sequences.
+        MismatchError: The mask, the positions or the mapped rows have another shape.
+        TokenError: A token is outside the vocabulary (``checked``).
+    """
+    codes = _encode(spec, tokens, attention_mask, position_ids, checked)
+    by_layer = spec.rows_for_layers(codes, context if state is None else state.history.values)
+    rows = {block: by_layer[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
+    if row_map is not None:
+        rows = {block: _mapped(row_map, block, numbers) for block, numbers in rows.items()}
+    for block, table in tables.items():
+        if table is not None and table.reads_ahead:
+            table.prefetch(rows[block])
+    if state is not None:
+        state.advance(codes)
+    return MemoryStep(codes, codes >= 0, rows, state)
+
+
+def _encode(spec: HashSpec, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, checked: bool) -> Tensor:
+    codes: Any
+    if not checked:
+        # Models have rows for ids that no tokenizer makes, up to a round number. Those are no text.
+        known = tokens < spec.num_tokens
+        mask = known if mask is None else known & (mask != 0).to(known.device)
+        tokens = tokens.masked_fill(~known, 0)
+    codes = spec.encode(tokens, attention_mask=mask, position_ids=positions)
+    return codes
+
+
+def _mapped(row_map: RowMap, block: int, rows: Tensor) -> Tensor:
+    mapped = row_map(block, rows)
+    if mapped.shape != rows.shape or mapped.dtype != rows.dtype:
+        raise MismatchError(
+            f"row_map was given rows {tuple(rows.shape)} of {rows.dtype} for layer {block} and returned "
+            f"{tuple(mapped.shape)} of {mapped.dtype}; it must keep shape and type"
+        )
+    return mapped
