@@ -74,17 +74,17 @@ def test_every_verb_explains_every_flag_and_gives_examples(name, capsys):
 def test_a_table_is_converted_inspected_and_verified_with_results_on_stdout(own, tmp_path, capsys):
     assert main(["table", "convert", str(own), str(tmp_path / "packed"), "--dtype", "int8"]) == 0
     out, err = capsys.readouterr()
-    path = tmp_path / "packed" / "layer-1.engram"
+    path = tmp_path / "packed" / "layer-1.safetensors"
     assert f"layer 1: {path}" in out and "saved 348,000 (72.5%)" in out
     assert "relative error  mean 5.0" in out and "(all rows)" in out and "cosine" in out
     assert "layer 1" in err and "MB" in err, "progress goes to stderr"
     text = printed(capsys, "inspect", path)
     assert "3,000 of 40 numbers" in text and "int8 with scales by blocks of 32, 1.100 bytes" in text
-    assert "44 bytes, 93 on a page of 4096" in text
+    assert "44 bytes each" in text
     assert "checksums agree" in printed(capsys, "verify", path)
     assert "checksums and the source agree" in printed(capsys, "verify", path, "--source", own)
     values = json.loads(printed(capsys, "inspect", path, "--json"))
-    assert (values["num_rows"], values["codec"]["numbers"], values["rows_per_page"]) == (3000, "int8", 93)
+    assert (values["num_rows"], values["codec"]["stored_dtype"], values["record_bytes"]) == (3000, "int8", 44)
     found = json.loads(printed(capsys, "convert", own, tmp_path / "packed", "--dtype", "int8", "--json"))
     assert found["loss"] is None
     (table,) = found["tables"]
@@ -93,7 +93,7 @@ def test_a_table_is_converted_inspected_and_verified_with_results_on_stdout(own,
 
 def test_verify_exits_with_1_and_names_the_rows_where_something_is_wrong(own, tmp_path, capsys):
     printed(capsys, "convert", own, tmp_path)
-    path = tmp_path / "layer-1.engram"
+    path = tmp_path / "layer-1.safetensors"
     with open(path, "r+b") as file:
         file.seek(9000)
         file.write(b"wrong")
@@ -105,12 +105,12 @@ def test_verify_exits_with_1_and_names_the_rows_where_something_is_wrong(own, tm
 
 
 def test_a_table_is_built_of_a_checkpoint_of_random_rows_and_for_a_config(own, tmp_path, capsys):
-    path = tmp_path / "t.engram"
+    path = tmp_path / "t.safetensors"
     printed(capsys, "build", path, "--source", own, "--dtype", "bfloat16")
     expected = table_layouts(own)[1].load_records(0, 3000).view(torch.float32).to(torch.bfloat16)
     assert torch.equal(packed_layout(path).load_records(0, 3000).view(torch.bfloat16), expected)
     values = json.loads(printed(capsys, "build", path, "--rows", 50, "--width", 8, "--json"))
-    assert (values["num_rows"], values["width"], values["codec"]["numbers"]) == (50, 8, "bfloat16")
+    assert (values["num_rows"], values["width"], values["codec"]["stored_dtype"]) == (50, 8, "bfloat16")
     config = tmp_path / "config.json"
     keys = {
         "ngram_size": 3, "heads_per_ngram": 2, "ngram_vocab_size_base": 100, "seed": 1234, "eos_token_id": 7,
@@ -124,7 +124,7 @@ def test_a_table_is_built_of_a_checkpoint_of_random_rows_and_for_a_config(own, t
 
 
 def test_calls_that_contradict_themselves_are_refused(own, tmp_path, capsys):
-    path = str(tmp_path / "t.engram")
+    path = str(tmp_path / "t.safetensors")
     for arguments, message in (
         (["build", path], "exactly one of"),
         (["build", path, "--rows", "5"], "--width"),
@@ -171,15 +171,15 @@ def test_the_loss_of_a_model_is_told_before_and_after_its_tables_are_rounded(mod
     assert rounded["loss_before"] == exact["loss_before"]
     assert 0 < abs(rounded["change"]) < 1
     assert rounded["change"] == pytest.approx(rounded["loss_after"] - rounded["loss_before"])
-    header = packed_layout(tmp_path / "int4" / "layer-0.engram")
+    header = packed_layout(tmp_path / "int4" / "layer-0.safetensors")
     config = json.loads((model_folder / "config.json").read_text())
     assert header.spec_digest is not None and config["hash_spec"] is not None
 
 
 def test_tables_of_another_model_are_refused(model_folder, tmp_path):
     model = EngramForCausalLM.from_pretrained(model_folder)
-    build_random(tmp_path / "t.engram", 50, RowCodec.named("float32", 8))
-    layout = packed_layout(tmp_path / "t.engram")
+    build_random(tmp_path / "t.safetensors", 50, RowCodec.named("float32", 8))
+    layout = packed_layout(tmp_path / "t.safetensors")
     for key, message in ((1, "the model has those of 0, 2"), (0, "50 of 8")):
         with pytest.raises(MismatchError, match=message):
             put_tables(model, {key: layout})

@@ -14,7 +14,16 @@ from typing import Any
 
 from engram_lm.errors import CheckpointError, EngramError
 
-__all__ = ["flush", "new_folder", "parse_json", "read_json", "replacing", "replacing_folder", "write_atomically"]
+__all__ = [
+    "flush",
+    "new_folder",
+    "parse_json",
+    "put_in_place",
+    "read_json",
+    "replacing",
+    "replacing_folder",
+    "write_atomically",
+]
 
 
 @contextlib.contextmanager
@@ -42,11 +51,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes files only their owner can read; a replaced file keeps its mode, a new one gets the usual 0644.
         aside.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         yield aside
-        flush(aside)
-        os.replace(aside, path)
+        put_in_place(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Bring a file that was written beside ``path`` to the disk, and give it that name.
+
+    Raises:
+        OSError: The file cannot be brought to the disk, or the folder cannot be written.
+    """
+    flush(aside)
+    os.replace(aside, path)
     with contextlib.suppress(OSError):
         # Some file systems cannot flush a folder; the rename is still atomic there, only less durable.
         flush(path.parent)

@@ -204,10 +204,10 @@ def test_an_adapter_can_be_saved_where_its_tables_are_read_from(tier, saved):
 def test_cached_tables_of_another_kind_are_saved_as_they_are_read(saved, tmp_path):
     folder, _ = saved
     for block, layout in table_layouts(folder).items():
-        build_packed(tmp_path / f"packed_{block}.engram", layout, codec=RowCodec.named("int8", 6))
+        build_packed(tmp_path / f"packed_{block}.safetensors", layout, codec=RowCodec.named("int8", 6))
     model = small_model()
     adapter = MemoryAdapter.from_pretrained(
-        model, folder, table_source=str(tmp_path / "packed_{table}.engram"), table_cache_bytes=4096
+        model, folder, table_source=str(tmp_path / "packed_{table}.safetensors"), table_cache_bytes=4096
     )
     adapter.save_pretrained(tmp_path / "copy")
     again = small_model()

@@ -127,19 +127,19 @@ def test_tables_of_another_hash_are_refused_with_both_digests(places):
 
 def test_one_source_may_be_named_for_each_table(places):
     resident, folder = places
-    first, second = (folder / "packed" / f"layer-{block}.engram" for block in (0, 2))
+    first, second = (folder / "packed" / f"layer-{block}.safetensors" for block in (0, 2))
     for source in (
         {"0": first, 2: second},
         {0: table_layouts(first)[0], 2: folder / "packed"},
         {2: second},
-        f"{folder}/packed/layer-{{table}}.engram",
+        f"{folder}/packed/layer-{{table}}.safetensors",
     ):
         assert same(load(folder / "whole", table_source=source, table_tier="file"), resident)
     model = load(folder / "whole", table_source={2: second}, table_tier="device")
     assert same(model, resident) and len(list(model.model.memory_tables)) == 2
     lone = folder / "shared"
     lone.mkdir()
-    second.rename(lone / "any name.engram")
+    second.rename(lone / "any name.safetensors")
     assert same(load(folder / "whole", table_source={2: lone}), resident)
 
 
@@ -163,7 +163,7 @@ def test_rounded_tables_are_read_as_the_numbers_they_hold(places):
     for block, layout in layouts.items():
         codec = RowCodec.named("int8", layout.codec.width)
         write_packed(
-            folder / "int8" / f"layer-{block}.engram",
+            folder / "int8" / f"layer-{block}.safetensors",
             lambda start, stop, layout=layout, codec=codec: codec.reencode(
                 layout.load_records(start, stop), layout.codec
             ),
@@ -248,7 +248,7 @@ def test_tables_that_were_opened_are_closed_when_a_later_one_cannot_be(places):
 
 def test_sources_that_cannot_be_are_refused_with_what_could_be(places, build):
     _, folder = places
-    first = folder / "packed" / "layer-0.engram"
+    first = folder / "packed" / "layer-0.safetensors"
     for source, error, message in (
         ({7: first}, ConfigError, "names the tables 7; the model has 0, 2"),
         ({}, ConfigError, "of none; the model has 0, 2"),
@@ -258,7 +258,11 @@ def test_sources_that_cannot_be_are_refused_with_what_could_be(places, build):
         (first, ConfigError, "no table of layer '2'; there are those of 0"),
         ("mooncake://127.0.0.1:9/x", ConfigError, r"one table, the model has 0, 2; write \{table\}"),
         (folder / "none", CheckpointError, "does not exist"),
-        ({0: folder / "packed" / "layer-2.engram"}, MismatchError, r"layer-2.engram: found \[\d+, 6\], expected"),
+        (
+            {0: folder / "packed" / "layer-2.safetensors"},
+            MismatchError,
+            r"layer-2.safetensors: found \[\d+, 6\], expected",
+        ),
         ("http://127.0.0.1:9/x", RemoteError, "check the address and that its server is running"),
         ("mooncake://127.0.0.1:9/{table}", RemoteError, "nobody answers"),
     ):
@@ -292,7 +296,7 @@ def test_the_commands_read_from_a_source_and_a_trace(places, capsys):
         for more in (
             [str(folder / "whole")],
             [str(folder / "bare"), "--table-source", str(folder / "packed")],
-            [str(folder / "bare"), "--table-source", f"{folder}/packed/layer-{{table}}.engram", *cache],
+            [str(folder / "bare"), "--table-source", f"{folder}/packed/layer-{{table}}.safetensors", *cache],
         ):
             assert main([*call, *more]) == 0
             values = json.loads(capsys.readouterr().out)

@@ -52,13 +52,13 @@ def test_published_eight_bit_rows_and_scales_come_to_lie_side_by_side_and_keep_e
     records = deepseek(tmp_path / "source")
     results = convert(tmp_path / "source", tmp_path / "packed")
     assert [(result.layer, result.path.name, result.error) for result in results] == [
-        (1, "layer-1.engram", None), (14, "layer-14.engram", None),
+        (1, "layer-1.safetensors", None), (14, "layer-14.safetensors", None),
     ]  # fmt: skip
     for result in results:
         layout = packed_layout(result.path)
         assert layout.load_records(0, layout.num_rows).numpy().tobytes() == records[result.layer].tobytes()
         assert verify_packed(result.path, source=table_layouts(tmp_path / "source")[result.layer]).bad is None
-    assert sorted(os.listdir(tmp_path / "packed")) == ["layer-1.engram", "layer-14.engram"]
+    assert sorted(os.listdir(tmp_path / "packed")) == ["layer-1.safetensors", "layer-14.safetensors"]
     assert table_layouts(tmp_path / "packed").keys() == {1, 14}
 
 
@@ -84,7 +84,7 @@ def test_qwen_shards_become_one_table_in_the_order_of_their_numbers(tmp_path):
 def test_our_own_tables_keep_every_bit_and_a_packed_file_may_be_the_source_again(tmp_path, dtype, kind):
     weight = plain(tmp_path / "own", "model.memory_tables.shared.weight", dtype, kind)
     (first,) = convert(tmp_path / "own", tmp_path / "packed", hash_spec={"a": 1}, spec_digest="d")
-    assert (first.layer, first.path.name) == ("shared", "shared.engram")
+    assert (first.layer, first.path.name) == ("shared", "shared.safetensors")
     header = read_packed_header(first.path)
     assert (header.hash_spec, header.spec_digest, header.provenance["layer"]) == ({"a": 1}, "d", "shared")
     (second,) = convert(first.path, tmp_path / "again")
@@ -94,32 +94,32 @@ def test_our_own_tables_keep_every_bit_and_a_packed_file_may_be_the_source_again
         convert(tmp_path / "packed", tmp_path / "packed", dtype="int8")
 
 
-@pytest.mark.parametrize("width", [24, 1500], ids=["several rows on a page", "rows longer than a page"])
+@pytest.mark.parametrize("width", [24, 1500], ids=["short rows", "rows longer than a page"])
 def test_a_packed_source_is_copied_whole_and_a_flipped_bit_in_it_gets_no_checksum_of_its_own(tmp_path, width):
     rows = 100_000 if width == 24 else 1500
     weight = plain(tmp_path / "m", "model.memory_tables.3.weight", torch.float32, "F32", rows=rows, width=width)
     (first,) = convert(tmp_path / "m", tmp_path / "first")
     header = read_packed_header(first.path)
-    assert header.geometry.num_chunks > 1
+    assert header.num_chunks > 1
     # Other types lie in chunks of other rows.
     for dtype in (None, "bfloat16"):
         (again,) = convert(first.path, tmp_path / f"again-{dtype}", dtype=dtype)
         found = packed_layout(again.path).load_records(0, rows)
         assert torch.equal(found, weight.to(getattr(torch, dtype or "float32")).view(torch.uint8))
-    position = header.data_start + header.geometry.chunk_bytes(1)[0] + 50
+    position = header.chunk_bytes(1)[0] + 50
     with open(first.path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]
         file.seek(position)
         file.write(bytes([byte ^ 4]))
-    low, high = header.geometry.chunk(1)
+    low, high = header.chunk(1)
     for write in (
         lambda: convert(first.path, tmp_path / "bad"),
-        lambda: build_packed(tmp_path / "bad" / "b.engram", packed_layout(first.path)),
+        lambda: build_packed(tmp_path / "bad" / "b.safetensors", packed_layout(first.path)),
     ):
         with pytest.raises(CheckpointError, match=rf"chunk 1, rows {low} to {high - 1}, .*expected the CRC-32.*again"):
             write()
-    assert not list((tmp_path / "bad").glob("*.engram"))
+    assert not list((tmp_path / "bad").glob("*.safetensors"))
 
 
 def test_one_layer_is_converted_alone_and_an_unknown_one_or_type_refused_before_anything_is_written(tmp_path):
@@ -133,30 +133,32 @@ def test_one_layer_is_converted_alone_and_an_unknown_one_or_type_refused_before_
             convert(tmp_path / "source", tmp_path / "packed", **options)
     assert not (tmp_path / "packed").exists()
     convert(tmp_path / "source", tmp_path / "packed", layer="14")
-    assert os.listdir(tmp_path / "packed") == ["layer-14.engram"]
+    assert os.listdir(tmp_path / "packed") == ["layer-14.safetensors"]
 
 
 def test_a_finished_file_of_the_same_source_and_type_is_left_alone(tmp_path):
     deepseek(tmp_path / "source", {1: 50})
     target = tmp_path / "packed"
     convert(tmp_path / "source", target)
-    written = (target / "layer-1.engram").stat().st_mtime_ns
+    written = (target / "layer-1.safetensors").stat().st_mtime_ns
 
     def again(**options):
         (result,) = convert(tmp_path / "source", target, **options)
         return result.kept
 
     assert again()
-    assert (target / "layer-1.engram").stat().st_mtime_ns == written
+    assert (target / "layer-1.safetensors").stat().st_mtime_ns == written
     assert not again(resume=False)
     assert not again(dtype="bfloat16")
     assert again(dtype="bfloat16")
     deepseek(tmp_path / "source", {1: 50})  # the same bytes, at another time: nobody can know without reading them
     os.utime(tmp_path / "source" / "model.safetensors", ns=(1, 1))
     assert not again(dtype="bfloat16")
-    (target / "layer-1.engram").write_bytes(b"broken")
+    (target / "layer-1.safetensors").write_bytes(b"broken")
     assert not again(dtype="bfloat16")
 
+
+CHUNK_BYTES = 4194304 // 264 * 264
 
 KILLED = """
 import os, signal, sys
@@ -173,23 +175,23 @@ def test_a_killed_conversion_goes_on_and_ends_with_the_bytes_of_an_uninterrupted
     target = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "source"), str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert sorted(os.listdir(target)) == [".layer-1.engram.journal", ".layer-1.engram.part"]
-    noted = (target / ".layer-1.engram.journal").read_text().splitlines()[1:]
+    assert sorted(os.listdir(target)) == [".layer-1.safetensors.journal", ".layer-1.safetensors.part"]
+    noted = (target / ".layer-1.safetensors.journal").read_text().splitlines()[1:]
     assert 5 <= len(noted) <= 10
     # What a power cut leaves: a line cut short, and a chunk that never reached the disk.
-    with open(target / ".layer-1.engram.journal", "a") as journal:
+    with open(target / ".layer-1.safetensors.journal", "a") as journal:
         journal.write("11 0000")
-    with open(target / ".layer-1.engram.part", "r+b") as part:
-        part.seek(4096 + 2 * 4194304 + 100)
+    with open(target / ".layer-1.safetensors.part", "r+b") as part:
+        part.seek(4096 + 2 * CHUNK_BYTES + 100)
         part.write(b"\0" * 1000)
     seen = []
     convert(tmp_path / "source", target, progress=lambda layer, done, total: seen.append(done))
-    assert os.listdir(target) == ["layer-1.engram"]
-    chunks = (len(noted) - 1) * 4194304
+    assert os.listdir(target) == ["layer-1.safetensors"]
+    chunks = (len(noted) - 1) * CHUNK_BYTES
     assert chunks in seen, "the chunks that were there were taken as they are"
     convert(tmp_path / "source", tmp_path / "whole", resume=False)
-    assert (target / "layer-1.engram").read_bytes() == (tmp_path / "whole" / "layer-1.engram").read_bytes()
-    assert verify_packed(target / "layer-1.engram").bad is None
+    assert (target / "layer-1.safetensors").read_bytes() == (tmp_path / "whole" / "layer-1.safetensors").read_bytes()
+    assert verify_packed(target / "layer-1.safetensors").bad is None
 
 
 def test_only_the_same_work_goes_on_and_only_one_process_does_it(tmp_path):
@@ -204,27 +206,27 @@ def test_only_the_same_work_goes_on_and_only_one_process_does_it(tmp_path):
             asked.append(start)
             return torch.full((stop - start, 4000), len(key), dtype=torch.uint8)
 
-        return write_packed(tmp_path / "t.engram", records, codec, num_rows, resume_key=key, **options)
+        return write_packed(tmp_path / "t.safetensors", records, codec, num_rows, resume_key=key, **options)
 
     def interrupted():
         with pytest.raises(CheckpointError, match="stopped"):
-            write("one", stop_at=4096)
-        assert not (tmp_path / "t.engram").exists()
+            write("one", stop_at=4 * 1048)
+        assert not (tmp_path / "t.safetensors").exists()
 
     interrupted()
     write("one")
-    assert asked[0] == 4096, "the first run of four chunks was there"
+    assert asked[0] == 4 * 1048, "the first four chunks were there"
     for options in ({"num_rows": 9_001}, {"provenance": {"x": 1}}, {}):
-        (tmp_path / "t.engram").unlink()
+        (tmp_path / "t.safetensors").unlink()
         interrupted()
         write("other" if not options else "one", **options)
         assert asked[0] == 0
         expected = 5 if not options else 3
-        layout = packed_layout(tmp_path / "t.engram")
+        layout = packed_layout(tmp_path / "t.safetensors")
         assert (layout.load_records(0, layout.num_rows) == expected).all()
     import fcntl
 
-    with open(tmp_path / ".t.engram.part", "wb") as other:
+    with open(tmp_path / ".t.safetensors.part", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="written by another process"):
             write("one")
@@ -252,7 +254,7 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path):
         capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert int(done.stdout) < 110 * 2**10, f"{int(done.stdout) >> 10} MiB"
-    last = packed_layout(tmp_path / "toNone" / "layer-1.engram").load_records(rows - 1, rows)
+    last = packed_layout(tmp_path / "toNone" / "layer-1.safetensors").load_records(rows - 1, rows)
     assert bytes(last[0].numpy()) == b"\1" * 256 + b"\0" * 8
 
 
@@ -275,14 +277,14 @@ def test_rounding_is_told_with_its_error_and_the_bytes_saved(tmp_path, dtype, re
 
 
 def test_the_error_of_rows_equals_its_definition_row_by_row(tmp_path):
-    build_random(tmp_path / "a.engram", 400, RowCodec.named("float32", 20), seed=1)
-    exact = packed_layout(tmp_path / "a.engram").load_records(0, 400).view(torch.float32)
+    build_random(tmp_path / "a.safetensors", 400, RowCodec.named("float32", 20), seed=1)
+    exact = packed_layout(tmp_path / "a.safetensors").load_records(0, 400).view(torch.float32)
     exact[7], exact[8] = 0, torch.full((20,), 3.0)
     rows = exact.view(torch.uint8)
-    write_packed(tmp_path / "a.engram", lambda a, b: rows[a:b], RowCodec.named("float32", 20), 400)
-    a = packed_layout(tmp_path / "a.engram")
-    build_packed(tmp_path / "b.engram", a, codec=RowCodec.named("int4", 20))
-    b = packed_layout(tmp_path / "b.engram")
+    write_packed(tmp_path / "a.safetensors", lambda a, b: rows[a:b], RowCodec.named("float32", 20), 400)
+    a = packed_layout(tmp_path / "a.safetensors")
+    build_packed(tmp_path / "b.safetensors", a, codec=RowCodec.named("int4", 20))
+    b = packed_layout(tmp_path / "b.safetensors")
     other = b.codec.decode(b.load_records(0, 400), torch.float32)
     relative, cosines = [], []
     for x, y in zip(exact.tolist(), other.tolist()):
@@ -301,9 +303,9 @@ def test_the_error_of_rows_equals_its_definition_row_by_row(tmp_path):
     assert (sample.num_rows, sample.all_rows) == (50, False)
     assert sample == measure_row_error(a, b, sample=50, seed=3) != measure_row_error(a, b, sample=50, seed=4)
     assert measure_row_error(a, a).relative_error_max == 0
-    build_random(tmp_path / "c.engram", 399, RowCodec.named("float32", 20))
+    build_random(tmp_path / "c.safetensors", 399, RowCodec.named("float32", 20))
     with pytest.raises(MismatchError, match="cannot be compared"):
-        measure_row_error(a, packed_layout(tmp_path / "c.engram"))
+        measure_row_error(a, packed_layout(tmp_path / "c.safetensors"))
 
 
 def test_a_number_that_cannot_be_rounded_is_named_with_its_rows_and_leaves_no_table(tmp_path):
@@ -314,4 +316,4 @@ def test_a_number_that_cannot_be_rounded_is_named_with_its_rows_and_leaves_no_ta
     write_raw(tmp_path / "own" / "model.safetensors", {"memory_tables.1.weight": ("F32", (300, 24), data)})
     with pytest.raises(CheckpointError, match=r"layer 1, rows 0 to 299: .*infinite or NaN"):
         convert(tmp_path / "own", tmp_path / "packed", dtype="int8")
-    assert not (tmp_path / "packed" / "layer-1.engram").exists()
+    assert not (tmp_path / "packed" / "layer-1.safetensors").exists()

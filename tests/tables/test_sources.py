@@ -153,12 +153,12 @@ def test_checkpoints_that_cannot_be_right_are_refused_by_name(tmp_path, tensors,
 def test_a_packed_file_on_a_server_is_found_by_its_header_and_checked_like_a_local_one(tmp_path):
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(3000, 24, generator=generator).to(torch.bfloat16)
-    codec, path = RowCodec(24, torch.bfloat16), tmp_path / "layer-7.engram"
+    codec, path = RowCodec(24, torch.bfloat16), tmp_path / "layer-7.safetensors"
     records = rows.view(torch.uint8)
     write_packed(path, lambda start, stop: records[start:stop], codec, 3000, spec_digest="d1")
     numbers = torch.randint(3000, (200,), generator=generator)
     with serving(tmp_path) as server:
-        address = f"{server.address}/layer-7.engram"
+        address = f"{server.address}/layer-7.safetensors"
         (layout,) = table_layouts(address).values()
         assert list(table_layouts(address)) == [7] and layout.spec_digest == "d1"
         assert all(span is not None for _, span in server.requests), "never the whole file"
@@ -166,27 +166,52 @@ def test_a_packed_file_on_a_server_is_found_by_its_header_and_checked_like_a_loc
             table = open_table(address, tier=tier)
             assert torch.equal(table.gather(numbers), rows[numbers])
             table.close()
-        with pytest.raises(ConfigError, match=r"layer-7\.engram.* is on a server.*download it"):
+        with pytest.raises(ConfigError, match=r"layer-7\.safetensors.* is on a server.*download it"):
             convert(address, tmp_path / "copy")
         good = path.read_bytes()
         for data, message in (
-            (good[:-1], r"layer-7\.engram is truncated: expected"),
-            (good[:20], "expected 32 bytes and a header, found 20"),
-            (good[:100] + b"\0" + good[101:], "header is damaged"),
-            (b"no table at all, but long enough for one", "not a packed table"),
+            (good[:-1], r"layer-7\.safetensors is truncated: expected"),
+            (good[:20], "truncated .*, found 20 bytes in all"),
+            (good.replace(b'"num_rows":"3000"', b'"num_rows":"3001"'), "header is damaged"),
+            (b"no table at all, but long enough for one", "not a safetensors file"),
         ):
             path.write_bytes(data)
             with pytest.raises(CheckpointError, match=message):
                 table_layouts(address)
-        with pytest.raises(RemoteError, match=r"layer-8\.engram: .*404"):
-            table_layouts(f"{server.address}/layer-8.engram")
+        with pytest.raises(RemoteError, match=r"layer-8\.safetensors: .*404"):
+            table_layouts(f"{server.address}/layer-8.safetensors")
+
+
+def test_packed_tables_and_checkpoints_are_told_apart_by_what_their_files_say(tmp_path):
+    codec, folder = RowCodec(4, torch.float32), tmp_path / "packed"
+    records = torch.randn(9, 4, generator=torch.Generator().manual_seed(3)).view(torch.uint8)
+    for name in ("layer-10", "layer-2", "shared"):
+        write_packed(folder / f"{name}.safetensors", lambda start, stop: records[start:stop], codec, 9)
+    assert list(table_layouts(folder)) == [2, 10, "shared"]
+    assert list(table_layouts(folder / "layer-10.safetensors")) == [10]
+    with serving(folder) as server:
+        assert list(table_layouts(f"{server.address}/layer-2.safetensors")) == [2]
+    write_packed(folder / "other-2.safetensors", lambda start, stop: records[start:stop], codec, 9)
+    with pytest.raises(CheckpointError, match="are both the table of layer 2"):
+        table_layouts(folder)
+    (folder / "other-2.safetensors").unlink()
+    checkpoint = write(tmp_path / "m", deepseek((1,)))
+    write_raw(folder / "model.safetensors", deepseek((1,)))
+    with pytest.raises(CheckpointError, match=r"packed tables \(layer-10.safetensors, .*folder of their own"):
+        table_layouts(folder)
+    with pytest.raises(ConfigError, match=r"holds a checkpoint \(model.safetensors\)"):
+        convert(checkpoint, folder)
+    assert list(table_layouts(folder / "layer-2.safetensors")) == [2], "one file is looked at alone"
+    (tmp_path / "old.engram").write_bytes(b"\x89ENGRAM\n" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"no longer read.*convert its source again"):
+        open_table(tmp_path / "old.engram")
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):
     for source, message in (
         (tmp_path / "no", "does not exist"),
         (tmp_path, "holds neither"),
-        (tmp_path / "x.engram", "x"),
+        (tmp_path / "x.safetensors", "x"),
     ):
         with pytest.raises(CheckpointError, match=message):
             open_table(source)

@@ -208,7 +208,7 @@ def _mooncake(layout, dtype):
 
 
 def _packed(layout):
-    path = Path(layout.files[0]).parent / "packed.engram"
+    path = Path(layout.files[0]).parent / "packed.safetensors"
     build_packed(path, layout)
     return packed_layout(path)
 

@@ -25,13 +25,13 @@ class Build:
 
     Examples::
 
-        engram-lm table build layer-1.engram --source RUN --layer 1
-        engram-lm table build random.engram --rows 1000000 --width 256 --dtype float8_e4m3
-        engram-lm table build random.engram --config config.json --layer 1 --width 256
+        engram-lm table build layer-1.safetensors --source RUN --layer 1
+        engram-lm table build random.safetensors --rows 1000000 --width 256 --dtype float8_e4m3
+        engram-lm table build random.safetensors --config config.json --layer 1 --width 256
     """
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """The file to write, which should end with .engram."""
+    """The file to write, which should end with .safetensors."""
     source: str | None = None
     """A checkpoint folder or file whose table is taken."""
     config: Path | None = None
@@ -64,10 +64,9 @@ class Build:
     def run(self) -> int:
         """Write the table and print what it is."""
         from engram_lm.tables.codec import RowCodec
-        from engram_lm.tables.files.build import build_packed, build_random
-        from engram_lm.tables.files.packed import PackedGeometry
+        from engram_lm.tables.files.build import build_packed, build_random, provenance_of
+        from engram_lm.tables.files.packed import inspect_packed
         from engram_lm.tables.files.sources import choose_layout, find_tables
-        from engram_lm.tables.files.verify import inspect_packed
 
         with byte_progress() as advance:
             if self.source is not None:
@@ -75,18 +74,12 @@ class Build:
                 about = _checked_spec(Path(self.source), layouts)
                 layout = choose_layout(layouts, self.layer, self.source)
                 codec = layout.codec if self.dtype is None else RowCodec.named(self.dtype, layout.codec.width)
-                total = PackedGeometry(codec, layout.num_rows).data_bytes
-                provenance = {
-                    "made_by": "engram-lm table build",
-                    "source": self.source,
-                    "source_identity": layout.identity,
-                    "source_codec": str(layout.codec),
-                }
+                total = layout.num_rows * codec.record_bytes
                 build_packed(
                     self.path,
                     layout,
                     codec=codec,
-                    provenance=provenance,
+                    provenance=provenance_of(layout, self.source, "build"),
                     on_progress=lambda done: advance("building", done, total),
                     **about,
                 )
@@ -96,7 +89,7 @@ class Build:
                 about = {} if spec is None else {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}
                 rows = self.rows or self._rows_of(HashSpec.from_config(self.config or ""))
                 codec = RowCodec.named(self.dtype or "bfloat16", self.width)
-                total = PackedGeometry(codec, rows).data_bytes
+                total = rows * codec.record_bytes
                 build_random(
                     self.path,
                     rows,
@@ -144,7 +137,7 @@ class Convert:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """The checkpoint: a folder, or one file of it."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """Folder for the packed tables, layer-L.engram each."""
+    """Folder for the packed tables, layer-L.safetensors each."""
     layer: str | None = None
     """Convert this table only."""
     dtype: Dtype | None = None

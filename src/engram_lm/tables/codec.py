@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +78,30 @@ class RowCodec:
         if name not in CODEC_NAMES:
             raise ConfigError(f"rows are stored as {', '.join(CODEC_NAMES)}, not as {name!r}")
         return cls(width, *CODEC_NAMES[name])
+
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Read what `to_dict` returned, out of a file or a message that may be damaged.
+
+        Raises:
+            ConfigError: Missing, unknown or impossible values.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or sorted(values) != sorted(names):
+            raise ConfigError(f"a codec is an object of {', '.join(names)}, not {values!r:.200}")
+        width, name, scale, factor = (values[name] for name in names)
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        sized = type(width) is int and 0 < width < 2**48 and type(factor) in (int, float) and not factor > 1e308
+        if not isinstance(dtype, torch.dtype) or not isinstance(scale, str) or not sized:
+            raise ConfigError(
+                f"rows of {width!r:.100} numbers of type {name!r:.100} with scale {scale!r:.100} times {factor!r:.100} "
+                "cannot be stored"
+            )
+        return cls(width, dtype, scale, float(factor))  # type: ignore[arg-type]  # the scale is checked by the class
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the codec as JSON values, for headers and manifests."""
+        return dataclasses.asdict(self) | {"stored_dtype": str(self.stored_dtype).removeprefix("torch.")}
 
     def __str__(self) -> str:
         """Type of the numbers and kind of scale, for messages."""

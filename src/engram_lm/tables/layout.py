@@ -24,12 +24,7 @@ _FLOAT8 = "F8_E4M3"
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``.
-
-    Where the rows lie in pages whose tails are empty, so that none lies on two, it begins at
-    ``start_bytes + i // rows_per_page * page_bytes + i % rows_per_page * stride_bytes``. `offsets` is the one place
-    that computes this.
-    """
+    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``."""
 
     file: str
     """Path or address of the file."""
@@ -38,22 +33,15 @@ class Extent:
     num_rows: int
     """Rows in the run."""
     stride_bytes: int
-    """From the beginning of one row to that of the next (on the same page, where there are pages)."""
-    rows_per_page: int = 0
-    """Rows on a page; 0 where they follow each other without pages."""
-    page_bytes: int = 0
-    """From the beginning of one page to that of the next; 0 likewise."""
+    """Bytes from the beginning of one row to that of the next."""
 
     def offsets(self, inside: np.ndarray) -> np.ndarray:
         """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""
-        if self.rows_per_page:
-            pages, inside = np.divmod(inside, self.rows_per_page)
-            return pages * self.page_bytes + inside * self.stride_bytes + self.start_bytes
         return inside * self.stride_bytes + self.start_bytes
 
     def end_bytes(self, row_bytes: int) -> int:
-        """One past the last byte of the run, where each row takes so many bytes."""
-        return int(self.offsets(np.array([self.num_rows - 1]))[0]) + row_bytes
+        """One past the last byte of the run, where each row takes ``row_bytes``."""
+        return self.start_bytes + (self.num_rows - 1) * self.stride_bytes + row_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,27 +175,16 @@ class RowLayout:
                 files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
             else:
                 files.append([file, None, None])
-        codec = [self.codec.width, str(self.codec.stored_dtype), self.codec.scale, self.codec.table_scale]
-        parts = [
-            [
-                part.row_bytes,
-                [
-                    [e.file, e.start_bytes, e.num_rows, e.stride_bytes, e.rows_per_page, e.page_bytes]
-                    for e in part.extents
-                ],
-            ]
-            for part in self.parts
-        ]
-        return hashlib.sha256(json.dumps([codec, parts, files, self.spec_digest]).encode()).hexdigest()
+        parts = [dataclasses.asdict(part) for part in self.parts]
+        values = [self.codec.to_dict(), parts, files, self.spec_digest]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
     """Copy rows ``low`` to ``high`` of an extent into ``out``, bytes ``[high - low, row_bytes]``."""
     row_bytes = out.shape[1]
-    # Whole pages are read, as far as the rows reach; rows are picked out of them afterwards.
-    first = low - low % extent.rows_per_page if extent.rows_per_page else low
-    start, last = extent.offsets(np.array([first, high - 1])).tolist()
-    size = last + row_bytes - start
+    start = extent.start_bytes + low * extent.stride_bytes
+    size = (high - low - 1) * extent.stride_bytes + row_bytes
     # Straight into the result where nothing lies between the rows; a second copy would cost as much as the read.
     direct = out.flags.c_contiguous and size == out.size
     buffer = out.reshape(-1) if direct else np.empty(size, np.uint8)
@@ -227,29 +204,8 @@ def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
             f"{extent.file} was cut after its header was read: expected at least {start + size} bytes, found "
             f"{start + found}"
         )
-    if direct:
-        return
-    if not extent.rows_per_page:
+    if not direct:
         out[...] = np.lib.stride_tricks.as_strided(buffer, out.shape, (extent.stride_bytes, 1), writeable=False)
-        return
-    # Rows from the beginning of a page on, so that each page is one strided copy: first the whole pages, then the tail.
-    per_page, stride = extent.rows_per_page, extent.stride_bytes
-    position = 0
-    while position < len(out):
-        page, skipped = divmod(low - first + position, per_page)
-        num_pages = 1 if skipped else max(1, (len(out) - position) // per_page)
-        taken = min(per_page * num_pages - skipped, len(out) - position)
-        per_piece = taken // num_pages
-        begin = page * extent.page_bytes + skipped * stride
-        pages = np.lib.stride_tricks.as_strided(
-            buffer[begin:], (num_pages, per_piece, row_bytes), (extent.page_bytes, stride, 1), writeable=False
-        )
-        piece = out[position : position + taken]
-        if piece.flags.c_contiguous:
-            piece.reshape(num_pages, per_piece, row_bytes)[...] = pages
-        else:
-            piece[...] = pages.reshape(taken, row_bytes)
-        position += taken
 
 
 def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:

@@ -1,4 +1,4 @@
-"""Packed tables made without a conversion: of one table of a checkpoint, or of random rows."""
+"""One packed table: made from a table of a checkpoint, or of random rows."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,49 +8,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.packed import PackedGeometry, PackedHeader
+from engram_lm.tables.files.packed import PackedHeader
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.verify import checked_records
 from engram_lm.tables.layout import RowLayout
 
-__all__ = ["build_packed", "build_random"]
+__all__ = ["build_packed", "build_random", "provenance_of"]
 
 
 def build_packed(
-    path: str | os.PathLike[str],
-    layout: RowLayout,
-    *,
-    codec: RowCodec | None = None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
-    **about: Any,
+    path: str | os.PathLike[str], layout: RowLayout, *, codec: RowCodec | None = None, **options: Any
 ) -> PackedHeader:
-    """Write one table as a packed file of any name; what `convert` does for a whole checkpoint, in one go.
+    """Write one table as a packed file.
 
     Args:
         path: The file to create or replace.
         layout: The table.
         codec: How to store its rows; as they are where None.
-        on_progress: Called with the bytes just written.
-        **about: ``spec_digest``, ``hash_spec`` and ``provenance``, see `write_packed`.
+        options: Keyword arguments of `write_packed`.
 
     Raises:
-        CheckpointError: The source is damaged, or holds a number that the codec cannot.
+        CheckpointError: The source is damaged, or holds a number that the codec cannot store.
+        ConfigError: A codec of another width than the rows have.
         OSError: The folder cannot be written or the disk is full; nothing new stands under ``path`` then.
     """
     target = layout.codec if codec is None else codec
     if target.width != layout.codec.width:
         raise ConfigError(f"the rows have {layout.codec.width} numbers, the codec {target.width}")
     load = checked_records(layout)
-    return write_packed(
-        path,
-        lambda start, stop: target.reencode(load(start, stop), layout.codec),
-        target,
-        layout.num_rows,
-        on_progress=on_progress,
-        **about,
-    )
+
+    def records(start: int, stop: int) -> Tensor:
+        try:
+            return target.reencode(load(start, stop), layout.codec)
+        except CheckpointError as error:
+            raise CheckpointError(f"rows {start} to {stop - 1}: {error}") from error
+
+    return write_packed(path, records, target, layout.num_rows, **options)
+
+
+def provenance_of(layout: RowLayout, source: object, verb: str, **more: Any) -> dict[str, Any]:
+    """Return what the header of a packed table says of where its rows came from.
+
+    Args:
+        layout: The table that it is made from.
+        source: The checkpoint that holds it.
+        verb: The verb of ``engram-lm table`` that makes it.
+        more: Further values.
+    """
+    return {
+        "made_by": f"engram-lm table {verb}",
+        "source": str(source),
+        "source_identity": layout.identity,
+        "source_codec": str(layout.codec),
+        **more,
+    }
 
 
 def build_random(
@@ -70,8 +83,8 @@ def build_random(
         path: The file to create or replace.
         num_rows: Rows.
         codec: How they are stored.
-        std: Standard deviation; not 0, as keys made of rows are normalized.
-        seed: Of the draw.
+        std: Standard deviation; not 0, because keys made from rows are normalized.
+        seed: Seed of the draw, 0 or more.
         spec_digest: Digest of the HashSpec that addresses the rows.
         hash_spec: That HashSpec, as JSON values.
         on_progress: Called with the bytes just written.
@@ -84,23 +97,13 @@ def build_random(
     if not 0 < std < float("inf"):
         raise ConfigError(f"the standard deviation is a number above 0, not {std}")
     if seed < 0:
-        raise ConfigError(f"the seed is a number from 0 on, not {seed}")
-    geometry = PackedGeometry(codec, num_rows)
-
-    drawn: dict[int, Tensor] = {}  # the chunk that was last drawn
+        raise ConfigError(f"the seed is 0 or more, not {seed}")
 
     def records(start: int, stop: int) -> Tensor:
-        # Each chunk has its own generator, so that rows do not depend on how many are asked for at once.
-        pieces = []
-        for index in range(start // geometry.chunk_rows, -(-stop // geometry.chunk_rows)):
-            first, last = geometry.chunk(index)
-            if index not in drawn:
-                state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-                generator = torch.Generator().manual_seed(int(state) >> 1)
-                drawn.clear()
-                drawn[index] = codec.encode(torch.randn(last - first, codec.width, generator=generator) * std)
-            pieces.append(drawn[index][max(start - first, 0) : stop - first])
-        return torch.cat(pieces)
+        # Each chunk, which is what is asked for, has a generator of its own.
+        state = np.random.SeedSequence([seed, start]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        return codec.encode(torch.randn(stop - start, codec.width, generator=generator) * std)
 
     provenance = {"made_by": "engram-lm table build", "distribution": "normal", "std": std, "seed": seed}
     return write_packed(

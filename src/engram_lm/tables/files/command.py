@@ -15,35 +15,33 @@ __all__ = ["Inspect", "Verify"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Print what a packed table says of itself: geometry, codec, bytes, padding, digest, provenance. Reads no rows.
+    """Print what a packed table says of itself: geometry, codec, bytes, digest, provenance. Reads no rows.
 
     Examples::
 
-        engram-lm table inspect tables/layer-1.engram
-        engram-lm table inspect tables/layer-1.engram --json
+        engram-lm table inspect tables/layer-1.safetensors
+        engram-lm table inspect tables/layer-1.safetensors --json
     """
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """The packed table, a file that ends with .engram."""
+    """The packed table, a file that ends with .safetensors."""
     json: bool = False
     """Print JSON, with the HashSpec where the file has it."""
 
     def run(self) -> int:
         """Print it."""
-        from engram_lm.tables.files.packed import read_packed_header
-        from engram_lm.tables.files.verify import inspect_packed
+        from engram_lm.tables.codec import RowCodec
+        from engram_lm.tables.files.packed import inspect_packed
 
         values = inspect_packed(self.path)
         if self.json:
             print(json_module.dumps(values))
             return 0
-        codec = read_packed_header(self.path).geometry.codec
-        per_page = values["rows_per_page"]
-        pages = f"{per_page} on a page of {values['page_bytes']}" if per_page else "each longer than a page"
+        codec = RowCodec.from_dict(values["codec"])
         print(f"rows            {values['num_rows']:,} of {values['width']} numbers")
         print(f"codec           {codec}, {values['bytes_per_number']:.3f} bytes per number")
-        print(f"records         {values['record_bytes']} bytes, {pages}")
-        print(f"file            {values['file_bytes']:,} bytes, {values['padding_share']:.1%} of the pages empty")
+        print(f"records         {values['record_bytes']} bytes each")
+        print(f"file            {values['file_bytes']:,} bytes")
         print(f"checksums       CRC-32 of {values['num_chunks']:,} chunks of {values['chunk_rows']:,} rows")
         print(f"hash            {values['spec_digest'] or 'not known'}")
         for name, value in values["provenance"].items():
@@ -59,9 +57,9 @@ class Verify:
 
     Examples::
 
-        engram-lm table verify tables/layer-1.engram
-        engram-lm table verify tables/layer-1.engram --sample 100
-        engram-lm table verify tables/layer-1.engram --source DeepSeek-V4.1-Flash --layer 1
+        engram-lm table verify tables/layer-1.safetensors
+        engram-lm table verify tables/layer-1.safetensors --sample 100
+        engram-lm table verify tables/layer-1.safetensors --source DeepSeek-V4.1-Flash --layer 1
     """
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
@@ -94,15 +92,15 @@ class Verify:
         layout = None
         if self.source is not None:
             layout = choose_layout(find_tables(self.source), self.layer, self.source)
-        geometry = read_packed_header(self.path).geometry
-        share = 1.0 if self.sample is None else min(1.0, self.sample / geometry.num_chunks)
+        header = read_packed_header(self.path)
+        share = 1.0 if self.sample is None else min(1.0, self.sample / header.num_chunks)
         with byte_progress() as advance:
             found = verify_packed(
                 self.path,
                 sample=self.sample,
                 seed=self.seed,
                 source=layout,
-                on_progress=lambda done: advance("verifying", done, int(share * geometry.data_bytes)),
+                on_progress=lambda done: advance("verifying", done, int(share * header.records_bytes)),
             )
         if self.json:
             print(json_module.dumps(dataclasses.asdict(found)))

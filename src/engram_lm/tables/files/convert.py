@@ -1,4 +1,4 @@
-"""From a checkpoint's tables to packed files: copied as they are, or rounded to another type."""
+"""The tables of a checkpoint become packed files: copied as they are, or rounded to another type."""
 
 import dataclasses
 import os
@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.packed import SUFFIX, PackedGeometry, PackedHeader, packed_layout, read_packed_header
-from engram_lm.tables.files.packed_writer import write_packed
+from engram_lm.tables.files.build import build_packed, provenance_of
+from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 from engram_lm.tables.files.row_error import RowError, measure_row_error
+from engram_lm.tables.files.safetensors_file import local_header
 from engram_lm.tables.files.sources import choose_layout, find_tables
-from engram_lm.tables.files.verify import checked_records
 from engram_lm.tables.layout import RowLayout
 
 __all__ = ["Converted", "Progress", "convert", "packed_name"]
@@ -23,7 +21,7 @@ Progress = Callable[[int | str, int, int], None]
 """Called with the layer, bytes written so far and bytes in all."""
 
 ERROR_ROWS = 2**17
-"""Rows that the error of a conversion is measured on, unless asked otherwise."""
+"""Rows that the error of a conversion is measured on by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +45,9 @@ class Converted:
     stored_bytes: int
     """Bytes of all records now."""
     file_bytes: int
-    """Bytes of the file, with padding, header and checksums."""
+    """Bytes of the file, with header and checksums."""
     kept: bool
-    """Whether the file was there already, made of the same source, and was left alone."""
+    """Whether the file was there already, made from the same source, and was left alone."""
     error: RowError | None
     """What rounding cost; None where rows were copied as they are."""
 
@@ -73,27 +71,27 @@ def convert(
     spec_digest: str | None = None,
     hash_spec: Mapping[str, Any] | None = None,
 ) -> list[Converted]:
-    """Write the tables of a checkpoint as packed files, ``layer-L.engram`` each, in bounded memory.
+    """Write each table of a checkpoint as a packed file, ``layer-L.safetensors``, in bounded memory.
 
     Without ``dtype`` every record is copied as it is: the 8-bit floats and scales of a DeepSeek-V4.1 table come to lie
-    side by side and keep every bit. An interrupted call leaves nothing under the final names; the next one goes on from
-    where it was, if source and target are still the same.
+    side by side and keep every bit. An interrupted call leaves nothing under the final names; the next one continues
+    where it stopped, if source and target are still the same.
 
     Args:
         source: What `find_tables` opens, on this machine.
-        target_folder: Where the packed files go.
+        target_folder: The folder for the packed files, which may hold other packed tables.
         layer: The one table to convert; all where None.
         dtype: One of `CODEC_NAMES`; as stored where None.
-        resume: Whether to go on with the work of an interrupted call, and to leave files alone that are finished.
-        progress: Told how far it is.
+        resume: Whether to continue the work of an interrupted call, and to leave finished files alone.
+        progress: Called whenever some bytes are done.
         error_rows: Rows to measure the error of rounding on, drawn evenly; all (2 ** 24 at most) where None.
         spec_digest: Digest of the HashSpec that addresses the rows; the source's own where None.
         hash_spec: That HashSpec, as JSON values.
 
     Raises:
-        CheckpointError: The source is damaged (a packed one is held against its checksums) or holds no table, a number
+        CheckpointError: The source is damaged (a packed one is compared with its checksums) or holds no table, a number
             does not fit the type, or another process is writing the same file.
-        ConfigError: No such layer or type, or a source on a server.
+        ConfigError: No such layer or type, a source on a server, or a target folder that holds a checkpoint.
         OSError: The folder cannot be written, or the disk is full.
     """
     layouts = find_tables(source)
@@ -103,27 +101,19 @@ def convert(
     if error_rows is not None and error_rows < 1:
         raise ConfigError(f"the error is measured on at least 1 row, not {error_rows}")
     folder = Path(target_folder)
-    # Before any of them is written: a wrong type should not be found out about after hours.
+    # Before the first is written: a wrong type should not be noticed after hours.
     codecs = {
         key: layout.codec if dtype is None else RowCodec.named(dtype, layout.codec.width)
         for key, layout in layouts.items()
     }
-    for key, layout in layouts.items():
-        if any(os.path.realpath(file) == os.path.realpath(folder / packed_name(key)) for file in layout.files):
-            raise ConfigError(f"{folder / packed_name(key)} is the source itself; name another folder")
+    _check_target(folder, layouts)
     results = []
     for key, layout in layouts.items():
         codec, path = codecs[key], folder / packed_name(key)
         about = {
             "spec_digest": spec_digest or layout.spec_digest,
             "hash_spec": hash_spec,
-            "provenance": {
-                "made_by": "engram-lm table convert",
-                "source": str(source),
-                "source_identity": layout.identity,
-                "source_codec": str(layout.codec),
-                "layer": key,
-            },
+            "provenance": provenance_of(layout, source, "convert", layer=key),
         }
         header = _finished(path, codec, about) if resume else None
         kept = header is not None
@@ -139,10 +129,10 @@ def convert(
                 source_codec=layout.codec,
                 codec=codec,
                 source_bytes=layout.stored_bytes,
-                stored_bytes=layout.num_rows * codec.record_bytes,
+                stored_bytes=header.records_bytes,
                 file_bytes=header.file_bytes,
                 kept=kept,
-                error=measure_row_error(layout, packed_layout(path), sample=error_rows) if rounded else None,
+                error=measure_row_error(layout, header.layout, sample=error_rows) if rounded else None,
             )
         )
     return results
@@ -150,19 +140,27 @@ def convert(
 
 def packed_name(key: int | str) -> str:
     """Name of the packed file of a table, as `find_tables` understands it."""
-    return f"layer-{key}{SUFFIX}" if isinstance(key, int) else f"{key}{SUFFIX}"
+    return f"layer-{key}.safetensors" if isinstance(key, int) else f"{key}.safetensors"
+
+
+def _check_target(folder: Path, layouts: Mapping[int | str, RowLayout]) -> None:
+    """Refuse a folder whose own files would be replaced, or could not be told from packed tables afterwards."""
+    for key, layout in layouts.items():
+        if any(os.path.realpath(file) == os.path.realpath(folder / packed_name(key)) for file in layout.files):
+            raise ConfigError(f"{folder / packed_name(key)} is the source itself; name another folder")
+    targets = {packed_name(key) for key in layouts}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in targets and not local_header(path).is_packed:
+            raise ConfigError(f"{folder} holds a checkpoint ({path.name}); name a folder for packed tables alone")
 
 
 def _finished(path: Path, codec: RowCodec, about: Mapping[str, Any]) -> PackedHeader | None:
     """The header of the file, if it is what this conversion would write."""
-    if not path.exists():
-        return None
     try:
         header = read_packed_header(path)
     except CheckpointError:
         return None
-    found = {"spec_digest": header.spec_digest, "hash_spec": header.hash_spec, "provenance": header.provenance}
-    return header if header.geometry.codec == codec and found == about else None
+    return header if header.codec == codec and all(getattr(header, name) == about[name] for name in about) else None
 
 
 def _write(
@@ -174,15 +172,7 @@ def _write(
     progress: Progress,
     about: Mapping[str, Any],
 ) -> PackedHeader:
-    load = checked_records(layout)
-
-    def records(start: int, stop: int) -> Tensor:
-        try:
-            return codec.reencode(load(start, stop), layout.codec)
-        except CheckpointError as error:
-            raise CheckpointError(f"layer {key}, rows {start} to {stop - 1}: {error}") from error
-
-    total, done = PackedGeometry(codec, layout.num_rows).data_bytes, 0
+    total, done = layout.num_rows * codec.record_bytes, 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -190,12 +180,8 @@ def _write(
         progress(key, done, total)
 
     progress(key, 0, total)
-    return write_packed(
-        path,
-        records,
-        codec,
-        layout.num_rows,
-        resume_key=layout.identity if resume else None,
-        on_progress=advance,
-        **about,
-    )
+    resume_key = layout.identity if resume else None
+    try:
+        return build_packed(path, layout, codec=codec, resume_key=resume_key, on_progress=advance, **about)
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {key}, {error}") from error

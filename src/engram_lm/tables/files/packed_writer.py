@@ -1,6 +1,7 @@
-"""Writing packed files: chunk by chunk, aside, and again from where it was when it was killed."""
+"""Writing packed tables: aside, chunk by chunk, and on from where a killed call stopped."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -17,25 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.files import replacing
+from engram_lm.files import put_in_place, replacing
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.packed import (
-    PAGE_BYTES,
-    PackedGeometry,
-    PackedHeader,
-    encode_checksums,
-    encode_header,
-    read_packed_header,
-)
+from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 
 __all__ = ["write_packed"]
-
-# Chunks read and written at once. One write of 16 MiB reaches the page cache several times as fast as the same bytes in
-# writes of 1 MiB (measured on ext4); memory stays at a few times this.
-_CHUNKS_AT_ONCE = 4
-# Rows asked for at a time within those. Larger arrays come from fresh pages every time, whose first touch costs more
-# than the copy.
-_PIECE_BYTES = 1 << 20
 
 
 def write_packed(
@@ -52,12 +39,12 @@ def write_packed(
 ) -> PackedHeader:
     """Write a table as a packed file, which appears under its name when it is whole and on the disk.
 
-    Memory stays at some tens of megabytes, whatever the size of the table: rows are asked for about a megabyte at a
-    time, by another thread while the chunks before are written.
+    Memory stays at some tens of megabytes, whatever the size of the table: one chunk is written while another thread
+    asks for the rows of the next.
 
     Args:
         path: The file to create or replace. Missing parent folders are created.
-        records: Called with a first row and one past a last row, in ascending order, for uint8
+        records: Called with the first row of a chunk and one past its last, chunk after chunk, for uint8
             ``[rows, codec.record_bytes]``; see `RowLayout.load_records` and `RowCodec.encode`.
         codec: What a record means.
         num_rows: Rows in the table.
@@ -73,12 +60,17 @@ def write_packed(
 
     Raises:
         CheckpointError: ``records`` returned something else than promised, or another process is writing this file.
-        ConfigError: The header would be too long.
         OSError: The folder cannot be written or the disk is full; what stood under ``path`` is still there.
     """
-    path, geometry = Path(path), PackedGeometry(codec, num_rows)
-    about: dict[str, Any] = {"spec_digest": spec_digest, "hash_spec": hash_spec, "provenance": provenance or {}}
-    header = encode_header(geometry, 0, **about)
+    path = Path(path)
+    header = PackedHeader(
+        file=str(path),
+        codec=codec,
+        num_rows=num_rows,
+        spec_digest=spec_digest,
+        hash_spec=hash_spec,
+        provenance=provenance or {},
+    ).placed()
     path.parent.mkdir(parents=True, exist_ok=True)
     file: IO[bytes]
     with contextlib.ExitStack() as stack:
@@ -87,111 +79,67 @@ def write_packed(
             file, journal = stack.enter_context(open(aside, "r+b")), None
             done: dict[int, int] = {}
         else:
-            key = hashlib.sha256(json.dumps([resume_key, hashlib.sha256(header).hexdigest()]).encode()).hexdigest()
+            work = json.dumps([resume_key, hashlib.sha256(header.encode()).hexdigest()])
             aside = path.with_name(f".{path.name}.part")
             file = stack.enter_context(_open_alone(aside))
-            journal = stack.enter_context(_Journal(path.with_name(f".{path.name}.journal"), key))
-            done = _still_there(journal.found, file, geometry, len(header))
-        _check_space(aside, geometry.data_bytes + len(header) - os.fstat(file.fileno()).st_blocks * 512)
-        checksums = _write_chunks(file, records, geometry, len(header), done, journal, on_progress)
-        table = encode_checksums(checksums)
-        _write_at(file, table, len(header) + geometry.data_bytes)
+            journal = stack.enter_context(
+                _Journal(path.with_name(f".{path.name}.journal"), hashlib.sha256(work.encode()).hexdigest())
+            )
+            done = _still_there(journal.found, file, header)
+        _check_space(aside, header.file_bytes - os.fstat(file.fileno()).st_blocks * 512)
+        checksums = np.array(_write_chunks(file, records, header, done, journal, on_progress), "<u4").tobytes()
+        _write_at(file, checksums, header.checksums_start)
         # Last: until here the file begins with a hole, and nobody can take it for a table.
-        _write_at(file, encode_header(geometry, zlib.crc32(table), **about), 0)
-        file.truncate(len(header) + geometry.data_bytes + len(table))
+        _write_at(file, dataclasses.replace(header, checksums_crc=zlib.crc32(checksums)).encode(), 0)
+        file.truncate(header.file_bytes)
         if journal is not None:
-            _publish(file, aside, path, journal)
+            put_in_place(aside, path)
+            journal.path.unlink(missing_ok=True)
     return read_packed_header(path)
 
 
 def _write_chunks(
     file: IO[bytes],
     records: Callable[[int, int], Tensor],
-    geometry: PackedGeometry,
-    data_start: int,
-    done: dict[int, int],
+    header: PackedHeader,
+    done: Mapping[int, int],
     journal: "_Journal | None",
     on_progress: Callable[[int], None],
 ) -> list[int]:
     """Write the chunks that are not done; return the checksums of all."""
-    checksums = [done.get(index, 0) for index in range(geometry.num_chunks)]
+
+    def load(index: int) -> np.ndarray:
+        first, last = header.chunk(index)
+        found, expected = records(first, last), (last - first, header.codec.record_bytes)
+        if found.shape != expected or found.element_size() != 1:
+            raise CheckpointError(
+                f"rows {first} to {last - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes {expected}"
+            )
+        return found.contiguous().numpy()
+
+    checksums = [done.get(index, 0) for index in range(header.num_chunks)]
     for index in done:
-        start, stop = geometry.chunk_bytes(index)
+        start, stop = header.chunk_bytes(index)
         on_progress(stop - start)
-    runs = _runs([index for index in range(geometry.num_chunks) if index not in done])
-
-    record_bytes, per_page = geometry.codec.record_bytes, max(1, geometry.rows_per_page)
-    piece = max(1, _PIECE_BYTES // record_bytes // per_page) * per_page
-    # Two, taken in turn: one is filled while the other is written.
-    buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-
-    def fetch(run: range) -> np.ndarray:
-        (start, _), (_, end) = geometry.chunk_bytes(run[0]), geometry.chunk_bytes(run[-1])
-        buffers.reverse()
-        if len(buffers[0]) < end - start:
-            buffers[0] = np.empty(end - start, np.uint8)
-        data, filled = buffers[0][: end - start], 0
-        first, last = geometry.chunk(run[0])[0], geometry.chunk(run[-1])[1]
-        for low in range(first, last, piece):
-            high = min(low + piece, last)
-            found = records(low, high)
-            if found.shape != (high - low, record_bytes) or found.element_size() != 1:
-                raise CheckpointError(
-                    f"rows {low} to {high - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes "
-                    f"{(high - low, record_bytes)}"
-                )
-            paged = _in_pages(found.contiguous().numpy(), geometry)
-            data[filled : filled + len(paged)] = paged
-            filled += len(paged)
-        return data[:filled]
-
-    with ThreadPoolExecutor(1, thread_name_prefix="engram-convert") as reader:
-        run = next(runs, None)
-        coming = None if run is None else reader.submit(fetch, run)
-        while run is not None and coming is not None:
-            data, current = coming.result(), run
-            run = next(runs, None)
-            coming = None if run is None else reader.submit(fetch, run)
-            origin = geometry.chunk_bytes(current[0])[0]
-            _write_at(file, data.data, data_start + origin)
-            for index in current:
-                start, stop = geometry.chunk_bytes(index)
-                checksums[index] = zlib.crc32(data[start - origin : stop - origin].data)
-                if journal is not None:
-                    journal.add(index, checksums[index])
-            on_progress(len(data))
+    missing = [index for index in range(header.num_chunks) if index not in done]
+    with ThreadPoolExecutor(1, thread_name_prefix="engram-pack") as reader:
+        coming = reader.submit(load, missing[0]) if missing else None
+        for place, index in enumerate(missing):
+            assert coming is not None
+            data = coming.result()
+            if place + 1 < len(missing):
+                coming = reader.submit(load, missing[place + 1])
+            _write_at(file, data.data, header.chunk_bytes(index)[0])
+            checksums[index] = zlib.crc32(data.data)
+            if journal is not None:
+                journal.add(index, checksums[index])
+            on_progress(data.nbytes)
     return checksums
-
-
-def _runs(indices: list[int]) -> Iterator[range]:
-    """Cut ascending numbers into runs without gaps, of a few chunks each."""
-    start = 0
-    for end in range(1, len(indices) + 1):
-        if end == len(indices) or indices[end] != indices[end - 1] + 1 or end - start == _CHUNKS_AT_ONCE:
-            yield range(indices[start], indices[end - 1] + 1)
-            start = end
-
-
-def _in_pages(records: np.ndarray, geometry: PackedGeometry) -> np.ndarray:
-    """Lay records ``[n, record_bytes]``, which begin a page, into pages: bytes, flat."""
-    per_page, (num_rows, record_bytes) = geometry.rows_per_page, records.shape
-    if per_page * record_bytes in (0, PAGE_BYTES) and (not per_page or num_rows % per_page == 0):
-        return records.reshape(-1)
-    num_pages = -(-num_rows // per_page)
-    whole = num_rows // per_page
-    pages = np.empty((num_pages, PAGE_BYTES), np.uint8)
-    pages[:, per_page * record_bytes :] = 0
-    inside = np.lib.stride_tricks.as_strided(pages, (num_pages, per_page, record_bytes), (PAGE_BYTES, record_bytes, 1))
-    inside[:whole] = records[: whole * per_page].reshape(whole, per_page, record_bytes)
-    if whole < num_pages:
-        pages[whole] = 0
-        inside[whole, : num_rows - whole * per_page] = records[whole * per_page :]
-    return pages.reshape(-1)
 
 
 def _write_at(file: IO[bytes], data: Any, position: int) -> None:
     """Write all of it, or raise."""
-    view = memoryview(data)
+    view = memoryview(data).cast("B")
     while len(view):
         count = os.pwrite(file.fileno(), view, position)
         view, position = view[count:], position + count
@@ -209,11 +157,7 @@ def _check_space(aside: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _open_alone(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading and writing, created where missing, while no other process has it.
-
-    Raises:
-        CheckpointError: Another process has it.
-    """
+    """Open a file for reading and writing, created where missing, while no other process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+b") as file:
         try:
@@ -224,14 +168,14 @@ def _open_alone(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Journal:
-    """Which chunks are written, with their checksums: one line each behind a line with the key of the work."""
+    """Which chunks are written, with their checksums: one line each, behind a line with the key of the work."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.found = path, dict[int, int]()
         head = f"engram-journal {key}\n"
         text = path.read_text(errors="replace") if path.exists() else ""
         if text.startswith(head):
-            # The last line may be cut where the process was killed; it lacks its end then.
+            # The last line may be cut where the process was killed; then it lacks its end.
             for line in text[len(head) :].splitlines(keepends=True):
                 index, _, crc = line.partition(" ")
                 if line.endswith("\n") and index.isdecimal() and len(crc) == 9:
@@ -256,26 +200,13 @@ class _Journal:
         self._file.close()
 
 
-def _still_there(found: dict[int, int], file: IO[bytes], geometry: PackedGeometry, data_start: int) -> dict[int, int]:
-    """Of the chunks a journal names, those that are in the file. After a power cut it may name more."""
+def _still_there(found: Mapping[int, int], file: IO[bytes], header: PackedHeader) -> dict[int, int]:
+    """Return those chunks of a journal that are in the file. After a power cut the journal may name more."""
     done = {}
     for index, crc in sorted(found.items()):
-        if index < geometry.num_chunks:
-            start, stop = geometry.chunk_bytes(index)
-            data = os.pread(file.fileno(), stop - start, data_start + start)
+        if index < header.num_chunks:
+            start, stop = header.chunk_bytes(index)
+            data = os.pread(file.fileno(), stop - start, start)
             if len(data) == stop - start and zlib.crc32(data) == crc:
                 done[index] = crc
     return done
-
-
-def _publish(file: IO[bytes], aside: Path, path: Path, journal: _Journal) -> None:
-    os.fsync(file.fileno())
-    os.replace(aside, path)
-    journal.path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        # Some file systems cannot flush a folder; the rename is still atomic there, only less durable.
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

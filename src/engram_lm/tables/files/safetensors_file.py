@@ -24,11 +24,13 @@ __all__ = [
     "DTYPES",
     "INDEX_NAME",
     "LONGEST_HEADER_BYTES",
+    "PACKED_FAMILY",
     "StoredTensor",
     "TensorFolder",
     "TensorHeader",
     "local_header",
     "parse_header",
+    "parse_json",
     "read_header",
 ]
 
@@ -47,14 +49,20 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U32": torch.uint32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 """The format's type names that can be read and written here. Tensors of other types may lie beside them."""
 
+PACKED_FAMILY = "engram.packed_table."
+"""What the metadata's ``format`` of packed tables begins with, see ``packed.py``; the version follows."""
+
 # The format's own limit; a longer header is a broken or hostile file.
 LONGEST_HEADER_BYTES = 100_000_000
 _HIGHEST_RANK = 16
+# What packed tables began with before they were safetensors files.
+_OLD_PACKED = b"\x89ENGRAM\n"
 _LONGEST_FILE_NAME = 1000
 
 
@@ -138,6 +146,11 @@ class TensorHeader:
     text: bytes
     """The header itself: JSON, without the eight bytes of its length."""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file is a packed table, whatever its version, rather than a part of a checkpoint."""
+        return self.metadata.get("format", "").startswith(PACKED_FAMILY)
+
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """Read which tensors a safetensors file of this machine holds, and check that all of their bytes are there.
@@ -172,14 +185,20 @@ def parse_header(source: ByteSource) -> TensorHeader:
 
     Source: huggingface/safetensors ``README.md``, “Format”.
     """
-    length = int.from_bytes(source.read(0, min(8, source.size)) if source.size else b"", "little")
+    start = source.read(0, min(8, source.size)) if source.size else b""
+    if start == _OLD_PACKED:
+        raise CheckpointError(
+            f"{source.name} is a packed table of a format that is no longer read (.engram); convert its source again "
+            "with `engram-lm table convert`"
+        )
+    length = int.from_bytes(start, "little")
     if source.size < 8 or length > min(source.size - 8, LONGEST_HEADER_BYTES):
         raise CheckpointError(
             f"{source.name} is truncated or not a safetensors file: it begins with a header length of {length} bytes, "
             f"found {source.size} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed); download it again"
         )
     text = source.read(8, 8 + length) if length else b""
-    header = _parse_json(text, source.name)
+    header = parse_json(text, source.name)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{source.name}: the header's metadata holds values that are not text; download it again")
@@ -215,7 +234,7 @@ class TensorFolder:
 
     Raises:
         CheckpointError: No safetensors files, an index that is malformed or points out of the folder, a tensor in two
-            files, or (without an index) what `parse_header` refuses.
+            files, packed tables beside others, or (without an index) what `parse_header` refuses.
         RemoteError: The folder lies on a server that does not answer.
     """
 
@@ -225,6 +244,8 @@ class TensorFolder:
         self._sources: dict[str, ByteSource] = {}
         self._headers: dict[str, TensorHeader] = {}
         self._files: dict[str, str] = {}
+        self.packed: dict[str, tuple[str, TensorHeader]] = {}
+        """Name of each file that is a packed table, where the folder holds those alone → path or address, header."""
         with _reading(f"{self.name}/{INDEX_NAME}"):
             index = self._folder.read(INDEX_NAME) if file is None else None
         if index is not None:
@@ -237,11 +258,19 @@ class TensorFolder:
                 "download it again"
             )
         for each in files:
-            for name in self._header(each).tensors:
+            if self._header(each).is_packed:
+                self.packed[each] = self._sources[each].name, self._headers[each]
+                continue
+            for name in self._headers[each].tensors:
                 if name in self._files:
                     first, second = self._sources[self._files[name]].name, self._sources[each].name
                     raise CheckpointError(f"{name} is in both {first} and {second}; remove one of the files")
                 self._files[name] = each
+        if self.packed and self._files:
+            raise CheckpointError(
+                f"{self.name} holds a checkpoint and packed tables ({', '.join(self.packed)}); move these into a "
+                "folder of their own"
+            )
 
     @property
     def names(self) -> Iterable[str]:
@@ -336,7 +365,7 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
 
 def _parse_index(text: bytes, index: str) -> dict[str, str]:
     """Read an index: the names of tensors → the names of their files, all inside the index's folder."""
-    places = _parse_json(text, index).get("weight_map")
+    places = parse_json(text, index).get("weight_map")
     if not isinstance(places, Mapping):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names; download it again")
     for name, file in places.items():
@@ -350,14 +379,22 @@ def _parse_index(text: bytes, index: str) -> dict[str, str]:
     return dict(places)
 
 
-def _parse_json(text: bytes, path: str) -> dict[str, Any]:
-    """Read a JSON object that has no name twice."""
+def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
+    """Read a JSON object of a file, in which no name may stand twice.
+
+    Args:
+        text: The JSON.
+        name: What messages call the file.
+
+    Raises:
+        CheckpointError: It is not JSON, not an object, or has a name twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-            raise CheckpointError(f"{path} names {twice!r:.200} twice; download it again")
+            twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+            raise CheckpointError(f"{name} names {twice!r:.200} twice; download it again")
         return values
 
     try:
@@ -366,10 +403,10 @@ def _parse_json(text: bytes, path: str) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has no readable JSON where some was expected ({error!s:.200}); download it again"
+            f"{name} has no readable JSON where some was expected ({error!s:.200}); download it again"
         ) from error
     if not isinstance(values, dict):
         raise CheckpointError(
-            f"{path} has a JSON {type(values).__name__} where an object was expected; download it again"
+            f"{name} has a JSON {type(values).__name__} where an object was expected; download it again"
         )
     return values

@@ -16,9 +16,45 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError
 from engram_lm.tables.files.safetensors_file import DTYPES
 
-__all__ = ["TensorWriter"]
+__all__ = ["TensorWriter", "encode_header"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    aligned: str | None = None,
+    alignment: int = 8,
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Lay tensors out in a file.
+
+    Args:
+        tensors: Name to type and shape.
+        metadata: Texts for the header.
+        aligned: The tensor that begins at a multiple of ``alignment``; the first one where None.
+        alignment: A power of two in bytes, at least 8.
+
+    Returns:
+        What stands before the tensors, and for each tensor its first byte in the file and one past its last, in the
+        order of the file.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    places: dict[str, tuple[int, int]] = {}
+    position = 0
+    # Wide types come first: behind a header of a multiple of 8 bytes every tensor is then aligned to its own type.
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        places[name], position = (position, end), end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format allows spaces behind the header.
+    text += b" " * (-(8 + len(text) + (places[aligned][0] if aligned else 0)) % alignment)
+    start = 8 + len(text)
+    shifted = {name: (start + first, start + last) for name, (first, last) in places.items()}
+    return len(text).to_bytes(8, "little") + text, shifted
 
 
 class TensorWriter:
@@ -44,29 +80,14 @@ class TensorWriter:
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = path
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         self._dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
-        self._next: dict[str, int] = {}
-        self._end: dict[str, int] = {}
-        position = 0
-        # Wide types first: behind a header of a multiple of 8 bytes every tensor is then aligned to its own type.
-        for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
-            dtype, shape = tensors[name]
-            self._next[name] = position
-            position += math.prod(shape) * dtype.itemsize
-            self._end[name] = position
-            header[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [self._next[name], self._end[name]],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.num_bytes = position
-        self._start = 8 + len(text)
+        header, places = encode_header(tensors, {"format": "pt", **(metadata or {})})
+        self._next = {name: start for name, (start, _) in places.items()}
+        self._end = {name: end for name, (_, end) in places.items()}
+        self.num_bytes = sum(end - start for start, end in places.values())
+        """Bytes of all tensors."""
         self._file = open(path, "wb")  # noqa: SIM115, closed at the end of the block
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(header)
 
     def append(self, name: str, piece: Tensor) -> None:
         """Write the next numbers of a tensor.
@@ -83,7 +104,7 @@ class TensorWriter:
         data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         if self._next[name] + data.size > self._end[name]:
             raise CheckpointError(f"{name} got more numbers than its shape holds")
-        self._file.seek(self._start + self._next[name])
+        self._file.seek(self._next[name])
         self._file.write(data.data)
         self._next[name] += data.size
 

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.files.byte_source import FileFolder, LocalFolder, is_address
-from engram_lm.tables.files.packed import SUFFIX, packed_layout, read_packed_header
+from engram_lm.tables.files.packed import parse_packed_header
 from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.layout import RowLayout, tensor_layout
 
@@ -44,14 +44,14 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = None) -> dict[int | str, RowLayout]:
-    """Find the tables of a checkpoint: the library's own, DeepSeek-V4.1's, Qwen's (``qwen4_exp``), or a packed file.
+    """Find the tables of a checkpoint: the library's own, DeepSeek-V4.1's, Qwen's (``qwen4_exp``), or packed tables.
 
     Only names, types and shapes are checked here. Whether a table has the rows that a hash addresses is checked where
     the hash is known.
 
     Args:
-        source: A folder with ``*.safetensors`` files, one such file, one packed file (``*.engram``), or a folder of
-            packed files and no others. A path of this machine, or a folder that lies elsewhere.
+        source: A folder with ``*.safetensors`` files, of a checkpoint or of packed tables, or one such file. A path of
+            this machine, or a folder that lies elsewhere.
         file: The one file of a folder that is looked at, whatever lies beside it.
 
     Returns:
@@ -66,30 +66,25 @@ def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = 
     Source: names and shapes of deepseek-ai/DeepSeek-V4.1-Flash ``inference/model.py`` and transformers
     ``models/qwen4_exp/modeling_qwen4_exp.py``.
     """
-    folder: FileFolder
     if isinstance(source, str | os.PathLike):
         if is_address(source):
             raise ConfigError(f"{source} is on a server, and tables are copied from files; download it first")
         path = Path(source)
-        if path.is_dir():
-            folder = LocalFolder(path)
-            packed = sorted(path.glob(f"*{SUFFIX}"))
-            if packed and not folder.tensor_files():
-                return _packed(packed)
-        elif path.suffix == SUFFIX:
-            return _packed([path])
-        elif path.exists():
-            folder, file = LocalFolder(path.parent), path.name
-        else:
+        if not path.exists():
             raise CheckpointError(
                 f"{path} does not exist; a table is a checkpoint folder, a file of one, or an address"
             )
-    else:
-        folder = source
-        if file is not None and file.endswith(SUFFIX):
-            header = read_packed_header(folder.open(file))
-            return {_packed_key(Path(file)): header.layout}
-    return _find(TensorFolder(folder, file))
+        source, file = (LocalFolder(path), None) if path.is_dir() else (LocalFolder(path.parent), path.name)
+    tensors = TensorFolder(source, file)
+    if not tensors.packed:
+        return _find(tensors)
+    found: dict[int | str, RowLayout] = {}
+    for name, (place, header) in tensors.packed.items():
+        key = _packed_key(name)
+        if key in found:
+            raise CheckpointError(f"{place} and another file are both the table of layer {key}; open one of them")
+        found[key] = parse_packed_header(header, place).layout
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
 def choose_layout(layouts: Mapping[int | str, RowLayout], layer: int | str | None, source: str) -> RowLayout:
@@ -123,7 +118,7 @@ def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> R
         stem: What stands before `TABLE_NAMES`: ``PREFIXlayers.BLOCK.``.
 
     Raises:
-        CheckpointError: What `table_layouts` refuses of a table, row counts excepted: those are the reader's to check.
+        CheckpointError: What `find_tables` refuses of a table, row counts excepted: those are the reader's to check.
     """
     pattern, read = (_QWEN, _qwen_layout) if kind == "qwen_ple" else (_DEEPSEEK, _deepseek_layout)
     names = [name for name in tensors.names if name.startswith(stem) and pattern.fullmatch(name)]
@@ -135,20 +130,11 @@ def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> R
     return read(tensors, names, tensors.name)
 
 
-def _packed(paths: Sequence[Path]) -> dict[int | str, RowLayout]:
-    # A folder's files are told apart by their names: layer-1.engram is the table of layer 1.
-    found: dict[int | str, RowLayout] = {}
-    for path in paths:
-        key = _packed_key(path)
-        if key in found:
-            raise CheckpointError(f"{path} and another file are both the table of layer {key}; open one of them")
-        found[key] = packed_layout(path)
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
-
-
-def _packed_key(path: Path) -> int | str:
-    number = re.search(r"(?:^|\D)(0|[1-9][0-9]{0,8})$", path.stem)
-    return int(number[1]) if number else path.stem
+def _packed_key(file: str) -> int | str:
+    """Which table a packed file is, by its name: ``layer-1.safetensors`` is that of layer 1."""
+    stem = Path(file).stem
+    number = re.search(r"(?:^|\D)(0|[1-9][0-9]{0,8})$", stem)
+    return int(number[1]) if number else stem
 
 
 def _order(key: int | str) -> tuple[bool, int, str]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, RemoteError
-from engram_lm.tables.files.packed import SUFFIX
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.http_ranges import HttpOptions, RangeClient, RemoteFile, split_address
 from engram_lm.tables.tiers.record_table import RecordTable
@@ -214,7 +213,7 @@ class RemoteFolder:
         base = address.partition("#")[0].partition("?")[0].rstrip("/")
         self.file: str | None = None
         """The one file that the address names; None where it names a folder."""
-        if base.endswith((".safetensors", SUFFIX)):
+        if base.endswith(".safetensors"):
             base, _, name = base.rpartition("/")
             self.file = urllib.parse.unquote(name)
         self.name = base

@@ -50,7 +50,7 @@ class MappedTable(RecordTable):
                     _keep_in_memory(files[extent.file], extent.start_bytes, extent.end_bytes(part.row_bytes), lock)
         # Where whole records follow each other in one file, which is usual: read by one call.
         only = layout.parts[0].extents[0]
-        dense = [len(part.extents) for part in layout.parts] == [1] and not only.rows_per_page
+        dense = [len(part.extents) for part in layout.parts] == [1]
         self._dense = dense and only.stride_bytes == self.codec.record_bytes
         self._descriptors = {file: _Descriptor(file) for file in layout.files}
 
@@ -126,19 +126,11 @@ class _Descriptor:
 def _take(part: Part, views: list[np.ndarray], numbers: np.ndarray, out: np.ndarray) -> None:
     """Copy rows of one part into ``out``, ``[n, row_bytes]``."""
     for index, where, inside in part.split(numbers):
-        if part.extents[index].rows_per_page:
-            out[where] = _from_pages(views[index], part.extents[index].offsets(inside))
-        elif len(views) == 1 and out.flags.c_contiguous:
+        if len(views) == 1 and out.flags.c_contiguous:
             # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
             np.take(views[index], inside, axis=0, out=out, mode="clip")
         else:
             out[where] = views[index][inside]
-
-
-def _from_pages(view: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Rows that begin at the given bytes: ``[n, row_bytes]``."""
-    # As items of row_bytes each: indexing a matrix by row takes half as long again, by page and row twice as long.
-    return view[offsets].view(np.uint8).reshape(len(offsets), -1)
 
 
 def _map(file: str) -> mmap.mmap:
@@ -176,10 +168,7 @@ def _keep_in_memory(mapping: mmap.mmap, start: int, stop: int, lock: bool) -> No
 
 
 def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
-    """Matrices of bytes ``[rows, row_bytes]`` on the mappings, read-only.
-
-    Where rows lie in pages, the view is the row that would begin at every byte of the file, as one item each.
-    """
+    """Matrices of bytes ``[rows, row_bytes]`` on the mappings, read-only."""
     views = []
     for extent in part.extents:
         mapping, end = files[extent.file], extent.end_bytes(part.row_bytes)
@@ -187,10 +176,6 @@ def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
             raise CheckpointError(
                 f"{extent.file} was cut after its header was read: expected at least {end} bytes, found {len(mapping)}"
             )
-        if extent.rows_per_page:
-            item = np.dtype((np.void, part.row_bytes))
-            views.append(np.ndarray((end - part.row_bytes + 1,), item, buffer=mapping, strides=(1,)))
-            continue
         data = np.frombuffer(mapping, np.uint8, count=end - extent.start_bytes, offset=extent.start_bytes)
         shape, strides = (extent.num_rows, part.row_bytes), (extent.stride_bytes, 1)
         views.append(np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False))

@@ -71,16 +71,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as it is stored."""
-        codec = {
-            "width": self.codec.width,
-            "stored_dtype": str(self.codec.stored_dtype).removeprefix("torch."),
-            "scale": self.codec.scale,
-            "table_scale": self.codec.table_scale,
-        }
         values = {
             "format": _FORMAT,
             "identity": self.identity,
-            "codec": codec,
+            "codec": self.codec.to_dict(),
             "num_rows": self.num_rows,
             "block_rows": self.block_rows,
             "spec_digest": self.spec_digest,
@@ -98,18 +92,16 @@ class Manifest:
             values = json.loads(data)
             if values["format"] != _FORMAT:
                 raise ValueError(f"the format is {values['format']!r:.100}, expected {_FORMAT!r}")
-            codec, digest = values["codec"], values["spec_digest"]
-            dtype = getattr(torch, codec["stored_dtype"])
-            if not isinstance(dtype, torch.dtype) or not isinstance(values["identity"], str):
-                raise ValueError("its type or identity is none")
-            numbers = [values["num_rows"], values["block_rows"], codec["width"]]
+            codec, digest = RowCodec.from_dict(values["codec"]), values["spec_digest"]
+            if not isinstance(values["identity"], str):
+                raise ValueError("its identity is no text")
+            numbers = [values["num_rows"], values["block_rows"]]
             if not all(type(number) is int and 0 < number < 2**53 for number in numbers):
                 raise ValueError(f"its sizes are {numbers}")
             if not (digest is None or isinstance(digest, str)):
                 raise ValueError("its spec_digest is no text")
-            row_codec = RowCodec(codec["width"], dtype, codec["scale"], float(codec["table_scale"]))
-            manifest = cls(values["identity"], row_codec, values["num_rows"], values["block_rows"], digest)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            manifest = cls(values["identity"], codec, values["num_rows"], values["block_rows"], digest)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RemoteError(
                 f"{where} is not a manifest of a table ({error!r:.300}); publish the table again"
             ) from error
