@@ -19,6 +19,7 @@ FOLDERS = (
     "training.checkpoints",
     "training.state",
     "training.recipe",
+    "training.base_model",
     "training.job",
     "training.run",
     "training.huggingface",

@@ -12,15 +12,17 @@ from tests.small_model import BACKBONE
 
 import engram_lm
 from engram_lm import EngramConfig
+from engram_lm.adapt.controls import permuted_hash, shuffled_rows
 from engram_lm.errors import DataError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.adaptation.arms import ARMS, dressed
-from engram_lm.studies.adaptation.controls import permuted_hash, shuffled_rows
-from engram_lm.studies.adaptation.cost import lora_targets, matched_rank, training_flops_per_token
+from engram_lm.studies.adaptation.cost import matched_rank
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
 from engram_lm.studies.adaptation.text import open_text
+from engram_lm.training.base_model import lora_targets
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.sources import TextSource
+from engram_lm.training.flops import training_flops_per_token
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions

@@ -61,24 +61,25 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
         ConfigError: The tokenizer cannot be loaded.
         DataError: There is no text to train one on.
     """
-    weights = recipe.model.weights
-    if weights is not None and not (weights / "config.json").is_file() and (weights / "model").is_dir():
-        raise ConfigError(f"{weights} is a run; its model is in {weights / 'model'}: give that as model.weights")
-    source = recipe.tokenizer.path or (None if recipe.model.weights is None else str(recipe.model.weights))
+    model = recipe.model
+    for key, given in (("weights", model.weights), ("base", model.base and Path(model.base))):
+        if given and not (given / "config.json").is_file() and (given / "model").is_dir():
+            raise ConfigError(f"{given} is a run; its model is in {given / 'model'}: give that as model.{key}")
+    source = recipe.tokenizer.path or model.base or (None if model.weights is None else str(model.weights))
     with _locked(folder):
         if not folder.is_dir():
             if source is None:
                 tokenizer = train_tokenizer(_beginning(recipe), recipe.tokenizer.vocab_size)
             else:
-                tokenizer = _load_tokenizer(source)
+                tokenizer = _load_tokenizer(source, None if recipe.tokenizer.path else model.revision)
             with new_folder(folder) as aside:
                 tokenizer.save_pretrained(aside)
     return _load_tokenizer(folder)
 
 
-def _load_tokenizer(source: str | Path) -> Any:
+def _load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception as error:  # tokenizers raises a bare Exception where its file is damaged
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -1,22 +1,88 @@
-"""A recipe's model made real: configuration, first weights, and its tables divided over the processes."""
+"""A recipe's own model made real: configuration, first weights, and its tables divided over the processes."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from engram_lm.errors import ConfigError, MismatchError, suggestion
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
+from engram_lm.planning.sizes import model_sizes
 from engram_lm.tables.tiers.sharded import shard_tables
+from engram_lm.training.assembly import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.recipe import ArchitectureOptions, ModelOptions, Recipe
+from engram_lm.training.state import SPEC_DIGEST, export_model, model_facts, training_tensors
 
-__all__ = ["build_model", "model_config"]
+__all__ = ["OwnModel", "build_model", "model_config"]
+
+
+class OwnModel:
+    """The recipe's `EngramForCausalLM`, with this process's share of its tables.
+
+    `engram_lm.training.base_model.AdaptedBase` has the same methods, for a recipe that starts from a model of others.
+
+    Args:
+        recipe: Which model.
+        tokenizer: Its tokenizer.
+        ranks: The processes.
+
+    Raises:
+        ConfigError: An impossible model.
+        MismatchError: A configuration made for another tokenizer.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, ranks: Ranks) -> None:
+        config = model_config(recipe, tokenizer)
+        self.module: Any = build_model(recipe, config, tokenizer, ranks)
+        """The model."""
+        self._costs = model_sizes(config, context=recipe.data.sequence_length)
+
+    needs_checkpoint = True
+    """Whether `write` takes the model out of a checkpoint."""
+
+    def prepare(self, text: TrainingText) -> None:
+        """Nothing is taken from the text before training."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters: ``total``, those in ``tables``, and those that take part in a token (``active``)."""
+        costs = self._costs
+        return {"total": costs.total, "tables": costs.memory_tables, "active": costs.active}
+
+    def training_flops_per_token(self) -> float:
+        """Operations that training on one token takes."""
+        return 3 * self._costs.flops_per_token
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must be of: the hash of the memory."""
+        return {SPEC_DIGEST: self.facts()[SPEC_DIGEST]}
+
+    def facts(self) -> dict[str, Any]:
+        """What stands beside the tensors of a checkpoint."""
+        return model_facts(self.module)
+
+    def tensors(self, optimizer: Any) -> dict[str, Tensor]:
+        """Name what training changes, for a checkpoint."""
+        return training_tensors(self.module, optimizer)
+
+    def write(self, out: Path, checkpoint: Path | None, tokenizer: Any) -> None:
+        """Write ``model/`` into the run folder, of a checkpoint: a process alone may have no room for all tables."""
+        assert checkpoint is not None
+        if (out / "model").is_dir():
+            shutil.rmtree(out / "model")  # of an earlier end of this run, which its checkpoint has as well
+        export_model(checkpoint, out / "model", tokenizer=tokenizer)
+
+    def is_written(self, out: Path) -> bool:
+        """Whether what `write` writes is there."""
+        return (out / "model" / "config.json").is_file()
 
 
 def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:

@@ -45,6 +45,13 @@ def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
     Raises:
         ConfigError: An impossible model, or fewer sequences than processes.
     """
+    totals = {
+        "world_size": world_size,
+        "num_steps": recipe.train.num_steps,
+        "num_tokens": recipe.train.num_steps * recipe.train.batch_size * recipe.data.sequence_length,
+    }
+    if recipe.model.base is not None:
+        return {**totals, "bill": _bill_of_base(recipe)}
     config = priced_config(recipe)
     shape = TrainingShape(
         world_size=world_size,
@@ -58,12 +65,19 @@ def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
         checkpointing=recipe.train.gradient_checkpointing,
         deduplicate=recipe.parallel.deduplicate,
     )
-    return {
-        "world_size": world_size,
-        "num_steps": recipe.train.num_steps,
-        "num_tokens": recipe.train.num_steps * recipe.train.batch_size * recipe.data.sequence_length,
-        "bill": bill(config, shape).to_dict(),
-    }
+    return {**totals, "bill": bill(config, shape).to_dict()}
+
+
+def _bill_of_base(recipe: Recipe) -> dict[str, Any]:
+    """Parameters and operations of a recipe that starts from a pretrained model, which is loaded for that."""
+    from engram_lm.training.base_model import AdaptedBase, load_base
+    from engram_lm.training.distribution import Ranks
+
+    model = recipe.model
+    assert model.base is not None
+    tokenizer = load_base(model.base, model.revision, model.base_dtype)[1]
+    built = AdaptedBase(recipe, tokenizer, Ranks())
+    return {"parameters": built.sizes, "flops": {"training_per_token": built.training_flops_per_token()}}
 
 
 def print_dry_run(found: Mapping[str, Any]) -> None:
@@ -76,11 +90,12 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
     )
     counts = {name: f"{number:,}" for name, number in costs["parameters"].items()}
     flops = {name.replace("_", " "): f"{number:.3g}" for name, number in costs["flops"].items()}
-    rows = {name.replace("_", " "): f"{number:,}" for name, number in costs["rows"].items()}
-    memory = {name.replace("_", " "): byte_size(size) for name, size in costs["memory"].items() if size}
-    sent = {f"backbone, {name.replace('_', ' ')}": size for name, size in costs["backbone_sent"].items()}
-    sent |= {f"tables, {name.replace('_', ' ')}": size for name, size in costs["tables_sent"].items()}
-    sent |= {"tables, were rows not sent once each": costs["tables_sent_with_duplicates"]["total"]}
+    rows = {name.replace("_", " "): f"{number:,}" for name, number in costs.get("rows", {}).items()}
+    memory = {name.replace("_", " "): byte_size(size) for name, size in costs.get("memory", {}).items() if size}
+    sent = {f"backbone, {name.replace('_', ' ')}": size for name, size in costs.get("backbone_sent", {}).items()}
+    if "tables_sent" in costs:
+        sent |= {f"tables, {name.replace('_', ' ')}": size for name, size in costs["tables_sent"].items()}
+        sent |= {"tables, were rows not sent once each": costs["tables_sent_with_duplicates"]["total"]}
     sections = {
         "parameters": counts,
         "floating-point operations": flops,

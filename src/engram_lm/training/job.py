@@ -14,9 +14,9 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, MismatchError
 from engram_lm.files import write_atomically
-from engram_lm.planning.sizes import model_sizes
 from engram_lm.training.assembly import TrainingText, find_tokenizer, open_text
-from engram_lm.training.build import build_model, model_config
+from engram_lm.training.base_model import AdaptedBase
+from engram_lm.training.build import OwnModel
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks, agree
@@ -28,7 +28,6 @@ from engram_lm.training.peak import peak_flops
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
-from engram_lm.training.state import SPEC_DIGEST, export_model, model_facts, training_tensors
 
 __all__ = ["METRICS", "MODEL", "RESULT", "Job"]
 
@@ -72,8 +71,9 @@ class Job:
         if self.text.about is not None:
             progress.note(self.text.about)
         with agree(ranks):
-            config = model_config(recipe, self.tokenizer)
-            self.model: Any = build_model(recipe, config, self.tokenizer, ranks)
+            kind = OwnModel if recipe.model.base is None else AdaptedBase
+            self.trained: OwnModel | AdaptedBase = kind(recipe, self.tokenizer, ranks)
+            """The model, and what is particular about it."""
             batches = Batches(
                 self.text.train,
                 recipe.train.batch_size,
@@ -93,20 +93,25 @@ class Job:
             backbone=recipe.parallel.backbone,
         )
         self._random = self._random_states()
-        self._checkpoints = Checkpoints(out / CHECKPOINTS, keep_last=recipe.checkpoint.keep_last)
+        self.flops_per_token = self.trained.training_flops_per_token()
+        """Operations that training on one token takes."""
+        self._checkpoints = Checkpoints(out / CHECKPOINTS, keep_last=max(1, recipe.checkpoint.keep_last))
         self._restore(resume)
         self._first = self.trainer.num_steps_done
-        self.sizes = model_sizes(config, context=recipe.data.sequence_length)
-        """What the model holds and what a token costs."""
         with agree(ranks):
             if ranks.rank == 0:
                 self._metrics = self._open_metrics()
         peak = recipe.log.peak_tflops and recipe.log.peak_tflops * 1e12
-        self._speed = _Speed(3 * self.sizes.flops_per_token, peak or peak_flops(ranks.device, dtype), ranks.world_size)
+        self._speed = _Speed(self.flops_per_token, peak or peak_flops(ranks.device, dtype), ranks.world_size)
         self._measured: dict[str, Any] = {} if self._metrics is None else self._metrics.measured
         self._due = recipe.evaluation.steps(recipe.train.num_steps)
         if recipe.evaluation.start and self.text.held_out is not None and self.num_steps_done == 0:
             self._write({"step": 0, "num_tokens": 0, "held_out": self._measure_held_out(0)})
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained."""
+        return self.trained.module
 
     @property
     def num_steps_done(self) -> int:
@@ -145,7 +150,10 @@ class Job:
         if number % recipe.log.every == 0 or details or values.keys() & {"held_out", "texts"}:
             self._write(values)
         last = number == self.last_step
-        if last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0):
+        unused = number == recipe.train.num_steps and not (recipe.checkpoint.keep_last or self.trained.needs_checkpoint)
+        if unused:
+            pass  # it would be removed at once
+        elif last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0):
             self.save(wait=last)
         return record, values
 
@@ -165,7 +173,7 @@ class Job:
                 "recipe": self.recipe.to_dict(),
                 "world_size": self.ranks.world_size,
                 "versions": versions(),
-                **model_facts(self.model),
+                **self.trained.facts(),
             }
             asynchronous = self.recipe.checkpoint.asynchronous and not wait
             self._checkpoints.save(self.num_steps_done, self._tensors(), facts, asynchronous=asynchronous)
@@ -195,17 +203,16 @@ class Job:
         result = self._result()
         # The other processes do not wait: writing a large model may take longer than any is waited for.
         if self.done and self.ranks.rank == 0:
-            ended = self._ended_before() if self.num_steps_done == self._first else None
+            ended = self._ended_before(self._first) if self.num_steps_done == self._first else None
             if ended is not None:
                 return ended
-            self.progress.note("writing the model")
-            latest = self._checkpoints.latest()
-            assert latest is not None
-            if (self.out / MODEL).is_dir():
-                shutil.rmtree(self.out / MODEL)  # of an earlier end of this run, which its checkpoint has as well
-            export_model(latest, self.out / MODEL, tokenizer=self.tokenizer)
+            if self.recipe.checkpoint.write_model:
+                self.progress.note("writing the model")
+                self.trained.write(self.out, self._checkpoints.latest(), self.tokenizer)
             write_atomically(self.out / RESULT, to_json(result))
             _plot(self.out)
+            if not self.recipe.checkpoint.keep_last:
+                shutil.rmtree(self._checkpoints.folder, ignore_errors=True)
         return result
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -257,11 +264,12 @@ class Job:
             document_ends=document_ends,
         )
 
-    def _ended_before(self) -> dict[str, Any] | None:
+    def _ended_before(self, step: int) -> dict[str, Any] | None:
         """What ``result.json`` says, where the run had ended with this step and its model is there."""
         try:
             result = json.loads((self.out / RESULT).read_bytes())
-            good = result["num_steps"] == self._first and (self.out / MODEL / "config.json").is_file()
+            written = not self.recipe.checkpoint.write_model or self.trained.is_written(self.out)
+            good = result["num_steps"] == step and written
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return {**result, "out": str(self.out)} if good else None
@@ -281,20 +289,24 @@ class Job:
             latest = latest_checkpoint(self._checkpoints.folder)
             if latest is not None:
                 _check_facts(latest, self.text.digest)
-        if latest is None:
+        if latest is None and self._ended_before(self.last_step) is not None:
+            self.trainer.num_steps_done = self.last_step  # its checkpoints were removed at its end
+        elif latest is None:
+            self.trained.prepare(self.text)
             if resume:
                 self.progress.note("there is no complete checkpoint yet: beginning at step 1")
-            return
-        self.progress.note(f"reading {latest.name}")
-        expected = {SPEC_DIGEST: model_facts(self.model)[SPEC_DIGEST]}
-        facts = self._checkpoints.load(latest, self._tensors(), expected=expected)
-        self.trainer.num_steps_done, self.trainer.num_skipped = facts["step"], facts["num_skipped"]
-        self._saved_step = facts["step"]
+        else:
+            if self.recipe.model.frozen_tables:
+                self.trained.prepare(self.text)  # frozen rows are in no checkpoint
+            self.progress.note(f"reading {latest.name}")
+            facts = self._checkpoints.load(latest, self._tensors(), expected=self.trained.identity())
+            self.trainer.num_steps_done, self.trainer.num_skipped = facts["step"], facts["num_skipped"]
+            self._saved_step = facts["step"]
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
         states = {f"rng/rank{self.ranks.rank}/{place}": state for place, state in self._random.items()}
-        return {**training_tensors(self.model, self.trainer.optimizer), **self.trainer.table_use.tensors(), **states}
+        return {**self.trained.tensors(self.trainer.optimizer), **self.trainer.table_use.tensors(), **states}
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -329,7 +341,7 @@ class Job:
         )
 
     def _result(self) -> dict[str, Any]:
-        trainer, sizes = self.trainer, self.sizes
+        trainer = self.trainer
         return {
             "format": "engram.train.1",
             **run_facts(self._started, self._commit),
@@ -337,7 +349,7 @@ class Job:
             "num_steps": trainer.num_steps_done,
             "num_skipped": trainer.num_skipped,
             "num_tokens": trainer.num_steps_done * trainer.batches.batch_size * trainer.batches.length,
-            "parameters": {"total": sizes.total, "tables": sizes.memory_tables, "active": sizes.active},
+            "parameters": self.trained.sizes,
             "held_out": self.held_out,
             "curve": _curve(self.out / METRICS) if self.ranks.rank == 0 else None,
             "texts": self._measured.get("texts", {}),
@@ -369,7 +381,7 @@ def _sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
 class _Speed:
     """Tokens and operations per second of a step."""
 
-    def __init__(self, flops_per_token: int, peak: float | None, world_size: int) -> None:
+    def __init__(self, flops_per_token: float, peak: float | None, world_size: int) -> None:
         self.flops_per_token, self.peak, self.world_size = flops_per_token, peak, world_size
 
     def of(self, record: StepRecord, trainer: Trainer) -> dict[str, float]:

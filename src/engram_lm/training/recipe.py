@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 
 from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.sources import TextSource
 from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
@@ -69,6 +70,15 @@ class ModelOptions(ArchitectureOptions):
 
     weights: Path | None = None
     """A Hugging Face folder of this project, whose model and tokenizer training goes on from, in place of a preset."""
+    base: str | None = None
+    """A pretrained causal language model of transformers, a folder or its name on the Hub, to start from in place of a
+    preset. With ``[adapter]`` or ``[lora]`` it stays as it is and those are trained; without them all of it is."""
+    revision: str | None = None
+    """Branch, tag or commit of ``base`` on the Hub."""
+    layer_list: str | None = None
+    """Path of the base's decoder layers, such as ``model.layers``, where structure does not tell."""
+    base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type that the base's weights are loaded in; auto is as stored."""
     like: Annotated[tuple[LikeOptions, ...], PATHS] = ()
     """Models that the first weights are taken from, in order, in place of this model's own. Of a larger matrix the part
     that the smaller one has is taken. Arms of a study so begin with the same numbers wherever they can."""
@@ -80,8 +90,10 @@ class ModelOptions(ArchitectureOptions):
             raise ConfigError("config and weights both say which model is trained; keep one of them")
         if (self.backbone or self.memory) and self.weights is not None:
             raise ConfigError("backbone and memory change a preset; with config or weights, edit its config.json")
-        if self.like and self.weights is not None:
-            raise ConfigError("like decides the first weights of a new model; with weights they are known")
+        if self.base is not None and (self.weights or self.config or self.backbone or self.memory):
+            raise ConfigError("base says which model is trained; leave out config, weights, backbone and memory")
+        if self.like and (self.weights is not None or self.base is not None):
+            raise ConfigError("like decides the first weights of a new model; those of weights and base are known")
         super().__post_init__()
 
 
@@ -250,13 +262,15 @@ class CheckpointOptions:
     every: int = 500
     """Steps from one checkpoint to the next; 0 saves at the end and on a signal only."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept; 0 keeps one while training goes on, and none after its end."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written, at the price of a second copy of it in memory."""
+    write_model: bool = True
+    """Whether what was trained is written into the run folder at the end."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep_last < 1:
-            raise ConfigError(f"every is at least 0 and keep_last at least 1, not {self.every} and {self.keep_last}")
+        if self.every < 0 or self.keep_last < 0:
+            raise ConfigError(f"every and keep_last are at least 0, not {self.every} and {self.keep_last}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,6 +314,10 @@ class Recipe:
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Which model is trained."""
+    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """The memory that is added to ``model.base``."""
+    lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
+    """The low-rank matrices that are added to ``model.base``."""
     tokenizer: TokenizerOptions = dataclasses.field(default_factory=TokenizerOptions)
     """How text becomes tokens."""
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
@@ -318,6 +336,10 @@ class Recipe:
     """How the work is divided under torchrun."""
     log: LogOptions = dataclasses.field(default_factory=LogOptions)
     """What is written down."""
+
+    def __post_init__(self) -> None:
+        if self.model.base is None and (self.adapter.layers or self.lora.rank):
+            raise ConfigError("[adapter] and [lora] are added to a pretrained model; name it as model.base")
 
     @classmethod
     def read(cls, path: Path, overrides: list[str] | None = None) -> Self:
@@ -360,7 +382,7 @@ class Recipe:
         ours = self.to_dict()
         different = [
             f"{place} is {_show(now)}, was {_show(then)}"
-            for section in ("model", "tokenizer", "data", "train", "optimizer", "schedule")
+            for section in ("model", "adapter", "lora", "tokenizer", "data", "train", "optimizer", "schedule")
             for place, now, then in differences(section, ours.get(section), saved.get(section))
             if place not in _MAY_CHANGE
         ]

@@ -53,7 +53,9 @@ def model_facts(model: Any) -> dict[str, Any]:
     return {MODEL_CONFIG: config, SPEC_DIGEST: None if spec is None else spec.digest}
 
 
-def training_tensors(model: nn.Module, optimizer: NamedState | None = None) -> dict[str, Tensor]:
+def training_tensors(
+    model: nn.Module, optimizer: NamedState | None = None, *, only_trained: bool = False
+) -> dict[str, Tensor]:
     """Name every tensor that training changes, for `Checkpoints`, which reads them and fills them in place.
 
     Names are the same for any number of ranks. Tables that are divided over ranks, and what the optimizer keeps for
@@ -64,6 +66,7 @@ def training_tensors(model: nn.Module, optimizer: NamedState | None = None) -> d
         model: The model itself, not what DDP or a loss module put around it (FSDP2 puts nothing around it).
         optimizer: Of this model's parameters, which it calls by the names they have in the model; None for weights
             alone.
+        only_trained: Whether to leave out what requires no gradient, buffers among it, as with a frozen base.
 
     Returns:
         ``model/NAME`` for parameters and persistent buffers, tied ones once, under their first name;
@@ -81,7 +84,7 @@ def training_tensors(model: nn.Module, optimizer: NamedState | None = None) -> d
     seen: set[int] = set()
     persistent = model.state_dict(keep_vars=True).keys()
     for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
-        if name in persistent and id(tensor) not in seen:
+        if name in persistent and id(tensor) not in seen and (tensor.requires_grad or not only_trained):
             seen.add(id(tensor))
             table = tables.get(id(tensor))
             tensors[_MODEL + plain_name(name)] = (

@@ -12,9 +12,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from engram_lm.adapt import MemoryAdapter, attach
+from engram_lm.adapt.controls import RowMap, permuted_hash
 from engram_lm.errors import MissingExtraError
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.adaptation.controls import RowMap, permuted_hash
 from engram_lm.studies.adaptation.recipe import ArmName, LoraOptions
 
 __all__ = ["ARMS", "Arm", "Dressed", "dressed"]

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import engram_lm.model  # noqa: F401 - AutoModelForCausalLM then knows the project's own models
 from engram_lm.adapt.attachment import adapter_spec
 from engram_lm.adapt.decoder import find_decoder
-from engram_lm.errors import ConfigError, DataError, EngramError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.studies.adaptation.arms import ARMS
-from engram_lm.studies.adaptation.cost import lora_targets, matched_rank
+from engram_lm.studies.adaptation.cost import matched_rank
 from engram_lm.studies.adaptation.folder import AdaptationFolder
-from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName, BaseOptions
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.adaptation.text import open_text
 from engram_lm.studies.adaptation.trial import ArmCost, Bench
+from engram_lm.training.base_model import load_base, lora_targets
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import StepRecord, best_dtype, find_device
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.run_folder import commit, run_facts
 
-__all__ = ["Adaptation", "load_base"]
+__all__ = ["Adaptation"]
 
 
 class Adaptation:
@@ -56,7 +55,7 @@ class Adaptation:
         recipe, progress = self.recipe, self.progress
         device = find_device(_device(recipe.train.device))
         progress.note(f"loading {recipe.base.model}")
-        model, tokenizer = load_base(recipe.base)
+        model, tokenizer = load_base(recipe.base.model, recipe.base.revision, recipe.base.dtype)
         model.to(device).eval()
         decoder = find_decoder(model, recipe.base.layer_list)
         memory = recipe.memory.for_width(decoder.hidden_size)
@@ -290,30 +289,6 @@ class Adaptation:
             "arms": arms,
             "interrupted": interrupted,
         }
-
-
-def load_base(options: BaseOptions) -> tuple[Any, Any]:
-    """Load the base model and its tokenizer.
-
-    Raises:
-        ConfigError: They cannot be loaded; with what transformers says.
-    """
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    folder = Path(options.model).expanduser()
-    source = str(folder) if folder.is_dir() else options.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=options.revision, dtype=dtype)
-    except EngramError:
-        raise
-    except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own
-        # All of it in one line: what the first line begins is often said in the second.
-        why = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ConfigError(
-            f"cannot load the base model {options.model}: {why}; base.model is a folder that save_pretrained wrote, or "
-            "a name on the Hub. `engram-lm train recipes/base-cpu.toml` trains a small one in runs/base-cpu/model"
-        ) from error
-    return model, tokenizer
 
 
 def _device(name: str) -> str:

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import numpy as np
 
 from engram_lm.adapt import MemoryAdapter
+from engram_lm.adapt.controls import in_turn, shuffled_rows
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.memory import EngramConfig
 from engram_lm.studies.adaptation.arms import ARMS, Dressed, dressed
-from engram_lm.studies.adaptation.controls import in_turn, shuffled_rows
-from engram_lm.studies.adaptation.cost import forward_flops_per_token, training_flops_per_token
 from engram_lm.studies.adaptation.diagnostics import collisions, gate_statistics, occupancy
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.adaptation.text import AdaptationText, HeldOutText
 from engram_lm.training.data.batches import Batches
+from engram_lm.training.flops import forward_flops_per_token, training_flops_per_token
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.loop import StepRecord, Trainer, TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions

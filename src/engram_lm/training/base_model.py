@@ -1,0 +1,232 @@
+"""A recipe that starts from a pretrained model: memory or LoRA on a frozen base, or all of its weights."""
+
+import hashlib
+import importlib.util
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+import engram_lm.model  # noqa: F401 - AutoModelForCausalLM then knows the project's own models
+from engram_lm.adapt import MemoryAdapter, attach
+from engram_lm.adapt.controls import permuted_hash
+from engram_lm.adapt.decoder import find_decoder
+from engram_lm.adapt.transfer import transfer_rows
+from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.training.adapter_options import LoraOptions
+from engram_lm.training.assembly import TrainingText
+from engram_lm.training.distribution import Ranks
+from engram_lm.training.flops import training_flops_per_token
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.state import SPEC_DIGEST, training_tensors
+
+__all__ = ["AdaptedBase", "load_base", "lora_targets"]
+
+_FINGERPRINT_NUMBERS = 64
+
+
+class AdaptedBase:
+    """A pretrained model with what the recipe adds to it. What the recipe trains, and only that, requires a gradient.
+
+    Args:
+        recipe: With ``model.base``.
+        tokenizer: The base's.
+        ranks: This process alone.
+
+    Raises:
+        ConfigError: The base cannot be loaded, has no recognizable layer list, or the memory is none for it; or there
+            are several processes.
+        MismatchError: The tokenizer is not the base's.
+        MissingExtraError: LoRA is asked for, and peft is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, ranks: Ranks) -> None:
+        if ranks.world_size > 1:
+            raise ConfigError("a recipe with model.base trains in one process; start it without torchrun")
+        options = recipe.model
+        assert options.base is not None
+        self._recipe = recipe
+        self.module: Any = load_base(options.base, options.revision, options.base_dtype)[0]
+        """The base, in which everything else is put."""
+        self.module.to(ranks.device).eval()
+        self._fingerprint = _fingerprint(self.module)
+        is_whole = not (recipe.adapter.layers or recipe.lora.rank)
+        self.module.requires_grad_(is_whole)
+        torch.manual_seed(recipe.train.seed)
+        self.peft_model: Any = _add_lora(self.module, recipe.lora, options.layer_list) if recipe.lora.rank else None
+        """peft's view of the base with its low-rank matrices; None without them."""
+        self.adapter: MemoryAdapter | None = None
+        """The memory; None without it."""
+        if recipe.adapter.layers:
+            self.adapter = self._attach(tokenizer)
+        if recipe.train.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._parts = ["memory"] * (self.adapter is not None) + ["lora"] * (self.peft_model is not None)
+
+    needs_checkpoint = False
+    """Whether `write` takes the model out of a checkpoint."""
+
+    def _attach(self, tokenizer: Any) -> MemoryAdapter:
+        recipe, layer_list = self._recipe, self._recipe.model.layer_list
+        decoder = find_decoder(self.module, layer_list)
+        memory = recipe.adapter.for_width(decoder.hidden_size)
+        if max(memory.layers) >= len(decoder.layers):
+            raise ConfigError(
+                f"adapter.layers {list(memory.layers)}: the base has {len(decoder.layers)} decoder layers, from 0"
+            )
+        adapter = attach(self.module, tokenizer, memory, layer_list=layer_list)
+        if recipe.model.frozen_tables:
+            adapter.memory_tables.requires_grad_(False)
+        if recipe.adapter.permuted_hash:
+            adapter.row_map = permuted_hash(adapter.spec)
+        return adapter
+
+    def prepare(self, text: TrainingText) -> None:
+        """Let rows begin as hidden states of the base, where the recipe says so; once, before training."""
+        options, recipe = self._recipe.adapter, self._recipe
+        if self.adapter is not None and options.initialization == "transfer":
+            transfer_rows(
+                self.adapter,
+                text.train.slice(0, min(text.num_tokens, options.transfer_tokens)),
+                num_ngrams=options.rows_per_head,
+                source=options.transfer_source,
+                length=recipe.data.sequence_length,
+                seed=recipe.train.seed,
+                layer_list=recipe.model.layer_list,
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters: ``total``, those in ``tables``, those that take part in a token (``active``), and ``trained``."""
+        parameters = list(self.module.parameters())
+        tables = [] if self.adapter is None else list(self.adapter.memory_tables.parameters())
+        total, in_tables = (sum(parameter.numel() for parameter in some) for some in (parameters, tables))
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return {"total": total, "tables": in_tables, "active": total - in_tables, "trained": trained}
+
+    def training_flops_per_token(self) -> float:
+        """Operations that training on one token takes, without those of hidden states that rows are made of."""
+        return training_flops_per_token(self.module, self._recipe.data.sequence_length)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must be of: the base, by a fingerprint of its weights, and the hash of the memory."""
+        return {"base": self._fingerprint, SPEC_DIGEST: None if self.adapter is None else self.adapter.spec.digest}
+
+    def facts(self) -> dict[str, Any]:
+        """What stands beside the tensors of a checkpoint."""
+        return self.identity()
+
+    def tensors(self, optimizer: Any) -> dict[str, Tensor]:
+        """Name what training changes, for a checkpoint; what is frozen is not in it."""
+        return training_tensors(self.module, optimizer, only_trained=True)
+
+    def write(self, out: Path, checkpoint: Path | None, tokenizer: Any) -> None:
+        """Write what was trained into the run folder: ``memory/`` and ``lora/``, or else the whole ``model/``."""
+        for name in (*self._parts, *([] if self._parts else ["model"])):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)  # of an earlier end of this run
+        if self.adapter is not None:
+            self.adapter.save_pretrained(out / "memory")
+        if self.peft_model is not None:
+            self.peft_model.save_pretrained(out / "lora")
+        if not self._parts:
+            self.module.save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
+
+    def is_written(self, out: Path) -> bool:
+        """Whether what `write` writes is there."""
+        return all((out / name).is_dir() for name in self._parts or ["model"])
+
+
+def load_base(source: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
+    """Load a pretrained model and its tokenizer.
+
+    Args:
+        source: A folder, or a name on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Type its weights are loaded in; ``auto`` is as stored.
+
+    Raises:
+        ConfigError: They cannot be loaded; with what transformers says.
+    """
+    folder = Path(source).expanduser()
+    place = str(folder) if folder.is_dir() else source
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=kind)
+    except EngramError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own
+        # All of it in one line: what the first line begins is often said in the second.
+        why = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ConfigError(
+            f"cannot load the base model {source}: {why}; a base is a folder that save_pretrained wrote, or a name on "
+            "the Hub. `engram-lm train recipes/base-cpu.toml` trains a small one in runs/base-cpu/model"
+        ) from error
+    return model, tokenizer
+
+
+def lora_targets(model: Any, targets: tuple[str, ...], layer_list: str | None = None) -> list[str]:
+    """Find the matrices of the decoder layers that get low-rank ones beside them.
+
+    Args:
+        model: The base model, without memory.
+        targets: Ends of their names, or ``all-linear``.
+        layer_list: Path of the decoder layers, where structure does not tell.
+
+    Returns:
+        Their full names.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    decoder = find_decoder(model, layer_list)
+    inside = {
+        f"{decoder.name}.{name}": module
+        for name, module in decoder.layers.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    found = [name for name in inside if "all-linear" in targets or name.endswith(tuple(f".{end}" for end in targets))]
+    if not found:
+        ends = sorted({name.rpartition(".")[2] for name in inside})
+        raise ConfigError(
+            f"no matrix of the decoder layers is called {', '.join(targets)}; there are {', '.join(ends)}"
+        )
+    return found
+
+
+def _add_lora(model: Any, lora: LoraOptions, layer_list: str | None) -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError(
+            "LoRA is trained with peft, which is not installed; install the extra with `pip install "
+            "'engram-lm[lora]'`, or leave LoRA out of the recipe (`engram-lm adapt --controls` adds it)"
+        )
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_targets(model, lora.targets, layer_list)
+    alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 by a name that is going out of use there.
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        # GPT-2's matrices lie the other way around.
+        turned = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
+        chosen = LoraConfig(**options, target_modules=targets, fan_in_fan_out=turned, task_type="CAUSAL_LM")
+        return get_peft_model(model, chosen)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of every tensor's name, shape and some of its numbers: which base this is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        numbers = tensor.detach().flatten()
+        some = numbers[:: max(1, numbers.numel() // _FINGERPRINT_NUMBERS)]
+        digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
