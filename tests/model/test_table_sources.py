@@ -66,13 +66,13 @@ def test_packed_tables_on_every_tier_give_the_logits_of_the_checkpoint_s_own(pla
     assert same(half, load(folder / "whole", dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("tier", [None, "http", "remote", "host", "device"])
+@pytest.mark.parametrize("tier", [None, "remote", "host", "device"])
 def test_a_file_server_gives_the_same_logits(places, tier):
     resident, folder = places
     with serving(folder) as server:
         model = load(folder / "bare", table_source=f"{server.address}/whole", table_tier=tier)
         if tier is None:
-            assert model.tables["0"].stats()["tier"] == "http"
+            assert model.tables["0"].stats()["tier"] == "remote"
             assert same(copy.deepcopy(model), resident)
         assert same(model, resident)
 
@@ -269,8 +269,8 @@ def test_sources_that_cannot_be_are_refused_with_what_could_be(places, build):
         with pytest.raises(error, match=message):
             load(folder / "whole", table_source=source)
     for options, message in (
-        ({"table_tier": "http"}, "name it with table_source"),
-        ({"table_tier": "http", "table_source": folder / "packed"}, "reads addresses"),
+        ({"table_tier": "remote"}, "name it with table_source"),
+        ({"table_tier": "remote", "table_source": folder / "packed"}, "reads addresses"),
         ({"table_pinned": "x.npz"}, "table_cache_bytes"),
         ({"table_cache_policy": "lru"}, "table_cache_bytes"),
         ({"table_tier": "mmap", "table_cache_bytes": 5000, "table_cache_policy": "fifo"}, "clock, lru, not 'fifo'"),

@@ -22,7 +22,7 @@ from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAhead
 from engram_lm.tables.choose import TIERS
 
 IDS = torch.arange(2, 42).view(2, 20)
-AWAY = [tier for tier in TIERS if tier not in ("device", "http", "remote")]
+AWAY = [tier for tier in TIERS if tier not in ("device", "remote")]
 GENERATE = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 1}
 
 
@@ -203,7 +203,7 @@ def test_a_device_map_places_the_backbone_and_the_tier_the_tables(build, tmp_pat
 def test_impossible_places_are_refused_with_what_is_possible(build, tmp_path):
     saved(build, tmp_path)
     for options, message in (
-        ({"table_tier": "tape"}, "file, http, remote, not 'tape'"),
+        ({"table_tier": "tape"}, "file, remote, not 'tape'"),
         ({"table_tier": "file", "table_cache_bytes": -1}, "at least 0"),
         ({"table_cache_bytes": 10_000}, "another tier"),
         ({"table_tier": "file", "table_cache_bytes": 1}, "cache has 1 bytes"),

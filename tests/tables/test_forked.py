@@ -9,13 +9,13 @@ import pytest
 import torch
 from tests.tables.tiers import serving, written
 
-from engram_lm.tables import FileTable, HttpTable, MappedTable
+from engram_lm.tables import FileTable, MappedTable, RemoteTable
 from engram_lm.tables.around.cache import CachedTable
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 
 
 @contextlib.contextmanager
-def http(layout, folder):
+def remote(layout, folder):
     with serving(folder) as server:
         extents = [
             [dataclasses.replace(extent, file=f"{server.address}/{os.path.basename(extent.file)}") for extent in part]
@@ -25,7 +25,7 @@ def http(layout, folder):
             dataclasses.replace(part, extents=tuple(some)) for part, some in zip(layout.parts, extents, strict=True)
         )
         there = dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
-        with contextlib.closing(HttpTable(there)) as table:
+        with contextlib.closing(RemoteTable(there)) as table:
             yield table
 
 
@@ -34,13 +34,13 @@ KINDS = {
     "threads": lambda layout, folder: contextlib.closing(FileTable(layout, read_ahead=False, num_threads=2)),
     "cached": lambda layout, folder: contextlib.closing(CachedTable(MappedTable(layout), 1 << 20)),
     "read ahead": lambda layout, folder: contextlib.closing(ReadAheadTable(MappedTable(layout))),
-    "http": http,
+    "remote": remote,
 }
 
 
 def held(table):
     """The locks of a table, and of those below it."""
-    owners = [table, getattr(table, "table", None), getattr(table, "_pool", None), getattr(table, "_client", None)]
+    owners = [table, getattr(table, "table", None), getattr(table, "_pool", None), getattr(table, "_files", None)]
     return [lock for owner in owners for name in ("_lock", "_count_lock") if (lock := getattr(owner, name, None))]
 
 

@@ -232,7 +232,7 @@ def test_auto_says_why_it_chose_a_tier(tmp_path, monkeypatch):
     assert open_table(folder, tier="mmap").stats()["tier_reason"] == "asked for"
     with serving(folder) as server:
         table = open_table(server.address)
-        assert (table.stats()["tier"], table.stats()["tier_reason"]) == ("http", "the source is an address")
+        assert (table.stats()["tier"], table.stats()["tier_reason"]) == ("remote", "the source is an address")
         table.close()
 
 
@@ -241,11 +241,12 @@ def test_impossible_requests_are_refused(tmp_path):
     layout = table_layouts(folder)[1]
     for source, options, message in (
         (folder, {"tier": "disk"}, "tier is one of auto"),
-        (folder, {"tier": "http"}, "is none"),
+        (folder, {"tier": "remote"}, "is none"),
         (folder, {"cache_bytes": -1}, "cache_bytes"),
         (folder, {"tier": "file", "num_thread": 3}, "no option num_thread; it has direct, num_threads, read_ahead"),
         (folder, {"tier": "file", "num_threads": 0}, "num_threads"),
         (folder, {"tier": "mmap", "direct": True}, "no option direct; it has lock, populate"),
+        (folder, {"tier": "http"}, "'http' is no longer there; use 'remote'"),
         (folder, {"tier": "shared"}, r"'shared' is no longer there; use 'mmap'.*one copy .* for all processes"),
         (layout, {"layer": 1}, "a layout is one table"),
         (folder, {"tier": "host", "num_retries": 1}, "no option num_retries; it has pinned"),

@@ -148,7 +148,7 @@ def test_a_file_that_is_cut_is_refused_at_open_and_while_open(tier, tmp_path):
                 for numbers in (torch.tensor([399]), torch.arange(400)):
                     with pytest.raises(EngramError, match=rf"{os.path.basename(cut)}.*(expected|asked)") as caught:
                         table.gather(numbers)
-                    assert str(size) in str(caught.value) and (tier == "http" or str(left) in str(caught.value))
+                    assert str(size) in str(caught.value) and (tier == "remote" or str(left) in str(caught.value))
     os.truncate(cut, size - 3)
     with pytest.raises(EngramError, match=os.path.basename(cut)), TIERS[tier](layout, None):
         pass

@@ -20,8 +20,8 @@ from tests.tables.mooncake_store import reason_to_skip, running
 from engram_lm.tables import (
     FileTable,
     HostTable,
-    HttpTable,
     MappedTable,
+    RemoteTable,
     ResidentTable,
     open_table,
     publish_to_mooncake,
@@ -171,7 +171,7 @@ def _one_by_one(layout, dtype):
 
 
 @contextlib.contextmanager
-def _http(layout, dtype):
+def _remote(layout, dtype):
     """The layout's files through a server; the layout itself is carried over, its files are addresses now."""
     import dataclasses
 
@@ -185,7 +185,7 @@ def _http(layout, dtype):
             for part in layout.parts
         )  # fmt: skip
         there = dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
-        with _opened(HttpTable(there, dtype, gap_bytes=50, longest_range_bytes=2000, num_connections=3)) as table:
+        with _opened(RemoteTable(there, dtype, gap_bytes=50, longest_range_bytes=2000, num_connections=3)) as table:
             yield table
 
 
@@ -230,8 +230,8 @@ TIERS = {
     "file": lambda layout, dtype: _opened(FileTable(layout, dtype)),
     "file, row by row": _one_by_one,
     "file, direct": _direct,
-    "http": _http,
-    "remote": _mooncake,
+    "remote": _remote,
+    "mooncake": _mooncake,
     "mmap, packed": lambda layout, dtype: _opened(MappedTable(_packed(layout), dtype)),
     "file, packed": lambda layout, dtype: _opened(FileTable(_packed(layout), dtype)),
     "file, packed, direct": lambda layout, dtype: _direct(_packed(layout), dtype),
@@ -246,6 +246,6 @@ TIERS = {
 }
 
 # Those that read a file anew for every gather, so that a file cut in the meantime must be noticed.
-READS_FILES = ("file", "file, row by row", "file, direct", "http", "file, read ahead")
+READS_FILES = ("file", "file, row by row", "file, direct", "remote", "file, read ahead")
 
 __all__ = ["KINDS", "READS_FILES", "TIERS", "Files", "ResidentTable", "http_layout", "serving", "written"]

@@ -224,7 +224,7 @@ class MemoryAdapter(ForwardPass):
             name: Its name among the model's adapters.
             layer_list: As for `attach`.
             table_tier: ``"device"`` (parameters, trainable), or where rows are read from: ``"mmap"``, ``"file"``,
-                ``"host"``, ``"http"``, ``"remote"``, ``"auto"``. None: ``"auto"`` with a source, else
+                ``"host"``, ``"remote"``, ``"auto"``. None: ``"auto"`` with a source, else
                 ``"device"``. Logits are the same to the bit.
             table_source: Where tables lie, if not in the folder: as for ``EngramForCausalLM.from_pretrained``.
             table_cache_bytes: Bytes of a cache before each table that is not on the device.

@@ -22,7 +22,7 @@ from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
-from engram_lm.tables import HttpTable, MooncakeTable, Table
+from engram_lm.tables import MooncakeTable, RemoteTable, Table
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 __all__ = [
@@ -149,7 +149,7 @@ def write_adapter(
         OSError: The folder cannot be written.
     """
     for name, table in tables.items():
-        if tables_inside and isinstance(_innermost(table), HttpTable | MooncakeTable):
+        if tables_inside and isinstance(_innermost(table), RemoteTable | MooncakeTable):
             raise ConfigError(
                 f"the table {name} is read from another machine and is not copied from there; save with tables=False "
                 "and load with the same table_source, or load the adapter with another table_tier first"

@@ -154,9 +154,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             *args: As in ``PreTrainedModel.from_pretrained``.
             tokenizer: The tokenizer that will be used with the model.
             table_tier: ``"device"`` (parameters, loaded with the model), ``"mmap"`` and ``"file"`` (left in the
-                checkpoint's safetensors files), ``"host"`` (loaded, as stored), ``"http"`` and
-                ``"remote"`` (on the machine that a ``table_source`` names), or ``"auto"`` (what suits the table and
-                the machine). None: ``"auto"`` with a source, else ``"device"``.
+                checkpoint's safetensors files), ``"host"`` (loaded, as stored), ``"remote"`` (on the
+                machine that a ``table_source`` names), or ``"auto"`` (what suits the table and the machine). None:
+                ``"auto"`` with a source, else ``"device"``.
             table_source: Where tables lie: a folder, a file or an address as `open_table` takes it, which holds a table
                 for each name of `tables`; such a text with ``{table}`` in place of the name, as
                 ``"mooncake://host:port/mine-{table}"``; or a mapping from names (or block numbers) to sources, the

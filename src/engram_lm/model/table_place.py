@@ -30,7 +30,7 @@ from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.choose import check_tier
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
-from engram_lm.tables.tiers.http import RemoteFolder
+from engram_lm.tables.tiers.remote_folder import RemoteFolder
 
 __all__ = ["Located", "TablePlace", "TableSource", "WantedTable"]
 
@@ -121,10 +121,10 @@ class TablePlace:
             raise ConfigError(
                 "table_pinned and table_cache_policy say what a cache keeps; give it room with table_cache_bytes"
             )
-        if self.tier in ("http", "remote") and self.source is None:
+        if self.tier == "remote" and self.source is None:
             raise ConfigError(
-                f"table_tier={self.tier!r} reads from an address; name it with table_source, as "
-                "'https://HOST/FOLDER' or 'mooncake://HOST:PORT/NAME'"
+                "table_tier='remote' reads from an address; name it with table_source, as "
+                "'https://HOST/FOLDER', 's3://BUCKET/FOLDER' or 'mooncake://HOST:PORT/NAME'"
             )
 
     @property

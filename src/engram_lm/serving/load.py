@@ -43,8 +43,8 @@ class TableFlags:
             raise ConfigError(
                 "--table-pinned and --table-cache-policy say what a cache keeps; give it room with --table-cache-mib"
             )
-        if self.table_tier in ("http", "remote") and self.table_source is None:
-            raise ConfigError(f"--table-tier {self.table_tier} reads from an address: name it with --table-source")
+        if self.table_tier == "remote" and self.table_source is None:
+            raise ConfigError("--table-tier remote reads from an address: name it with --table-source")
 
     @property
     def _with_the_model(self) -> bool:

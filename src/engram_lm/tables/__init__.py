@@ -19,22 +19,22 @@ from engram_lm.tables.open import open_table, table_layouts
 from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable
-from engram_lm.tables.tiers.http import HttpTable
 from engram_lm.tables.tiers.mapped import MappedTable
 from engram_lm.tables.tiers.mooncake import MooncakeTable, publish_to_mooncake
 from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.remote import RemoteTable
 from engram_lm.tables.tiers.resident import ParameterTable, ResidentTable
 
 __all__ = [
     "CachedTable",
     "FileTable",
     "HostTable",
-    "HttpTable",
     "MappedTable",
     "MooncakeTable",
     "ParameterTable",
     "ReadAheadTable",
     "RecordTable",
+    "RemoteTable",
     "ResidentTable",
     "RowCodec",
     "RowLayout",

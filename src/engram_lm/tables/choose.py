@@ -7,7 +7,7 @@ from engram_lm.errors import ConfigError
 
 __all__ = ["MEMORY_SHARE", "TIERS", "Tier", "TierChoice", "check_tier", "choose_tier", "spare_bytes"]
 
-Tier = Literal["auto", "device", "host", "mmap", "file", "http", "remote"]
+Tier = Literal["auto", "device", "host", "mmap", "file", "remote"]
 """Where rows are kept and read, see `engram_lm.tables.open_table`."""
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -19,6 +19,7 @@ MEMORY_SHARE = 0.9
 _REMOVED = {
     "shared": "use 'mmap': the page cache holds one copy of a mapped file for all processes of the machine; its "
     "options populate=True and lock=True bring the rows into memory and keep them there",
+    "http": "use 'remote', which reads http, https and every other address that fsspec opens",
 }
 
 

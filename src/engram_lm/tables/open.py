@@ -1,5 +1,6 @@
 """One call that opens a table wherever it is."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -9,25 +10,42 @@ from typing import Any
 import torch
 
 from engram_lm.errors import ConfigError
+from engram_lm.tables.around.cache import CachedTable
 from engram_lm.tables.available_memory import available_bytes, is_on_network
-from engram_lm.tables.choose import Tier, check_tier, choose_tier, spare_bytes
+from engram_lm.tables.choose import Tier, TierChoice, check_tier, choose_tier, spare_bytes
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
-from engram_lm.tables.tiers.http import HttpTable, RemoteFolder
-from engram_lm.tables.tiers.http_ranges import HttpOptions
+from engram_lm.tables.tiers.file import FileTable
+from engram_lm.tables.tiers.host import HostTable
+from engram_lm.tables.tiers.mapped import MappedTable
+from engram_lm.tables.tiers.mooncake import MooncakeTable
+from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.remote import RemoteTable
+from engram_lm.tables.tiers.remote_files import RemoteOptions
+from engram_lm.tables.tiers.remote_folder import RemoteFolder
+from engram_lm.tables.tiers.resident import load_resident
 
 __all__ = ["open_table", "table_layouts"]
+
+_OPENERS: dict[str, Callable[..., Table]] = {
+    "device": load_resident,
+    "host": HostTable,
+    "mmap": MappedTable,
+    "file": FileTable,
+    "remote": RemoteTable,
+}
+"""The registry of tiers: what opens a layout on each. Called with a layout and a dtype, options by name."""
 
 
 def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | str, RowLayout]:
     """Find the tables of a checkpoint or a packed file, here or on a server; see `find_tables`.
 
     Args:
-        source: What `find_tables` takes, or the http(s) address of a checkpoint folder, of a ``.safetensors`` file or
-            of a packed file.
-        options: Fields of `HttpOptions`, for addresses.
+        source: What `find_tables` takes, or the address (https, s3, gs, hf, … as fsspec opens them) of a checkpoint
+            folder, of a ``.safetensors`` file or of a packed file.
+        options: Fields of `RemoteOptions`, for addresses.
 
     Returns:
         Block number (from 0), or the table's name where it is none → where the rows lie, in ascending order.
@@ -36,13 +54,11 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
         CheckpointError: As `find_tables`.
         ConfigError: Options without an address.
         RemoteError: Nobody answers at the address, or not with ranges.
+        MissingExtraError: fsspec, or its package for this kind of address, is not installed.
     """
     if is_address(source):
-        folder = RemoteFolder(str(source), **options)
-        try:
+        with contextlib.closing(RemoteFolder(str(source), **options)) as folder:
             return {key: folder.place(layout) for key, layout in find_tables(folder, folder.file).items()}
-        finally:
-            folder.close()
     if options:
         raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, {source} is none")
     return find_tables(source)
@@ -60,7 +76,7 @@ def open_table(
     """Open a table to read rows from. Every tier returns the same bits.
 
     Args:
-        source: A folder or file that `table_layouts` knows, the http(s) address of one, ``mooncake://…``, or a layout.
+        source: A folder, file or address that `table_layouts` knows, ``mooncake://HOST:PORT/NAME``, or a layout.
         layer: Which of the source's tables: a block number or name; may be left out where there is one.
         tier: Where rows are kept and read:
 
@@ -69,12 +85,12 @@ def open_table(
             - ``"mmap"``: in their files, mapped; the fastest where the page cache holds them. All processes of a
               machine share that one copy.
             - ``"file"``: in their files, by positional reads; survives files that are cut, and network disks.
-            - ``"http"`` (or ``"remote"``): on the server.
+            - ``"remote"``: on the server.
             - ``"auto"``: chosen by `choose_tier`: on the host where it fits into 90 % of the available memory, else
               where it lies. Never on a device. ``stats()["tier_reason"]`` says why.
         dtype: Type of the rows that `Table.gather` returns; the stored one where None, bfloat16 for 8-bit rows.
         cache_bytes: Memory for rows that were read before; 0 keeps none.
-        options: Of the tier's class: `FileTable`, `HostTable`, `MappedTable`, `HttpOptions`, …
+        options: Of the tier's class: `FileTable`, `HostTable`, `MappedTable`, `RemoteOptions`, …
 
     Returns:
         The open table; close it when done.
@@ -83,6 +99,7 @@ def open_table(
         CheckpointError: The source holds no table, or is malformed, incomplete or truncated.
         ConfigError: An impossible tier, layer, option or ``dtype``, or a table that does not fit.
         RemoteError: Nobody answers at the address, or not with ranges.
+        MissingExtraError: The packages for this kind of address are not installed.
     """
     tier = check_tier(tier)
     if type(cache_bytes) is not int or cache_bytes < 0:
@@ -92,10 +109,7 @@ def open_table(
     table, reason = _open(source, layer, tier, dtype, options)
     try:
         if cache_bytes:
-            from engram_lm.tables.around.cache import CachedTable
-            from engram_lm.tables.tiers.record_table import RecordTable
-
-            assert isinstance(table, RecordTable)  # only the device's is not
+            assert isinstance(table, RecordTable)  # every table but the device's is one
             table = CachedTable(table, cache_bytes)
     except BaseException:
         table.close()
@@ -111,128 +125,71 @@ def _open(
     dtype: torch.dtype | None,
     options: dict[str, Any],
 ) -> tuple[Table, str]:
-    """Open a table without a cache, and say why on this tier."""
+    """Open a table without a cache; returns it and why it is on this tier."""
     if isinstance(source, str) and source.startswith("mooncake://"):
-        if tier not in ("auto", "remote"):
-            raise ConfigError(f"{source} is read with tier='remote', not {tier!r}")
-        from engram_lm.tables.tiers.mooncake import MooncakeTable
-
-        place, _, name = source.removeprefix("mooncake://").partition("/")
-        if not name or layer is not None:
-            raise ConfigError(
-                f"{source}: expected mooncake://HOST:PORT/NAME with the name that publish_to_mooncake returned, and no "
-                "layer, since a name is one table"
-            )
-        table = _made(MooncakeTable, "remote", f"mooncake://{place}", dtype, options, name)
-        return table, "asked for" if tier == "remote" else "a store on other machines"
-    remote = is_address(source)
+        return _open_mooncake(source, layer, tier, dtype, options)
+    asking = {field.name for field in dataclasses.fields(RemoteOptions)} & options.keys()
+    remote_options = {name: options[name] for name in asking}
     if isinstance(source, RowLayout):
-        layout, remote = source, any(map(is_address, source.files))
         if layer is not None:
             raise ConfigError(f"a layout is one table; layer={layer!r} chooses nothing")
+        layout, is_remote = source, any(map(is_address, source.files))
     else:
-        layout = choose_layout(table_layouts(source, **(_http_options(options) if remote else {})), layer, str(source))
-    reason = "asked for"
-    if tier == "auto":
-        tier, reason = _choose(layout, remote)
-    if remote and tier == "remote":
-        tier = "http"
-    if tier in ("http", "remote") and not remote:
+        is_remote = is_address(source)
+        layouts = table_layouts(source, **remote_options) if is_remote else table_layouts(source)
+        layout = choose_layout(layouts, layer, str(source))
+    choice = _choose(layout, is_remote) if tier == "auto" else TierChoice(tier, "asked for")
+    if choice.tier == "remote" and not is_remote:
+        where = "the layout" if isinstance(source, RowLayout) else source
+        raise ConfigError(f"tier='remote' reads addresses; {where} is none")
+    if not is_remote or choice.tier == "remote":
+        return _made(choice.tier, layout, dtype, options), choice.reason
+    if choice.tier in ("mmap", "file"):
         raise ConfigError(
-            f"tier={tier!r} reads addresses; {source if not isinstance(source, RowLayout) else 'it'} is none"
+            f"tier={choice.tier!r} reads local files and the source is an address; use 'remote', 'host' or 'device'"
         )
-    if not remote:
-        return _OPENERS[tier](layout, dtype, options), reason
-    if tier in ("mmap", "file"):
-        raise ConfigError(
-            f"tier={tier!r} reads local files and the source is an address; use 'http', 'host' or 'device'"
-        )
-    asking = _http_options(options)
     rest = {name: value for name, value in options.items() if name not in asking}
-    if tier == "http":
-        return HttpTable(layout, dtype, **asking, **rest), reason
-    served = HttpTable(layout, dtype, **asking)
-    try:
-        return _OPENERS[tier](served, dtype, rest), reason
-    finally:
-        served.close()
+    with contextlib.closing(RemoteTable(layout, dtype, **remote_options)) as served:
+        return _made(choice.tier, served, dtype, rest), choice.reason
 
 
-def _http_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that say how a server is asked."""
-    known = {field.name for field in dataclasses.fields(HttpOptions)}
-    return {name: value for name, value in options.items() if name in known}
+def _open_mooncake(
+    source: str, layer: int | str | None, tier: Tier, dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[Table, str]:
+    if tier not in ("auto", "remote"):
+        raise ConfigError(f"{source} is read with tier='remote', not {tier!r}")
+    place, _, name = source.removeprefix("mooncake://").partition("/")
+    if not name or layer is not None:
+        raise ConfigError(
+            f"{source}: expected mooncake://HOST:PORT/NAME with the name that publish_to_mooncake returned, and no "
+            "layer, since a name is one table"
+        )
+    _refuse_unknown(MooncakeTable, "remote", options)
+    table = MooncakeTable(f"mooncake://{place}", name, dtype, **options)
+    return table, "asked for" if tier == "remote" else "a store on other machines"
 
 
-def _choose(layout: RowLayout, remote: bool) -> tuple[Tier, str]:
+def _choose(layout: RowLayout, is_remote: bool) -> TierChoice:
     """Choose a tier by where the table is and whether it fits."""
-    if remote:
-        return "http", "the source is an address"
+    if is_remote:
+        return choose_tier(layout.stored_bytes, None, lies="address")
     available = available_bytes()
     spare = None if available is None else spare_bytes(available)
     on_network = any(map(is_on_network, layout.files))
-    choice = choose_tier(layout.stored_bytes, spare, lies="network" if on_network else "disk")
-    return choice.tier, choice.reason
+    return choose_tier(layout.stored_bytes, spare, lies="network" if on_network else "disk")
 
 
-def _on_device(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.tiers.host import load_in_pieces
-    from engram_lm.tables.tiers.resident import ResidentTable
-
-    options = dict(options)
-    device = torch.device(options.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
-    _refuse(options, "device")
-    codec = source.codec
-    returned = codec.checked_dtype(dtype)
-    try:
-        weight = torch.empty(source.num_rows, codec.width, dtype=returned, device=device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{device} has no room for {source.num_rows} rows of {codec.width} numbers of {returned}; use tier='host'"
-        ) from error
-
-    def store(rows: slice, records: torch.Tensor) -> None:
-        weight[rows] = codec.decode(records, returned).to(device)
-
-    load_in_pieces(source, store)
-    return ResidentTable(weight)
+def _made(tier: str, source: RowLayout | RecordTable, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
+    """Open a layout on a tier; options that the tier does not have are refused by name."""
+    _refuse_unknown(_OPENERS[tier], tier, options)
+    return _OPENERS[tier](source, dtype, **options)
 
 
-def _in_host(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.tiers.host import HostTable
-
-    return _made(HostTable, "host", source, dtype, options)
-
-
-def _mapped(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.tiers.mapped import MappedTable
-
-    return _made(MappedTable, "mmap", layout, dtype, options)
-
-
-def _in_file(layout: RowLayout, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    from engram_lm.tables.tiers.file import FileTable
-
-    return _made(FileTable, "file", layout, dtype, options)
-
-
-def _made(kind: Any, tier: str, source: Any, dtype: torch.dtype | None, options: dict[str, Any], *place: str) -> Table:
-    """Make a table of a class, options it does not have refused by name."""
+def _refuse_unknown(kind: Callable[..., Table], tier: str, options: dict[str, Any]) -> None:
     parameters = inspect.signature(kind).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    _refuse({name: value for name, value in options.items() if name not in known}, tier, known)
-    return kind(source, *place, dtype, **options)
-
-
-def _refuse(options: dict[str, Any], tier: str, known: "set[str] | frozenset[str]" = frozenset()) -> None:
-    if options:
-        has = f"it has {', '.join(sorted(known))}" if known else "it has none of this name"
-        raise ConfigError(f"tier={tier!r} has no option {', '.join(sorted(options))}; {has}")
-
-
-_OPENERS: dict[str, Callable[[Any, torch.dtype | None, dict[str, Any]], Table]] = {
-    "device": _on_device,
-    "host": _in_host,
-    "mmap": _mapped,
-    "file": _in_file,
-}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        known = {field.name for field in dataclasses.fields(RemoteOptions)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ConfigError(f"tier={tier!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")

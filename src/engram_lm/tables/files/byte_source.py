@@ -1,6 +1,7 @@
 """Where the bytes of files come from: this machine, or any place that reads a file by position."""
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,5 +118,7 @@ class LocalFolder:
 
 
 def is_address(source: object) -> bool:
-    """Whether a source is an http or https address, not a path of this machine."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+    """Whether a source is an address that fsspec may open, such as ``"https://…"`` or ``"s3://…"``, and not a path."""
+    if not isinstance(source, str) or source.startswith("mooncake://"):
+        return False
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None

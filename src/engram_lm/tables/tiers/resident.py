@@ -1,4 +1,4 @@
-"""Tables whose rows are in this process's memory: one to read from, one to train."""
+"""Tables whose decoded rows are in the memory of a device: one to read from, one to train."""
 
 from typing import Any, Literal
 
@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
+from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
+from engram_lm.tables.tiers.host import load_in_pieces
+from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["ParameterTable", "ResidentTable"]
+__all__ = ["ParameterTable", "ResidentTable", "load_resident"]
 
 
 class ResidentTable(Table):
@@ -42,6 +45,40 @@ class ResidentTable(Table):
     def close(self) -> None:
         """Drop the reference to the tensor."""
         self._weight = None
+
+
+def load_resident(
+    source: RowLayout | RecordTable,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> ResidentTable:
+    """Load and decode a whole table into the memory of a device.
+
+    Args:
+        source: Where the rows lie, or an open table to load from, which stays open and is not kept.
+        dtype: Type of the rows; the stored one where None, bfloat16 for 8-bit rows.
+        device: The device; the accelerator where None, or the CPU where there is none.
+
+    Raises:
+        CheckpointError: A file is missing, or has been cut since its layout was made.
+        ConfigError: An impossible ``dtype``, or a device without room for the rows.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    codec = source.codec
+    returned = codec.checked_dtype(dtype)
+    try:
+        weight = torch.empty(source.num_rows, codec.width, dtype=returned, device=device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{device} has no room for {source.num_rows} rows of {codec.width} numbers of {returned}; use tier='host'"
+        ) from error
+
+    def store(rows: slice, records: Tensor) -> None:
+        weight[rows] = codec.decode(records, returned).to(device)
+
+    load_in_pieces(source, store)
+    return ResidentTable(weight)
 
 
 class ParameterTable(nn.Module, Table):

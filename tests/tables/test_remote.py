@@ -1,17 +1,22 @@
 """A table on a real server: what comes back is right, and whatever a server does wrong ends in a named error, soon."""
 
+import contextlib
+import importlib.util
 import os
+import pickle
 import socket
+import sys
 import threading
 import time
 
+import fsspec
 import pytest
 import torch
 from tests.raw_safetensors import write_raw
 from tests.tables.tiers import Files, http_layout, serving
 
-from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
-from engram_lm.tables import HttpTable, open_table
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, MissingExtraError, RemoteError
+from engram_lm.tables import RemoteTable, open_table, table_layouts
 
 NUM_ROWS, WIDTH = 500, 16
 IMPATIENT = {"timeout_seconds": 0.3, "request_seconds": 0.6, "num_retries": 1}
@@ -31,7 +36,7 @@ def rows_of(folder):
 
 
 def opened(server, **options):
-    return HttpTable(http_layout(server.address), **options)
+    return RemoteTable(http_layout(server.address), **options)
 
 
 def test_rows_near_each_other_come_in_one_request_over_one_connection(folder):
@@ -93,20 +98,20 @@ def test_a_missing_file_is_refused_by_its_address_at_once(folder):
         layout = http_layout(server.address)
         os.rename(folder / "model.safetensors", folder / "gone")
         with pytest.raises(RemoteError, match="404"):
-            HttpTable(layout)
+            RemoteTable(layout)
 
 
 def test_a_file_that_changes_is_noticed_before_opening_and_while_open(folder):
     with serving(folder) as server:
         layout = http_layout(server.address)
-        table = HttpTable(layout)
+        table = RemoteTable(layout)
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[:-64] + bytes(64))
         with pytest.raises(RemoteError, match="changed since it was opened"):
             table.gather(torch.tensor([1]))
         table.close()
         with pytest.raises(RemoteError, match="changed since its header was read"):
-            HttpTable(layout)
+            RemoteTable(layout)
 
 
 def test_a_changed_file_is_noticed_on_a_server_that_ignores_conditions(folder):
@@ -230,7 +235,12 @@ def not_http(handler, path):
 
 @pytest.mark.parametrize(
     ("fail", "message"),
-    [(wrong_span, "server sent 0 to 63"), (no_span, "Content-Range"), (forbidden, "403"), (not_http, "BadStatusLine")],
+    [
+        (wrong_span, "server sent 0 to 63"),
+        (no_span, "Content-Range"),
+        (forbidden, "403"),
+        (not_http, "Bad status line"),
+    ],
 )
 def test_other_bytes_than_those_asked_for_are_refused(folder, fail, message):
     with serving(folder, failing(99, fail)) as server:
@@ -246,7 +256,7 @@ def test_an_address_nobody_answers_and_a_server_that_dies_are_errors_soon(folder
         table = opened(server, **IMPATIENT)
         address = server.address
     start = time.monotonic()
-    with pytest.raises(RemoteError, match=r"127\.0\.0\.1.*ConnectionRefusedError"):
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1.*Cannot connect"):
         table.gather(torch.tensor([5]))
     with pytest.raises(RemoteError, match="check the address"):
         open_table(address, **IMPATIENT)
@@ -280,7 +290,7 @@ def test_redirections_are_followed_and_forgotten_when_they_run_out(folder):
 
     with serving(folder, Moved) as server:
         server.token = "first"
-        table = HttpTable(http_layout(f"{server.address}/resolve"))
+        table = RemoteTable(http_layout(f"{server.address}/resolve"))
         server.token = "second"
         assert torch.equal(table.gather(torch.tensor([7])), rows_of(folder)[[7]])
         table.close()
@@ -315,6 +325,8 @@ def test_impossible_options_are_refused():
 
 
 def test_no_thread_stays_after_a_table_is_closed(folder):
+    with serving(folder) as server:
+        opened(server).close()  # fsspec's own thread, one for the whole process, stays
     before = threading.active_count()
     with serving(folder) as server:
         table = opened(server, num_connections=4)
@@ -324,3 +336,79 @@ def test_no_thread_stays_after_a_table_is_closed(folder):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_credentials_and_headers_travel_as_fsspec_takes_them(folder):
+    class Locked(Files):
+        def do_GET(self):  # noqa: N802
+            if self.headers.get("Authorization") != "Bearer mine":
+                return self.answer(401, {}, b"who are you?")
+            return super().do_GET()
+
+    options = {"storage_options": {"client_kwargs": {"headers": {"Authorization": "Bearer mine"}}}}
+    with serving(folder, Locked) as server:
+        with pytest.raises(RemoteError, match="401"):
+            open_table(server.address)
+        for tier in ("auto", "host"):
+            with contextlib.closing(open_table(server.address, tier=tier, **options)) as table:
+                assert torch.equal(table.gather(torch.arange(NUM_ROWS)), rows_of(folder))
+                other = pickle.loads(pickle.dumps(table)) if tier == "auto" else table
+                assert torch.equal(other.gather(torch.tensor([3])), rows_of(folder)[[3]])
+                other.close()
+        with pytest.raises(ConfigError, match="storage_options is a mapping"):
+            open_table(server.address, storage_options=["token"])
+
+
+@pytest.fixture(params=["file", "memory"])
+def address(request, folder):
+    """Addresses whose file systems know neither coroutines nor http."""
+    if request.param == "file":
+        return f"file://{folder}"
+    system = fsspec.filesystem("memory")
+    system.pipe("/there/model.safetensors", (folder / "model.safetensors").read_bytes())
+    return "memory://there"
+
+
+def test_any_file_system_of_fsspec_serves_tables(folder, address):
+    with contextlib.closing(open_table(address, gap_bytes=0, num_connections=3)) as table:
+        numbers = torch.randint(NUM_ROWS, (300,), generator=torch.Generator().manual_seed(1))
+        assert torch.equal(table.gather(numbers), rows_of(folder)[numbers])
+        assert (table.stats()["tier"], table.stats()["tier_reason"]) == ("remote", "the source is an address")
+    with contextlib.closing(open_table(f"{address}/model.safetensors", tier="host")) as table:
+        assert torch.equal(table.gather(numbers), rows_of(folder)[numbers])
+    with pytest.raises(RemoteError, match=r"nothing/model\.safetensors.*FileNotFoundError"):
+        open_table(f"{address}/nothing")
+
+
+def test_a_file_that_shrinks_on_any_file_system_is_noticed(folder, address):
+    name = f"{address}/model.safetensors"
+    layout = table_layouts(address)[3]
+    with contextlib.closing(RemoteTable(layout)) as table:
+        with fsspec.open(name, "wb") as file:
+            file.write((folder / "rows.pt").read_bytes()[:500])
+        with pytest.raises(RemoteError, match=r"changed since it was opened.*open it again"):
+            table.gather(torch.arange(NUM_ROWS))
+    with pytest.raises(RemoteError, match=r"changed since its header was read|too short"):
+        RemoteTable(layout)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("nowhere://bucket/model", RemoteError, "not an address that can be opened.*nowhere"),
+        ("s3://bucket/model", MissingExtraError, r"engram-lm\[remote\].*s3fs"),
+    ],
+)
+def test_protocols_that_are_unknown_or_not_installed_are_refused(address, kind, message):
+    if kind is MissingExtraError and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    with pytest.raises(kind, match=message):
+        open_table(address)
+
+
+def test_without_fsspec_or_aiohttp_the_extra_is_named(monkeypatch):
+    for module in ("fsspec", "aiohttp"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(MissingExtraError, match=r"pip install 'engram-lm\[remote\]'"):
+                open_table("https://127.0.0.1:9/model")

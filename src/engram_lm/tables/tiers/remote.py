@@ -1,0 +1,148 @@
+"""A table on a server, read by ranges through fsspec: nothing is downloaded before it is read."""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.errors import RemoteError
+from engram_lm.tables.layout import RowLayout
+from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions
+
+__all__ = ["RemoteTable", "versioned"]
+
+# Behind the address of a file in a layout: which version of the file the layout was made from.
+_VERSION_MARK = "#engram-version="
+
+
+class RemoteTable(RecordTable):
+    """Rows read from files at addresses that fsspec opens: https, s3, gs, hf and others.
+
+    Rows that lie near each other come in one request, several requests are under way at once, and every wait ends. A
+    file that changes on the server while it is open gives an error.
+
+    Args:
+        layout: Where the rows lie; the files of its extents are addresses, as `table_layouts` gives them.
+        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        options: Fields of `RemoteOptions`.
+
+    Raises:
+        RemoteError: Nobody answers, a file is missing, changed or shorter than the layout says, or the server does not
+            answer ranges.
+        ConfigError: An impossible option or ``dtype``.
+        MissingExtraError: fsspec, or its package for this kind of address, is not installed.
+    """
+
+    def __init__(self, layout: RowLayout, dtype: torch.dtype | None = None, **options: Any) -> None:
+        super().__init__(layout.codec, layout.num_rows, dtype)
+        self.layout, self.options = layout, RemoteOptions.named(options)
+        files = RemoteFiles(self.options)
+        self._files: RemoteFiles | None = files
+        self._num_requests = self._num_bytes = 0
+        try:
+            self._found = {file: files.look(file.partition(_VERSION_MARK)[0]) for file in layout.files}
+            for part in layout.parts:
+                for extent in part.extents:
+                    _check(self._found[extent.file], extent.file, extent.end_bytes(part.row_bytes))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _closed(self) -> bool:
+        return self._files is None
+
+    def _renew(self) -> None:
+        super()._renew()
+        if self._files is not None:
+            self._files.begin_anew()
+
+    def _read(self, numbers: np.ndarray) -> Tensor:
+        files = self._files
+        self._refuse_closed(files is None)
+        assert files is not None
+        # Each row is read once, however often it is asked for.
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        data, column = np.empty((len(unique), self.codec.record_bytes), np.uint8), 0
+        wanted: list[tuple[RemoteFile, int, int]] = []
+        targets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for part in self.layout.parts:
+            out = data[:, column : column + part.row_bytes]
+            for extent, where, offsets in part.divide(unique):
+                places = np.arange(len(unique)) if isinstance(where, slice) else where
+                for run in self._runs(offsets, part.row_bytes):
+                    start, stop = int(offsets[run.start]), int(offsets[run.stop - 1]) + part.row_bytes
+                    wanted.append((self._found[extent.file], start, stop))
+                    targets.append((out, places[run], offsets[run] - start))
+            column += part.row_bytes
+
+        def take(index: int, found: bytes) -> None:
+            out, places, offsets = targets[index]
+            body, size = np.frombuffer(found, np.uint8), out.shape[1]
+            windows = np.lib.stride_tricks.as_strided(body, (len(body) - size + 1, size), (1, 1), writeable=False)
+            out[places] = windows[offsets]
+            self._num_requests += 1
+            self._num_bytes += len(found)
+
+        files.read(wanted, take)
+        is_ordered = len(unique) == len(numbers) and bool((np.diff(inverse) == 1).all())
+        return torch.from_numpy(data if is_ordered else data[inverse])
+
+    def _runs(self, offsets: np.ndarray, row_bytes: int) -> Iterator[slice]:
+        """Cut rows, sorted by their place, into those that are asked for together."""
+        first = 0
+        gaps = np.flatnonzero(np.diff(offsets) > row_bytes + self.options.gap_bytes) + 1
+        for last in [*gaps.tolist(), len(offsets)]:
+            while first < last:
+                limit = offsets[first] + max(self.options.longest_range_bytes, row_bytes) - row_bytes
+                end = first + int(np.searchsorted(offsets[first:last], limit, side="right"))
+                yield slice(first, end)
+                first = end
+
+    def stats(self) -> dict[str, Any]:
+        """See `Table.stats`; adds what rows took from the server, without what the opening took."""
+        return {
+            **super().stats(),
+            "tier": "remote",
+            "num_files": len(self.layout.files),
+            "num_requests": self._num_requests,
+            "received_bytes": self._num_bytes,
+        }
+
+    def close(self) -> None:
+        """Close the connections."""
+        files, self._files = self._files, None
+        if files is not None:
+            files.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by opening the addresses again."""
+        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        return _open_again, (self.layout, self._dtype, options)
+
+
+def _open_again(layout: RowLayout, dtype: torch.dtype, options: dict[str, Any]) -> RemoteTable:
+    return RemoteTable(layout, dtype, **options)
+
+
+def versioned(file: RemoteFile) -> str:
+    """The address of a file as layouts carry it: with its version, so that no table is opened on another one."""
+    return file.url + (f"{_VERSION_MARK}{urllib.parse.quote(file.version, safe='')}" if file.version else "")
+
+
+def _check(found: RemoteFile, file: str, end: int) -> None:
+    """Check a file against what its layout says of it."""
+    _, marked, quoted = file.partition(_VERSION_MARK)
+    version = urllib.parse.unquote(quoted)
+    if marked and version != (found.version or ""):
+        raise RemoteError(
+            f"{found.url} has changed since its header was read: expected version {version}, found {found.version}; "
+            "make the layout again"
+        )
+    if found.num_bytes < end:
+        raise RemoteError(f"{found.url} is too short: expected at least {end} bytes, found {found.num_bytes}")

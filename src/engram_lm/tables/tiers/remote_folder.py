@@ -1,0 +1,93 @@
+"""A folder of a checkpoint at an address that fsspec opens, for the readers of headers."""
+
+import dataclasses
+import urllib.parse
+from typing import Any
+
+from engram_lm.tables.layout import RowLayout
+from engram_lm.tables.tiers.remote import versioned
+from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions, check_host, is_http
+
+__all__ = ["RemoteFolder"]
+
+_LONGEST_SMALL_FILE_BYTES = 100_000_000
+
+
+class RemoteFolder:
+    """A folder on a server as a `FileFolder`.
+
+    Args:
+        address: The address of a folder, which holds an index or one ``model.safetensors``, or of one file in a folder.
+        options: Fields of `RemoteOptions`.
+
+    Raises:
+        ConfigError: An impossible option.
+        RemoteError: An http address that names no host.
+    """
+
+    def __init__(self, address: str, **options: Any) -> None:
+        self._files = RemoteFiles(RemoteOptions.named(options))
+        self._found: dict[str, RemoteFile] = {}
+        self._query, base = "", address.rstrip("/")
+        if is_http(address):
+            check_host(address)
+            query = urllib.parse.urlsplit(address).query
+            self._query = f"?{query}" if query else ""
+            base = address.partition("#")[0].partition("?")[0].rstrip("/")
+        self._is_quoted = is_http(address)
+        self.file: str | None = None
+        """The one file that the address names; None where it names a folder."""
+        if base.endswith(".safetensors"):
+            base, _, name = base.rpartition("/")
+            self.file = urllib.parse.unquote(name) if self._is_quoted else name
+        self.name = base
+
+    def tensor_files(self) -> list[str]:
+        """See `FileFolder.tensor_files`."""
+        return ["model.safetensors"]
+
+    def open(self, file: str) -> "_RemoteSource":
+        """See `FileFolder.open`."""
+        found = self._files.look(self._url(file))
+        self._found[found.url] = found
+        return _RemoteSource(self._files, found)
+
+    def read(self, file: str) -> bytes | None:
+        """See `FileFolder.read`."""
+        return self._files.read_small(self._url(file), _LONGEST_SMALL_FILE_BYTES)
+
+    def place(self, layout: RowLayout) -> RowLayout:
+        """Mark the addresses in a layout with the versions of the files that were opened here.
+
+        A table is then never opened on another version of a file than the one whose header was read.
+        """
+        parts = tuple(
+            dataclasses.replace(
+                part,
+                extents=tuple(
+                    dataclasses.replace(extent, file=versioned(self._found[extent.file])) for extent in part.extents
+                ),
+            )
+            for part in layout.parts
+        )
+        return dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._files.close()
+
+    def _url(self, file: str) -> str:
+        return f"{self.name}/{urllib.parse.quote(file) if self._is_quoted else file}{self._query}"
+
+
+class _RemoteSource:
+    """A file on a server as a `ByteSource`."""
+
+    def __init__(self, files: RemoteFiles, file: RemoteFile) -> None:
+        self._files, self._file = files, file
+        self.name, self.size = file.url, file.num_bytes
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See `ByteSource.read`."""
+        stop = min(stop, self.size)
+        return self._files.read_part(self._file, start, stop) if start < stop else b""
