@@ -130,3 +130,18 @@ def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> st
     names = [str(one) for one in known]
     near = closest(name, names)
     return f"did you mean {prefix + near!r}?" if near else f"there are {', '.join(names)}"
+
+
+def check_whole(*, at_least: int = 1, **numbers: int) -> None:
+    """Refuse numbers that are not whole, or too small.
+
+    Args:
+        at_least: The smallest number that is allowed.
+        **numbers: The numbers, by name.
+
+    Raises:
+        ConfigError: Naming the first one that is not allowed.
+    """
+    for name, value in numbers.items():
+        if type(value) is not int or value < at_least:
+            raise ConfigError(f"{name} is a whole number from {at_least}, got {value!r}")

@@ -1,20 +1,17 @@
 """How many windows of a text fit into a budget of bytes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from engram_lm.analysis.gates.scores import score_bytes_per_token
+from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from engram_lm.analysis.reading import Analysis
-
-__all__ = ["bytes_per_token", "choose_batch_size"]
+__all__ = ["bytes_needed", "bytes_per_token", "choose_batch_size"]
 
 
-def bytes_per_token(subjects: Sequence[Subject], analyses: "Sequence[Analysis]") -> int:
-    """Bytes for each token of the windows that are alive at once: what is kept of every model, and the scratch."""
+def bytes_per_token(subjects: Sequence[Subject], analyses: Sequence[Analysis]) -> int:
+    """Return the bytes for each token of the windows that are read at once: what is kept of every model, and scratch."""
     wants = frozenset[str]().union(*(analysis.wants for analysis in analyses))
     kept, splitting = 0, 0
     for subject in subjects:
@@ -24,7 +21,7 @@ def bytes_per_token(subjects: Sequence[Subject], analyses: "Sequence[Analysis]")
         if wants & {"logits", "predict"}:
             kept += subject.vocab_size * size
         if "predict" in wants:
-            # The check of the first windows predicts once more, a window at a time.
+            # The check of the first windows predicts once more, one window at a time.
             splitting = max(splitting, 2 * subject.vocab_size * size)
         for memory in subject.memories.values():
             config = memory.config
@@ -36,16 +33,22 @@ def bytes_per_token(subjects: Sequence[Subject], analyses: "Sequence[Analysis]")
     return kept + max(splitting, *scratch, 0)
 
 
+def bytes_needed(subjects: Sequence[Subject], analyses: Sequence[Analysis], num_tokens: int) -> int:
+    """Return the bytes that windows of some tokens together need, with what does not depend on their number."""
+    held = sum(analysis.held_bytes(subjects) for analysis in analyses)
+    return num_tokens * bytes_per_token(subjects, analyses) + held
+
+
 def choose_batch_size(
-    subjects: Sequence[Subject], analyses: "Sequence[Analysis]", *, length: int, budget_bytes: int
+    subjects: Sequence[Subject], analyses: Sequence[Analysis], *, length: int, budget_bytes: int
 ) -> int:
     """Find how many windows fit into a budget.
 
     Raises:
-        ConfigError: Not even one does.
+        ConfigError: Not even one window fits.
     """
     each = max(1, bytes_per_token(subjects, analyses))
-    left = budget_bytes - sum(analysis.held_bytes(subjects) for analysis in analyses)
+    left = budget_bytes - bytes_needed(subjects, analyses, 0)
     if left < each * length:
         shorter = f"a length of at most {left // each}, " if left >= each else ""
         raise ConfigError(

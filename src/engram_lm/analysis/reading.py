@@ -1,9 +1,8 @@
-"""One pass over a text for all analyses and all models, in lockstep, in bounded memory."""
+"""One pass over a text for all analyses and all models, window by window, in bounded memory."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,106 +10,15 @@ from torch import Tensor
 
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.analysis.budget import choose_batch_size
+from engram_lm.analysis.protocol import WANTS, Analysis, NotApplicable, Reading
 from engram_lm.analysis.recording import Recording, not_finite, recording
 from engram_lm.analysis.subject import Subject
-from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
+from engram_lm.analysis.token_text import text_tokens
+from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError, check_whole
 
-__all__ = [
-    "Analysis",
-    "NotApplicable",
-    "Reading",
-    "read_text",
-    "text_tokens",
-    "visible_tokens",
-]
+__all__ = ["read_text", "visible_tokens"]
 
-# Dimension key: B windows at a time, L length, S streams, D hidden, V vocabulary, H heads of all orders, O orders.
-
-WANTS = frozenset({"hidden", "logits", "predict", "gates", "order_scores"})
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Reading:
-    """What one model did on some windows of the text. Tensors are on the model's device and carry no gradient.
-
-    It is alive during `Analysis.update` only; an analysis that keeps one of its tensors keeps the memory.
-    """
-
-    subject: Subject
-    """The model."""
-    tokens: Tensor
-    """Raw token ids, int64 ``[B, L]``; all windows of one reading are of one length, so nothing is padding."""
-    start: int
-    """Place in the text of ``tokens[0, 0]``. Windows follow each other: ``tokens[b, l]`` is ``start + b * L + l``."""
-    hidden: Sequence[Tensor]
-    """``num_layers + 1`` of ``[B, L, S, D]``: what enters the first layer (before any memory), then the output of each
-    layer; before the final norm. Empty unless ``"hidden"`` is wanted."""
-    logits: Tensor | None
-    """``[B, L, V]``, the model's own; None unless ``"logits"`` or ``"predict"`` is wanted."""
-    rows: Mapping[int, Tensor]
-    """Block to the rows it read, int64 ``[B, L, H]``."""
-    gates: Mapping[int, Tensor]
-    """Block to its gates, float32 ``[B, L, S]``; 0 at dead positions, 1 where the memory is not gated."""
-    order_scores: Mapping[int, Tensor]
-    """Block to what each order adds to the score inside the gate, float32 ``[B, L, O, S]``, 0 at dead positions; empty
-    unless ``"order_scores"`` is wanted, and where the memory is not gated."""
-    bias_scores: Mapping[int, Tensor]
-    """Block to what the key projection's bias adds, float32 ``[B, L, S]``; with `order_scores`."""
-    active: Tensor
-    """Bool ``[B, L]``; False at dead positions. All True without memory."""
-    visible: Tensor
-    """Tokens that an N-gram sees, itself included and at most the highest order, int64 ``[B, L]``; 0 at dead positions
-    and without memory."""
-    codes: Tensor | None
-    """`HashSpec.encode` of the windows, int64 ``[B, L]``: ``codes >> 2`` are canonical tokens, -1 is dead. None without
-    memory."""
-    finite: Tensor
-    """Bool ``[B, L]``; False where a gate, or a hidden state or logit asked for, is NaN or infinite. Statistics
-    leave these positions out and count them."""
-
-
-class Analysis(Protocol):
-    """What `read_text` feeds. Subclass it for the defaults; any object with these members will do."""
-
-    wants: frozenset[str] = frozenset()
-    """What it needs beside tokens, rows and gates, of ``"hidden"``, ``"logits"``, ``"order_scores"`` and ``"predict"``
-    (logits and hidden states, and `Subject.predict` of the last one must be the model's own logits: checked on the
-    first windows, and the analysis does not apply where it is not so). ``"gates"`` may be said too; they cost nothing.
-    """
-
-    def start(self, subjects: Sequence[Subject]) -> str | None:
-        """Get ready.
-
-        Returns:
-            None, or why the analysis does not apply to these models; it then is left out and reported.
-        """
-        return None
-
-    def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
-        """Bytes for each token of the windows that one `update` needs at its peak."""
-        return 0
-
-    def held_bytes(self, subjects: Sequence[Subject]) -> int:
-        """Bytes that it takes however many windows are read at once: what it keeps, and scratch of a fixed size."""
-        return 0
-
-    def update(self, readings: Sequence[Reading]) -> None:
-        """Take in some windows: one reading per subject, in the order of `start`, all of the same tokens."""
-
-    def result(self) -> Any:
-        """Return what was found: a frozen dataclass of arrays that names their axes, with ``to_dict()``."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NotApplicable:
-    """Stands in place of a result."""
-
-    reason: str
-    """Why the analysis does not apply."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"not_applicable": self.reason}
+# Dimension key: B windows at a time, L length.
 
 
 @torch.no_grad()
@@ -127,34 +35,33 @@ def read_text(
 ) -> dict[str, Any]:
     """Run a text through models once, and let all analyses look on.
 
-    The text is cut into windows that do not see each other; positions start anew with each. There is one forward pass
-    per model and batch of windows, whatever is asked for. Everything kept is a statistic, so the text may be of any
-    length.
+    The text is cut into windows that do not see each other; positions restart in each. There is one forward pass for
+    each model and batch of windows, whatever is asked for. Only statistics are kept, so the text may have any length.
 
     Args:
         subjects: Models of one vocabulary; see `engram_lm.analysis.subject.group_by_tokenizer`. Each is put back into
             the mode it was in.
-        tokens: Token ids of the text, integers ``[num_tokens]``: an array, also a memory-mapped one, or token shards;
-            or a text, which is tokenized without special tokens.
-        analyses: By the name under which the result is returned.
-        length: Tokens in a window; the last one may be shorter.
-        budget_bytes: How much the hidden states, logits and scores that are kept for the analyses, and the analyses'
-            own scratch, may take at once, all models together. What a forward pass needs besides is the model's own.
-        max_tokens: Read only so many tokens, from the start; all where None.
-        max_batch_size: At most so many windows at a time.
-        on_progress: Called with the number of tokens just read (by all models).
+        tokens: The text: token ids, integers ``[num_tokens]``, as an array (also a memory-mapped one) or token shards;
+            or a string, which is tokenized without special tokens.
+        analyses: The analyses, each under the name of its result.
+        length: Tokens in a window; the last window may be shorter.
+        budget_bytes: Bytes that may be taken at once, by all models together, for the hidden states, logits and scores
+            that the analyses want and for their own scratch. What a forward pass itself needs comes on top.
+        max_tokens: Read at most this many tokens, from the start; None reads all.
+        max_batch_size: Windows that are read at once, at most.
+        on_progress: Called with the number of tokens that all models have just read.
 
     Returns:
-        Results by name; `NotApplicable` where an analysis does not apply.
+        The result of each analysis under its name; `NotApplicable` if it does not apply.
 
     Raises:
         DataError: The text has no tokens.
-        ConfigError: ``length`` or another number is not positive, one window alone is larger than the budget or than
-            what a model can see, two models have one name, or an analysis wants something unknown.
-        MismatchError: The models have different tokenizers; the message has both digests.
-        TokenError: A token outside the vocabulary, or tokens that are no integers.
+        ConfigError: ``length`` or another number is not positive, a single window is larger than the budget or than
+            what a model can see, two models have the same name, or an analysis wants something unknown.
+        MismatchError: The models have different tokenizers; the message names both digests.
+        TokenError: A token is outside the vocabulary, or the tokens are not integers.
     """
-    _check_numbers(length=length, budget_bytes=budget_bytes, max_batch_size=max_batch_size)
+    check_whole(length=length, budget_bytes=budget_bytes, max_batch_size=max_batch_size)
     _check_subjects(subjects, length)
     if isinstance(tokens, str):
         tokens = text_tokens(subjects[0].tokenizer, tokens)
@@ -193,16 +100,11 @@ def read_text(
     return {name: results[name] for name in analyses}
 
 
-def text_tokens(tokenizer: Any, text: str) -> np.ndarray:
-    """Tokenize a text without special tokens, int64 ``[num_tokens]``."""
-    return np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
-
-
 def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:
     """Count the tokens from each position back to the start of its segment; see `engram_lm.hashing.Segments`.
 
     Args:
-        codes: As from `HashSpec.encode`, int64 ``[B, L]``.
+        codes: From `HashSpec.encode`, int64 ``[B, L]``.
         highest_order: Where to stop counting.
 
     Returns:
@@ -210,7 +112,7 @@ def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:
     """
     places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
     blocked = (codes & 1).bool()
-    # Behind an end of a segment, and behind a dead position, whose code is -1 and so has all bits.
+    # A look-back stops behind the end of a segment, and behind a dead position, whose code -1 has all bits set.
     blocked[:, 1:] |= (codes[:, :-1] & 2).bool()
     begins = torch.where(blocked, places, 0).cummax(1).values
     return (places - begins + 1).clamp(max=highest_order).masked_fill(codes < 0, 0)
@@ -223,7 +125,7 @@ def _open(stack: contextlib.ExitStack, subject: Subject, wants: frozenset[str]) 
 
 
 def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, wants: frozenset[str]) -> Reading:
-    """Compute one model on some windows."""
+    """Run one model on some windows."""
     if windows.min() < 0 or windows.max() >= subject.vocab_size:
         raise TokenError(
             f"token ids go from {windows.min()} to {windows.max()}, {subject.name} has {subject.vocab_size}; tokenize "
@@ -267,7 +169,7 @@ def _codes(subject: Subject, tokens: Tensor) -> Tensor | None:
     spec = subject.spec
     if spec is None:
         return None
-    # Ids that no tokenizer makes are no text to an attached memory.
+    # An attached memory treats ids that no tokenizer produces as dead.
     known = tokens < spec.num_tokens
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     codes: Tensor = spec.encode(tokens.masked_fill(~known, 0), attention_mask=known, position_ids=positions)
@@ -275,7 +177,7 @@ def _codes(subject: Subject, tokens: Tensor) -> Tensor | None:
 
 
 def _windows(tokens: Any, num_tokens: int, length: int, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Whole windows in batches, then the shorter rest alone, so that no padding is needed: start, int64 [B, L]."""
+    """Yield the start and int64 [B, L] of whole windows in batches, then the shorter rest alone, so without padding."""
     whole = num_tokens - num_tokens % length
     starts = [*range(0, whole, batch_size * length), *([whole] if whole < num_tokens else [])]
     for start in starts:
@@ -287,7 +189,7 @@ def _windows(tokens: Any, num_tokens: int, length: int, batch_size: int) -> Iter
 
 
 def _drop_wrong_predictions(readings: Sequence[Reading], running: dict[str, Analysis], results: dict[str, Any]) -> None:
-    """Leave out what relies on `Subject.predict` where it is not what the model's own head does."""
+    """Leave out analyses that rely on `Subject.predict` if it does not give the model's own logits."""
     asking = [name for name, analysis in running.items() if "predict" in analysis.wants]
     reason = next(filter(None, map(_wrong_prediction, readings)), None) if asking else None
     if reason is not None:
@@ -315,15 +217,8 @@ def _wrong_prediction(reading: Reading) -> str | None:
         return None
     return (
         f"the last layer of {subject.name}, its final norm and its head give logits up to {gap:.3g} away from the "
-        "model's own, so this model does something else behind its layers, which is not known here"
+        "model's own, so this model does something behind its layers that the analysis does not know"
     )
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            what = "length is the number of tokens seen at once" if name == "length" else f"{name} is a whole number"
-            raise ConfigError(f"{what}, at least 1, not {value!r}")
 
 
 def _check_subjects(subjects: Sequence[Subject], length: int) -> None:

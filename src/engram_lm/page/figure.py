@@ -2,13 +2,28 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from engram_lm.files import replacing
 from engram_lm.page.frame import escape
 
-__all__ = ["DASHES", "FAINT", "INK", "MARKERS", "arm_color", "line_legend", "marker_legend", "page_axes", "page_svg"]
+__all__ = [
+    "DASHES",
+    "FAINT",
+    "INK",
+    "MARKERS",
+    "arm_color",
+    "line_legend",
+    "line_style",
+    "marker_legend",
+    "page_axes",
+    "page_figure",
+    "page_svg",
+    "save_png",
+]
 
 # Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
 INK, FAINT = "#010203", "#010204"
@@ -93,6 +108,55 @@ def page_svg(figure: Any, *, name: str, label: str, num_arms: int) -> str:
     assert view_box is not None, "matplotlib writes a viewBox"
     # matplotlib escapes what it draws; the label is ours to escape, and the caller has.
     return f'<svg {view_box[0]} role="img" aria-label="{label}">' + svg[svg.index(">") + 1 :].strip()
+
+
+def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Callable[[Any], None]) -> str:
+    """Draw a figure for a page, under a heading.
+
+    Args:
+        title: The heading, as plain text.
+        name: Prefix of the ids in the SVG, so that several can stand in one page.
+        words: What the picture says, in words, for those who cannot see it.
+        num_arms: How many `arm_color` may occur.
+        draw: Draws in the axes it is given.
+
+    Returns:
+        A ``<figure>`` element.
+    """
+    with page_axes(5.4, 3.5) as axes:
+        draw(axes)
+        svg = page_svg(axes.figure, name=name, label=escape(f"{title}. {words}"), num_arms=num_arms)
+    return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
+
+
+def save_png(path: Path, width_inches: float, height_inches: float, draw: Callable[[Any], None]) -> None:
+    """Write a matplotlib figure as a PNG file, whole or not at all.
+
+    Args:
+        path: Where to.
+        width_inches: Width of the figure, at 140 dots per inch.
+        height_inches: Height of the figure.
+        draw: Draws in the figure it is given.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained", dpi=140)
+    FigureCanvasAgg(figure)
+    draw(figure)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def line_style(index: int, *, on_page: bool) -> dict[str, Any]:
+    """Return the color, dashes and width of the line of an arm, for ``axes.plot``.
+
+    Args:
+        index: Place of the arm, from 0.
+        on_page: Whether the line is drawn for a page, which sets the colors, or for a PNG.
+    """
+    color = arm_color(index) if on_page else f"C{index % 10}"
+    return {"color": color, "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.8}
 
 
 def line_legend(titles: Mapping[str, str]) -> str:

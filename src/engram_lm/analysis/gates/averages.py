@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from engram_lm.analysis.gates.ngram_table import NgramEntries, NgramTable, ngram_keys
 from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.analysis.gates.trace import NgramGate
-from engram_lm.analysis.plain_values import plain
-from engram_lm.analysis.reading import Analysis, Reading, read_text
+from engram_lm.analysis.plain_values import PlainResult, plain
+from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject, find_subject
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.analysis.token_text import spelled
+from engram_lm.errors import MismatchError, check_whole
+from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
 __all__ = ["FREQUENCY_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "average_gates"]
 
@@ -26,19 +28,25 @@ _NUM_TENTHS = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class GateAverages:
+class GateAverages(PlainResult):
     """Gates of one model over a text. A mean over no positions is NaN (None in `to_dict`).
 
     The N-gram of a position is the one whose order adds most to the gate's score, summed over streams; see
     `engram_lm.analysis.gates.trace.GateTrace.fired`.
     """
 
+    also = ("frequency_classes", "token_classes")
+    frequency_classes: ClassVar[tuple[str, ...]] = FREQUENCY_CLASSES
+    """Labels of axis F."""
+    token_classes: ClassVar[tuple[str, ...]] = TOKEN_CLASSES
+    """Labels of axis K."""
+
     blocks: tuple[int, ...]
-    """Blocks that read memory, from 0: axis G."""
+    """Blocks that read memory, counted from 0: axis G."""
     orders: tuple[int, ...]
     """N-gram orders: axis O."""
     num_positions: int
-    """Positions that count: alive, and everything finite."""
+    """Positions that count: those that are alive and where everything is finite."""
     num_dead: int
     """Positions left out because no N-gram ends there."""
     num_not_finite: int
@@ -50,41 +58,30 @@ class GateAverages:
     bin_edges: np.ndarray
     """Edges of the histogram's bins, from 0 to 1, float64 ``[bins + 1]``."""
     histogram: np.ndarray
-    """Positions by gate, int64 ``[G, S, bins]``."""
+    """Number of positions in each bin, int64 ``[G, S, bins]``."""
     by_order: np.ndarray
     """Mean gate by the order of the position's N-gram, float64 ``[G, O, S]``."""
     order_positions: np.ndarray
-    """Positions behind it, int64 ``[G, O]``."""
+    """Number of positions behind each mean of `by_order`, int64 ``[G, O]``."""
     by_frequency: np.ndarray
     """Mean gate by how often the position's N-gram occurs in the text (`FREQUENCY_CLASSES`), float64 ``[G, F, S]``."""
     frequency_positions: np.ndarray
-    """Positions behind it, int64 ``[G, F]``."""
+    """Number of positions behind each mean of `by_frequency`, int64 ``[G, F]``."""
     by_token_class: np.ndarray
     """Mean gate by what the token at the position is made of (`TOKEN_CLASSES`), float64 ``[G, K, S]``."""
     token_class_positions: np.ndarray
-    """Positions behind it, int64 ``[K]``."""
+    """Number of positions behind each mean of `by_token_class`, int64 ``[K]``."""
     by_token_frequency: np.ndarray
     """Mean gate by tenths of the distinct tokens that occur, the most frequent tenth first, float64 ``[G, 10, S]``."""
     token_frequency_positions: np.ndarray
-    """Positions behind it, int64 ``[10]``."""
+    """Number of positions behind each mean of `by_token_frequency`, int64 ``[10]``."""
     ngrams: tuple[tuple[NgramGate, ...], ...]
     """For each block the N-grams with the highest mean gate over positions and streams."""
     min_count: int
-    """Positions at which such an N-gram fired at least."""
+    """The least number of positions at which an N-gram of `ngrams` fired."""
     ngram_share: float
-    """Share of the distinct N-grams that `by_frequency` and `ngrams` know: 1, or less for a text with more distinct
-    N-grams than were to be held; they are then a random sample, and each one's numbers are exact all the same."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the labels of the axes."""
-        values = {
-            "frequency_classes": list(FREQUENCY_CLASSES),
-            "token_classes": list(TOKEN_CLASSES),
-            "ngrams": [[item._asdict() for item in items] for items in self.ngrams],
-        }
-        for field in dataclasses.fields(self):
-            values.setdefault(field.name, plain(getattr(self, field.name)))
-        return values
+    """Share of the distinct N-grams that `by_frequency` and `ngrams` know. It is 1 unless the text has more distinct
+    N-grams than could be held; they are then a random sample, and the numbers of each one are still exact."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,26 +89,29 @@ class GateFindings:
     """Gates of several models over one text."""
 
     models: Mapping[str, GateAverages]
-    """By the model's name."""
+    """The averages of each model, by its name."""
     left_out: Mapping[str, str]
     """Models that have no gates, and why."""
+    ngrams: Mapping[str, NgramEntries]
+    """The N-grams that were counted for each model; they are not among the plain values. ``first`` holds ``orders``
+    (int64 ``[N]``) and ``tokens`` (raw tokens, oldest first, -1 where nothing was visible, int32 ``[N, highest
+    order]``); ``sums`` holds ``counts`` (positions at which it was looked up), ``fired`` (positions at which it added
+    most to the gate's score, int64 ``[N, G]``) and ``gate_sums`` (the gates at those, float64 ``[N, G, S]``)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "models": {name: averages.to_dict() for name, averages in self.models.items()},
-            "left_out": dict(self.left_out),
-        }
+        """Return plain values for JSON."""
+        return {"models": plain(self.models), "left_out": plain(self.left_out)}
 
 
 class GateStatistics(Analysis):
-    """Averages the gates of all models that have some. Feed it with `engram_lm.analysis.read_text`.
+    """Averages the gates of all models that have gates. Feed it with `engram_lm.analysis.read_text`.
 
     Args:
-        num_ngrams: How many N-grams to list for each block.
-        min_count: List N-grams that fired at so many positions at least; from 1 to 5 by the length of the text where
-            None.
-        max_ngrams: Distinct N-grams of all orders held at most; each takes 64 bytes and 8 for each gate and block.
+        num_ngrams: N-grams to list for each block.
+        min_count: List only N-grams that fired at this many positions or more; None means 1 to 5, depending on the
+            length of the text.
+        max_ngrams: Distinct N-grams of all orders that are held, at most; each takes 64 bytes, and 8 for each gate and
+            block.
 
     Raises:
         ConfigError: A number is impossible.
@@ -122,34 +122,24 @@ class GateStatistics(Analysis):
     wants = frozenset({"gates", "order_scores"})
 
     def __init__(self, *, num_ngrams: int = 50, min_count: int | None = None, max_ngrams: int = 1 << 20) -> None:
-        for name, value, low in (
-            ("num_ngrams", num_ngrams, 0),
-            ("min_count", 1 if min_count is None else min_count, 1),
-            ("max_ngrams", max_ngrams, 1),
-        ):
-            if type(value) is not int or value < low:
-                raise ConfigError(f"{name} is a whole number from {low}, got {value!r}")
+        check_whole(at_least=0, num_ngrams=num_ngrams)
+        check_whole(min_count=1 if min_count is None else min_count, max_ngrams=max_ngrams)
         self.num_ngrams, self.min_count, self.max_ngrams = num_ngrams, min_count, max_ngrams
         self._sums: dict[str, _Sums] = {}
         self._left_out: dict[str, str] = {}
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
         """Apply to the models with gated memory."""
-        self._sums, self._left_out = {}, {}
-        for subject in subjects:
-            if subject.gated:
-                self._sums[subject.name] = _Sums(subject, self.max_ngrams)
-            else:
-                reason = "its memory is not gated" if subject.memories else "it has no memory"
-                self._left_out[subject.name] = reason
-        if self._sums:
-            return None
-        reasons = set(self._left_out.values())
-        # Who is meant need not be said where it is true of all.
-        return reasons.pop() if len(reasons) == 1 else "; ".join(f"{n}: {why}" for n, why in self._left_out.items())
+        self._sums = {subject.name: _Sums(subject, self.max_ngrams) for subject in subjects if subject.gated}
+        self._left_out = {
+            subject.name: "its memory is not gated" if subject.memories else "it has no memory"
+            for subject in subjects
+            if not subject.gated
+        }
+        return applicable(self._left_out, subjects)
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
-        """What adding up one position takes."""
+        """Return what adding up one position takes."""
         return max((_Sums.bytes_per_token(subject) for subject in subjects), default=0)
 
     def update(self, readings: Sequence[Reading]) -> None:
@@ -160,16 +150,9 @@ class GateStatistics(Analysis):
 
     def result(self) -> GateFindings:
         """Return the averages of what was read."""
+        ngrams = {name: sums.ngrams.entries() for name, sums in self._sums.items()}
         models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self._sums.items()}
-        return GateFindings(models, dict(self._left_out))
-
-    def entries(self, name: str) -> NgramEntries:
-        """Return the N-grams that are held for a model, in no order that means anything.
-
-        Args:
-            name: Of a model that has gates.
-        """
-        return self._sums[name].ngrams.entries()
+        return GateFindings(models, dict(self._left_out), ngrams)
 
 
 def average_gates(
@@ -182,15 +165,15 @@ def average_gates(
     max_tokens: int | None = None,
     **options: Any,
 ) -> GateAverages:
-    """Average the gates of one model over a text of any length.
+    """Average the gates of one model over a text of any length: `read_text` with `GateStatistics`.
 
     Args:
         model: A model with memory, its own or attached.
         tokenizer: The tokenizer it was trained with.
         text: A text or token ids; see `engram_lm.analysis.read_text`.
         length: Tokens the model sees at once.
-        adapter: Which attached memory to look at, where there are several.
-        max_tokens: Read only so many tokens.
+        adapter: Which attached memory to look at, if there are several.
+        max_tokens: Read at most this many tokens.
         **options: Of `GateStatistics`.
 
     Raises:
@@ -210,7 +193,7 @@ class _Sums:
 
     def __init__(self, subject: Subject, max_ngrams: int) -> None:
         assert subject.spec is not None
-        self.subject, self.orders = subject, subject.spec.orders
+        self.subject, self.spec, self.orders = subject, subject.spec, subject.spec.orders
         self.blocks = tuple(subject.memories)
         num_streams = next(iter(subject.memories.values())).config.num_streams
         gates = (len(self.blocks), num_streams)
@@ -221,9 +204,7 @@ class _Sums:
         self.order_positions = np.zeros(self.order_total.shape[:2], np.int64)
         self.token_total = np.zeros((*gates, subject.vocab_size))
         self.token_counts = np.zeros(subject.vocab_size, np.int64)
-        self.ngrams = NgramTable(
-            max_ngrams, highest_order=self.orders[-1], num_blocks=gates[0], num_streams=num_streams
-        )
+        self.ngrams = NgramCounter(max_ngrams)
 
     @staticmethod
     def bytes_per_token(subject: Subject) -> int:
@@ -264,22 +245,25 @@ class _Sums:
         strongest: np.ndarray,
     ) -> None:
         assert reading.codes is not None
-        codes, visible = reading.codes.cpu().numpy(), reading.visible.cpu().numpy()
-        highest = self.orders[-1]
+        visible, highest = reading.visible.cpu().numpy(), self.orders[-1]
         seen = np.full((*tokens.shape, highest), -1, np.int32)
         for distance in range(min(highest, tokens.shape[1])):
             shown = visible[:, distance:] > distance
             seen[:, distance:, highest - 1 - distance] = np.where(shown, tokens[:, : tokens.shape[1] - distance], -1)
+        ngrams = ngrams_of(self.spec, reading.codes.cpu().numpy())[alive]
         for place, order in enumerate(self.orders):
+            # Columns that an order lacks are -1, which tells the orders apart.
+            raw, canonical = seen[alive].copy(), ngrams.copy()
+            raw[:, : highest - order], canonical[:, : highest - order] = -1, -1
             # An N-gram is counted wherever it is looked up, but only finite gates are added up.
-            spelled = seen[alive].copy()
-            spelled[:, : highest - order] = -1
+            fired = (strongest == place)[alive] & good[alive][:, None]
             self.ngrams.add(
-                ngram_keys(codes, visible, order)[alive],
-                np.full(int(alive.sum()), order),
-                spelled,
-                (strongest == place)[alive] & good[alive][:, None],
-                gates[alive],
+                ngram_keys(canonical, self.spec.vocab_size),
+                first={"orders": np.full(len(raw), order), "tokens": raw},
+                sums={
+                    "fired": fired.astype(np.int64),
+                    "gate_sums": np.where(fired[..., None], gates[alive], 0).astype(np.float64),
+                },
             )
 
     def averages(self, num_ngrams: int, min_count: int | None) -> GateAverages:
@@ -288,8 +272,8 @@ class _Sums:
         classes = np.searchsorted(_CLASS_BEGINS, entries.counts, side="right")
         frequency_total = np.zeros((len(FREQUENCY_CLASSES), *self.total.shape))
         frequency_positions = np.zeros((len(FREQUENCY_CLASSES), len(self.blocks)), np.int64)
-        np.add.at(frequency_total, classes, entries.gate_sums)
-        np.add.at(frequency_positions, classes, entries.fired)
+        np.add.at(frequency_total, classes, entries.sums["gate_sums"])
+        np.add.at(frequency_positions, classes, entries.sums["fired"])
         by_class, class_positions = self._by_token_class()
         by_tenth, tenth_positions = self._by_token_frequency()
         if min_count is None:
@@ -335,15 +319,14 @@ class _Sums:
         return _mean(total, positions[:, None, None]).swapaxes(0, 1), positions
 
     def _strongest(self, entries: NgramEntries, index: int, number: int, min_count: int) -> tuple[NgramGate, ...]:
-        chosen = entries.chosen(entries.fired[:, index] >= min_count)
-        fired = chosen.fired[:, index]
-        means = chosen.gate_sums[:, index].mean(-1) / np.maximum(fired, 1)
+        chosen = entries.chosen(entries.sums["fired"][:, index] >= min_count)
+        fired = chosen.sums["fired"][:, index]
+        means = chosen.sums["gate_sums"][:, index].mean(-1) / np.maximum(fired, 1)
         best = np.lexsort([chosen.keys, -fired, -means])[:number]
-        decode = self.subject.tokenizer.decode
         return tuple(
             NgramGate(
-                text=decode([token for token in chosen.tokens[place].tolist() if token >= 0]),
-                order=int(chosen.orders[place]),
+                text=spelled(self.subject.tokenizer, chosen.first["tokens"][place]),
+                order=int(chosen.first["orders"][place]),
                 mean_gate=float(means[place]),
                 num_positions=int(fired[place]),
             )

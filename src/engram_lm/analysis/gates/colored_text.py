@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engram_lm.analysis.gates.trace import GateTrace
+from engram_lm.analysis.token_text import visible_text
 from engram_lm.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["colored_gates", "colored_html", "gates_to_show", "visible_text"]
+__all__ = ["colored_gates", "colored_html", "gates_to_show"]
 
 _RED = (227, 26, 28)
 """Color of a gate of 1; 0 is white, and between them it is linear, as in the paper's figure."""
-# Invisible characters that end lines, move the cursor, start escape sequences or turn the direction of writing.
-_TURNS = {0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF}
 
 
 def gates_to_show(trace: GateTrace, block: int | None = None, stream: int | None = None) -> np.ndarray:
@@ -88,20 +87,6 @@ def colored_html(trace: GateTrace, block: int | None = None, stream: int | None 
             spans.append(f'<span style="{style}" title="{gate:.3f}">{html.escape(visible_text(spelled))}</span>')
     style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;color:#000;background:#fff;padding:.5em"
     return f'<div style="{style}">{"".join(spans)}</div>'
-
-
-def visible_text(text: str) -> str:
-    """Show control characters as symbols, so that text from anywhere cannot steer a terminal or reorder a page."""
-    return "".join(character if character in "\n\t" else _shown(character) for character in text)
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    return "\ufffd" if 0x80 <= code < 0xA0 or code in _TURNS else character
 
 
 def _color(gate: float) -> tuple[int, int, int]:

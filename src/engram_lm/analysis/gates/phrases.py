@@ -5,31 +5,30 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.gates.ngram_table import NgramEntries
+from engram_lm.analysis.token_text import REPLACEMENT, spelled
+from engram_lm.hashing.counting import NgramEntries
 
 __all__ = ["Phrase", "frequent_phrases"]
 
 # Dimension key: N N-grams, G blocks with memory, S streams.
 
-_REPLACEMENT = "\ufffd"
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phrase:
-    """An N-gram that opened, or did not open, the gates of a text."""
+    """An N-gram of a text and how far it opened the gates."""
 
     text: str
-    """What it spells, where it first occurs."""
+    """What it spells where it first occurs."""
     last: str
-    """What its last token spells: the gate is that token's."""
+    """What its last token spells; the gate belongs to that token."""
     order: int
     """Tokens in it."""
     count: int
     """Positions of the text at which it was looked up."""
     fired: np.ndarray
-    """Positions at which it added most to the gate's score, by block, int64 ``[G]``."""
+    """For each block the positions at which it added most to the gate's score, int64 ``[G]``."""
     gates: np.ndarray
-    """Mean gate over those, NaN where there are none, float64 ``[G, S]``."""
+    """Mean gate over those positions, NaN if there are none, float64 ``[G, S]``."""
 
 
 def frequent_phrases(
@@ -37,20 +36,22 @@ def frequent_phrases(
 ) -> tuple[Phrase, ...]:
     """Choose the N-grams of a text that fired most often, and those that opened the gates widest.
 
-    N-grams that spell nothing by themselves (space alone, pieces of a character) are left out.
+    N-grams that spell nothing by themselves (only space, or pieces of a character) are left out.
 
     Args:
-        entries: Of `engram_lm.analysis.gates.averages.GateStatistics.entries`.
-        tokenizer: The model's.
+        entries: From `engram_lm.analysis.gates.averages.GateFindings.ngrams`.
+        tokenizer: The model's tokenizer.
         num_frequent: How many of the most frequent ones to take.
         num_open: How many of those with the highest mean gate over blocks and streams to add.
-        min_count: Positions at which one of those fired at least.
+        min_count: The least number of positions at which one of those fired.
 
     Returns:
-        The chosen, the one that fired most often first.
+        The chosen ones, the one that fired most often first.
     """
-    fired = entries.fired.sum(1)
-    means = entries.gate_sums.sum((1, 2)) / np.maximum(fired * entries.gate_sums.shape[2], 1)
+    if not len(entries):
+        return ()
+    gate_sums, fired = entries.sums["gate_sums"], entries.sums["fired"].sum(1)
+    means = gate_sums.sum((1, 2)) / np.maximum(fired * gate_sums.shape[2], 1)
     frequent = np.lexsort([entries.keys, -fired])[:num_frequent]
     candidates = np.flatnonzero(fired >= min_count)
     wide = candidates[np.lexsort([entries.keys[candidates], -means[candidates]])][:num_open]
@@ -62,17 +63,11 @@ def frequent_phrases(
 
 
 def _phrase(entries: NgramEntries, place: int, tokenizer: Any) -> Phrase | None:
-    tokens = [token for token in entries.tokens[place].tolist() if token >= 0]
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    text = decode(tokens)
-    last = text[len(decode(tokens[:-1])) :] if len(tokens) > 1 else text
-    if _REPLACEMENT in text or not last.strip():
+    tokens = [token for token in entries.first["tokens"][place].tolist() if token >= 0]
+    text = spelled(tokenizer, tokens)
+    last = text[len(spelled(tokenizer, tokens[:-1])) :] if len(tokens) > 1 else text
+    if REPLACEMENT in text or not last.strip():
         return None
-    fired = entries.fired[place]
-    gates = np.full(entries.gate_sums[place].shape, np.nan)
-    known = fired > 0
-    gates[known] = entries.gate_sums[place][known] / fired[known, None]
-    return Phrase(text, last, int(entries.orders[place]), int(entries.counts[place]), fired, gates)
+    fired, sums = entries.sums["fired"][place], entries.sums["gate_sums"][place]
+    gates = np.divide(sums, fired[:, None], out=np.full(sums.shape, np.nan), where=fired[:, None] > 0)
+    return Phrase(text, last, int(entries.first["orders"][place]), int(entries.counts[place]), fired, gates)

@@ -2,18 +2,20 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from engram_lm.analysis.reading import Analysis, Reading, read_text, text_tokens
-from engram_lm.analysis.subject import find_subject
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.analysis.protocol import Analysis, Reading
+from engram_lm.analysis.reading import read_text
+from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.token_text import text_tokens, token_texts
+from engram_lm.errors import ConfigError, DataError, MismatchError, check_whole
 from engram_lm.memory.layer import EngramLayer
 
-__all__ = ["GateTrace", "Ngram", "NgramGate", "gate_trace", "strongest", "token_texts"]
+__all__ = ["GateTrace", "Ngram", "NgramGate", "TraceKeeper", "gate_trace", "strongest"]
 
 # Dimension key: L length, S streams, O orders.
 
@@ -117,14 +119,6 @@ class GateTrace:
         return self.blocks.index(block)
 
 
-class _Part(NamedTuple):
-    """What one memory did in some windows."""
-
-    gates: np.ndarray  # [L, S]
-    order_scores: np.ndarray  # [L, O, S]
-    bias_scores: np.ndarray  # [L, S]
-
-
 def gate_trace(
     model: Any,
     tokenizer: Any,
@@ -170,21 +164,16 @@ def gate_trace(
     tokens = np.asarray(text, dtype=np.int64)
     if tokens.ndim != 1 or not len(tokens):
         raise DataError(f"a trace needs a text of at least one token, or ids [length]; got the shape {tokens.shape}")
-    length = len(tokens) if length is None else length
-    # No budget: all of it is kept anyway.
-    trace = read_text([subject], tokens, {"trace": _Trace()}, length=length, budget_bytes=sys.maxsize)["trace"]
-    visible, parts = trace
-    assert subject.spec is not None
-    return GateTrace(
-        tokens=tokens,
-        texts=tuple(token_texts(tokenizer, tokens.tolist())),
-        blocks=tuple(parts),
-        orders=subject.spec.orders,
-        gates=np.stack([part.gates for part in parts.values()]),
-        order_scores=np.stack([part.order_scores for part in parts.values()]),
-        bias_scores=np.stack([part.bias_scores for part in parts.values()]),
-        visible=visible,
-    )
+    # There is no budget, because all of it is kept anyway.
+    found = read_text(
+        [subject],
+        tokens,
+        {"trace": TraceKeeper(len(tokens))},
+        length=len(tokens) if length is None else length,
+        budget_bytes=sys.maxsize,
+    )["trace"]
+    (trace,) = found[subject.name]
+    return trace
 
 
 def strongest(
@@ -229,49 +218,83 @@ def _no_memory(model: nn.Module) -> str:
     )
 
 
-class _Trace(Analysis):
-    """Keeps the gates of a text, which is short enough to be looked at."""
+class TraceKeeper(Analysis):
+    """Keeps all gates of a text, or those of passages spread evenly over it. Feed it with `read_text`.
+
+    A passage begins where a window begins, because only there it holds every token that its N-grams see.
+
+    Args:
+        num_tokens: Tokens of the text.
+        num_passages: Passages to keep, at most one for each window; None keeps the whole text as one.
+        passage_tokens: Tokens of each passage, at most.
+    """
 
     wants = frozenset({"gates", "order_scores"})
 
-    def __init__(self) -> None:
-        self.visible: list[np.ndarray] = []  # [B * L]
-        self.parts: dict[int, list[_Part]] = {}
+    def __init__(self, num_tokens: int, *, num_passages: int | None = None, passage_tokens: int = 160) -> None:
+        check_whole(num_tokens=num_tokens, num_passages=num_passages or 1, passage_tokens=passage_tokens)
+        self.num_tokens, self.num_passages, self.passage_tokens = num_tokens, num_passages, passage_tokens
+        self._subjects: dict[str, Subject] = {}
+        self._kept: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {}
+
+    def start(self, subjects: Sequence[Subject]) -> str | None:
+        """Apply to the models with gated memory."""
+        self._subjects = {subject.name: subject for subject in subjects if subject.gated}
+        self._kept = {name: {} for name in self._subjects}
+        return None if self._subjects else "no model has a gated memory"
 
     def update(self, readings: Sequence[Reading]) -> None:
-        (reading,) = readings
-        self.visible.append(reading.visible.flatten().cpu().numpy())
-        for block in reading.subject.memories:
-            kept = (reading.gates[block], reading.order_scores[block], reading.bias_scores[block])
-            part = _Part(*(values.float().flatten(0, 1).cpu().numpy() for values in kept))
-            self.parts.setdefault(block, []).append(part)
+        """Keep what belongs to a passage."""
+        first, (num_windows, length) = readings[0].start, readings[0].tokens.shape
+        if first == 0:
+            self._starts, self._length = self._places(length)
+        for start in self._starts:
+            begin, end = max(start - first, 0), min(start - first + self._length, num_windows * length)
+            if begin < end:
+                for reading in readings:
+                    if reading.subject.name in self._kept:
+                        piece = _piece(reading, slice(begin, end))
+                        self._kept[reading.subject.name].setdefault(start, []).append(piece)
 
-    def result(self) -> tuple[np.ndarray, dict[int, _Part]]:
-        joined = {block: _Part(*map(np.concatenate, zip(*parts, strict=True))) for block, parts in self.parts.items()}
-        return np.concatenate(self.visible), joined
+    def result(self) -> dict[str, tuple[GateTrace, ...]]:
+        """Return a trace for each passage, by model."""
+        return {
+            name: tuple(_joined(self._subjects[name], pieces) for pieces in kept.values())
+            for name, kept in self._kept.items()
+        }
+
+    def _places(self, length: int) -> tuple[list[int], int]:
+        """Where passages begin, and how long they are, once the length of a window is known."""
+        if self.num_passages is None:
+            return [0], self.num_tokens
+        # The last window may be a stub of a few tokens; it is taken only if it is all there is.
+        num_windows = max(1, self.num_tokens // length)
+        places = np.linspace(0, num_windows - 1, min(self.num_passages, num_windows)).round().astype(int)
+        return [int(place) * length for place in places], min(self.passage_tokens, length)
 
 
-_REPLACEMENT = "\ufffd"
-# A character has at most four bytes, but a text may hold replacement characters of its own, which look unfinished.
-_LONGEST_WAIT = 16
+def _piece(reading: Reading, places: slice) -> dict[str, np.ndarray]:
+    """Copy what a trace holds of some positions, counted from the start of the reading."""
+    memories = reading.subject.memories
+    return {
+        "tokens": reading.tokens.flatten()[places].cpu().numpy(),
+        "visible": reading.visible.flatten()[places].cpu().numpy(),
+        **{
+            name: np.stack([values[block].flatten(0, 1)[places].float().cpu().numpy() for block in memories])
+            for name, values in (
+                ("gates", reading.gates),
+                ("order_scores", reading.order_scores),
+                ("bias_scores", reading.bias_scores),
+            )
+        },
+    }
 
 
-def token_texts(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """Decode tokens one by one, each in the context of the ones before it.
-
-    A token that ends inside a character spells nothing; the one that completes the character spells all of it. Joined
-    they give back the text.
-    """
-
-    def decode(start: int, end: int) -> str:
-        # Tokenizers that strip or merge spaces do so only at the start, which the context keeps away.
-        return str(tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    context = start = 0
-    for end in range(1, len(tokens) + 1):
-        text = decode(context, end)
-        if text.endswith(_REPLACEMENT) and end < len(tokens) and end - start < _LONGEST_WAIT:
-            yield ""
-            continue
-        yield text[len(decode(context, start)) :]
-        context, start = start, end
+def _joined(subject: Subject, pieces: list[dict[str, np.ndarray]]) -> GateTrace:
+    assert subject.spec is not None
+    whole = {
+        name: np.concatenate([piece[name] for piece in pieces], axis=0 if name in ("tokens", "visible") else 1)
+        for name in pieces[0]
+    }
+    texts = tuple(token_texts(subject.tokenizer, whole["tokens"].tolist()))
+    return GateTrace(texts=texts, blocks=tuple(subject.memories), orders=subject.spec.orders, **whole)

@@ -1,0 +1,278 @@
+"""The gates' part of an analysis: passages colored by gate, typed text, N-grams to sort, and averages."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engram_lm.analysis.gates.averages import GateFindings, GateStatistics
+from engram_lm.analysis.gates.phrases import Phrase, frequent_phrases
+from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
+from engram_lm.analysis.part import Drawing, Part, Work
+from engram_lm.analysis.protocol import Analysis
+from engram_lm.analysis.subject import Subject
+from engram_lm.analysis.token_text import visible_text
+from engram_lm.page.figure import DASHES
+from engram_lm.page.frame import escape, section, table
+from engram_lm.page.number_text import count_text, number_text
+
+__all__ = ["GateView", "GatesPart"]
+
+_MOST_NGRAMS = 1 << 20
+_NUM_PASSAGES = 6
+_MOST_VALUES = 300_000
+"""Gates and scores of passages that the page holds for a model; with more blocks or streams it has fewer passages."""
+
+
+class GateView(NamedTuple):
+    """What the page shows of the gates of one model."""
+
+    traces: tuple[GateTrace, ...]
+    """Passages of the text."""
+    phrases: tuple[Phrase, ...]
+    """N-grams of the text."""
+
+
+class GatesPart(Part):
+    """When the gates open."""
+
+    title = "gates"
+
+    def analyses(self, work: Work) -> dict[str, Analysis]:
+        """Average the gates, and keep those of a few passages."""
+        fitting = max(1, work.options.count_bytes // max(map(_ngram_bytes, work.subjects)))
+        return {
+            self.name: GateStatistics(max_ngrams=min(fitting, _MOST_NGRAMS)),
+            "passages": TraceKeeper(len(work.tokens), num_passages=_NUM_PASSAGES),
+        }
+
+    def page_only(self, work: Work, found: Mapping[str, Any]) -> dict[str, GateView]:
+        """Return passages and frequent N-grams of each model with gates."""
+        findings = found[self.name]
+        if not isinstance(findings, GateFindings):
+            return {}
+        return {
+            subject.name: GateView(
+                found["passages"][subject.name], frequent_phrases(findings.ngrams[subject.name], subject.tokenizer)
+            )
+            for subject in work.subjects
+            if subject.name in findings.models
+        }
+
+    def details(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """Say what the mean gates are."""
+        for model, found in self.by_model(result).items():
+            values = [value for block in found["mean"] for value in block if value is not None]
+            if values:
+                spread = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+                yield f"Mean gates of {model}: {spread}."
+
+    def summary(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """Return the mean gates of each block, and the N-grams that open them widest."""
+        for model, found in self.by_model(result).items():
+            for index, block in enumerate(found["blocks"]):
+                mean = " ".join(number_text(value, 3) for value in found["mean"][index])
+                top = ", ".join(f"{item['text']!r} {item['mean_gate']:.2f}" for item in found["ngrams"][index][:4])
+                yield f"{model}, block {block}: mean {mean}; widest at {top or 'no N-gram'}"
+
+    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+        """Draw a histogram for each block."""
+        models = self.by_model(result)
+        return Drawing(6.4, 3.6, lambda figure: _draw_histograms(figure.subplots(), models)) if models else None
+
+    def section(self, result: Mapping[str, Any], page_only: Mapping[str, GateView]) -> str:
+        """Return the passages, the N-grams and the averages."""
+        ngrams = _ngram_section() if any(view.phrases for view in page_only.values()) else ""
+        return "\n".join(filter(None, (_passage_section(list(page_only)), ngrams, self._average_section(result))))
+
+    def _average_section(self, result: Mapping[str, Any]) -> str:
+        models = self.by_model(result)
+        several = len(models) > 1 or len(result["parts"].get(self.name) or ()) > 1
+        parts = [(f"<h3>{escape(name)}</h3>" if several else "") + _averages(found) for name, found in models.items()]
+        return section("averages", "Gates on average", "\n".join(parts)) if parts else ""
+
+    def script_data(self, result: Mapping[str, Any], page_only: Mapping[str, GateView]) -> Iterable[dict[str, Any]]:
+        """Return passages and N-grams of each model: gates in thousandths, None where a value is not finite."""
+        folds = {model["name"]: bool(model["compressed_tokens"]) for model in result["models"]}
+        return [
+            {
+                "name": _shown(name),
+                "folds": folds.get(name, False),
+                "blocks": list(view.traces[0].blocks),
+                "orders": list(view.traces[0].orders),
+                "streams": view.traces[0].num_streams,
+                "passages": [_passage(trace) for trace in _some(view.traces)],
+                "phrases": [_phrase(phrase) for phrase in view.phrases],
+            }
+            for name, view in page_only.items()
+            if view.traces
+        ]
+
+
+def _ngram_bytes(subject: Subject) -> int:
+    """Bytes of an N-gram in `GateStatistics` while it merges."""
+    num_gates = sum(memory.config.num_streams for memory in subject.memories.values())
+    return 2 * (64 + 8 * (num_gates + len(subject.memories)))
+
+
+def _draw_histograms(axes: Any, models: Mapping[str, Mapping[str, Any]]) -> None:
+    index = 0
+    for name, found in models.items():
+        for place, block in enumerate(found["blocks"]):
+            counts = [sum(values) for values in zip(*found["histogram"][place], strict=True)]
+            total = sum(counts) or 1
+            label = f"{name}, block {block}" if len(models) > 1 else f"block {block}"
+            style = {"color": f"C{index % 10}", "linestyle": DASHES[index % len(DASHES)]}
+            axes.stairs([count / total for count in counts], found["bin_edges"], label=label, linewidth=1.6, **style)
+            index += 1
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("gate")
+    axes.set_ylabel("share of positions and streams")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _passage_section(names: Sequence[str]) -> str:
+    """Lay out the passages, their controls, and the box for typed text; the script fills them."""
+    if not names:
+        return ""
+    models = "".join(f'<option value="{index}">{escape(name)}</option>' for index, name in enumerate(names))
+    model = f'<label class="choice">Model <select id="model">{models}</select></label>' if len(names) > 1 else ""
+    return section(
+        "gates",
+        "Where the memory fires",
+        "<p>Passages of the analyzed text. Each token is colored by its gate: it is clear at 0, where the memory is "
+        "ignored, and full at 1, where all of it is let in. The memory looks up the N&#8209;gram that <em>ends</em> at "
+        "a token, so the color marks the token that completes a phrase. Point at a token, or press Tab and then the "
+        "arrow keys, to read its values.</p>"
+        "<noscript><p class='notice'>Colors and tables of N-grams need JavaScript; the curves and tables below do "
+        "not.</p></noscript>"
+        f'<div class="controls">{model}'
+        '<label class="choice">Passage <select id="passage"></select></label>'
+        '<span class="choice"><span id="blocks-name">Blocks</span>'
+        '<span class="buttons" id="blocks" role="group" aria-labelledby="blocks-name"></span></span>'
+        '<span class="choice"><span id="streams-name">Stream</span>'
+        '<span class="buttons" id="streams" role="group" aria-labelledby="streams-name"></span></span>'
+        '<button type="button" class="alone" id="numbers" aria-pressed="false">Show numbers</button>'
+        '<span class="scale"><span>gate 0</span><span class="ramp"></span><span>1</span></span></div>'
+        '<div class="text" id="passage-text" role="group" aria-label="Passage"></div>'
+        '<div class="line" id="passage-line" role="status"></div>'
+        '<h3><label for="typed">Your own text</label></h3>'
+        '<p class="note" id="typed-note">No model runs here. What you type is looked up among the N&#8209;grams of the '
+        "analyzed text: at each word the longest known N&#8209;gram that ends there gives the word its mean gate. Words "
+        "without a value were not among the N&#8209;grams. In a real forward pass the gate also depends on the context."
+        "</p>"
+        '<textarea id="typed" rows="3" maxlength="2000" spellcheck="false" autocomplete="off" '
+        'aria-describedby="typed-note"></textarea>'
+        '<div class="text" id="typed-text" role="group" aria-label="Your text, colored" hidden></div>'
+        '<div class="line" id="typed-line" role="status"></div>',
+    )
+
+
+def _ngram_section() -> str:
+    """Lay out the table of N-grams; the script fills and sorts it."""
+    columns = (("text", "N-gram"), ("gate", "Mean gate"), ("count", "Times"), ("fired", "Fired"), ("order", "Order"))
+    heads = "".join(
+        f'<th scope="col" data-key="{key}"><button type="button" class="sort">{name}<i aria-hidden="true"></i></button>'
+        "</th>"
+        for key, name in columns
+    )
+    least = "".join(f'<option value="{number}">{number}</option>' for number in (1, 2, 5, 10, 100))
+    return section(
+        "ngrams",
+        "N-grams",
+        "<p>An N-gram has <em>fired</em> where it adds more to a gate’s score than the N-grams of the other orders. "
+        "Click a heading to sort by it. The blocks and streams are those chosen above. ␣ is a space, ↵ a line break."
+        "</p>"
+        f'<div class="controls"><label class="choice">Fired at least <select id="least">{least}</select> times</label>'
+        '<label class="choice">Find <input id="find" type="search" maxlength="80" autocomplete="off"></label>'
+        '<span class="muted" id="ngram-count" role="status"></span></div>'
+        '<div class="scroll tall" role="region" aria-label="N-grams, a long table" tabindex="0">'
+        f'<table class="ngrams"><thead><tr>{heads}</tr></thead><tbody id="ngram-rows"></tbody></table></div>',
+    )
+
+
+def _averages(found: Mapping[str, Any]) -> str:
+    blocks = [f"Block {block}" for block in found["blocks"]]
+    streams = np.array(found["mean"], dtype=float)
+    rows = [
+        [name, *(number_text(value, 3) for value in values)]
+        for name, values in zip(blocks, streams.tolist(), strict=True)
+    ]
+    groups = (
+        ("By order of the N-gram", [f"{order}-gram" for order in found["orders"]], "order"),
+        ("By how often the N-gram occurs", found["frequency_classes"], "frequency"),
+        ("By what the token is made of", found["token_classes"], "token_class"),
+    )
+    tables = [_titled("By block and stream", ["", *(f"Stream {index}" for index in range(streams.shape[1]))], rows)]
+    tables += [_by_class(title, classes, blocks, found, key) for title, classes, key in groups]
+    note = f"Means over {count_text(found['num_positions'])} positions"
+    if found["num_dead"]:
+        note += f"; {count_text(found['num_dead'])} more are left out because no N-gram ends there"
+    if found["num_not_finite"]:
+        note += f"; {count_text(found['num_not_finite'])} more are left out because a value is not finite"
+    if found["ngram_share"] < 1:
+        note += f"; frequencies are those of a random {100 * found['ngram_share']:.3g} % of the N-grams"
+    note += ". All tables but the first one average over the streams."
+    return f'<div class="columns averages">{"".join(tables)}</div><p class="note">{note}</p>'
+
+
+def _by_class(
+    title: str, classes: Sequence[str], blocks: Sequence[str], found: Mapping[str, Any], key: str
+) -> str:
+    means = np.array(found[f"by_{key}"], dtype=float)  # [G, classes, S]
+    known = np.isfinite(means)
+    sums, counts = np.where(known, means, 0).sum(-1), known.sum(-1)
+    values = np.divide(sums, counts, out=np.full(sums.shape, math.nan), where=counts > 0)
+    numbers = np.array(found[f"{key}_positions"])
+    per_class = numbers.sum(0) if numbers.ndim > 1 else numbers
+    share = 1 / len(blocks) if numbers.ndim > 1 else 1
+    rows = [
+        [name, *(number_text(value, 3) for value in values[:, index].tolist()), count_text(per_class[index] * share)]
+        for index, name in enumerate(classes)
+        if per_class[index]
+    ]
+    return _titled(title, ["", *blocks, "Positions"], rows)
+
+
+def _titled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<div><h3>{title}</h3>{table(columns, rows, label=title)}</div>"
+
+
+def _some(traces: Sequence[GateTrace]) -> list[GateTrace]:
+    kept: list[GateTrace] = []
+    held = 0
+    for trace in traces:
+        held += trace.gates.size + trace.order_scores.size
+        if kept and held > _MOST_VALUES:
+            break
+        kept.append(trace)
+    return kept
+
+
+def _passage(trace: GateTrace) -> dict[str, Any]:
+    """``gates[block][stream][token]`` and ``scores[block][stream][order][token]`` (hundredths)."""
+    return {
+        "tokens": [_shown(text) for text in trace.texts],
+        "visible": trace.visible.tolist(),
+        "gates": _scaled(trace.gates.transpose(0, 2, 1), 1000),
+        "scores": _scaled(trace.order_scores.transpose(0, 3, 2, 1), 100),
+    }
+
+
+def _phrase(phrase: Phrase) -> list[Any]:
+    numbers = (phrase.order, phrase.count, phrase.fired.tolist(), _scaled(phrase.gates, 1000))
+    return [_shown(phrase.text), _shown(phrase.last), *numbers]
+
+
+def _shown(text: str) -> str:
+    return visible_text(text.encode("utf-8", "replace").decode())
+
+
+def _scaled(values: np.ndarray, factor: int) -> Any:
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return round(value * factor) if math.isfinite(value) else None
+
+    return plain(np.asarray(values, float).tolist())

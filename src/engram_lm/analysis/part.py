@@ -1,0 +1,174 @@
+"""The shape of a part of ``engram-lm analyze``: what it looks at, and how it tells what it found."""
+
+import abc
+import dataclasses
+import importlib
+import importlib.resources
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.protocol import Analysis, NotApplicable
+from engram_lm.analysis.registry import PARTS
+from engram_lm.analysis.subject import Subject
+
+__all__ = ["Drawing", "Entry", "Part", "Work", "load_parts"]
+
+Entry = dict[str, Any]
+"""What a part found about some models: ``models`` (their names), and either ``result`` (plain values) or
+``not_applicable`` (the reason why there is none)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Work:
+    """What a part looks at: models of one vocabulary and the text that they read together."""
+
+    subjects: Sequence[Subject]
+    """The models."""
+    tokens: np.ndarray
+    """The text, integers ``[num_tokens]``."""
+    options: AnalyzeOptions
+    """The choices that all parts share."""
+    length: int
+    """Tokens in a window of the text; until the analyses are made, the most that there may be."""
+    on_stage: Callable[[str, int], None]
+    """To be called with the name of what begins, and how many steps it has."""
+    on_progress: Callable[[int], None]
+    """To be called with the number of steps just done."""
+
+    def entry(self, **values: Any) -> Entry:
+        """Return an entry about all the models."""
+        return {"models": [subject.name for subject in self.subjects], **values}
+
+
+class Drawing(NamedTuple):
+    """A picture that is still to be drawn."""
+
+    width_inches: float
+    """Its width."""
+    height_inches: float
+    """Its height."""
+    draw: Callable[[Any], None]
+    """Draws it in a matplotlib figure."""
+
+
+class Part(abc.ABC):
+    """One way of looking at models, from what it measures to what stands on the page.
+
+    The methods that tell something get ``result``, the whole analysis in the format ``engram.analysis.1``, of which
+    `results` and `by_model` give what this part found. A file ``page.js`` beside the part is the script of its section.
+
+    Args:
+        name: Its name in the registry.
+    """
+
+    title: ClassVar[str]
+    """What people call it, in remarks and in the summary."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    # Measuring
+
+    def analyses(self, work: Work) -> dict[str, Analysis]:
+        """Make what looks on while the models read the text; the names are unique among all parts."""
+        return {}
+
+    def conclude(self, work: Work, found: Mapping[str, Any]) -> Iterable[Entry]:
+        """Return what was found about the models.
+
+        Args:
+            work: What was looked at.
+            found: The result of each of `analyses`, under its name.
+        """
+        result = found[self.name]
+        if isinstance(result, NotApplicable):
+            return [work.entry(not_applicable=result.reason)]
+        return [work.entry(result=self.plain(work, result))]
+
+    def plain(self, work: Work, result: Any) -> dict[str, Any]:
+        """Turn the result of the analysis that has the part's own name into plain values."""
+        values: dict[str, Any] = result.to_dict()
+        return values
+
+    def page_only(self, work: Work, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is shown on the page and not kept in the result, by model."""
+        return {}
+
+    def across(self, groups: Sequence[Sequence[Subject]]) -> Iterable[Entry]:
+        """Return what there is to say about models of different vocabularies, group by group."""
+        return ()
+
+    # Telling
+
+    def headline(self, result: Mapping[str, Any]) -> str | None:
+        """Return the sentence that should be read first, if this part has one."""
+        return None
+
+    def details(self, result: Mapping[str, Any]) -> Iterable[str]:
+        """Return sentences that stand below the headline."""
+        return ()
+
+    def warnings(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """Say of what some values are missing: here, of positions that are NaN or infinite."""
+        for entry in result["parts"].get(self.name) or ():
+            found = entry.get("result") or {}
+            for name, one in {", ".join(entry["models"]): found, **(found.get("models") or {})}.items():
+                if one.get("num_not_finite"):
+                    yield (
+                        f"{self.title} of {name}: {one['num_not_finite']:,} positions are left out because values "
+                        "there are NaN or infinite"
+                    )
+
+    @abc.abstractmethod
+    def summary(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """Return lines for the terminal."""
+
+    @abc.abstractmethod
+    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+        """Return the picture that is saved beside the page; None if there is nothing to draw."""
+
+    @abc.abstractmethod
+    def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
+        """Return its sections of the page as HTML; empty if there is nothing to show.
+
+        Args:
+            result: The whole analysis.
+            page_only: From the method of this name, for all models.
+        """
+
+    def script_data(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> Iterable[Any]:
+        """Return what the page's script reads, as plain values."""
+        return ()
+
+    def script(self) -> str:
+        """Return the script of the section; empty if it has none."""
+        file = importlib.resources.files(type(self).__module__.rpartition(".")[0]).joinpath("page.js")
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    # Reading the result
+
+    def results(self, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what this part found, once for each group of models that it applies to."""
+        return [entry["result"] for entry in result["parts"].get(self.name) or () if "result" in entry]
+
+    def by_model(self, result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return what this part found about each model, by name."""
+        return {name: found for one in self.results(result) for name, found in one["models"].items()}
+
+
+def load_parts(names: Iterable[str]) -> list[Part]:
+    """Make parts of the registry, in its order.
+
+    Args:
+        names: Keys of `PARTS`.
+    """
+    wanted = set(names)
+    made = []
+    for name, place in PARTS.items():
+        if name in wanted:
+            module, _, kind = place.partition(":")
+            made.append(getattr(importlib.import_module(module), kind)(name))
+    return made
