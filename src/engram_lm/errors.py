@@ -38,6 +38,7 @@ __all__ = [
     "TableClosedError",
     "TokenError",
     "TokenMapError",
+    "check_whole",
     "closest",
     "suggestion",
 ]

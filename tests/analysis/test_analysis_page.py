@@ -82,7 +82,7 @@ def test_page_is_whole_and_asks_nothing_of_the_network(source):
 def test_hostile_text_stays_text_everywhere(analyzed, source):
     clean = Page(source)
     result = json.loads(json.dumps(analyzed.result).replace('"memory"', json.dumps("x" + HOSTILE)))
-    page = Page(render_report(result, {}, {}))
+    page = Page(render_report(result, {}))
     for found in (clean, page):
         assert "img" not in found.tags
         assert "textarea" not in page.tags

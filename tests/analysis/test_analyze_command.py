@@ -16,7 +16,9 @@ from engram_lm.analysis import find_subject, gate_trace
 from engram_lm.analysis.command import _names
 from engram_lm.analysis.gates.averages import average_gates
 from engram_lm.analysis.lens.lens import logit_lens
-from engram_lm.analysis.run import PARTS, AnalyzeOptions, analyze
+from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.registry import PARTS
+from engram_lm.analysis.run import analyze
 from engram_lm.analysis.summary import remarks
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
@@ -40,7 +42,7 @@ def test_command_leaves_numbers_pictures_and_a_page(analyzed):
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in analyzed.out.glob("*.png"))
     result = analyzed.result
-    assert tuple(result["parts"]) == PARTS
+    assert tuple(result["parts"]) == tuple(PARTS)
     assert [model["name"] for model in result["models"]] == ["memory", "twin"]
     assert all(any(found for _, found, _ in entries(result, part)) for part in PARTS)
     ((_, cka, _),) = entries(result, "cka")
@@ -91,7 +93,7 @@ def test_passages_are_what_a_trace_of_them_says(memory_model):
     findings = analyze([subject], documents, AnalyzeOptions(parts=("gates",), length=40, batch_size=3))
     tokens = pack(documents, tokenizer)
     starts = [index * 40 for index in np.linspace(0, len(tokens) // 40 - 1, 6).round().astype(int)]
-    for start, trace in zip(starts, findings.traces["memory"], strict=True):
+    for start, trace in zip(starts, findings.page_only["gates"]["memory"].traces, strict=True):
         np.testing.assert_array_equal(trace.tokens, tokens[start : start + 40])
         alone = gate_trace(model, tokenizer, trace.tokens)
         np.testing.assert_allclose(trace.gates, alone.gates, atol=1e-6)
@@ -105,7 +107,7 @@ def test_phrases_hold_the_mean_gates_of_the_positions_where_they_fired(memory_mo
     documents = [Document("a", "the cat sat on the mat. The rat ran to the cat. " * 6)]
     findings = analyze([subject], documents, AnalyzeOptions(parts=("gates",), length=1000))
     trace = gate_trace(model, tokenizer, pack(documents, tokenizer))
-    phrases = findings.phrases["memory"]
+    phrases = findings.page_only["gates"]["memory"].phrases
     assert len(phrases) > 10
     assert [phrase.fired.sum() for phrase in phrases] == sorted((p.fired.sum() for p in phrases), reverse=True)
     for phrase in phrases[:8]:

@@ -12,7 +12,8 @@ import engram_lm
 from engram_lm.analysis import Analysis, find_subject, read_text
 from engram_lm.analysis.cka.cka import Cka, centered_gram, layer_similarity
 from engram_lm.analysis.cka.maps import CkaMap, soft_alignment
-from engram_lm.analysis.reading import NotApplicable, text_tokens
+from engram_lm.analysis.protocol import NotApplicable
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:300]

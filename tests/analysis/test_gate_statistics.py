@@ -11,9 +11,8 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import GateStatistics, NotApplicable, average_gates, find_subject, gate_trace, read_text
-from engram_lm.analysis.gates.ngram_table import NgramTable, ngram_keys
 from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
-from engram_lm.analysis.reading import text_tokens
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.hashing import Segments
 
@@ -207,44 +206,6 @@ def test_findings_become_plain_json_with_none_for_a_mean_over_nothing(traced):
     assert back["by_frequency"][0][-1] == [None] * 4
     assert back["frequency_classes"][0] == "1" and len(back["by_frequency"][0]) == len(back["frequency_classes"])
     assert back["ngrams"][0][0].keys() == {"text", "order", "mean_gate", "num_positions"}
-
-
-def table_of(keys, max_ngrams, step):
-    table = NgramTable(max_ngrams, highest_order=2, num_blocks=1, num_streams=1)
-    for start in range(0, len(keys), step):
-        part = keys[start : start + step]
-        gates = (part % np.uint64(97)).astype(float)[:, None, None]
-        table.add(part, np.full(len(part), 2), np.zeros((len(part), 2)), (part % np.uint64(2) == 0)[:, None], gates)
-    return table
-
-
-def test_a_bounded_table_keeps_a_sample_of_the_ngrams_and_each_of_them_exactly():
-    generator = np.random.default_rng(3)
-    distinct = generator.integers(0, 2**64, 20_000, dtype=np.uint64, endpoint=False)
-    keys = distinct[generator.zipf(1.3, 60_000) % 20_000]
-    whole, bounded = table_of(keys, 1 << 20, 700), table_of(keys, 1000, 700)
-    exact, sample = whole.entries(), bounded.entries()
-    assert (whole.share, len(exact)) == (1, len(np.unique(keys)))
-    assert 200 < len(sample) <= 1000
-    assert len(sample) / bounded.share == pytest.approx(len(exact), rel=0.15)
-    places = np.searchsorted(exact.keys, sample.keys)
-    np.testing.assert_array_equal(exact.keys[places], sample.keys)
-    for name in ("counts", "fired", "gate_sums"):
-        np.testing.assert_array_equal(getattr(sample, name), getattr(exact, name)[places])
-    assert exact.counts.sum() == 60_000
-    np.testing.assert_array_equal(exact.gate_sums[:, 0, 0], exact.fired[:, 0] * (exact.keys % np.uint64(97)))
-
-
-def test_keys_tell_apart_ngrams_that_the_hash_tells_apart_and_no_others():
-    codes = np.array([[5, 6, 5, 6, 7, 6], [6, 5, 9, 9, 5, 6]]) * 4
-    visible = np.array([[1, 2, 3, 3, 3, 3], [1, 2, 1, 2, 3, 3]])
-    pairs = ngram_keys(codes, visible, 2)
-    assert pairs[0, 1] == pairs[0, 3] == pairs[1, 5]
-    assert pairs[0, 0] != pairs[0, 2] == pairs[1, 1]  # the first sees one token only
-    assert len({*pairs.flatten().tolist()}) == 9
-    assert not np.isin(ngram_keys(codes, visible, 3), pairs).any()
-    short = ngram_keys(codes[:, :2], visible[:, :2], 4)
-    np.testing.assert_array_equal(short, ngram_keys(codes, visible, 4)[:, :2])
 
 
 def test_impossible_requests_are_refused():

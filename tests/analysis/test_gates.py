@@ -253,7 +253,7 @@ def test_impossible_texts_are_refused(tokenizer):
         gate_trace(model, tokenizer, [[1, 2]])
     with pytest.raises(TokenError):
         gate_trace(model, tokenizer, [len(tokenizer)])
-    with pytest.raises(ConfigError, match="at least 1, not 0"):
+    with pytest.raises(ConfigError, match="length is a whole number from 1, got 0"):
         gate_trace(model, tokenizer, TEXT, length=0)
 
 

@@ -13,7 +13,8 @@ import engram_lm
 from engram_lm.analysis import find_subject, read_text
 from engram_lm.analysis.lens.lens import LensCurve, LogitLens, logit_lens
 from engram_lm.analysis.positions import thinned
-from engram_lm.analysis.reading import NotApplicable, text_tokens
+from engram_lm.analysis.protocol import NotApplicable
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 
 TOKENS = text_tokens(TOKENIZER, TEXT)[:70]
@@ -243,7 +244,7 @@ def test_a_model_whose_head_is_not_understood_is_reported_and_impossible_request
     found = read_text([find_subject(model, TOKENIZER)], TOKENS, {"lens": LogitLens()}, length=LENGTH)["lens"]
     assert isinstance(found, NotApplicable)
     for one_in in (0, 1.5):
-        with pytest.raises(ConfigError, match="whole number of positions"):
+        with pytest.raises(ConfigError, match="one_in is a whole number from 1"):
             LogitLens(one_in=one_in)
     with pytest.raises(ConfigError, match="at least one"):
         logit_lens({}, TOKENIZER, TOKENS)

@@ -12,8 +12,9 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 import engram_lm
 from engram_lm.analysis import Analysis, NotApplicable, find_subject, read_text
 from engram_lm.analysis.budget import bytes_per_token, choose_batch_size
-from engram_lm.analysis.reading import text_tokens, visible_tokens
+from engram_lm.analysis.reading import visible_tokens
 from engram_lm.analysis.recording import not_finite, recording
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import Segments
 
@@ -386,7 +387,7 @@ def test_impossible_requests_are_refused():
         read([3.5])
     with pytest.raises(TokenError, match="integers"):
         read([[3, 4]])
-    with pytest.raises(ConfigError, match="at least 1, not 0"):
+    with pytest.raises(ConfigError, match="length is a whole number from 1, got 0"):
         read(length=0)
     with pytest.raises(ConfigError, match="told apart by their names"):
         read(subjects=[subject, subject])

@@ -12,9 +12,9 @@ from tests.small_model import BACKBONE, MEMORY
 
 import engram_lm
 from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
-from engram_lm.analysis.reading import text_tokens
 from engram_lm.analysis.rows.collisions import ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.hashing.counting import frequent_ngrams, ngram_rows
@@ -103,7 +103,7 @@ def test_a_counter_beyond_its_budget_keeps_exact_counts_of_a_random_share_of_the
     counter = HitCounter(10**12, 1000 * 48)
     for piece in np.split(rows, 60):
         counter.add(piece)
-        assert len(counter._held.rows) <= 1000
+        assert len(counter.hits().rows) <= 1000
     hits = counter.hits()
     assert hits.share == 1 / 32
     assert set(hits.counts.tolist()) == {3}

@@ -8,7 +8,7 @@ from tests.hashing.conftest import small_map
 
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.hashing import HashSpec, TokenMap, counting
-from engram_lm.hashing.counting import frequent_ngrams, seen_ngrams
+from engram_lm.hashing.counting import NgramCounter, frequent_ngrams, seen_ngrams
 from engram_lm.hashing.reference import encode_reference, sight_reference
 
 
@@ -108,3 +108,29 @@ def test_what_cannot_be_counted_is_refused():
         frequent_ngrams(spec, np.zeros((2, 2), np.int64), num_ngrams=3)
     with pytest.raises(TokenError, match="50"):
         frequent_ngrams(spec, np.array([1, 50]), num_ngrams=3)
+
+
+def counter_of(keys, max_distinct, step):
+    counter = NgramCounter(max_distinct)
+    for start in range(0, len(keys), step):
+        part = keys[start : start + step]
+        even, weights = (part % np.uint64(2) == 0).astype(np.int64), (part % np.uint64(97)).astype(float)[:, None]
+        counter.add(part, sums={"even": even, "weights": weights})
+    return counter
+
+
+def test_a_bounded_counter_keeps_a_sample_of_the_ngrams_and_each_of_them_exactly():
+    generator = np.random.default_rng(3)
+    distinct = generator.integers(0, 2**64, 20_000, dtype=np.uint64, endpoint=False)
+    keys = distinct[generator.zipf(1.3, 60_000) % 20_000]
+    whole, bounded = counter_of(keys, 1 << 20, 700), counter_of(keys, 1000, 700)
+    exact, sample = whole.entries(), bounded.entries()
+    assert (whole.share, len(exact)) == (1, len(np.unique(keys)))
+    assert 200 < len(sample) <= 1000
+    assert len(sample) / bounded.share == pytest.approx(len(exact), rel=0.15)
+    places = np.searchsorted(exact.keys, sample.keys)
+    np.testing.assert_array_equal(exact.keys[places], sample.keys)
+    for name in ("counts", "even", "weights"):
+        np.testing.assert_array_equal(sample.sums[name], exact.sums[name][places])
+    assert exact.counts.sum() == 60_000
+    np.testing.assert_array_equal(exact.sums["weights"][:, 0], exact.counts * (exact.keys % np.uint64(97)))

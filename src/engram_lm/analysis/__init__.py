@@ -12,11 +12,13 @@ from engram_lm.analysis.gates.averages import GateAverages, GateFindings, GateSt
 from engram_lm.analysis.gates.colored_text import colored_gates, colored_html
 from engram_lm.analysis.gates.trace import GateTrace, Ngram, NgramGate, gate_trace, strongest
 from engram_lm.analysis.lens.lens import LensCurve, LensFindings, LogitLens, logit_lens
-from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
+from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import CollisionStudy, NgramCollisions, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams, nearest_rows
 from engram_lm.analysis.rows.usage import RowFindings, RowUsage, RowUse, row_use
-from engram_lm.analysis.run import AnalyzeOptions, Findings, analyze
+from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
 from engram_lm.analysis.suppression.effect import Condition, SuppressionEffect, suppressed, suppression_effect
 

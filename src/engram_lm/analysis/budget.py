@@ -11,7 +11,7 @@ __all__ = ["bytes_needed", "bytes_per_token", "choose_batch_size"]
 
 
 def bytes_per_token(subjects: Sequence[Subject], analyses: Sequence[Analysis]) -> int:
-    """Return the bytes for each token of the windows that are read at once: what is kept of every model, and scratch."""
+    """Return the bytes for each token of the windows read at once: what is kept of every model, and scratch."""
     wants = frozenset[str]().union(*(analysis.wants for analysis in analyses))
     kept, splitting = 0, 0
     for subject in subjects:

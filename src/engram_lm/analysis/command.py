@@ -9,14 +9,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from engram_lm.analysis.figures import save_figures
+from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.part import load_parts
+from engram_lm.analysis.registry import PARTS
 from engram_lm.analysis.report import render_report
-from engram_lm.analysis.run import PARTS, AnalyzeOptions, Findings, analyze
+from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.analysis.summary import print_summary
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
+from engram_lm.page.figure import save_png
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.training.data.corpus import Corpus, read_corpus
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
@@ -30,11 +33,11 @@ _RESULT = "analysis.json"
 class Analyze(ModelFlags):
     """See what the memory of a model does: when its gates open, what each layer predicts, what is lost without it.
 
-    A model is a quickstart run, or any folder with a causal language model and its tokenizer. Of several, those with
-    the same tokenizer are compared layer by layer. --adapter and the table flags are for the first one; name the same
-    folder twice to compare it with and without an adapter's memory.
+    A model is a quickstart run, or any folder with a causal language model and its tokenizer. Models with the same
+    tokenizer are compared layer by layer. --adapter and the table flags apply to the first model; name a folder twice
+    to compare the model with and without the memory of an adapter.
 
-    The folder that --out names gets analysis.json, pictures, and report.html, a page that opens offline.
+    The folder --out receives analysis.json, pictures, and report.html, a page that opens offline.
 
     Examples::
 
@@ -47,24 +50,25 @@ class Analyze(ModelFlags):
     data: tuple[Path, ...]
     """Text files or folders."""
     out: Path | None = None
-    """Folder for the results; runs/analysis-NAME unless given. An earlier analysis there is kept under a numbered
+    """Folder for the results; by default runs/analysis-NAME. An earlier analysis there is kept under a numbered
     name."""
     parts: str = ",".join(PARTS)
     """What to look at, separated by commas."""
     max_tokens: int | None = 200_000
-    """Read so many tokens of the text at most, from the start; none reads all of it."""
+    """Tokens of the text to read, at most, from the start; none reads all of it."""
     suppression_tokens: int = AnalyzeOptions.suppression_tokens
     """Tokens that go through the models with their memory suppressed, once for each way of suppressing it."""
     tasks: tuple[Path, ...] = ()
-    """Task files (JSON lines) to ask the suppressed models, as for engram-lm eval."""
+    """Files of questions (JSON lines) for the suppressed models, as for engram-lm eval."""
     sequence_length: int | None = None
-    """Tokens in a window of the text; what the models were trained with unless given, 512 at most."""
+    """Tokens in a window of the text; by default what the models were trained with, 512 at most."""
     batch_size: int = AnalyzeOptions.batch_size
-    """Windows at a time, at most."""
+    """Windows that are read at once, at most."""
     memory_mib: int = AnalyzeOptions.budget_bytes >> 20
-    """MiB of hidden states, predictions and scores that may be kept at once; fewer windows are read at a time then."""
+    """MiB of hidden states, predictions, scores and counts that may be kept at once; a small budget means fewer windows
+    at once."""
     device: str = "cpu"
-    """Where to run, as torch names it."""
+    """Where to run, by its name in torch."""
     json: bool = False
     """Print the result as JSON instead of a summary."""
 
@@ -78,16 +82,16 @@ class Analyze(ModelFlags):
             raise ConfigError("name at least one model folder to analyze; `engram-lm quickstart` makes one")
         if not self.data:
             raise ConfigError("name the text to read, files or folders, with --data")
-        self.chosen_parts()  # refuses what cannot be
+        self.chosen_parts()  # refuses unknown names
 
     def chosen_parts(self) -> tuple[str, ...]:
-        """The parts, in the order of the report."""
+        """Return the names of the parts, in the order of the report."""
         named = {part.strip() for part in self.parts.split(",")} - {""}
         AnalyzeOptions(parts=tuple(sorted(named)))
         return tuple(part for part in PARTS if part in named)
 
     def run(self) -> int:
-        """Do all of it and leave the folder behind."""
+        """Analyze the models and write the folder."""
         started, made_at = time.time(), commit()
         console = Console(stderr=True)
         out = self.out or Path("runs") / f"analysis-{self.models[0].resolve().name}"
@@ -106,7 +110,7 @@ class Analyze(ModelFlags):
             subjects = self._subjects()
             findings = self._analyze(subjects, corpus, options, console)
             result = {
-                "format": "engram_lm.analysis.1",
+                "format": "engram.analysis.1",
                 **run_facts(started, made_at),
                 "settings": self._settings(options),
                 "data": {"source": corpus.source, "files": len(corpus.documents), "skipped": corpus.skipped},
@@ -115,8 +119,8 @@ class Analyze(ModelFlags):
                 "parts": findings.parts,
             }
             write_atomically(folder.aside / _RESULT, to_json(result))
-            pictures = save_figures(result, folder.aside)
-            write_atomically(folder.aside / "report.html", render_report(result, findings.traces, findings.phrases))
+            pictures = _save_pictures(result, folder.aside)
+            write_atomically(folder.aside / "report.html", render_report(result, findings.page_only))
             moved = folder.publish()
         except BaseException:
             folder.discard()
@@ -163,8 +167,19 @@ class Analyze(ModelFlags):
         return {**settings, "num_questions": len(options.items), "device": self.device, "adapter": self.adapter}
 
 
+def _save_pictures(result: dict[str, Any], folder: Path) -> list[str]:
+    """Write a PNG for each part that has something to show, and return the names of the files."""
+    saved = []
+    for part in load_parts(result["parts"]):
+        drawing = part.drawing(result)
+        if drawing is not None:
+            save_png(folder / f"{part.name}.png", *drawing)
+            saved.append(f"{part.name}.png")
+    return saved
+
+
 def _names(paths: tuple[Path, ...], *, adapter: bool) -> list[str]:
-    """Name models by their folders, with as much of the path as tells them apart."""
+    """Name models by their folders, with as much of the path as it takes to tell them apart."""
     names = [path.resolve().name or str(path) for path in paths]
     if adapter:
         names[0] += " + memory"
@@ -172,7 +187,7 @@ def _names(paths: tuple[Path, ...], *, adapter: bool) -> list[str]:
         f"{path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
-    # A folder that was named twice, or two whose parents are called alike too.
+    # Numbers are needed for a folder that was named twice, and for two whose parents have the same name too.
     return [f"{name} {index + 1}" if longer.count(name) > 1 else name for index, name in enumerate(longer)]
 
 

@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from engram_lm.analysis.gates.ngram_table import ngram_keys
-from engram_lm.analysis.gates.trace import token_texts
-from engram_lm.analysis.reading import Reading
+from engram_lm.analysis.protocol import Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.errors import ConfigError
+from engram_lm.analysis.token_text import REPLACEMENT, token_texts
+from engram_lm.errors import ConfigError, check_whole
+from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
 from engram_lm.hashing.splitmix64 import splitmix64
 
 __all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
@@ -23,7 +23,6 @@ Positions = Literal["all", "word_ends", "names", "ngrams"]
 _WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f]|['\u2019](?=[^\W\d_]))*")
 _BREAK = "\n"
 """Stands for special tokens: words end there."""
-_REPLACEMENT = "\ufffd"
 _NUM_COUNTERS = 1 << 20
 _ORDER_WITHOUT_MEMORY = 3
 
@@ -91,9 +90,7 @@ class PositionChoice:
     """
 
     def __init__(self, positions: Positions | Any = "all", *, min_count: int = 5, one_in: int = 1) -> None:
-        for name, value in (("min_count", min_count), ("one_in", one_in)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
+        check_whole(min_count=min_count, one_in=one_in)
         self.min_count, self.one_in = min_count, one_in
         self.mask: np.ndarray | None = None
         self.name = positions if isinstance(positions, str) else "given"
@@ -188,7 +185,7 @@ class PositionChoice:
             )
             self._texts.update((token, text[len(prefix) :]) for token, text in zip(new, decoded, strict=True))
         texts = [self._texts.get(token, _BREAK) for token in tokens]
-        if any(_REPLACEMENT in text for text in texts):
+        if any(REPLACEMENT in text for text in texts):
             # Characters split over tokens: these are decoded in their context, which takes longer.
             known = [place for place, token in enumerate(tokens) if token in self._texts]
             for place, text in zip(
@@ -198,22 +195,23 @@ class PositionChoice:
         return texts
 
     def _recurring(self, readings: Sequence[Reading]) -> np.ndarray:
-        """Find the positions whose N-gram of the highest order is no newcomer."""
+        """Find the positions whose N-gram of the highest order has occurred often enough so far."""
         reading = readings[0 if self._place is None else self._place]
-        tokens = reading.tokens.cpu().numpy()
-        spec = reading.subject.spec
+        spec, tokens = reading.subject.spec, reading.tokens.cpu().numpy()
         if spec is None or reading.codes is None:
-            order, codes = _ORDER_WITHOUT_MEMORY, tokens << 2
-            visible = np.broadcast_to(np.minimum(np.arange(tokens.shape[1]) + 1, order), tokens.shape)
+            order = min(_ORDER_WITHOUT_MEMORY, tokens.shape[1])
+            ngrams = np.stack([np.roll(tokens, distance, axis=1) for distance in range(order)], axis=-1)
+            whole = np.broadcast_to(np.arange(tokens.shape[1]) + 1 >= _ORDER_WITHOUT_MEMORY, tokens.shape)
+            vocab_size = reading.subject.vocab_size
         else:
-            order, codes, visible = spec.orders[-1], reading.codes.cpu().numpy(), reading.visible.cpu().numpy()
-        whole = visible >= order
-        counters = (ngram_keys(codes, visible, order)[whole] % np.uint64(_NUM_COUNTERS)).astype(np.int64)
-        order_of = np.argsort(counters, kind="stable")
-        ordered = counters[order_of]
+            ngrams, vocab_size = ngrams_of(spec, reading.codes.cpu().numpy()), spec.vocab_size
+            whole = reading.visible.cpu().numpy() >= spec.orders[-1]
+        counters = (scattered(ngram_keys(ngrams[whole], vocab_size)) % np.uint64(_NUM_COUNTERS)).astype(np.int64)
+        places = np.argsort(counters, kind="stable")
+        ordered = counters[places]
         begins = np.searchsorted(ordered, ordered, side="left")
         counts = np.empty(len(counters), np.int64)
-        counts[order_of] = self._counters[ordered] + np.arange(len(ordered)) - begins + 1
+        counts[places] = self._counters[ordered] + np.arange(len(ordered)) - begins + 1
         np.add.at(self._counters, counters, 1)
         chosen = np.zeros(tokens.shape, bool)
         chosen[whole] = counts >= self.min_count

@@ -2,14 +2,10 @@
 
 import importlib.resources
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from engram_lm.analysis.gates.phrases import Phrase
-from engram_lm.analysis.gates.section import average_sections, gate_data, gate_section, ngram_section
-from engram_lm.analysis.gates.trace import GateTrace
-from engram_lm.analysis.layers_section import cka_section, lens_section
-from engram_lm.analysis.memory_section import row_section, suppression_section
+from engram_lm.analysis.part import load_parts
 from engram_lm.analysis.summary import headline, remarks
 from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
 
@@ -18,45 +14,30 @@ __all__ = ["render_report"]
 _COLORS = ("memory", "twin", "random_table", "wide", "other")
 
 
-def render_report(
-    result: Mapping[str, Any],
-    traces: Mapping[str, Sequence[GateTrace]],
-    phrases: Mapping[str, Sequence[Phrase]],
-) -> str:
+def render_report(result: Mapping[str, Any], page_only: Mapping[str, Mapping[str, Any]]) -> str:
     """Render the whole report.
 
     Args:
-        result: In the format ``engram_lm.analysis.1``; parts may be missing or not applicable.
-        traces: By model, passages seen through its gates.
-        phrases: By model, N-grams of the text.
+        result: In the format ``engram.analysis.1``; parts may be missing or not applicable.
+        page_only: For each part what it shows on the page alone; see `engram_lm.analysis.run.Findings`.
 
     Returns:
         An HTML page with its styles, scripts and pictures inside.
     """
-    own = importlib.resources.files(__package__)
-    parts = result["parts"]
-    # A curve for each model, or for each memory; after the first five colors begin again, with another dash.
+    parts = load_parts(result["parts"])
+    # There is a curve for each model, or for each memory. After five colors they start again, with other dashes.
     num_curves = max(len(result["models"]), sum(len(model["memory_blocks"]) for model in result["models"]))
-    data = gate_data(result["models"], traces, phrases)
+    data = [one for part in parts for one in part.script_data(result, page_only.get(part.name, {}))]
+    scripts = "\n".join(filter(None, (part.script() for part in parts)))
     return render_page(
         title=f"{', '.join(model['name'] for model in result['models'])} · engram-lm analyze",
         header=_header(result),
-        sections=[
-            gate_section(traces),
-            ngram_section(phrases) if traces else "",
-            average_sections(parts.get("gates") or ()),
-            lens_section(parts.get("lens") or ()),
-            cka_section(parts.get("cka") or ()),
-            suppression_section(parts.get("suppression") or ()),
-            row_section(parts.get("rows") or ()),
-            _facts(result),
-        ],
-        footer="This page is complete in itself and loads nothing. The numbers are in <code>analysis.json</code>, "
+        sections=[*(part.section(result, page_only.get(part.name, {})) for part in parts), _facts(result)],
+        footer="This page is complete and loads nothing else. The numbers are in <code>analysis.json</code>, "
         f"format <code>{escape(result['format'])}</code>.",
         colors=[_COLORS[index % len(_COLORS)] for index in range(num_curves)],
-        style=own.joinpath("page.css").read_text(encoding="utf-8"),
-        script=f'<script type="application/json" id="data">{_json(data)}</script>\n'
-        f"<script>\n{own.joinpath('page.js').read_text(encoding='utf-8')}</script>",
+        style=importlib.resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8"),
+        script=f'<script type="application/json" id="data">{_json(data)}</script>\n<script>\n{scripts}</script>',
     )
 
 
@@ -75,27 +56,20 @@ def _header(result: Mapping[str, Any]) -> str:
 
 def _facts(result: Mapping[str, Any]) -> str:
     columns = ("Model", "Layers", "Width", "Streams", "Vocabulary", "Blocks with memory", "Orders", "Heads")
-    rows = [
-        [
-            model["name"],
-            *(plain_text(model[key]) for key in ("layers", "hidden_size", "streams", "vocabulary")),
-            *(plain_text(model[key]) for key in ("memory_blocks", "orders", "heads")),
-        ]
-        for model in result["models"]
-    ]
+    keys = ("layers", "hidden_size", "streams", "vocabulary", "memory_blocks", "orders", "heads")
+    rows = [[model["name"], *(plain_text(model[key]) for key in keys)] for model in result["models"]]
     texts = {
         ", ".join(text["models"]): f"{text['num_tokens']:,} tokens"
         + ("" if text["all"] else ", the first of them")
         + f", in windows of {text['length']:,}"
         for text in result["texts"]
     }
-    run = {key: result.get(key) for key in ("started", "seconds", "commit")}
     groups = (
         ("Text", {**(result.get("data") or {}), **texts}),
         ("Settings", result.get("settings") or {}),
         ("Machine", result.get("machine") or {}),
         ("Versions", result.get("versions") or {}),
-        ("Run", run),
+        ("Run", {key: result.get(key) for key in ("started", "seconds", "commit")}),
     )
     lists = "\n".join(f"<div><h3>{name}</h3>{definitions(values)}</div>" for name, values in groups if values)
     command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'

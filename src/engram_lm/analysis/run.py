@@ -1,4 +1,4 @@
-"""All parts of an analysis over one text: one pass over it for each model, and the passes that parts make themselves."""
+"""All parts of an analysis over one text: one pass over it for each model, and the passes of the parts' own."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

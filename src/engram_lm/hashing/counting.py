@@ -153,7 +153,7 @@ class NgramEntries:
     @classmethod
     def joined(cls, parts: "list[NgramEntries]") -> "NgramEntries":
         """Add up what several hold, given in the order of the text; a key may occur many times in one part."""
-        parts = [part for part in parts if len(part)] or parts[:1]
+        parts = [part for part in parts if len(part)] or parts[-1:]
         keys = np.concatenate([part.keys for part in parts])
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -262,6 +262,15 @@ class FrequentNgrams:
     def covered(self) -> float:
         """Share of the text's positions that have one of these N-grams."""
         return float(self.counts.sum()) / max(self.num_positions, 1)
+
+    def first(self, number: int) -> "FrequentNgrams":
+        """Return the most frequent of these N-grams.
+
+        Args:
+            number: How many to return, at most.
+        """
+        columns = {name: getattr(self, name)[:number] for name in ("canonical", "tokens", "counts")}
+        return dataclasses.replace(self, **columns)
 
     def find(self, ngrams: np.ndarray) -> np.ndarray:
         """Look N-grams up.

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from engram_lm.analysis.cka.maps import CkaFindings, CkaMap
 from engram_lm.analysis.positions import PositionChoice, Positions
-from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text, text_tokens
+from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 
 __all__ = ["Cka", "centered_gram", "layer_similarity"]

@@ -159,9 +159,8 @@ def _passage_section(names: Sequence[str]) -> str:
         '<div class="line" id="passage-line" role="status"></div>'
         '<h3><label for="typed">Your own text</label></h3>'
         '<p class="note" id="typed-note">No model runs here. What you type is looked up among the N&#8209;grams of the '
-        "analyzed text: at each word the longest known N&#8209;gram that ends there gives the word its mean gate. Words "
-        "without a value were not among the N&#8209;grams. In a real forward pass the gate also depends on the context."
-        "</p>"
+        "analyzed text: the longest known N&#8209;gram that ends at a word gives the word its mean gate. Words without "
+        "a value were not among the N&#8209;grams. In a real forward pass the gate also depends on the context.</p>"
         '<textarea id="typed" rows="3" maxlength="2000" spellcheck="false" autocomplete="off" '
         'aria-describedby="typed-note"></textarea>'
         '<div class="text" id="typed-text" role="group" aria-label="Your text, colored" hidden></div>'
@@ -217,9 +216,7 @@ def _averages(found: Mapping[str, Any]) -> str:
     return f'<div class="columns averages">{"".join(tables)}</div><p class="note">{note}</p>'
 
 
-def _by_class(
-    title: str, classes: Sequence[str], blocks: Sequence[str], found: Mapping[str, Any], key: str
-) -> str:
+def _by_class(title: str, classes: Sequence[str], blocks: Sequence[str], found: Mapping[str, Any], key: str) -> str:
     means = np.array(found[f"by_{key}"], dtype=float)  # [G, classes, S]
     known = np.isfinite(means)
     sums, counts = np.where(known, means, 0).sum(-1), known.sum(-1)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.plain_values import plain
+from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.positions import thinned
-from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
+from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.errors import ConfigError, DataError, MismatchError, check_whole
 
 __all__ = ["LensCurve", "LensFindings", "LogitLens", "logit_lens"]
 
@@ -27,13 +28,15 @@ _NUM_COPIES = 7
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LensCurve:
+class LensCurve(PlainResult):
     """What each layer of one model would predict. A mean over no positions is NaN (None in `to_dict`).
 
     Axis E has an entry more than there are layers: entry 0 is what enters the first layer (the token embedding, before
     any memory), entry e the output of the e-th layer. The paper's "layer l", counted from 0, is entry l + 1. The memory
     of block b works between entries b and b + 1.
     """
+
+    also = ("relative_depth",)
 
     num_layers: int
     """Layers of the model: E - 1."""
@@ -92,22 +95,16 @@ class LensCurve:
         return float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with `relative_depth` and `kl_depth`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"relative_depth": self.relative_depth, "kl_depth": self.kl_depth()}
-        return {name: plain(value) for name, value in values.items()}
+        """Return plain values for JSON, with `kl_depth`."""
+        return {**super().to_dict(), "kl_depth": plain(self.kl_depth())}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LensFindings:
+class LensFindings(PlainResult):
     """Several models seen through the lens, side by side."""
 
     models: Mapping[str, LensCurve]
     """By the model's name."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"models": {name: curve.to_dict() for name, curve in self.models.items()}}
 
 
 class LogitLens(Analysis):
@@ -130,8 +127,7 @@ class LogitLens(Analysis):
     wants = frozenset({"predict"})
 
     def __init__(self, *, one_in: int = 1) -> None:
-        if type(one_in) is not int or one_in < 1:
-            raise ConfigError(f"one_in is a whole number of positions from 1, got {one_in!r}")
+        check_whole(one_in=one_in)
         self.one_in = one_in
         self._sums: dict[str, _Sums] = {}
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.plain_values import plain
-from engram_lm.analysis.reading import text_tokens
-from engram_lm.errors import ConfigError
+from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.rows.text_ngrams import TextNgrams
+from engram_lm.analysis.token_text import text_tokens
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing import HashSpec, Segments, TokenMap
-from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
+from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
 
 __all__ = ["CollisionStudy", "NgramCollisions", "collision_study", "ngram_collisions"]
 
@@ -18,42 +19,38 @@ __all__ = ["CollisionStudy", "NgramCollisions", "collision_study", "ngram_collis
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class NgramCollisions:
+class NgramCollisions(PlainResult):
     """How many of the frequent N-grams of a text share rows. A share of no N-grams is NaN (None in `to_dict`).
 
-    Shares are of distinct N-grams, and only frequent ones can be in their way: those that occur once or twice share
+    Shares are of distinct N-grams, and only frequent N-grams count as colliding: those that occur once or twice share
     rows with everything and hardly train them.
     """
 
     blocks: tuple[int, ...]
-    """Blocks that read memory, from 0: axis G."""
+    """Blocks that read memory, counted from 0: axis G."""
     orders: tuple[int, ...]
     """N-gram orders: axis O."""
     min_count: int
-    """Positions at which a frequent N-gram occurs at least."""
+    """The least number of positions at which a frequent N-gram occurs."""
     num_ngrams: np.ndarray
-    """Frequent N-grams, int64 ``[O]``."""
+    """Number of frequent N-grams, int64 ``[O]``."""
     num_distinct: np.ndarray
-    """Distinct N-grams of the text, frequent or not, int64 ``[O]``."""
+    """Number of distinct N-grams of the text, frequent or not, int64 ``[O]``."""
     covered: np.ndarray
     """Share of the text's positions that have a frequent N-gram, float64 ``[O]``."""
     by_head: np.ndarray
-    """Share whose row another frequent N-gram reads too, head by head, float64 ``[G, O, K]``."""
+    """Share of the frequent N-grams whose row another one reads too, head by head, float64 ``[G, O, K]``."""
     expected_by_head: np.ndarray
-    """What an even hash would give on average, float64 ``[G, O, K]``."""
+    """The same share for an even hash, on average, float64 ``[G, O, K]``."""
     all_heads: np.ndarray
-    """Share that another frequent N-gram meets in all heads of the order, so that the two read the same and cannot be
-    told apart, float64 ``[G, O]``."""
+    """Share of the frequent N-grams that another one meets in all heads of the order, so that the two read the same
+    rows and cannot be told apart, float64 ``[G, O]``."""
     expected_all_heads: np.ndarray
-    """What even and independent heads would give on average, float64 ``[G, O]``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+    """The same share for even and independent heads, on average, float64 ``[G, O]``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CollisionStudy:
+class CollisionStudy(PlainResult):
     """What token compression and the number of heads do to collisions. Made by `collision_study`.
 
     More heads on the same rows make each head more crowded, but leave fewer N-grams confused in all of them.
@@ -64,33 +61,29 @@ class CollisionStudy:
     heads: tuple[int, ...]
     """Heads per order: axis T."""
     compression: tuple[bool, ...]
-    """Whether canonical tokens are hashed, or raw ones: axis C."""
+    """Whether canonical tokens are hashed (True) or raw ones: axis C."""
     rows_per_order: int
-    """Rows that all heads of one order have together, nearly: each has the next prime number of them."""
+    """Rows that all heads of one order have together, approximately: the rows of each head are a prime number."""
     min_count: int
-    """Positions at which a frequent N-gram occurs at least."""
+    """The least number of positions at which a frequent N-gram occurs."""
     num_tokens: int
     """Tokens of the text."""
     vocab_size: np.ndarray
-    """Different tokens that are hashed, int64 ``[C]``."""
+    """Number of different tokens that are hashed, int64 ``[C]``."""
     num_distinct: np.ndarray
-    """Distinct N-grams of the text, int64 ``[C, O]``."""
+    """Number of distinct N-grams of the text, int64 ``[C, O]``."""
     num_ngrams: np.ndarray
-    """Frequent ones among them, int64 ``[C, O]``."""
+    """Number of frequent ones among them, int64 ``[C, O]``."""
     covered: np.ndarray
     """Share of the text's positions that have a frequent N-gram, float64 ``[C, O]``."""
     one_head: np.ndarray
-    """Share of them whose row another frequent N-gram reads too, mean over heads, float64 ``[C, T, O]``."""
+    """Share of the frequent N-grams whose row another one reads too, mean over heads, float64 ``[C, T, O]``."""
     expected_one_head: np.ndarray
-    """What an even hash would give, float64 ``[C, T, O]``."""
+    """The same share for an even hash, float64 ``[C, T, O]``."""
     all_heads: np.ndarray
-    """Share that another frequent N-gram meets in all heads, float64 ``[C, T, O]``."""
+    """Share of the frequent N-grams that another one meets in all heads, float64 ``[C, T, O]``."""
     expected_all_heads: np.ndarray
-    """What even and independent heads would give, float64 ``[C, T, O]``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+    """The same share for even and independent heads, float64 ``[C, T, O]``."""
 
 
 def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, min_count: int = 2) -> NgramCollisions:
@@ -98,16 +91,15 @@ def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, mi
 
     Args:
         spec: The hash.
-        ngrams: By order, as from `engram_lm.hashing.counting.frequent_ngrams` with a spec of the same orders, token map
-            and segments; so many are compared at most.
-        min_count: Of these, take those that occur at so many positions at least.
+        ngrams: N-grams by order, from `engram_lm.hashing.counting.frequent_ngrams` with a hash of the same orders,
+            token map and segments. No others are compared.
+        min_count: Compare those that occur at this many positions or more.
 
     Raises:
         ConfigError: ``min_count`` is below 1.
     """
-    if type(min_count) is not int or min_count < 1:
-        raise ConfigError(f"min_count is a whole number from 1, got {min_count!r}")
-    frequent = [_frequent(ngrams[order], min_count) for order in spec.orders]
+    check_whole(min_count=min_count)
+    frequent = [ngrams[order].first(int((ngrams[order].counts >= min_count).sum())) for order in spec.orders]
     shape = (len(spec.layers), len(spec.orders), spec.num_heads)
     by_head, expected_by_head = np.full(shape, np.nan), np.full(shape, np.nan)
     all_heads, expected_all_heads = np.full(shape[:2], np.nan), np.full(shape[:2], np.nan)
@@ -154,14 +146,14 @@ def collision_study(
 
     Args:
         tokenizer: A fast Hugging Face tokenizer, or a `TokenMap`.
-        text: Raw tokens, integers ``[num_tokens]``, or with a tokenizer a text.
+        text: Raw tokens, integers ``[num_tokens]``; with a tokenizer also a text; or a `TextNgrams`.
         rows_per_order: Rows of one order over all its heads.
         orders: N-gram orders, ascending.
-        heads: Heads per order to compare.
+        heads: Numbers of heads per order to compare.
         compression: Whether to hash canonical tokens (True), raw tokens (False), or one after the other.
-        min_count: Positions at which a frequent N-gram occurs at least.
-        max_ngrams: Take so many of the most frequent N-grams of each order at most.
-        pad_token_id: Raw id that stands for what is before the start; the tokenizer's, or 0.
+        min_count: Compare N-grams that occur at this many positions or more.
+        max_ngrams: N-grams of each order to compare, at most; the most frequent ones are taken.
+        pad_token_id: Raw id that stands for what precedes the text; None means the tokenizer's, or 0.
         segments: Where look-backs stop, besides the start of the text.
         seed: Seed of the multipliers.
 
@@ -188,14 +180,14 @@ def collision_study(
         if mapped:
             raise ConfigError("a TokenMap does not tokenize text; pass the tokenizer, or token ids")
         text = text_tokens(tokenizer, text)
+    ngrams = text if isinstance(text, TextNgrams) else TextNgrams(text, max_ngrams=max_ngrams)
     if pad_token_id is None:
         given = None if mapped else getattr(tokenizer, "pad_token_id", None)
         pad_token_id = 0 if given is None else given
     token_map = tokenizer if mapped else TokenMap.from_tokenizer(tokenizer)
+    maps = [token_map if compressed else TokenMap.identity(token_map.num_tokens) for compressed in compression]
     found: list[list[NgramCollisions]] = []
-    vocab_size = []
-    for compressed in compression:
-        used = token_map if compressed else TokenMap.identity(token_map.num_tokens)
+    for used in maps:
         specs = [
             HashSpec.build(
                 used, layers=(0,), orders=orders, heads=number, rows_per_head=rows_per_order // number, seed=seed,
@@ -204,9 +196,8 @@ def collision_study(
             for number in heads
         ]  # fmt: skip
         # What an N-gram is does not depend on the heads.
-        ngrams = frequent_ngrams(specs[0], text, num_ngrams=max_ngrams)
-        found.append([ngram_collisions(spec, ngrams, min_count=min_count) for spec in specs])
-        vocab_size.append(len(used))
+        counted = ngrams.frequent(specs[0], max_ngrams)
+        found.append([ngram_collisions(spec, counted, min_count=min_count) for spec in specs])
 
     def of_maps(name: str) -> np.ndarray:
         return np.array([getattr(choices[0], name) for choices in found])
@@ -221,8 +212,8 @@ def collision_study(
         compression=tuple(bool(value) for value in compression),
         rows_per_order=rows_per_order,
         min_count=min_count,
-        num_tokens=len(text),
-        vocab_size=np.array(vocab_size),
+        num_tokens=len(ngrams.tokens),
+        vocab_size=np.array([len(used) for used in maps]),
         num_distinct=of_maps("num_distinct"),
         num_ngrams=of_maps("num_ngrams"),
         covered=of_maps("covered"),
@@ -231,13 +222,6 @@ def collision_study(
         all_heads=of_heads("all_heads"),
         expected_all_heads=of_heads("expected_all_heads"),
     )
-
-
-def _frequent(ngrams: FrequentNgrams, min_count: int) -> FrequentNgrams:
-    """Those that occur often enough; they come from the most frequent on."""
-    number = int((ngrams.counts >= min_count).sum())
-    columns = {name: getattr(ngrams, name)[:number] for name in ("canonical", "tokens", "counts")}
-    return dataclasses.replace(ngrams, **columns)
 
 
 def _met(rows: np.ndarray) -> float:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.reading import text_tokens
 from engram_lm.analysis.subject import Subject
+from engram_lm.analysis.token_text import spelled, text_tokens
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 from engram_lm.memory.layer import EngramLayer, row_signs
 
-__all__ = ["MemoryRows", "RowReaders", "TextNgram", "counted_ngrams", "memory_rows", "spelled", "text_ngram"]
+__all__ = ["MemoryRows", "RowReaders", "TextNgram", "counted_ngrams", "memory_rows"]
 
 # Dimension key: N rows or N-grams, E row width, K heads of one order.
 
@@ -31,6 +31,12 @@ class TextNgram(NamedTuple):
     """Positions at which it occurs."""
     block: int
     """Block that reads with it, from 0."""
+
+    @classmethod
+    def of(cls, subject: Subject, block: int, counted: FrequentNgrams, place: int) -> "TextNgram":
+        """Describe the N-gram at a place of those counted, for a block that reads with it."""
+        text = spelled(subject.tokenizer, counted.tokens[place])
+        return cls(text, counted.order, int(counted.counts[place]), block)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +109,7 @@ class RowReaders:
         low, high = np.searchsorted(self._sorted, [row, row + 1])
         entries = (divmod(int(entry), len(counted.counts)) for entry in self._order[low:high])
         ranked = sorted((place, block) for block, place in entries)[:number]
-        return tuple(text_ngram(self._subject, self._blocks[block], counted, place) for place, block in ranked)
+        return tuple(TextNgram.of(self._subject, self._blocks[block], counted, place) for place, block in ranked)
 
 
 def memory_rows(subject: Subject, block: int | None = None) -> MemoryRows:
@@ -155,15 +161,3 @@ def counted_ngrams(subject: Subject, text: Any, max_ngrams: int) -> Mapping[int,
             f"memory reads {list(spec.orders)} and {spec.vocab_size}; count them with the model's own spec"
         )
     return text
-
-
-def text_ngram(subject: Subject, block: int, counted: FrequentNgrams, place: int) -> TextNgram:
-    """Say what the N-gram at a place of those counted is, for a block that reads with it."""
-    text = spelled(subject, counted.tokens[place])
-    return TextNgram(text, counted.order, int(counted.counts[place]), block)
-
-
-def spelled(subject: Subject, tokens: np.ndarray) -> str:
-    """Decode raw tokens, leaving out those below 0, which stand for nothing."""
-    known = [token for token in tokens.tolist() if token >= 0]
-    return str(subject.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,18 +1,18 @@
 """Rows and N-grams that say nearly the same: what lies nearest in a table, who reads it, and what it adds."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from engram_lm.analysis.plain_values import plain
-from engram_lm.analysis.reading import text_tokens
-from engram_lm.analysis.rows.memory_rows import RowReaders, TextNgram, counted_ngrams, memory_rows, spelled, text_ngram
+from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.rows.memory_rows import MemoryRows, RowReaders, TextNgram, counted_ngrams, memory_rows
 from engram_lm.analysis.rows.promoted import Promoted, promoted_tokens
 from engram_lm.analysis.subject import Subject
-from engram_lm.errors import ConfigError, RowRangeError
+from engram_lm.analysis.token_text import spelled, text_tokens
+from engram_lm.errors import ConfigError, RowRangeError, check_whole
 from engram_lm.hashing.counting import ngram_rows
 
 if TYPE_CHECKING:
@@ -24,48 +24,43 @@ __all__ = ["Neighbours", "nearest_ngrams", "nearest_rows"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Neighbours:
+class Neighbours(PlainResult):
     """A row or an N-gram, and what lies nearest to it.
 
-    Entry 0 of axis Q is the query itself, then come its neighbours, the nearest first. ``rich.print(neighbours)`` shows
+    Entry 0 of axis Q is the query itself; its neighbours follow, the nearest first. ``rich.print(neighbours)`` shows
     them as a table.
     """
 
+    also = ("shared_heads",)
+
     block: int
-    """Block whose memory was searched, from 0."""
+    """Block whose memory was searched, counted from 0."""
     order: int
     """N-gram order of the rows."""
     head: int | None
-    """Hash head of that order, from 0; None where whole N-grams were compared, all heads of the order side by side."""
+    """Hash head of that order, counted from 0; None if whole N-grams were compared, all heads side by side."""
     rows: np.ndarray
-    """Row numbers, int64 ``[Q, 1]``, or for N-grams one for each head, ``[Q, K]``."""
+    """Row numbers, int64 ``[Q, 1]``; for N-grams one for each head, ``[Q, K]``."""
     cosines: np.ndarray
     """Cosine to the query, float64 ``[Q]``."""
     ngrams: tuple[tuple[TextNgram, ...], ...]
-    """For each of Q the most frequent N-grams of the text that read the row, the first one most often; or the N-gram
-    itself, with no positions for a query that the text does not have."""
+    """For each of Q the most frequent N-grams of the text that read the row, the most frequent first. If N-grams were
+    compared, the N-gram itself; a query that does not occur in the text has 0 positions."""
     num_ngrams: np.ndarray
     """How many of the text's frequent N-grams read the row, int64 ``[Q]``; 1 for N-grams."""
     promoted: tuple[tuple[Promoted, ...], ...]
-    """For each of Q the tokens that it raises most; see `promoted_tokens`. Empty where that is not known, or where the
-    value is zero."""
+    """For each of Q the tokens that it raises most; see `promoted_tokens`. Empty if that is not known, or if the value
+    is zero."""
     num_searched: int
     """Rows or N-grams that were compared with the query."""
     num_left_out: int
-    """Those left out because they are all zero, or hold a NaN or an infinity."""
+    """Rows or N-grams left out because they are all zero, or hold a NaN or an infinity."""
 
     @property
     def shared_heads(self) -> np.ndarray:
-        """Heads in which an entry reads the very row of the query, int64 ``[Q]``: collisions, near by no merit."""
+        """Heads in which an entry reads the very row of the query, int64 ``[Q]``: it is near because of a collision."""
         shared: np.ndarray = (self.rows == self.rows[:1]).sum(1)
         return shared
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        values["ngrams"] = [[ngram._asdict() for ngram in ngrams] for ngrams in self.ngrams]
-        values["promoted"] = [[token._asdict() for token in tokens] for tokens in self.promoted]
-        return {**values, "shared_heads": plain(self.shared_heads)}
 
     def __rich__(self) -> "Table":
         from rich.table import Table
@@ -78,7 +73,7 @@ class Neighbours:
             found.add_column(name, justify="right" if place < 2 else "left")
         for place, cosine in enumerate(self.cosines.tolist()):
             own = self.shared_heads[place] if self.head is None else self.rows[place, 0]
-            # As Python writes it, text steers no terminal and shows its spaces; in a `Text` it is no markup.
+            # Written as Python writes it, text steers no terminal and shows its spaces; inside `Text` it is no markup.
             ngrams = ", ".join(f"{ngram.text!r} ×{ngram.num_positions}" for ngram in self.ngrams[place])
             more = int(self.num_ngrams[place]) - len(self.ngrams[place])
             ngrams += f" and {more} more" if more > 0 else ""
@@ -103,20 +98,20 @@ def nearest_rows(
 ) -> Neighbours:
     """Find the rows of one head that point in nearly the direction of a row, and the N-grams of a text that read them.
 
-    Rows are compared as they are stored. Rows of different heads mean different things (the projections see them in
-    different channels), so only those of the row's own head are searched.
+    Rows are compared as they are stored. Rows of different heads mean different things, because the projections see
+    them in different channels, so only those of the row's own head are searched.
 
     Args:
         subject: A model with memory, from `engram_lm.analysis.find_subject`.
         row: Row number, offsets included.
-        text: A text or its tokens whose N-grams are to be named, or what `frequent_ngrams` counted in it.
-        block: A block that reads memory, from 0; the first one where None.
+        text: A text or its tokens, whose N-grams are to be named, or what `frequent_ngrams` counted in it.
+        block: A block that reads memory, counted from 0; None means the first one.
         k: Neighbours to find.
         among: ``"head"`` compares all rows of the head, which reads that part of the table once; ``"text"`` only those
             that the text's frequent N-grams read, which suits a table that is far away.
         num_ngrams: N-grams to name for each row.
         num_promoted: Tokens to name for each row; 0 runs nothing of the model.
-        max_ngrams: Take so many of the most frequent N-grams of each order at most.
+        max_ngrams: N-grams of each order to take, at most; the most frequent ones are taken.
         budget_bytes: Rows are read in pieces that stay below this.
         on_progress: Called with the number of rows just compared.
 
@@ -128,44 +123,36 @@ def nearest_rows(
         TokenError: A token is outside the vocabulary.
     """
     memory = memory_rows(subject, block)
-    _check_numbers(k=k, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
+    check_whole(k=k, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
     if among not in ("head", "text") or (among == "text" and text is None):
         raise ConfigError(f"among is 'head', or 'text' with a text, got {among!r}")
     offsets = memory.spec.offsets(memory.layer_id)
     primes = memory.spec.primes[memory.spec.layers.index(memory.layer_id)]
     if not isinstance(row, int | np.integer) or not 0 <= row < sum(primes):
         raise RowRangeError(
-            f"row {row!r} is none that block {memory.block} can read; its rows go from 0 to {sum(primes) - 1}"
+            f"block {memory.block} cannot read the row {row!r}; its rows go from 0 to {sum(primes) - 1}"
         )
     column = int(np.searchsorted(offsets, row, side="right")) - 1
     row = int(row)
-    head, first, end = column % memory.spec.num_heads, offsets[column], offsets[column] + primes[column]
-    order = memory.spec.orders[column // memory.spec.num_heads]
+    head, order = column % memory.spec.num_heads, memory.spec.orders[column // memory.spec.num_heads]
     readers = RowReaders(subject, memory, order, head, counted_ngrams(subject, text, max_ngrams))
-    query = memory.gather(np.array([row]))[0]
     step = max(1, budget_bytes // (memory.row_bytes + 12 * memory.layer.config.head_dim))
     if among == "head":
+        first, end = offsets[column], offsets[column] + primes[column]
         pieces = (np.arange(start, min(start + step, end)) for start in range(first, end, step))
     else:
         pieces = (readers.rows[start : start + step] for start in range(0, len(readers.rows), step))
-    best = _Best(query, k)
-    for rows in pieces:
-        rows = rows[rows != row]
-        best.add(memory.gather(rows), rows)
-        on_progress(len(rows))
+    best = _Best(memory.gather(np.array([row]))[0], k)
+    best.search(pieces, row, memory.gather, on_progress)
     rows = np.array([row, *best.places])
-    channels = memory.channels(column, 1)
-    return Neighbours(
-        block=memory.block,
+    return best.found(
+        memory,
         order=order,
         head=head,
         rows=rows[:, None],
-        cosines=np.array([1.0, *best.cosines]),
         ngrams=tuple(readers.first(one, num_ngrams) for one in rows.tolist()),
         num_ngrams=np.array([readers.count(one) for one in rows.tolist()]),
-        promoted=promoted_tokens(subject, memory.layer, memory.gather(rows), channels, num_promoted),
-        num_searched=best.num_searched,
-        num_left_out=best.num_left_out,
+        promoted=promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted),
     )
 
 
@@ -188,19 +175,19 @@ def nearest_ngrams(
         subject: A model with memory, from `engram_lm.analysis.find_subject`.
         ngram: A text that is tokenized to as many tokens as one of the memory's orders has, or those raw tokens. A
             word within a text often begins with a space.
-        text: A text or its tokens whose N-grams are compared, or what `frequent_ngrams` counted in it.
-        block: A block that reads memory, from 0; the first one where None.
+        text: A text or its tokens, whose N-grams are compared, or what `frequent_ngrams` counted in it.
+        block: A block that reads memory, counted from 0; None means the first one.
         k: Neighbours to find.
-        min_count: Compare N-grams that occur at so many positions at least.
+        min_count: Compare N-grams that occur at this many positions or more.
         num_promoted: Tokens to name for each N-gram; 0 runs nothing of the model.
-        max_ngrams: Take so many of the most frequent N-grams of each order at most.
+        max_ngrams: N-grams of each order to take, at most; the most frequent ones are taken.
         budget_bytes: Rows are read in pieces that stay below this.
         on_progress: Called with the number of N-grams just compared.
 
     Raises:
         MismatchError: The model has no memory, or its tables are not at hand.
-        ConfigError: The block has no memory, the N-gram is of no order, its memory has no direction, or a number is
-            impossible.
+        ConfigError: The block has no memory, no order has the N-gram's number of tokens, its memory has no direction,
+            or a number is impossible.
         DataError: The text has no tokens.
         TokenError: A token is outside the vocabulary.
 
@@ -210,7 +197,7 @@ def nearest_ngrams(
     """
     memory = memory_rows(subject, block)
     spec = memory.spec
-    _check_numbers(k=k, min_count=min_count, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
+    check_whole(k=k, min_count=min_count, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
     tokens = text_tokens(subject.tokenizer, ngram) if isinstance(ngram, str) else np.asarray(ngram)
     order = len(tokens)
     if order not in spec.orders:
@@ -227,35 +214,30 @@ def nearest_ngrams(
     number = int((counted.counts >= min_count).sum())
     rows = ngram_rows(spec, counted, memory.layer_id)[:number]
     step = max(1, budget_bytes // (spec.num_heads * (memory.row_bytes + 12 * memory.layer.config.head_dim)))
+    pieces = (np.arange(start, min(start + step, number)) for start in range(0, number, step))
     assert spec.token_map is not None
     place = int(counted.find(spec.token_map.apply(tokens)[None])[0])
     best = _Best(memory.vectors(own[None])[0], k)
-    for start in range(0, number, step):
-        places = np.arange(start, min(start + step, number))
-        places = places[places != place]
-        best.add(memory.vectors(rows[places]), places)
-        on_progress(len(places))
+    best.search(pieces, place, lambda places: memory.vectors(rows[places]), on_progress)
     found = np.concatenate([own[None], rows[best.places]])
     count = int(counted.counts[place]) if place >= 0 else 0
-    ngrams = [TextNgram(spelled(subject, tokens), order, count, memory.block)]
-    ngrams += [text_ngram(subject, memory.block, counted, one) for one in best.places.tolist()]
-    channels = memory.channels(first, spec.num_heads)
-    return Neighbours(
-        block=memory.block,
+    ngrams = [TextNgram(spelled(subject.tokenizer, tokens), order, count, memory.block)]
+    ngrams += [TextNgram.of(subject, memory.block, counted, one) for one in best.places.tolist()]
+    return best.found(
+        memory,
         order=order,
         head=None,
         rows=found,
-        cosines=np.array([1.0, *best.cosines]),
         ngrams=tuple((one,) for one in ngrams),
         num_ngrams=np.ones(len(found), np.int64),
-        promoted=promoted_tokens(subject, memory.layer, memory.vectors(found), channels, num_promoted),
-        num_searched=best.num_searched,
-        num_left_out=best.num_left_out,
+        promoted=promoted_tokens(
+            subject, memory.layer, memory.vectors(found), memory.channels(first, spec.num_heads), num_promoted
+        ),
     )
 
 
 class _Best:
-    """The vectors nearest to one, of those that came by."""
+    """The vectors nearest to a query, among those that were compared with it."""
 
     def __init__(self, query: Tensor, k: int) -> None:
         norm = query.norm()
@@ -268,8 +250,20 @@ class _Best:
         self.places, self.cosines = np.zeros(0, np.int64), np.zeros(0, np.float64)
         self.num_searched = self.num_left_out = 0
 
-    def add(self, vectors: Tensor, places: np.ndarray) -> None:
-        """Compare vectors ``[N, E]``, known by their places ``[N]``."""
+    def search(
+        self,
+        pieces: Iterable[np.ndarray],
+        own: int,
+        vectors_of: Callable[[np.ndarray], Tensor],
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Compare the vectors at some places, piece by piece, but for the query's own."""
+        for places in pieces:
+            places = places[places != own]
+            self._add(vectors_of(places), places)
+            on_progress(len(places))
+
+    def _add(self, vectors: Tensor, places: np.ndarray) -> None:
         norms = vectors.norm(dim=1)
         usable = (norms > 0) & norms.isfinite()
         cosines = ((vectors[usable] @ self._query) / norms[usable]).numpy().astype(np.float64)
@@ -277,12 +271,16 @@ class _Best:
         self.num_left_out += len(places) - len(cosines)
         cosines = np.concatenate([self.cosines, cosines])
         places = np.concatenate([self.places, places[usable.numpy()]])
-        # Of equals the lower place goes first.
+        # Among equals the lower place comes first.
         nearest = np.lexsort([places, -cosines])[: self._k]
         self.cosines, self.places = cosines[nearest], places[nearest]
 
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
+    def found(self, memory: MemoryRows, **values: Any) -> Neighbours:
+        """Return the neighbours, with what is known of them besides."""
+        return Neighbours(
+            block=memory.block,
+            cosines=np.array([1.0, *self.cosines]),
+            num_searched=self.num_searched,
+            num_left_out=self.num_left_out,
+            **values,
+        )

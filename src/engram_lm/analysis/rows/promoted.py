@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.reading import Analysis, NotApplicable, Reading, read_text
-from engram_lm.analysis.rows.memory_rows import spelled
+from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject
+from engram_lm.analysis.token_text import spelled
 from engram_lm.memory.layer import EngramLayer
 
 __all__ = ["Promoted", "promoted_tokens"]
@@ -64,7 +65,7 @@ def promoted_tokens(
     best = raised.topk(min(number, num_tokens))
     return tuple(
         tuple(
-            Promoted(token, spelled(subject, np.array([token])), logit)
+            Promoted(token, spelled(subject.tokenizer, [token]), logit)
             for token, logit in zip(tokens, found, strict=True)
         )
         if speaks

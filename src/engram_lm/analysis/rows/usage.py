@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from engram_lm.analysis.plain_values import plain
-from engram_lm.analysis.reading import Analysis, Reading, read_text, text_tokens
+from engram_lm.analysis.plain_values import PlainResult, plain
+from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import NgramCollisions, ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.subject import Subject, find_subject
-from engram_lm.errors import ConfigError, MismatchError, TokenError
+from engram_lm.analysis.token_text import text_tokens
+from engram_lm.errors import MismatchError, TokenError, check_whole
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams
 
 __all__ = ["RowFindings", "RowUsage", "RowUse", "row_use"]
 
@@ -23,48 +25,50 @@ __all__ = ["RowFindings", "RowUsage", "RowUse", "row_use"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class RowUsage:
+class RowUsage(PlainResult):
     """The rows that one model read in a text. What has no value is NaN (None in `to_dict`)."""
 
+    also = ("occupancy", "occupancy_by_block")
+
     blocks: tuple[int, ...]
-    """Blocks that read memory, from 0: axis G."""
+    """Blocks that read memory, counted from 0: axis G."""
     orders: tuple[int, ...]
     """N-gram orders: axis O."""
     num_heads: int
     """Hash heads per order: axis K."""
     tables: tuple[tuple[int, ...], ...]
-    """Blocks that read each table, axis T: one block each, or all of them where they share one."""
+    """Blocks that read each table, axis T: one block each, or all of them if they share one table."""
     num_positions: int
     """Positions at which rows were read."""
     num_dead: int
     """Positions left out because no N-gram ends there."""
     row_share: float
-    """Share of the rows that was counted: 1, or less where not all that were read could be held. Numbers of rows are
-    then estimates from that share, and ranks and `covered` too."""
+    """Share of the rows that was counted: 1, or less if not all rows that were read could be held. Numbers of rows,
+    ranks and `covered` are then estimates from that share."""
     num_rows: np.ndarray
     """Rows of each head, int64 ``[G, O, K]``."""
     num_rows_hit: np.ndarray
-    """Those of them that the block read at least once, float64 ``[G, O, K]``."""
+    """Rows of each head that the block read at least once, float64 ``[G, O, K]``."""
     num_table_rows: np.ndarray
     """Rows of each table, without padding, int64 ``[T]``."""
     num_table_rows_hit: np.ndarray
-    """Those that any of its blocks read, float64 ``[T]``."""
+    """Rows of each table that any of its blocks read, float64 ``[T]``."""
     ranks: np.ndarray
-    """Ranks of rows, from 1 for the one that is read most often, spread evenly on a logarithmic axis, int64 ``[R]``."""
+    """Ranks of rows, 1 for the one that is read most often, spread evenly on a logarithmic axis, int64 ``[R]``."""
     hits: np.ndarray
-    """Times that the row of each rank is read, over all heads of a table, int64 ``[T, R]``."""
+    """How often the row of each rank is read, over all heads of a table, int64 ``[T, R]``."""
     hits_by_order: np.ndarray
     """The same among the rows of one order, int64 ``[T, O, R]``."""
     covered: np.ndarray
-    """Share of all reads that go to the rows up to a rank: what a cache of so many rows would answer at best, float64
-    ``[T, R]``."""
+    """Share of all reads that go to the rows up to a rank, float64 ``[T, R]``: what a cache with that number of rows
+    would answer at best."""
     zipf_exponent: np.ndarray
     """s in hits ~ rank**-s, fitted to `hits`; see `engram_lm.analysis.rows.hits.zipf_exponent`; float64 ``[T]``."""
     zipf_exponent_by_order: np.ndarray
     """The same for one order, float64 ``[T, O]``."""
     collisions: NgramCollisions | None
-    """Collisions among the frequent N-grams; None where the text's tokens were not given or hold ids that no tokenizer
-    makes."""
+    """Collisions among the frequent N-grams. None if the tokens of the text were not given, or some of them are ids
+    that no tokenizer produces."""
 
     @property
     def occupancy(self) -> np.ndarray:
@@ -78,40 +82,33 @@ class RowUsage:
         occupancy: np.ndarray = self.num_rows_hit.sum((1, 2)) / self.num_rows.sum((1, 2))
         return occupancy
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        values["collisions"] = None if self.collisions is None else self.collisions.to_dict()
-        return {**values, "occupancy": plain(self.occupancy), "occupancy_by_block": plain(self.occupancy_by_block)}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowFindings:
     """The rows that several models read in one text."""
 
     models: Mapping[str, RowUsage]
-    """By the model's name."""
+    """The usage of each model, by its name."""
     left_out: Mapping[str, str]
     """Models that read no rows, and why."""
+    ngrams: TextNgrams | None
+    """The text's N-grams, for more questions about them; not among the plain values."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "models": {name: usage.to_dict() for name, usage in self.models.items()},
-            "left_out": dict(self.left_out),
-        }
+        """Return plain values for JSON."""
+        return {"models": plain(self.models), "left_out": plain(self.left_out)}
 
 
 class RowUse(Analysis):
     """Counts the rows that models with memory read. Feed it with `engram_lm.analysis.read_text`.
 
-    Every living position counts, NaN or not: which rows are read depends on the tokens alone.
+    Every living position counts, whether its values are finite or not: which rows are read depends on the tokens alone.
 
     Args:
-        tokens: The tokens of the text, integers ``[num_tokens]``, as `read_text` gets them; memory-mapped ones will do.
-            They are needed for the collisions only, which belong to the text as a whole, not cut into windows.
-        min_count: Positions at which a frequent N-gram occurs at least.
-        max_ngrams: Take so many of the most frequent N-grams of each order at most.
+        tokens: The tokens of the text as `read_text` gets them, integers ``[num_tokens]``, or a `TextNgrams` of them.
+            They are needed only for the collisions, which belong to the whole text and not to single windows.
+        min_count: The least number of positions at which a frequent N-gram occurs.
+        max_ngrams: N-grams of each order to compare, at most; the most frequent ones are taken.
         max_bytes: Budget of all counts together, in equal parts for each block of each model; see
             `engram_lm.analysis.rows.hits.HitCounter`.
 
@@ -124,10 +121,10 @@ class RowUse(Analysis):
     def __init__(
         self, tokens: Any = None, *, min_count: int = 2, max_ngrams: int = 1 << 16, max_bytes: int = 1 << 28
     ) -> None:
-        for name, value in (("min_count", min_count), ("max_ngrams", max_ngrams), ("max_bytes", max_bytes)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
-        self.tokens, self.min_count, self.max_ngrams, self.max_bytes = tokens, min_count, max_ngrams, max_bytes
+        check_whole(min_count=min_count, max_ngrams=max_ngrams, max_bytes=max_bytes)
+        self.min_count, self.max_bytes = min_count, max_bytes
+        known = tokens is None or isinstance(tokens, TextNgrams)
+        self.ngrams = tokens if known else TextNgrams(tokens, max_ngrams=max_ngrams)
         self._counts: dict[str, _Counts] = {}
         self._left_out: dict[str, str] = {}
 
@@ -137,14 +134,10 @@ class RowUse(Analysis):
         num_counters = sum(len(subject.memories) for subject in readers)
         self._counts = {subject.name: _Counts(subject, self.max_bytes // num_counters) for subject in readers}
         self._left_out = {subject.name: "it has no memory" for subject in subjects if not subject.memories}
-        if readers:
-            return None
-        reasons = set(self._left_out.values())
-        # Who is meant need not be said where it is true of all.
-        return reasons.pop() if len(reasons) == 1 else "; ".join(f"{n}: {why}" for n, why in self._left_out.items())
+        return applicable(self._left_out, subjects)
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
-        """What counting the rows of one position and block takes."""
+        """Return what counting the rows of one position and block takes."""
         return max((32 * subject.spec.num_heads_total for subject in subjects if subject.spec), default=0)
 
     def update(self, readings: Sequence[Reading]) -> None:
@@ -155,24 +148,16 @@ class RowUse(Analysis):
 
     def result(self) -> RowFindings:
         """Return what was counted."""
-        ngrams: dict[Any, dict[int, FrequentNgrams] | None] = {}
-        models = {}
-        for name, counts in self._counts.items():
-            spec = counts.spec
-            # What the N-grams of a text are does not depend on the rows, which models often differ in.
-            key = (spec.orders, spec.token_map_digest, spec.fill, spec.segments)
-            if self.tokens is not None and key not in ngrams:
-                ngrams[key] = self._ngrams(spec)
-            found = ngrams.get(key)
-            collisions = None if found is None else ngram_collisions(spec, found, min_count=self.min_count)
-            models[name] = counts.usage(collisions)
-        return RowFindings(models, dict(self._left_out))
+        models = {name: counts.usage(self._collisions(counts.spec)) for name, counts in self._counts.items()}
+        return RowFindings(models, dict(self._left_out), self.ngrams)
 
-    def _ngrams(self, spec: HashSpec) -> dict[int, FrequentNgrams] | None:
+    def _collisions(self, spec: HashSpec) -> NgramCollisions | None:
+        if self.ngrams is None:
+            return None
         try:
-            return frequent_ngrams(spec, self.tokens, num_ngrams=self.max_ngrams)
+            return ngram_collisions(spec, self.ngrams.frequent(spec), min_count=self.min_count)
         except TokenError:
-            # An attached memory takes ids that no tokenizer makes for no text; an N-gram cannot be said of them.
+            # An attached memory treats ids that no tokenizer produces as dead; they belong to no N-gram.
             return None
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
-from engram_lm.analysis.plain_values import plain
+from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem
@@ -27,38 +28,47 @@ from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["Condition", "How", "SuppressionEffect", "conditions", "suppressed", "suppression_effect"]
 
-# Dimension key: B batch, L length, H heads of all orders.
+# Dimension key: H heads of all orders.
 
 How = Literal["zero", "shuffle"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Condition:
+class Condition(PlainResult):
     """Which memory is suppressed, and how."""
 
-    blocks: tuple[int, ...] = ()
-    """Blocks whose memory is suppressed, ascending, counted from 0; none where the model is as it is."""
-    how: How | None = None
-    """How; None where nothing is suppressed."""
+    also = ("name",)
 
-    def __str__(self) -> str:
+    blocks: tuple[int, ...] = ()
+    """Blocks whose memory is suppressed, ascending, counted from 0; empty if the model is left as it is."""
+    how: How | None = None
+    """How it is suppressed; None if nothing is."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
         if self.how is None:
             return "memory on"
         what = "zero" if self.how == "zero" else "shuffled"
         return f"{what} in block{'s' * (len(self.blocks) > 1)} {', '.join(map(str, self.blocks))}"
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SuppressionEffect:
-    """What suppression does to loss and to families of questions. Made by `suppression_effect`.
+class SuppressionEffect(PlainResult):
+    """What suppression does to the loss and to families of questions. Made by `suppression_effect`.
 
     Axes: C conditions, the first of which suppresses nothing; F families.
     """
 
+    also = ("retained", "retained_error")
+
     conditions: tuple[Condition, ...]
     """What was suppressed, ``[C]``."""
     families: tuple[str, ...]
-    """Families of questions, ``[F]``; empty where none were asked."""
+    """Families of questions, ``[F]``; empty if no questions were asked."""
     num_items: np.ndarray
     """Questions of each family, int64 ``[F]``."""
     exact_match: np.ndarray
@@ -66,11 +76,11 @@ class SuppressionEffect:
     accuracy: np.ndarray
     """Share of right choices, float64 ``[C, F]``; NaN for a family without choices."""
     chance: np.ndarray
-    """What guessing among the choices gives, float64 ``[F]``; NaN without choices."""
+    """Share of right choices if one guesses, float64 ``[F]``; NaN without choices."""
     answer_loss: np.ndarray
     """Nats per token of the right answers, float64 ``[C, F]``."""
     loss: np.ndarray
-    """Nats per token of the text, float64 ``[C]``; NaN where there was no text."""
+    """Nats per token of the text, float64 ``[C]``; NaN if there was no text."""
 
     @property
     def retained(self) -> np.ndarray:
@@ -93,17 +103,6 @@ class SuppressionEffect:
         error[np.isnan(retained)] = np.nan
         return error
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; NaN is None."""
-        values: dict[str, Any] = {
-            "conditions": [{"name": str(one), "blocks": list(one.blocks), "how": one.how} for one in self.conditions],
-            "families": list(self.families),
-            "num_items": self.num_items.tolist(),
-        }
-        for name in ("exact_match", "accuracy", "chance", "answer_loss", "loss", "retained", "retained_error"):
-            values[name] = plain(getattr(self, name))
-        return values
-
 
 @contextlib.contextmanager
 def suppressed(
@@ -112,15 +111,15 @@ def suppressed(
     """Suppress memory inside a ``with`` block, in forward passes and in generation, with a cache or without.
 
     ``"zero"`` sets what memory adds to the hidden states to zero. ``"shuffle"`` reads another row of the same head in
-    place of each: the same one each time, and never one row in place of two, so that memory says as much as before but
-    says it about other N-grams. Of a table with rows that training never touched, some of those are read then.
+    place of each row: always the same one, and never the same one for two rows. The memory then says as much as before,
+    but about other N-grams. If a table has rows that training never touched, some of them are read.
 
     Args:
         subject: An `EngramForCausalLM`, a model with attached memory (all of its adapters), a `MemoryAdapter`, or a
-            `Subject` of either kind. Not compiled before.
-        blocks: Blocks whose memory is suppressed, counted from 0; all that have one where None.
+            `Subject` of either kind. It must not have been compiled before.
+        blocks: Blocks whose memory is suppressed, counted from 0; None means all that have memory.
         how: ``"zero"`` or ``"shuffle"``.
-        seed: Decides which rows are read by ``"shuffle"``.
+        seed: Decides which rows ``"shuffle"`` reads.
 
     Raises:
         MismatchError: There is no memory.
@@ -146,7 +145,7 @@ def suppressed(
 
 
 def conditions(subject: Any, how: Sequence[How] = ("zero", "shuffle")) -> tuple[Condition, ...]:
-    """List what can be suppressed: nothing; then, in each way, all memory and that of each block by itself.
+    """List what can be suppressed: nothing; then, in each way, all memory, and that of each block by itself.
 
     Raises:
         MismatchError: There is no memory.
@@ -170,23 +169,23 @@ def suppression_effect(
 ) -> SuppressionEffect:
     """Measure what a model loses with its memory suppressed.
 
-    Every condition is a run of its own over the questions and the text: what a suppressed model computes has nothing in
-    common with what the whole one does.
+    Every condition runs over the questions and the text by itself, because a suppressed model computes other things
+    than the whole model from the first suppressed block on.
 
     Args:
         model: As for `suppressed`, but the model or the `Subject`, not an adapter.
         tokenizer: Its tokenizer.
         items: Questions, as from `read_tasks`.
         tokens: Packed tokens of a text, integers ``[num_tokens]``, for the loss.
-        chosen: What to suppress; `conditions` where None. Put ``Condition()`` first, or it is.
-        length: Tokens of the text seen at once.
-        batch_size: Sequences at a time.
-        seed: Decides what ``"shuffle"`` reads.
+        chosen: What to suppress; None means `conditions`. ``Condition()`` is put first unless it is there.
+        length: Tokens of the text that are seen at once.
+        batch_size: Sequences that are computed at once.
+        seed: Decides which rows ``"shuffle"`` reads.
         on_progress: Called with each condition when it is done.
 
     Raises:
         MismatchError: There is no memory.
-        ConfigError: Neither questions nor text were given, or a condition cannot be.
+        ConfigError: Neither questions nor a text were given, or a condition is impossible.
         DataError: A question or the text cannot be used.
 
     Example:
@@ -198,15 +197,11 @@ def suppression_effect(
     asked = tuple(chosen) if chosen is not None else conditions(model)
     if not asked or asked[0] != Condition():
         asked = (Condition(), *asked)
-    inner = model.model if _is_subject(model) else model
+    inner = model.model if isinstance(model, Subject) else model
     families = tuple(dict.fromkeys(item.family for item in items))
-    shape = (len(asked), len(families))
-    exact, accuracy, answer_loss = (np.full(shape, np.nan) for _ in range(3))
-    loss, chance, counts = (
-        np.full(len(asked), np.nan),
-        np.full(len(families), np.nan),
-        np.zeros(len(families), np.int64),
-    )
+    values = {name: np.full((len(asked), len(families)), np.nan) for name in ("exact_match", "accuracy", "answer_loss")}
+    loss, chance = np.full(len(asked), np.nan), np.full(len(families), np.nan)
+    counts = np.zeros(len(families), np.int64)
     for row, condition in enumerate(asked):
         with contextlib.ExitStack() as stack:
             if condition.how is not None:
@@ -215,23 +210,17 @@ def suppression_effect(
                 scores = score_tasks(inner, tokenizer, items, batch_size=batch_size)
                 for column, name in enumerate(families):
                     family = scores.families[name]
-                    exact[row, column], answer_loss[row, column] = family.exact_match, family.answer_loss
-                    accuracy[row, column] = math.nan if family.accuracy is None else family.accuracy
-                    chance[column] = math.nan if family.chance is None else family.chance
-                    counts[column] = family.num_items
+                    for measure, array in values.items():
+                        array[row, column] = _number(getattr(family, measure))
+                    chance[column], counts[column] = _number(family.chance), family.num_items
             if tokens is not None:
                 loss[row] = held_out_loss(inner, tokens, length=length, batch_size=batch_size).loss
         on_progress(condition)
-    return SuppressionEffect(
-        conditions=asked,
-        families=families,
-        num_items=counts,
-        exact_match=exact,
-        accuracy=accuracy,
-        chance=chance,
-        answer_loss=answer_loss,
-        loss=loss,
-    )
+    return SuppressionEffect(conditions=asked, families=families, num_items=counts, chance=chance, loss=loss, **values)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 class _Memory(NamedTuple):
@@ -242,18 +231,14 @@ class _Memory(NamedTuple):
     spec: HashSpec
 
 
-def _is_subject(subject: Any) -> bool:
-    return isinstance(getattr(subject, "memories", None), Mapping)
-
-
 def _memories(subject: Any) -> list[_Memory]:
     """Find the memory layers of a model of any kind, in order of depth."""
-    if _is_subject(subject):
+    if isinstance(subject, Subject) and subject.spec is not None:
         found = [_Memory(block, layer, subject.spec) for block, layer in subject.memories.items()]
     elif isinstance(subject, MemoryAdapter):
         found = _of_adapter(subject)
     else:
-        # Around the model there may be others, as peft's.
+        # The model may be inside another one, such as peft's.
         modules = list(subject.modules()) if isinstance(subject, torch.nn.Module) else []
         found = [memory for module in modules if isinstance(module, EngramModel) for memory in _of_own(module)]
         adapters = [adapter for module in modules for adapter in attached_adapters(module).values()]
@@ -283,14 +268,14 @@ def _chosen(there: set[int], blocks: Sequence[int] | None) -> set[int]:
 
 
 def _zero(layer: Any, args: tuple[Any, ...], output: Tensor | EngramOutput) -> Tensor | EngramOutput:
-    # Not a product with zero: what memory says may be anything, NaN included.
+    # Not a product with zero, because memory may have said anything, NaN included.
     if isinstance(output, EngramOutput):
         return output._replace(update=torch.zeros_like(output.update))
     return torch.zeros_like(output)
 
 
 class _RowMaps(NamedTuple):
-    """One bijection of a head's rows for each head: row -> (factor * row + shift) mod rows, counted from the head's."""
+    """A bijection of rows for each head: row -> (factor * row + shift) mod count, counted from the head's first row."""
 
     offsets: Tensor
     factors: Tensor
@@ -302,7 +287,7 @@ class _RowMaps(NamedTuple):
 def _row_maps(spec: HashSpec, block: int, seed: int) -> _RowMaps:
     """Draw the bijections. A permutation written out would be as long as the table."""
     index = spec.blocks.index(block)
-    # Drawn from a text, which random turns into a number the same way in every process.
+    # The seed is a string, because `random` turns a string into the same number in every process.
     chance = random.Random(f"{seed} {block}")
     factors, shifts = [], []
     for count in spec.primes[index]:

@@ -10,7 +10,8 @@ from engram_lm.analysis.cka.cka import Cka
 from engram_lm.analysis.cka.maps import CkaFindings
 from engram_lm.analysis.lens.lens import LogitLens
 from engram_lm.analysis.positions import Positions
-from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
+from engram_lm.analysis.protocol import Analysis, NotApplicable
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject
 
 __all__ = ["MeasureOptions", "measure"]
