@@ -392,10 +392,10 @@ class _Speed:
         return found
 
 
-def _curve(metrics: Path) -> list[tuple[int, float | None]]:
+def _curve(metrics: Path) -> list[list[Any]]:
     """Held-out loss by tokens trained on, as far as a run has come."""
     lines = [line for line in read_metrics(metrics) if "held_out" in line]
-    return [(line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])) for line in lines]
+    return [[line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])] for line in lines]
 
 
 def _plot(folder: Path) -> None:
