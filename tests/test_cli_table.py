@@ -77,7 +77,7 @@ def test_a_table_is_converted_inspected_and_verified_with_results_on_stdout(own,
     path = tmp_path / "packed" / "layer-1.safetensors"
     assert f"layer 1: {path}" in out and "saved 348,000 (72.5%)" in out
     assert "relative error  mean 5.0" in out and "(all rows)" in out and "cosine" in out
-    assert "layer 1" in err and "MB" in err, "progress goes to stderr"
+    assert "layer 1" in err and "132.0 kB" in err, "progress goes to stderr"
     text = printed(capsys, "inspect", path)
     assert "3,000 of 40 numbers" in text and "int8 with scales by blocks of 32, 1.100 bytes" in text
     assert "44 bytes each" in text

@@ -53,10 +53,10 @@ _VERBS = {
 
 _TABLE_VERBS = {
     "build": _Verb(
-        "engram_lm.evaluation.table_command:Build", "write a packed table, of a checkpoint's or of random rows"
+        "engram_lm.memory.formats.table_command:Build", "write a packed table, from a checkpoint or of random rows"
     ),
     "convert": _Verb(
-        "engram_lm.evaluation.table_command:Convert",
+        "engram_lm.evaluation.rounding:ConvertAndMeasure",
         "write the tables of a checkpoint as packed tables, as they are or rounded; say what rounding costs",
     ),
     "verify": _Verb(

@@ -19,7 +19,7 @@ from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.tables import MappedTable
 from engram_lm.tables.codec import CODEC_NAMES, RowCodec
 from engram_lm.tables.files.build import build_packed, build_random
-from engram_lm.tables.files.packed import PackedHeader, inspect_packed, packed_layout, read_packed_header
+from engram_lm.tables.files.packed import PackedHeader, packed_layout, read_packed_header
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.verify import verify_packed
 
@@ -140,7 +140,7 @@ def test_the_header_tells_all_it_was_given_with_large_integers_as_strings(tmp_pa
     assert (header.spec_digest, header.hash_spec) == ("ab" * 32, spec)
     assert header.provenance == {"seed": str(2**53), "small": 7}
     assert header.layout.spec_digest == "ab" * 32
-    values = inspect_packed(tmp_path / "t.safetensors")
+    values = header.describe()
     assert (values["record_bytes"], values["num_rows"], values["file_bytes"]) == (264, 20, 4096 + 20 * 264)
 
 

@@ -1,17 +1,70 @@
-"""What other tables do to the loss of a model: its own, quantized, in their place."""
+"""What other tables, such as rounded ones, do to the loss of a model; ``engram-lm table convert`` with a model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import MismatchError
-from engram_lm.tables import MappedTable, RowLayout
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory.formats.table_command import Convert
+from engram_lm.serving.load import load_model
+from engram_lm.tables import MappedTable, RowLayout, packed_layout
+from engram_lm.tables.files.convert import Converted
+from engram_lm.training.data.batches import pack
+from engram_lm.training.data.corpus import read_corpus
 from engram_lm.training.held_out import held_out_loss
 
-__all__ = ["LossChange", "loss_change", "put_tables"]
+__all__ = ["ConvertAndMeasure", "LossChange", "loss_change", "put_tables"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertAndMeasure(Convert):
+    """Write the tables of a checkpoint as packed tables: as they are, or rounded to another type.
+
+    Sources are this library's own checkpoints, DeepSeek-V4.1 and Qwen (qwen4_exp) folders, and packed tables. Called
+    again, an interrupted conversion continues where it stopped. Where numbers are rounded, it prints the bytes saved
+    and the error; with --model and --data also the change in held-out loss.
+
+    Examples::
+
+        engram-lm table convert DeepSeek-V4.1-Flash tables
+        engram-lm table convert DeepSeek-V4.1-Flash tables --layer 1 --dtype int4
+        engram-lm table convert RUN tables --dtype int8 --model RUN --data held-out.txt
+    """
+
+    model: Path | None = None
+    """A model of this library: measure its held-out loss with its own tables and with the new ones."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders to measure it on."""
+    sequence_length: int | None = None
+    """Tokens in a sequence; the length the model was trained with by default, 1024 at most."""
+    max_tokens: int | None = None
+    """Measure the loss on this many tokens at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) != (not self.data):
+            raise ConfigError("--model and --data belong together: the loss of a model on text")
+        for name in ("sequence_length", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def loss_change(self, results: Sequence[Converted]) -> dict[str, Any] | None:
+        """See `Convert.loss_change`."""
+        if self.model is None:
+            return None
+        corpus = read_corpus(self.data)
+        model, tokenizer = load_model(self.model, device="cpu")
+        longest = getattr(model.config, "max_position_embeddings", None) or 1024
+        tokens = pack(corpus.documents, tokenizer)
+        if self.max_tokens is not None:
+            tokens = tokens[: self.max_tokens + 1]
+        layouts = {result.layer: packed_layout(result.path) for result in results}
+        length = self.sequence_length or min(longest, 1024)
+        return dataclasses.asdict(loss_change(model, layouts, tokens, length=length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +74,9 @@ class LossChange:
     loss_before: float
     """Mean nats per token with the model's own tables."""
     loss_after: float
-    """With the others."""
+    """Mean nats per token with the other tables."""
     change: float
-    """Second less first."""
+    """``loss_after - loss_before``."""
     num_tokens: int
     """Tokens predicted, each time."""
 
@@ -31,7 +84,7 @@ class LossChange:
 def loss_change(
     model: Any, layouts: Mapping[int | str, RowLayout], tokens: np.ndarray, *, length: int, batch_size: int = 16
 ) -> LossChange:
-    """Measure the loss, put the tables in, measure it again. The model keeps the new tables.
+    """Measure the loss, put the tables in, and measure it again. The model keeps the new tables.
 
     Args:
         model: An `EngramForCausalLM`.
@@ -53,7 +106,7 @@ def loss_change(
 
 
 def put_tables(model: Any, layouts: Mapping[int | str, RowLayout]) -> None:
-    """Let blocks read other tables, mapped from their files, as rows of the type of those they had.
+    """Let blocks read other tables, mapped from their files, as rows of the type that they had.
 
     Raises:
         MismatchError: The model has no such table, or one of another size.
@@ -77,9 +130,9 @@ def _check(model: Any, layouts: Mapping[int | str, RowLayout]) -> None:
             raise MismatchError(
                 f"{where} is the table of layer {key}, the model has those of {', '.join(owns) or 'none'}"
             )
-        own = owns[str(key)]
-        if (own.num_rows, own.width) != (layout.num_rows, layout.codec.width):
+        own, found = owns[str(key)], (layout.num_rows, layout.codec.width)
+        if (own.num_rows, own.width) != found:
             raise MismatchError(
-                f"the model's table of layer {key} has {own.num_rows} rows of {own.width} numbers, the one to take its "
-                f"place {layout.num_rows} of {layout.codec.width}"
+                f"the model's table of layer {key} has {own.num_rows} rows of {own.width} numbers, the table that "
+                f"should replace it has {found[0]} of {found[1]}"
             )

@@ -10,7 +10,7 @@ from engram_lm.tables.around.cache import CachedTable, most_frequent
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.packed import inspect_packed, packed_layout
+from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder
 from engram_lm.tables.files.verify import verify_packed
@@ -43,7 +43,6 @@ __all__ = [
     "Table",
     "TensorFolder",
     "Ticket",
-    "inspect_packed",
     "most_frequent",
     "open_table",
     "packed_layout",

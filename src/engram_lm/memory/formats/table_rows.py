@@ -3,12 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from engram_lm.errors import CheckpointError, EngramError
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import RowLayout
 
-__all__ = ["check_table_rows", "spec_beside"]
+__all__ = ["check_table_rows", "checked_spec", "spec_beside"]
 
 
 def spec_beside(source: str | os.PathLike[str]) -> HashSpec | None:
@@ -52,3 +53,23 @@ def check_table_rows(layouts: Mapping[int | str, RowLayout], spec: HashSpec, sou
                 f"{source}: the table of layer {key} has {layout.num_rows} rows, the hash in config.json addresses "
                 f"{expected[key]}; the folder holds weights of another geometry"
             )
+
+
+def checked_spec(source: str | os.PathLike[str], layouts: Mapping[int | str, RowLayout]) -> dict[str, Any]:
+    """Check the tables of a checkpoint, and return what the headers of packed copies say of their hash.
+
+    Args:
+        source: The checkpoint, see `spec_beside`.
+        layouts: All of its tables.
+
+    Returns:
+        ``spec_digest`` and ``hash_spec``; empty where no HashSpec is known.
+
+    Raises:
+        CheckpointError: As `check_table_rows`.
+    """
+    spec = spec_beside(source)
+    if spec is None:
+        return {}
+    check_table_rows(layouts, spec, source)
+    return {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}

@@ -75,7 +75,7 @@ def build_random(
     seed: int = 0,
     spec_digest: str | None = None,
     hash_spec: Mapping[str, Any] | None = None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> PackedHeader:
     """Write a table of normally distributed rows, the same ones for the same seed.
 
@@ -87,7 +87,7 @@ def build_random(
         seed: Seed of the draw, 0 or more.
         spec_digest: Digest of the HashSpec that addresses the rows.
         hash_spec: That HashSpec, as JSON values.
-        on_progress: Called with the bytes just written.
+        on_progress: Called with the bytes written so far.
 
     Raises:
         ConfigError: An impossible number of rows, deviation or seed.

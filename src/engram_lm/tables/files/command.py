@@ -24,22 +24,21 @@ class Inspect:
     """
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """The packed table, a file that ends with .safetensors."""
+    """The packed table."""
     json: bool = False
     """Print JSON, with the HashSpec where the file has it."""
 
     def run(self) -> int:
         """Print it."""
-        from engram_lm.tables.codec import RowCodec
-        from engram_lm.tables.files.packed import inspect_packed
+        from engram_lm.tables.files.packed import read_packed_header
 
-        values = inspect_packed(self.path)
+        header = read_packed_header(self.path)
+        values = header.describe()
         if self.json:
             print(json_module.dumps(values))
             return 0
-        codec = RowCodec.from_dict(values["codec"])
         print(f"rows            {values['num_rows']:,} of {values['width']} numbers")
-        print(f"codec           {codec}, {values['bytes_per_number']:.3f} bytes per number")
+        print(f"codec           {header.codec}, {values['bytes_per_number']:.3f} bytes per number")
         print(f"records         {values['record_bytes']} bytes each")
         print(f"file            {values['file_bytes']:,} bytes")
         print(f"checksums       CRC-32 of {values['num_chunks']:,} chunks of {values['chunk_rows']:,} rows")
@@ -51,9 +50,9 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check a packed table against its checksums, and against the checkpoint it was made of where one is named.
+    """Check a packed table against its checksums, and against the checkpoint it was made from where one is named.
 
-    Exits with 1 and names the first bad chunk and its rows where something is wrong.
+    Where something is wrong, it names the first bad chunk and its rows and exits with 1.
 
     Examples::
 
@@ -65,11 +64,11 @@ class Verify:
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
     """The packed table."""
     sample: int | None = None
-    """Check so many chunks, drawn evenly; all unless given."""
+    """Check this many chunks, drawn evenly; all by default."""
     seed: int = 0
-    """Of that draw."""
+    """Seed of that draw."""
     source: str | None = None
-    """The checkpoint that the table was made of: its rows are compared too."""
+    """The checkpoint that the table was made from, to compare its rows too."""
     layer: str | None = None
     """Which of the source's tables, where it holds several."""
     json: bool = False

@@ -172,16 +172,14 @@ def _write(
     progress: Progress,
     about: Mapping[str, Any],
 ) -> PackedHeader:
-    total, done = layout.num_rows * codec.record_bytes, 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(key, done, total)
-
-    progress(key, 0, total)
-    resume_key = layout.identity if resume else None
     try:
-        return build_packed(path, layout, codec=codec, resume_key=resume_key, on_progress=advance, **about)
+        return build_packed(
+            path,
+            layout,
+            codec=codec,
+            resume_key=layout.identity if resume else None,
+            on_progress=lambda done: progress(key, done, layout.num_rows * codec.record_bytes),
+            **about,
+        )
     except CheckpointError as error:
         raise CheckpointError(f"layer {key}, {error}") from error

@@ -24,7 +24,6 @@ from engram_lm.tables.layout import Extent, Part, RowLayout
 __all__ = [
     "PACKED_FORMAT",
     "PackedHeader",
-    "inspect_packed",
     "packed_layout",
     "parse_packed_header",
     "read_checksums",
@@ -101,6 +100,23 @@ class PackedHeader:
         """The table, as tiers open it."""
         extent = Extent(self.file, self.records_start, self.num_rows, self.codec.record_bytes)
         return RowLayout(self.codec, (Part(self.codec.record_bytes, (extent,)),), spec_digest=self.spec_digest)
+
+    def describe(self) -> dict[str, Any]:
+        """Return sizes, codec, digest, HashSpec and provenance as JSON values."""
+        return {
+            "path": self.file,
+            "num_rows": self.num_rows,
+            "width": self.codec.width,
+            "codec": self.codec.to_dict(),
+            "record_bytes": self.codec.record_bytes,
+            "bytes_per_number": self.codec.record_bytes / self.codec.width,
+            "file_bytes": self.file_bytes,
+            "chunk_rows": self.chunk_rows,
+            "num_chunks": self.num_chunks,
+            "spec_digest": self.spec_digest,
+            "hash_spec": self.hash_spec,
+            "provenance": self.provenance,
+        }
 
     def placed(self) -> "PackedHeader":
         """Return the header with the places that a new file gives its rows and checksums."""
@@ -234,29 +250,6 @@ def read_checksums(header: PackedHeader) -> list[int]:
             f"{header.file}: the checksums at byte {header.checksums_start} are damaged; copy the file again"
         )
     return [int.from_bytes(data[at : at + 4], "little") for at in range(0, size, 4)]
-
-
-def inspect_packed(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a packed table says of itself, as JSON values: sizes, codec, digest, HashSpec and provenance.
-
-    Raises:
-        CheckpointError: As `read_packed_header`.
-    """
-    header = read_packed_header(path)
-    return {
-        "path": str(path),
-        "num_rows": header.num_rows,
-        "width": header.codec.width,
-        "codec": header.codec.to_dict(),
-        "record_bytes": header.codec.record_bytes,
-        "bytes_per_number": header.codec.record_bytes / header.codec.width,
-        "file_bytes": header.file_bytes,
-        "chunk_rows": header.chunk_rows,
-        "num_chunks": header.num_chunks,
-        "spec_digest": header.spec_digest,
-        "hash_spec": header.hash_spec,
-        "provenance": header.provenance,
-    }
 
 
 def _crc(metadata: Mapping[str, str], name: str, file: str) -> int:

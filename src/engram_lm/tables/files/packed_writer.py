@@ -35,7 +35,7 @@ def write_packed(
     hash_spec: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume_key: str | None = None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> PackedHeader:
     """Write a table as a packed file, which appears under its name when it is whole and on the disk.
 
@@ -53,7 +53,7 @@ def write_packed(
         provenance: Where the rows come from, as JSON values.
         resume_key: What the rows depend on. Where given, an interrupted call leaves its work in two hidden files beside
             ``path``, and the next call with the same key and header goes on from there; where None it leaves nothing.
-        on_progress: Called with the bytes just written, or found written by an earlier call.
+        on_progress: Called with the bytes of records written so far, those of an earlier call included.
 
     Returns:
         The header of the file.
@@ -118,9 +118,8 @@ def _write_chunks(
         return found.contiguous().numpy()
 
     checksums = [done.get(index, 0) for index in range(header.num_chunks)]
-    for index in done:
-        start, stop = header.chunk_bytes(index)
-        on_progress(stop - start)
+    written = sum(stop - start for start, stop in map(header.chunk_bytes, done))
+    on_progress(written)
     missing = [index for index in range(header.num_chunks) if index not in done]
     with ThreadPoolExecutor(1, thread_name_prefix="engram-pack") as reader:
         coming = reader.submit(load, missing[0]) if missing else None
@@ -133,7 +132,8 @@ def _write_chunks(
             checksums[index] = zlib.crc32(data.data)
             if journal is not None:
                 journal.add(index, checksums[index])
-            on_progress(data.nbytes)
+            written += data.nbytes
+            on_progress(written)
     return checksums
 
 

@@ -11,7 +11,7 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show how many bytes of a task are done, on stderr.
 
     Yields:
-        Called with the name of a task, bytes just done and bytes in all; a new name begins a new bar.
+        Called with the name of a task, its bytes done so far and its bytes in all; a new name begins a new bar.
     """
     from rich.console import Console
     from rich.progress import (
@@ -34,9 +34,9 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
-        def advance(name: str, num_bytes: int, total: int) -> None:
+        def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=total)
-            progress.advance(tasks[name], num_bytes)
+            progress.update(tasks[name], completed=done)
 
-        yield advance
+        yield show

@@ -58,7 +58,7 @@ def verify_packed(
     sample: int | None = None,
     seed: int = 0,
     source: RowLayout | None = None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Verification:
     """Read chunks of a packed table and compare them with their checksums, and with the source where it is given.
 
@@ -70,7 +70,7 @@ def verify_packed(
         sample: Chunks to check, drawn evenly; all where None or more than there are.
         seed: Seed of that draw.
         source: The table that the file was made from.
-        on_progress: Called with the bytes just checked.
+        on_progress: Called with the bytes checked so far.
 
     Raises:
         CheckpointError: The header or the checksums are damaged, or the source cannot be read.
@@ -84,7 +84,7 @@ def verify_packed(
             f"{source.codec.width}; it was made from another table"
         )
     count = header.num_chunks if sample is None else min(max(sample, 1), header.num_chunks)
-    rows_checked = chunks_checked = 0
+    rows_checked = chunks_checked = bytes_checked = 0
     bad = None
     for index in sampled(header.num_chunks, count, seed).tolist():
         (first, last), (start, stop) = header.chunk(index), header.chunk_bytes(index)
@@ -95,7 +95,8 @@ def verify_packed(
         if reason is not None:
             bad = BadChunk(index, first, last - 1, start, reason)
             break
-        on_progress(stop - start)
+        bytes_checked += stop - start
+        on_progress(bytes_checked)
     return Verification(str(path), header.num_chunks, chunks_checked, rows_checked, source is not None, bad)
 
 
