@@ -32,11 +32,10 @@ def measure_parts(parts: str, num_tokens: int, memory_mib: int) -> dict[str, Any
     from engram_lm.analysis import find_subject
     from engram_lm.analysis.options import AnalyzeOptions
     from engram_lm.analysis.run import analyze
-    from engram_lm.training.data.batches import pack
-    from engram_lm.training.data.corpus import Document, read_corpus
+    from engram_lm.training.data.documents import Document, pack, read_documents
     from engram_lm.training.data.tokenizer import train_tokenizer
 
-    corpus = read_corpus(max_bytes=3_000_000)
+    corpus = read_documents(max_bytes=3_000_000)
     tokenizer = train_tokenizer((document.text for document in corpus.documents[:40]), 4096)
     once = len(pack(corpus.documents, tokenizer))
     documents: list[Document] = list(corpus.documents) * -(-num_tokens // once)

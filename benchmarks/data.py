@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.training.data import packing
 from engram_lm.training.data.batches import Batches
-from engram_lm.training.data.corpus import read_corpus, standard_library
+from engram_lm.training.data.documents import read_documents
 from engram_lm.training.data.packing import pack_to_shards
 from engram_lm.training.data.shards import TokenShards, token_dtype, write_index, write_shard
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -189,7 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="engram-data-") as name:
         folder = Path(name)
-        documents = read_corpus([standard_library()], max_bytes=arguments.max_mb * 10**6).documents
+        documents = read_documents([sysconfig.get_paths()["stdlib"]], max_bytes=arguments.max_mb * 10**6).documents
         texts = [document.text for document in documents]
         results = tokenization(folder, texts, arguments.vocab_size, arguments.repeats)
         results += loading(folder, 100)

@@ -24,8 +24,7 @@ import torch.multiprocessing as mp
 
 from engram_lm.model import EngramLMConfig
 from engram_lm.tables.tiers.sharded import ShardedTable, block_of
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import read_corpus
+from engram_lm.training.data.documents import pack, read_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 TRAINING = {"nano": (8, 256), "tiny": (4, 256)}  # sequences of a rank, tokens in each
@@ -34,7 +33,7 @@ PLACE_BYTES = 4
 
 def read_rows(size: str, world_size: int, steps: int, max_bytes: int) -> dict:
     """Row numbers that each rank reads at each step, in each layer, of text that no other reads."""
-    corpus = read_corpus(max_bytes=max_bytes)
+    corpus = read_documents(max_bytes=max_bytes)
     vocab_size = EngramLMConfig.preset(f"engram-{size}").vocab_size
     tokenizer = train_tokenizer((document.text for document in corpus.documents), vocab_size)
     config = EngramLMConfig.preset(f"engram-{size}", tokenizer)

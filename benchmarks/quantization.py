@@ -33,8 +33,8 @@ from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
 from engram_lm.tables.codec import CODEC_NAMES
 from engram_lm.tables.files.convert import convert
-from engram_lm.training.data.batches import Batches, pack
-from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.documents import pack, read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions
@@ -51,7 +51,7 @@ class Data:
     """The text, split by file, and its tokens."""
 
     def __init__(self) -> None:
-        train_files, held_out_files = split_corpus(read_corpus(), HELD_OUT)
+        train_files, held_out_files = split_documents(read_documents(), HELD_OUT)
         self.tokenizer = train_tokenizer((file.text for file in train_files), Quickstart.vocab_size)
         self.train_tokens = pack(train_files, self.tokenizer)
         files = [pack([file], self.tokenizer) for file in held_out_files]

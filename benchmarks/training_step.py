@@ -19,8 +19,8 @@ import torch
 
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.experts import balance_experts
-from engram_lm.training.data.batches import Batches, pack
-from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.documents import pack, read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions, clip_gradients
@@ -58,7 +58,7 @@ class Clock:
 
 
 def tokens_of_text() -> np.ndarray:
-    files, _ = split_corpus(read_corpus(max_bytes=TEXT_BYTES))
+    files, _ = split_documents(read_documents(max_bytes=TEXT_BYTES))
     return pack(files, train_tokenizer((file.text for file in files), VOCABULARY))
 
 

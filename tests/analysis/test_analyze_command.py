@@ -23,8 +23,7 @@ from engram_lm.analysis.summary import remarks
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.serving.load import load_model
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import Document, read_corpus
+from engram_lm.training.data.documents import Document, pack, read_documents
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_command_leaves_numbers_pictures_and_a_page(analyzed):
 
 def test_numbers_are_those_of_each_analysis_by_itself(analyzed, memory_model):
     model, tokenizer = memory_model
-    result, text = analyzed.result, read_corpus([analyzed.text])
+    result, text = analyzed.result, read_documents([analyzed.text])
     tokens = pack(text.documents, tokenizer)
     alone = average_gates(model, tokenizer, tokens, length=LENGTH)
     ((_, found, _),) = entries(result, "gates")

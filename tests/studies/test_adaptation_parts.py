@@ -21,7 +21,7 @@ from engram_lm.studies.adaptation.recipe import AdaptationRecipe, DomainOptions,
 from engram_lm.studies.adaptation.text import open_text
 from engram_lm.training.base_model import lora_targets
 from engram_lm.training.data.batches import Batches
-from engram_lm.training.data.sources import TextSource
+from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.flops import training_flops_per_token
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss

@@ -19,7 +19,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.quickstart import run as run_module
 from engram_lm.studies.quickstart.arms import build_arms
 from engram_lm.studies.quickstart.run import Quickstart
-from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 NAMES = ["Alexander the Great", "Diana Princess of Wales", "Isaac Newton", "Ada Lovelace", "Marie Curie"]
@@ -131,7 +131,7 @@ def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_pat
     monkeypatch.setattr(run_module, "Batches", lambda tokens, *rest: packed.append(tokens) or batches(tokens, *rest))
     out = tmp_path / "run"
     assert main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "300", *SMALL]) == 0
-    train, held_out = split_corpus(read_corpus([corpus]))
+    train, held_out = split_documents(read_documents([corpus]))
     assert seen == [file.text for file in train]
     text = AutoTokenizer.from_pretrained(out).decode(packed[0])
     assert held_out and not [file.name for file in held_out if file.text in text]
@@ -184,7 +184,7 @@ def test_what_was_trained_survives_a_failure_while_writing(corpus, tmp_path, mon
 
 
 def test_eval_of_the_run_gives_the_loss_that_it_reports(run, corpus, capsys, tmp_path):
-    _, held_out = split_corpus(read_corpus([corpus]))
+    _, held_out = split_documents(read_documents([corpus]))
     for document in held_out:
         (tmp_path / document.name).write_text(document.text)
     assert main(["eval", str(run), "--data", str(tmp_path), "--json"]) == 0

@@ -21,7 +21,7 @@ from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
 from engram_lm.page.figure import save_png
 from engram_lm.serving.load import ModelFlags, load_model
-from engram_lm.training.data.corpus import Corpus, read_corpus
+from engram_lm.training.data.documents import Corpus, read_documents
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
 
 __all__ = ["Analyze"]
@@ -97,7 +97,7 @@ class Analyze(ModelFlags):
         out = self.out or Path("runs") / f"analysis-{self.models[0].resolve().name}"
         folder = RunFolder(out, mark=_RESULT)
         try:
-            corpus = read_corpus(self.data)
+            corpus = read_documents(self.data)
             options = AnalyzeOptions(
                 parts=self.chosen_parts(),
                 length=self.sequence_length,

@@ -13,12 +13,10 @@ from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject, group_by_tokenizer
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import Document
+from engram_lm.training.data.documents import Document, tokenize
 
 __all__ = ["Findings", "analyze"]
 
-_DOCUMENTS_AT_ONCE = 64
 _LONGEST = 512
 """Tokens in a window, at most, unless its length was chosen."""
 
@@ -126,8 +124,7 @@ def _tokens(documents: Sequence[Document], tokenizer: Any, max_tokens: int | Non
     """Tokenize as much of the text as is read: int32 ``[num_tokens]``, and whether that is all of it."""
     pieces: list[np.ndarray] = []
     done = 0
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        piece = pack(documents[start : start + _DOCUMENTS_AT_ONCE], tokenizer)
+    for piece in tokenize(documents, tokenizer):
         pieces.append(piece)
         done += len(piece)
         if max_tokens is not None and done > max_tokens:

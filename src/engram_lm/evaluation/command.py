@@ -13,8 +13,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, read_tasks
 from engram_lm.serving.load import ModelFlags, load_model
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import Corpus, read_corpus
+from engram_lm.training.data.documents import Corpus, pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["Eval"]
@@ -63,7 +62,7 @@ class Eval(ModelFlags):
 
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed, and scores by family."""
-        corpus = read_corpus(self.data) if self.data else None
+        corpus = read_documents(self.data) if self.data else None
         items = read_tasks(self.tasks) if self.tasks else ()
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         values: dict[str, Any] = {"model": str(self.model)}

@@ -12,8 +12,7 @@ from engram_lm.memory.formats.table_command import Convert
 from engram_lm.serving.load import load_model
 from engram_lm.tables import MappedTable, RowLayout, packed_layout
 from engram_lm.tables.files.convert import Converted
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import read_corpus
+from engram_lm.training.data.documents import pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
 __all__ = ["ConvertAndMeasure", "LossChange", "loss_change", "put_tables"]
@@ -56,7 +55,7 @@ class ConvertAndMeasure(Convert):
         """See `Convert.loss_change`."""
         if self.model is None:
             return None
-        corpus = read_corpus(self.data)
+        corpus = read_documents(self.data)
         model, tokenizer = load_model(self.model, device="cpu")
         longest = getattr(model.config, "max_position_embeddings", None) or 1024
         tokens = pack(corpus.documents, tokenizer)

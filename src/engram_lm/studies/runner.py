@@ -18,8 +18,9 @@ from engram_lm.files import write_atomically
 from engram_lm.studies.arm_process import FAILED, note_divergence
 from engram_lm.studies.progress import StudyProgress, recent_losses
 from engram_lm.studies.study import Arm, Study, TrainedArm
-from engram_lm.training.assembly import TrainingText, find_tokenizer, open_text
+from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.checkpoints import latest_checkpoint
+from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import start
 from engram_lm.training.export import CHECKPOINTS
 from engram_lm.training.interrupts import Interrupt

@@ -1,8 +1,6 @@
 """Text on disk → trained weights.
 
-Reading order: ``corpus.py`` (files → documents, split by file) and ``sources.py`` (documents of every kind, in bounded
-memory), ``tokenizer.py`` (documents → a tokenizer), ``packing.py`` and ``shards.py`` (documents → packed tokens on
-disk), ``batches.py`` (tokens → batches, a pure function of seed and step); ``loss.py`` (what is trained),
+Reading order: ``data/`` (text → batches of tokens); ``loss.py`` (what is trained),
 ``distribution.py`` (several processes as one), ``optimizers/`` and ``schedules.py`` (gradients → updates), ``loop.py``
 (steps), ``diagnostics.py``, ``held_out.py`` and ``peak.py`` (what is measured); ``checkpoint_state.py``,
 ``checkpoint_storage.py`` and ``checkpoints.py`` (files that any number of processes reads), ``state.py`` (what is in

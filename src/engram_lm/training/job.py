@@ -14,11 +14,12 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, MismatchError
 from engram_lm.files import write_atomically
-from engram_lm.training.assembly import TrainingText, find_tokenizer, open_text
+from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.build import OwnModel
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
 from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss

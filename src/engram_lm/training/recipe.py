@@ -10,7 +10,8 @@ import tyro
 
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
-from engram_lm.training.data.sources import TextSource
+from engram_lm.training.data.text import EvaluationText
+from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import build, override, read_table, to_plain
@@ -192,30 +193,6 @@ class RunOptions:
             max_skipped_steps=self.max_skipped_steps,
             dtype=dtype,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationText:
-    """A text that the trained model is also evaluated on."""
-
-    name: str
-    """Its key in the result. ``validation`` is taken by ``data.validation``."""
-    sources: Annotated[tuple[TextSource, ...], PATHS] = ()
-    """Where it comes from; the Python standard library's own sources where empty."""
-    held_out: float = 0.0
-    """Share of its documents that is used, from 0 and below 1. With ``data.held_out`` of an earlier run over the same
-    sources, these are the documents that were not trained on there. 0 uses all of the text."""
-    max_tokens: int = 65_536
-    """Tokens used at most, at least 2."""
-
-    def __post_init__(self) -> None:
-        if not self.name or self.name == "validation":
-            raise ConfigError(f"a text to evaluate on needs a name of its own, not {self.name!r}")
-        if not 0 <= self.held_out < 1 or self.max_tokens < 2:
-            raise ConfigError(
-                f"held_out is a share from 0 and below 1 and max_tokens at least 2, not {self.held_out} and "
-                f"{self.max_tokens}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

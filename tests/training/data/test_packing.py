@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.training.data import packing
+from engram_lm.training.data.formats import PIECE_CHARACTERS
 from engram_lm.training.data.packing import pack_to_shards
 from engram_lm.training.data.shards import TokenShards, token_dtype, tokenizer_digest, write_index, write_shard
-from engram_lm.training.data.sources import PIECE_CHARACTERS
 from engram_lm.training.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 TEXTS = [f"document {number}: " + "the cat sat on the mat. " * (number % 7 + 1) for number in range(300)]
@@ -106,16 +106,6 @@ def test_the_side_of_a_document_depends_on_its_text_alone(tmp_path, tokenizer):
     assert set(split(other.held_out)) != set(split(a.held_out))
 
 
-def test_held_out_documents_beyond_the_limit_are_on_neither_side(tmp_path, tokenizer, source, small_batches):
-    whole = pack_to_shards([source], tokenizer, tmp_path / "cache", held_out=0.3)
-    limited = pack_to_shards([source], tokenizer, tmp_path / "cache", held_out=0.3, max_held_out_tokens=200)
-    kept = split(limited.held_out)
-    assert kept == split(whole.held_out)[: len(kept)]
-    assert 200 <= limited.held_out.num_tokens < 200 + len(kept[-1])
-    assert limited.num_left_out == whole.held_out.num_documents - len(kept) > 0
-    assert split(limited.train) == split(whole.train)
-
-
 def test_a_side_without_documents_is_refused_with_a_share_that_works(tmp_path, tokenizer):
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
@@ -143,7 +133,6 @@ def test_a_document_in_several_pieces_has_the_tokens_of_the_whole(tmp_path, toke
     assert len(corpus.train.shards) > 1 and corpus.train.num_documents == 1
     expected = [*tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
     assert corpus.train[:].tolist() == expected
-    assert corpus.train.document_of([0, len(expected) - 1]).tolist() == [0, 0]
 
 
 def test_a_special_token_spelled_in_a_text_is_text(tmp_path, tokenizer):
@@ -317,7 +306,6 @@ def test_many_files_read_as_one_array(tmp_path, vocab_size, monkeypatch):
             assert (
                 read.document_ends(start, stop).tolist() == all_ends[(all_ends > start) & (all_ends <= stop)].tolist()
             )
-    assert read.document_of(np.arange(16)).tolist() == [(all_ends <= place).sum() for place in range(16)]
     assert read[3:-2].tolist() == whole[3:-2].tolist() and read.slice(0, 4).dtype == np.int64
     with pytest.raises(IndexError):
         read.slice(0, 17)

@@ -15,7 +15,9 @@ from tokenizers import Regex, pre_tokenizers
 
 from engram_lm.errors import ConfigError, DataError, MissingExtraError
 from engram_lm.training.data import sources
-from engram_lm.training.data.sources import PIECE_CHARACTERS, TextSource, cut_text, open_sources
+from engram_lm.training.data.formats import PIECE_CHARACTERS, cut_text
+from engram_lm.training.data.sources import open_sources
+from engram_lm.training.data.text_source import STANDARD_LIBRARY, TextSource
 
 TEXTS = ["The cat sat.\nIt slept.\n", "déjà vu 🐈", "x = 1\n\n\ny = 2"]
 CL100K = (
@@ -152,8 +154,25 @@ def test_a_file_that_cannot_be_read_or_is_not_there_is_named(tmp_path):
         open_sources([tmp_path / "nowhere"])
     with pytest.raises(DataError, match=r"no text in .*no files at all"):
         open_sources([tmp_path])
-    with pytest.raises(DataError, match=r"no data source"):
-        open_sources([])
+
+
+def test_the_kind_of_a_folder_means_what_it_says(tmp_path):
+    (tmp_path / "c4.00000.json.gz").write_bytes(gzip.compress(b'{"text": "a document"}\n'))
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a line"}])
+    (tmp_path / "README.md").write_text("about")
+    opened = open_sources([{"path": str(tmp_path), "kind": "jsonl"}])
+    assert [piece.text for piece in opened.pieces()] == ["a line", "a document"]
+    assert opened.skipped == {"not jsonl by their names": 1}
+    assert [text for text, _ in documents({"path": str(tmp_path), "kind": "text"})] == [
+        "about",
+        '{"text": "a line"}\n',
+        '{"text": "a document"}\n',
+    ]
+
+
+def test_without_a_source_the_standard_library_is_read():
+    names = [item.name for item in open_sources().items]
+    assert "json/decoder.py" in names and names == [item.name for item in open_sources([STANDARD_LIBRARY]).items]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

@@ -177,7 +177,7 @@ class Simulate:
     def _text_traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
         from engram_lm.hashing.spec import HashSpec
         from engram_lm.hashing.token_map import load_tokenizer
-        from engram_lm.training.data.corpus import read_corpus
+        from engram_lm.training.data.documents import read_documents
 
         config, folder = (self.config, self.tokenizer) if self.model is None else (self.model, self.model)
         assert config is not None
@@ -187,7 +187,7 @@ class Simulate:
         for layer in layers:
             if layer not in spec.layers:
                 raise ConfigError(f"layer {layer} has no memory; this config's layers are {list(spec.layers)}")
-        corpus = read_corpus(self.data)
+        corpus = read_documents(self.data)
         heads, most = spec.num_heads_total, max(1, self.max_reads // spec.num_heads_total)
         texts = (document.text for document in corpus.documents)
         pieces, num_tokens, cut = [], 0, False

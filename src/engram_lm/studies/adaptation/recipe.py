@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory import EngramConfig
-from engram_lm.training.data.sources import TextSource
+from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.recipe import PATHS, differences
 from engram_lm.training.recipe_file import build, override, read_table, to_plain
 from engram_lm.training.schedules import ScheduleOptions

@@ -8,11 +8,10 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.studies.adaptation.recipe import DomainOptions
-from engram_lm.training.assembly import cache_folder
-from engram_lm.training.data.corpus import standard_library_files
 from engram_lm.training.data.packing import OneSidedError, PackedCorpus, pack_to_shards
 from engram_lm.training.data.shards import TokenShards
-from engram_lm.training.data.sources import TextSource
+from engram_lm.training.data.text import cache_folder
+from engram_lm.training.data.text_source import STANDARD_LIBRARY, TextSource, name_sources
 
 __all__ = ["AdaptationText", "HeldOutText", "open_text"]
 
@@ -126,8 +125,8 @@ def open_text(
         validation=validation,
         held_out=held_out,
         retained=retained,
-        domain_about=_names(data.domain),
-        retained_about=_retained_about(data) if retained is not None else None,
+        domain_about=name_sources(data.domain),
+        retained_about=name_sources(_sources(data)) if retained is not None else None,
         digest=f"{digest}, the first {num_tokens}",
         about=about,
     )
@@ -135,17 +134,8 @@ def open_text(
 
 def _sources(data: DomainOptions) -> tuple[TextSource, ...]:
     if data.retained == "standard-library":
-        return tuple(TextSource(path=str(path), kind="text") for path in standard_library_files())
+        return (TextSource(path=STANDARD_LIBRARY),)
     return data.retained
-
-
-def _retained_about(data: DomainOptions) -> str:
-    return "the Python standard library" if isinstance(data.retained, str) else _names(data.retained)
-
-
-def _names(sources: Sequence[TextSource]) -> str:
-    names = [source.path.rstrip("/").rpartition("/")[2] or source.path for source in sources]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read(shards: TokenShards, start: int, stop: int, most: int, tokenizer: Any) -> HeldOutText:

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engram_lm.errors import RunFolderError
 from engram_lm.files import new_folder
-from engram_lm.training.data.batches import pack
-from engram_lm.training.data.corpus import read_corpus, split_corpus
+from engram_lm.training.data.documents import pack, read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.run_folder import to_json
 
@@ -49,8 +48,8 @@ def open_text(folder: Path, data: Sequence[Path], *, vocab_size: int, max_bytes:
         RunFolderError: The folder's text is damaged.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
-        corpus = read_corpus(data, max_bytes=max_bytes)
-        train_files, held_out_files = split_corpus(corpus)
+        corpus = read_documents(data, max_bytes=max_bytes)
+        train_files, held_out_files = split_documents(corpus)
         tokenizer = train_tokenizer((file.text for file in train_files), vocab_size)
         train, held_out = pack(train_files, tokenizer), pack(held_out_files, tokenizer)
         facts = {

@@ -26,8 +26,8 @@ from engram_lm.studies.quickstart.curves import save_curves
 from engram_lm.studies.quickstart.progress import Progress
 from engram_lm.studies.quickstart.report import render_report
 from engram_lm.studies.quickstart.summary import terminal_table
-from engram_lm.training.data.batches import Batches, pack
-from engram_lm.training.data.corpus import Corpus, Document, read_corpus, split_corpus
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.documents import Corpus, Document, pack, read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 from engram_lm.training.interrupts import Interrupt
@@ -204,8 +204,8 @@ class _Study:
         options = self.options
         with Progress(self.console) as progress:
             progress.note("reading text")
-            corpus = read_corpus(options.data, max_bytes=options.max_bytes)
-            train_files, held_out_files = split_corpus(corpus)
+            corpus = read_documents(options.data, max_bytes=options.max_bytes)
+            train_files, held_out_files = split_documents(corpus)
             progress.note(f"training a tokenizer on {len(train_files):,} files, {corpus.num_bytes / 1e6:.1f} MB")
             tokenizer = train_tokenizer((file.text for file in train_files), options.vocab_size)
             with progress.task("tokenizing", sum(len(file.text) for file in corpus.documents)) as advance:

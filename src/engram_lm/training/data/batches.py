@@ -1,48 +1,18 @@
 """Tokens → batches, as a pure function of (seed, step, sample)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
-from engram_lm.training.data.corpus import Document
 from engram_lm.training.data.shards import TokenShards
 
-__all__ = ["Batch", "Batches", "pack", "restarting_positions", "shuffled"]
+__all__ = ["Batch", "Batches", "restarting_positions", "shuffled"]
 
-_DOCUMENTS_AT_ONCE = 64
 _ROUNDS = 8
-
-
-def pack(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
-) -> np.ndarray:
-    """Tokenize documents and lay them end to end, an end-of-text token after each if the tokenizer has one.
-
-    Args:
-        documents: What to tokenize.
-        tokenizer: A fast tokenizer.
-        on_progress: Called with the number of characters done since the last call.
-
-    Returns:
-        Tokens, int32 ``[num_tokens]``.
-    """
-    pieces: list[np.ndarray] = []
-    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
-        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
-            pieces += [np.array(encoding.ids, dtype=np.int32), end]
-        on_progress(sum(len(text) for text in texts))
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,16 +20,18 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
+from engram_lm.training.data.documents import draw, text_encoder
+from engram_lm.training.data.formats import PIECE_CHARACTERS, Piece
 from engram_lm.training.data.shards import (
     INDEX_NAME,
     Shard,
@@ -39,7 +41,8 @@ from engram_lm.training.data.shards import (
     write_index,
     write_shard,
 )
-from engram_lm.training.data.sources import PIECE_CHARACTERS, OpenSources, Piece, TextSource, open_sources
+from engram_lm.training.data.sources import OpenSources, open_sources
+from engram_lm.training.data.text_source import Sources, TextSource
 
 __all__ = ["OneSidedError", "PackedCorpus", "open_remembered", "pack_to_shards"]
 
@@ -48,7 +51,7 @@ _STATE_NAME = "state.json"
 _SIDES = ("train", "held_out")
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_PIECES = 8192
-"""A batch is complete when it has so many characters or pieces; twice as many are in memory at most."""
+"""A batch is complete when it has this many characters or pieces; twice as many are in memory at most."""
 
 
 class OneSidedError(DataError):
@@ -67,8 +70,6 @@ class PackedCorpus:
     """Where both lie; its name is the digest of sources, tokenizer and options."""
     skipped: dict[str, int]
     """Files passed over, by reason."""
-    num_left_out: int
-    """Held-out documents beyond the limit in tokens; they are on neither side."""
     reused: bool
     """Whether it was there already."""
 
@@ -79,12 +80,12 @@ class PackedCorpus:
 
 
 def pack_to_shards(
-    sources: Iterable[str | os.PathLike[str] | Mapping[str, Any] | TextSource],
+    sources: Sources,
     tokenizer: PreTrainedTokenizerFast,
     cache_folder: str | os.PathLike[str],
     *,
     held_out: float = 0.01,
-    max_held_out_tokens: int | None = None,
+    max_bytes: int | None = None,
     seed: int = 0,
     shard_tokens: int = 1 << 26,
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
@@ -94,19 +95,20 @@ def pack_to_shards(
     Tokenization runs on all cores (``TOKENIZERS_PARALLELISM=false`` forbids it) while the next batch is read and the
     last one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
     follows it if the tokenizer has one, and one of more than 262,144 characters comes in pieces (see
-    `engram_lm.training.data.sources.cut_text`). Killed at any moment and called again, it goes on from the last
+    `engram_lm.training.data.formats.cut_text`). Killed at any moment and called again, it goes on from the last
     complete shard, with the same bytes at the end. A second process that packs the same waits
     for the first and reuses its work.
 
     Args:
-        sources: Paths, tables, or `TextSource`s, in the order in which they are packed.
+        sources: Paths, tables, or `TextSource`s, in the order in which they are packed; the Python standard library's
+            own sources where empty.
         tokenizer: A fast tokenizer.
         cache_folder: Where packed corpora are kept; made if missing.
         held_out: Share of the documents to set aside, in [0, 1). A document's side depends on its text and ``seed``
             alone, so copies of a document are on the same side.
-        max_held_out_tokens: Set no further documents aside when so many tokens are reached; they are left out then.
+        max_bytes: Of more files than this, pack some; see `open_sources`.
         seed: Another one sets other documents aside.
-        shard_tokens: A shard ends with the batch that brings it to so many tokens.
+        shard_tokens: A shard ends with the batch that brings it to this many tokens.
         on_progress: Called with a task (``"reading"`` or ``"tokenizing"``), the source bytes just done, and in all
             (None where a dataset does not tell). Raising in it stops packing; complete shards stay.
 
@@ -124,21 +126,20 @@ def pack_to_shards(
     """
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is a share of the documents, at least 0 and below 1, got {held_out}")
-    if max_held_out_tokens is not None and max_held_out_tokens < 1:
-        raise ConfigError(f"max_held_out_tokens is at least 1, or None for no limit, got {max_held_out_tokens}")
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens is at least 1, got {shard_tokens}")
     options = {
         "held_out": held_out,
-        "max_held_out_tokens": max_held_out_tokens,
         "seed": seed,
         "shard_tokens": shard_tokens,
         "batch": [_BATCH_CHARACTERS, _BATCH_PIECES, PIECE_CHARACTERS],
     }
     made_by = tokenizer_digest(tokenizer)
-    cache, given = Path(cache_folder), [TextSource.of(source) for source in sources]
+    cache = Path(cache_folder)
     try:
-        opened = open_remembered(given, cache, lambda *done: on_progress("reading", *done))
+        opened = open_remembered(
+            sources, cache, max_bytes=max_bytes, on_progress=lambda *done: on_progress("reading", *done)
+        )
         contents = [_FORMAT, options, made_by, [item.identity for item in opened.items]]
         folder = cache / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
@@ -156,8 +157,10 @@ def pack_to_shards(
 
 
 def open_remembered(
-    sources: Sequence[TextSource],
+    sources: Sources,
     cache: Path,
+    *,
+    max_bytes: int | None = None,
     on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
 ) -> OpenSources:
     """Open sources, whose files are read for their digests once for all who share a cache folder.
@@ -167,12 +170,13 @@ def open_remembered(
         RunFolderError: The cache folder cannot be written.
         DataError: As `open_sources`; `MissingExtraError` likewise.
     """
-    for source in sources:
+    given = [TextSource.of(source) for source in sources]
+    for source in given:
         if cache.resolve().is_relative_to(Path(source.path).resolve()):
             raise ConfigError(f"the cache folder {cache} lies in the source {source.path}; keep it elsewhere")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return open_sources(sources, remembered=cache / "files.json", on_progress=on_progress)
+        return open_sources(given, max_bytes=max_bytes, remembered=cache / "files.json", on_progress=on_progress)
     except OSError as error:
         raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
 
@@ -191,16 +195,14 @@ def _locked(folder: Path) -> Iterator[None]:
 def _open(folder: Path, made_by: str, skipped: dict[str, int], reused: bool) -> PackedCorpus:
     try:
         index = json.loads((folder / INDEX_NAME).read_bytes())
-        sides, left_out = index["sides"], index["num_left_out"]
-        if index["format"] != _FORMAT or type(left_out) is not int or not isinstance(sides, list):
-            raise ValueError("fields of other types than expected")
+        if index["format"] != _FORMAT:
+            raise ValueError(f"its format is {index['format']!r}")
+        sides = {side: TokenShards.open(folder / side, tokenizer=made_by) for side in index["sides"]}
+        return PackedCorpus(sides["train"], sides.get("held_out"), folder, skipped, reused)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder / INDEX_NAME} is malformed ({error!r:.200}); remove {folder} to pack again"
         ) from error
-    held_out = TokenShards.open(folder / "held_out", tokenizer=made_by) if "held_out" in sides else None
-    train = TokenShards.open(folder / "train", tokenizer=made_by)
-    return PackedCorpus(train, held_out, folder, skipped, left_out, reused)
 
 
 @dataclasses.dataclass
@@ -231,8 +233,6 @@ class _Place:
     """Pieces of the item that are done."""
     document_tokens: int = 0
     """Tokens of the document that is not yet at its end."""
-    drops: bool = False
-    """Whether that document is left out."""
 
 
 class _Packing:
@@ -242,13 +242,13 @@ class _Packing:
         self, folder: Path, opened: OpenSources, tokenizer: Any, made_by: str, options: dict[str, Any]
     ) -> None:
         self.folder, self.opened, self.options, self.made_by = folder, opened, options, made_by
-        self.encoder = _encoder(tokenizer)
+        self.encoder = text_encoder(tokenizer)
         self.vocab_size, self.end_token = len(tokenizer), tokenizer.eos_token_id
         self.dtype = token_dtype(self.vocab_size)
         self.end = np.array([] if self.end_token is None else [self.end_token], dtype=self.dtype)
         self.sides = {name: _Side() for name in _SIDES[: 2 if options["held_out"] else 1]}
         self.place = _Place()
-        self.facts = {"num_documents": 0, "num_left_out": 0, "lowest": 1.0}
+        self.facts = {"num_documents": 0, "lowest": 1.0}
 
     def run(self, on_progress: Callable[[int], None]) -> None:
         """Pack what is left, and write the index."""
@@ -305,33 +305,22 @@ class _Packing:
         state = self.place
         for piece, encoding in zip(batch, encodings.result(), strict=True):
             on_progress(piece.source_bytes)
-            draw = self._draw(piece.digest)
-            side = self.sides["held_out" if draw < self.options["held_out"] else "train"]
-            if state.document_tokens == 0:
-                limit = self.options["max_held_out_tokens"] if side is not self.sides["train"] else None
-                state.drops = limit is not None and side.num_tokens >= limit
+            number = draw(piece.digest, self.options["seed"])
+            side = self.sides["held_out" if number < self.options["held_out"] else "train"]
             tokens = np.array(encoding.ids, dtype=self.dtype)
             state.document_tokens += len(tokens)
-            if not state.drops:
-                side.add(tokens)
-                side.num_text_bytes += len(piece.text.encode())
+            side.add(tokens)
+            side.num_text_bytes += len(piece.text.encode())
             if piece.ends_document:
-                if not state.drops:
-                    side.add(self.end)
-                    if state.document_tokens + len(self.end):
-                        side.ends.append(side.waiting)
+                side.add(self.end)
+                if state.document_tokens + len(self.end):
+                    side.ends.append(side.waiting)
                 self.facts["num_documents"] += 1
-                self.facts["num_left_out"] += state.drops
-                self.facts["lowest"] = min(self.facts["lowest"], draw)
-                state.document_tokens, state.drops = 0, False
+                self.facts["lowest"] = min(self.facts["lowest"], number)
+                state.document_tokens = 0
         state.item, state.pieces = place.item, place.pieces
         if max(side.waiting for side in self.sides.values()) >= self.options["shard_tokens"]:
             self._write_shards()
-
-    def _draw(self, digest: bytes) -> float:
-        """A number in [0, 1) for a document."""
-        number = hashlib.sha256(f"{self.options['seed']}:".encode() + digest).digest()
-        return int.from_bytes(number[:6], "big") / 2**48
 
     def _write_shards(self) -> None:
         # Tokens of a file that has changed meanwhile must not be stored under the digest of its earlier contents.
@@ -393,7 +382,6 @@ class _Packing:
             "tokenizer": self.made_by,
             "sides": list(self.sides),
             "num_documents": facts["num_documents"],
-            "num_left_out": facts["num_left_out"],
             "items": [item.identity for item in self.opened.items],
         }
         write_atomically(self.folder / INDEX_NAME, json.dumps(index, indent=1))
@@ -412,12 +400,3 @@ class _Packing:
             f"none of {documents} documents fell on the held-out side (held_out={share}); give more documents, or "
             f"a share of at least {self.facts['lowest'] * 1.001 + 1e-6:.6f}, which would hold one out"
         )
-
-
-def _encoder(tokenizer: Any) -> Tokenizer:
-    """A tokenizer of its own, that neither cuts nor pads, and reads the names of special tokens as text."""
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    return encoder

@@ -138,10 +138,9 @@ class TokenShards:
         self.shards: tuple[Shard, ...] = tuple(index["shards"])
         """Their files."""
         self._firsts = [0, *itertools.accumulate(shard["num_tokens"] for shard in self.shards)]
-        self._first_documents = [0, *itertools.accumulate(shard["num_documents"] for shard in self.shards)]
         self.num_tokens: int = self._firsts[-1]
         """Tokens in all."""
-        self.num_documents: int = self._first_documents[-1]
+        self.num_documents: int = sum(shard["num_documents"] for shard in self.shards)
         """Documents in all."""
         self._maps: collections.OrderedDict[int, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -241,31 +240,6 @@ class TokenShards:
             number += 1
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-    def document_of(self, places: Any) -> np.ndarray:
-        """Number of the document that holds each token.
-
-        Args:
-            places: Places of tokens, integers ``[n]``, each in [0, num_tokens).
-
-        Returns:
-            int64 ``[n]``.
-
-        Raises:
-            IndexError: A place outside.
-        """
-        places = np.asarray(places, dtype=np.int64)
-        if places.size and (places.min() < 0 or places.max() >= self.num_tokens):
-            raise IndexError(f"places {places.min()} to {places.max()} of {self.num_tokens} tokens")
-        numbers = np.searchsorted(self._firsts, places, side="right") - 1
-        result = np.empty_like(places)
-        for number in np.unique(numbers):
-            inside = numbers == number
-            ends = self._map(int(number))[1]
-            result[inside] = self._first_documents[number] + np.searchsorted(
-                ends, places[inside] - self._firsts[number], side="right"
-            )
-        return result
-
     def verify(self, on_progress: Callable[[int, int], None] = lambda num_bytes, total_bytes: None) -> None:
         """Read everything and compare it with its checksums.
 
@@ -340,26 +314,15 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if index.get("format") != _FORMAT:
         raise DataError(f"{path} has the format {index.get('format')!r:.100}, expected {_FORMAT!r}")
 
-    def is_count(value: object) -> bool:
-        return type(value) is int and 0 <= value < 2**62
-
-    shards, end_token = index.get("shards"), index.get("end_token")
-    right = (
-        is_count(index.get("vocab_size"))
-        and is_count(index.get("num_text_bytes"))
-        and isinstance(index.get("tokenizer"), str)
-        and (end_token is None or is_count(end_token))
-        and isinstance(shards, list)
-        and all(
-            isinstance(shard, dict)
-            and all(is_count(shard.get(name)) for name in ("num_tokens", "num_documents", "file_bytes"))
-            and isinstance(shard.get("sha256"), str)
-            and isinstance(shard.get("file"), str)
-            and os.path.basename(shard["file"]) == shard["file"]
-            and "\0" not in shard["file"]
-            for shard in shards
-        )
-    )
-    if not right:
-        raise DataError(f"{path} is malformed; {_again(folder)}")
+    try:
+        counts = [index["vocab_size"], index["num_text_bytes"]]
+        for shard in index["shards"]:
+            counts += [shard["num_tokens"], shard["num_documents"], shard["file_bytes"]]
+            if os.path.basename(shard["file"]) != shard["file"] or not isinstance(shard["sha256"], str):
+                raise ValueError(f"a shard cannot be {shard}")
+        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(index["tokenizer"], str):
+            raise ValueError("counts are whole numbers from 0")
+        index["end_token"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is malformed ({error!r:.200}); {_again(folder)}") from error
     return index

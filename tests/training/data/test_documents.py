@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from engram_lm.errors import DataError
-from engram_lm.training.data.batches import Batches, pack
-from engram_lm.training.data.corpus import Document, read_corpus, split_corpus, standard_library
+from engram_lm.training.data.batches import Batches
+from engram_lm.training.data.documents import Document, pack, read_documents, split_documents
+from engram_lm.training.data.packing import pack_to_shards
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 
@@ -26,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_everything_that_is_no_text_is_skipped_and_counted(folder):
-    corpus = read_corpus([folder])
+    corpus = read_documents([folder])
     assert len(corpus.documents) == 40
     assert corpus.skipped == {"not UTF-8": 1, "binary": 1, "empty": 1, "not a regular file": 1}
     assert all("secret" not in document.text for document in corpus.documents)
@@ -37,30 +38,35 @@ def test_the_order_depends_on_names_alone(folder, tmp_path_factory):
     for path in sorted(folder.glob("sub/*"), reverse=True):
         (other / "sub").mkdir(exist_ok=True)
         (other / "sub" / path.name).write_text(path.read_text())
-    assert read_corpus([folder]).documents == read_corpus([other]).documents
+    assert read_documents([folder]).documents == read_documents([other]).documents
 
 
 def test_a_size_limit_leaves_the_rest_unread_and_says_so(folder):
-    corpus = read_corpus([folder], max_bytes=1000)
+    corpus = read_documents([folder], max_bytes=1000)
     assert corpus.skipped["beyond the size limit"] > 20
     assert corpus.num_bytes < 2000
 
 
-def test_whole_files_are_held_out(folder):
-    corpus = read_corpus([folder])
-    train, held_out = split_corpus(corpus, 0.2)
+def test_whole_files_are_held_out_and_the_same_ones_as_in_training(folder, tmp_path_factory):
+    corpus = read_documents([folder])
+    train, held_out = split_documents(corpus, 0.2)
     assert {d.name for d in train}.isdisjoint(d.name for d in held_out)
     assert len(train) + len(held_out) == 40
     share = sum(len(d.text) for d in held_out) / corpus.num_bytes
-    assert 0.2 <= share < 0.3
+    assert 0.1 <= share <= 0.4
+    tokenizer = train_tokenizer([document.text for document in train], 300)
+    packed = pack_to_shards([folder], tokenizer, tmp_path_factory.mktemp("cache"), held_out=0.2)
+    assert packed.skipped == corpus.skipped
+    assert packed.train[:].tolist() == pack(train, tokenizer).tolist()
+    assert packed.held_out[:].tolist() == pack(held_out, tokenizer).tolist()
 
 
 def test_a_file_under_two_names_is_read_once(folder):
     (folder / "copy.txt").write_text((folder / "sub" / "3.txt").read_text())
     (folder / "link").symlink_to(folder / "sub" / "4.txt")
-    corpus = read_corpus([folder, folder / "sub"])
+    corpus = read_documents([folder, folder / "sub"])
     assert len(corpus.documents) == 40 and corpus.skipped["a copy of another"] == 42
-    train, held_out = split_corpus(corpus, 0.2)
+    train, held_out = split_documents(corpus, 0.2)
     assert {document.text for document in train}.isdisjoint(document.text for document in held_out)
 
 
@@ -68,8 +74,8 @@ def test_a_large_file_among_small_ones_is_cut_rather_than_held_out_whole(tmp_pat
     (tmp_path / "big").write_text("a line of a big file\n" * 5000)
     for number in range(3):
         (tmp_path / f"small{number}").write_text(f"small file {number}\n")
-    corpus = read_corpus([tmp_path])
-    train, held_out = split_corpus(corpus, 0.05)
+    corpus = read_documents([tmp_path])
+    train, held_out = split_documents(corpus, 0.05)
     assert [document.name for document in held_out] == ["big (end)"]
     assert len(held_out[0].text) == pytest.approx(0.05 * corpus.num_bytes, rel=0.02)
     assert len(train) == 4
@@ -78,7 +84,7 @@ def test_a_large_file_among_small_ones_is_cut_rather_than_held_out_whole(tmp_pat
 def test_one_huge_line_is_cut_where_it_must_be(tmp_path):
     for start in ("", "title\n"):
         (tmp_path / "line").write_text(start + "x y " * 100_000)
-        train, held_out = split_corpus(read_corpus([tmp_path / "line"]), 0.05)
+        train, held_out = split_documents(read_documents([tmp_path / "line"]), 0.05)
         assert len(held_out[0].text) == pytest.approx(20_000, rel=0.01)
         assert train[0].text.startswith(start + "x y")
 
@@ -87,13 +93,13 @@ def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path):
     path = os.path.join(os.fsencode(tmp_path), b"caf\xff.txt")
     with open(path, "w") as file:
         file.write("some text")
-    (document,) = read_corpus([tmp_path]).documents
+    (document,) = read_documents([tmp_path]).documents
     assert document.text == "some text" and document.name.encode()
 
 
 def test_of_a_single_file_the_end_is_held_out(tmp_path):
     (tmp_path / "one.txt").write_text("a line of text\n" * 1000)
-    train, held_out = split_corpus(read_corpus([tmp_path / "one.txt"]), 0.05)
+    train, held_out = split_documents(read_documents([tmp_path / "one.txt"]), 0.05)
     assert train[0].text + held_out[0].text == "a line of text\n" * 1000
     assert len(held_out[0].text) == pytest.approx(750, abs=20)
 
@@ -102,20 +108,20 @@ def test_of_a_single_file_the_end_is_held_out(tmp_path):
 def test_a_folder_without_text_is_refused_with_the_reasons(tmp_path, content):
     if content is not None:
         (tmp_path / "x").write_bytes(content)
-    with pytest.raises(DataError, match=r"no text in .*(no files at all|1 binary|1 empty).*--data"):
-        read_corpus([tmp_path])
+    with pytest.raises(DataError, match=r"no text in .*(no files at all|1 binary|1 empty).*name files or folders"):
+        read_documents([tmp_path])
     with pytest.raises(DataError, match="neither a file nor a folder"):
-        read_corpus([tmp_path / "missing"])
+        read_documents([tmp_path / "missing"])
     (tmp_path / "short").write_text("hm")
     with pytest.raises(DataError, match="held out"):
-        split_corpus(read_corpus([tmp_path / "short"]))
+        split_documents(read_documents([tmp_path / "short"]))
 
 
 def test_the_standard_library_is_found_without_its_tests():
-    corpus = read_corpus()
+    corpus = read_documents()
     names = [document.name for document in corpus.documents]
     assert "argparse.py" in names and not [name for name in names if "/tests/" in f"/{name}" or "site-packages" in name]
-    assert corpus.num_bytes > 5_000_000 and standard_library().is_dir()
+    assert corpus.num_bytes > 5_000_000
 
 
 def test_packing_ends_every_document_and_gives_the_text_back():

@@ -1,0 +1,208 @@
+"""Documents in memory, read from the same sources in the same order as those that are packed to disk."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from engram_lm.errors import DataError
+from engram_lm.training.data.formats import cut_text
+from engram_lm.training.data.sources import open_sources
+from engram_lm.training.data.text_source import Sources, name_sources
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "draw",
+    "is_balanced",
+    "pack",
+    "read_documents",
+    "split_documents",
+    "text_encoder",
+    "tokenize",
+]
+
+_PIECES_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document."""
+
+    name: str
+    """Path of its file relative to the source it was found in, and its number there where a file holds several."""
+    text: str
+    """Its contents."""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text as UTF-8."""
+        return hashlib.sha256(self.text.encode()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What was read, and what was passed over."""
+
+    documents: tuple[Document, ...]
+    """In the order of the sources, files of a folder by name."""
+    skipped: dict[str, int]
+    """Files passed over, by reason."""
+    source: str
+    """Where it came from, for people."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size as UTF-8."""
+        return sum(len(document.text.encode()) for document in self.documents)
+
+
+def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Corpus:
+    """Read the documents of sources into memory.
+
+    Args:
+        sources: Paths, tables, or `TextSource`s; the Python standard library's own sources where empty.
+        max_bytes: Of more files than this, read some; see `open_sources`.
+
+    Raises:
+        DataError: As `open_sources`, or every document is blank.
+        ConfigError: A source that cannot be.
+        MissingExtraError: Parquet or datasets without the packages that read them.
+    """
+    sources = list(sources)
+    opened = open_sources(sources, max_bytes=max_bytes)
+    documents: list[Document] = []
+    for item in opened.items:
+        first, parts = len(documents), []
+        for piece in item.pieces():
+            parts.append(piece.text)
+            if piece.ends_document:
+                documents.append(Document(item.name, "".join(parts)))
+                parts = []
+        if len(documents) > first + 1:
+            for number, document in enumerate(documents[first:]):
+                documents[first + number] = dataclasses.replace(document, name=f"{item.name} ({number + 1})")
+    if not documents:
+        raise DataError("the sources hold no text: every document is blank; name sources that hold some")
+    return Corpus(tuple(documents), opened.skipped, name_sources(sources))
+
+
+def draw(digest: bytes, seed: int = 0) -> float:
+    """Draw a number in [0, 1) for a document; it is held out where the number is below the share to hold out.
+
+    Args:
+        digest: SHA-256 of its text.
+        seed: Another one draws other numbers.
+    """
+    number = hashlib.sha256(f"{seed}:".encode() + digest).digest()
+    return int.from_bytes(number[:6], "big") / 2**48
+
+
+def is_balanced(num_held_out: int, num_all: int, share: float) -> bool:
+    """Whether what fell aside is between half and twice the share that was asked for, and something is left."""
+    return share * num_all / 2 <= num_held_out <= share * num_all * 2 and 0 < num_held_out < num_all
+
+
+def split_documents(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    """Set documents aside for evaluation: whole ones, chosen by their contents alone, the same as in training.
+
+    Where less than half or more than twice the share of the text falls aside (a few large documents), the end of the
+    largest document is set aside instead, from a line break if there is one near.
+
+    Args:
+        corpus: What to split.
+        held_out: Share of the documents to set aside.
+
+    Returns:
+        Training documents and held-out documents.
+
+    Raises:
+        DataError: There is too little text to split.
+    """
+    documents = corpus.documents
+    is_aside = [draw(document.digest) < held_out for document in documents]
+    train, aside = (
+        tuple(document for document, there in zip(documents, is_aside, strict=True) if there == side)
+        for side in (False, True)
+    )
+    total = sum(len(document.text) for document in documents)
+    if is_balanced(sum(len(document.text) for document in aside), total, held_out):
+        return train, aside
+    largest = max(documents, key=lambda document: len(document.text))
+    beginning, end = _cut(largest.text, len(largest.text) - round(held_out * total))
+    if not beginning.strip() or not end.strip():
+        raise DataError(f"{largest.name} is one short piece of text; nothing could be held out of it")
+    start = Document(f"{largest.name} (beginning)", beginning)
+    return (
+        tuple(start if document is largest else document for document in documents),
+        (Document(f"{largest.name} (end)", end),),
+    )
+
+
+def _cut(text: str, place: int) -> tuple[str, str]:
+    """Cut a text in two, at the last line break before the place unless that is far from it."""
+    place = max(place, 0)
+    line = text.rfind("\n", 0, place) + 1
+    if place - line <= (len(text) - place) / 2:
+        place = line
+    return text[:place], text[place:]
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Copy a tokenizer's backend into one that neither cuts nor pads, and reads the names of special tokens as text."""
+    encoder: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    on_progress: Callable[[int], None] = lambda num_characters: None,
+) -> Iterator[np.ndarray]:
+    """Tokenize documents as `pack_to_shards` does, an end-of-text token after each if the tokenizer has one.
+
+    Args:
+        documents: What to tokenize.
+        tokenizer: A fast tokenizer.
+        on_progress: Called with the number of characters done since the last call.
+
+    Yields:
+        Tokens of a document, or of a piece of a long one, int32 ``[num_tokens]``.
+    """
+    encoder, end = text_encoder(tokenizer), tokenizer.eos_token_id
+    pieces = (piece for document in documents for piece in _marked(cut_text(document.text)))
+    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        encodings = encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for (_, is_last), encoding in zip(batch, encodings, strict=True):
+            yield np.array([*encoding.ids, *([end] if is_last and end is not None else [])], dtype=np.int32)
+        on_progress(sum(len(text) for text, _ in batch))
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    on_progress: Callable[[int], None] = lambda num_characters: None,
+) -> np.ndarray:
+    """Lay the tokens of documents end to end; see `tokenize`.
+
+    Returns:
+        Tokens, int32 ``[num_tokens]``.
+    """
+    tokens = list(tokenize(documents, tokenizer, on_progress=on_progress))
+    return np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+
+
+def _marked(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces of a document, each with whether it is the last."""
+    *first, last = pieces
+    yield from ((piece, False) for piece in first)
+    yield last, True

@@ -1,0 +1,305 @@
+"""One file or dataset → documents, piece by piece, in bounded memory."""
+
+import codecs
+import dataclasses
+import gzip
+import hashlib
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from engram_lm.errors import DataError, MissingExtraError
+
+__all__ = [
+    "PIECE_CHARACTERS",
+    "NoTextError",
+    "Piece",
+    "cut_text",
+    "inspect_text",
+    "need",
+    "no_field",
+    "read_dataset",
+    "read_jsonl",
+    "read_parquet",
+    "read_text",
+]
+
+PIECE_CHARACTERS = 1 << 18
+"""Longest text handed on at once; a longer document comes in several pieces."""
+_LONGEST_RECORD_BYTES = 1 << 30
+_ROWS_AT_ONCE = 256
+_READ_BYTES = 1 << 20
+_BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+class NoTextError(Exception):
+    """A file holds no text; the message is the reason, such as ``"binary"``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one. The pieces of a document follow each other."""
+
+    text: str
+    """At most `PIECE_CHARACTERS` characters."""
+    digest: bytes
+    """SHA-256 of the whole document as UTF-8."""
+    ends_document: bool
+    """Whether it is the last piece of its document."""
+    source_bytes: int
+    """Bytes of its file that are done with it, for progress; all pieces of a file sum up to its size."""
+
+
+def cut_text(text: str, longest: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a long text where tokenizers cut it too.
+
+    A cut follows a line break that stands between two characters that are not white space. The pre-tokenizers of GPT-2,
+    of cl100k and of their successors (Llama 3, Qwen, DeepSeek, those trained here) separate tokens there whatever
+    surrounds it, so the tokens of the pieces are the tokens of the whole. Where there is no such line break in the
+    second half of a piece, the cut follows another line break, precedes a space, or lies anywhere, and the tokens next
+    to it may differ. They may also differ with tokenizers that mark the beginning of a text (SentencePiece).
+
+    Args:
+        text: Anything.
+        longest: Characters in a piece, at least 2.
+
+    Yields:
+        The text, in one or more pieces; one empty piece for an empty text.
+    """
+    start = 0
+    while len(text) - start > longest:
+        stop = _place_to_cut(text, start, start + longest)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _place_to_cut(text: str, start: int, stop: int) -> int:
+    """A place in (start, stop]; needs the character at ``stop``."""
+    lowest = start + (stop - start) // 2
+    place = text.rfind("\n", lowest, stop)
+    other = place + 1
+    while place > lowest:
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+        place = text.rfind("\n", lowest, place)
+    if other > lowest:
+        return other
+    space = text.rfind(" ", lowest, stop)
+    return space if space > start else stop
+
+
+# Plain text: one document a file
+
+
+def inspect_text(path: Path) -> str:
+    """Compute the SHA-256 of a plain text file, as it will be read.
+
+    Raises:
+        NoTextError: It is binary (a NUL byte), not UTF-8, or blank.
+        DataError: It is a broken gzip file.
+    """
+    digest, blank = hashlib.sha256(), True
+    for text, _ in _decoded(path):
+        blank = blank and not text.strip()
+        digest.update(text.encode())
+    if blank:
+        raise NoTextError("empty")
+    return digest.hexdigest()
+
+
+def read_text(path: Path, digest: str) -> Iterator[Piece]:
+    """Read the document that is a plain text file.
+
+    Args:
+        path: The file.
+        digest: What `inspect_text` found.
+    """
+    done, text, position = 0, "", 0
+    try:
+        for more, position in _decoded(path):
+            text += more
+            *whole, text = cut_text(text)
+            for piece in whole:
+                yield Piece(piece, bytes.fromhex(digest), False, position - done)
+                done = position
+    except NoTextError as error:
+        raise DataError(f"{path} has become unreadable ({error})") from error
+    yield Piece(text, bytes.fromhex(digest), True, position - done)
+
+
+def _decoded(path: Path) -> Iterator[tuple[str, int]]:
+    r"""Text of a file without a byte order mark and with ``\r\n`` as ``\n``, and how far into the file it reaches."""
+    decoder, held, last = codecs.getincrementaldecoder("utf-8-sig")(), "", False
+    file, raw = _open_bytes(path)
+    with raw, file:
+        while not last:
+            try:
+                chunk = file.read(_READ_BYTES)
+                last = not chunk
+                if b"\0" in chunk:
+                    raise NoTextError("binary")
+                text = held + decoder.decode(chunk, last)
+            except UnicodeDecodeError as error:
+                raise NoTextError("not UTF-8") from error
+            except _BROKEN_GZIP as error:
+                raise _broken_gzip(path, error) from error
+            held = "\r" if text.endswith("\r") and not last else ""
+            yield text.removesuffix(held).replace("\r\n", "\n"), raw.tell()
+
+
+def _open_bytes(path: Path) -> tuple[IO[bytes], IO[bytes]]:
+    """A file to read from, and the one whose position tells how far it is."""
+    raw: IO[bytes] = open(path, "rb")  # noqa: SIM115, closed by the caller
+    return (cast(IO[bytes], gzip.open(raw)) if path.name.lower().endswith(".gz") else raw), raw
+
+
+def _broken_gzip(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is a broken gzip file ({error}); make it again")
+
+
+# Records: JSON lines, Parquet, datasets
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
+    """Read the documents of a file of JSON lines.
+
+    Raises:
+        DataError: A line is broken or lacks the field; the message names the line.
+    """
+    file, raw = _open_bytes(path)
+    done, number = 0, 0
+    with raw, file:
+        while True:
+            number += 1
+            where = f"line {number} of {path}"
+            try:
+                line = file.readline(_LONGEST_RECORD_BYTES + 1)
+            except _BROKEN_GZIP as error:
+                raise _broken_gzip(path, error) from error
+            if not line:
+                return
+            if len(line) > _LONGEST_RECORD_BYTES:
+                raise DataError(f"{where} is longer than {_LONGEST_RECORD_BYTES} bytes; cut it into several")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            # A compressed file is read ahead of its lines, so its last lines weigh nothing.
+            position = raw.tell() if file is not raw else done + len(line)
+            weight, done = position - done, position
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is no JSON ({error!s:.200}); repair or remove it") from error
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{where} holds a JSON {type(record).__name__}; expected an object with the field {field!r}"
+                )
+            if field not in record:
+                raise DataError(no_field(where, field, record))
+            yield from _record(record[field], field, where, weight)
+
+
+def read_parquet(path: Path, field: str) -> Iterator[Piece]:
+    """Read the documents of a Parquet file.
+
+    Raises:
+        DataError: It is broken (the message names the row) or lacks the column.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    row, size = 0, path.stat().st_size
+    try:
+        # Read through a small buffer: a row group may be as large as the file.
+        with parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True
+        ) as file:
+            num_rows = file.metadata.num_rows
+            if field not in file.schema_arrow.names:
+                raise DataError(no_field(str(path), field, file.schema_arrow.names))
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[field], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    weight = size * row // num_rows - size * (row - 1) // num_rows
+                    yield from _record(value, field, f"row {row} of {path}", weight)
+            if row != num_rows:
+                raise DataError(
+                    f"{path} is a broken Parquet file: {num_rows} rows expected, {row} found; make it again"
+                )
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        where = f", after row {row}" if row else ""
+        raise DataError(f"{path} is a broken Parquet file ({error!s:.200}){where}; make it again") from error
+
+
+def read_dataset(data: Any, name: str, field: str) -> Iterator[Piece]:
+    """Read the documents of an open dataset of the ``datasets`` package.
+
+    Args:
+        data: The dataset, streaming or not.
+        name: What messages call it.
+        field: The column that holds the text.
+
+    Raises:
+        DataError: It cannot be read (the message names the row) or lacks the column.
+    """
+    row = 0
+    batches = iter(data.select_columns([field]).iter(batch_size=_ROWS_AT_ONCE))
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # of many libraries: HTTP's, Arrow's, the file system's
+            raise DataError(
+                f"the dataset {name} could not be read after row {row}: {type(error).__name__}: {error!s:.300}; start "
+                "again to go on from the last complete shard"
+            ) from error
+        if batch is None:
+            return
+        if field not in batch:
+            raise DataError(no_field(f"the dataset {name}", field, batch))
+        for value in batch[field]:
+            row += 1
+            yield from _record(value, field, f"row {row} of {name}", 0)
+
+
+def _record(value: object, field: str, where: str, source_bytes: int) -> Iterator[Piece]:
+    """The pieces of a record's text; none where it is absent or blank."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise DataError(f"{field!r} in {where} is of type {type(value).__name__}; expected text; name another field")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no tokenizer can read
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        data = value.encode()
+    if not value or value.isspace():
+        return
+    digest = hashlib.sha256(data).digest()
+    *pieces, last = cut_text(value)
+    for piece in pieces:
+        yield Piece(piece, digest, False, 0)
+    yield Piece(last, digest, True, source_bytes)
+
+
+def no_field(where: str, field: str, present: Iterable[str]) -> str:
+    """Say that a record lacks a field, and which it has."""
+    names = ", ".join(repr(name) for name in list(present)[:20]) or "none"
+    return f"{where} has no field {field!r}, it has {names}; name the one that holds the text as field"
+
+
+def need(package: str) -> None:
+    """Check that a package of the extra ``data`` is installed.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(
+            f"this data source is read with {package}, which is not installed; install the extra with "
+            "`pip install 'engram-lm[data]'`"
+        )
