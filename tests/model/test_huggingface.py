@@ -10,6 +10,7 @@ from tests.small_model import VARIANTS
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from engram_lm.errors import MismatchError, TokenError
+from engram_lm.memory.step import begin_step
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import Router, balance_experts, expert_load
 from engram_lm.model.streams import StreamHead, StreamMixer
@@ -261,8 +262,7 @@ def block_inputs(model, block, length=LENGTH):
     }
     if block in config.memory_layers:
         spec = model.hash_spec
-        inputs["memory_rows"] = spec.rows(IDS[:, :length], spec.layers[spec.blocks.index(block)])
-        inputs["memory_active"] = torch.ones(BATCH, length, dtype=torch.bool)
+        inputs["memory_step"] = begin_step(spec, {}, IDS[:, :length])
     return hidden, inputs
 
 
