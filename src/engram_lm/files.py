@@ -1,5 +1,6 @@
 """Files and folders that are either the old version or the new one, never half of either."""
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -170,7 +171,8 @@ def read_json(
         The object.
 
     Raises:
-        EngramError: Of the type ``error``: the file cannot be read, is not JSON, or holds something else.
+        EngramError: Of the type ``error``: the file cannot be read, is not JSON, names something twice, or holds
+            something else.
     """
     try:
         text = Path(path).read_bytes()
@@ -183,12 +185,23 @@ def parse_json(
     text: bytes | str, where: str, *, error: type[EngramError] = CheckpointError, advice: str = ""
 ) -> dict[str, Any]:
     """Parse a JSON object that came from somewhere else, as `read_json` does; ``where`` names it in messages."""
+    end = f"; {advice}" if advice else ""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+            raise error(f"{where} names {twice!r:.200} twice{end}")
+        return values
+
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=unique)
+    except EngramError:
+        raise
     except (ValueError, RecursionError) as cause:
-        raise error(f"{where} is not readable JSON ({cause!s:.200}){advice and '; ' + advice}") from cause
+        raise error(f"{where} is not readable JSON ({cause!s:.200}){end}") from cause
     if not isinstance(values, dict):
-        raise error(f"{where} holds a JSON {type(values).__name__}, not an object{advice and '; ' + advice}")
+        raise error(f"{where} holds a JSON {type(values).__name__}, not an object{end}")
     return values
 
 

@@ -109,10 +109,10 @@ def test_a_file_cut_after_its_header_was_read_is_refused_when_it_is_loaded(tmp_p
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ((2**63).to_bytes(8, "little"), "no readable JSON"),
-        (b"[" * 100_000, "no readable JSON"),
-        (b"\xff\xfe", "no readable JSON"),
-        ([1], "JSON list where an object"),
+        ((2**63).to_bytes(8, "little"), "not readable JSON"),
+        (b"[" * 100_000, "not readable JSON"),
+        (b"\xff\xfe", "not readable JSON"),
+        ([1], "JSON list, not an object"),
         (b'{"a": {}, "a": {}}', "names 'a' twice"),
         ({"a": 3}, "entry for a has no type"),
         ({"a": {"dtype": 1, "shape": [1], "data_offsets": [0, 1]}}, "entry for a has no type"),

@@ -18,7 +18,7 @@ import torch
 from engram_lm.adapt.row_change import ROW_DTYPES, Fact, RowChange
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import replacing
-from engram_lm.tables.files.safetensors_file import StoredTensor, read_header
+from engram_lm.tables.files.safetensors_file import StoredTensor, local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 __all__ = ["StoredPatch", "read_patch", "write_patch"]
@@ -27,7 +27,6 @@ _FORMAT = "engram.row_patch.1"
 _PARTS = ("rows", "before", "after")
 # A patch is kilobytes. What is larger is another kind of file, and is not read to find out.
 _LARGEST_FILE_BYTES = 1 << 30
-_LONGEST_HEADER_BYTES = 16 << 20
 _MOST_FACTS, _MOST_TOKENS = 10_000, 1_000_000
 
 
@@ -82,8 +81,13 @@ def read_patch(path: str | os.PathLike[str]) -> StoredPatch:
             f"{path} has {size} bytes, a row patch has at most {_LARGEST_FILE_BYTES}; name the file that RowPatch.save "
             "wrote"
         )
-    metadata = _read_metadata(path)
-    header = read_header(path)
+    whole = local_header(path)
+    metadata, header = whole.metadata, whole.tensors
+    if (found := metadata.get("format")) != _FORMAT:
+        raise CheckpointError(
+            f"{path} is no row patch: expected format {_FORMAT!r}, found {found!r:.100}; name a file that "
+            "RowPatch.save wrote"
+        )
     tables = {name: _read_change(path, name, header) for name in _table_names(path, header)}
     return StoredPatch(
         spec_digest=_digest(path, metadata.get("hash_spec_digest")),
@@ -91,27 +95,6 @@ def read_patch(path: str | os.PathLike[str]) -> StoredPatch:
         title=metadata.get("title", ""),
         facts=_read_facts(path, metadata.get("facts", "[]")),
     )
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    """Texts of the header, read before `read_header` has checked the rest of it."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= _LONGEST_HEADER_BYTES else b""
-        values = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has no readable header ({error!s:.200}); download it again") from error
-    metadata = values.get("__metadata__") if isinstance(values, dict) else None
-    found = metadata.get("format") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or found != _FORMAT:
-        raise CheckpointError(
-            f"{path} is no row patch: expected format {_FORMAT!r}, found {found!r:.100}; name a file that "
-            "RowPatch.save wrote"
-        )
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the header's metadata holds other things than texts; download it again")
-    return metadata
 
 
 def _table_names(path: Path, header: Mapping[str, StoredTensor]) -> list[str]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.files import parse_json
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.byte_source import LocalFile
-from engram_lm.tables.files.safetensors_file import PACKED_FAMILY, TensorHeader, local_header, parse_json
+from engram_lm.tables.files.safetensors_file import PACKED_FAMILY, TensorHeader, local_header
 from engram_lm.tables.files.safetensors_writer import encode_header
 from engram_lm.tables.layout import Extent, Part, RowLayout
 
@@ -205,7 +206,7 @@ def parse_packed_header(header: TensorHeader, file: str) -> PackedHeader:
 def _parse(header: TensorHeader, file: str, checksums_crc: int) -> PackedHeader:
     metadata, tensors = header.metadata, header.tensors
     objects = {
-        name: parse_json(metadata[name], f"{name} of {file}")
+        name: parse_json(metadata[name], f"{name} of {file}", advice="copy the file again")
         for name in ("codec", "provenance", "hash_spec")
         if name != "hash_spec" or name in metadata
     }

@@ -4,10 +4,8 @@ Nothing here believes a file: every number of a header is compared with the byte
 short by a broken download is refused when it is opened, and never read past its end later.
 """
 
-import collections
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, EngramError
+from engram_lm.files import parse_json
 from engram_lm.tables.files.byte_source import ByteSource, FileFolder, LocalFile, LocalFolder
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "TensorHeader",
     "local_header",
     "parse_header",
-    "parse_json",
     "read_header",
 ]
 
@@ -198,7 +196,7 @@ def parse_header(source: ByteSource) -> TensorHeader:
             f"found {source.size} bytes in all (at most {LONGEST_HEADER_BYTES} are allowed); download it again"
         )
     text = source.read(8, 8 + length) if length else b""
-    header = parse_json(text, source.name)
+    header = parse_json(text, source.name, advice="download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{source.name}: the header's metadata holds values that are not text; download it again")
@@ -365,7 +363,7 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
 
 def _parse_index(text: bytes, index: str) -> dict[str, str]:
     """Read an index: the names of tensors → the names of their files, all inside the index's folder."""
-    places = parse_json(text, index).get("weight_map")
+    places = parse_json(text, index, advice="download it again").get("weight_map")
     if not isinstance(places, Mapping):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names; download it again")
     for name, file in places.items():
@@ -377,36 +375,3 @@ def _parse_index(text: bytes, index: str) -> dict[str, str]:
                 f"{index} places {name} at {file!r:.200}, which is not a file inside the folder; download it again"
             )
     return dict(places)
-
-
-def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
-    """Read a JSON object of a file, in which no name may stand twice.
-
-    Args:
-        text: The JSON.
-        name: What messages call the file.
-
-    Raises:
-        CheckpointError: It is not JSON, not an object, or has a name twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-            raise CheckpointError(f"{name} names {twice!r:.200} twice; download it again")
-        return values
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{name} has no readable JSON where some was expected ({error!s:.200}); download it again"
-        ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{name} has a JSON {type(values).__name__} where an object was expected; download it again"
-        )
-    return values
