@@ -191,10 +191,11 @@ def run_rank(name: str, world_size: int, deduplicate: bool, steps: int, corpus: 
 
     from engram_lm.model import EngramForCausalLM
     from engram_lm.model.read_ahead import record_rows
-    from engram_lm.tables.tiers.sharded import block_of, shard_tables
+    from engram_lm.tables.tiers.sharded import block_of
     from engram_lm.training.distribution import LossModule, start, wrap_backbone
     from engram_lm.training.loss import language_model_loss
     from engram_lm.training.optimizers import build_optimizer
+    from engram_lm.training.shard_tables import shard_tables
 
     make, batch_size, length = CASES[name]
     config = make()

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
 from engram_lm.tables import ParameterTable
-from engram_lm.tables.tiers.sharded import ShardedTable, _in_order, block_of, draw_rows
+from engram_lm.tables.tiers.row_exchange import in_order
+from engram_lm.tables.tiers.sharded import ShardedTable, block_of, draw_rows
 
 WIDTH = 5
 
@@ -275,7 +276,7 @@ def test_one_process_without_a_group_has_a_plain_table():
 def test_numbering_rows_without_the_host_equals_torch_unique(deduplicate):
     for size in (0, 1, 40):
         rows = torch.randint(-3, 20, (size,))
-        ordered, number, inverse = _in_order(rows, deduplicate)
+        ordered, number, inverse = in_order(rows, deduplicate)
         distinct = torch.empty_like(rows).scatter_(0, number, ordered)[: int(number.max()) + 1 if size else 0]
         assert torch.equal(distinct[inverse], rows)
         assert torch.equal(distinct, rows.unique() if deduplicate else rows.sort().values)

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.tables.tiers.sharded import shard_tables
 from engram_lm.training import checkpoint_storage, state
 from engram_lm.training.checkpoint_state import STATE_NAME, Chunk, SavedState, SavedTensor
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
@@ -34,6 +33,7 @@ from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.distribution import LossModule, Ranks, wrap_backbone
 from engram_lm.training.export import Export
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
+from engram_lm.training.shard_tables import shard_tables
 from engram_lm.training.state import export_model, model_facts, training_tensors
 
 FACTS = {"spec_digest": "abc", "seed": 3, "shape": (1, 2)}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from engram_lm.errors import ConfigError, DataError, EngramError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig, balance_experts
-from engram_lm.tables.tiers.sharded import ShardedTable, block_of, shard_tables
+from engram_lm.tables.tiers.sharded import ShardedTable, block_of
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.distribution import (
@@ -34,6 +34,7 @@ from engram_lm.training.distribution import (
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import clip_gradients
+from engram_lm.training.shard_tables import shard_tables
 
 TOKENIZER = train_tokenizer([TEXT], 270)
 BATCH, LENGTH, STEPS, LR = 5, 16, 3, 0.05

@@ -14,7 +14,7 @@ from engram_lm.planning.sizes import ModelSizes, model_sizes
 __all__ = ["Bill", "TableTraffic", "activation_bytes_per_token", "bill", "muon_parameters"]
 
 _INDEX_BYTES = 8  # row numbers and counts are int64
-_COUNT_WORDS = 4  # numbers of the first message of an exchange: engram_lm.tables.tiers.sharded
+_COUNT_WORDS = 4  # numbers of the first message of an exchange: engram_lm.tables.tiers.row_exchange
 _NUM_NORMALIZATIONS = 5  # iterations of Muon
 
 

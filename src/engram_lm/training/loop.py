@@ -114,7 +114,7 @@ class Trainer:
     Args:
         model: An `EngramForCausalLM`, or any causal language model of transformers, with memory attached or without;
             parameters that do not require a gradient stay as they are. With several processes its tables have been
-            given to `engram_lm.tables.tiers.sharded.shard_tables`.
+            given to `engram_lm.training.shard_tables.shard_tables`.
         batches: Where the sequences of step ``step`` come from.
         options: How steps are taken.
         optimizer: How gradients become updates.

@@ -1,18 +1,5 @@
-"""A trained table whose rows are divided over the ranks of a process group; rows travel to whoever reads them.
+"""A trained table whose rows are divided over the ranks of a process group; rows travel to whoever reads them."""
 
-One exchange, the same on every rank, for one request of any size:
-
-1. Row numbers → distinct rows, in order; the owner of a row is its number divided by the rows of a block.
-2. To every rank: how many rows are asked of it, and whether this rank's request is bad. All ranks then know of every
-   error, and raise the same one; none waits for rows that will not come.
-3. Places in the owner's block to the owner (uneven all-to-all), the rows back (the same, turned round).
-
-Gradients of the distinct rows go the way of the places, under the same counts: nothing is asked twice. Bytes travel as
-bytes, so every type of row does, to the bit.
-"""
-
-import contextlib
-import weakref
 from typing import Any
 
 import numpy as np
@@ -24,18 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
+from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.tables.table import Table, Ticket
-from engram_lm.tables.tiers.resident import ParameterTable
+from engram_lm.tables.tiers.row_exchange import COUNTED, RankShare, RowExchange
 
-__all__ = ["ShardedTable", "block_of", "draw_rows", "shard_tables"]
+__all__ = ["ShardedTable", "block_of", "draw_rows"]
 
 _ROWS_DRAWN_AT_ONCE = 4096
 """Rows of one random generator. A number that every table's first values depend on."""
-_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_FINE, _OUTSIDE, _WRONG_TYPE = 0, 1, 2
-_WORDS = 4
-"""Numbers in the first message: rows asked for, state, the worst row or the type, rows in the table."""
 
 
 def block_of(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -52,8 +35,8 @@ def block_of(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
 def draw_rows(weight: Tensor, first_row: int, *, seed: int | tuple[int, ...], std: float) -> None:
     """Fill rows from a normal distribution, so that a row's values depend on the seed and its number only.
 
-    Never on how many ranks there are, the device or which rows are drawn beside it (the width and the type matter, of
-    course). Values are drawn on the host, 4096 rows from a generator of their own.
+    They depend neither on the number of ranks, nor on the device, nor on which rows are drawn beside it (but on the
+    width and the type). Values are drawn on the host, 4096 rows from a generator of their own.
 
     Args:
         weight: ``[n, width]``, rows ``first_row`` to ``first_row + n - 1`` of a table, written in place.
@@ -74,9 +57,9 @@ def draw_rows(weight: Tensor, first_row: int, *, seed: int | tuple[int, ...], st
 class ShardedTable(nn.Module, Table):
     """A trained table of which every rank of a group has its own rows.
 
-    Reading is collective: all ranks of the group call `gather` (and `prefetch`, where they do) as often and in the same
-    order, with whatever rows each needs, none included. A rank with nothing to read gathers an empty tensor. The same
-    holds for the backward pass. Not for several threads.
+    Reading is collective: all ranks of the group call `gather` (and `prefetch`, if any does) equally often and in the
+    same order, each with the rows that it needs. A rank with nothing to read gathers an empty tensor. The same holds
+    for the backward pass. A table is not safe for several threads.
 
     The gradient of `weight` is that of the mean of the ranks' losses, as ``DistributedDataParallel`` has it for the
     rest: a row's gradients are summed over all ranks and divided once by their number. It is sparse, of this rank's
@@ -117,8 +100,8 @@ class ShardedTable(nn.Module, Table):
         self.num_rows, self.width, self.std, self.seed, self.deduplicate = num_rows, width, std, seed, deduplicate
         self.first_row, num_own = block_of(num_rows, self.rank, self.world_size)
         self._mesh: DeviceMesh | None = None
-        self._pending: dict[int, list[_Exchange]] = {}
-        self._counts = dict.fromkeys(_COUNTED, 0)
+        self._pending: dict[int, list[RowExchange]] = {}
+        self._counts = dict.fromkeys(COUNTED, 0)
         self.weight = nn.Parameter(torch.empty(num_own, width, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -144,12 +127,12 @@ class ShardedTable(nn.Module, Table):
         while this rank computes. `gather` takes them when it is given this very tensor, unchanged. They are the rows
         as they are now: ask after the optimizer's step, not before.
 
-        An exchange whose tensor no longer exists is forgotten, since nobody can come for it.
+        An exchange whose tensor no longer exists is dropped, since nobody can gather it any more.
         """
         self._forget_the_dead()
         if not self.reads_ahead or self.weight.is_meta:
             return Ticket(num_rows=rows.numel(), num_bytes=rows.numel() * self.row_bytes)
-        exchange = _Exchange(self, rows)
+        exchange = RowExchange(self._share(), rows)
         exchange.expect(rows)
         self._pending.setdefault(id(rows), []).append(exchange)
         return Ticket(num_rows=exchange.num_distinct, num_bytes=exchange.num_distinct * self.row_bytes)
@@ -171,12 +154,16 @@ class ShardedTable(nn.Module, Table):
         elif self.world_size == 1:
             result = self._gather_own(rows)
         else:
-            exchange = self._asked_before(rows) or _Exchange(self, rows)
+            exchange = self._asked_before(rows) or RowExchange(self._share(), rows)
             result = _Gather.apply(self.weight, exchange)
             result = result.view(*rows.shape, self.width).to(rows.device)
         return result if out is None else out.copy_(result)
 
     forward = gather
+
+    def _share(self) -> RankShare:
+        own = self.rank, self.world_size, self._group, self.deduplicate, self._counts
+        return RankShare(self.weight, self.num_rows, *own)
 
     def _gather_own(self, rows: Tensor) -> Tensor:
         self._counts["requested_rows"] += rows.numel()
@@ -186,7 +173,7 @@ class ShardedTable(nn.Module, Table):
             self._check_rows(rows)
             raise
 
-    def _asked_before(self, rows: Tensor) -> "_Exchange | None":
+    def _asked_before(self, rows: Tensor) -> "RowExchange | None":
         # Every rank finds the same: what is compared is the order of its own calls, not what others sent.
         waiting = self._pending.pop(id(rows), [])
         while waiting:
@@ -278,191 +265,19 @@ class ShardedTable(nn.Module, Table):
         return {**super().stats(), **own, **self._counts}
 
     def reset_stats(self) -> None:
-        """Count anew."""
-        self._counts = dict.fromkeys(_COUNTED, 0)
+        """Start counting from zero."""
+        self._counts.update(dict.fromkeys(COUNTED, 0))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.num_rows}, {self.width}, rank {self.rank} of {self.world_size} has {self.weight.shape[0]} rows"
 
 
-_COUNTED = (
-    "num_exchanges", "requested_rows", "distinct_rows", "remote_rows", "message_bytes",
-    "place_bytes_sent", "place_bytes_received", "row_bytes_sent", "row_bytes_received",
-    "gradient_bytes_sent", "gradient_bytes_received",
-)  # fmt: skip
-
-
-def _in_order(rows: Tensor, deduplicate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort rows and number the distinct ones, without telling the host how many there are.
-
-    Args:
-        rows: int64 ``[n]``.
-        deduplicate: Whether equal rows get one number.
-
-    Returns:
-        Rows in increasing order ``[n]``; the number of each of these ``[n]``; the number of each row given ``[n]``.
-    """
-    ordered, order = rows.sort()
-    is_new = torch.ones_like(ordered)
-    if deduplicate:
-        is_new[1:] = ordered[1:] != ordered[:-1]
-    number = is_new.cumsum(0) - 1
-    return ordered, number, torch.empty_like(order).scatter_(0, order, number)
-
-
-class _Exchange:
-    """One request of this rank, what the others ask of it at the same time, and the rows on their way."""
-
-    @torch.no_grad()
-    def __init__(self, table: ShardedTable, rows: Tensor) -> None:
-        self.table, self._group = table, table._group
-        self._work: dist.Work | None = None
-        self._asker: weakref.ref[Tensor] | None = None
-        self._version: int | None = None
-        self.error: EngramError | None = None
-        self.num_distinct = 0
-        weight, world_size, counts = table.weight, table.world_size, table._counts
-        block = max(1, -(-table.num_rows // world_size))
-        state, detail = _FINE, 0
-        if rows.dtype != torch.int64:
-            state, detail = _WRONG_TYPE, _INTEGERS.index(rows.dtype) if rows.dtype in _INTEGERS else -1
-            rows = rows.new_empty(0, dtype=torch.int64)
-        flat = rows.detach().reshape(-1).to(weight.device)
-        counts["num_exchanges"] += 1
-        counts["requested_rows"] += flat.numel()
-        if weight.device.type == "cpu" and table.deduplicate:
-            # Half the time of sorting here; on an accelerator it would wait for the number of rows.
-            ordered, self._inverse = torch.unique(flat, return_inverse=True)
-            number = torch.arange(len(ordered))
-        else:
-            ordered, number, self._inverse = _in_order(flat, table.deduplicate)
-        owner = (ordered // block).clamp_(0, world_size - 1)
-        # A row that stands there several times has one number; whoever comes last writes what the others wrote.
-        places = torch.empty_like(ordered).scatter_(0, number, ordered - owner * block)
-        owners = torch.full_like(ordered, world_size).scatter_(0, number, owner)
-        asked = torch.zeros(world_size + 1, dtype=torch.int64, device=weight.device)
-        asked.index_add_(0, owners, torch.ones_like(owners))
-        message = torch.empty(world_size, _WORDS, dtype=torch.int64, device=weight.device)
-        message[:, 0], message[:, 1], message[:, 2], message[:, 3] = asked[:-1], state, detail, table.num_rows
-        if ordered.numel():
-            low, high = ordered[0], ordered[-1]
-            worst = torch.where(low < 0, low, high)
-            message[:, 1] = torch.where((low < 0) | (high >= table.num_rows), _OUTSIDE, _FINE)
-            message[:, 2] = worst
-        answer = torch.empty_like(message)
-        dist.all_to_all_single(answer, message, group=self._group)
-        # The one time that the host waits for the device.
-        told = torch.cat([message[:, :1], answer], dim=1).tolist()
-        self._sent, self._received = [row[0] for row in told], [row[1] for row in told]
-        counts["message_bytes"] += 2 * (world_size - 1) * _WORDS * 8
-        self.error = self._agreed_error([row[2:] for row in told])
-        if self.error is not None:
-            return
-        self.num_distinct, own = sum(self._sent), self._sent[table.rank]
-        counts["distinct_rows"] += self.num_distinct
-        counts["remote_rows"] += self.num_distinct - own
-        # Half the bytes wherever a block has at most 2 ** 31 rows.
-        wire = torch.int32 if block <= 2**31 else torch.int64
-        self._places = self._turn(places[: self.num_distinct].to(wire)[:, None], True, "place_bytes")[0][:, 0].long()
-        self._rows, self._work = self._turn(weight.detach().index_select(0, self._places), False, "row_bytes", True)
-
-    def _agreed_error(self, told: list[list[int]]) -> EngramError | None:
-        """What all ranks raise: each sees the same list of (state, detail, rows in the table) by rank."""
-        tables = [num_rows for _, _, num_rows in told]
-        if len(set(tables)) > 1:
-            return MismatchError(
-                f"the ranks read different tables at the same time, of {tables} rows by rank; every rank must read the "
-                "same tables in the same order (a rank with nothing to read gathers no rows)"
-            )
-        for rank, (state, detail, num_rows) in enumerate(told):
-            who = f"rank {dist.get_process_group_ranks(self._group)[rank]}"
-            if state == _WRONG_TYPE:
-                given = _INTEGERS[detail] if detail >= 0 else "no integers"
-                return RowRangeError(f"{who}: row numbers must be int64, these are {given}; convert with rows.long()")
-            if state == _OUTSIDE:
-                return RowRangeError(
-                    f"{who}: row {detail} is outside the table, which has rows 0 to {num_rows - 1}; the rows were "
-                    "probably computed with another HashSpec than the table was built for"
-                )
-        return None
-
-    def _turn(
-        self, values: Tensor, to_owners: bool, counted: str, asynchronous: bool = False
-    ) -> tuple[Tensor, "dist.Work | None"]:
-        """Send ``[n, k]``, one entry per row, to the rows' owners or back from them; as bytes, so of any type."""
-        sent, received = (self._sent, self._received) if to_owners else (self._received, self._sent)
-        given = values.contiguous().view(torch.uint8)
-        result = given.new_empty(sum(received), given.shape[1])
-        work = dist.all_to_all_single(result, given, received, sent, group=self._group, async_op=asynchronous)
-        counts, rank = self.table._counts, self.table.rank
-        counts[f"{counted}_sent"] += (sum(sent) - sent[rank]) * given.shape[1]
-        counts[f"{counted}_received"] += (sum(received) - received[rank]) * given.shape[1]
-        if asynchronous:
-            self._kept = given  # until it has been sent
-        return result.view(values.dtype), work
-
-    def expect(self, rows: Tensor) -> None:
-        """Remember whose rows these are."""
-        self._asker, self._version = weakref.ref(rows), _version(rows)
-
-    def is_for(self, rows: Tensor) -> bool:
-        """Whether these are the numbers that were asked for."""
-        return self._asker is not None and self._asker() is rows and self._version == _version(rows)
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether somebody can still come for it."""
-        return self._asker is not None and self._asker() is not None
-
-    def drop(self) -> None:
-        """Wait for what is on its way, and let go of it. The others send it in any case."""
-        with contextlib.suppress(RuntimeError):
-            self._wait()
-        self._rows = self._places = self._inverse = torch.empty(0)
-
-    def _wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = self._kept = None  # type: ignore[assignment]
-
-    def rows(self) -> Tensor:
-        """The rows asked for, ``[asked, width]``.
-
-        Raises:
-            EngramError: What the ranks agreed on.
-        """
-        if self.error is not None:
-            raise self.error
-        self._wait()
-        rows, self._rows = self._rows, self._rows[:0]
-        return rows.index_select(0, self._inverse)
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """Send the gradients of the rows asked for to their owners; collective.
-
-        Args:
-            gradient: ``[asked, width]``.
-
-        Returns:
-            That of this rank's rows under the mean of all ranks' losses, sparse ``[own rows, width]``, not coalesced.
-        """
-        # Repeats are added up in float32: in a lower type, every addition of a frequent row would be rounded.
-        exact = torch.promote_types(gradient.dtype, torch.float32)
-        merged = torch.zeros(self.num_distinct, gradient.shape[1], dtype=exact, device=gradient.device)
-        merged.index_add_(0, self._inverse, gradient.to(exact))
-        values, _ = self._turn(merged.to(gradient.dtype), True, "gradient_bytes")
-        # The one place where gradients of tables are scaled.
-        values = values.mul_(1 / self.table.world_size)
-        shape = self.table.weight.shape
-        return torch.sparse_coo_tensor(self._places[None], values, shape, check_invariants=False)
-
-
 class _Gather(torch.autograd.Function):
     """Rows forward, gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, exchange: _Exchange) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, exchange: RowExchange) -> Tensor:
         ctx.exchange = exchange
         return exchange.rows()
 
@@ -470,70 +285,3 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.gradient(gradient), None
-
-
-def _version(rows: Tensor) -> int | None:
-    """How often the numbers were written over; tensors of inference mode do not say."""
-    return None if rows.is_inference() else rows._version
-
-
-def shard_tables(
-    model: Any,
-    group: "dist.ProcessGroup | None" = None,
-    *,
-    seed: int | None = None,
-    device: torch.device | str | None = None,
-    deduplicate: bool = True,
-) -> dict[str, ShardedTable]:
-    """Divide the trained tables of an Engram model over ranks, in place: every rank keeps its own rows.
-
-    Call it before the model is wrapped and before its optimizer is made. With a seed the rows are drawn anew and are
-    the same under any number of ranks, one included; without one, rows that exist are kept (every rank must then have
-    built the same model), and rows on the meta device stay there, to be drawn from the seed 0 by
-    ``reset_parameters``. A table on the meta device is never allocated whole.
-
-    Args:
-        model: An `EngramForCausalLM` or `EngramModel`.
-        group: Ranks that share the tables; all of them where None. A group that is used for nothing else lets rows
-            travel beside the gradients of the backbone.
-        seed: Of the rows, see `draw_rows`; each table has one of its own under it.
-        device: Where the rows shall be; where they are if None.
-        deduplicate: See `ShardedTable`.
-
-    Returns:
-        Name to table, as in ``model.tables``.
-
-    Raises:
-        ConfigError: A table is trained with dense gradients, or is none that is trained.
-    """
-    base = model.base_model
-    for name, table in model.tables.items():
-        if not isinstance(table, ParameterTable):
-            raise ConfigError(
-                f"table {name} is a {type(table).__name__}; only a ParameterTable is divided over ranks: load the "
-                "model with its tables on the device"
-            )
-        if table.gradient != "sparse":
-            raise ConfigError(f"table {name} has dense gradients; tables over ranks need table_gradient='sparse'")
-    made = {}
-    for number, (name, table) in enumerate(model.tables.items()):
-        target = torch.device(device) if device is not None else table.weight.device
-        # Drawn at once only where a seed says so: what exists is about to be copied.
-        options = {"group": group, "std": table.std, "dtype": table.dtype, "deduplicate": deduplicate}
-        seeds = (0 if seed is None else seed, number)
-        sharded = ShardedTable(table.num_rows, table.width, seed=seeds, device="meta", **options)
-        if target.type != "meta":
-            sharded = sharded.to_empty(device=target)
-            if seed is not None or table.weight.is_meta:
-                sharded.reset_parameters()
-            else:
-                stop = sharded.first_row + sharded.weight.shape[0]
-                with torch.no_grad():
-                    sharded.weight.copy_(table.weight[sharded.first_row : stop])
-        sharded.weight.requires_grad_(table.weight.requires_grad)
-        made[name] = sharded.train(table.training)
-        base.memory_tables[name] = sharded
-        for layer in base.layers:
-            if layer.memory is not None and layer.memory.table is table:
-                layer.memory.table = sharded
-    return made
