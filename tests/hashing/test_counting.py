@@ -4,12 +4,12 @@ import collections
 
 import numpy as np
 import pytest
-from tests.hashing.conftest import small_map
+from tests.hashing.conftest import encode_plainly, small_map
 
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.hashing import HashSpec, TokenMap, counting
+from engram_lm.hashing.codes import look_back_reference
 from engram_lm.hashing.counting import NgramCounter, frequent_ngrams, seen_ngrams
-from engram_lm.hashing.reference import encode_reference, sight_reference
 
 
 def text(spec, num_tokens, seed=0):
@@ -21,15 +21,15 @@ def text(spec, num_tokens, seed=0):
 
 def counted_with_a_dictionary(spec, tokens, order):
     """Counts, first places and the first occurrence's raw tokens of every N-gram."""
-    canonical, starts = encode_reference(spec, tokens.tolist())
+    canonical, starts = encode_plainly(spec, tokens.tolist())
     counts, first = collections.Counter(), {}
     for t, token in enumerate(canonical):
         if token is None:
             continue
-        seen = tuple(sight_reference(canonical, starts, t, s, spec.fill) for s in reversed(range(order)))
+        seen = tuple(look_back_reference(canonical, starts, t, s, spec.fill) for s in reversed(range(order)))
         counts[seen] += 1
         if seen not in first:
-            blind = [sight_reference(canonical, starts, t, s, -1) < 0 for s in reversed(range(order))]
+            blind = [look_back_reference(canonical, starts, t, s, -1) < 0 for s in reversed(range(order))]
             raw = [-1 if hidden else int(tokens[t - s]) for s, hidden in zip(reversed(range(order)), blind)]
             first[seen] = (t, raw)
     return counts, first

@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
-from engram_lm.hashing.primes import distinct_primes, is_prime, longcat_moduli, next_prime, prime_tables
-from engram_lm.hashing.reference import distinct_primes_reference, is_prime_reference
+from engram_lm.hashing.primes import (
+    distinct_primes,
+    distinct_primes_reference,
+    is_prime,
+    is_prime_reference,
+    longcat_moduli,
+    prime_tables,
+)
 
 
 def test_small_numbers_are_prime_exactly_when_no_divisor_divides_them():
@@ -34,7 +40,7 @@ def test_known_large_primes_are_prime(prime):
 
 def test_primes_beyond_int64_are_refused():
     with pytest.raises(ConfigError, match="below 2\\*\\*63"):
-        next_prime(9223372036854775783)
+        distinct_primes((9223372036854775783,), 2, set())
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

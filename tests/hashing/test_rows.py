@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hashing.conftest import encode_plainly, rows_plainly
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.reference import encode_reference, rows_reference
 
 
 def random_input(spec, seed, batch, length):
@@ -44,9 +44,9 @@ def test_numpy_torch_and_plain_loops_agree(spec, batch, length, extras):
         assert fast[layer].is_contiguous()
         assert numpy[layer].shape == tuple(fast[layer].shape) == (batch, length, spec.num_heads_total)
         plain = [
-            rows_reference(
+            rows_plainly(
                 spec,
-                *encode_reference(
+                *encode_plainly(
                     spec,
                     tokens[b].tolist(),
                     None if mask is None else mask[b].tolist(),
@@ -80,7 +80,7 @@ def test_the_largest_tokens_and_multipliers_stay_in_the_table():
         multiplier = min(bound - 1 + bound % 2, 2**63 - 1)
         spec = dataclasses.replace(spec, multipliers=((multiplier, multiplier - 2, multiplier - 4),))
         tokens = [0, largest, largest, largest, 0]
-        plain = rows_reference(spec, *encode_reference(spec, tokens), 0)
+        plain = rows_plainly(spec, *encode_plainly(spec, tokens), 0)
         assert spec.rows(tokens, 0).tolist() == plain
         assert spec.rows(torch.tensor(tokens), 0).tolist() == plain
 
@@ -191,3 +191,29 @@ def test_compiled_code_refuses_tokens_outside_the_vocabulary_too(specs):
     assert torch.equal(compiled(good), spec.encode(good))
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
         compiled(torch.tensor([[1, -2]]))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_unchecked_codes_are_those_of_encode_and_unknown_ids_are_dead(spec, kind):
+    tokens, mask, positions = random_input(spec, 21, 3, 40)
+    for extras in ((), (mask,), (mask, positions)):
+        expected = spec.encode(tokens, *extras)
+        found = spec.encode_unchecked(kind(tokens), *map(kind, extras))
+        assert found.tolist() == expected.tolist()
+    unknown = np.random.default_rng(2).random(tokens.shape) < 0.2
+    strange = np.where(unknown, np.array([-1, -(2**40), spec.num_tokens, 2**50])[tokens % 4], tokens)
+    expected = spec.encode(tokens, np.where(unknown, 0, mask), positions)
+    assert spec.encode_unchecked(kind(strange), kind(mask), kind(positions)).tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_unchecked_codes_compile_into_one_graph_and_refuse_nothing(specs):
+    spec = dataclasses.replace(specs["deepseek_v41"])  # nothing of it is cached yet
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda tokens, context: spec.rows_for_layers(spec.encode_unchecked(tokens), context), fullgraph=True
+    )
+    tokens, context = torch.tensor([[1, -2, 5], [10**6, 4, 4]]), torch.full((2, spec.context), -1)
+    expected = spec.rows_for_layers(spec.encode_unchecked(tokens), context)
+    for layer, rows in compiled(tokens, context).items():
+        assert torch.equal(rows, expected[layer])

@@ -7,20 +7,67 @@ A *code* is -1 where the position is dead or lies before the start, and otherwis
 
 # Dimension key: B batch, L length, W context (highest order - 1).
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from engram_lm.hashing.token_map import is_torch
+from engram_lm.errors import MismatchError, TokenError
+from engram_lm.hashing.segments import Segments
+from engram_lm.hashing.token_map import TokenMap, check_tokens, is_torch, on_device
 
-__all__ = ["look_back"]
+__all__ = ["Encoder", "encode_reference", "look_back", "look_back_reference"]
 
 
-def look_back(codes: Any, *, width: int, fill: int, positions: bool) -> list[Any]:
+class Encoder:
+    """Turns raw tokens into codes: one look-up applies the token map and the rules about segments.
+
+    Args:
+        token_map: The map to canonical tokens.
+        segments: Where look-backs stop.
+    """
+
+    def __init__(self, token_map: TokenMap, segments: Segments):
+        self.token_map, self.segments = token_map, segments
+        # The last entry is for ids that the vocabulary does not have.
+        table = np.append(token_map.canonical * 4, -1)
+        table[list(segments.end_tokens)] |= 2
+        table[list(segments.dead_tokens)] = -1
+        self._table = table
+        self._tensors: dict[Any, Any] = {}
+
+    def encode(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        """Check tokens and turn them into codes; see `HashSpec.encode`."""
+        tokens = check_tokens(tokens, self.token_map.num_tokens)
+        if tokens.ndim != 2:
+            raise TokenError(f"tokens are [batch, length], got the shape {list(tokens.shape)}")
+        mask = _beside(tokens, attention_mask, "attention_mask")
+        positions = _beside(tokens, position_ids if self.segments.positions else None, "position_ids")
+        return self._codes(tokens, mask, positions)
+
+    def encode_unchecked(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        """Turn tokens into codes without checks; see `HashSpec.encode_unchecked`."""
+        num_tokens = self.token_map.num_tokens
+        known = (tokens >= 0) & (tokens < num_tokens)
+        tokens = _module_of(tokens).where(known, tokens, num_tokens)
+        return self._codes(tokens, attention_mask, position_ids if self.segments.positions else None)
+
+    def _codes(self, tokens: Any, mask: Any, positions: Any) -> Any:
+        module = _module_of(tokens)
+        table = on_device(self._tensors, "codes", self._table, tokens.device) if is_torch(tokens) else self._table
+        codes = table[tokens]
+        if positions is not None:
+            starts = module.concatenate([positions[:, :1] == 0, positions[:, 1:] <= positions[:, :-1]], 1)
+            codes = module.where(codes < 0, codes, codes | starts)
+        return codes if mask is None else module.where(mask == 0, -1, codes)
+
+
+def look_back(codes: Any, context: Any = None, *, width: int, fill: int, positions: bool) -> list[Any]:
     """Find the canonical tokens that each position sees at every distance, in NumPy or torch.
 
     Args:
-        codes: The codes of what came before and of the positions themselves, int64 ``[B, W + L]``.
+        codes: From `Encoder.encode`, int64 ``[B, L]``.
+        context: Codes of what came before, int64 ``[B, W]``; None at the start of a text.
         width: The largest distance, W.
         fill: What stands for a token that cannot be seen.
         positions: Whether codes may hold segment starts taken from ``position_ids``.
@@ -28,13 +75,8 @@ def look_back(codes: Any, *, width: int, fill: int, positions: bool) -> list[Any
     Returns:
         For the distances 0, 1, … W: canonical tokens, or the fill, int64 ``[B, L]``.
     """
-    if is_torch(codes):
-        import torch
-
-        where: Any = torch.where
-    else:
-        where = np.where
-    length = codes.shape[1] - width
+    where, length = _module_of(codes).where, codes.shape[1]
+    codes = _joined(codes, context, width)
     tokens, stops = codes >> 2, (codes[:, :-1] & 2) != 0
     if positions:
         stops = stops | ((codes[:, 1:] & 1) != 0)
@@ -45,3 +87,79 @@ def look_back(codes: Any, *, width: int, fill: int, positions: bool) -> list[Any
         visible = visible & ~stops[:, before]
         seen.append(where(visible, tokens[:, before], fill))
     return seen
+
+
+def encode_reference(
+    token_map: TokenMap,
+    segments: Segments,
+    tokens: Sequence[int],
+    attention_mask: Sequence[int] | None = None,
+    position_ids: Sequence[int] | None = None,
+) -> tuple[list[int | None], list[bool]]:
+    """Map one sequence of raw tokens to canonical tokens and find its segments, in plain Python.
+
+    Returns:
+        The canonical token of each position, None where it is dead; and whether a segment starts at it.
+    """
+    canonical: list[int | None] = []
+    starts = []
+    for t, token in enumerate(tokens):
+        dead = token in segments.dead_tokens or (attention_mask is not None and attention_mask[t] == 0)
+        canonical.append(None if dead else int(token_map.canonical[token]))
+        starts_here = t > 0 and tokens[t - 1] in segments.end_tokens
+        if segments.positions and position_ids is not None:
+            starts_here |= position_ids[t] == 0 if t == 0 else position_ids[t] <= position_ids[t - 1]
+        starts.append(starts_here)
+    return canonical, starts
+
+
+def look_back_reference(tokens: Sequence[int | None], starts: Sequence[bool], t: int, distance: int, fill: int) -> int:
+    """Return what position ``t`` sees ``distance`` tokens back, in plain Python: a canonical token, or the fill."""
+    for s in range(distance + 1):
+        if t - s < 0 or tokens[t - s] is None:
+            return fill
+        if s > 0 and starts[t - s + 1]:
+            return fill
+    token = tokens[t - distance]
+    assert token is not None
+    return token
+
+
+def _joined(codes: Any, context: Any, width: int) -> Any:
+    """Put the context, brought to the kind and device of the codes, before them; int64 [B, W + L]."""
+    if is_torch(codes):
+        import torch
+
+        if context is None:
+            context = codes.new_full((len(codes), width), -1)
+        return torch.cat([torch.as_tensor(context).to(codes.device), codes], dim=1)
+    if context is None:
+        context = np.full((len(codes), width), -1, np.int64)
+    return np.concatenate([context.cpu().numpy() if is_torch(context) else context, codes], axis=1)
+
+
+def _module_of(values: Any) -> Any:
+    """The array library of some values: torch or NumPy, which name `where` and `concatenate` alike."""
+    if is_torch(values):
+        import torch
+
+        return torch
+    return np
+
+
+def _beside(tokens: Any, values: Any, name: str) -> Any:
+    """Bring a mask or positions to the kind, device and shape of the tokens."""
+    if values is None:
+        return None
+    if is_torch(tokens):
+        import torch
+
+        values = torch.as_tensor(values, device=tokens.device)
+    else:
+        values = values.cpu().numpy() if is_torch(values) else np.asarray(values)
+    if values.shape == tokens.shape or (values.ndim == 2 and values.shape == (1, tokens.shape[1])):
+        return values
+    raise MismatchError(
+        f"{name} has the shape {list(values.shape)}, the tokens {list(tokens.shape)}; "
+        "pass the part that belongs to these tokens"
+    )

@@ -116,10 +116,7 @@ def _codes(spec: HashSpec, tokens: np.ndarray, starts: np.ndarray, length: int) 
 
 
 def _look_back(spec: HashSpec, codes: np.ndarray, context: np.ndarray | None, fill: int) -> np.ndarray:
-    if context is None:
-        context = np.full((len(codes), spec.context), -1, np.int64)
-    joined = np.concatenate([context, codes], axis=1)
-    seen = look_back(joined, width=spec.context, fill=fill, positions=spec.looks_at_positions)
+    seen = look_back(codes, context, width=spec.context, fill=fill, positions=spec.looks_at_positions)
     return np.stack(seen[::-1], axis=-1)
 
 

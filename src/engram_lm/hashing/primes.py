@@ -1,14 +1,18 @@
-"""Table sizes: distinct primes at or above a requested number of rows (LongCat: odd numbers).
-
-The plain twin, trial division, is in `engram_lm.hashing.reference`.
-"""
+"""Table sizes: distinct primes at or above a requested number of rows (LongCat: odd numbers)."""
 
 import math
 from collections.abc import Sequence
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["distinct_primes", "is_prime", "longcat_moduli", "next_prime", "prime_tables"]
+__all__ = [
+    "distinct_primes",
+    "distinct_primes_reference",
+    "is_prime",
+    "is_prime_reference",
+    "longcat_moduli",
+    "prime_tables",
+]
 
 _LIMIT = 2**63
 _SMALL = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
@@ -50,18 +54,9 @@ def is_prime(number: int) -> bool:
     return True
 
 
-def next_prime(number: int) -> int:
-    """Find the smallest prime strictly above a number.
-
-    Raises:
-        ConfigError: There is none below 2**63.
-    """
-    if number < 2:
-        return 2
-    candidate = number + 1 + number % 2
-    while not is_prime(candidate):
-        candidate += 2
-    return candidate
+def is_prime_reference(number: int) -> bool:
+    """Tell whether a number is prime by trying every divisor."""
+    return number >= 2 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 def distinct_primes(bases: Sequence[int], count: int, used: set[int]) -> tuple[int, ...]:
@@ -89,6 +84,19 @@ def distinct_primes(bases: Sequence[int], count: int, used: set[int]) -> tuple[i
             prime = _next_unused(prime, used)
             used.add(prime)
             taken.append(prime)
+    return tuple(taken)
+
+
+def distinct_primes_reference(bases: Sequence[int], count: int, used: set[int]) -> tuple[int, ...]:
+    """Do what `distinct_primes` does by testing every number by trial division."""
+    taken = []
+    for base in bases:
+        candidate = base
+        for _ in range(count):
+            while candidate in used or not is_prime_reference(candidate):
+                candidate += 1
+            used.add(candidate)
+            taken.append(candidate)
     return tuple(taken)
 
 

@@ -5,7 +5,6 @@ Tables are never loaded: rows are read out of the files they came in.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
+from engram_lm.files import read_json
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.layer import EngramLayer
@@ -115,15 +115,18 @@ def read_memory(
     """
     folder = Path(folder)
     spec = HashSpec.from_config(folder, tokenizer)
-    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = read_json(folder / "config.json")
+    variant: PublishedVariant
     if spec.variant == "qwen_ple":
+        variant = "qwen_ple"
         config, locate, load = _qwen_config(keys, spec), _locate_qwen, _load_qwen
     elif spec.variant == "deepseek_v41":
+        variant = "deepseek_v41"
         config, locate, load = _deepseek_config(keys, spec), _locate_deepseek, _load_deepseek
     else:
         raise ConfigError(f"{folder} is a {spec.variant} model; memory is read of {' and '.join(NAMES)}")
     tensors = TensorFolder(folder)
-    prefix = _find_prefix(tensors, spec.variant, spec.blocks)
+    prefix = _find_prefix(tensors, variant, spec.blocks)
     places = {
         block: locate(tensors, f"{prefix}layers.{block}.", config, spec, index)
         for index, block in enumerate(spec.blocks)
@@ -134,7 +137,7 @@ def read_memory(
         with torch.device("meta"):
             layers[block] = EngramLayer(config, tables[block])
         layers[block].load_state_dict(load(place.dense, config, dtype), assign=True)
-    return PublishedMemory(spec.variant, config, spec, layers)
+    return PublishedMemory(variant, config, spec, layers)
 
 
 def _qwen_config(keys: Mapping[str, Any], spec: HashSpec) -> EngramConfig:

@@ -1,0 +1,222 @@
+"""The fields of a hash specification: filled in for a new model or from a rule, and checked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_lm.errors import ConfigError, MismatchError, TokenMapError
+from engram_lm.hashing.rules import HashRule, find_rule
+from engram_lm.hashing.segments import Segments
+from engram_lm.hashing.token_map import TokenMap
+
+__all__ = ["check_fields", "matching_map", "new_fields", "rule_fields"]
+
+_INT64 = 2**63
+
+
+def new_fields(
+    token_map: TokenMap,
+    *,
+    variant: str,
+    layers: tuple[int, ...],
+    orders: tuple[int, ...],
+    heads: int,
+    rows_per_head: int | Sequence[int],
+    seed: int,
+    shared_table: bool,
+    **others: Any,
+) -> dict[str, Any]:
+    """Fill in the fields of a new model's spec; the arguments are those of `HashSpec.build`.
+
+    Raises:
+        ConfigError: A value is impossible.
+        TokenError: The pad token is not in the vocabulary.
+    """
+    rule_type = find_rule(variant)
+    _check_geometry(layers, orders, heads)
+    bases = (rows_per_head,) * len(orders) if isinstance(rows_per_head, int) else tuple(rows_per_head)
+    if len(bases) != len(orders) or any(type(base) is not int or base < 1 for base in bases):
+        raise ConfigError(f"rows_per_head is one positive number or one per order {orders}, got {rows_per_head!r}")
+    if any(base >= _INT64 for base in bases):
+        raise ConfigError(f"row numbers are int64, got rows_per_head={rows_per_head!r}; ask for fewer rows")
+    rule = rule_type.new(
+        orders=orders,
+        num_heads=heads,
+        vocab_size=len(token_map),
+        layers=layers,
+        rows_per_head=bases,
+        seed=seed,
+        shared_table=shared_table,
+    )
+    return rule_fields(
+        rule, variant=variant, layers=layers, token_map=token_map, seed=seed, shared_table=shared_table, **others
+    )
+
+
+def rule_fields(
+    rule: HashRule,
+    *,
+    variant: str,
+    layers: tuple[int, ...],
+    pad_token_id: int,
+    segments: Segments,
+    token_map: TokenMap | None,
+    num_tokens: int = 0,
+    seed: int = 0,
+    shared_table: bool = False,
+    row_multiple: int = 1,
+) -> dict[str, Any]:
+    """Fill in the fields of the spec of a rule.
+
+    Args:
+        rule: With the model's numbers.
+        variant: The rule's published name.
+        layers: Published ids of its layers.
+        pad_token_id: Raw id that stands for what cannot be seen, for rules that have such an id.
+        segments: Where look-backs stop.
+        token_map: None if only the tables are known so far.
+        num_tokens: Number of raw ids, if there is no map to say it.
+        seed: Seed that the multipliers were drawn with.
+        shared_table: Whether all layers read one table.
+        row_multiple: Each table's rows are rounded up to a multiple of this.
+
+    Raises:
+        TokenError: The pad token is not in the vocabulary.
+    """
+    fill = None if rule.has_fill else 0
+    if rule.has_fill and token_map is not None:
+        fill = int(token_map.apply(np.array([pad_token_id]))[0])
+    return {
+        "variant": variant,
+        "layers": layers,
+        "layer_base": rule.layer_base,
+        "orders": rule.orders,
+        "num_heads": rule.num_heads,
+        "primes": rule.primes,
+        "multipliers": rule.multipliers,
+        "vocab_size": rule.vocab_size,
+        "num_tokens": num_tokens if token_map is None else token_map.num_tokens,
+        "fill": fill,
+        "pad_token_id": pad_token_id if rule.has_fill else None,
+        "segments": segments,
+        "padded_rows": tuple(-(-sum(row) // row_multiple) * row_multiple for row in rule.primes),
+        "shared_table": shared_table,
+        "seed": seed,
+        "token_map_digest": None if token_map is None else token_map.digest,
+        "vocabulary_digest": None if token_map is None else token_map.vocabulary_digest,
+        "token_map": token_map,
+    }
+
+
+def _check_geometry(layers: tuple[int, ...], orders: tuple[int, ...], heads: int) -> None:
+    """Refuse impossible layer ids, orders and numbers of heads.
+
+    Raises:
+        ConfigError: Naming the value.
+    """
+    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise ConfigError(f"layers are one or more ids from 0, got {layers!r}")
+    if len(set(layers)) != len(layers):
+        raise ConfigError(f"layers must differ, got {layers!r}")
+    if (
+        not orders
+        or any(type(order) is not int or order < 2 for order in orders)
+        or list(orders) != sorted(set(orders))
+    ):
+        raise ConfigError(f"orders are ascending integers from 2, such as (2, 3), got {orders!r}")
+    if type(heads) is not int or heads < 1:
+        raise ConfigError(f"heads per order is an integer from 1, got {heads!r}")
+
+
+def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
+    """Build from a tokenizer the kind of map that a `HashSpec` has, and check that it is the one it was made for.
+
+    Args:
+        spec: The spec.
+        tokenizer: The tokenizer, or its map.
+
+    Raises:
+        MismatchError: The map, or the vocabulary behind it, is another one.
+        TokenMapError: The map has another number of canonical tokens.
+    """
+    if isinstance(tokenizer, TokenMap):
+        token_map = tokenizer
+    elif spec.vocab_size == spec.num_tokens:
+        # Canonical ids count first appearances, so a map that merges nothing is the identity.
+        token_map = TokenMap.identity(spec.num_tokens, tokenizer)
+    else:
+        token_map = TokenMap.from_tokenizer(tokenizer)
+    advice = "pass the tokenizer the model was trained with"
+    promised, found = spec.token_map_digest, token_map.digest
+    if promised not in (None, found):
+        raise MismatchError(f"this spec hashes with the token map {promised}, the given map is {found}; {advice}")
+    ours, theirs = spec.vocabulary_digest, token_map.vocabulary_digest
+    if None not in (ours, theirs) and ours != theirs:
+        raise MismatchError(f"this spec belongs to the vocabulary {ours}, the given map to {theirs}; {advice}")
+    if len(token_map) != spec.vocab_size:
+        raise TokenMapError(
+            f"the config promises {spec.vocab_size} canonical tokens, the tokenizer gives {len(token_map)} "
+            f"(of {token_map.num_tokens}); {advice}"
+        )
+    return token_map
+
+
+def check_fields(spec: Any) -> None:
+    """Refuse a `HashSpec` whose fields are impossible or contradict one another.
+
+    Raises:
+        ConfigError: Naming the field.
+    """
+    find_rule(spec.variant)
+    _check_geometry(spec.layers, spec.orders, spec.num_heads)
+    for name, low in (("vocab_size", 1), ("num_tokens", 1), ("seed", None)):
+        value = getattr(spec, name)
+        if type(value) is not int or (low is not None and not low <= value < _INT64):
+            raise ConfigError(f"{name} is a positive integer, got {value!r}")
+    if spec.layer_base not in (0, 1) or min(spec.layers) < spec.layer_base:
+        raise ConfigError(f"layer ids {spec.layers} count from layer_base={spec.layer_base}, which is 0 or 1")
+    for name, size in (("fill", spec.vocab_size), ("pad_token_id", spec.num_tokens)):
+        value = getattr(spec, name)
+        if value is not None and not (type(value) is int and 0 <= value < size):
+            raise ConfigError(f"{name}={value!r} is outside the vocabulary of {size}")
+    if not isinstance(spec.segments, Segments):
+        raise ConfigError(f"segments is a Segments, got {type(spec.segments).__name__}")
+    for token in (*spec.segments.end_tokens, *spec.segments.dead_tokens):
+        if token >= spec.num_tokens:
+            raise ConfigError(f"segments names token {token}, the vocabulary has {spec.num_tokens}")
+    _check_tables(spec.layers, spec.primes, spec.padded_rows, len(spec.orders) * spec.num_heads)
+    if spec.shared_table and (len(set(spec.primes)) != 1 or len(set(spec.padded_rows)) != 1):
+        raise ConfigError("shared_table means one table: primes and padded_rows must be equal in all layers")
+    for name in ("token_map_digest", "vocabulary_digest"):
+        value = getattr(spec, name)
+        if value is not None and not (
+            isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+        ):
+            raise ConfigError(f"{name} is a SHA-256 in hexadecimal or None, got {value!r}")
+    if spec.token_map is not None:
+        found = (len(spec.token_map), spec.token_map.num_tokens, spec.token_map.digest)
+        promised = (spec.vocab_size, spec.num_tokens, spec.token_map_digest)
+        if found != promised:
+            raise ConfigError(f"the token map has (canonical, raw, digest) {found}, the spec says {promised}")
+        if spec.fill is None:
+            raise ConfigError("fill is needed once a token map is bound, got None")
+
+
+def _check_tables(
+    layers: tuple[int, ...], primes: tuple[tuple[int, ...], ...], padded_rows: tuple[int, ...], num_columns: int
+) -> None:
+    if len(primes) != len(layers) or any(len(row) != num_columns for row in primes):
+        raise ConfigError(
+            f"primes holds {num_columns} numbers for each of {len(layers)} layers, got {[len(row) for row in primes]}"
+        )
+    if any(type(prime) is not int or prime < 1 for row in primes for prime in row):
+        raise ConfigError("primes are integers from 1")
+    if len(padded_rows) != len(layers):
+        raise ConfigError(f"padded_rows has {len(padded_rows)} numbers for {len(layers)} layers")
+    for layer, row, padded in zip(layers, primes, padded_rows, strict=True):
+        if type(padded) is not int or not sum(row) <= padded < _INT64:
+            raise ConfigError(
+                f"layer {layer} needs {sum(row)} rows and its table has {padded}; "
+                "a table has at least the rows that are hashed to, and fewer than 2**63: row numbers are int64"
+            )
