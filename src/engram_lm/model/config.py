@@ -1,8 +1,9 @@
 """Configuration of the reference language model."""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -18,6 +19,8 @@ __all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
 MEMORY_LAYER_TYPE = "engram_memory"
 """What ``layer_types`` calls the block whose cache layer carries the state of all memory; see ``cache.py``."""
 
+# What the fields were parsed to. A slot is not compared, saved and printed with the fields, but it is copied with them.
+_BESIDE_THE_FIELDS = ("_parsed",)
 _MOST_BLOCKS = 10_000
 _MOST_TOKENS = 2**24
 
@@ -36,6 +39,8 @@ class EngramLMConfig(DeepseekV3Config):
         >>> config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(hidden_size=128, memory_dim=128),
         ...                                       num_hidden_layers=4)  # doctest: +SKIP
     """
+
+    __slots__ = _BESIDE_THE_FIELDS
 
     model_type = "engram_lm"
     # What transformers' hyper-connection calls the fields of the streams.
@@ -196,18 +201,45 @@ class EngramLMConfig(DeepseekV3Config):
             segments = Segments(end_tokens=() if end is None else (end,))
         spec = memory.hash_spec(token_map, pad_token_id=pad, segments=segments)
         config = cls(memory=memory.to_dict(), hash_spec=spec.to_dict(), **backbone)
-        config._token_map = token_map
+        config._keep("hash_spec", spec)
         return config
 
     @property
     def memory_config(self) -> EngramConfig | None:
         """`memory` as an `EngramConfig`, or None for a model without memory."""
-        return None if self.memory is None else EngramConfig.from_dict(self.memory)
+        config: EngramConfig | None = self._parsed_field("memory", EngramConfig.from_dict)
+        return config
 
     @property
     def spec(self) -> HashSpec | None:
-        """`hash_spec` as a `HashSpec` without its token map, or None for a model without memory."""
-        return None if self.hash_spec is None else HashSpec.from_dict(self.hash_spec)
+        """`hash_spec` as a `HashSpec`, or None for a model without memory; with its token map where that is known."""
+        spec: HashSpec | None = self._parsed_field("hash_spec", HashSpec.from_dict)
+        return spec
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Let a model that is built from this configuration know its token map from the start.
+
+        Args:
+            tokenizer: The tokenizer, or its `TokenMap`.
+
+        Raises:
+            MismatchError: Its canonical tokens are not those the configuration was made for.
+        """
+        if (spec := self.spec) is not None:
+            self._keep("hash_spec", spec.bind(tokenizer))
+
+    def _parsed_field(self, name: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
+        """Parse a field once, and again only after it was changed."""
+        fields = getattr(self, name)
+        if fields is None:
+            return None
+        kept = getattr(self, "_parsed", {}).get(name)
+        if kept is None or kept[0] != fields:
+            self._keep(name, parse(fields))
+        return self._parsed[name][1]
+
+    def _keep(self, name: str, parsed: EngramConfig | HashSpec) -> None:
+        self._parsed = {**getattr(self, "_parsed", {}), name: (copy.deepcopy(getattr(self, name)), parsed)}
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
@@ -221,7 +253,6 @@ class EngramLMConfig(DeepseekV3Config):
         does on resuming, would refuse a name that transformers does not know.
         """
         values: dict[str, Any] = super().to_dict()
-        values.pop("_token_map", None)
         values.pop("layer_types", None)
         return values
 

@@ -69,9 +69,17 @@ class EngramModel(EngramPreTrainedModel):
             read from a file does not, and needs `bind_tokenizer` or a checkpoint.
         places: Where `from_pretrained` puts the tables by itself, by name as in a device map; None where they are
             loaded with the rest.
+        table_device: Device that the tables are made on, such as ``"meta"`` where they get their numbers later; the
+            default device where None.
     """
 
-    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngramLMConfig,
+        places: Mapping[str, Any] | None = None,
+        *,
+        table_device: torch.device | str | None = None,
+    ) -> None:
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -91,7 +99,7 @@ class EngramModel(EngramPreTrainedModel):
                         memory.head_dim,
                         gradient=memory.table_gradient,
                         std=memory.table_std,
-                        device="meta" if getattr(config, "_tables_on_meta", False) else None,
+                        device=table_device,
                     )
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
@@ -109,12 +117,13 @@ class EngramModel(EngramPreTrainedModel):
         self.__dict__["_spec"] = None
         self.register_load_state_dict_post_hook(_forget_spec)
         self.post_init()
-        token_map = getattr(config, "_token_map", None)
-        if token_map is None and spec is not None:
-            raw = TokenMap.identity(spec.num_tokens)
-            token_map = raw if raw.digest == spec.token_map_digest else None  # raw tokens need no tokenizer
-        if token_map is not None and not self.token_map.is_meta:
-            self.bind_tokenizer(token_map)
+        if spec is not None and not self.token_map.is_meta:
+            token_map = spec.token_map
+            if token_map is None:
+                raw = TokenMap.identity(spec.num_tokens)
+                token_map = raw if raw.digest == spec.token_map_digest else None  # Raw tokens need no tokenizer.
+            if token_map is not None:
+                self.bind_tokenizer(token_map)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -239,6 +248,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     Args:
         config: Backbone and memory.
         places: As in `EngramModel`.
+        table_device: As in `EngramModel`.
 
     Example:
         >>> model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory))  # doctest: +SKIP
@@ -247,9 +257,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: EngramLMConfig, places: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngramLMConfig,
+        places: Mapping[str, Any] | None = None,
+        *,
+        table_device: torch.device | str | None = None,
+    ) -> None:
         super().__init__(config)
-        self.model = EngramModel(config, places)
+        self.model = EngramModel(config, places, table_device=table_device)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

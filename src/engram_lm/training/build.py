@@ -113,7 +113,7 @@ def _architecture(model: ArchitectureOptions, tokenizer: Any) -> EngramLMConfig:
     config = read_config(str(source))
     if tokenizer is not None:
         if config.spec is not None:
-            config._token_map = config.spec.bind(tokenizer).token_map
+            config.bind_tokenizer(tokenizer)
         elif config.vocab_size < len(tokenizer):
             raise MismatchError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; use the "
@@ -175,11 +175,8 @@ def build_model(recipe: Recipe, config: EngramLMConfig, tokenizer: Any, ranks: R
 
 def _new_model(config: EngramLMConfig) -> Any:
     """Build a model whose sparse tables have no numbers yet: a process may have no room for more than its share."""
-    config._tables_on_meta = config.memory is not None and config.memory["table_gradient"] == "sparse"
-    try:
-        return EngramForCausalLM(config)
-    finally:
-        del config._tables_on_meta
+    sparse = config.memory is not None and config.memory["table_gradient"] == "sparse"
+    return EngramForCausalLM(config, table_device="meta" if sparse else None)
 
 
 @torch.no_grad()
