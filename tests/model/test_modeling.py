@@ -15,7 +15,7 @@ from engram_lm.hashing import TokenMap
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.sizes import model_sizes
-from engram_lm.training.optimizers import parameter_groups
+from engram_lm.training.optimizers import sort_parameters
 
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -295,7 +295,7 @@ def test_tables_are_told_from_other_parameters_however_the_model_came_about(mode
     elif route == "loaded":
         model.save_pretrained(tmp_path)
         model = EngramForCausalLM.from_pretrained(tmp_path)
-    _, tables = parameter_groups(model, weight_decay=0.1)
+    tables = [*sort_parameters(model).tables.values()]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(table)] for table in tables} == {"model.memory_tables.0.weight", "model.memory_tables.2.weight"}
     # The layers read the model's own tables, not those of the model they were copied from.

@@ -9,7 +9,14 @@ from tests.training.test_loop import model
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables import ParameterTable
-from engram_lm.training.optimizers import RowAdam, clip_gradients, merge_rows, parameter_groups
+from engram_lm.training.optimizers import (
+    OptimizerOptions,
+    RowAdam,
+    build_optimizer,
+    clip_gradients,
+    merge_rows,
+    sort_parameters,
+)
 
 
 def table(gradient="sparse", seed=0) -> ParameterTable:
@@ -122,7 +129,8 @@ def test_dense_gradients_and_impossible_rates_are_refused():
 def test_norms_the_convolution_and_the_embedding_do_not_decay():
     one = model()
     names = {id(parameter): name for name, parameter in one.named_parameters()}
-    decayed, plain = parameter_groups(one, weight_decay=0.1)[0]
+    groups = build_optimizer(one, OptimizerOptions(backbone="adamw", weight_decay=0.1)).param_groups
+    decayed, plain = ({group["name"]: group for group in groups}[name] for name in ("decayed", "plain"))
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     spared = {names[id(parameter)].split(".")[-1] for parameter in plain["params"]}
     assert {"conv_weight", "query_norm", "key_norm", "conv_norm"} <= spared
@@ -139,11 +147,10 @@ def test_tables_are_told_apart_and_frozen_parameters_left_out():
             self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
 
     model = Model()
-    groups, tables = parameter_groups(model, weight_decay=0.1)
-    assert [parameter is model.table.weight for parameter in tables] == [True]
-    assert groups[0]["params"][0] is model.linear.weight and groups[0]["weight_decay"] == 0.1
-    assert groups[1]["params"][0] is model.linear.bias and groups[1]["weight_decay"] == 0.0
-    assert sum(len(group["params"]) for group in groups) == 2
+    kinds = sort_parameters(model)
+    assert [parameter is model.table.weight for parameter in kinds.tables.values()] == [True]
+    assert {**kinds.matrices, **kinds.decayed} == {"linear.weight": model.linear.weight}
+    assert kinds.plain == {"linear.bias": model.linear.bias} and not kinds.dense_tables
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from engram_lm.training.optimizers import Muon, OptimizerOptions, SinkhornMomentum, build_optimizer, clip_gradients
+from engram_lm.training.optimizers.rows import Sharing
 
 NUM_ROWS, WIDTH, CUT = 9, 4, 5
 STEPS = 3
@@ -55,7 +56,7 @@ def sparse(step, first=0, last=NUM_ROWS):
 
 def balance(first, last, sharded):
     weight = nn.Parameter(torch.ones(NUM_ROWS, WIDTH)[first:last].clone())
-    optimizer = SinkhornMomentum([weight], lr=0.1, sharded=sharded)
+    optimizer = SinkhornMomentum([weight], lr=0.1, sharing=Sharing(sharded))
     for step in range(STEPS):
         weight.grad = sparse(step, first, last)
         optimizer.step()

@@ -8,7 +8,7 @@ import numpy as np
 from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.deduplication import CURVES, distinct_rows
-from engram_lm.planning.shape import ITEM_BYTES, TrainingShape
+from engram_lm.planning.shape import ITEM_BYTES, TABLE_STATE_BYTES, TrainingShape
 from engram_lm.planning.sizes import ModelSizes, model_sizes
 
 __all__ = ["Bill", "TableTraffic", "activation_bytes_per_token", "bill", "muon_parameters"]
@@ -262,7 +262,7 @@ class _Tables:
         received = found["distinct_per_step"] if world == 1 else asked * shape.num_micro_batches
         return {
             "table_rows": self.rows_per_rank * self.row_bytes,
-            "table_optimizer": self.rows_per_rank * _state_bytes_per_row(shape.table_optimizer, width),
+            "table_optimizer": self.rows_per_rank * TABLE_STATE_BYTES[shape.table_optimizer](width),
             # Sparse, not merged before the optimizer does it: a row stands there once for each rank that read it.
             "table_gradients": received * (_INDEX_BYTES + width * item),
             # Numbers and rows, as asked and as answered; where each lookup finds its row.
@@ -270,16 +270,6 @@ class _Tables:
             if world > 1
             else 0,
         }
-
-
-def _state_bytes_per_row(optimizer: str, width: int) -> int:
-    """Float32 moments, and numbers of 4 bytes per row."""
-    return {
-        "row_adam": 8 * width,
-        "row_wise_adam": 4 * width + 4,
-        "row_wise_adagrad": 4,
-        "sinkhorn": 4 * width + 4,
-    }[optimizer]
 
 
 def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingShape) -> dict[str, int]:

@@ -1,12 +1,25 @@
 """How a training step is divided over ranks, kept and sent."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 from engram_lm.errors import ConfigError
 from engram_lm.planning.deduplication import CURVES
 
-__all__ = ["ITEM_BYTES", "TrainingShape"]
+__all__ = ["ITEM_BYTES", "TABLE_STATE_BYTES", "BackboneOptimizer", "TableOptimizer", "TrainingShape"]
+
+BackboneOptimizer = Literal["muon", "adamw"]
+"""Optimizers of the matrices of hidden layers."""
+TableOptimizer = Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"]
+"""Optimizers of tables; `engram_lm.training.optimizers.registry` has their classes."""
+TABLE_STATE_BYTES: dict[TableOptimizer, Callable[[int], int]] = {
+    "row_adam": lambda width: 8 * width,
+    "row_wise_adam": lambda width: 4 * width + 4,
+    "row_wise_adagrad": lambda width: 4,
+    "sinkhorn": lambda width: 4 * width + 4,
+}
+"""Bytes of state that each keeps for a row of a width: float32 moments, and numbers of 4 bytes per row."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number of each type."""
@@ -27,9 +40,9 @@ class TrainingShape:
     """Sequences that a rank runs at a time; all of its share where None."""
     backbone: Literal["ddp", "fsdp2", "none"] = "ddp"
     """How everything but tables is kept: whole on every rank, divided over them, or whole and never reduced."""
-    backbone_optimizer: Literal["muon", "adamw"] = "muon"
+    backbone_optimizer: BackboneOptimizer = "muon"
     """Muon keeps one number per number of a matrix, AdamW two."""
-    table_optimizer: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
+    table_optimizer: TableOptimizer = "row_adam"
     """What is kept per row: two moments; a moment and one number; one number; a moment."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products (autocast). Weights, gradients and moments are kept in float32."""
@@ -88,8 +101,8 @@ class TrainingShape:
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "backbone": ("ddp", "fsdp2", "none"),
-    "backbone_optimizer": ("muon", "adamw"),
-    "table_optimizer": ("row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"),
+    "backbone_optimizer": get_args(BackboneOptimizer),
+    "table_optimizer": get_args(TableOptimizer),
     "dtype": tuple(ITEM_BYTES),
     "gather_dtype": tuple(ITEM_BYTES),
     "fused_attention": (False, True),

@@ -21,6 +21,7 @@ from engram_lm.adapt.stored_adapter import read_adapter
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import TablePlace
+from engram_lm.planning.shape import TableOptimizer
 from engram_lm.tables import ParameterTable
 from engram_lm.training.optimizers import (
     CombinedOptimizer,
@@ -92,7 +93,7 @@ class TableTraining:
     """Learning rate of tables relative to ``learning_rate``, at every step of its schedule (paper, Table 5)."""
     weight_decay: float = 0.0
     """Decoupled, of rows in the steps that touch them (paper: none). ``args.weight_decay`` is not for tables."""
-    optimizer: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
+    optimizer: TableOptimizer = "row_adam"
     """Of tables with sparse gradients; those with dense ones have AdamW."""
     bias_correction: Literal["step", "row"] = "step"
     """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""

@@ -1,9 +1,8 @@
 """Several optimizers as one: one list of groups, one state, one step."""
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,70 +12,11 @@ from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
 from engram_lm.training.optimizers.groups import sort_parameters
 from engram_lm.training.optimizers.muon import Muon
-from engram_lm.training.optimizers.row_wise import RowWiseAdagrad, RowWiseAdam
-from engram_lm.training.optimizers.rows import (
-    BiasCorrection,
-    RowAdam,
-    RowOptimizer,
-    check_bias_correction,
-    check_options,
-)
-from engram_lm.training.optimizers.sinkhorn import SinkhornMomentum
+from engram_lm.training.optimizers.options import OptimizerOptions
+from engram_lm.training.optimizers.registry import TABLE_OPTIMIZERS
+from engram_lm.training.optimizers.rows import Sharing
 
-__all__ = ["CombinedOptimizer", "OptimizerOptions", "build_optimizer"]
-
-_BACKBONES = ("muon", "adamw")
-_TABLES = ("row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """How the parameters of a model are trained."""
-
-    backbone: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the matrices of hidden layers (paper: Muon); everything else beside the tables has AdamW."""
-    tables: Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"] = "row_adam"
-    """Optimizer of the tables (paper: Adam; DeepSeek-V4.1: sinkhorn)."""
-    lr: float = 4e-4
-    """Learning rate of the backbone at a factor of 1 (paper, Table 5)."""
-    table_lr_multiplier: float = 5.0
-    """Learning rate of tables relative to the backbone's (paper, Table 5)."""
-    weight_decay: float = 0.1
-    """Decoupled; of matrices, the head, routers and stream mixers. Norms, biases and embeddings have none."""
-    table_weight_decay: float = 0.0
-    """Decoupled, of rows in the steps that touch them."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's moments, AdamW's and the tables'."""
-    eps: float = 1e-8
-    """Added to the root of Adam's second moment, AdamW's and the tables' (DeepSeek's models: 1e-20)."""
-    momentum: float = 0.95
-    """Of Muon, and of ``sinkhorn``."""
-    update_rms: float = 0.18
-    """Root mean square of an update of Muon and of ``sinkhorn``, relative to the learning rate (DeepSeek-V4.1)."""
-    table_bias_correction: BiasCorrection = "step"
-    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
-    table_first_moment: Literal["full", "none"] = "full"
-    """Of ``row_wise_adam``: as large as the table, or none."""
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("backbone", self.backbone, _BACKBONES), ("tables", self.tables, _TABLES)):
-            if value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if len(self.betas) != 2:
-            raise ConfigError(f"betas are two numbers, not {self.betas}")
-        check_options(
-            "an optimizer",
-            lr=self.lr,
-            table_lr_multiplier=self.table_lr_multiplier,
-            weight_decay=self.weight_decay,
-            table_weight_decay=self.table_weight_decay,
-            eps=self.eps,
-            update_rms=self.update_rms,
-            betas=(*self.betas, self.momentum),
-        )
-        check_bias_correction(self.table_bias_correction)
-        if self.table_first_moment not in ("full", "none"):
-            raise ConfigError(f"table_first_moment must be 'full' or 'none', not {self.table_first_moment!r}")
+__all__ = ["CombinedOptimizer", "build_optimizer"]
 
 
 class CombinedOptimizer(ExactStateOptimizer):
@@ -127,16 +67,9 @@ class CombinedOptimizer(ExactStateOptimizer):
             raise ConfigError("a combined optimizer takes no further groups; build it anew with all parameters")
         super().add_param_group(param_group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step with each optimizer; a closure is called once, before them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-        return loss
 
     def set_lr(self, rate: float) -> None:
         """Set every group's learning rate to ``rate`` times its ``lr_multiplier``."""
@@ -230,24 +163,9 @@ def build_optimizer(
     ]:
         optimizers.append(torch.optim.AdamW(found, lr=options.lr, betas=options.betas, eps=options.eps, fused=True))
     if found := named("tables", kinds.tables, **table):
-        optimizers.append(_table_optimizer(found, options, kinds.num_sharded > 0, group))
+        made = TABLE_OPTIMIZERS[options.tables].from_options(found, options, Sharing(kinds.num_sharded > 0, group))
+        optimizers.append(made)
     return CombinedOptimizer(optimizers)
-
-
-def _table_optimizer(
-    groups: list[dict[str, Any]], options: OptimizerOptions, sharded: bool, group: "dist.ProcessGroup | None"
-) -> RowOptimizer:
-    adam: dict[str, Any] = {"betas": options.betas, "eps": options.eps}
-    adam["bias_correction"] = options.table_bias_correction
-    if options.tables == "row_adam":
-        return RowAdam(groups, **adam)
-    if options.tables == "row_wise_adam":
-        return RowWiseAdam(groups, first_moment=options.table_first_moment, **adam)
-    if options.tables == "row_wise_adagrad":
-        return RowWiseAdagrad(groups)
-    return SinkhornMomentum(
-        groups, momentum=options.momentum, update_rms=options.update_rms, sharded=sharded, group=group
-    )
 
 
 def _allocate_adamw(optimizer: torch.optim.AdamW) -> None:

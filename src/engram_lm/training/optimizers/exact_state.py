@@ -1,6 +1,7 @@
 """Optimizer state that keeps its types: torch casts loaded state to the parameter's."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ class ExactStateOptimizer(torch.optim.Optimizer):
     ``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the type of its parameter: float32 moments of
     a bfloat16 table would lose their digits, and whole numbers per row would become fractions.
     """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; a closure is called once, before it.
+
+        Raises:
+            ConfigError: A gradient is sparse where it must be dense, or dense where it must be sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave. Tensors are copied, in the type in which they were saved."""
@@ -36,5 +55,5 @@ class ExactStateOptimizer(torch.optim.Optimizer):
                     self._allocate(parameter, group)
 
     def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Fill ``self.state[parameter]``."""
+        """Fill ``self.state[parameter]`` with its state before the first step."""
         raise NotImplementedError

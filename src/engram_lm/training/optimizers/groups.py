@@ -1,7 +1,6 @@
 """Which parameter is trained how: sorted by the class of the module it belongs to."""
 
 import dataclasses
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -11,7 +10,7 @@ from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.tables import Table
 
-__all__ = ["SortedParameters", "is_trainable_table", "parameter_groups", "plain_name", "sort_parameters"]
+__all__ = ["SortedParameters", "is_trainable_table", "plain_name", "sort_parameters"]
 
 # Parts that wrappers put into names: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -89,21 +88,3 @@ def sort_parameters(model: nn.Module) -> SortedParameters:
             kind = "matrices"
         found[kind][plain_name(name)] = parameter
     return SortedParameters(**found, num_sharded=num_sharded)
-
-
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Make groups for one AdamW over everything but the tables. `build_optimizer` makes all optimizers of a model.
-
-    Args:
-        model: Any model; its tables are found by `is_trainable_table`.
-        weight_decay: For matrices; vectors (norms, biases), the convolution and the embedding have none.
-
-    Returns:
-        Groups for AdamW with ``param_names``, and the tables.
-    """
-    kinds = sort_parameters(model)
-    groups = [
-        {"params": list(named.values()), "param_names": list(named), "weight_decay": decay}
-        for named, decay in (({**kinds.matrices, **kinds.decayed}, weight_decay), (kinds.plain, 0.0))
-    ]
-    return [group for group in groups if group["params"]], [*kinds.tables.values(), *kinds.dense_tables.values()]

@@ -1,6 +1,6 @@
 """Muon: momentum made orthogonal, for matrices and stacks of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
-from engram_lm.training.optimizers.rows import check_options
+from engram_lm.training.optimizers.options import check_options
 
 __all__ = ["Muon", "orthogonalize", "product_dtype"]
 
@@ -150,17 +150,7 @@ class Muon(ExactStateOptimizer):
             parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
-
-        Raises:
-            ConfigError: A gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             shapes: dict[Any, list[_Piece]] = {}
             for parameter in group["params"]:
@@ -181,7 +171,6 @@ class Muon(ExactStateOptimizer):
             for pieces in shapes.values():
                 for batch in _batches(pieces):
                     self._update(batch, group)
-        return loss
 
     def _pieces(self, parameter: Tensor) -> list[_Piece]:
         """Divide what this rank works on into pieces of a bounded size."""

@@ -1,21 +1,26 @@
 """Optimizers of tables with one second moment per row: a state of half the table, or of next to nothing."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
-from engram_lm.training.optimizers.rows import (
+from engram_lm.training.optimizers.options import (
     BiasCorrection,
+    FirstMoment,
+    OptimizerOptions,
+    check_choice,
+    check_options,
+)
+from engram_lm.training.optimizers.rows import (
     RowOptimizer,
+    Sharing,
     add_to_rows,
     bias_sizes,
-    check_bias_correction,
-    check_options,
     chunks,
-    new_step_counters,
+    zeros_like_table,
+    zeros_per_row,
 )
 
 __all__ = ["RowWiseAdagrad", "RowWiseAdam"]
@@ -51,22 +56,29 @@ class RowWiseAdam(RowOptimizer):
         eps: float = 1e-8,
         *,
         weight_decay: float = 0.0,
-        first_moment: Literal["full", "none"] = "full",
+        first_moment: FirstMoment = "full",
         bias_correction: BiasCorrection = "step",
     ) -> None:
         check_options("RowWiseAdam", lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
-        check_bias_correction(bias_correction)
-        if first_moment not in ("full", "none"):
-            raise ConfigError(f"first_moment must be 'full' or 'none', not {first_moment!r}")
+        check_choice("bias_correction", bias_correction, BiasCorrection)
+        check_choice("first_moment", first_moment, FirstMoment)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "first_moment": first_moment, "bias_correction": bias_correction})
 
-    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        state.update(new_step_counters(parameter, group))
-        if group["first_moment"] == "full":
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
+    @classmethod
+    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
+        """See `RowOptimizer.from_options`."""
+        return cls(
+            groups,
+            betas=options.betas,
+            eps=options.eps,
+            first_moment=options.table_first_moment,
+            bias_correction=options.table_bias_correction,
+        )
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        first = {"exp_avg": zeros_like_table(parameter)} if group["first_moment"] == "full" else {}
+        return {**first, "exp_avg_sq": zeros_per_row(parameter)}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
         beta1, beta2 = group["betas"]
@@ -108,10 +120,13 @@ class RowWiseAdagrad(RowOptimizer):
         check_options("RowWiseAdagrad", lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        state.update(new_step_counters(parameter, group))
-        state["sum"] = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
+    @classmethod
+    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
+        """See `RowOptimizer.from_options`."""
+        return cls(groups)
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"sum": zeros_per_row(parameter)}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
         for some, gradient in chunks(rows, values):

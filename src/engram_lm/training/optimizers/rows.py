@@ -1,20 +1,19 @@
 """Optimizers of tables: what all of them share, and Adam on the rows a step touched."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
+from engram_lm.training.optimizers.options import BiasCorrection, OptimizerOptions, check_choice, check_options
 
-__all__ = ["BiasCorrection", "RowAdam", "RowOptimizer", "check_options", "merge_rows"]
-
-BiasCorrection = Literal["step", "row"]
-"""What corrects the bias of moments that began at zero: the optimizer's steps, or the touches of each row."""
+__all__ = ["RowAdam", "RowOptimizer", "Sharing", "merge_rows"]
 
 # Numbers of rows that are worked on at once: on a CPU copies of this size stay in the cache (0.8 of the time), and
 # nowhere is more memory taken than this, however many rows a step touched.
@@ -51,6 +50,15 @@ def merge_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return ordered[first], F.embedding_bag(order, values, first, mode="sum").to(dtype)
 
 
+class Sharing(NamedTuple):
+    """Which ranks hold tables together."""
+
+    sharded: bool = False
+    """Whether each rank has only its rows of the tables."""
+    group: "dist.ProcessGroup | None" = None
+    """Those ranks; all where None."""
+
+
 class RowOptimizer(ExactStateOptimizer):
     """What all optimizers of tables share: rows without a gradient keep weights and state, bit for bit.
 
@@ -62,17 +70,18 @@ class RowOptimizer(ExactStateOptimizer):
     that touch it, and not in the others. Rows that are read rarely therefore decay rarely.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the rows that have a gradient.
+    @classmethod
+    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
+        """Make the optimizer that a recipe asks for.
 
-        Raises:
-            ConfigError: A gradient is dense.
+        Args:
+            groups: Groups of tables, with their ``lr`` and ``weight_decay``.
+            options: What the recipe says.
+            sharing: Which ranks hold the tables together.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        raise NotImplementedError
+
+    def _step(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
@@ -88,24 +97,21 @@ class RowOptimizer(ExactStateOptimizer):
                 state = self.state[parameter]
                 state["step"] += 1
                 self._update(parameter.detach(), *merge_rows(gradient), state, group)
-        return loss
+
+    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        # The count of steps is float32 and stays on the host, as torch's.
+        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        if group.get("bias_correction") == "row":
+            state["row_steps"] = zeros_per_row(parameter, torch.int32)
+        self.state[parameter].update(state | self._new_state(parameter, group))
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Make the state of a table beside its counters, as it is before the first step."""
+        raise NotImplementedError
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
         """Update distinct rows ``[n]``, which may be none, by their gradients ``[n, width]``."""
         raise NotImplementedError
-
-
-def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: float) -> None:
-    """Refuse options that cannot be.
-
-    Raises:
-        ConfigError: One of ``options`` is negative or no number, or a beta is outside [0, 1).
-    """
-    betas = tuple(betas)
-    if not all(value >= 0 for value in options.values()) or not all(0 <= beta < 1 for beta in betas):
-        given = ", ".join([*(f"{name}={value}" for name, value in options.items()), *(["betas"] if betas else [])])
-        needed = [f"{name} >= 0" for name in options] + (["betas in [0, 1)"] if betas else [])
-        raise ConfigError(f"{optimizer} needs {', '.join(needed)}, not {given}" + (f" = {betas}" if betas else ""))
 
 
 def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,22 +166,14 @@ def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tu
     return group["lr"], second.sqrt_().div_(first).float()
 
 
-def new_step_counters(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Count of steps (float32, on the host as torch's) and, where bias is corrected per row, touches of each row."""
-    counters = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    if group.get("bias_correction") == "row":
-        counters["row_steps"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
-    return counters
+def zeros_like_table(parameter: Tensor) -> Tensor:
+    """Make a moment of a table: float32 ``[num_rows, width]``."""
+    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
 
 
-def check_bias_correction(value: str) -> None:
-    """Refuse an unknown way to correct bias.
-
-    Raises:
-        ConfigError: It is neither ``"step"`` nor ``"row"``.
-    """
-    if value not in ("step", "row"):
-        raise ConfigError(f"bias_correction must be 'step' or 'row', not {value!r}")
+def zeros_per_row(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a number for each row of a table: ``[num_rows]``."""
+    return torch.zeros(len(parameter), dtype=dtype, device=parameter.device)
 
 
 class RowAdam(RowOptimizer):
@@ -215,16 +213,17 @@ class RowAdam(RowOptimizer):
         bias_correction: BiasCorrection = "step",
     ) -> None:
         check_options("RowAdam", lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
-        check_bias_correction(bias_correction)
+        check_choice("bias_correction", bias_correction, BiasCorrection)
         defaults = {"lr": lr, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "bias_correction": bias_correction})
 
-    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        self.state[parameter].update(
-            **new_step_counters(parameter, group),
-            exp_avg=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
-            exp_avg_sq=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
-        )
+    @classmethod
+    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
+        """See `RowOptimizer.from_options`."""
+        return cls(groups, betas=options.betas, eps=options.eps, bias_correction=options.table_bias_correction)
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"exp_avg": zeros_like_table(parameter), "exp_avg_sq": zeros_like_table(parameter)}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
         for some, gradient in chunks(rows, values):

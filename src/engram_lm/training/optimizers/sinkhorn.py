@@ -1,14 +1,21 @@
 """The table optimizer published with DeepSeek-V4.1: momentum whose rows and columns are balanced."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engram_lm.errors import ConfigError
-from engram_lm.training.optimizers.rows import RowOptimizer, check_options, new_step_counters
+from engram_lm.training.optimizers.options import OptimizerOptions, check_options
+from engram_lm.training.optimizers.rows import (
+    RowOptimizer,
+    Sharing,
+    add_to_rows,
+    zeros_like_table,
+    zeros_per_row,
+)
 
 __all__ = ["SinkhornMomentum"]
 
@@ -40,10 +47,9 @@ class SinkhornMomentum(RowOptimizer):
         num_normalizations: K, an odd number.
         eps: The least a norm's square may be.
         weight_decay: Decoupled and lazy, see `RowOptimizer`. Published without.
-        sharded: The tables hold this rank's rows of larger ones (`engram_lm.tables.tiers.sharded`). Sums over rows are
-            then added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that an
-            update does not depend on the number of ranks. Every rank must step the same tables in the same order.
-        group: Those ranks; all where None.
+        sharing: Where the tables hold this rank's rows of larger ones (`engram_lm.tables.tiers.sharded`), sums over
+            rows are added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that
+            an update does not depend on the number of ranks. Every rank must step the same tables in the same order.
 
     State per table: ``step``; ``momentum``, float32 ``[num_rows, width]``; ``last_step``, int32 ``[num_rows]``, the
     step that touched the row last.
@@ -64,8 +70,7 @@ class SinkhornMomentum(RowOptimizer):
         num_normalizations: int = 11,
         eps: float = 1e-20,
         weight_decay: float = 0.0,
-        sharded: bool = False,
-        group: "dist.ProcessGroup | None" = None,
+        sharing: Sharing | None = None,
     ) -> None:
         check_options(
             "SinkhornMomentum",
@@ -81,21 +86,22 @@ class SinkhornMomentum(RowOptimizer):
                 f"num_normalizations must be odd, to begin and end with rows, and is {num_normalizations}; "
                 "published is 11"
             )
-        self._sharded, self._ranks = sharded, group
+        self._sharing = sharing or Sharing()
         defaults = {"lr": lr, "momentum": momentum, "update_rms": update_rms, "threshold": threshold}
         super().__init__(
             params, {**defaults, "num_normalizations": num_normalizations, "eps": eps, "weight_decay": weight_decay}
         )
 
-    def _allocate(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        self.state[parameter].update(
-            **new_step_counters(parameter, group),
-            momentum=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
-            last_step=torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device),
-        )
+    @classmethod
+    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
+        """See `RowOptimizer.from_options`."""
+        return cls(groups, momentum=options.momentum, update_rms=options.update_rms, sharing=sharing)
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum": zeros_like_table(parameter), "last_step": zeros_per_row(parameter, torch.int32)}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
-        if not len(rows) and not self._sharded:
+        if not len(rows) and not self._sharing.sharded:
             return
         beta, step, gradient = group["momentum"], int(state["step"]), values.float()
         missed = step - state["last_step"].index_select(0, rows)
@@ -104,11 +110,7 @@ class SinkhornMomentum(RowOptimizer):
         momentum.mul_(torch.pow(beta, missed.float()).unsqueeze(1)).add_(gradient, alpha=1 - beta)
         state["momentum"].index_copy_(0, rows, momentum)
         balanced = self._balance(momentum.mul_(beta).add_(gradient, alpha=1 - beta), group)
-        now = weight.index_select(0, rows).float()
-        if group["weight_decay"]:
-            now.mul_(1 - group["lr"] * group["weight_decay"])
-        now.sub_(balanced, alpha=group["lr"] * group["update_rms"] * weight.shape[1] ** 0.5)
-        weight.index_copy_(0, rows, now.to(weight.dtype))
+        add_to_rows(weight, rows, balanced, group["lr"] * group["update_rms"] * weight.shape[1] ** 0.5, group)
 
     def _balance(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         """Mask and balance a matrix in place.
@@ -136,6 +138,6 @@ class SinkhornMomentum(RowOptimizer):
         return matrix
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
-        if self._sharded and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums, group=self._ranks)
+        if self._sharing.sharded and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums, group=self._sharing.group)
         return sums

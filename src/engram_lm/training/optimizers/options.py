@@ -1,0 +1,90 @@
+"""How the parameters of a model are trained, as a recipe says it."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from engram_lm.errors import ConfigError
+from engram_lm.planning.shape import BackboneOptimizer, TableOptimizer
+
+__all__ = ["BiasCorrection", "FirstMoment", "OptimizerOptions", "check_choice", "check_options"]
+
+BiasCorrection = Literal["step", "row"]
+"""What corrects the bias of moments that began at zero: the optimizer's steps, or the touches of each row."""
+FirstMoment = Literal["full", "none"]
+"""Whether a row-wise optimizer keeps a first moment, which is as large as the table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """How the parameters of a model are trained."""
+
+    backbone: BackboneOptimizer = "muon"
+    """Optimizer of the matrices of hidden layers (paper: Muon); everything else beside the tables has AdamW."""
+    tables: TableOptimizer = "row_adam"
+    """Optimizer of the tables (paper: Adam; DeepSeek-V4.1: sinkhorn)."""
+    lr: float = 4e-4
+    """Learning rate of the backbone at a factor of 1 (paper, Table 5)."""
+    table_lr_multiplier: float = 5.0
+    """Learning rate of tables relative to the backbone's (paper, Table 5)."""
+    weight_decay: float = 0.1
+    """Decoupled; of matrices, the head, routers and stream mixers. Norms, biases and embeddings have none."""
+    table_weight_decay: float = 0.0
+    """Decoupled, of rows in the steps that touch them."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's moments, AdamW's and the tables'."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment, AdamW's and the tables' (DeepSeek's models: 1e-20)."""
+    momentum: float = 0.95
+    """Of Muon, and of ``sinkhorn``."""
+    update_rms: float = 0.18
+    """Root mean square of an update of Muon and of ``sinkhorn``, relative to the learning rate (DeepSeek-V4.1)."""
+    table_bias_correction: BiasCorrection = "step"
+    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
+    table_first_moment: FirstMoment = "full"
+    """Of ``row_wise_adam``: as large as the table, or none."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("backbone", self.backbone, get_args(BackboneOptimizer)),
+            ("tables", self.tables, get_args(TableOptimizer)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas are two numbers, not {self.betas}")
+        check_options(
+            "an optimizer",
+            lr=self.lr,
+            table_lr_multiplier=self.table_lr_multiplier,
+            weight_decay=self.weight_decay,
+            table_weight_decay=self.table_weight_decay,
+            eps=self.eps,
+            update_rms=self.update_rms,
+            betas=(*self.betas, self.momentum),
+        )
+        check_choice("table_bias_correction", self.table_bias_correction, BiasCorrection)
+        check_choice("table_first_moment", self.table_first_moment, FirstMoment)
+
+
+def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: float) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+        ConfigError: One of ``options`` is negative or no number, or a beta is outside [0, 1).
+    """
+    betas = tuple(betas)
+    if not all(value >= 0 for value in options.values()) or not all(0 <= beta < 1 for beta in betas):
+        given = ", ".join([*(f"{name}={value}" for name, value in options.items()), *(["betas"] if betas else [])])
+        needed = [f"{name} >= 0" for name in options] + (["betas in [0, 1)"] if betas else [])
+        raise ConfigError(f"{optimizer} needs {', '.join(needed)}, not {given}" + (f" = {betas}" if betas else ""))
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Refuse a value that is not one of a ``Literal``.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if value not in get_args(kind):
+        raise ConfigError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, not {value!r}")
