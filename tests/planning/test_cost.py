@@ -16,11 +16,11 @@ from engram_lm.errors import ConfigError
 from engram_lm.hashing import TokenMap
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.config import EngramLMConfig
-from engram_lm.planning.bill import TableTraffic, activation_bytes_per_token, bill, muon_parameters
+from engram_lm.planning.bill import TableTraffic, activation_bytes_per_token, bill
 from engram_lm.planning.deduplication import CURVES, distinct_rows
 from engram_lm.planning.machines import MACHINES, predict
 from engram_lm.planning.shape import TrainingShape
-from engram_lm.planning.sizes import model_sizes
+from engram_lm.planning.sizes import muon_parameters
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, sort_parameters
 
@@ -43,7 +43,7 @@ def test_parameters_and_muon_s_share_are_those_of_the_model(name):
     found = bill(config, TrainingShape())
     assert found.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
     matrices = sort_parameters(model).matrices.values()
-    assert muon_parameters(config, model_sizes(config, context=1)) == sum(one.numel() for one in matrices)
+    assert muon_parameters(config) == sum(one.numel() for one in matrices)
 
 
 @pytest.mark.parametrize("backbone", ["muon", "adamw"])

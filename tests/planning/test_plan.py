@@ -11,7 +11,7 @@ from tests.small_model import BACKBONE, MEMORY
 from engram_lm.cli import main
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.training.optimizers import RowAdam
+from engram_lm.training.optimizers import RowAdam, sort_parameters
 
 
 def planned(capsys, *arguments):
@@ -53,9 +53,10 @@ def test_state_of_decoding_is_what_decoding_keeps(capsys, tmp_path, build):
         cache = model(torch.randint(2, 280, (1, length)), use_cache=True).past_key_values
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert found["kv_cache_bytes_per_sequence"] == sum(tensor.nbytes for tensor in tensors)
-    states = [layer.window.values for layer in cache.layers if getattr(layer, "window", None) is not None]
-    history = next(layer.history for layer in cache.layers if getattr(layer, "history", None) is not None)
-    assert found["memory_state_bytes_per_sequence"] == sum(s.nbytes for s in states) + history.codes.nbytes
+    states = next(layer.memory_states for layer in cache.layers if getattr(layer, "memory_states", None))
+    (state,) = states.values()
+    kept = [state.history.values, *(window.values for window in state.windows.values())]
+    assert found["memory_state_bytes_per_sequence"] == sum(tensor.nbytes for tensor in kept)
     assert found["bytes_of_batch"] == 3 * found["bytes_per_sequence"]
 
 
@@ -181,12 +182,7 @@ def test_every_number_of_the_nano_model(capsys):
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     tables = sum(parameter.numel() for name, parameter in parameters.items() if "memory_tables" in name)
-    taps = ("conv_weight", "_norm", "scale", "base")
-    muon = sum(
-        parameter.numel()
-        for name, parameter in parameters.items()
-        if parameter.dim() >= 2 and "memory_tables" not in name and "embed" not in name and not name.endswith(taps)
-    )
+    muon = sum(parameter.numel() for parameter in sort_parameters(model).matrices.values())
     assert found["context_tokens"] == 1024
     assert found["parameters"]["stored"] == found["parameters"]["total"] == total
     assert found["weights_bytes"] == {"float32": 4 * total, "bfloat16": 2 * total}

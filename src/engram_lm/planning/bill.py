@@ -9,9 +9,9 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.deduplication import CURVES, distinct_rows
 from engram_lm.planning.shape import ITEM_BYTES, TABLE_STATE_BYTES, TrainingShape
-from engram_lm.planning.sizes import ModelSizes, model_sizes
+from engram_lm.planning.sizes import ModelSizes, matrices, model_sizes, muon_parameters
 
-__all__ = ["Bill", "TableTraffic", "activation_bytes_per_token", "bill", "muon_parameters"]
+__all__ = ["Bill", "TableTraffic", "activation_bytes_per_token", "bill"]
 
 _INDEX_BYTES = 8  # row numbers and counts are int64
 _COUNT_WORDS = 4  # numbers of the first message of an exchange: engram_lm.tables.tiers.row_exchange
@@ -276,7 +276,7 @@ def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingSha
     """Bytes that a rank sends for everything but tables."""
     others, dense = (shape.world_size - 1) / shape.world_size, sizes.total - sizes.memory_tables
     sent = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0, "muon_gather": 0}
-    muon = muon_parameters(config, sizes) if shape.backbone_optimizer == "muon" else 0
+    muon = muon_parameters(config) if shape.backbone_optimizer == "muon" else 0
     if shape.backbone == "ddp":  # once per step: gradients of earlier passes are added up first
         sent["all_reduce"] = round(2 * others * dense * 4)
         sent["muon_gather"] = round(others * muon * ITEM_BYTES[shape.dtype])  # each rank's share of the results
@@ -291,44 +291,6 @@ def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingSha
     return {**sent, "total": sum(sent.values())}
 
 
-def muon_parameters(config: EngramLMConfig, sizes: ModelSizes) -> int:
-    """Count the numbers that Muon updates: matrices of attention, feed-forward networks and memory's projections.
-
-    Not routers and stream mixers, the vocabulary, norms, biases and taps, nor the tables; see
-    `engram_lm.training.optimizers.sort_parameters`.
-    """
-    return sum(count * rows * columns for count, rows, columns, _ in _matrices(config))
-
-
-def _matrices(config: EngramLMConfig) -> list[tuple[int, int, int, bool]]:
-    """What Muon updates: how many matrices of which shape, and whether they lie in a stack."""
-    hidden, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    keys, values = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), heads * (config.v_head_dim or 0)
-    latent, rank = config.kv_lora_rank, config.q_lora_rank
-    queries = [(blocks, keys, hidden, False)]
-    if rank is not None:
-        queries = [(blocks, rank, hidden, False), (blocks, keys, rank, False)]
-    found = [
-        *queries,
-        (blocks, latent + config.qk_rope_head_dim, hidden, False),
-        (blocks, heads * config.qk_nope_head_dim + values, latent, False),
-        (blocks, hidden, values, False),
-        (3 * config.num_dense_layers, config.intermediate_size, hidden, False),
-    ]
-    if config.has_experts:
-        expert_blocks, width = blocks - config.num_dense_layers, config.moe_intermediate_size
-        routed = expert_blocks * (config.n_routed_experts or 0)
-        found += [
-            (3 * expert_blocks, width * config.n_shared_experts, hidden, False),
-            (routed, 2 * width, hidden, True),
-            (routed, hidden, width, True),
-        ]
-    memory = config.memory_config
-    if memory is not None:
-        found.append((len(memory.layers), (memory.num_streams + 1) * hidden, memory.memory_dim, False))
-    return found
-
-
 def _muon_flops(config: EngramLMConfig, shape: TrainingShape) -> int:
     """Operations of a rank's orthogonalizations: three products for each of five iterations.
 
@@ -337,13 +299,14 @@ def _muon_flops(config: EngramLMConfig, shape: TrainingShape) -> int:
     if shape.backbone_optimizer != "muon":
         return 0
     total = 0
-    for count, rows, columns, stacked in _matrices(config):
-        if stacked and shape.backbone == "fsdp2":
+    for matrix in matrices(config):
+        count = matrix.count
+        if matrix.stacked and shape.backbone == "fsdp2":
             experts = config.n_routed_experts or 1
             count = count // experts * -(-experts // shape.world_size)
         else:
             count = -(-count // shape.world_size)
-        short, long = sorted((rows, columns))
+        short, long = sorted((matrix.rows, matrix.columns))
         total += count * _NUM_NORMALIZATIONS * (4 * short * short * long + 2 * short**3)
     return total
 
@@ -386,7 +349,7 @@ def _memory(
 ) -> dict[str, int]:
     dense, item = sizes.total - sizes.memory_tables, ITEM_BYTES[shape.dtype]
     divided = shape.world_size if shape.backbone == "fsdp2" else 1
-    muon = muon_parameters(config, sizes) if shape.backbone_optimizer == "muon" else 0
+    muon = muon_parameters(config) if shape.backbone_optimizer == "muon" else 0
     share = -(-dense // divided)
     # FSDP2 has one block together and gathers the next meanwhile; what is outside the blocks stays.
     block = (dense - sizes.vocabulary) // config.num_hidden_layers

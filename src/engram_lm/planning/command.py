@@ -18,7 +18,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.presets import NAMES
 from engram_lm.planning.budget import allocate
-from engram_lm.planning.sizes import ModelSizes, model_sizes
+from engram_lm.planning.sizes import ModelSizes, model_sizes, muon_parameters
 from engram_lm.tables.byte_size import byte_size
 
 __all__ = ["Plan", "plan"]
@@ -279,20 +279,8 @@ def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, b
 
 
 def _optimizer_bytes(config: EngramLMConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Optimizer state in float32: two moments (Adam, RowAdam), or one for what Muon updates.
-
-    Muon is for matrices: not for the vocabulary, norms, latent norms, and the scales, biases and taps of streams and
-    memory.
-    """
-    rest, memory = sizes.total - sizes.memory_tables, config.memory_config
-    vectors = sizes.norms + config.num_hidden_layers * (config.kv_lora_rank + (config.q_lora_rank or 0))
-    if config.num_streams > 1:
-        streams = config.num_streams
-        vectors += 2 * config.num_hidden_layers * (streams * (streams + 2) + 3) + streams + 1
-    if memory is not None:
-        projection = memory.memory_dim * (memory.num_streams + 1) * memory.hidden_size
-        vectors += len(memory.layers) * (memory.layer_parameters() - projection)
-    muon = rest - sizes.vocabulary - vectors
+    """Optimizer state in float32: two moments (Adam, RowAdam), or one for what Muon updates."""
+    rest, muon = sizes.total - sizes.memory_tables, muon_parameters(config)
     return {
         "backbone_adamw": 8 * rest,
         "backbone_muon": 4 * muon + 8 * (rest - muon),

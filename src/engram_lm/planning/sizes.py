@@ -1,10 +1,12 @@
 """What a model of a configuration holds and costs, without building it."""
 
+import collections
 import dataclasses
+from typing import Literal
 
 from engram_lm.model.config import EngramLMConfig
 
-__all__ = ["ModelSizes", "model_sizes"]
+__all__ = ["Matrix", "ModelSizes", "expert_parameters", "matrices", "model_sizes", "muon_parameters"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,67 @@ class ModelSizes:
         return self.routed_experts - self.chosen_experts + self.memory_tables - self.memory_read
 
 
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Matrices of one shape that tokens are multiplied by, and that Muon updates."""
+
+    kind: Literal["attention", "dense_feed_forward", "shared_experts", "routed_experts", "memory"]
+    """Which part of the model they belong to."""
+    count: int
+    """How many there are."""
+    rows: int
+    """Outputs."""
+    columns: int
+    """Inputs."""
+    stacked: bool = False
+    """Whether they lie in one tensor with others, as the experts of a block do."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of all of them."""
+        return self.count * self.rows * self.columns
+
+
+def matrices(config: EngramLMConfig) -> list[Matrix]:
+    """List the matrices of attention, feed-forward networks and memory's projections.
+
+    Routers and stream mixers, the vocabulary, norms, biases and taps are not among them, nor are the tables; see
+    `engram_lm.training.optimizers.sort_parameters`.
+
+    Args:
+        config: Any configuration.
+    """
+    hidden, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    keys, values = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), heads * (config.v_head_dim or 0)
+    latent, rank, dense_blocks = config.kv_lora_rank, config.q_lora_rank, config.num_dense_layers
+    if rank is None:
+        found = [Matrix("attention", blocks, keys, hidden)]
+    else:
+        found = [Matrix("attention", blocks, rank, hidden), Matrix("attention", blocks, keys, rank)]
+    found += [
+        Matrix("attention", blocks, latent + config.qk_rope_head_dim, hidden),
+        Matrix("attention", blocks, heads * config.qk_nope_head_dim + values, latent),
+        Matrix("attention", blocks, hidden, values),
+        Matrix("dense_feed_forward", 3 * dense_blocks, config.intermediate_size, hidden),
+    ]
+    if config.has_experts:
+        width, num_experts = config.moe_intermediate_size, (blocks - dense_blocks) * (config.n_routed_experts or 0)
+        found += [
+            Matrix("shared_experts", 3 * (blocks - dense_blocks), width * config.n_shared_experts, hidden),
+            Matrix("routed_experts", num_experts, 2 * width, hidden, stacked=True),
+            Matrix("routed_experts", num_experts, hidden, width, stacked=True),
+        ]
+    memory = config.memory_config
+    if memory is not None:
+        found.append(Matrix("memory", len(memory.layers), (memory.num_streams + 1) * hidden, memory.memory_dim))
+    return found
+
+
+def muon_parameters(config: EngramLMConfig) -> int:
+    """Count the numbers that Muon updates: those of all `matrices`."""
+    return sum(matrix.parameters for matrix in matrices(config))
+
+
 def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
     """Count parameters and operations from the configuration.
 
@@ -86,36 +149,30 @@ def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
 
     Source: paper, section 3.1 (what counts as active and as sparse).
     """
-    hidden, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    key_width, value_width = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim or 0
-    queries = heads * key_width
-    query_rank = config.q_lora_rank
-    query = hidden * queries if query_rank is None else query_rank * (hidden + queries)
-    key_value = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-    key_value += config.kv_lora_rank * heads * (config.qk_nope_head_dim + value_width)
-    attention = blocks * (query + key_value + heads * value_width * hidden)
+    hidden, blocks, query_rank = config.hidden_size, config.num_hidden_layers, config.q_lora_rank
+    by_kind: dict[str, int] = collections.Counter()
+    for matrix in matrices(config):
+        by_kind[matrix.kind] += matrix.parameters
     attention_rest = blocks * (config.kv_lora_rank + (query_rank or 0))
     if config.attention_bias:
         attention_rest += blocks * ((query_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim + hidden)
-    dense_blocks, expert_blocks = config.num_dense_layers, blocks - config.num_dense_layers
-    dense = dense_blocks * 3 * hidden * config.intermediate_size
-    expert = expert_parameters(config)
-    shared, routed = expert * config.n_shared_experts, expert * config.n_routed_experts
-    chosen = expert * (config.num_experts_per_tok or 0)
-    routers = expert_blocks * config.n_routed_experts * hidden
+    chosen = expert_parameters(config) * (config.num_experts_per_tok or 0)
+    routers = (blocks - config.num_dense_layers) * config.n_routed_experts * hidden
     embedding = config.vocab_size * hidden
     streams, stream_flops = _streams(config)
     memory = config.memory_config
     # One multiply-add per key and value number and position attended to, over half the context.
-    scores = round(heads * (key_width + value_width) * (context + 1) * blocks)
-    products = attention + dense + shared + chosen + routers + embedding
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + (config.v_head_dim or 0)
+    scores = round(config.num_attention_heads * widths * (context + 1) * blocks)
+    dense = by_kind["attention"] + by_kind["dense_feed_forward"] + by_kind["shared_experts"]
+    products = dense + chosen + routers + embedding
     return ModelSizes(
         vocabulary=embedding * (1 if config.tie_word_embeddings else 2),
         vocabulary_matrix=embedding,
-        attention=attention + attention_rest,
-        dense_feed_forward=dense,
-        shared_experts=shared,
-        routed_experts=routed,
+        attention=by_kind["attention"] + attention_rest,
+        dense_feed_forward=by_kind["dense_feed_forward"],
+        shared_experts=by_kind["shared_experts"],
+        routed_experts=by_kind["routed_experts"],
         chosen_experts=chosen,
         routers=routers,
         norms=(2 * blocks + 1) * hidden,
