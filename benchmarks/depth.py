@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engram_lm.studies.depth.command import DepthStudy
+from engram_lm.studies.depth.study import DepthStudy
 
-_LEFT_OUT = ("out", "data", "resume", "json", "split")
+_LEFT_OUT = ("out", "data", "resume", "dry_run", "mode", "json", "split")
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -10,14 +10,15 @@ import harness
 import numpy as np
 import torch
 
-from engram_lm.hashing import TokenMap
 from engram_lm.memory import EngramConfig, EngramLayer
 from engram_lm.memory.reference import layer_reference
-from engram_lm.studies.quickstart.arms import build_arms
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import ParameterTable
+from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.tokenizer import train_tokenizer
+from engram_lm.training.distribution import Ranks
 from engram_lm.training.loop import Trainer, TrainOptions, best_dtype
 from engram_lm.training.optimizers import OptimizerOptions
 
@@ -63,14 +64,11 @@ def share_of_a_step(repeats: int) -> list[dict]:
     words = [f"word{number}" for number in range(6000)]
     tokenizer = train_tokenizer([" ".join(words)], options.vocab_size)
     tokens = np.random.default_rng(0).integers(2, len(tokenizer), 500_000).astype(np.int32)
-    token_map = TokenMap.from_tokenizer(tokenizer)
     length = options.sequence_length
-    arms = build_arms(
-        tokenizer, token_map, options.memory(), options.backbone(), context=length, seed=0, controls=False
-    )
-    from engram_lm.model import EngramForCausalLM, EngramLMConfig
-
-    models = {arm.title: arm.model for arm in arms.values()}
+    models = {
+        arm.title: build_model(arm.recipe, model_config(arm.recipe, tokenizer), tokenizer, Ranks())
+        for arm in options.study().arms
+    }
     models["backbone alone"] = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, None, **options.backbone()))
     dtype = best_dtype(torch.device("cpu"))
     batches = Batches(tokens, options.batch_size, length, 0)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engram_lm.studies.suppression.run import SuppressionStudy
+from engram_lm.studies.suppression.study import SuppressionStudy
 
 
 def collect(folder: Path) -> dict[str, Any]:

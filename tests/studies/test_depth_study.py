@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -14,14 +15,17 @@ from engram_lm.analysis.cka.cka import layer_similarity
 from engram_lm.analysis.lens.lens import logit_lens
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
-from engram_lm.hashing import TokenMap
 from engram_lm.planning.sizes import model_sizes
 from engram_lm.serving.load import load_model
-from engram_lm.studies.depth.arms import DepthArm, build_arm, default_split, plan_arms
-from engram_lm.studies.depth.command import DepthStudy
+from engram_lm.studies.depth.study import DepthStudy, default_split
 from engram_lm.studies.depth.summary import summarize, terminal_table
+from engram_lm.studies.study import with_seed
+from engram_lm.training.assembly import open_text
+from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.tokenizer import train_tokenizer
+from engram_lm.training.distribution import Ranks
 from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.recipe import Recipe
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
 SIZES = {
@@ -44,6 +48,12 @@ def some_text(num_words=6000):
     return " ".join(chance.choice(WORDS) + ("." if chance.random() < 0.1 else "") for _ in range(num_words))
 
 
+def held_out_tokens(out):
+    """What the models of a finished study were judged on, as its recipe says."""
+    recipe = Recipe.read(out / "seed-0/baseline.toml")
+    return open_text(recipe, load_model(out / "seed-0/baseline/model")[1]).held_out
+
+
 def as_flags(values):
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -51,12 +61,12 @@ def as_flags(values):
 @pytest.fixture(scope="module")
 def built():
     """All arms before training, by name."""
-    options = DepthStudy(**{**SIZES, "streams": 2}).model()
+    study = DepthStudy(**{**SIZES, "streams": 2}).study()
     tokenizer = train_tokenizer([some_text()], SIZES["vocab_size"])
-    token_map = TokenMap.from_tokenizer(tokenizer)
-    arms = plan_arms(3, default_split(3), sweep=True)
+    recipes = {arm.name: with_seed(arm, 1) for arm in study.arms}
     return {
-        arm.name: build_arm(arm, options.memory(), options.backbone(), tokenizer, token_map, seed=1) for arm in arms
+        name: build_model(recipe, model_config(recipe, tokenizer), tokenizer, Ranks())
+        for name, recipe in recipes.items()
     }
 
 
@@ -91,7 +101,9 @@ def test_arms_spend_the_same_operations_and_hold_the_same_table(built):
 def test_the_split_and_the_lone_module_stand_where_the_papers_do():
     assert default_split(12) == (1, 5), "layers 2 and 6 of 12, counted from 1"
     assert [default_split(blocks) for blocks in (2, 3, 6)] == [(), (1, 2), (1, 2)]
-    assert plan_arms(6, (), sweep=False) == (DepthArm("baseline", ()), DepthArm("block-1", (1,)))
+    assert DepthStudy(blocks=6).split == (1, 2)
+    arms = DepthStudy(blocks=2, parts=("lens",)).study().arms
+    assert [(arm.name, arm.recipe.model.memory.get("layers")) for arm in arms] == [("baseline", None), ("block-1", [1])]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +135,7 @@ def study(tmp_path_factory):
     def stop():
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if (out / "seed-0/baseline/trained.json").is_file():
+            if (out / "seed-0/baseline/result.json").is_file():
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             time.sleep(0.002)
@@ -135,9 +147,9 @@ def study(tmp_path_factory):
     assert status == 130
     kept = sorted(path.name for path in (out / "seed-0").iterdir())
     assert "baseline" in kept and "blocks-1-2" not in kept and not (out / "result.json").exists()
-    before = (out / "seed-0/baseline/model.safetensors").stat().st_mtime_ns
+    before = (out / "seed-0/baseline/model/model.safetensors").stat().st_mtime_ns
     assert main([*call, "--resume"]) == 0
-    assert (out / "seed-0/baseline/model.safetensors").stat().st_mtime_ns == before
+    assert (out / "seed-0/baseline/model/model.safetensors").stat().st_mtime_ns == before
     return out, call
 
 
@@ -149,9 +161,9 @@ def test_one_command_trains_every_arm_and_measures_what_it_says(study):
     for name in ("sweep.png", "lens.png", "cka.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     # The models and the text in the folder give what the result says.
-    models = {name: load_model(out / "seed-0" / name)[0] for name in ("baseline", "block-1")}
-    tokenizer = load_model(out / "seed-0/block-1")[1]
-    tokens = np.load(out / "text/held_out.npy")
+    models = {name: load_model(out / "seed-0" / name / "model")[0] for name in ("baseline", "block-1")}
+    tokenizer = load_model(out / "seed-0/block-1/model")[1]
+    tokens = held_out_tokens(out)
     told = seed["arms"]["block-1"]
     assert told["tokens"] == 1024 and told["num_evaluated_tokens"] == len(tokens) - 1
     assert held_out_loss(models["block-1"], tokens, length=32).loss == pytest.approx(told["loss"], rel=1e-3)
@@ -167,15 +179,16 @@ def test_one_command_trains_every_arm_and_measures_what_it_says(study):
 def test_a_model_that_is_missing_is_trained_again_to_the_same_loss_and_no_other_is_touched(study, capsys):
     out, call = study
     first = json.loads((out / "result.json").read_text())
-    times = {name: (out / "seed-0" / name / "model.safetensors").stat().st_mtime_ns for name in ARMS}
-    for path in (out / "seed-0/block-2").iterdir():
-        path.unlink()
-    (out / "seed-0/block-2").rmdir()
+    models = {name: out / "seed-0" / name / "model/model.safetensors" for name in ARMS}
+    times = {name: model.stat().st_mtime_ns for name, model in models.items()}
+    shutil.rmtree(out / "seed-0/block-2")
     assert main([*call, "--resume", "--json"]) == 0
     second = json.loads(capsys.readouterr().out)
     assert second["seeds"][0]["arms"]["block-2"]["loss"] == first["seeds"][0]["arms"]["block-2"]["loss"]
     assert second["seeds"][0]["lens"] == first["seeds"][0]["lens"]
-    changed = [name for name in ARMS if (out / "seed-0" / name / "model.safetensors").stat().st_mtime_ns != times[name]]
+    changed = [
+        name for name in ARMS if (out / "seed-0" / name / "model/model.safetensors").stat().st_mtime_ns != times[name]
+    ]
     assert changed == ["block-2"]
 
 
@@ -185,24 +198,22 @@ def test_a_study_is_gone_on_with_only_when_asked_and_only_as_it_was_begun(study,
     assert "go on with it with --resume" in capsys.readouterr().err
     assert main([*call, "--lr", "0.1", "--resume"]) == 1
     assert "begun with other options" in capsys.readouterr().err
-    trained = out / "seed-0/block-0/trained.json"
+    trained = out / "seed-0/block-0/result.json"
     whole = trained.read_bytes()
     trained.write_bytes(whole[:40])
     assert main([*call, "--resume"]) == 1
-    assert "trained.json is damaged" in capsys.readouterr().err
+    assert "result.json is damaged" in capsys.readouterr().err
     trained.write_bytes(whole)
 
 
 def test_a_text_that_was_cut_off_is_refused(study, tmp_path, capsys):
     out, call = study
-    tokens = out / "text/train.npy"
+    (tokens,) = (out / "text").glob("*/train/*.safetensors")
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-100])
     assert main([*call, "--resume"]) == 1
-    assert "is damaged" in capsys.readouterr().err
-    np.save(tokens, np.zeros(5, np.int32))
-    assert main([*call, "--resume"]) == 1
-    assert "int32 [5]" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(tokens) in said.replace("\n", ""), said
     tokens.write_bytes(whole)
     (tmp_path / "letter.txt").write_text("dear reader")
     assert main(["study", "depth", "--out", str(tmp_path)]) == 1

@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engram_lm
 from engram_lm.cli import main
-from engram_lm.hashing import TokenMap
-from engram_lm.memory import EngramConfig
+from engram_lm.studies import text as text_module
 from engram_lm.studies.quickstart import run as run_module
-from engram_lm.studies.quickstart.arms import build_arms
 from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.studies.study import with_seed
+from engram_lm.training import job as job_module
+from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
+from engram_lm.training.distribution import Ranks
 
 NAMES = ["Alexander the Great", "Diana Princess of Wales", "Isaac Newton", "Ada Lovelace", "Marie Curie"]
 SMALL = ["--vocab-size", "300", "--hidden-size", "32", "--blocks", "2", "--sequence-length", "64", "--batch-size", "4"]
@@ -97,38 +99,47 @@ def test_the_result_says_what_was_compared_and_the_figures_agree(run, corpus):
     assert {(line["arm"], line["seed"]) for line in metrics} == {(arm, seed) for arm in arms for seed in (0, 1)}
 
 
+def built(study, seed):
+    """The models of a study before training, by name."""
+    tokenizer = train_tokenizer([" ".join(NAMES) * 20], 300)
+    recipes = {arm.name: with_seed(arm, seed) for arm in study.arms}
+    return {
+        name: build_model(recipe, model_config(recipe, tokenizer), tokenizer, Ranks())
+        for name, recipe in recipes.items()
+    }
+
+
 def test_seeds_differ_in_their_weights_and_in_their_batches(run):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = {line["seed"]: line["loss"] for line in metrics if line["arm"] == "twin" and line["step"] == 1}
     assert first[0] != first[1]
-    options = Quickstart(hidden_size=32, blocks=2)
-    tokenizer = train_tokenizer([" ".join(NAMES) * 20], 300)
-    weights = []
-    for seed in (0, 1):
-        token_map = TokenMap.from_tokenizer(tokenizer)
-        arms = build_arms(
-            tokenizer, token_map, options.memory(), options.backbone(), context=64, seed=seed, controls=False
-        )
-        weights.append(arms["twin"].model.lm_head.weight)
-    assert not torch.equal(*weights)
+    study = Quickstart(hidden_size=32, blocks=2).study()
+    assert not torch.equal(*(built(study, seed)["twin"].lm_head.weight for seed in (0, 1)))
 
 
 def test_every_seed_has_its_own_order_of_batches(corpus, tmp_path, monkeypatch):
     seeds = []
-    batches = run_module.Batches
-    monkeypatch.setattr(run_module, "Batches", lambda *given: seeds.append(given[3]) or batches(*given))
+    batches = job_module.Batches
+    monkeypatch.setattr(
+        job_module, "Batches", lambda *given, **options: seeds.append(given[3]) or batches(*given, **options)
+    )
     call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "256", "--seeds", "2"]
     assert main([*call, *SMALL]) == 0
-    assert seeds == [0, 1]
+    assert seeds == [0, 0, 1, 1]
 
 
 def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_path, monkeypatch):
     seen, packed = [], []
     monkeypatch.setattr(
-        run_module, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
+        text_module, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
     )
-    batches = run_module.Batches
-    monkeypatch.setattr(run_module, "Batches", lambda tokens, *rest: packed.append(tokens) or batches(tokens, *rest))
+    batches = job_module.Batches
+
+    def watched(tokens, *rest, **options):
+        packed.append(tokens[0 : len(tokens)])
+        return batches(tokens, *rest, **options)
+
+    monkeypatch.setattr(job_module, "Batches", watched)
     out = tmp_path / "run"
     assert main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "300", *SMALL]) == 0
     train, held_out = split_documents(read_documents([corpus]))
@@ -140,8 +151,10 @@ def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_pat
 
 def test_the_flags_reach_the_training(corpus, tmp_path, monkeypatch):
     options = []
-    trainer = run_module.Trainer
-    monkeypatch.setattr(run_module, "Trainer", lambda *given: options.append(given[2:]) or trainer(*given))
+    trainer = job_module.Trainer
+    monkeypatch.setattr(
+        job_module, "Trainer", lambda *given, **rest: options.append(given[2:4]) or trainer(*given, **rest)
+    )
     call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "512", *SMALL]
     assert main([*call, "--lr", "0.001", "--table-lr-multiplier", "7"]) == 0
     found = {(optimizer.lr, optimizer.table_lr_multiplier, steps.num_steps) for steps, optimizer in options}
@@ -153,14 +166,14 @@ def test_a_seed_that_was_cut_short_is_not_averaged_with_whole_ones(corpus, tmp_p
     init = run_module.Interrupt.__init__
     monkeypatch.setattr(run_module.Interrupt, "__init__", lambda self: init(self) or interrupts.append(self))
     steps = []
-    step = run_module.Trainer.step
+    step = job_module.Trainer.step
 
-    def counted(self):
+    def counted(self, **options):
         steps.append(1)
         interrupts[0].asked = len(steps) > 14  # two arms of six steps, then the second seed's second step
-        return step(self)
+        return step(self, **options)
 
-    monkeypatch.setattr(run_module.Trainer, "step", counted)
+    monkeypatch.setattr(job_module.Trainer, "step", counted)
     out = tmp_path / "run"
     call = ["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "1536", "--seeds", "3", *SMALL]
     assert main(call) == 130
@@ -173,7 +186,7 @@ def test_what_was_trained_survives_a_failure_while_writing(corpus, tmp_path, mon
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module, "save_curves", fail)
+    monkeypatch.setattr(run_module, "save_pictures", fail)
     out = tmp_path / "run"
     assert main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "300", *SMALL]) == 1
     said = capsys.readouterr().err
@@ -195,23 +208,15 @@ def test_eval_of_the_run_gives_the_loss_that_it_reports(run, corpus, capsys, tmp
 
 
 def test_all_arms_start_from_the_same_weights_where_they_have_the_same():
-    tokenizer = train_tokenizer([" ".join(NAMES) * 20], 300)
-    memory = EngramConfig(hidden_size=32, memory_dim=32, rows_per_head=100)
-    backbone = {
-        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1,
-        "num_key_value_heads": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16, "v_head_dim": 32, "tie_word_embeddings": True,
-    }  # fmt: skip
-    token_map = TokenMap.from_tokenizer(tokenizer)
-    arms = build_arms(tokenizer, token_map, memory, backbone, context=64, seed=3, controls=True)
-    weights = dict(arms["memory"].model.named_parameters())
+    arms = built(Quickstart(hidden_size=32, blocks=2, memory_layers=(1,), controls=True).study(), 3)
+    weights = dict(arms["memory"].named_parameters())
     for name in ("twin", "wide"):
-        for key, value in arms[name].model.named_parameters():
+        for key, value in arms[name].named_parameters():
             common = tuple(slice(0, min(a, b)) for a, b in zip(weights[key].shape, value.shape, strict=True))
             assert torch.equal(value[common], weights[key][common])
             if value.shape != weights[key].shape:
                 assert value.flatten()[-1] != 0  # the extra width is initialized too
-    frozen = dict(arms["random_table"].model.named_parameters())
+    frozen = dict(arms["random_table"].named_parameters())
     assert all(torch.equal(frozen[key], value) for key, value in weights.items())
     assert [key for key, value in frozen.items() if not value.requires_grad] == ["model.memory_tables.1.weight"]
 
@@ -280,7 +285,7 @@ def training_process(corpus, out):
         env={**os.environ, "PYTHONPATH": str(pathlib.Path(engram_lm.__file__).parents[1])},
     )
     deadline = time.time() + 60
-    metrics = f".{out.name}.*/metrics.jsonl"
+    metrics = f".{out.name}.*/work/seed-0/twin/metrics.jsonl"
     while time.time() < deadline and not [path for path in out.parent.glob(metrics) if path.stat().st_size > 1000]:
         time.sleep(0.1)
     return process

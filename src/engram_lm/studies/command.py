@@ -164,7 +164,9 @@ class StudyCommand:
         started, made_at = time.time(), commit()
         progress = StudyProgress(Console(stderr=True))
         out = self.folder.expanduser().resolve()
-        take_folder(out, self.settings(), resume=self.resume, may_change=self.free, decided_by=self.decided_by)
+        settings = self.settings()
+        may_change = [name for name in self.free if name in settings]
+        take_folder(out, settings, resume=self.resume, may_change=may_change, decided_by=self.decided_by)
         try:
             with Interrupt() as interrupt:
                 self.prepare(out)
@@ -187,7 +189,7 @@ class StudyCommand:
             progress.note(f"interrupted; go on with: {again}{'' if '--resume' in shlex.split(again) else ' --resume'}")
             return 130
         facts = {"format": self.result_format, **run_facts(started, made_at)}
-        result = {**facts, "settings": self.settings() | self._free_settings(), **found}
+        result = {**facts, "settings": settings | self._free_settings(), **found}
         files = self._write(result, study, out)
         if self.json:
             print(to_json(result), end="")

@@ -49,7 +49,7 @@ def render_study(
     )
     if figures:
         sections.append(section("pictures", "Pictures", figures))
-    sections.append(facts_section(result, {"Settings": result.get("settings") or {}}))
+    sections.append(facts_section(result, {name: result.get(name.lower()) or {} for name in ("Data", "Settings")}))
     return render_page(
         title=f"{headline} · engram-lm",
         header=header,
@@ -65,14 +65,13 @@ def facts_section(result: Mapping[str, Any], groups: Mapping[str, Mapping[str, A
 
     Args:
         result: Any result with the facts of a run.
-        groups: More facts to show, by heading; before those of machine, versions and run.
+        groups: Facts to show before those of the machine, the versions and the run, by heading.
         after: HTML to put behind them.
     """
     run = {key: result[key] for key in ("started", "commit", "seeds", "interrupted") if key in result}
     if any(not isinstance(seed, int) for seed in run.get("seeds") or ()):
         run["seeds"] = len(run["seeds"])
     known = {
-        "Data": result.get("data") or {},
         **groups,
         "Machine": result.get("machine") or {},
         "Versions": result.get("versions") or {},

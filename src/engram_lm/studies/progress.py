@@ -20,14 +20,14 @@ class StudyProgress(RunProgress):
 
     @contextlib.contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Show work of known length.
+        """Show training.
 
         Args:
-            title: What is done.
-            total: How much of it there is.
+            title: What is trained.
+            total: Steps to take.
 
         Yields:
-            A function that takes how much has been done so far, and what else to say.
+            A function that takes the number of steps taken so far, and what else to say.
         """
         self.note(title)
         started, said = time.perf_counter(), 0
@@ -41,7 +41,7 @@ class StudyProgress(RunProgress):
                 if bar.disable and detail and done - said >= max(1, total // _PLAIN_LINES) and done < total:
                     said = done
                     left = (time.perf_counter() - started) / done * (total - done)
-                    self.note(f"{done:,} of {total:,}  {detail}  {int(left) // 60}:{int(left) % 60:02d} left")
+                    self.note(f"step {done:,} of {total:,}  {detail}  {int(left) // 60}:{int(left) % 60:02d} left")
 
             yield show
 

@@ -4,11 +4,11 @@ __all__ = ["STUDIES"]
 
 STUDIES = {
     "suppression": (
-        "engram_lm.studies.suppression.run:SuppressionStudy",
+        "engram_lm.studies.suppression.study:SuppressionStudy",
         "what a model still knows, and still reads, with its memory suppressed",
     ),
     "depth": (
-        "engram_lm.studies.depth.command:DepthStudy",
+        "engram_lm.studies.depth.study:DepthStudy",
         "at which block memory helps most, and how many layers it saves",
     ),
 }

@@ -22,7 +22,7 @@ from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.checkpoints import latest_checkpoint
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import start
-from engram_lm.training.export import CHECKPOINTS
+from engram_lm.training.export import CHECKPOINTS, TOKENIZER
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.job import MODEL, RESULT, Job
 from engram_lm.training.metrics import read_metrics
@@ -94,6 +94,7 @@ class Runner:
         self.study, self.out, self.mode, self.keep_unfinished = study, out, mode, keep_unfinished
         self.progress, self.interrupt = progress, interrupt
         self._tokenizers: dict[Any, Path] = {}
+        self._texts: dict[Any, TrainingText] = {}
         self._silent = StudyProgress(progress.console, silent=True)
 
     def run(self) -> Outcome:
@@ -125,16 +126,20 @@ class Runner:
         return Outcome(seeds=tuple(whole), cut_short=partial if interrupted else {}, interrupted=interrupted)
 
     def text(self, recipe: Recipe) -> TrainingText:
-        """Tokenize a recipe's text, or open what was made of it before.
+        """Tokenize a recipe's text, unless that was done before.
 
         Raises:
             DataError: There is no text, or too little of it.
         """
         recipe = self.complete(recipe)
-        assert recipe.tokenizer.path is not None or recipe.model.weights is not None
-        tokenizer = find_tokenizer(recipe, Path(recipe.tokenizer.path or recipe.model.weights or ""))
-        with self.progress.packing() as advance:
-            return open_text(recipe, tokenizer, advance)
+        key = (recipe.data, recipe.evaluation)
+        if key not in self._texts:
+            tokenizer = find_tokenizer(recipe, Path(recipe.tokenizer.path or self.out / TOKENIZER))
+            with self.progress.packing() as advance:
+                self._texts[key] = text = open_text(recipe, tokenizer, advance)
+            if text.about is not None:
+                self.progress.note(text.about)
+        return self._texts[key]
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Let a recipe share its text and its tokenizer with the other runs of the study, which are made once."""
@@ -145,7 +150,7 @@ class Runner:
         key = (recipe.tokenizer, recipe.data)
         if key not in self._tokenizers:
             number = len(self._tokenizers) + 1
-            folder = self.out / ("tokenizer" if number == 1 else f"tokenizer-{number}")
+            folder = self.out / (TOKENIZER if number == 1 else f"{TOKENIZER}-{number}")
             if not folder.is_dir():
                 self.progress.note("training a tokenizer")
             find_tokenizer(recipe, folder)
@@ -161,6 +166,7 @@ class Runner:
         """Those that are not finished. Beside its folder each gets its recipe, which ``engram-lm train`` can read."""
         pending = [one for one in planned if _finished(one) is None]
         for one in pending:
+            self.text(one.recipe)  # here, where it is seen, and once: parallel processes would all do it
             write_atomically(one.folder.with_name(f"{one.arm.name}.toml"), write_toml(one.recipe.to_dict()))
         return pending
 
@@ -180,11 +186,7 @@ class Runner:
             for one in group:
                 run = Run(one.recipe, one.folder, ranks, resume=True, progress=self._silent)
                 jobs[one] = stack.enter_context(run.open())
-            show = stack.enter_context(
-                self.progress.task(
-                    f"{label}training {which}, {steps:,} steps each", sum(job.last_step for job in jobs.values())
-                )
-            )
+            show = stack.enter_context(self.progress.task(f"{label}training {which}, {steps:,} steps each", steps))
             losses: dict[str, list[float]] = {one.arm.name: [] for one in group}
             while going := [one for one in jobs if not jobs[one].done]:
                 seconds = tokens = 0.0
@@ -198,7 +200,7 @@ class Runner:
                     losses[one.arm.name].append(record.loss)
                     seconds, tokens = seconds + record.seconds, tokens + record.num_tokens / record.step
                 if seconds:
-                    done = sum(job.num_steps_done for job in jobs.values())
+                    done = min(job.num_steps_done for job in jobs.values())
                     show(done, f"{recent_losses(losses)}  {tokens / seconds:,.0f} tokens/s")
                 if self.interrupt.asked:
                     break
@@ -206,6 +208,10 @@ class Runner:
             for job in unfinished.values():
                 job.save(wait=True)
             results = {one: job.finish() for one, job in jobs.items()}
+            if self.keep_unfinished:
+                for one, job in unfinished.items():
+                    if job.text.held_out is not None:
+                        results[one]["held_out"] = job.evaluate(job.text.held_out).to_dict()
             if not unfinished:
                 return {}
             step = max(job.num_steps_done for job in unfinished.values())
@@ -214,8 +220,6 @@ class Runner:
 
     def _in_processes(self, pending: Sequence[_Planned]) -> None:
         """Train some runs in processes of one thread, as many at a time as there are cores."""
-        for recipe in {one.recipe.data: one.recipe for one in pending}.values():
-            self.text(recipe)  # once, or each process would wait for the first one to do it
         waiting, running = collections.deque(pending), dict[_Planned, subprocess.Popen[bytes]]()
         num_workers = max(1, min(os.cpu_count() or 1, len(waiting)))
         total, told = sum(one.recipe.train.num_steps for one in pending), False

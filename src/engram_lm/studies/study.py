@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import ConfigError
+from engram_lm.model import EngramLMConfig
+from engram_lm.planning.sizes import ModelSizes, model_sizes
 from engram_lm.studies.figures import Figures, loss_bars
 from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
@@ -65,6 +67,12 @@ class TrainedArm:
     def records(self) -> Sequence[Mapping[str, Any]]:
         """Lines of the run's ``metrics.jsonl``, one for each step that was logged."""
         return read_metrics(self.folder / "metrics.jsonl")
+
+    @functools.cached_property
+    def sizes(self) -> ModelSizes:
+        """What the trained model holds and costs."""
+        config = EngramLMConfig.from_pretrained(self.folder / "model")
+        return model_sizes(config, context=self.arm.recipe.data.sequence_length)
 
     def load(self, device: str = "cpu") -> tuple[Any, Any]:
         """Load the trained model, in evaluation mode, and its tokenizer."""

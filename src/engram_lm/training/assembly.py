@@ -39,7 +39,8 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
         if not folder.is_dir():
             if source is None:
                 cache = cache_folder(recipe.data.cache)
-                texts = beginning(recipe.data.sources, cache, recipe.tokenizer.train_bytes)
+                data, length = recipe.data, recipe.tokenizer.train_bytes
+                texts = beginning(data.sources, cache, length, max_bytes=data.max_bytes)
                 tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
             else:
                 tokenizer = _load_tokenizer(source, None if recipe.tokenizer.path else model.revision)
@@ -75,6 +76,7 @@ def open_text(
         validation=data.validation,
         held_out_sources=data.held_out_sources,
         max_held_out_tokens=recipe.evaluation.max_tokens,
+        max_bytes=data.max_bytes,
         texts=recipe.evaluation.texts,
         on_progress=on_progress,
     )

@@ -125,6 +125,9 @@ class DataOptions:
     """Where text comes from; the Python standard library's own sources where empty."""
     cache: Path | None = None
     """Folder of token shards, which runs share; where None, ``engram-lm/shards`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
+    max_bytes: int | None = None
+    """Text to read at most, in bytes, at least 1. Of more files than this, some are taken, by their names. None reads
+    all of it."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     held_out: float = 0.01
@@ -140,6 +143,8 @@ class DataOptions:
     memory does not: it reads up to the last nine tokens of the document before."""
 
     def __post_init__(self) -> None:
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"max_bytes is at least 1, not {self.max_bytes}")
         if self.sequence_length < 2 or not 0 <= self.held_out < 1:
             raise ConfigError(
                 f"sequence_length is at least 2 and held_out a share from 0 and below 1, not {self.sequence_length} "

@@ -1,50 +1,42 @@
 """The pictures of the study: loss by depth, the logit lens, CKA and the layers it says memory saves."""
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.files import replacing
-from engram_lm.page.figure import DASHES, MARKERS
-from engram_lm.studies.depth.arms import BASELINE
+from engram_lm.studies.depth.summary import BASELINE
+from engram_lm.studies.figures import Picture, style_of
 
-__all__ = ["save_figures"]
+__all__ = ["figures"]
 
 
-def save_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``sweep.png``, ``lens.png`` and ``cka.png``, those that there is something for.
+def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw the sweep, the logit lens and CKA, those that there is something for.
 
     Args:
         result: A result in the format ``engram.depth.1``.
-        folder: Where to.
-
-    Returns:
-        The files.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    saved = []
-    for name, size, draw in _pictures(result["summary"]):
-        figure = Figure(figsize=size, layout="constrained", dpi=140)
-        FigureCanvasAgg(figure)
-        draw(figure)
-        with replacing(folder / name) as aside:
-            figure.savefig(aside, format="png")
-        saved.append(folder / name)
-    return saved
-
-
-def _pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float], Callable[[Any], None]]]:
-    arms = summary["arms"]
-    if sum(len(arm["blocks"]) == 1 for arm in arms.values()) > 1:
-        yield "sweep.png", (6.4, 3.8), lambda figure: _draw_sweep(figure.subplots(), arms)
+    summary = result["summary"]
+    arms = {name: arm for name, arm in summary["arms"].items() if arm["loss"]["mean"] is not None}
     curves = {arm["title"]: arm["lens"] for arm in arms.values() if arm["lens"]}
-    if curves:
-        yield "lens.png", (6.4, 4.2), lambda figure: _draw_lens(figure.subplots(), curves)
     maps = {name: arm["cka"] for name, arm in arms.items() if arm["cka"]}
-    if maps:
-        yield "cka.png", (10.4, 4.4), lambda figure: _draw_cka(figure, arms, maps, summary["best"])
+
+    def draw_sweep(figure: Any) -> None:
+        _draw_sweep(figure.subplots(), arms)
+
+    def draw_lens(figure: Any) -> None:
+        _draw_lens(figure.subplots(), curves)
+
+    def draw_cka(figure: Any) -> None:
+        _draw_cka(figure, arms, maps, summary["best"])
+
+    pictures = []
+    if BASELINE in arms and sum(len(arm["blocks"]) == 1 for arm in arms.values()) > 1:
+        pictures.append(Picture(name="sweep", title="Held-out loss by depth", size=(6.4, 3.8), draw=draw_sweep))
+    if curves:
+        pictures.append(Picture(name="lens", title="Logit lens", size=(6.4, 4.2), draw=draw_lens))
+    if summary["best"] in maps:
+        pictures.append(Picture(name="cka", title="Similarity of layers (CKA)", size=(10.4, 4.4), draw=draw_cka))
+    return pictures
 
 
 def _draw_sweep(axes: Any, arms: Mapping[str, Any]) -> None:
@@ -74,10 +66,9 @@ def _draw_lens(axes: Any, curves: Mapping[str, Any]) -> None:
     for index, (title, curve) in enumerate(curves.items()):
         values = _numbers(curve["kl"])
         reading = [block + 1 for block in curve["memory_blocks"]]
-        color = f"C{index - 1}" if index else "0.2"  # as in the other pictures, which leave out the first
-        axes.plot(range(len(values)), values, color=color, linestyle=DASHES[index % len(DASHES)], label=title)
-        marker = MARKERS[index % len(MARKERS)]
-        axes.plot(reading, [values[entry] for entry in reading], linestyle="none", marker=marker, color=color)
+        # The first has no color of its own, because other pictures leave it out.
+        style = style_of(index) | {"color": f"C{index - 1}" if index else "0.2"}
+        axes.plot(range(len(values)), values, **style, markevery=reading, label=title)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("layers behind")
@@ -99,15 +90,8 @@ def _draw_cka(figure: Any, arms: Mapping[str, Any], maps: Mapping[str, Any], bes
     left.legend(loc="lower right", fontsize=8)
     figure.colorbar(image, ax=left, label="CKA")
     for index, (name, one) in enumerate(maps.items(), 1):  # styles as in the lens, which draws one more
-        right.plot(
-            entries,
-            _numbers(one["gain"]),
-            color=f"C{index - 1}",
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            label=arms[name]["title"],
-        )
+        style = style_of(index) | {"color": f"C{index - 1}", "markersize": 4}
+        right.plot(entries, _numbers(one["gain"]), **style, label=arms[name]["title"])
     right.axhline(0, color="0.3", linewidth=0.8)
     right.set_xlabel("layers behind")
     right.locator_params(axis="x", integer=True)

@@ -1,16 +1,20 @@
 """What came out of the study: averages over seeds, and a table for the terminal."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_text, spread_of, spread_text
-from engram_lm.studies.depth.arms import BASELINE
+from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_text, spread_text
+from engram_lm.studies.summary import paired_difference, spread
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["summarize", "terminal_table"]
+__all__ = ["BASELINE", "COLUMNS", "rows", "summarize", "terminal_table"]
+
+BASELINE = "baseline"
+"""Name of the model without memory."""
+COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead")
+"""What a table says of every arm, in order; see `rows`."""
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, Any]:
@@ -29,23 +33,49 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
         where no module gains anything).
     """
     arms: dict[str, Any] = {}
+    losses = {name: {number: seed["arms"][name]["loss"] for number, seed in enumerate(seeds)} for name in titles}
+    known = {name: {seed: loss for seed, loss in found.items() if loss is not None} for name, found in losses.items()}
     for name, title in titles.items():
-        runs = [seed["arms"][name] for seed in seeds]
-        gains = [seed["arms"][BASELINE]["loss"] - seed["arms"][name]["loss"] for seed in seeds]
+        run = seeds[0]["arms"][name]
         arms[name] = {
             "title": title,
-            "blocks": runs[0]["blocks"],
-            "flops_per_token": runs[0]["flops_per_token"],
-            "parameters": runs[0].get("parameters"),
-            "loss": _spread(run["loss"] for run in runs),
-            "gain": None if name == BASELINE else {**_spread(gains), "per_seed": gains},
+            "blocks": run["blocks"],
+            "flops_per_token": run["flops_per_token"],
+            "parameters": run.get("parameters"),
+            "loss": spread(known[name].values()),
+            "gain": None if name == BASELINE else paired_difference(known[BASELINE], known[name]),
             "lens": _lens([curve for seed in seeds if (curve := seed.get("lens", {}).get(name))]),
             "cka": _cka([found for seed in seeds if (found := seed.get("cka", {}).get(name))]),
         }
-    single = [name for name, arm in arms.items() if len(arm["blocks"]) == 1]
-    best, worst = (choose(single, key=lambda name: arms[name]["loss"]["mean"]) for choose in (min, max))
-    best_gain, worst_gain = arms[best]["gain"]["mean"], arms[worst]["gain"]["mean"]
-    return {"arms": arms, "best": best, "kept_by_worst": worst_gain / best_gain if best_gain > 0 else None}
+    single = {name: arm["loss"]["mean"] for name, arm in arms.items() if len(arm["blocks"]) == 1 and known[name]}
+    best, worst = (choose(single, key=lambda name: single[name], default=None) for choose in (min, max))
+    kept = None
+    if best is not None and worst is not None and (arms[best]["gain"]["mean"] or 0) > 0:
+        kept = arms[worst]["gain"]["mean"] / arms[best]["gain"]["mean"]
+    return {"arms": arms, "best": best, "kept_by_worst": kept}
+
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Describe every arm: a cell for each of `COLUMNS`.
+
+    Args:
+        result: A result in the format ``engram.depth.1``.
+    """
+    found = []
+    for arm in result["summary"]["arms"].values():
+        gain, lens, cka = arm["gain"], arm["lens"], arm["cka"]
+        ahead = None if cka is None else cka["layers_ahead"]
+        found.append(
+            [
+                arm["title"].removeprefix("memory in "),
+                spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
+                NOTHING if gain is None else spread_text(gain["mean"], gain["std"], signed=True),
+                NOTHING if lens is None else number_text(lens["kl_depth"]["mean"]),
+                NOTHING if lens is None else number_text(lens["prediction_depth"]["mean"]),
+                NOTHING if ahead is None or ahead["mean"] is None else signed_text(ahead["mean"]),
+            ]
+        )
+    return found
 
 
 def terminal_table(result: Mapping[str, Any]) -> "Table":
@@ -58,7 +88,6 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     summary, seeds = result["summary"], len(result["seeds"])
-    arms = summary["arms"]
     about = (
         "Losses in nats per token; mean ± standard deviation over the seeds. Gain: over no memory, at equal operations "
         "per token. KL depth: layers until half of the divergence from the model's own prediction is gone. Prediction "
@@ -72,21 +101,10 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
         caption=about,
         caption_justify="left",
     )
-    table.add_column("Memory in", no_wrap=True)
-    for column in ("Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead"):
-        table.add_column(column, justify="right")
-    for name, arm in arms.items():
-        gain, lens, cka = arm["gain"], arm["lens"], arm["cka"]
-        ahead = None if cka is None else cka["layers_ahead"]
-        table.add_row(
-            arm["title"].removeprefix("memory in "),
-            spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
-            NOTHING if gain is None else spread_text(gain["mean"], gain["std"], signed=True),
-            NOTHING if lens is None else number_text(lens["kl_depth"]["mean"]),
-            NOTHING if lens is None else number_text(lens["prediction_depth"]["mean"]),
-            NOTHING if ahead is None or ahead["mean"] is None else signed_text(ahead["mean"]),
-            style="bold" if name == summary["best"] else None,
-        )
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    for name, row in zip(summary["arms"], rows(result), strict=True):
+        table.add_row(*row, style="bold" if name == summary["best"] else None)
     return table
 
 
@@ -98,8 +116,8 @@ def _lens(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "memory_blocks": curves[0]["memory_blocks"],
         "relative_depth": curves[0]["relative_depth"],
         "kl": _mean([curve["kl"] for curve in curves]),
-        "kl_depth": _spread(curve["kl_depth"] for curve in curves),
-        "prediction_depth": _spread(curve["prediction_depth"] for curve in curves),
+        "kl_depth": spread(curve["kl_depth"] for curve in curves),
+        "prediction_depth": spread(curve["prediction_depth"] for curve in curves),
     }
 
 
@@ -111,15 +129,10 @@ def _cka(maps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "similarity": [_mean(rows) for rows in zip(*(found["similarity"] for found in maps), strict=True)],
         "alignment": _mean([found["alignment"] for found in maps]),
         "gain": _mean([found["gain"] for found in maps]),
-        "layers_ahead": _spread(mean_of(found["gain"][1:]) for found in maps),
+        "layers_ahead": spread(mean_of(found["gain"][1:]) for found in maps),
     }
 
 
 def _mean(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
     """Average lists of one length, place by place."""
     return [mean_of(values) for values in zip(*rows, strict=True)]
-
-
-def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return {"mean": mean_of(known), "std": spread_of(known)}

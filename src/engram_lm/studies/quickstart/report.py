@@ -7,9 +7,10 @@ from typing import Any
 
 from engram_lm.analysis.gates.trace import GateTrace, strongest
 from engram_lm.page.figure import line_legend
-from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
+from engram_lm.page.frame import escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text
 from engram_lm.studies.curves import curve_svg, describe_curves, smooth
+from engram_lm.studies.page import facts_section, page_footer
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
 __all__ = ["render_report"]
@@ -46,7 +47,7 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
         title=f"{headline(result).title} · engram-lm quickstart",
         header=_header(result),
         sections=sections,
-        footer=_footer(result),
+        footer=page_footer(result),
         colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],
         style=own.joinpath("report.css").read_text(encoding="utf-8"),
         script=f'<script type="application/json" id="data">{_json(_gate_data(gate_texts))}</script>\n'
@@ -236,32 +237,12 @@ def _facts(result: Mapping[str, Any]) -> str:
     data = dict(result.get("data") or {})
     skipped = data.pop("skipped", None) or {}
     # Reasons come from the corpus, so they get a prefix rather than a place among our own words.
-    facts = {**data, **{f"skipped: {reason}": count for reason, count in skipped.items()}}
-    if not skipped:
-        facts["skipped"] = 0
-    run = {key: result.get(key) for key in ("started", "commit", "seeds", "interrupted")}
-    groups = (
-        ("Data", facts),
-        ("Settings", result.get("settings") or {}),
-        ("Machine", result.get("machine") or {}),
-        ("Versions", result.get("versions") or {}),
-        ("Run", run),
-    )
-    lists = "\n".join(f"<div><h3>{name}</h3>{definitions(values)}</div>" for name, values in groups if values)
-    runs = run_rows(result)
-    every = ""
+    data |= {f"skipped: {reason}": count for reason, count in skipped.items()} if skipped else {"skipped": 0}
+    runs, every = run_rows(result), ""
     if runs:
         every = table(_RUN_COLUMNS, runs, label="Every run", row_headings=False)
         every = f"<details><summary>Every run</summary>{every}</details>"
-    command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'
-    return section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{every}')
-
-
-def _footer(result: Mapping[str, Any]) -> str:
-    return (
-        "This page is complete in itself and loads nothing. The numbers are in <code>result.json</code>, "
-        f"format <code>{escape(result.get('format', ''))}</code>."
-    )
+    return facts_section(result, {"Data": data, "Settings": result.get("settings") or {}}, after=every)
 
 
 # Pieces ------------------------------------------------------------------------------------------------------------

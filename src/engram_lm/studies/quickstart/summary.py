@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_of, spread_text
@@ -10,7 +11,7 @@ from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "run_rows", "terminal_table"]
+__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "last_words", "run_rows", "terminal_table"]
 
 COLUMNS = (
     "Held-out loss",
@@ -140,6 +141,29 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
         # Text, not markup: titles come from a file.
         table.add_row(column, *(Text(cells[index]) for _, cells in rows))
     return table
+
+
+def last_words(result: Mapping[str, Any], out: Path) -> str:
+    """Say what came out in a sentence, and what to do with it.
+
+    Args:
+        result: A result in the format ``engram.quickstart.1``.
+        out: The run folder, as the user named it.
+    """
+    gain, std = result["difference"]["mean"], result["difference"]["std"]
+    spread = "" if std is None else f" ± {std:.3f} over {len(result['seeds'])} seeds"
+    stopped = ""
+    if result["interrupted"]:
+        whole = result["arms"][_MEMORY]["runs"][0]["num_steps"] == result["settings"]["num_steps"]
+        stopped = f"only {len(result['seeds'])} seeds" if whole else "both models stopped at the same step"
+        stopped = f" (interrupted: {stopped})"
+    return (
+        f"Held-out loss is {abs(gain):.3f}{spread} nats per token {'lower' if gain > 0 else 'higher'} with memory"
+        f"{stopped}, in {result['seconds'] / 60:.1f} minutes.\n"
+        f"  look:     {out}/report.html\n"
+        f"  continue: engram-lm generate {out} --prompt 'def main'\n"
+        f"  evaluate: engram-lm eval {out} --data FILES"
+    )
 
 
 def _runs(arm: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -1,15 +1,15 @@
 """What came out of the study: averages over seeds, a table for the terminal, a picture."""
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engram_lm.studies.figures import Picture
+from engram_lm.studies.summary import spread
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["markdown_table", "save_picture", "summarize", "terminal_table"]
+__all__ = ["figures", "headline", "markdown_table", "rows", "summarize", "terminal_table"]
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         effects = [seed["run"]["effect"] for seed in seeds]
         table[name] = {
             family: {
-                key: _spread([effect[key][row][column] for effect in effects])
+                key: spread(effect[key][row][column] for effect in effects)
                 for key in ("exact_match", "retained", "accuracy", "answer_loss")
             }
             for column, family in enumerate(families)
@@ -40,12 +40,12 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             recall, reading = families.index("recall"), families.index("reading")
             kept = [effect["retained"][row] for effect in effects]
             known = [one[reading] - one[recall] for one in kept if None not in (one[reading], one[recall])]
-            differences[name] = {**_spread(known), "per_seed": known}
+            differences[name] = {**spread(known), "per_seed": known}
     summary = {"conditions": table, "reading_minus_recall": differences}
     if all("twin" in seed for seed in seeds):
         summary["twin"] = {
             family: {
-                key: _spread([seed["twin"]["scores"][family][key] for seed in seeds])
+                key: spread(seed["twin"]["scores"][family][key] for seed in seeds)
                 for key in ("exact_match", "accuracy", "answer_loss")
             }
             for family in families
@@ -57,7 +57,7 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     """Share of right answers by condition and family, and how much of it is retained."""
     from rich.table import Table
 
-    header, *rows = _rows(result)
+    header, *cells = rows(result)
     seeds = len(result["seeds"])
     share = result.get("reading_by_copying_any")
     copying = "" if share is None else f"; reading by copying any value of the context: {100 * share:.0f} %"
@@ -70,74 +70,83 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     table.add_column(header[0])
     for title in header[1:]:
         table.add_column(title, justify="right")
-    for row in rows:
+    for row in cells:
         table.add_row(*row)
     return table
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
     """Write the table as Markdown, ending in a line break."""
-    header, *rows = _rows(result)
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    header, *cells = rows(result)
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def save_picture(result: Mapping[str, Any], path: Path) -> None:
-    """Write bars of what each family retains, condition by condition, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def headline(result: Mapping[str, Any]) -> str:
+    """Say in a sentence which family depends more on memory.
 
+    Args:
+        result: A result in the format ``engram.suppression.1``.
+    """
+    differences = result["summary"]["reading_minus_recall"]
+    known = {name: found["mean"] for name, found in differences.items() if found["mean"] is not None}
+    if not known:
+        return "The model learned too little to say what suppression takes away"
+    name = next(iter(known))
+    more = "more" if known[name] > 0 else "less"
+    return f"With {name}, reading retains {abs(100 * known[name]):.0f} points {more} than recall"
+
+
+def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw bars of what each family retains, condition by condition.
+
+    Args:
+        result: A result in the format ``engram.suppression.1``.
+    """
     conditions = {name: row for name, row in result["summary"]["conditions"].items() if name != "memory on"}
     families = list(next(iter(conditions.values())))
-    figure = Figure(figsize=(6.8, 0.8 + 0.75 * len(conditions)), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     height = 0.8 / len(families)
-    for index, family in enumerate(families):
-        shown = [row[family]["retained"] for row in conditions.values()]
-        places = [place + (index - (len(families) - 1) / 2) * height for place in range(len(conditions))]
-        axes.barh(
-            places,
-            [100 * (one["mean"] or 0.0) for one in shown],
-            height * 0.9,
-            xerr=[100 * (one["std"] or 0.0) for one in shown],
-            label=family,
-            color=f"C{index}",
-            error_kw={"linewidth": 1},
-        )
-        for place, one in zip(places, shown, strict=True):
-            text = "–" if one["mean"] is None else f"{100 * one['mean']:.0f}"
-            axes.text(100 * ((one["mean"] or 0.0) + (one["std"] or 0.0)) + 1, place, text, va="center", fontsize=8)
-    axes.set_yticks(range(len(conditions)), conditions)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 115)
-    axes.set_xlabel("right answers retained, % of those with memory on")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(conditions)), ncols=3, frameon=False)
-    figure.savefig(path, format="png")
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, family in enumerate(families):
+            shown = [row[family]["retained"] for row in conditions.values()]
+            places = [place + (index - (len(families) - 1) / 2) * height for place in range(len(conditions))]
+            lengths, spreads = ([100 * (one[key] or 0.0) for one in shown] for key in ("mean", "std"))
+            bars = axes.barh(
+                places, lengths, height * 0.9, xerr=spreads, label=family, color=f"C{index}", error_kw={"linewidth": 1}
+            )
+            texts = ["–" if one["mean"] is None else f"{100 * one['mean']:.0f}" for one in shown]
+            axes.bar_label(bars, texts, padding=2, fontsize=8)
+        axes.set_yticks(range(len(conditions)), conditions)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 115)
+        axes.set_xlabel("right answers retained, % of those with memory on")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(conditions)), ncols=3, frameon=False)
+
+    size = (6.8, 0.8 + 0.75 * len(conditions))
+    return [Picture(name="retained", title="Right answers retained", size=size, draw=draw)]
 
 
-def _rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """The table's cells, the header first."""
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells, the header first.
+
+    Args:
+        result: A result in the format ``engram.suppression.1``.
+    """
     summary = result["summary"]
     conditions = summary["conditions"]
     families = list(next(iter(conditions.values())))
-    rows = [["memory", *(title for family in families for title in (family, "retained"))]]
+    found = [["memory", *(title for family in families for title in (family, "retained"))]]
     for name, row in conditions.items():
         cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
-        rows.append([name, *cells])
+        found.append([name, *cells])
     if "twin" in summary:
         # One by one: a model has learned a family or has not, and what lies between is no seed's.
         scores = [seed["twin"]["scores"] for seed in result["seeds"]]
         each = [", ".join(f"{100 * score[family]['exact_match']:.0f}" for score in scores) for family in families]
-        rows.append(["trained without memory", *(cell for told in each for cell in (f"{told} %", ""))])
-    return rows
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return {"mean": None, "std": None}
-    return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else None}
+        found.append(["trained without memory", *(cell for told in each for cell in (f"{told} %", ""))])
+    return found
 
 
 def _percent(value: Mapping[str, float | None]) -> str:

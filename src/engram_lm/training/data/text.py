@@ -140,7 +140,7 @@ def prepare_text(
     if num_tokens < sequence_length + 1:
         raise DataError(
             f"the text gives {num_tokens} tokens to train on, one sequence needs {sequence_length + 1}; give more "
-            "text, or a smaller data.sequence_length"
+            "text, or shorter sequences (--sequence-length; in a recipe data.sequence_length)"
         )
     measured: dict[str, HeldOutText] = {}
     tokens = ends = None

@@ -1,6 +1,5 @@
 """What the layers of the trained models do: the logit lens of each, and CKA with the model without memory."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,55 +13,42 @@ from engram_lm.analysis.protocol import Analysis, NotApplicable
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject
 
-__all__ = ["MeasureOptions", "measure"]
+__all__ = ["measure_layers"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """What is measured, and on how much text."""
-
-    parts: tuple[str, ...]
-    """Of ``lens`` and ``cka``."""
-    length: int
-    """Tokens the models see at once."""
-    max_tokens: int
-    """Tokens that are read, from the start of the text."""
-    positions: Positions
-    """Where CKA compares hidden states."""
-    top_k: int
-    """Layers that a soft alignment averages over."""
-
-
-def measure(
+def measure_layers(
     subjects: Sequence[Subject],
     tokens: np.ndarray,
-    options: MeasureOptions,
+    parts: Sequence[str],
     *,
     baseline: str,
-    on_progress: Callable[[int], None] = lambda num_tokens: None,
+    positions: Positions,
+    top_k: int,
+    length: int,
+    max_tokens: int,
+    on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Let all models read a text once, and look at their layers.
 
     Args:
         subjects: The models, of one tokenizer.
         tokens: The text, integers ``[num_tokens]``.
-        options: What is measured.
+        parts: Of ``lens`` and ``cka``.
         baseline: Name of the model without memory.
+        positions: Where CKA compares hidden states.
+        top_k: Layers that a soft alignment averages over.
+        length: Tokens the models see at once.
+        max_tokens: Tokens that are read, from the start of the text.
         on_progress: Called with the number of tokens just read.
 
     Returns:
         Plain values by part: for ``lens`` a `LensCurve` of each model, for ``cka`` a `CkaMap` of each but the baseline,
         by name; ``{"not_applicable": reason}`` in place of a part that does not apply.
     """
-    known: dict[str, Analysis] = {
-        "lens": LogitLens(),
-        "cka": Cka(baseline=baseline, positions=options.positions),
-    }
-    chosen = {part: known[part] for part in options.parts}
-    found = read_text(
-        subjects, tokens, chosen, length=options.length, max_tokens=options.max_tokens, on_progress=on_progress
-    )
-    return {part: _by_model(result, options.top_k) for part, result in found.items()}
+    known: dict[str, Analysis] = {"lens": LogitLens(), "cka": Cka(baseline=baseline, positions=positions)}
+    chosen = {part: known[part] for part in parts}
+    found = read_text(subjects, tokens, chosen, length=length, max_tokens=max_tokens, on_progress=on_progress)
+    return {part: _by_model(result, top_k) for part, result in found.items()}
 
 
 def _by_model(result: Any, top_k: int) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""``engram-lm study depth``: train a model with memory at every depth and one without, compare loss and layers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from engram_lm.analysis.subject import find_subject
+from engram_lm.errors import ConfigError
+from engram_lm.memory import EngramConfig
+from engram_lm.page.number_text import signed_text
+from engram_lm.studies.command import Finding, StudyCommand, Trained
+from engram_lm.studies.depth.figures import figures
+from engram_lm.studies.depth.layers import measure_layers
+from engram_lm.studies.depth.summary import BASELINE, COLUMNS, rows, summarize, terminal_table
+from engram_lm.studies.result import mean_curve
+from engram_lm.studies.small_models import SmallModelFlags, like
+from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
+from engram_lm.studies.summary import seeds_note
+from engram_lm.studies.text import prepare_tokenizer
+from engram_lm.training.loop import find_device
+from engram_lm.training.recipe import ModelOptions
+
+__all__ = ["DepthStudy", "default_split"]
+
+_CURVE_POINTS = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthStudy(SmallModelFlags, StudyCommand):
+    """Ask where memory belongs, and how much depth it stands for: one module at every block, and none.
+
+    Small models are trained on the same batches, from the same initial weights where they have the same: one without
+    memory (its feed-forward is wider, so that it spends the same operations per token), one for every block that may
+    read memory, and one whose budget is divided between two blocks. Their held-out losses are the paper's layer sweep;
+    the logit lens and CKA against the model without memory say how many layers memory saves.
+
+    With no arguments it takes minutes on two CPU cores. The folder holds every model, result.json, report.html, and a
+    picture for each part.
+
+    Examples::
+
+        engram-lm study depth
+        engram-lm study depth --out runs/depth --seeds 3 --resume
+    """
+
+    name: ClassVar[str] = "depth"
+    result_format: ClassVar[str] = "engram.depth.1"
+    free: ClassVar[tuple[str, ...]] = ("parts", "analysis_tokens", "positions", "top_k")
+
+    seeds: int = 1
+    """Repetitions with other weights and another order of batches; gives mean and standard deviation."""
+    parts: tuple[Literal["sweep", "lens", "cka"], ...] = ("sweep", "lens", "cka")
+    """What to do. Without sweep, the only single module is at block 1."""
+
+    blocks: int = 6
+    """Transformer blocks, from 2."""
+    split: tuple[int, ...] = ()
+    """Two blocks, counted from 0, that divide the budget between them; like the paper's (1 and 2 of 6) unless given."""
+    tokens: int = 500_000
+    """Tokens each model is trained on."""
+    sequence_length: int = 128
+    """Tokens in a sequence."""
+    vocab_size: int = 2048
+    """Tokens of the tokenizer that is trained."""
+    hidden_size: int = 96
+    """Width of the models."""
+    streams: int = 1
+    """Residual streams; the paper has 4."""
+    memory_dim: int = 128
+    """Width of the memory vector of one module, over all heads; each of two has half of it."""
+    rows_per_head: int = 16_384
+    """Rows asked for per head."""
+    max_bytes: int = 6_000_000
+    """Text to read at most."""
+
+    analysis_tokens: int = 8_192
+    """Held-out tokens that lens and CKA read."""
+    positions: Literal["all", "word_ends", "names", "ngrams"] = "word_ends"
+    """Where CKA compares hidden states; the paper takes the last token of a named entity."""
+    top_k: int = 2
+    """Layers that a layer's soft alignment averages over; the paper takes 5 of its 30."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks < 2:
+            raise ConfigError(f"--blocks must be at least 2, or there is no depth to choose, not {self.blocks}")
+        if not self.split:
+            object.__setattr__(self, "split", default_split(self.blocks))
+        if self.split and (len(self.split) != 2 or len(set(self.split)) != 2):
+            raise ConfigError(f"--split names two blocks, not {self.split}")
+        if any(not 0 <= block < self.blocks for block in self.split):
+            raise ConfigError(f"--split {self.split} names blocks beyond the {self.blocks}, counted from 0")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ConfigError(f"--parts names each of sweep, lens and cka at most once, and at least one: {self.parts}")
+        for name in ("seeds", "streams", "analysis_tokens", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for blocks in ((0,), self.split):
+            self.memory_of(blocks)  # refuses what cannot be
+
+    @property
+    def num_streams(self) -> int:
+        """Residual streams of the models."""
+        return self.streams
+
+    def memory_of(self, blocks: tuple[int, ...]) -> EngramConfig | None:
+        """Memory at the start of some blocks; None for no block.
+
+        Two modules have rows of half the width, and each as many of them as one module, so that the tables of all arms
+        hold as much (but for the primes, which differ by some rows) and their projections cost as much.
+
+        Raises:
+            ConfigError: The memory is impossible, or the width cannot be divided.
+        """
+        if not blocks:
+            return None
+        one = self.memory_in((0,))
+        divisor = len(blocks) * one.num_heads_total
+        if self.memory_dim % divisor:
+            raise ConfigError(
+                f"--memory-dim {self.memory_dim} is divided among {len(blocks)} modules of {one.num_heads_total} "
+                f"heads; choose a multiple of {divisor}"
+            )
+        return self.memory_in(blocks, self.memory_dim // len(blocks))
+
+    def study(self) -> Study:
+        """No memory, one module at every block (at block 1 alone without the sweep), and a divided one.
+
+        What two arms have in common starts as the same numbers: the backbone of all of them, and memory wherever it is
+        inserted. The feed-forward of the model without memory is wider by what one module's operations are.
+        """
+        one = self.memory_of((0,))
+        assert one is not None
+        baseline = self.model(None, wider=self.width_of(one.flops_per_token()))
+        single = range(self.blocks) if "sweep" in self.parts else [min(1, self.blocks - 1)]
+        models: dict[tuple[str, tuple[int, ...]], ModelOptions] = {(BASELINE, ()): baseline}
+        for block in single:
+            first = (*like(baseline), *like(self.model(one), part="memory"))
+            models[f"block-{block}", (block,)] = self.model(self.memory_of((block,)), like=first)
+        if self.split:
+            name = f"blocks-{'-'.join(map(str, self.split))}"
+            models[name, self.split] = self.model(self.memory_of(self.split), like=like(baseline))
+        arms = [
+            Arm(
+                name=name,
+                title=_title(blocks),
+                recipe=self.recipe(model),
+                x=float(blocks[0]) if len(blocks) == 1 else None,
+            )
+            for (name, blocks), model in models.items()
+        ]
+        return Study(
+            name=self.name,
+            question="Where does memory belong, and how much depth does it stand for?",
+            arms=tuple(arms),
+            budget=Budget(equal=("flops", "tokens"), tolerance=0.02),
+            seeds=self.seeds,
+            figures=figures,
+        )
+
+    def prepare(self, out: Path) -> None:
+        """Read the text, and train its tokenizer."""
+        find_device(self.device)
+        prepare_tokenizer(out, self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes)
+
+    def measure(self, trained: Trained) -> dict[str, Any]:
+        """Compare the losses; look at the layers of every seed's models."""
+        text = trained.runner.text(trained.study.arms[0].recipe)
+        assert text.held_out is not None
+        counts = {name: text.facts[name] for name in ("source", "bytes", "train_tokens", "held_out_tokens")}
+        seeds: list[dict[str, Any]] = []
+        for number, arms in enumerate(trained.seeds):
+            found = {"seed": number, "arms": {name: _facts(one) for name, one in arms.items()}}
+            seeds.append(found | self._layers(number, arms, text.held_out, trained))
+        return {
+            "data": {"files": text.facts["documents"], **counts},
+            "seeds": seeds,
+            "summary": summarize(seeds, {arm.name: arm.title for arm in trained.study.arms}),
+        }
+
+    def _layers(self, seed: int, arms: Mapping[str, TrainedArm], tokens: Any, trained: Trained) -> dict[str, Any]:
+        parts = tuple(part for part in self.parts if part != "sweep")
+        known = {name: one for name, one in arms.items() if one.failed is None}
+        if not parts or BASELINE not in known:
+            return {}
+        trained.stop_if_asked()
+        trained.progress.note(f"seed {seed}: {' and '.join(parts)} of {len(known)} models")
+        found = measure_layers(
+            [find_subject(*one.load(self.device), name=name) for name, one in known.items()],
+            tokens,
+            parts,
+            baseline=BASELINE,
+            positions=self.positions,
+            top_k=self.top_k,
+            length=self.sequence_length,
+            max_tokens=self.analysis_tokens,
+            on_progress=trained.stop_if_asked,
+        )
+        for part in parts:
+            if "not_applicable" in found[part]:
+                trained.progress.note(f"{part} does not apply: {found[part]['not_applicable']}")
+        return found
+
+    def tables(self, result: Mapping[str, Any]) -> Iterable[Any]:
+        """The table of all arms."""
+        return [terminal_table(result)]
+
+    def finding(self, result: Mapping[str, Any]) -> Finding:
+        """Say which block is best, and by how much."""
+        summary = result["summary"]
+        headline = "No model with one memory module was trained to its end"
+        if summary["best"] is not None:
+            best = summary["arms"][summary["best"]]
+            gain = "" if best["gain"]["mean"] is None else f", {signed_text(best['gain']['mean'])} nats per token"
+            headline = f"Of single modules, {best['title']} is best{gain}"
+        table = ("Memory by depth", COLUMNS, rows(result))
+        return Finding(headline=headline, detail=seeds_note(len(result["seeds"])), tables=[table])
+
+
+def default_split(num_blocks: int) -> tuple[int, ...]:
+    """The second block and the one before the middle, as layers 2 and 6 of 12 are in the paper; none of two blocks."""
+    return (1, max(2, num_blocks // 2 - 1)) if num_blocks > 2 else ()
+
+
+def _title(blocks: Sequence[int]) -> str:
+    if not blocks:
+        return "no memory"
+    return f"memory in block{'s' * (len(blocks) > 1)} {' and '.join(map(str, blocks))}"
+
+
+def _facts(trained: TrainedArm) -> dict[str, Any]:
+    """What one model's training gave."""
+    result = trained.result
+    held_out = result.get("held_out") or {}
+    memory = trained.arm.recipe.model.memory
+    facts: dict[str, Any] = {
+        "seed": trained.seed,
+        "blocks": list(memory.get("layers", ())),
+        "loss": held_out.get("loss"),
+        "num_evaluated_tokens": held_out.get("num_tokens"),
+        "num_steps": result.get("num_steps"),
+        "tokens": result.get("num_tokens"),
+        "seconds": sum(line["seconds"] for line in trained.records),
+        "train_curve": mean_curve(trained.records, _CURVE_POINTS),
+    }
+    if trained.failed is not None:
+        return facts | {"failed": trained.failed, "parameters": None, "flops_per_token": None}
+    sizes = trained.sizes
+    kinds = ("backbone", "memory_layers", "memory_tables")
+    return facts | {
+        "parameters": {kind: getattr(sizes, kind) for kind in kinds},
+        "flops_per_token": sizes.flops_per_token,
+    }

@@ -1,0 +1,156 @@
+"""The result of a quickstart: the format ``engram.quickstart.1``, and what the models wrote."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_lm.analysis.gates.trace import GateTrace, gate_trace
+from engram_lm.planning.sizes import ModelSizes
+from engram_lm.serving.generate import continue_text
+from engram_lm.studies.quickstart.arms import MEMORY, TWIN
+from engram_lm.studies.result import mean_curve
+from engram_lm.studies.study import TrainedArm
+from engram_lm.studies.summary import paired_difference, spread
+from engram_lm.training.assembly import TrainingText
+
+__all__ = ["data_facts", "gate_texts", "held_out_documents", "quickstart_result", "write_samples"]
+
+Loaded = Mapping[str, tuple[Any, Any]]
+"""For each arm, its model and the tokenizer."""
+
+
+def held_out_documents(text: TrainingText, tokenizer: Any, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and text of the held-out documents, the longest first.
+
+    Args:
+        text: The tokens.
+        tokenizer: What made them.
+        names: What the documents are called, in order, unless the end of the text was held out instead.
+    """
+    assert text.held_out is not None and text.held_out_ends is not None
+    pieces = [piece.tolist() for piece in np.split(text.held_out, text.held_out_ends) if len(piece)]
+    documents = tokenizer.batch_decode(pieces, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if len(names) != len(documents):
+        names = ["the end of the text"] * len(documents)
+    return sorted(zip(names, documents, strict=True), key=lambda pair: len(pair[1]), reverse=True)
+
+
+def data_facts(text: TrainingText, documents: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What the models were trained and judged on.
+
+    Args:
+        text: The tokens.
+        documents: The held-out documents.
+    """
+    facts = dict(text.facts)
+    num_files, apart = facts.pop("documents"), len(documents)
+    num_bytes = sum(len(document.encode("utf-8", "replace")) for _, document in documents)
+    return {
+        "files": num_files,
+        **facts,
+        "train_files": num_files - apart if text.about is None else num_files,
+        "held_out_files": apart,
+        "bytes_per_token": num_bytes / facts["held_out_tokens"],
+    }
+
+
+def quickstart_result(
+    seeds: Sequence[Mapping[str, TrainedArm]], data: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Put the runs of all arms together.
+
+    Args:
+        seeds: For each seed, its arms by name.
+        data: What `data_facts` gave.
+        settings: The flags, and what was chosen for them.
+
+    Returns:
+        A result in the format ``engram.quickstart.1``, without the facts of the run and the samples.
+    """
+    runs = {name: [_run(seed[name], data["bytes_per_token"]) for seed in seeds] for name in seeds[0]}
+    arms = {}
+    for name, trained in seeds[0].items():
+        sizes = None if trained.failed is not None else trained.sizes
+        arms[name] = {
+            "title": trained.arm.title,
+            "about": trained.arm.about,
+            "parameters": {} if sizes is None else _parameters(sizes),
+            "flops_per_token": None if sizes is None else sizes.flops_per_token,
+            "runs": runs[name],
+            "loss": spread(run["loss"] for run in runs[name]),
+        }
+    losses = {
+        name: {run["seed"]: run["loss"] for run in runs[name] if run["loss"] is not None} for name in (MEMORY, TWIN)
+    }
+    pairs = [pair for pair in zip(runs[MEMORY], runs[TWIN], strict=True) if all(run["num_steps"] for run in pair)]
+    ratios = [memory["median_step_seconds"] / twin["median_step_seconds"] for memory, twin in pairs]
+    return {
+        "data": data,
+        "settings": settings,
+        "seeds": [trained[MEMORY].seed for trained in seeds],
+        "arms": arms,
+        "difference": paired_difference(losses[TWIN], losses[MEMORY]),
+        "step_time_ratio": statistics.median(ratios) if ratios else None,
+    }
+
+
+def _parameters(sizes: ModelSizes) -> dict[str, int]:
+    return {
+        "vocabulary": sizes.vocabulary,
+        "backbone": sizes.backbone - sizes.vocabulary,
+        "memory_layers": sizes.memory_layers,
+        "memory_tables": sizes.memory_tables,
+        "total": sizes.total,
+    }
+
+
+def _run(trained: TrainedArm, bytes_per_token: float) -> dict[str, Any]:
+    """One run: its losses, its speed and its curves."""
+    records, held_out = trained.records, trained.result.get("held_out") or {}
+    steps = [line for line in records if line["step"]]
+    seconds, tokens = sum(line["seconds"] for line in steps), steps[-1]["num_tokens"] if steps else 0
+    curve = [
+        (line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])) for line in records if "held_out" in line
+    ]
+    loss = held_out.get("loss")
+    return {
+        "seed": trained.seed,
+        "failed": trained.failed,
+        "loss": loss,
+        "perplexity": held_out.get("perplexity"),
+        "bits_per_byte": None if loss is None else loss / (np.log(2) * bytes_per_token),
+        "num_evaluated_tokens": held_out.get("num_tokens"),
+        "num_steps": len(steps),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "seconds": seconds,
+        "median_step_seconds": statistics.median(line["seconds"] for line in steps) if steps else None,
+        "train_curve": mean_curve(steps),
+        "held_out_curve": curve,
+    }
+
+
+def write_samples(models: Loaded, documents: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Let the model with memory and its twin continue the middle of some held-out documents."""
+    samples = []
+    for source, document in documents[:3]:
+        prompt = _excerpt(document, 160)
+        continuations = {
+            name: continue_text(*models[name], prompt, max_new_tokens=48, temperature=0.7, top_k=40, seed=0)
+            for name in (MEMORY, TWIN)
+        }
+        samples.append({"prompt": prompt, "source": source, "continuations": continuations})
+    return samples
+
+
+def gate_texts(models: Loaded, documents: Sequence[tuple[str, str]]) -> list[GateTrace]:
+    """See the middle of some held-out documents through the gates of the model with memory."""
+    return [gate_trace(*models[MEMORY], _excerpt(document, 700)) for _, document in documents[:3]]
+
+
+def _excerpt(text: str, length: int) -> str:
+    """Some lines from the middle of a text."""
+    start = max(text.rfind("\n", 0, len(text) // 2) + 1, 0)
+    return text[start : start + length].strip("\n") or text[:length]

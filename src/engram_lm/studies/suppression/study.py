@@ -1,0 +1,182 @@
+"""``engram-lm study suppression``: train a model on facts and passages, ask both, with memory on and suppressed."""
+
+import copy
+import dataclasses
+import functools
+import json as json_module
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from engram_lm.analysis.suppression.effect import Condition, suppression_effect
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.evaluation.task_scores import score_tasks
+from engram_lm.evaluation.tasks import read_tasks, write_tasks
+from engram_lm.files import write_atomically
+from engram_lm.studies.command import Finding, StudyCommand, Trained
+from engram_lm.studies.study import Arm, Study, TrainedArm
+from engram_lm.studies.summary import seeds_note
+from engram_lm.studies.suppression.families import FamilyOptions, make_families
+from engram_lm.studies.suppression.summary import figures, headline, rows, summarize, terminal_table
+from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import override, read_table
+
+__all__ = ["RECIPE", "SuppressionStudy"]
+
+RECIPE = Path(__file__).with_name("recipe.toml")
+"""How the models are trained unless another recipe is named."""
+
+_TEXT, _TASKS, _RUN, _TWIN = "text.jsonl", "tasks.jsonl", "run", "twin"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuppressionStudy(StudyCommand):
+    """Ask a model for facts it has learned and for facts it can read, with its memory on, at zero and shuffled.
+
+    A text about invented people is written, a small model is trained on it by a recipe (some minutes on one CPU core),
+    and two families of questions are asked, in which the same words are the answers: recall, whose answers are in the
+    weights or nowhere, and reading, whose answers are in the context and nowhere else.
+
+    The folder holds, for each seed, the text, the questions (a task file for engram-lm eval --tasks) and the training
+    run; beside them are result.json, report.html and retained.png.
+
+    Examples::
+
+        engram-lm study suppression
+        engram-lm study suppression --out runs/suppression --seeds 3 --twin --resume
+    """
+
+    name: ClassVar[str] = "suppression"
+    result_format: ClassVar[str] = "engram.suppression.1"
+    free: ClassVar[tuple[str, ...]] = ("twin",)  # it may be added to a study that had none
+    decided_by: ClassVar[str] = "options or another recipe"
+
+    seeds: int = 1
+    """Repetitions with other people, other facts and other weights; gives mean and standard deviation."""
+    twin: bool = False
+    """Also train the recipe's model without memory, for comparison (as long again)."""
+    recipe: Path | None = None
+    """A recipe to train by, in place of the study's own; its data, seed and cache are the study's."""
+    people: int = FamilyOptions.num_people
+    """People whose facts are learned; each has four."""
+    documents: int = FamilyOptions.num_documents
+    """Documents of the text: passages, and lists of facts."""
+    questions: int = FamilyOptions.num_questions
+    """Questions of each family."""
+    batch_size: int = 64
+    """Sequences at a time when questions are asked."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        self.families(0)  # refuses what cannot be
+
+    def families(self, seed: int) -> FamilyOptions:
+        """What a seed's text and questions are made of."""
+        return FamilyOptions(
+            num_people=self.people, num_documents=self.documents, num_questions=self.questions, seed=seed
+        )
+
+    @functools.cached_property
+    def _recipe_table(self) -> dict[str, Any]:
+        return read_table(self.recipe or RECIPE)
+
+    def settings(self) -> dict[str, Any]:
+        """What the trained models depend on."""
+        return {"families": dataclasses.asdict(self.families(0)), "twin": self.twin, "recipe": self._recipe_table}
+
+    def study(self) -> Study:
+        """The recipe's model with memory, and without if that is asked for."""
+        arms = [Arm(name=_RUN, title="with memory", recipe=Recipe.from_dict(self._recipe_table))]
+        if self.twin:
+            table = copy.deepcopy(self._recipe_table)
+            model = table.setdefault("model", {})
+            model["preset"] = _twin_of(str(model.get("preset")))
+            model.pop("memory", None)
+            arms.append(Arm(name=_TWIN, title="without memory", recipe=Recipe.from_dict(table)))
+        return Study(
+            name=self.name,
+            question="What does a model still know, and still read, with its memory suppressed?",
+            arms=tuple(arms),
+            seeds=self.seeds,
+            figures=figures,
+            recipe_of=self._recipe_of,
+        )
+
+    def _recipe_of(self, arm: Arm, seed: int) -> Recipe:
+        """The recipe of an arm, on the text of a seed."""
+        folder = self.folder.expanduser().resolve() / f"seed-{seed}"
+        table = override(arm.recipe.to_dict(), ["--train.seed", str(seed)])
+        data = table.get("data", {}) | {"sources": [str(folder / _TEXT)], "cache": str(folder / "shards")}
+        return Recipe.from_dict(table | {"data": data})
+
+    def prepare(self, out: Path) -> None:
+        """Write the text and the questions of every seed."""
+        for seed in range(self.seeds):
+            families = make_families(self.families(seed))
+            lines = "".join(json_module.dumps({"text": document}) + "\n" for document in families.documents)
+            text = out / f"seed-{seed}" / _TEXT
+            if not text.is_file() or text.read_text(encoding="utf-8") != lines:  # training remembers which file it was
+                write_atomically(text, lines)
+            write_tasks(out / f"seed-{seed}" / _TASKS, families.items)
+
+    def measure(self, trained: Trained) -> dict[str, Any]:
+        """Ask the questions of every seed.
+
+        Raises:
+            DataError: No model was trained to its end.
+        """
+        seeds = [
+            {"seed": arms[_RUN].seed} | {name: self._asked(one, trained) for name, one in arms.items()}
+            for arms in trained.seeds
+            if all(one.failed is None for one in arms.values())
+        ]
+        failed = [one.failed for arms in trained.seeds for one in arms.values() if one.failed is not None]
+        if not seeds:
+            raise DataError(failed[0])
+        return {
+            "seeds": seeds,
+            "failed": failed,
+            # A model that copies any value of the context, whatever was asked, gets this share right.
+            "reading_by_copying_any": 1 / self.families(0).facts_per_passage,
+            "summary": summarize(seeds),
+        }
+
+    def _asked(self, one: TrainedArm, trained: Trained) -> dict[str, Any]:
+        """What training one model came to, and how it answers."""
+        trained.stop_if_asked()
+        kept = ("num_steps", "num_tokens", "seconds", "parameters", "held_out")
+        training = {key: one.result[key] for key in kept}
+        model, tokenizer = one.load()
+        items = read_tasks(one.folder.with_name(_TASKS))
+        if one.arm.name == _TWIN:
+            scores = score_tasks(model, tokenizer, items, batch_size=self.batch_size)
+            return {"training": training, "scores": scores.to_dict()["families"]}
+        trained.progress.note(f"seed {one.seed}: asking {len(items):,} questions with memory on and suppressed")
+
+        def asked(condition: Condition) -> None:
+            trained.progress.note(f"asked: {condition.name}")
+            trained.stop_if_asked()
+
+        effect = suppression_effect(
+            model, tokenizer, items=items, batch_size=self.batch_size, seed=one.seed, on_progress=asked
+        )
+        return {"training": training, "effect": effect.to_dict()}
+
+    def tables(self, result: Mapping[str, Any]) -> Iterable[Any]:
+        """The table of all conditions."""
+        return [terminal_table(result)]
+
+    def finding(self, result: Mapping[str, Any]) -> Finding:
+        """Say how differently the two families depend on memory."""
+        header, *cells = rows(result)
+        table = ("Right answers, and the share retained", header, cells)
+        return Finding(headline=headline(result), detail=seeds_note(len(result["seeds"])), tables=[table])
+
+
+def _twin_of(preset: str) -> str:
+    kind, _, size = preset.partition("-")
+    if kind != "engram":
+        raise ConfigError(f"--twin needs a recipe whose model.preset begins with engram-, not {preset!r}")
+    return f"moe-{size}"
