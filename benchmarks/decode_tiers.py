@@ -14,7 +14,6 @@ pages that this process has mapped stay, so a mapped table keeps those that earl
 import argparse
 import functools
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -29,8 +28,7 @@ from transformers.utils import logging
 from engram_lm.model import EngramForCausalLM
 from engram_lm.tables import ParameterTable
 from engram_lm.tables.files.safetensors_file import INDEX_NAME
-from engram_lm.tables.tiers.page_cache import drop_pages
-from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.residency import drop_from_memory, resident_share
 from model import build
 
 PROMPT_TOKENS = 64
@@ -72,15 +70,13 @@ def checkpoints(size: str, folder: Path, names: list[str]) -> dict[str, Path]:
 
 def table_files(model: EngramForCausalLM) -> list[Path]:
     """The files that the tables are read from; none where they are resident."""
-    return sorted({stored.path for stored in model.model.__dict__["_stored_tables"].values()})
+    return sorted({Path(stored.file) for stored in model.model.__dict__["_stored_tables"].values()})
 
 
 def drop(paths: list[Path]) -> None:
     """Give the files' pages back."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        drop_pages(descriptor)
-        os.close(descriptor)
+        drop_from_memory(path)
 
 
 def share_in_memory(paths: list[Path]) -> float | None:

@@ -19,8 +19,8 @@ import torch
 
 from engram_lm.tables import FileTable, HostTable, MappedTable, ResidentTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_pages
-from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.page_cache import PAGE_BYTES
+from engram_lm.tables.tiers.residency import drop_from_memory
 
 WIDTH = 128  # bfloat16: rows of 256 bytes
 ROW_BYTES = 2 * WIDTH
@@ -44,12 +44,6 @@ def make_file(path, num_rows):
             file.write((generator.integers(0, 1 << 16, count, dtype=np.uint16) & 0xBFFF).tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def drop(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    drop_pages(descriptor)
-    os.close(descriptor)
 
 
 class Table:
@@ -184,8 +178,7 @@ def main():
         for _ in range(arguments.repeats):
             for name, way in compared.items():
                 rows = generator.integers(0, arguments.rows, size)
-                drop(arguments.file)
-                share = resident_share(arguments.file)
+                share = drop_from_memory(arguments.file)
                 way.open()
                 start = time.perf_counter()
                 found = way.read(rows)

@@ -45,7 +45,7 @@ def recorded(path, **arrays):
 
 
 def test_a_recorded_trace_of_known_reuse_gives_known_numbers(capsys, tmp_path):
-    # Rows 0, 15 and 16 of 264 bytes: page 0; pages 0 and 1, crossing; page 1. Whole in pages: 0, 1 and 1.
+    # Rows 0, 15 and 16 of 264 bytes: page 0; pages 0 and 1, crossing; page 1.
     rows = np.array([0, 15, 0, 16, 0, 15, 0, 99], np.int64)
     path = recorded(tmp_path / "trace.npz", rows_3=rows, steps_3=np.array([0, 3, 4]))
     options = ("--batch-tokens", "1,2", "--rows-per-token", 2, "--hit-rates", "0.25,0.5,0.9", "--scale-bytes", 8)
@@ -58,7 +58,7 @@ def test_a_recorded_trace_of_known_reuse_gives_known_numbers(capsys, tmp_path):
     one, two, step = trace["batches"]
     # Batches of two tokens: {0, 15, 16} and {0, 15, 99}; 99 lies on page 6. Numbers alone: page 0 (0, 15), 1 (16), 6.
     assert two["distinct_rows_per_batch"] == 3 and two["distinct_share"] == 6 / 8
-    assert two["pages_per_batch"] == {"side_by_side": (2 + 3) / 2, "whole_in_pages": (2 + 3) / 2, "scales_apart": 2 + 1}
+    assert two["pages_per_batch"] == {"side_by_side": (2 + 3) / 2, "scales_apart": 2 + 1}
     assert two["page_amplification"]["side_by_side"] == 5 * 4096 / (6 * 264)
     assert one["distinct_share"] == 1
     assert (step["batch_tokens"], step["num_batches"]) == (None, 3)

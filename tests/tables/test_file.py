@@ -15,8 +15,8 @@ from tests.tables.tiers import written
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_pages, request_missing, request_pages
-from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.page_cache import PAGE_BYTES, request_missing, request_pages
+from engram_lm.tables.tiers.residency import drop_from_memory, resident_share
 
 
 def test_a_file_system_without_direct_reads_is_refused_by_name():
@@ -87,8 +87,7 @@ def test_all_pages_of_rows_are_asked_for_and_only_when_some_are_missing(tmp_path
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        drop_pages(descriptor)
-        if resident_share(file) != 0:
+        if drop_from_memory(file) != 0:
             pytest.skip("this file system does not give pages back, or does not say")
         # The last of these lies on two pages, the long row below on four.
         offsets = np.array([20, 41, 100]) * PAGE_BYTES + np.array([0, 7, PAGE_BYTES - 3])

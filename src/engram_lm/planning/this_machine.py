@@ -13,7 +13,7 @@ import numpy as np
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network, read_meminfo
-from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.residency import drop_from_memory
 
 __all__ = ["DISK_THREADS", "PAGE_BYTES", "DiskRate", "ThisMachine", "measure_disk", "read_machine"]
 
@@ -180,9 +180,8 @@ def measure_disk(folder: Path, *, seconds: float = 2 * _SAMPLE_SECONDS) -> DiskR
     except OSError:
         descriptor, method = os.open(path, os.O_RDONLY), "after posix_fadvise(POSIX_FADV_DONTNEED)"
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        left = resident_share(path)
+        left = drop_from_memory(path)
         if left is None or left > 0.1:
             os.close(descriptor)
             raise ConfigError(

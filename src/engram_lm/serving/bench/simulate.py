@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import json as json_module
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.reuse import (
     PAGE_BYTES,
     HitCurve,
@@ -36,30 +37,40 @@ POLICIES = {
     "pinned": "pinned by the first part",
     "ideal": "best fixed set (known ahead)",
 }
+"""Which rows a cache keeps, and how tables and plots call that."""
+
+_RECORD_BYTES = 264
 _DOCUMENTS_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trace:
-    """Reads of one table, or of one order's heads in it."""
+    """The reads of one table, or of one order's heads in it."""
 
     block: int
+    """Block whose table is read."""
     order: int | None
-    """None for all orders together."""
+    """Order of the N-grams; None for all orders together."""
     rows: np.ndarray
-    """int64 [n], in the order they were read."""
+    """Row numbers in the order they were read, int64 [n]."""
     rows_per_token: int
+    """Rows that a token reads."""
     starts: np.ndarray | None
-    """First read of each step, where they were recorded."""
+    """First read of each step, int64 [s], where steps were recorded."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"block {self.block}, " + ("all orders" if self.order is None else f"order {self.order}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulate:
     """Simulate caches, batches and pages for the rows that a text reads, before buying the memory.
 
-    The rows come from text under any published config, from text under a model of ours, or from a recorded run. All
-    policies are asked for the same reads: those behind the first --train-share of the trace, which warms LRU and LFU
-    and decides what a pinned set holds. Sizes of caches are bytes of records; a cache's own index is not in them.
+    The rows come from text under any published config, from text under a model of ours, or from a recorded run. Every
+    policy answers the same reads: those behind the first --train-share of the trace, which warms LRU and LFU and
+    decides what a pinned set holds. Sizes of caches are bytes of records, without the cache's own index.
 
     Examples::
 
@@ -69,8 +80,8 @@ class Simulate:
     """
 
     trace: Path | None = None
-    """A recorded .npz: rows_BLOCK, int64 [n], row numbers in the order they were read; and steps_BLOCK, if there,
-    int64 [s], the place in it where each forward pass begins."""
+    """A recorded .npz: rows_BLOCK, int64 [n], row numbers in the order they were read; and optionally steps_BLOCK,
+    int64 [s], the places in it where forward passes begin."""
     config: Path | None = None
     """A config that engram-lm hash reads, or the folder that holds it."""
     tokenizer: Path | None = None
@@ -80,32 +91,31 @@ class Simulate:
     data: tuple[Path, ...] = ()
     """Text files or folders."""
     layers: str | None = None
-    """Layers of the config to simulate, separated by commas; the first unless given: layers read the same N-grams and
-    differ in collisions only. For --trace all blocks unless given."""
+    """Layers of the config to simulate, separated by commas; by default the first, because layers read the same N-grams
+    and differ in collisions only. For --trace all blocks by default."""
     sequence_length: int = 4096
     """Tokens after which N-grams begin anew, as in a new request; documents end sequences too."""
     batch_tokens: str = "1,16,256,4096"
-    """Batches whose distinct rows and pages are counted, in tokens."""
+    """Batch sizes in tokens, separated by commas, whose distinct rows and pages are counted."""
     rows_per_token: int = 1
-    """Rows that a token reads, for --trace; leave 1 to have batches counted in reads."""
+    """Rows that a token reads, for --trace; with 1, batches are counted in reads."""
     record_bytes: int | None = None
-    """Bytes of a stored row: 264 (FP8 with scales, as DeepSeek-V4.1) unless given; for --model its bfloat16 row."""
+    """Bytes of a stored row; by default 264 (FP8 with scales, as in DeepSeek-V4.1), for --model its bfloat16 row."""
     scale_bytes: int = 0
-    """How many of them are scales that lie in a tensor of their own: adds the pages of that layout."""
+    """How many of them are scales in a tensor of their own; adds the pages of that layout."""
     hit_rates: str = "0.5,0.8,0.9"
-    """Hit rates whose cache size is wanted."""
+    """Hit rates, separated by commas, for which the size of the cache is wanted."""
     train_share: float = 0.5
-    """Share of the trace that comes before what is measured."""
+    """Share of the trace that comes before what is measured, between 0 and 1."""
     max_reads: int = 20_000_000
-    """Reads per table, at most: the trace is cut there. Takes about 120 bytes of memory each."""
+    """Reads per table at most; the trace is cut there. Takes about 120 bytes of memory for each."""
     plot: Path | None = None
-    """Draw hit rate against cache size, into this .png or .svg."""
+    """Draw hit rate against cache size, into this .png or .svg file."""
     json: bool = False
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        sources = [self.trace is not None, self.config is not None, self.model is not None]
-        if sum(sources) != 1:
+        if sum(source is not None for source in (self.trace, self.config, self.model)) != 1:
             raise ConfigError("name exactly one source of rows: --trace, --config (with --data), or --model (likewise)")
         if (self.trace is None) != bool(self.data):
             raise ConfigError("--config and --model need the text they read as --data; --trace has its rows already")
@@ -119,18 +129,27 @@ class Simulate:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if not 0 < self.train_share < 1:
             raise ConfigError(f"--train-share is a share between 0 and 1, not {self.train_share}")
-        if not 0 <= self.scale_bytes < (self.record_bytes or 264):
+        if not 0 <= self.scale_bytes < (self.record_bytes or _RECORD_BYTES):
             raise ConfigError(f"--scale-bytes is a part of the record, not {self.scale_bytes}")
         if self.plot is not None and self.plot.suffix not in (".png", ".svg"):
             raise ConfigError(f"--plot writes .png or .svg, not {self.plot}")
-        self._numbers("batch_tokens", int, 1, None)
-        self._numbers("hit_rates", float, 0, 1)
-        if self.layers is not None:
-            self._numbers("layers", int, 0, None)
+        _ = self._batch_sizes, self._wanted_rates, self._wanted_layers
+
+    @property
+    def _batch_sizes(self) -> list[int]:
+        return listed(self.batch_tokens, "--batch-tokens", int, 1)
+
+    @property
+    def _wanted_rates(self) -> list[float]:
+        return listed(self.hit_rates, "--hit-rates", float, 0, 1)
+
+    @property
+    def _wanted_layers(self) -> list[int] | None:
+        return None if self.layers is None else listed(self.layers, "--layers", int, 0)
 
     def run(self) -> int:
         """Simulate and print."""
-        record_bytes = self.record_bytes or (264 if self.model is None else _model_row_bytes(self.model))
+        record_bytes = self.record_bytes or (_RECORD_BYTES if self.model is None else _model_row_bytes(self.model))
         found: dict[str, Any] = {
             "record_bytes": record_bytes,
             "page_bytes": PAGE_BYTES,
@@ -138,9 +157,8 @@ class Simulate:
             "cut": False,
             "traces": [],
         }
-        for trace in self._traces(found):
-            name = f"block {trace.block}, " + ("all orders" if trace.order is None else f"order {trace.order}")
-            print(f"engram-lm table simulate: {name}, {len(trace.rows):,} reads", file=sys.stderr)
+        for trace in self._recorded(found) if self.trace is not None else self._hashed(found):
+            print(f"engram-lm table simulate: {trace.name}, {len(trace.rows):,} reads", file=sys.stderr)
             found["traces"].append(self._simulate(trace, record_bytes))
         if self.plot is not None:
             save_plot(found["traces"], self.plot)
@@ -150,31 +168,16 @@ class Simulate:
             _print(found)
         return 0
 
-    def _numbers(self, field: str, kind: type, low: float, high: float | None) -> list[Any]:
-        text = getattr(self, field)
-        try:
-            numbers = [kind(part) for part in text.replace(",", " ").split()]
-        except ValueError:
-            numbers = []
-        if not numbers or any(not low <= number <= (high or 2**62) for number in numbers):
-            limits = f"from {low} up" if high is None else f"from {low} to {high}"
-            raise ConfigError(f"--{field.replace('_', '-')} takes numbers {limits} separated by commas, not {text!r}")
-        return numbers
-
-    # Where rows come from -------------------------------------------------------------------------------------------
-
-    def _traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
-        """The traces of each table, all orders first; says in ``found`` what they were made from."""
-        if self.trace is None:
-            yield from self._text_traces(found)
-            return
+    def _recorded(self, found: dict[str, Any]) -> Iterator[_Trace]:
+        """The traces of a recorded run; says in ``found`` what they are."""
+        assert self.trace is not None
         found["source"] = str(self.trace)
-        blocks = None if self.layers is None else self._numbers("layers", int, 0, None)
-        for block, rows, starts, cut in read_trace(self.trace, blocks, self.max_reads):
+        for block, rows, starts, cut in read_trace(self.trace, self._wanted_layers, self.max_reads):
             found["cut"] |= cut
             yield _Trace(block, None, rows, self.rows_per_token, starts)
 
-    def _text_traces(self, found: dict[str, Any]) -> Iterator[_Trace]:
+    def _hashed(self, found: dict[str, Any]) -> Iterator[_Trace]:
+        """The traces of a text, of each layer all orders first; says in ``found`` what they are."""
         from engram_lm.hashing.spec import HashSpec
         from engram_lm.hashing.token_map import load_tokenizer
         from engram_lm.training.data.documents import read_documents
@@ -183,15 +186,14 @@ class Simulate:
         assert config is not None
         tokenizer = load_tokenizer(folder)
         spec = HashSpec.from_config(config, tokenizer)
-        layers = [spec.layers[0]] if self.layers is None else self._numbers("layers", int, 0, None)
+        layers = self._wanted_layers or [spec.layers[0]]
         for layer in layers:
             if layer not in spec.layers:
                 raise ConfigError(f"layer {layer} has no memory; this config's layers are {list(spec.layers)}")
         corpus = read_documents(self.data)
         heads, most = spec.num_heads_total, max(1, self.max_reads // spec.num_heads_total)
-        texts = (document.text for document in corpus.documents)
         pieces, num_tokens, cut = [], 0, False
-        for ids in _encode(tokenizer, texts):
+        for ids in _encode(tokenizer, (document.text for document in corpus.documents)):
             cut = cut or num_tokens + len(ids) > most
             ids = ids[: most - num_tokens]
             num_tokens += len(ids)
@@ -210,8 +212,6 @@ class Simulate:
                 columns = slice(place * spec.num_heads, (place + 1) * spec.num_heads)
                 yield _Trace(block, order, rows[:, columns].reshape(-1), spec.num_heads, None)
 
-    # What is said about them ----------------------------------------------------------------------------------------
-
     def _simulate(self, trace: _Trace, record_bytes: int) -> dict[str, Any]:
         rows = trace.rows
         previous, earlier = previous_reads(rows)
@@ -219,95 +219,86 @@ class Simulate:
         if not 0 < cut < len(rows):
             raise DataError(f"a trace of {len(rows)} reads has nothing to divide; give more text")
         reuse = row_reuse(rows)
-        values: dict[str, Any] = {
+        sizes: dict[str, Callable[[], np.ndarray]] = {
+            "lru": lambda: lru_distances(rows, previous)[cut:],
+            "lfu": lambda: lfu_ranks(rows, previous, earlier)[cut:],
+            "pinned": lambda: pinned_ranks(rows[:cut], rows[cut:]),
+            "ideal": lambda: frequency_ranks(rows[cut:]),
+        }
+        return {
             "block": trace.block,
             "order": trace.order,
             "num_reads": reuse.num_reads,
             "distinct_rows": reuse.num_rows,
             "distinct_rows_bytes": reuse.num_rows * record_bytes,
             "read_once_rows": reuse.num_read_once,
-            "rows_by_reads": [{"reads_from": reads, "rows": rows_} for reads, rows_ in reuse.rows_by_reads],
-            "coverage": [{"rows": rows_, "share": share} for rows_, share in reuse.coverage],
+            "rows_by_reads": [{"reads_from": reads, "rows": number} for reads, number in reuse.rows_by_reads],
+            "coverage": [{"rows": number, "share": share} for number, share in reuse.coverage],
             "batches": self._batches(trace, previous, record_bytes),
             "measured_reads": len(rows) - cut,
-            "policies": {},
+            # One at a time, and only its curve is kept: an array of sizes is as long as the trace.
+            "policies": {
+                policy: self._describe(HitCurve.from_sizes(sizes[policy]()), record_bytes) for policy in POLICIES
+            },
         }
-        # One at a time, and only its curve is kept: an array of distances is as long as the trace.
-        for policy in POLICIES:
-            if policy == "lru":
-                curve = HitCurve.from_sizes(lru_distances(rows, previous)[cut:])
-            elif policy == "lfu":
-                curve = HitCurve.from_sizes(lfu_ranks(rows, previous, earlier)[cut:])
-            elif policy == "pinned":
-                curve = HitCurve.from_sizes(pinned_ranks(rows[:cut], rows[cut:]))
-            else:
-                curve = HitCurve.from_sizes(frequency_ranks(rows[cut:]))
-            values["policies"][policy] = self._describe(curve, record_bytes)
-        return values
 
     def _describe(self, curve: HitCurve, record_bytes: int) -> dict[str, Any]:
         largest = len(curve.hits) - 1
-        sizes = sorted({0, largest, *itertools.takewhile(lambda size: size < largest, _growing())})
-        wanted = []
-        for rate in self._numbers("hit_rates", float, 0, 1):
-            size = curve.rows_for(rate)
-            wanted.append(
-                {
-                    "hit_rate": rate,
-                    "cache_rows": size,
-                    "cache_bytes": None if size is None else size * record_bytes,
-                }
-            )
+        points = sorted({0, largest, *itertools.takewhile(lambda size: size < largest, _growing())})
+        wanted = {rate: curve.rows_for(rate) for rate in self._wanted_rates}
         return {
             "highest_hit_rate": curve.highest,
             "curve": [
                 {"cache_rows": size, "cache_bytes": size * record_bytes, "hit_rate": curve.hit_rate(size)}
-                for size in sizes
+                for size in points
             ],
-            "wanted": wanted,
+            "wanted": [
+                {"hit_rate": rate, "cache_rows": size, "cache_bytes": None if size is None else size * record_bytes}
+                for rate, size in wanted.items()
+            ],
         }
 
     def _batches(self, trace: _Trace, previous: np.ndarray, record_bytes: int) -> list[dict[str, Any]]:
         """Distinct rows and pages of batches of every size, and of the steps where they were recorded."""
-        layouts: dict[str, list[PageRule]] = {}
-        if trace.order is None:  # where rows lie is a matter of the whole table
-            layouts["side_by_side"] = [PageRule(record_bytes, record_bytes)]
-            if record_bytes <= PAGE_BYTES:
-                layouts["whole_in_pages"] = [PageRule(record_bytes, record_bytes, within_pages=True)]
-            if self.scale_bytes:
-                numbers = record_bytes - self.scale_bytes
-                layouts["scales_apart"] = [PageRule(numbers, numbers), PageRule(self.scale_bytes, self.scale_bytes)]
-        batches: list[tuple[int | None, np.ndarray]] = [
-            (tokens, batch_starts(len(trace.rows), tokens * trace.rows_per_token))
-            for tokens in self._numbers("batch_tokens", int, 1, None)
-        ]
+        num_reads = len(trace.rows)
+        batches: dict[int | None, np.ndarray] = {
+            tokens: batch_starts(num_reads, tokens * trace.rows_per_token) for tokens in self._batch_sizes
+        }
         if trace.starts is not None:
-            batches.append((None, trace.starts))
+            batches[None] = trace.starts
+        pages: dict[str, list[int]] = {}
+        for name, rules in self._layouts(trace, record_bytes).items():
+            totals = np.zeros(len(batches), np.int64)
+            for rule in rules:  # one at a time: what is found for one is as long as the trace
+                places, most = previous_pages(trace.rows, rule)
+                totals += [count_in_batches(places, starts * most).sum() for starts in batches.values()]
+            pages[name] = totals.tolist()
         results: list[dict[str, Any]] = []
-        for tokens, starts in batches:
+        for number, (tokens, starts) in enumerate(batches.items()):
             distinct = count_in_batches(previous, starts)
+            useful = int(distinct.sum()) * record_bytes
             results.append(
                 {
                     "batch_tokens": tokens,
                     "num_batches": len(starts),
-                    "reads_per_batch": len(trace.rows) / len(starts),
+                    "reads_per_batch": num_reads / len(starts),
                     "distinct_rows_per_batch": float(distinct.mean()),
-                    "distinct_share": float(distinct.sum() / len(trace.rows)),
-                    "pages_per_batch": {},
-                    "page_amplification": {},
+                    "distinct_share": float(distinct.sum() / num_reads),
+                    "pages_per_batch": {name: total[number] / len(starts) for name, total in pages.items()},
+                    "page_amplification": {name: total[number] * PAGE_BYTES / useful for name, total in pages.items()},
                 }
             )
-        for name, rules in layouts.items():
-            pages = np.zeros(len(batches), np.int64)
-            for rule in rules:
-                touched, pages_per_row = previous_pages(trace.rows, rule)
-                for place, (_, starts) in enumerate(batches):
-                    pages[place] += count_in_batches(touched, starts * pages_per_row).sum()
-            for result, total in zip(results, pages.tolist(), strict=True):
-                useful = result["distinct_share"] * len(trace.rows) * record_bytes
-                result["pages_per_batch"][name] = total / result["num_batches"]
-                result["page_amplification"][name] = total * PAGE_BYTES / useful
         return results
+
+    def _layouts(self, trace: _Trace, record_bytes: int) -> dict[str, list[PageRule]]:
+        """The ways in which rows may lie in files; none for one order, as pages hold rows of the whole table."""
+        if trace.order is not None:
+            return {}
+        layouts = {"side_by_side": [PageRule(record_bytes, record_bytes)]}
+        if self.scale_bytes:
+            numbers = record_bytes - self.scale_bytes
+            layouts["scales_apart"] = [PageRule(numbers, numbers), PageRule(self.scale_bytes, self.scale_bytes)]
+        return layouts
 
 
 def _growing() -> Iterator[int]:

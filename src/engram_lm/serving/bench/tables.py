@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json as json_module
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import tyro
 
 from engram_lm.errors import ConfigError
+from engram_lm.serving.bench.listed import listed
 
 __all__ = ["Bench"]
 
@@ -47,10 +47,10 @@ class Bench:
     A round takes each tier and number of rows once, in a new order, on row numbers that no round before had; a gather
     is cold first, if it can be, then warm with the same rows. Printed are medians over the rounds.
 
-    Cold: the table is closed, its files are dropped from the page cache, mincore says that they are gone, it is
-    opened again (not timed) and read. Where the kernel does not drop them (a file system in memory, a file that
-    another process has mapped) no cold number is given, and that is said. A disk's own cache and a host's below a
-    virtual machine stay as they are.
+    Cold means: the table is closed, its files are dropped from the page cache, mincore confirms that, and the table is
+    opened again (not timed) and read. Where the kernel does not drop the files (a file system in memory, a file that
+    another process has mapped), no cold number is given and the output says why. The caches of the disk itself, and of
+    the host of a virtual machine, stay as they are.
 
     Examples::
 
@@ -61,9 +61,9 @@ class Bench:
     source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SOURCE")] = None
     """What holds the table: whatever open_table opens, a folder, a file or an address."""
     synthetic: str | None = None
-    """Write a table of so many ROWSxWIDTH bfloat16 numbers, measure it, remove it; in place of SOURCE."""
+    """Write a table of ROWSxWIDTH bfloat16 numbers, measure it and remove it; in place of SOURCE."""
     folder: Path | None = None
-    """Where --synthetic writes; the system's folder for temporary files unless given."""
+    """Where --synthetic writes; the system's folder for temporary files by default."""
     layer: int | str | None = None
     """Which layer's table, where the source holds several."""
     tier: str = "mmap,file"
@@ -71,11 +71,12 @@ class Bench:
     rows: str = "1,64,4096,65536"
     """Rows in a gather, separated by commas."""
     distribution: Distribution = "zipf"
-    """Which rows: every one as often (uniform), or the k-th most popular 1/k as often, spread over the table (zipf)."""
+    """Which rows are read: all equally often (uniform), or the k-th most popular 1/k as often as the first, spread over
+    the table (zipf)."""
     prefetch: bool = False
-    """Measure each gather also behind a prefetch of its rows, at once and after time to compute."""
+    """Measure each gather also after a prefetch of its rows: at once, and after time to compute."""
     rounds: int = 5
-    """Times that everything is measured."""
+    """How often everything is measured, at least once."""
     seed: int = 0
     """Decides which rows, and in which order."""
     json: bool = False
@@ -90,9 +91,16 @@ class Bench:
             raise ConfigError(f"--rounds must be at least 1, not {self.rounds}")
         if self.synthetic is not None:
             _geometry(self.synthetic)
-        self._row_counts()
-        if not self._tiers():
+        if not (self._row_counts and self._tier_names):
             raise ConfigError("--tier names at least one tier")
+
+    @property
+    def _tier_names(self) -> list[str]:
+        return list(dict.fromkeys(self.tier.replace(",", " ").split()))
+
+    @property
+    def _row_counts(self) -> list[int]:
+        return listed(self.rows, "--rows", int, 1, 1 << 24)
 
     def run(self) -> int:
         """Measure and print."""
@@ -108,47 +116,23 @@ class Bench:
             _print(found)
         return 0
 
-    def _tiers(self) -> list[str]:
-        return list(dict.fromkeys(self.tier.replace(",", " ").split()))
-
-    def _row_counts(self) -> list[int]:
-        try:
-            counts = [int(part) for part in self.rows.replace(",", " ").split()]
-        except ValueError:
-            counts = []
-        if not counts or min(counts) < 1 or max(counts) > 1 << 24:
-            raise ConfigError(f"--rows takes numbers from 1 to {1 << 24} separated by commas, not {self.rows!r}")
-        return list(dict.fromkeys(counts))
-
     def _measure(self, source: str) -> dict[str, Any]:
         from rich.console import Console
         from rich.progress import Progress
 
         from engram_lm.tables.open import open_table
 
-        openers: dict[str, Callable[[], Any]] = {
-            tier: functools.partial(open_table, source, layer=self.layer, tier=cast(Any, tier))
-            for tier in self._tiers()
-        }
-        # Tiers in memory stay open: opening one again would load it again. The others are opened for each gather.
-        kept: dict[str, Any] = {}
-        described: dict[str, dict[str, Any]] = {}
         with contextlib.ExitStack() as stack:
-            for tier, opener in openers.items():
-                started = time.perf_counter()
-                table = opener()
-                described[tier] = {**_describe(table), "open_seconds": time.perf_counter() - started}
-                if described[tier]["is_in_files"]:
-                    table.close()
-                else:
-                    kept[tier] = _ahead(table) if self.prefetch else table
-                    stack.callback(kept[tier].close)
-            geometry = {(each["num_rows"], each["width"]) for each in described.values()}
+            tiers = []
+            for name in self._tier_names:
+                opener = functools.partial(open_table, source, layer=self.layer, tier=cast(Any, name))
+                tiers.append(self._opened(name, opener, stack))
+            geometry = {(tier.about["num_rows"], tier.about["width"]) for tier in tiers}
             if len(geometry) != 1:
                 raise ConfigError(f"these tiers do not hold the same table: (rows, width) is {sorted(geometry)}")
-            numbers = next(iter(described.values()))
-            cases = [(tier, count) for count in self._row_counts() for tier in openers]
-            samples: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
+            numbers = tiers[0].about
+            cases = [(tier, count) for count in self._row_counts for tier in tiers]
+            samples: list[list[dict[str, Any]]] = [[] for _ in cases]
             with Progress(console=Console(stderr=True), transient=True) as progress:
                 task = progress.add_task("measuring", total=self.rounds * len(cases))
                 for round_ in range(self.rounds):
@@ -156,11 +140,7 @@ class Bench:
                         tier, count = cases[place]
                         draw = np.random.default_rng((self.seed, round_, count))  # the same rows for every tier
                         rows = draw_rows(self.distribution, numbers["num_rows"], count, draw)
-                        if tier in kept:
-                            sample = self._sample_memory(kept[tier], rows)
-                        else:
-                            sample = self._sample_files(openers[tier], rows)
-                        samples[tier, count].append({**sample, "distinct_rows": len(np.unique(rows))})
+                        samples[place].append({**self._sample(tier, rows), "distinct_rows": len(np.unique(rows))})
                         progress.advance(task)
         return {
             "source": self.synthetic or source,
@@ -169,49 +149,84 @@ class Bench:
             "seed": self.seed,
             **{key: numbers[key] for key in ("num_rows", "width", "dtype", "record_bytes", "row_bytes")},
             "cold_method": COLD_METHOD,
-            "tiers": [{"tier": tier, **values} for tier, values in described.items()],
-            "results": [_summary(tier, count, samples[tier, count], numbers) for tier, count in cases],
+            "tiers": [{"tier": tier.name, **tier.about} for tier in tiers],
+            "results": [
+                _summary(tier.name, count, found, numbers) for (tier, count), found in zip(cases, samples, strict=True)
+            ],
         }
 
-    def _sample_memory(self, table: Any, numbers: np.ndarray) -> dict[str, Any]:
-        """One gather from a table that stays open."""
+    def _opened(self, name: str, opener: Callable[[], Any], stack: contextlib.ExitStack) -> "_Tier":
+        """Open a tier and see what it is; tables in memory stay open until the stack is left."""
+        found: list[Any] = []
+        seconds = _seconds(lambda: found.append(opener()))
+        (table,) = found
+        stats = table.stats()
+        in_files = stats.get("tier") in IN_FILES
+        about = {
+            "num_rows": table.num_rows,
+            "width": table.width,
+            "dtype": str(table.dtype).removeprefix("torch."),
+            "row_bytes": table.row_bytes,
+            "record_bytes": stats.get("record_bytes", table.row_bytes),
+            "is_in_files": in_files,
+            "open_seconds": seconds,
+        }
+        if not in_files:
+            kept = _ahead(table) if self.prefetch else table
+            stack.callback(kept.close)
+            return _Tier(name, about, opener, (), kept)
+        files = tuple(find_layout(table).files)
+        table.close()
+        return _Tier(name, about, opener, files, None)
+
+    def _sample(self, tier: "_Tier", numbers: np.ndarray) -> dict[str, Any]:
+        """One gather, cold if that can be had, then warm; then the same behind a prefetch."""
         import torch
 
         rows = torch.from_numpy(numbers)
-        plain = table.table if self.prefetch else table
-        plain.gather(rows)
-        values = {"warm_seconds": _seconds(lambda: plain.gather(rows))}
-        return {**values, **_prefetched(table, rows, "warm")} if self.prefetch else values
-
-    def _sample_files(self, opener: Callable[[], Any], numbers: np.ndarray) -> dict[str, Any]:
-        """One gather from a table in files, cold if that can be had, then warm; then the same behind a prefetch."""
-        import torch
-
-        rows = torch.from_numpy(numbers)
-        with _opened(opener) as table:
-            files = tuple(find_layout(table).files)
-        left = drop(files)
-        values: dict[str, Any] = {"resident_share_before_cold": left}
+        if tier.kept is not None:
+            plain = tier.kept.table if self.prefetch else tier.kept
+            plain.gather(rows)
+            warm = {"warm_seconds": _seconds(lambda: plain.gather(rows))}
+            return {**warm, **_prefetched(tier.kept, rows, "warm")} if self.prefetch else warm
+        left = drop(tier.files)
         cold = _is_cold(left)
-        with _opened(opener) as table:
+        values: dict[str, Any] = {"resident_share_before_cold": left}
+        with contextlib.closing(tier.opener()) as table:
             first = _seconds(lambda: table.gather(rows))
             if cold:
                 values["cold_seconds"] = first
             values["warm_seconds"] = _seconds(lambda: table.gather(rows))
         if not self.prefetch:
             return values
-        with _opened(lambda: _ahead(opener())) as table:
+        with contextlib.closing(_ahead(tier.opener())) as table:
             values.update(_prefetched(table, rows, "warm"))
-        if cold and _is_cold(drop(files)):
-            with _opened(lambda: _ahead(opener())) as table:
+        if cold and _is_cold(drop(tier.files)):
+            with contextlib.closing(_ahead(tier.opener())) as table:
                 values.update(_prefetched(table, rows, "cold"))
-        if cold and _is_cold(drop(files)):
-            with _opened(lambda: _ahead(opener())) as table:
+        if cold and _is_cold(drop(tier.files)):
+            with contextlib.closing(_ahead(tier.opener())) as table:
                 _start_threads(table)
                 table.prefetch(rows)
                 time.sleep(first)  # stands for compute that takes as long as the rows do
                 values["cold_seconds_after_prefetch_and_compute"] = _seconds(lambda: table.gather(rows))
         return values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tier:
+    """A tier that is measured."""
+
+    name: str
+    """Its name."""
+    about: dict[str, Any]
+    """What the results say of it."""
+    opener: Callable[[], Any]
+    """Opens the table."""
+    files: tuple[str, ...]
+    """The files its rows are read from while they are gathered; empty where they are in memory or far away."""
+    kept: Any
+    """The open table, where opening it again would load it again; else None, and it is opened for each gather."""
 
 
 def _ahead(table: Any) -> Any:
@@ -237,27 +252,15 @@ def _is_cold(resident_share: float | None) -> bool:
 def _prefetched(table: Any, rows: Any, state: str) -> dict[str, float]:
     """Prefetch and gather at once."""
     _start_threads(table)
-    started = time.perf_counter()
-    table.prefetch(rows)
-    asked = time.perf_counter()
-    table.gather(rows)
-    ended = time.perf_counter()
-    return {f"{state}_prefetch_call_seconds": asked - started, f"{state}_seconds_with_prefetch": ended - started}
+    asked = _seconds(lambda: table.prefetch(rows))
+    gathered = _seconds(lambda: table.gather(rows))
+    return {f"{state}_prefetch_call_seconds": asked, f"{state}_seconds_with_prefetch": asked + gathered}
 
 
 def _seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def _opened(opener: Callable[[], Any]) -> Iterator[Any]:
-    table = opener()
-    try:
-        yield table
-    finally:
-        table.close()
 
 
 def find_layout(table: Any) -> Any:
@@ -273,18 +276,6 @@ def find_layout(table: Any) -> Any:
     return table.layout
 
 
-def _describe(table: Any) -> dict[str, Any]:
-    stats = table.stats()
-    return {
-        "num_rows": table.num_rows,
-        "width": table.width,
-        "dtype": str(table.dtype).removeprefix("torch."),
-        "row_bytes": table.row_bytes,
-        "record_bytes": stats.get("record_bytes", table.row_bytes),
-        "is_in_files": stats.get("tier") in IN_FILES,
-    }
-
-
 def drop(files: tuple[str, ...]) -> float | None:
     """Drop files from the page cache.
 
@@ -292,25 +283,12 @@ def drop(files: tuple[str, ...]) -> float | None:
         files: Paths. No mapping of them may be open in this process: mapped pages are not dropped.
 
     Returns:
-        Largest share of a file that is still there; None where the system does not say, or cannot drop at all.
+        Largest share of a file that is still there; None where the system does not say.
     """
-    from engram_lm.tables.tiers.page_cache import drop_pages
-    from engram_lm.tables.tiers.residency import resident_share
+    from engram_lm.tables.tiers.residency import drop_from_memory
 
-    left: list[float | None] = []
-    for file in files:
-        try:
-            descriptor = os.open(file, os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            # Advice is refused, or flushing is, on file systems that have no cache of their own.
-            with contextlib.suppress(OSError, AttributeError):
-                drop_pages(descriptor)
-        finally:
-            os.close(descriptor)
-        left.append(resident_share(file))
-    return None if None in left else max((share for share in left if share is not None), default=None)
+    left = [drop_from_memory(file) for file in files]
+    return None if None in left else max(left, default=None)  # type: ignore[type-var]  # none of them is None
 
 
 def draw_rows(distribution: Distribution, num_rows: int, count: int, random: np.random.Generator) -> np.ndarray:

@@ -6,7 +6,6 @@ tests, which keep a cache in a dictionary and read row by row.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,7 +20,6 @@ __all__ = [
     "frequency_ranks",
     "lfu_ranks",
     "lru_distances",
-    "pages_in_batches",
     "pinned_ranks",
     "previous_pages",
     "previous_reads",
@@ -272,11 +270,9 @@ class PageRule:
     row_bytes: int
     """Bytes of a row."""
     stride_bytes: int
-    """From one row to the next; at least ``row_bytes``."""
+    """Bytes from the beginning of one row to that of the next; at least ``row_bytes``."""
     start_bytes: int = 0
-    """Where row 0 begins."""
-    within_pages: bool = False
-    """Whether a page holds whole rows only (the rest of it is empty), rather than rows that may cross its end."""
+    """First byte of row 0, 0 or more."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.row_bytes <= self.stride_bytes or self.start_bytes < 0:
@@ -284,36 +280,11 @@ class PageRule:
                 f"rows of {self.row_bytes} bytes every {self.stride_bytes} from byte {self.start_bytes} cannot be laid "
                 "out; a row has at least one byte and ends before the next begins"
             )
-        if self.within_pages and self.stride_bytes > PAGE_BYTES:
-            raise ConfigError(f"rows of {self.stride_bytes} bytes do not fit into pages of {PAGE_BYTES}")
 
     def pages(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and last page of each row, int64 ``[n]`` both."""
-        if self.within_pages:
-            page = self.start_bytes // PAGE_BYTES + rows // (PAGE_BYTES // self.stride_bytes)
-            return page, page
         first = rows * self.stride_bytes + self.start_bytes
         return first // PAGE_BYTES, (first + self.row_bytes - 1) // PAGE_BYTES
-
-
-def pages_in_batches(rows: np.ndarray, starts: np.ndarray, rules: Sequence[PageRule]) -> np.ndarray:
-    """Count the distinct pages that every batch touches.
-
-    ``pages * 4096`` over the bytes of the batch's distinct rows is its page amplification.
-
-    Args:
-        rows: The trace, int64 ``[n]``.
-        starts: First read of every batch, increasing, from 0.
-        rules: Where rows lie; several where a row's parts lie apart (numbers and scales), each in a file of its own.
-
-    Returns:
-        int64 ``[batches]``.
-    """
-    total = np.zeros(len(starts), np.int64)
-    for rule in rules:
-        previous, pages_per_row = previous_pages(rows, rule)
-        total += count_in_batches(previous, starts * pages_per_row)
-    return total
 
 
 def previous_pages(rows: np.ndarray, rule: PageRule) -> tuple[np.ndarray, int]:

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-__all__ = ["PAGE_BYTES", "drop_pages", "request_missing", "request_pages"]
+__all__ = ["PAGE_BYTES", "request_missing", "request_pages"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 """Bytes of a page."""
@@ -47,15 +47,6 @@ def request_pages(descriptor: int, offsets: np.ndarray, row_bytes: int) -> None:
     advise = os.posix_fadvise
     for start in (pages * PAGE_BYTES).tolist():
         advise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
-
-
-def drop_pages(descriptor: int) -> None:
-    """Ask the kernel to forget a file's pages, so that the next reads come from the disk; for measurements.
-
-    Pages that were not written yet, or that a process has mapped, stay.
-    """
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sample_is_resident(descriptor: int, offsets: np.ndarray) -> bool:

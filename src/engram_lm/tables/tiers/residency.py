@@ -1,5 +1,6 @@
-"""How much of a file is in memory: what a measurement that calls itself cold has to check."""
+"""Dropping a file from memory, and how much of it is there: what a measurement from cold has to do and to check."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -9,9 +10,31 @@ import numpy as np
 
 from engram_lm.tables.tiers.page_cache import PAGE_BYTES
 
-__all__ = ["resident_share"]
+__all__ = ["drop_from_memory", "resident_share"]
 
 _CHUNK_BYTES = 1 << 30
+
+
+def drop_from_memory(path: str | os.PathLike[str]) -> float | None:
+    """Ask the kernel to forget the pages of a file, so that the next reads come from the disk; for measurements.
+
+    Pages that a process has mapped stay, and so do those of file systems in memory.
+
+    Returns:
+        Share of the file that is still in memory, see `resident_share`.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems refuse one or the other; the share that is left tells.
+        with contextlib.suppress(OSError, AttributeError):
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return resident_share(path)
 
 
 def resident_share(path: str | os.PathLike[str]) -> float | None:

@@ -1,0 +1,30 @@
+"""Flags that take several numbers, separated by commas."""
+
+from typing import Any
+
+from engram_lm.errors import ConfigError
+
+__all__ = ["listed"]
+
+
+def listed(text: str, flag: str, kind: type, low: int, high: int | None = None) -> list[Any]:
+    """Read the numbers of a flag, each once, in the order given.
+
+    Args:
+        text: Numbers separated by commas or spaces.
+        flag: What messages call the flag, such as ``--rows``.
+        kind: ``int`` or ``float``.
+        low: The smallest number that is allowed.
+        high: The largest; 2 ** 62 where None.
+
+    Raises:
+        ConfigError: No numbers, something else, or a number out of range.
+    """
+    try:
+        numbers = [kind(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(low <= number <= (high or 2**62) for number in numbers):
+        limits = f"from {low} up" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{flag} takes numbers {limits} separated by commas, not {text!r}")
+    return list(dict.fromkeys(numbers))
