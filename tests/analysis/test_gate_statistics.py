@@ -195,7 +195,7 @@ def test_models_without_gates_are_left_out_and_named():
     assert found.left_out == {"twin": "it has no memory", "open": "its memory is not gated"}
     nothing = read_text(subjects[1:], TOKENS, {"gates": GateStatistics()}, length=LENGTH)["gates"]
     assert nothing == NotApplicable("twin: it has no memory; open: its memory is not gated")
-    with pytest.raises(MismatchError, match="no gated memory"):
+    with pytest.raises(MismatchError, match="does not apply to LlamaForCausalLM: it has no memory"):
         average_gates(small_model(), TOKENIZER, TOKENS)
 
 

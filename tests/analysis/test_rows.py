@@ -140,7 +140,7 @@ def test_a_model_without_memory_is_left_out_and_the_others_are_read():
     assert np.shape(values["collisions"]["by_head"]) == (2, 2, 2)
     none = read_text(subjects[1:], TOKENS, {"rows": RowUse()}, length=LENGTH)["rows"]
     assert none == NotApplicable("it has no memory")
-    with pytest.raises(MismatchError, match="reads no rows"):
+    with pytest.raises(MismatchError, match="it has no memory"):
         row_use(subjects[1].model, TOKENIZER, TOKENS)
     with pytest.raises(DataError, match="no tokens"):
         row_use(subjects[0].model, TOKENIZER, "")

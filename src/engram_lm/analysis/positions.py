@@ -8,7 +8,7 @@ import numpy as np
 
 from engram_lm.analysis.protocol import Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import REPLACEMENT, token_texts
+from engram_lm.analysis.token_text import token_texts
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
 from engram_lm.hashing.splitmix64 import splitmix64
@@ -110,7 +110,6 @@ class PositionChoice:
         """Begin with a new text."""
         self._tokenizer = subjects[0].tokenizer
         self._place = next((place for place, subject in enumerate(subjects) if subject.spec is not None), None)
-        self._texts: dict[int, str] = {}
         self._seen = 0
         self._counters = np.zeros(_NUM_COUNTERS if self.name == "ngrams" else 0, np.int32)
 
@@ -171,27 +170,12 @@ class PositionChoice:
         return np.searchsorted(np.cumsum([len(piece) for piece in texts]), np.array(ends, np.int64), side="right")
 
     def _spelled(self, tokens: list[int]) -> list[str]:
-        """What each token spells; joined they are the text."""
+        """Return what each token spells; special tokens, and ids that no tokenizer produces, break the text."""
         special = set(self._tokenizer.all_special_ids)
-        limit = len(self._tokenizer)
-        new = sorted(token for token in set(tokens) - self._texts.keys() if token < limit and token not in special)
-        if new:
-            # Some tokenizers strip the space in front of the first token; so it is decoded behind another one.
-            anchor = self._tokenizer("a", add_special_tokens=False).input_ids[-1:]
-            prefix, *decoded = self._tokenizer.batch_decode(
-                [anchor, *([*anchor, token] for token in new)],
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-            )
-            self._texts.update((token, text[len(prefix) :]) for token, text in zip(new, decoded, strict=True))
-        texts = [self._texts.get(token, _BREAK) for token in tokens]
-        if any(REPLACEMENT in text for text in texts):
-            # Characters split over tokens: these are decoded in their context, which takes longer.
-            known = [place for place, token in enumerate(tokens) if token in self._texts]
-            for place, text in zip(
-                known, token_texts(self._tokenizer, [tokens[place] for place in known]), strict=True
-            ):
-                texts[place] = text
+        known = [place for place, token in enumerate(tokens) if token < len(self._tokenizer) and token not in special]
+        texts = [_BREAK] * len(tokens)
+        for place, text in zip(known, token_texts(self._tokenizer, [tokens[place] for place in known]), strict=True):
+            texts[place] = text
         return texts
 
     def _recurring(self, readings: Sequence[Reading]) -> np.ndarray:

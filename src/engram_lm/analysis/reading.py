@@ -12,11 +12,11 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.analysis.budget import choose_batch_size
 from engram_lm.analysis.protocol import WANTS, Analysis, NotApplicable, Reading
 from engram_lm.analysis.recording import Recording, not_finite, recording
-from engram_lm.analysis.subject import Subject
+from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError, check_whole
 
-__all__ = ["read_text", "visible_tokens"]
+__all__ = ["read_one", "read_text", "visible_tokens"]
 
 # Dimension key: B windows at a time, L length.
 
@@ -98,6 +98,28 @@ def read_text(
                 on_progress(windows.size)
     results.update({name: analysis.result() for name, analysis in running.items()})
     return {name: results[name] for name in analyses}
+
+
+def read_one(
+    model: Any,
+    tokenizer: Any,
+    text: Any,
+    analysis: Analysis,
+    *,
+    length: int,
+    adapter: str | None = None,
+    max_tokens: int | None = None,
+) -> Any:
+    """Let one analysis look on while one model reads a text, and return its result; see `read_text`.
+
+    Raises:
+        MismatchError: The analysis does not apply to the model, or the tokenizer is not the model's.
+    """
+    subject = find_subject(model, tokenizer, adapter=adapter)
+    found = read_text([subject], text, {"one": analysis}, length=length, max_tokens=max_tokens)["one"]
+    if isinstance(found, NotApplicable):
+        raise MismatchError(f"the analysis does not apply to {subject.name}: {found.reason}; pass another model")
+    return found
 
 
 def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:

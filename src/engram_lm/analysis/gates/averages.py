@@ -10,10 +10,10 @@ from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.analysis.gates.trace import NgramGate
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.protocol import Analysis, Reading, applicable
-from engram_lm.analysis.reading import read_text
-from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.reading import read_one
+from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled
-from engram_lm.errors import MismatchError, check_whole
+from engram_lm.errors import check_whole
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
 __all__ = ["FREQUENCY_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "average_gates"]
@@ -165,13 +165,13 @@ def average_gates(
     max_tokens: int | None = None,
     **options: Any,
 ) -> GateAverages:
-    """Average the gates of one model over a text of any length: `read_text` with `GateStatistics`.
+    """Average the gates of one model over a text of any length.
 
     Args:
         model: A model with memory, its own or attached.
         tokenizer: The tokenizer it was trained with.
         text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens the model sees at once.
+        length: Tokens that the model sees at once.
         adapter: Which attached memory to look at, if there are several.
         max_tokens: Read at most this many tokens.
         **options: Of `GateStatistics`.
@@ -180,12 +180,10 @@ def average_gates(
         MismatchError: The model has no gated memory, or another tokenizer.
         DataError: The text has no tokens.
     """
-    subject = find_subject(model, tokenizer, adapter=adapter)
-    if not subject.gated:
-        raise MismatchError(f"{subject.name} has no gated memory, so it has no gates; pass a model with memory")
     statistics = GateStatistics(**options)
-    read_text([subject], text, {"gates": statistics}, length=length, max_tokens=max_tokens)
-    return statistics.result().models[subject.name]
+    found = read_one(model, tokenizer, text, statistics, length=length, adapter=adapter, max_tokens=max_tokens)
+    (averages,) = found.models.values()
+    return averages
 
 
 class _Sums:

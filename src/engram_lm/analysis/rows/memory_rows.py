@@ -1,21 +1,20 @@
 """The rows of one block's memory, on whatever tier its table is, and the N-grams of a text that read them."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import spelled, text_tokens
+from engram_lm.analysis.token_text import spelled
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
-from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
+from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
 from engram_lm.memory.layer import EngramLayer, row_signs
 
-__all__ = ["MemoryRows", "RowReaders", "TextNgram", "counted_ngrams", "memory_rows"]
+__all__ = ["MemoryRows", "RowReaders", "TextNgram", "memory_rows"]
 
 # Dimension key: N rows or N-grams, E row width, K heads of one order.
 
@@ -24,13 +23,13 @@ class TextNgram(NamedTuple):
     """An N-gram of a text."""
 
     text: str
-    """What it spells where it first occurs; empty where all it saw was the start of the text."""
+    """What it spells where it first occurs; empty if all it saw was the start of the text."""
     order: int
     """Tokens in it."""
     num_positions: int
     """Positions at which it occurs."""
     block: int
-    """Block that reads with it, from 0."""
+    """Block that reads with it, counted from 0."""
 
     @classmethod
     def of(cls, subject: Subject, block: int, counted: FrequentNgrams, place: int) -> "TextNgram":
@@ -44,7 +43,7 @@ class MemoryRows:
     """The memory of one block, on whatever tier its table is."""
 
     block: int
-    """From 0."""
+    """The block, counted from 0."""
     layer: EngramLayer
     """Its memory."""
     spec: HashSpec
@@ -60,60 +59,60 @@ class MemoryRows:
 
     @torch.no_grad()
     def gather(self, rows: np.ndarray) -> Tensor:
-        """Rows as they are stored, float32 [N, E], on the CPU."""
+        """Return rows as they are stored, float32 ``[N, E]``, on the CPU."""
         assert self.layer.table is not None
         return self.layer.table.gather(torch.from_numpy(np.ascontiguousarray(rows, np.int64))).float().cpu()
 
     def vectors(self, rows: np.ndarray) -> Tensor:
-        """Memory of N-grams of one order: rows [N, K] side by side with their signs, float32 [N, K * E]."""
+        """Return the memory of N-grams of one order: rows ``[N, K]`` with their signs, float32 ``[N, K * E]``."""
         found = self.gather(rows)
         if self.layer.config.signs == "hashed":
             found = found * row_signs(torch.from_numpy(rows), self.spec.num_heads).unsqueeze(-1)
         return found.flatten(1)
 
     def channels(self, column: int, number: int) -> slice:
-        """Where some columns lie in the memory vector."""
+        """Return where some columns lie in the memory vector."""
         width = self.layer.config.head_dim
         return slice(column * width, (column + number) * width)
 
 
 class RowReaders:
-    """Which of the text's frequent N-grams read which row of one head; of all blocks that share the table."""
+    """Tells which frequent N-grams of a text read which row of one head, in all blocks that share the table."""
 
     def __init__(
-        self, subject: Subject, memory: MemoryRows, order: int, head: int, counted: Mapping[int, FrequentNgrams] | None
+        self, subject: Subject, memory: MemoryRows, order: int, head: int, counted: FrequentNgrams | None
     ) -> None:
-        self._subject, self._counted = subject, None if counted is None else counted[order]
-        spec = memory.spec
+        self._subject, self._counted, spec = subject, counted, memory.spec
         places = range(len(spec.layers)) if spec.shared_table else [spec.layers.index(memory.layer_id)]
-        columns: list[np.ndarray] = []
         self._blocks = [spec.blocks[place] for place in places]
-        if self._counted is not None:
-            columns = [ngram_rows(spec, self._counted, spec.layers[place])[:, head] for place in places]
-        joined = np.concatenate(columns) if columns else np.zeros(0, np.int64)
-        # Stable, so the N-grams of one row stay in the order of their counts, block by block.
+        columns = [np.zeros(0, np.int64)]
+        if counted is not None:
+            columns += [ngram_rows(spec, counted, spec.layers[place])[:, head] for place in places]
+        joined = np.concatenate(columns)
+        # The sort is stable, so the N-grams of one row stay in the order of their counts, block by block.
         self._order = np.argsort(joined, kind="stable")
         self._sorted = joined[self._order]
         self.rows = np.unique(joined)
 
-    def count(self, row: int) -> int:
-        """How many N-grams read a row."""
+    def _entries(self, row: int) -> np.ndarray:
         low, high = np.searchsorted(self._sorted, [row, row + 1])
-        return int(high - low)
+        return self._order[low:high]
+
+    def count(self, row: int) -> int:
+        """Return how many N-grams read a row."""
+        return len(self._entries(row))
 
     def first(self, row: int, number: int) -> tuple[TextNgram, ...]:
-        """The N-grams that read a row, the most frequent first."""
-        counted = self._counted
-        if counted is None:
+        """Return the N-grams that read a row, the most frequent first."""
+        if self._counted is None:
             return ()
-        low, high = np.searchsorted(self._sorted, [row, row + 1])
-        entries = (divmod(int(entry), len(counted.counts)) for entry in self._order[low:high])
+        entries = (divmod(entry, len(self._counted.counts)) for entry in self._entries(row).tolist())
         ranked = sorted((place, block) for block, place in entries)[:number]
-        return tuple(TextNgram.of(self._subject, self._blocks[block], counted, place) for place, block in ranked)
+        return tuple(TextNgram.of(self._subject, self._blocks[block], self._counted, place) for place, block in ranked)
 
 
 def memory_rows(subject: Subject, block: int | None = None) -> MemoryRows:
-    """Find the memory of a block; the first one that reads some where None.
+    """Find the memory of a block; None means the first block that has memory.
 
     Raises:
         MismatchError: The model has no memory, or its tables are not at hand.
@@ -129,35 +128,3 @@ def memory_rows(subject: Subject, block: int | None = None) -> MemoryRows:
     if layer.table is None:
         raise MismatchError(f"the memory of block {block} has no table to look into; load the model with its tables")
     return MemoryRows(block, layer, subject.spec, subject.spec.layers[subject.spec.blocks.index(block)])
-
-
-def counted_ngrams(subject: Subject, text: Any, max_ngrams: int) -> Mapping[int, FrequentNgrams] | None:
-    """Count the N-grams of a text, unless that was done before.
-
-    Args:
-        subject: The model.
-        text: A text, its tokens, what `frequent_ngrams` returned for it, or None.
-        max_ngrams: Take so many of the most frequent of each order at most.
-
-    Returns:
-        By order; None for no text.
-
-    Raises:
-        MismatchError: What was counted before is of other orders or another vocabulary.
-        DataError: The text has no tokens.
-        TokenError: A token is outside the vocabulary.
-    """
-    spec = subject.spec
-    assert spec is not None
-    if text is None:
-        return None
-    if not isinstance(text, Mapping):
-        tokens = text_tokens(subject.tokenizer, text) if isinstance(text, str) else np.asanyarray(text)
-        return frequent_ngrams(spec, tokens, num_ngrams=max_ngrams)
-    sizes = {one.vocab_size for one in text.values()}
-    if not set(spec.orders) <= set(text) or sizes != {spec.vocab_size}:
-        raise MismatchError(
-            f"these N-grams have the orders {sorted(text)} and vocabularies of {sorted(sizes)} canonical tokens, the "
-            f"memory reads {list(spec.orders)} and {spec.vocab_size}; count them with the model's own spec"
-        )
-    return text

@@ -8,8 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult
-from engram_lm.analysis.rows.memory_rows import MemoryRows, RowReaders, TextNgram, counted_ngrams, memory_rows
+from engram_lm.analysis.rows.memory_rows import MemoryRows, RowReaders, TextNgram, memory_rows
 from engram_lm.analysis.rows.promoted import Promoted, promoted_tokens
+from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens
 from engram_lm.errors import ConfigError, RowRangeError, check_whole
@@ -104,7 +105,7 @@ def nearest_rows(
     Args:
         subject: A model with memory, from `engram_lm.analysis.find_subject`.
         row: Row number, offsets included.
-        text: A text or its tokens, whose N-grams are to be named, or what `frequent_ngrams` counted in it.
+        text: A text, its tokens, or a `TextNgrams`, whose N-grams are to be named; None names none.
         block: A block that reads memory, counted from 0; None means the first one.
         k: Neighbours to find.
         among: ``"head"`` compares all rows of the head, which reads that part of the table once; ``"text"`` only those
@@ -135,7 +136,8 @@ def nearest_rows(
     column = int(np.searchsorted(offsets, row, side="right")) - 1
     row = int(row)
     head, order = column % memory.spec.num_heads, memory.spec.orders[column // memory.spec.num_heads]
-    readers = RowReaders(subject, memory, order, head, counted_ngrams(subject, text, max_ngrams))
+    known = None if text is None else TextNgrams.of(subject, text, max_ngrams).frequent(memory.spec, max_ngrams)[order]
+    readers = RowReaders(subject, memory, order, head, known)
     step = max(1, budget_bytes // (memory.row_bytes + 12 * memory.layer.config.head_dim))
     if among == "head":
         first, end = offsets[column], offsets[column] + primes[column]
@@ -175,7 +177,7 @@ def nearest_ngrams(
         subject: A model with memory, from `engram_lm.analysis.find_subject`.
         ngram: A text that is tokenized to as many tokens as one of the memory's orders has, or those raw tokens. A
             word within a text often begins with a space.
-        text: A text or its tokens, whose N-grams are compared, or what `frequent_ngrams` counted in it.
+        text: A text, its tokens, or a `TextNgrams`, whose N-grams are compared.
         block: A block that reads memory, counted from 0; None means the first one.
         k: Neighbours to find.
         min_count: Compare N-grams that occur at this many positions or more.
@@ -206,10 +208,9 @@ def nearest_ngrams(
             "one of those orders"
         )
     first = spec.orders.index(order) * spec.num_heads
-    of_text = counted_ngrams(subject, text, max_ngrams)
-    if of_text is None:
+    if text is None:
         raise ConfigError("N-grams are compared with those of a text; pass one, or its tokens")
-    counted = of_text[order]
+    counted = TextNgrams.of(subject, text, max_ngrams).frequent(spec, max_ngrams)[order]
     own = spec.rows(tokens, memory.layer_id)[-1, first : first + spec.num_heads]
     number = int((counted.counts >= min_count).sum())
     rows = ngram_rows(spec, counted, memory.layer_id)[:number]

@@ -125,7 +125,9 @@ def _neighbours_of_frequent(
             for block in subject.memories:
                 # A row that was never written has no direction.
                 with contextlib.suppress(ConfigError):
-                    yield nearest_ngrams(subject, ngram, counted, block=block, k=k, min_count=2, num_promoted=4)
+                    yield nearest_ngrams(
+                        subject, ngram, ngrams, block=block, k=k, min_count=2, num_promoted=4, max_ngrams=_NUM_COMPARED
+                    )
 
 
 def _curves(usages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm.analysis.subject import Subject
+from engram_lm.analysis.token_text import text_tokens
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams
 
@@ -23,12 +25,19 @@ class TextNgrams:
         self.tokens, self.max_ngrams = np.asanyarray(tokens), max_ngrams
         self._counted: dict[Any, dict[int, FrequentNgrams]] = {}
 
+    @classmethod
+    def of(cls, subject: Subject, text: Any, max_ngrams: int = 1 << 16) -> "TextNgrams":
+        """Take a text, its tokens, or what this call returned for them before."""
+        if isinstance(text, TextNgrams):
+            return text
+        return cls(text_tokens(subject.tokenizer, text) if isinstance(text, str) else text, max_ngrams=max_ngrams)
+
     def frequent(self, spec: HashSpec, num_ngrams: int | None = None) -> Mapping[int, FrequentNgrams]:
         """Return the most frequent N-grams of each order.
 
         Args:
             spec: The hash. Two hashes that see the same N-grams and differ only in their rows share one count.
-            num_ngrams: N-grams of each order, at most; ``max_ngrams`` if None.
+            num_ngrams: N-grams of each order, at most; None means all that are kept.
 
         Raises:
             DataError: The text has no tokens.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.protocol import Analysis, Reading, applicable
-from engram_lm.analysis.reading import read_text
+from engram_lm.analysis.reading import read_one
 from engram_lm.analysis.rows.collisions import NgramCollisions, ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.analysis.rows.text_ngrams import TextNgrams
-from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import text_tokens
-from engram_lm.errors import MismatchError, TokenError, check_whole
+from engram_lm.errors import TokenError, check_whole
 from engram_lm.hashing import HashSpec
 
 __all__ = ["RowFindings", "RowUsage", "RowUse", "row_use"]
@@ -177,9 +177,9 @@ def row_use(
         model: A model with memory, its own or attached.
         tokenizer: The tokenizer it was trained with.
         text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens the model sees at once.
-        adapter: Which attached memory to look at, where there are several.
-        max_tokens: Read only so many tokens.
+        length: Tokens that the model sees at once.
+        adapter: Which attached memory to look at, if there are several.
+        max_tokens: Read at most this many tokens.
         **options: Of `RowUse`.
 
     Raises:
@@ -187,14 +187,11 @@ def row_use(
         DataError: The text has no tokens.
         ConfigError: A number is impossible.
     """
-    subject = find_subject(model, tokenizer, adapter=adapter)
-    if not subject.memories:
-        raise MismatchError(f"{subject.name} has no memory, so it reads no rows; pass a model with memory")
     tokens = text_tokens(tokenizer, text) if isinstance(text, str) else np.asanyarray(text)
     tokens = tokens[:max_tokens]
-    analysis = RowUse(tokens, **options)
-    read_text([subject], tokens, {"rows": analysis}, length=length)
-    return analysis.result().models[subject.name]
+    found = read_one(model, tokenizer, tokens, RowUse(tokens, **options), length=length, adapter=adapter)
+    (usage,) = found.models.values()
+    return usage
 
 
 class _Counts:
