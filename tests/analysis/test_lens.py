@@ -232,7 +232,7 @@ def test_positions_that_are_not_finite_are_left_out_and_counted():
     assert (found.num_not_finite, found.num_positions) == (6, 64)
     np.testing.assert_allclose(found.kl, np.delete(kl, left_out, axis=1).mean(1), rtol=1e-4, atol=1e-6)
     model.lm_head.register_forward_hook(lambda module, args, output: output.fill_(torch.inf))
-    with pytest.raises(DataError, match="not one position"):
+    with pytest.raises(DataError, match="no position of the text"):
         logit_lens(model, TOKENIZER, TOKENS, length=LENGTH)
 
 

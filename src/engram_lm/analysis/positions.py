@@ -1,4 +1,4 @@
-"""Positions of a text at which hidden states are compared: ends of words, of names, of N-grams that come again."""
+"""Positions of a text at which hidden states are compared: ends of words, of names, or of recurring N-grams."""
 
 import re
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ Positions = Literal["all", "word_ends", "names", "ngrams"]
 # Letters, with combining accents and apostrophes inside.
 _WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f]|['\u2019](?=[^\W\d_]))*")
 _BREAK = "\n"
-"""Stands for special tokens: words end there."""
+"""Stands for special tokens, where words end."""
 _NUM_COUNTERS = 1 << 20
 _ORDER_WITHOUT_MEMORY = 3
 
 
 def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
-    """Take one in so many places: of each run of ``one_in`` numbers one, at a place of the run that looks random.
+    """Take one place out of each run of ``one_in`` places, at a position in the run that looks random.
 
-    Every so many-th one would not do: where the step and the length of a window have a common divisor, only some
-    places of the windows would be seen, at worst their first tokens alone.
+    A regular step would be worse: if it had a common divisor with the length of a window, only some positions of the
+    windows would be seen, at worst only their first tokens.
 
     Args:
-        places: Counted from the start of the text, integers ``[n]``; none negative.
-        one_in: How many there are for one that is taken.
+        places: Places in the text, counted from its start, integers ``[n]``, not negative.
+        one_in: Length of a run.
 
     Returns:
-        Bool ``[n]``; a place is taken or not whatever the others are.
+        Whether each place is taken, bool ``[n]``; this does not depend on the other places.
     """
     runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
     taken: np.ndarray = within == splitmix64(runs) % np.uint64(one_in)
@@ -46,15 +46,15 @@ def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
 
 
 def word_ends(text: str) -> list[int]:
-    """Find the last character of each word, a word being a run of letters: places in the text."""
+    """Find the place of the last character of each word; a word is a run of letters."""
     return [match.end() - 1 for match in _WORD.finditer(text)]
 
 
 def name_ends(text: str) -> list[int]:
-    """Find the last character of each name, a stand-in for named entities that needs no other model.
+    """Find the place of the last character of each name: a substitute for named entities that needs no other model.
 
-    A name is two or more words in a row, each beginning with a capital, with one space or hyphen between them. A word
-    that is capitalized because a sentence begins there counts as part of a name.
+    A name is a sequence of two or more words that begin with a capital and have one space or hyphen between them. A
+    word that is capitalized because it begins a sentence counts as part of a name.
     """
     ends: list[int] = []
     words = 0
@@ -74,16 +74,16 @@ def name_ends(text: str) -> list[int]:
 
 
 class PositionChoice:
-    """Chooses positions window by window; the choice does not depend on how many windows are read at once.
+    """Chooses positions, window by window; the choice does not depend on how many windows are read at once.
 
     Args:
         positions: ``"all"``; ``"word_ends"``: the token that completes a run of letters; ``"names"``: the token that
             completes a name, see `name_ends`; ``"ngrams"``: where the N-gram of the highest order has occurred at least
-            ``min_count`` times so far (of canonical tokens where a model has memory, else of three tokens; counted in
-            a million counters, so that now and then a rare one passes for frequent); or a bool array ``[num_tokens]``
-            over the tokens of the text. Words and names that a window cuts are left out.
+            ``min_count`` times so far (of canonical tokens if a model has memory, otherwise of three raw tokens; they
+            share a million counters, so a rare one is sometimes taken for a frequent one); or a bool array
+            ``[num_tokens]`` over the tokens of the text. Words and names that a window cuts are left out.
         min_count: See ``"ngrams"``.
-        one_in: Take one in so many of the chosen positions; see `thinned`.
+        one_in: Take one of this many chosen positions; see `thinned`.
 
     Raises:
         ConfigError: There is no such choice, or a number is below 1.
@@ -114,9 +114,9 @@ class PositionChoice:
         self._counters = np.zeros(_NUM_COUNTERS if self.name == "ngrams" else 0, np.int32)
 
     def choose(self, readings: Sequence[Reading]) -> np.ndarray:
-        """Choose among the positions of some windows, the same for all models.
+        """Choose among the positions of some windows; the choice is the same for all models.
 
-        Dead positions are never chosen: memory is silent there.
+        Dead positions are never chosen, because memory is silent there.
 
         Returns:
             Places in ``B * L``, ascending, int64.
@@ -164,7 +164,7 @@ class PositionChoice:
             ends = name_ends(text)
             closed = len(text.rstrip())  # the next word may belong to the name
         first = _WORD.match(text)
-        # What the window's beginning or end may have cut.
+        # The beginning or end of the window may have cut a word.
         low = first.end() if first is not None and not begins_text else 0
         ends = [end for end in ends if low <= end < closed - 1]
         return np.searchsorted(np.cumsum([len(piece) for piece in texts]), np.array(ends, np.int64), side="right")

@@ -20,13 +20,13 @@ __all__ = ["Recording", "recording"]
 
 
 class Recording:
-    """What the last forward pass of a model did. `recording` makes it; `clear` before the next pass."""
+    """What the last forward pass of a model did. It is made by `recording` and cleared before the next pass."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of everything, so that nothing of this pass is alive during the next."""
+        """Drop everything, so that nothing of this pass is alive during the next."""
         self.hidden: list[Tensor] = []  # [B, L, S, D]: what enters the first layer, then each layer's output
         self.rows: dict[int, Tensor] = {}  # block -> [B, L, H]
         self.gates: dict[int, Tensor] = {}  # block -> [B, L, S]
@@ -36,18 +36,18 @@ class Recording:
 
 @contextlib.contextmanager
 def recording(subject: Subject, *, hidden: bool, order_scores: bool) -> Iterator[Recording]:
-    """Hook a model so that each forward pass leaves what it did; the hooks are gone afterwards, errors or not.
+    """Hook a model so that each forward pass records what it did; the hooks are removed afterwards, errors or not.
 
     Args:
         subject: The model.
-        hidden: Whether to keep hidden states. They are copied: some models change them in place later on.
+        hidden: Whether to keep hidden states. They are copied, because some models change them in place later.
         order_scores: Whether to split the gates' scores by order.
     """
     record = Recording()
     with contextlib.ExitStack() as hooks:
         if hidden:
             first, streams = subject.layers[0], (subject.num_streams, subject.hidden_size)
-            # First in line: an attached memory adds to the hidden state in a hook of its own, after this one.
+            # It comes first, because an attached memory adds to the hidden state in a hook of its own.
             entering = first.register_forward_pre_hook(
                 functools.partial(_enter, record, streams), with_kwargs=True, prepend=True
             )
@@ -73,7 +73,7 @@ def _copied(hidden: Tensor, streams: tuple[int, int]) -> Tensor:
     hidden = hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden
     if hidden.shape[2:] != streams:
         raise MismatchError(
-            f"a decoder layer hands on hidden states {list(hidden.shape)}; expected [batch, length, {streams[0]}, "
+            f"a decoder layer returns hidden states {list(hidden.shape)}; expected [batch, length, {streams[0]}, "
             f"{streams[1]}] (streams, width) of every layer"
         )
     return hidden.detach().clone()
@@ -87,7 +87,7 @@ def _before_memory(
     if not memory.is_floating_point():
         record.rows[block] = memory.detach()
     if split:
-        # Read once for both: the layer takes memory vectors as well as row numbers.
+        # Rows are read once for both, because the layer takes memory vectors as well as row numbers.
         memory = memory if memory.is_floating_point() else module.read(memory)
         parts = score_parts(module, hidden, memory.to(hidden.device), kwargs.get("active"))
         record.order_scores[block], record.bias_scores[block] = parts
@@ -105,5 +105,5 @@ def not_finite(tensor: Tensor) -> Tensor:
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
-    # The largest magnitude is not finite exactly where one of them is not, and no copy of the tensor is made.
+    # The largest magnitude is not finite exactly if one of the values is not, and this makes no copy of the tensor.
     return ~torch.linalg.vector_norm(tensor.flatten(2), ord=torch.inf, dim=-1).isfinite()

@@ -1,4 +1,4 @@
-"""One view of any model: its layers, its memory, and what its head makes of a hidden state of any layer."""
+"""One view of any model: its layers, its memory, and what its head makes of the hidden state of any layer."""
 
 import dataclasses
 import inspect
@@ -26,53 +26,53 @@ class Subject:
     """A model that is analyzed. `find_subject` makes it; nothing of the model is copied or changed."""
 
     name: str
-    """For people; unique among the models of one analysis."""
+    """What people call it; unique among the models of one analysis."""
     model: Any
-    """The causal language model: ours, any of transformers, or one with an attached memory."""
+    """The causal language model: ours, any model of transformers, or one with an attached memory."""
     tokenizer: Any
     """Its tokenizer."""
     layers: nn.ModuleList
     """Decoder layers, in the order in which they run."""
     memories: dict[int, EngramLayer]
-    """Block, counted from 0, to the memory it begins with, in order of depth; empty without memory."""
+    """The memory that each block begins with, by the block's number from 0, in order of depth; empty without memory."""
     spec: HashSpec | None
     """How the memory hashes; None without memory."""
     num_streams: int
-    """Residual streams between the layers."""
+    """Number of residual streams between the layers."""
     hidden_size: int
     """Width of one stream."""
     vocab_size: int
-    """Rows of the token embedding."""
+    """Number of rows of the token embedding."""
     collapse: nn.Module | None
-    """What makes one hidden state of the streams before the final norm; None where there is one stream."""
+    """What combines the streams before the final norm; None if there is one stream."""
     norm: nn.Module | None
-    """The final norm; None where none was found."""
+    """The final norm; None if none was found."""
     head: nn.Module | None
-    """The output head; None where the model has none."""
+    """The output head; None if the model has none."""
     keeps_fewer_logits: bool
-    """Whether the model takes ``logits_to_keep``, so that logits nobody asks for are not computed."""
+    """Whether the model takes ``logits_to_keep``, so that unneeded logits are not computed."""
     max_length: int | None
-    """Most tokens it can see at once; None where positions are not learned, so nothing forbids more."""
+    """Tokens that it can see at once, at most; None if positions are not learned, so that there is no limit."""
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def gated(self) -> bool:
-        """Whether there is a memory and it has gates."""
+        """Whether there is a memory with gates."""
         return any(layer.config.gate != "none" for layer in self.memories.values())
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are handed to the model."""
+        """The device on which the model expects token ids."""
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         return torch.device(self.model.device) if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the hidden states, as far as it can be told beforehand: that of the first floating parameter."""
+        """Type of the hidden states, as far as it is known beforehand: that of the first floating-point parameter."""
         floating = (parameter.dtype for parameter in self.layers.parameters() if parameter.is_floating_point())
         return next(floating, torch.float32)
 
@@ -83,16 +83,16 @@ class Subject:
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Tensor:
-        """Compute what the model would say if a hidden state were its last layer's output.
+        """Compute what the model would predict if a hidden state were its last layer's output.
 
-        The streams are brought together as before the model's own head, then come the final norm, the head, and the
-        scaling or soft-capping that the configuration names (Gemma, Cohere, Granite, Falcon-H1).
+        The streams are combined as before the model's own head; then come the final norm, the head, and the scaling or
+        soft-capping that the configuration names (Gemma, Cohere, Granite, Falcon-H1).
 
         Args:
-            hidden: Output of any layer, ``[..., S, D]``.
+            hidden: The output of any layer, ``[..., S, D]``.
 
         Returns:
-            Logits ``[..., V]``, in the head's type.
+            Logits ``[..., V]``, in the type of the head.
 
         Raises:
             MismatchError: The hidden state has another shape, or no head was found.
@@ -128,28 +128,30 @@ _SCALES = {
     "lm_head_multiplier": lambda logits, value: logits * value,
     "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,
 }
-"""What models do to the logits behind their head, by the name in their configuration."""
+"""What models do to the logits behind their head, by its name in their configuration."""
 
 
 def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter: str | None = None) -> Subject:
-    """Look at a model: where its layers are, whether it has memory, how it predicts.
+    """Find a model's layers, its memory, and how it predicts.
 
     Args:
         model: An `engram_lm.EngramForCausalLM`, any causal language model of transformers, one with an attached memory,
             or any of these inside peft.
         tokenizer: The tokenizer it was trained with.
-        name: What it is called in results; the name it was loaded by where None.
-        adapter: Which attached memory to look at, where there are several.
+        name: What it is called in results; None means the name by which it was loaded.
+        adapter: Which attached memory to look at, if there are several.
 
     Raises:
-        ConfigError: Not such a model, or several memories are attached and none is chosen, or none of that name.
+        ConfigError: It is not such a model, several memories are attached and none is chosen, or none has that name.
         MismatchError: The memory was made for another tokenizer.
-        TokenMapError: The model was built from a configuration alone and has no token map.
+        TokenMapError: The model was built from a configuration alone, so it has no token map.
     """
     try:
         decoder = find_decoder(model)
     except ConfigError as error:
-        raise ConfigError(f"{type(model).__name__} cannot be analyzed, its layers are not found: {error}") from error
+        raise ConfigError(
+            f"{type(model).__name__} cannot be analyzed, because its layers were not found: {error}"
+        ) from error
     memories, spec = _memories(model, decoder, adapter)
     if spec is not None:
         check_tokenizer(tokenizer, spec)
@@ -176,15 +178,15 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
 
 
 def find_subjects(models: Any, tokenizer: Any) -> list[Subject]:
-    """Look at one model or several.
+    """Find one or several models, as `find_subject` does.
 
     Args:
-        models: A model, or a mapping of the names they are to have in results to models. In place of a model there may
-            be a `Subject`, which keeps its own name where it is not in a mapping.
+        models: A model, or a mapping of names in results to models. In place of a model there may be a `Subject`, which
+            keeps its own name unless it is in a mapping.
         tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers.
 
     Raises:
-        ConfigError: There is no model, no tokenizer for one of them, or `find_subject` says so.
+        ConfigError: There is no model, there is no tokenizer for one of them, or `find_subject` refuses one.
         MismatchError: The memory of a model was made for another tokenizer.
     """
     if not isinstance(models, Mapping):
@@ -204,10 +206,10 @@ def find_subjects(models: Any, tokenizer: Any) -> list[Subject]:
 
 
 def group_by_tokenizer(subjects: Sequence[Subject]) -> list[list[Subject]]:
-    """Divide models into groups that share a vocabulary, and so can read one text token by token together.
+    """Divide models into groups that share a vocabulary and can therefore read a text together, token by token.
 
     Returns:
-        Groups in order of their first model.
+        The groups, in the order of their first models.
     """
     groups: dict[tuple[int, str | None], list[Subject]] = {}
     for subject in subjects:
@@ -216,10 +218,10 @@ def group_by_tokenizer(subjects: Sequence[Subject]) -> list[list[Subject]]:
 
 
 def check_tokenizer(tokenizer: Any, spec: HashSpec) -> None:
-    """Refuse a tokenizer that a memory was not made for.
+    """Refuse a tokenizer for which a memory was not made.
 
     Raises:
-        MismatchError: With both digests.
+        MismatchError: The tokenizer has another vocabulary; the message names both digests.
     """
     given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
     if spec.vocabulary_digest not in (None, given):
@@ -232,7 +234,7 @@ def check_tokenizer(tokenizer: Any, spec: HashSpec) -> None:
 def _memories(
     model: nn.Module, decoder: Decoder, adapter: str | None
 ) -> tuple[dict[int, EngramLayer], HashSpec | None]:
-    """Find the memory layers by their block, in order of depth, and how they hash."""
+    """Find the memory layers by their blocks, in order of depth, and how they hash."""
     attached = attached_adapters(model)
     if adapter is not None and adapter not in attached:
         raise ConfigError(f"no memory called {adapter!r} is attached to this model; there are {sorted(attached)}")
@@ -255,7 +257,7 @@ def _memories(
 
 
 def _final_norm(around: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """Find the norm behind the layers: the last one that stands beside the list, and after it where any does."""
+    """Find the final norm: the last norm beside the list of layers, preferably behind it."""
     children = list(around.children())
     place = next(place for place, child in enumerate(children) if child is layers)
     norms = [child for child in children[place:] if "norm" in type(child).__name__.lower()]
@@ -264,7 +266,7 @@ def _final_norm(around: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
 
 
 def _max_length(around: nn.Module) -> int | None:
-    """Rows of a learned position embedding beside the layers, as GPT-2 and OPT have."""
+    """Return the number of rows of a learned position embedding beside the layers, as GPT-2 and OPT have."""
     learned = [
         child.num_embeddings
         for name, child in around.named_children()

@@ -1,4 +1,4 @@
-"""A matplotlib figure as an element of a page: SVG that takes its colors and font from where it stands."""
+"""Matplotlib figures: as elements of a page, which take their colors and font from it, and as PNG files."""
 
 import io
 import re
@@ -27,12 +27,12 @@ __all__ = [
 
 # Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
 INK, FAINT = "#010203", "#010204"
-"""What text is drawn in, and what grid lines are."""
+"""Colors of text and of grid lines."""
 _ARM_COLOR = "#0102{:02x}"
 _FIRST_ARM = 16
 
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (9, 3)), (0, (1.2, 1.2)), (0, (6, 2, 1.2, 2, 1.2, 2)))
-"""How matplotlib draws the n-th arm; those after the last begin again."""
+"""How matplotlib draws the line of the n-th arm; after the last style the first one follows again."""
 _LEGEND_DASHES = ("none", "8 4", "2 4", "8 4 2 4", "12 4", "2 2", "9 3 2 3 2 3")
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -51,7 +51,7 @@ _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "engram", "font.size": 11, "pa
 
 
 def arm_color(index: int) -> str:
-    """The color that becomes the CSS variable ``--arm-INDEX``."""
+    """Return the color that becomes the CSS variable ``--arm-INDEX``."""
     return _ARM_COLOR.format(_FIRST_ARM + index)
 
 
@@ -79,16 +79,16 @@ def page_axes(width_inches: float, height_inches: float) -> Iterator[Any]:
 
 
 def page_svg(figure: Any, *, name: str, label: str, num_arms: int) -> str:
-    """Write a figure as an element of a page: its colors, font and ids, and nothing from elsewhere.
+    """Write a figure as an element of a page, with the page's colors and font and its own ids.
 
     Args:
         figure: Of `page_axes`, inside its block.
         name: Prefix of the ids in the SVG, so that several can stand in one page.
-        label: What is read out instead of the picture; escaped by the caller.
-        num_arms: How many `arm_color` may occur.
+        label: What is read out instead of the picture; the caller has escaped it.
+        num_arms: Number of arms, and so of `arm_color` values that may occur.
 
     Returns:
-        An ``<svg>`` element without reference to anything outside; the same bytes for the same figure.
+        An ``<svg>`` element without references to anything outside; the same bytes for the same figure.
     """
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -117,7 +117,7 @@ def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Calla
         title: The heading, as plain text.
         name: Prefix of the ids in the SVG, so that several can stand in one page.
         words: What the picture says, in words, for those who cannot see it.
-        num_arms: How many `arm_color` may occur.
+        num_arms: Number of arms, and so of `arm_color` values that may occur.
         draw: Draws in the axes it is given.
 
     Returns:
@@ -160,7 +160,7 @@ def line_style(index: int, *, on_page: bool) -> dict[str, Any]:
 
 
 def line_legend(titles: Mapping[str, str]) -> str:
-    """Name the lines of `DASHES`, one for each arm."""
+    """Make a legend of the lines of `DASHES`, one for each arm."""
     return _legend(
         f'<svg viewBox="0 0 28 8" aria-hidden="true"><path d="M0 4H28" stroke="var(--arm-{index})" '
         f'stroke-width="2.2" stroke-dasharray="{_LEGEND_DASHES[index % len(_LEGEND_DASHES)]}"/></svg>{escape(title)}'
@@ -169,7 +169,7 @@ def line_legend(titles: Mapping[str, str]) -> str:
 
 
 def marker_legend(titles: Mapping[str, str]) -> str:
-    """Name the points of `MARKERS`, one for each arm."""
+    """Make a legend of the points of `MARKERS`, one for each arm."""
     return _legend(
         f'<svg class="marker" viewBox="0 0 12 12" aria-hidden="true"><path fill="var(--arm-{index})" '
         f'd="{_MARKER_PATHS[index % len(_MARKER_PATHS)]}"/></svg>{escape(title)}'

@@ -24,13 +24,13 @@ def render_page(
     """Put a page together.
 
     Args:
-        title: Of the window, as plain text; everything else is HTML.
+        title: Title of the window, as plain text; everything else is HTML.
         header: What stands above the sections.
-        sections: From top to bottom; empty ones are left out.
+        sections: The sections, from top to bottom; empty ones are left out.
         footer: What stands below them.
-        colors: Names of the CSS variables that the arms are drawn in, in order: the n-th becomes ``--arm-n``.
-        style: CSS of this page, after that of all pages.
-        script: Elements at the end of the body; without any, the page forbids itself all scripts.
+        colors: Names of the CSS variables with the colors of the arms, in order: the n-th becomes ``--arm-n``.
+        style: CSS of this page, which follows the CSS of all pages.
+        script: Elements at the end of the body; without any, the page forbids all scripts.
 
     Returns:
         An HTML page with its styles, scripts and pictures inside.
@@ -49,7 +49,7 @@ def render_page(
 
 
 def section(name: str, title: str, body: str) -> str:
-    """A part of the page under a heading; name and title are ours, not a file's."""
+    """Put a part of the page under a heading; the name and the title must be our own text, not a file's."""
     heading = f'<h2 id="{name}-title">{title}</h2>'
     return f'<section id="{name}" aria-labelledby="{name}-title">{heading}\n{body}\n</section>'
 
@@ -63,7 +63,7 @@ def table(
     key_columns: Iterable[str] = (),
     row_headings: bool = True,
 ) -> str:
-    """A table that scrolls sideways where the window is narrow.
+    """Make a table that scrolls sideways if the window is narrow.
 
     Args:
         columns: Headings.
@@ -94,7 +94,7 @@ def table(
 
 
 def definitions(values: Mapping[str, Any]) -> str:
-    """A list of names and values of any kind."""
+    """Make a list of names and values of any kind."""
     entries = "".join(
         f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{escape(plain_text(value))}</dd>"
         for name, value in values.items()
@@ -122,7 +122,7 @@ def plain_text(value: Any) -> str:
 
 
 def escape(value: Any) -> str:
-    """Make any text part of the page: markup escaped, what HTML cannot hold replaced by a visible sign."""
+    """Make any text safe for the page: markup is escaped, and characters that HTML cannot hold become visible signs."""
     text = str(value).encode("utf-8", "replace").decode()
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     return html.escape(re.sub(r"[\x7f-\x9f]", "\ufffd", text))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 __all__ = ["NOTHING", "count_text", "mean_of", "number_text", "signed_text", "spread_of", "spread_text"]
 
 NOTHING = "–"
-"""What stands for a number that is not there."""
+"""What stands for a missing number."""
 
 
 def count_text(value: float | None) -> str:
@@ -15,7 +15,7 @@ def count_text(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     for factor, letter in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        # From here on three digits would round up to the next thousand.
+        # From here on, three digits would round up to the next thousand.
         if abs(value) >= 0.9995 * factor:
             scaled = value / factor
             return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
@@ -23,7 +23,7 @@ def count_text(value: float | None) -> str:
 
 
 def number_text(value: float | None, decimals: int | None = None) -> str:
-    """Write a number with so many decimals, or to three digits."""
+    """Write a number with a given number of decimals, or to three digits."""
     if value is None or not math.isfinite(value):
         return NOTHING
     if decimals is None:
@@ -37,7 +37,7 @@ def signed_text(value: float) -> str:
 
 
 def spread_text(mean: float | None, spread: float | None, *, signed: bool = False) -> str:
-    """Write a mean with its standard deviation, where there is one."""
+    """Write a mean with its standard deviation, if there is one."""
     if mean is None or not math.isfinite(mean):
         return NOTHING
     text = signed_text(mean) if signed else f"{mean:.3f}"
@@ -45,11 +45,11 @@ def spread_text(mean: float | None, spread: float | None, *, signed: bool = Fals
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Average what is known; None where nothing is."""
+    """Average the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample; None of fewer than two."""
+    """Return the standard deviation of a sample; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None

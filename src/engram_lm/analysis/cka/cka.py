@@ -24,9 +24,9 @@ __all__ = ["Cka", "centered_gram", "layer_similarity"]
 Streams = Literal["concatenated", "mean", "collapsed"]
 
 _FEWEST = 4
-"""Positions that the unbiased estimate needs at least."""
+"""The least number of positions for which there is an unbiased estimate."""
 _POOL_BYTES = 1 << 27
-"""What the pools of all models together may take, where they hold more than one minibatch."""
+"""Bytes that the pools of all models together may take, if they hold more than one minibatch."""
 _ENOUGH = 1 << 13
 """Positions after which `layer_similarity` begins to skip some."""
 
@@ -46,7 +46,7 @@ def centered_gram(states: Tensor) -> Tensor:
     Source: U-centering, Székely and Rizzo 2014, "Partial distance correlation with methods for dissimilarities".
     """
     states = states.double()
-    # Takes nothing from the result, and much from the rounding where one channel is far larger than the others.
+    # This does not change the result, and there is less rounding if one channel is far larger than the others.
     states = states - states.mean(0)
     gram = (states @ states.T).fill_diagonal_(0)
     n = len(states)
@@ -59,26 +59,26 @@ def centered_gram(states: Tensor) -> Tensor:
 class Cka(Analysis):
     """Compares the layers of models by linear CKA. Feed it with `engram_lm.analysis.read_text`.
 
-    Positions are gathered over windows into a pool. When it is full, and at the end of the text, it is divided into
-    minibatches at random (the same each time), and the estimates of HSIC are summed over all minibatches before the
-    ratio is taken. A minibatch of ``n`` counts ``n (n - 3)``, the number that its estimate is divided by. With one
-    minibatch that is the unbiased value of the whole text.
+    Positions of many windows are gathered in a pool. When it is full, and at the end of the text, it is divided into
+    random minibatches (the same ones each time). The estimates of HSIC are summed over all minibatches before the ratio
+    is taken; a minibatch of ``n`` has the weight ``n (n - 3)``, the number that its estimate is divided by. With a
+    single minibatch this is the unbiased value of the whole text.
 
-    The pool is there because positions of one window have much in common: a minibatch of neighbours would say how alike
-    two layers are within a window, which may be far from how alike they are over the text. The larger the pool, and the
-    fewer of the positions are taken (``one_in``), the more of the text each minibatch sees.
+    The pool is needed because positions of one window have much in common: a minibatch of neighbours would tell how
+    alike two layers are within a window, which may differ much from how alike they are over the text. The larger the
+    pool, and the fewer positions are taken (``one_in``), the more of the text each minibatch sees.
 
     Args:
-        baseline: Name of the model that the others are compared with; where None the first without memory, or the
+        baseline: Name of the model that the others are compared with; None means the first one without memory, or the
             first of all.
         positions: See `PositionChoice`.
         min_count: See `PositionChoice`.
         one_in: See `PositionChoice`.
-        streams: What is compared of a model with several residual streams: ``"concatenated"``, the sum of their
-            kernels, which throws nothing away; ``"mean"``; or ``"collapsed"``, as before the model's own head. The
-            paper does not say.
+        streams: How a model with several residual streams is compared: ``"concatenated"``, by the sum of their
+            kernels, which loses nothing; ``"mean"``; or ``"collapsed"``, as before the model's own head. The paper does
+            not say.
         minibatch_size: Positions in a minibatch.
-        pool_size: Positions in the pool; where None, as many minibatches as 128 MiB hold, one at least.
+        pool_size: Positions in the pool; None means as many minibatches as 128 MiB hold, and at least one.
 
     Raises:
         ConfigError: A choice or number is impossible.
@@ -111,7 +111,7 @@ class Cka(Analysis):
         self._choice = PositionChoice(positions, min_count=min_count, one_in=one_in)
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
-        """Compare the baseline with the others, or with itself where it is alone.
+        """Compare the baseline with the others, or with itself if it is alone.
 
         Raises:
             ConfigError: No model has the baseline's name.
@@ -130,7 +130,7 @@ class Cka(Analysis):
         return None
 
     def held_bytes(self, subjects: Sequence[Subject]) -> int:
-        """What waits in the pools, and one minibatch: all centered Gram matrices, and what its widest layer takes."""
+        """Return what the pools take, and one minibatch: all its centered Gram matrices, and its widest layer."""
         n, entries = self.minibatch_size, [subject.num_layers + 1 for subject in subjects]
         # The matrices of one model stand side by side while they are stacked.
         grams = 8 * n * n * (sum(entries) + max(entries) + 4)
@@ -165,7 +165,7 @@ class Cka(Analysis):
                 self._num_waiting = 0
 
     def result(self) -> CkaFindings | NotApplicable:
-        """Return the maps of what was read; `NotApplicable` for less than four positions."""
+        """Return the maps of what was read; `NotApplicable` for fewer than four positions."""
         sums = self._sums
         if self._num_waiting >= _FEWEST:
             sums = sums.copy()
@@ -188,7 +188,7 @@ class Cka(Analysis):
         )
 
     def _empty_into(self, sums: "_Sums") -> None:
-        """Divide what waits into minibatches of nearly one size."""
+        """Divide what waits in the pool into minibatches of nearly the same size."""
         order = torch.randperm(self._num_waiting, generator=torch.Generator().manual_seed(sums.num_minibatches))
         for part in order.tensor_split(-(-self._num_waiting // self.minibatch_size)):
             sums.add({name: states[:, part.to(states.device)] for name, states in self._pool.items()})
@@ -207,7 +207,7 @@ class Cka(Analysis):
         return subject.hidden_size * (subject.num_streams if self.streams == "concatenated" else 1)
 
     def _put(self, reading: Reading, places: Tensor) -> None:
-        """Copy the hidden states of some positions behind those that wait."""
+        """Add the hidden states of some positions to the pool."""
         name = reading.subject.name
         if name not in self._pool:
             kind = functools.reduce(torch.promote_types, (hidden.dtype for hidden in reading.hidden))
@@ -251,13 +251,13 @@ class _Sums:
         self.num_minibatches += 1
 
     def similarity(self, name: str) -> np.ndarray:
-        """CKA of the baseline with a model, ``[R, C]``."""
+        """Return the CKA of the baseline with a model, ``[R, C]``."""
         norm = np.sqrt(np.outer(self.squares[self.baseline], self.squares[name]))
         return np.divide(self.products[name], norm, out=np.full(norm.shape, np.nan), where=norm > 0)
 
 
 def _grams(states: Tensor) -> Tensor:
-    """Centered Gram matrices of all entries, float64 ``[E, n * n]``, on the CPU."""
+    """Return the centered Gram matrices of all entries, float64 ``[E, n * n]``, on the CPU."""
     return torch.stack([centered_gram(entry).cpu() for entry in states])
 
 
@@ -273,25 +273,25 @@ def layer_similarity(
     budget_bytes: int = 1 << 29,
     **options: Any,
 ) -> CkaFindings:
-    """Compare the layers of two models or more, or of one with itself, by CKA.
+    """Compare the layers of two or more models, or of one model with itself, by CKA.
 
     Args:
         models: A model, or a mapping of names to models. They may differ in depth and width.
         tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers of one vocabulary: CKA compares
             position by position, so all models must read the same tokens.
         text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens the models see at once.
-        max_tokens: Read only so many tokens.
+        length: Tokens that the models see at once.
+        max_tokens: Read at most this many tokens.
         positions: See `engram_lm.analysis.positions.PositionChoice`.
-        one_in: Take one in so many positions; where None, about 8,192 of a text longer than that if all positions are
-            asked for, and else every one.
+        one_in: Take one of this many positions. None means about 8,192 positions of a longer text if ``positions`` is
+            ``"all"``, and otherwise every one.
         budget_bytes: See `engram_lm.analysis.read_text`.
-        **options: Others of `Cka`.
+        **options: Other options of `Cka`.
 
     Raises:
         MismatchError: The models have different vocabularies; the message has their sizes and digests.
-        ConfigError: A choice or number is impossible, or something is no model.
-        DataError: The text has no tokens, or less than four of the positions that were asked for.
+        ConfigError: A choice or number is impossible, or a model cannot be analyzed.
+        DataError: The text has no tokens, or fewer than four of the positions asked for.
 
     Example:
         >>> findings = layer_similarity({"baseline": twin, "memory": model}, tokenizer, text)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Maps of how alike layers are, and which layer of one model answers to which of another."""
+"""Maps of how alike layers are, and of which layer of one model corresponds to which layer of another."""
 
 import dataclasses
 from typing import Any
@@ -14,17 +14,17 @@ __all__ = ["CkaFindings", "CkaMap", "soft_alignment"]
 
 
 def soft_alignment(similarity: np.ndarray, top_k: int = 5) -> np.ndarray:
-    """Find for each column the depth in the rows that it is most alike to: the centroid of its most similar rows.
+    """Find for each column the depth in the rows that it resembles most: the centroid of its most similar rows.
 
-    With k rows no centroid lies closer to an end than (k - 1) / 2, so near the first and the last layer the index
-    cannot follow: it saturates by construction. `CkaMap.gain` compares with what the rows' own model gets.
+    With k rows no centroid lies closer to an end than (k - 1) / 2, so the index saturates near the first and the last
+    layer by construction. `CkaMap.gain` therefore compares it with what the model of the rows gets itself.
 
     Args:
-        similarity: ``[R, C]``; negative values (an unbiased estimate may be) count as 0.
-        top_k: Rows that count; all of them where there are fewer.
+        similarity: ``[R, C]``; negative values, which an unbiased estimate can have, count as 0.
+        top_k: Rows that count; all of them if there are fewer.
 
     Returns:
-        Float64 ``[C]``, in rows; NaN where a column has a NaN or nothing above 0.
+        Float64 ``[C]``, counted in rows; NaN for a column that has a NaN or nothing above 0.
 
     Raises:
         ConfigError: ``top_k`` is below 1.
@@ -44,53 +44,53 @@ def soft_alignment(similarity: np.ndarray, top_k: int = 5) -> np.ndarray:
 class CkaMap:
     """CKA between all layers of two models.
 
-    Axes R and C have an entry more than the models have layers: entry 0 is what enters the first layer (the token
-    embedding, before any memory), entry e the output of the e-th layer; so places are layers that lie behind. The
-    paper's "layer j", counted from 0, is entry j + 1.
+    Axes R and C have one entry more than the models have layers: entry 0 is what enters the first layer (the token
+    embedding, before any memory), and entry e is the output of the e-th layer. The paper's "layer j", counted from 0,
+    is entry j + 1.
     """
 
     row_model: str
-    """The baseline, axis R."""
+    """Name of the baseline: axis R."""
     column_model: str
-    """The model that is compared with it, axis C; the baseline itself where only one model was looked at."""
+    """Name of the model that is compared with it: axis C. If there is only one model, it is the baseline itself."""
     row_memory_blocks: tuple[int, ...]
-    """Its blocks that read memory, counted from 0; the memory of block b works between entries b and b + 1."""
+    """Blocks of the baseline that read memory, counted from 0; that of block b acts between entries b and b + 1."""
     column_memory_blocks: tuple[int, ...]
-    """Those of the column model."""
+    """Blocks of the column model that read memory."""
     similarity: np.ndarray
-    """CKA, float64 ``[R, C]``: 1 for the same up to rotation and scale, about 0 for nothing in common (a little below
-    too: the estimate is unbiased). NaN where an entry is constant."""
+    """CKA, float64 ``[R, C]``: 1 if two entries are the same up to rotation and scale, about 0 if they have nothing in
+    common (sometimes slightly below 0, because the estimate is unbiased). NaN if an entry is constant."""
     within_rows: np.ndarray
-    """CKA of the row model with itself, float64 ``[R, R]``."""
+    """CKA of the baseline with itself, float64 ``[R, R]``."""
 
     def alignment(self, top_k: int = 5) -> np.ndarray:
-        """Find the depth in the row model that each entry of the column model answers to: `soft_alignment`, ``[C]``."""
+        """Find the depth in the baseline to which each entry of the column model corresponds, float64 ``[C]``."""
         return soft_alignment(self.similarity, top_k)
 
     def control(self, top_k: int = 5) -> np.ndarray:
-        """Align the row model with itself in the same way, and read that off at the relative depth of each column.
+        """Align the baseline with itself in the same way, and take the result at the relative depth of each column.
 
-        It is not the diagonal: a centroid of k layers saturates near both ends.
+        This is not the diagonal, because a centroid of k layers saturates near both ends.
 
         Returns:
-            Float64 ``[C]``, in layers of the row model.
+            Float64 ``[C]``, in layers of the baseline.
         """
         rows, columns = self.similarity.shape
         depths = np.linspace(0, rows - 1, columns)
         return np.interp(depths, np.arange(rows), soft_alignment(self.within_rows, top_k))
 
     def gain(self, top_k: int = 5) -> np.ndarray:
-        """Compute how many layers of the row model the column model is ahead: `alignment` - `control`, ``[C]``.
+        """Compute how many layers of the baseline the column model is ahead: `alignment` - `control`, ``[C]``.
 
-        Above 0 an entry of the column model is like a deeper layer of the row model than the row model's own layer at
-        that depth is: its effective depth is larger. It is a correlation, not a cause. The control is ours.
+        Above 0, an entry of the column model resembles a deeper layer of the baseline than the baseline's own layer at
+        that depth does: its effective depth is larger. This is a correlation, not a cause. The control is ours.
         """
         return self.alignment(top_k) - self.control(top_k)
 
     def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
-        """Plain values for JSON, with the alignment; ``top_k`` is a third of the row model's entries, 5 at most."""
+        """Return plain values for JSON, with the alignment; ``top_k`` defaults to a third of the entries, at most 5."""
         if top_k is None:
-            # The centroid of all layers of a small model would say the same of every column.
+            # In a small model the centroid of all layers would be the same for every column.
             top_k = min(5, -(-len(self.similarity) // 3))
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"top_k": top_k, "alignment": self.alignment(top_k), "control": self.control(top_k)}
@@ -102,7 +102,7 @@ class CkaFindings:
     """CKA of a baseline with each of the other models, at the same positions of one text."""
 
     maps: tuple[CkaMap, ...]
-    """One for each model beside the baseline; the baseline with itself where there is no other."""
+    """One for each model besides the baseline; if there is no other, the baseline with itself."""
     positions: str
     """Which positions were compared: a choice of `PositionChoice`, or ``"given"``."""
     streams: str
@@ -112,13 +112,13 @@ class CkaFindings:
     pool_size: int
     """Positions among which minibatches were drawn."""
     num_positions: int
-    """Positions that count."""
+    """Number of positions that were compared."""
     num_minibatches: int
-    """Minibatches they were in."""
+    """Number of minibatches."""
     num_not_finite: int
-    """Positions left out because something of a model is NaN or infinite there."""
+    """Positions left out because a value of a model is NaN or infinite there."""
 
     def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
-        """Plain values for JSON; see `CkaMap.to_dict`."""
+        """Return plain values for JSON; see `CkaMap.to_dict`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values, "maps": [found.to_dict(top_k) for found in self.maps]}

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["colored_gates", "colored_html", "gates_to_show"]
 
 _RED = (227, 26, 28)
-"""Color of a gate of 1; 0 is white, and between them it is linear, as in the paper's figure."""
+"""Color of a gate of 1. A gate of 0 is white, and between them the color is linear, as in the paper's figure."""
 
 
 def gates_to_show(trace: GateTrace, block: int | None = None, stream: int | None = None) -> np.ndarray:
     """Choose one gate for each token.
 
     Args:
-        trace: Of `engram_lm.analysis.gate_trace`.
-        block: A block that reads memory; the mean over all of them where None.
-        stream: A residual stream; the mean over all of them where None.
+        trace: From `engram_lm.analysis.gate_trace`.
+        block: A block that reads memory; None means the mean over all of them.
+        stream: A residual stream; None means the mean over all of them.
 
     Returns:
         Float32 ``[length]``.
 
     Raises:
-        ConfigError: No such block or stream.
+        ConfigError: There is no such block or stream.
     """
     gates = trace.gates if block is None else trace.gates[[trace.place_of(block)]]
     if stream is not None and not 0 <= stream < trace.num_streams:
@@ -43,16 +43,16 @@ def gates_to_show(trace: GateTrace, block: int | None = None, stream: int | None
 def colored_gates(trace: GateTrace, block: int | None = None, stream: int | None = None) -> "Text":
     """Lay the gates behind a text for the terminal: ``rich.print(colored_gates(trace))``.
 
-    Both colors of each token are given, so it reads alike on light and dark terminals. Where there are no colors (a
-    file, ``NO_COLOR``) the plain text is left.
+    Both colors of each token are set, so the text looks the same on light and dark terminals. Where there are no colors
+    (in a file, or with ``NO_COLOR``) the plain text remains.
 
     Args:
-        trace: Of `engram_lm.analysis.gate_trace`.
+        trace: From `engram_lm.analysis.gate_trace`.
         block: As for `gates_to_show`.
         stream: As for `gates_to_show`.
 
     Raises:
-        ConfigError: No such block or stream.
+        ConfigError: There is no such block or stream.
 
     Source: paper, Figure 7.
     """
@@ -66,17 +66,17 @@ def colored_gates(trace: GateTrace, block: int | None = None, stream: int | None
 
 
 def colored_html(trace: GateTrace, block: int | None = None, stream: int | None = None) -> str:
-    """Lay the gates behind a text as HTML, to be shown in a notebook or put into a page; it needs no style sheet.
+    """Lay the gates behind a text as HTML, for a notebook or a page; it needs no style sheet.
 
-    Every token is a ``span`` whose title says its gate, inside one ``div`` that keeps line breaks.
+    Every token is a ``span`` whose title is its gate, inside one ``div`` that keeps line breaks.
 
     Args:
-        trace: Of `engram_lm.analysis.gate_trace`.
+        trace: From `engram_lm.analysis.gate_trace`.
         block: As for `gates_to_show`.
         stream: As for `gates_to_show`.
 
     Raises:
-        ConfigError: No such block or stream.
+        ConfigError: There is no such block or stream.
 
     Source: paper, Figure 7.
     """

@@ -9,7 +9,7 @@
   };
   const models = JSON.parse(find("data").textContent);
 
-  // What is chosen, and the one number that a list of gates [block][stream] comes to -------------------------------
+  // What is chosen, and the mean that it makes of gates [block][stream] ---------------------------------------------
 
   const chosen = { model: 0, passage: 0, blocks: new Set(), stream: null };
   const mean = values => {
@@ -33,7 +33,7 @@
     list.append(element("dt", name), detail);
   }
 
-  // A text whose tokens are colored and can be walked over ----------------------------------------------------------
+  // A text whose tokens are colored and can be walked through --------------------------------------------------------
 
   class ColoredText {
     constructor(box, line, describe, idle) {
@@ -138,7 +138,7 @@
     entry(list, "gate", shown(gateOf(gates)) + " (" + whose(model) + ")");
     const reach = passage.visible[position];
     if (!reach) {
-      entry(list, "fired", "nothing: memory is not read here");
+      entry(list, "fired", "nothing: the memory is not read here");
       return { list, seen };
     }
     for (const block of [...chosen.blocks].sort((a, b) => a - b)) {
@@ -170,7 +170,7 @@
   let lookup = new Map(), endings = new Map(), longest = 0, pieces = [];
   const word = /[\p{L}\p{N}_]/u;
 
-  // As the hash compares: without case and accents where the model's canonical tokens are, spaces as one.
+  // Fold text as the hash does: spaces become one, and case and accents go if the model has canonical tokens.
   function fold(text, folds) {
     let folded = "", places = [], at = 0;
     for (const character of text) {
@@ -190,7 +190,7 @@
     longest = 0;
     model.phrases.forEach((phrase, index) => {
       const key = fold(phrase[0], model.folds).folded.trim();
-      // Of those that look alike the one that fired most often stays; they come in that order.
+      // Among phrases that look alike the first one stays; it fired most often.
       if (!key || lookup.has(key)) return;
       lookup.set(key, index);
       longest = Math.max(longest, key.length);
@@ -215,7 +215,7 @@
     }
   }
 
-  // The mean gate over everything that ends in a word, each N-gram as often as it fired.
+  // The mean gate of all N-grams that end in a word, weighted by how often each fired.
   function endingGate(ending) {
     return mean([...chosen.blocks].map(block => {
       let sum = 0, times = 0;

@@ -17,8 +17,8 @@ def score_parts(
 ) -> tuple[Tensor, Tensor]:
     """Split the score of every gate into what each order and the bias add.
 
-    The score is (h * w) . (W e + b) times two scales. Multiplying the query side into W leaves one number per channel
-    of the memory vector, and those of one order are summed.
+    The score is (h * w) . (W e + b) times two scales. Multiplying the query side into W leaves one number for each
+    channel of the memory vector; the numbers of one order are summed.
 
     Args:
         layer: A layer with a gate.
@@ -51,7 +51,7 @@ def score_parts(
 
 
 def score_bytes_per_token(layer: EngramLayer) -> int:
-    """Bytes that `score_parts` needs for each token while it computes: float32 of the widest arrays it holds."""
+    """Return the bytes that `score_parts` needs for each token: float32 of the widest arrays it holds."""
     config = layer.config
     wide = config.num_streams * config.hidden_size
     return 4 * (3 * wide + 2 * config.num_streams * config.memory_dim + config.memory_dim)

@@ -9,7 +9,7 @@ import numpy as np
 __all__ = ["TOKEN_CLASSES", "token_classes"]
 
 TOKEN_CLASSES = ("letters", "digits", "punctuation", "space", "other")
-"""``other`` is what mixes them, special tokens, and pieces of a character."""
+"""``other`` are tokens that mix the classes, special tokens, and pieces of a character."""
 
 _OF_CATEGORY = {"L": 0, "M": 0, "N": 1, "P": 2, "S": 2, "Z": 3}
 _OTHER = 4
@@ -17,18 +17,18 @@ _REPLACEMENT = "\ufffd"
 
 
 def token_classes(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Tell the class of tokens; space around a token does not count, unless there is nothing else.
+    """Find the class of each token. Space around a token does not count, unless there is nothing else.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        tokens: Raw ids ``[n]``; ids that no tokenizer makes are ``other``.
+        tokens: Raw ids ``[n]``; ids that no tokenizer produces are ``other``.
 
     Returns:
-        Places in `TOKEN_CLASSES`, int64 ``[n]``.
+        Indices into `TOKEN_CLASSES`, int64 ``[n]``.
     """
     ids, special = np.asarray(tokens, np.int64), set(tokenizer.all_special_ids)
     known = [token for token in ids.tolist() if token < len(tokenizer) and token not in special]
-    # Of no tokens a batch of one is made.
+    # A tokenizer makes a batch of one out of no tokens.
     texts = known and tokenizer.batch_decode(
         [[token] for token in known], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

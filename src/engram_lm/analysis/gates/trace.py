@@ -21,16 +21,16 @@ __all__ = ["GateTrace", "Ngram", "NgramGate", "TraceKeeper", "gate_trace", "stro
 
 
 class Ngram(NamedTuple):
-    """An N-gram that was looked up, as much of it as was visible."""
+    """An N-gram that was looked up, cut to what was visible."""
 
     order: int
-    """Tokens the order asks for; fewer are visible near the start of a segment."""
+    """Its order: the number of its tokens, unless it was cut at the start of a segment."""
     tokens: tuple[int, ...]
-    """Raw ids, oldest first; the last one is the token at whose position the N-gram was looked up."""
+    """Raw token ids, oldest first; the last one stands at the position where the N-gram was looked up."""
     text: str
     """What they spell."""
     score: float
-    """Its order's contribution to the gate's score."""
+    """What its order adds to the score inside the gate."""
 
 
 class NgramGate(NamedTuple):
@@ -43,7 +43,7 @@ class NgramGate(NamedTuple):
     mean_gate: float
     """Mean gate over the positions where it fired."""
     num_positions: int
-    """Number of those positions."""
+    """Number of positions where it fired."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,31 +53,31 @@ class GateTrace:
     tokens: np.ndarray
     """Raw token ids, int64 ``[length]``."""
     texts: tuple[str, ...]
-    """What each token spells; joined they give back the text. A character that is split over tokens belongs to the
-    token that completes it, and the tokens before that one spell nothing."""
+    """What each token spells; joined, they give back the text. A character that is split over tokens belongs to the
+    token that completes it; the tokens before that one spell nothing."""
     blocks: tuple[int, ...]
     """Blocks that read memory, counted from 0, in order of depth."""
     orders: tuple[int, ...]
     """N-gram orders, ascending."""
     gates: np.ndarray
-    """Gate in (0, 1), 0 at dead positions, float32 ``[num_blocks, length, num_streams]``."""
+    """The gates, in (0, 1), and 0 at dead positions; float32 ``[num_blocks, length, num_streams]``."""
     order_scores: np.ndarray
     """What each order's N-gram adds to the score inside the gate, before its squashing, float32
     ``[num_blocks, length, num_orders, num_streams]``."""
     bias_scores: np.ndarray
-    """What the bias of the key projection adds, 0 without one, float32 ``[num_blocks, length, num_streams]``."""
+    """What the bias of the key projection adds; 0 without a bias; float32 ``[num_blocks, length, num_streams]``."""
     visible: np.ndarray
-    """Tokens that an N-gram sees, itself included and at most the highest order; 0 at dead positions; int64
-    ``[length]``."""
+    """Number of tokens that an N-gram sees, including its own and at most the highest order; 0 at dead positions;
+    int64 ``[length]``."""
 
     @property
     def scores(self) -> np.ndarray:
-        """Score of every gate before its squashing, the sum of its parts, ``[num_blocks, length, num_streams]``."""
+        """The score of every gate before its squashing, ``[num_blocks, length, num_streams]``: the sum of its parts."""
         return self.order_scores.sum(2) + self.bias_scores
 
     @property
     def num_streams(self) -> int:
-        """Residual streams, each with a gate of its own."""
+        """Number of residual streams; each has its own gate."""
         return int(self.gates.shape[2])
 
     def fired(self, block: int, position: int, stream: int | None = None) -> Ngram | None:
@@ -85,8 +85,8 @@ class GateTrace:
 
         Args:
             block: A block that reads memory, counted from 0.
-            position: Where in the text, from 0.
-            stream: Which residual stream; the sum over all of them where None.
+            position: A place in the text, counted from 0.
+            stream: A residual stream; None means the sum over all of them.
 
         Returns:
             The N-gram that ends at the position, cut at the start of its segment; None at a dead position.
@@ -129,23 +129,23 @@ def gate_trace(
 ) -> GateTrace:
     """Run a text through a model and keep the gates of its memory, split by the order of the N-grams.
 
-    The score inside a gate is linear in the memory vector once the two normalizations are known, so each order's part
-    of it is exact: the parts, and the bias if there is one, sum to the score.
+    Once the two normalizations are known, the score inside a gate is linear in the memory vector, so the part of each
+    order is exact: the parts, and the bias if there is one, sum to the score.
 
     Args:
         model: An `engram_lm.EngramForCausalLM` with memory, or a model with an attached one. It is put back into the
             mode it was in.
         tokenizer: The tokenizer it was trained with.
         text: A text, tokenized without special tokens, or its token ids ``[length]``. All its gates are kept, so it
-            should be short enough to be looked at; for averages over a long one see `average_gates`.
-        length: Tokens the model sees at once. A longer text is cut into windows that do not see each other; all of it
-            is one window where None.
-        adapter: Which attached memory to look at, where there are several.
+            should be short; for averages over a long text see `average_gates`.
+        length: Tokens that the model sees at once. A longer text is cut into windows that do not see each other. None
+            makes it one window.
+        adapter: Which attached memory to look at, if there are several.
 
     Raises:
         MismatchError: The model has no memory or no gate, or the tokenizer is another one.
         DataError: The text has no tokens.
-        TokenError: A token id outside the vocabulary.
+        TokenError: A token id is outside the vocabulary.
         ConfigError: ``length`` is below 1.
 
     Source: paper, Eq. 4 and section 6.5; the attribution to orders is ours.
@@ -179,16 +179,16 @@ def gate_trace(
 def strongest(
     traces: GateTrace | Sequence[GateTrace], block: int, k: int = 20, *, min_count: int = 1
 ) -> list[NgramGate]:
-    """Rank the N-grams that fired by the gate they opened.
+    """Rank the N-grams that fired by the gate they opened. N-grams that are spelled differently are ranked apart.
 
     Args:
         traces: One trace, or several of one model.
         block: A block that reads memory, counted from 0.
-        k: How many to return at most.
+        k: How many to return, at most.
         min_count: Leave out N-grams that fired at fewer positions.
 
     Returns:
-        N-grams by mean gate (over positions and streams), highest first; the more frequent one first where equal.
+        N-grams by mean gate (over positions and streams), highest first; among equals the more frequent one first.
 
     Raises:
         ConfigError: The block reads no memory.

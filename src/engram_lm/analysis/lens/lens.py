@@ -20,74 +20,74 @@ __all__ = ["LensCurve", "LensFindings", "LogitLens", "logit_lens"]
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
 _CHUNK_BYTES = 1 << 22
-"""Float32 logits of the positions that are looked at together: few, so that they stay near the processor."""
+"""Bytes of float32 logits that are computed at once; few, so that they stay in the processor's caches."""
 _FEWEST = 32
-"""Positions looked at together at least; fewer would read the head's weights too often."""
+"""The least number of positions that are computed at once; fewer would read the head's weights too often."""
 _NUM_COPIES = 7
-"""Arrays of that size alive at the peak: both distributions and their logarithms, and what the head needs itself."""
+"""Arrays of that size that are alive at the peak: both distributions, their logarithms, and those of the head."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LensCurve(PlainResult):
     """What each layer of one model would predict. A mean over no positions is NaN (None in `to_dict`).
 
-    Axis E has an entry more than there are layers: entry 0 is what enters the first layer (the token embedding, before
-    any memory), entry e the output of the e-th layer. The paper's "layer l", counted from 0, is entry l + 1. The memory
-    of block b works between entries b and b + 1.
+    Axis E has one entry more than there are layers: entry 0 is what enters the first layer (the token embedding, before
+    any memory), and entry e is the output of the e-th layer. The paper's "layer l", counted from 0, is entry l + 1. The
+    memory of block b acts between entries b and b + 1.
     """
 
     also = ("relative_depth",)
 
     num_layers: int
-    """Layers of the model: E - 1."""
+    """Number of layers of the model: E - 1."""
     memory_blocks: tuple[int, ...]
     """Blocks that read memory, counted from 0; empty without memory."""
     kl: np.ndarray
-    """Mean KL divergence KL(final || entry) in nats, float64 ``[E]``: what is lost by taking the entry's prediction for
+    """Mean KL divergence KL(final || entry) in nats, float64 ``[E]``: what is lost if the entry's prediction replaces
     the model's own. Exactly 0 at the last entry."""
     kl_error: np.ndarray
     """Standard error of `kl`, float64 ``[E]``, from the spread between windows (positions of one window are not
-    independent); NaN for less than two windows."""
+    independent); NaN for fewer than two windows."""
     entropy: np.ndarray
     """Mean entropy of the entry's prediction in nats, float64 ``[E]``."""
     agreement: np.ndarray
     """Share of positions at which the entry's most likely token is the model's, float64 ``[E]``."""
     prediction_depth: float
-    """Layers after which the most likely token is the model's and stays so, averaged over positions: from 0 (the
-    embedding knows) to `num_layers`. Source: prediction depth, Baldock, Maennel and Neyshabur 2021, with the model's
+    """Number of layers after which the most likely token is the model's and remains so, averaged over positions: from 0
+    (at the embedding) to `num_layers`. Source: prediction depth, Baldock, Maennel and Neyshabur 2021, with the model's
     own head in place of their nearest neighbours."""
     num_positions: int
-    """Positions that count."""
+    """Number of positions that count."""
     num_windows: int
-    """Windows they lie in."""
+    """Number of windows in which they lie."""
     num_not_finite: int
     """Positions left out because a hidden state, a gate or a logit is NaN or infinite."""
 
     @property
     def relative_depth(self) -> np.ndarray:
-        """Share of the layers that lie behind an entry, float64 ``[E]``: 0 for the embedding, 1 for the last layer.
+        """Depth of each entry as a share of all layers, float64 ``[E]``: 0 for the embedding, 1 for the last layer.
 
-        It is the axis on which models of different depth are compared.
+        On this axis models of different depth are compared.
         """
         return np.arange(self.num_layers + 1) / max(self.num_layers, 1)
 
     def kl_depth(self, share: float = 0.5) -> float:
-        """Find how many layers it takes until little of the divergence is left.
+        """Find how many layers it takes until only a share of the divergence is left.
 
-        It is where the curve of `kl`, drawn with straight lines between entries, first comes down to ``share`` times
-        its value at the embedding. The smaller, the earlier the model is ready to predict.
+        This is where the curve of `kl`, drawn with straight lines between entries, first falls to ``share`` times its
+        value at the embedding. The smaller it is, the earlier the model is ready to predict.
 
         Args:
-            share: What is left, in (0, 1].
+            share: The share that is left, in (0, 1].
 
         Returns:
-            Layers, from 0 to `num_layers`; NaN where there are no positions.
+            Layers, from 0 to `num_layers`; NaN if there are no positions.
 
         Raises:
             ConfigError: The share is impossible.
         """
         if not 0 < share <= 1:
-            raise ConfigError(f"share is how much of the first divergence is left, above 0 and at most 1, not {share}")
+            raise ConfigError(f"share is the part of the divergence that is left, above 0 and at most 1, not {share}")
         target = share * self.kl[0]
         for entry in np.flatnonzero(self.kl <= target)[:1].tolist():
             before, after = self.kl[entry - 1] if entry else target, self.kl[entry]
@@ -101,21 +101,21 @@ class LensCurve(PlainResult):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LensFindings(PlainResult):
-    """Several models seen through the lens, side by side."""
+    """Several models seen through the lens."""
 
     models: Mapping[str, LensCurve]
-    """By the model's name."""
+    """The curve of each model, by its name."""
 
 
 class LogitLens(Analysis):
-    """Takes every layer's hidden state through the model's own head. Feed it with `engram_lm.analysis.read_text`.
+    """Sends every layer's hidden state through the model's own head. Feed it with `engram_lm.analysis.read_text`.
 
-    Streams are brought together as before the model's head (`Subject.predict`); the paper does not say how it does
-    that. It does not apply to a model whose head is not understood, which is checked on the first windows.
+    Streams are combined as before the model's head (`Subject.predict`); the paper does not say how it does that. The
+    lens does not apply to a model whose head is not understood, which is checked on the first windows.
 
     Args:
-        one_in: Look at one in so many positions, spread over the text; see `engram_lm.analysis.positions.thinned`. The
-            head costs as much for every layer as it costs the model once, so of a long text a part is enough.
+        one_in: Look at one of this many positions, spread over the text; see `thinned`. For each layer the head costs
+            as much as it costs the model once, so a part of a long text is enough.
 
     Raises:
         ConfigError: ``one_in`` is below 1.
@@ -137,11 +137,11 @@ class LogitLens(Analysis):
         return None
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
-        """Three numbers for every entry, and as much again while they are added up."""
+        """Return the bytes of three numbers for every entry, and as much again while they are added up."""
         return max(6 * 8 * (subject.num_layers + 1) for subject in subjects)
 
     def held_bytes(self, subjects: Sequence[Subject]) -> int:
-        """What the positions that are looked at together take; the models come one after the other."""
+        """Return what the positions that are computed at once take; the models come one after the other."""
         return max(_NUM_COPIES * 4 * _chunk(subject) * subject.vocab_size for subject in subjects)
 
     def update(self, readings: Sequence[Reading]) -> None:
@@ -164,21 +164,21 @@ def logit_lens(
     one_in: int = 1,
     budget_bytes: int = 1 << 29,
 ) -> LensFindings:
-    """Look at one model or several through the logit lens.
+    """Look at one or several models through the logit lens.
 
     Args:
         models: A model, or a mapping of names to models.
         tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers. Models of different vocabularies
-            are read one after the other; their divergences are of different distributions.
-        text: A text, or token ids where all models share a vocabulary; see `engram_lm.analysis.read_text`.
-        length: Tokens the models see at once.
-        max_tokens: Read only so many tokens.
+            are read one after the other; their divergences belong to different distributions.
+        text: A text, or token ids if all models share a vocabulary; see `engram_lm.analysis.read_text`.
+        length: Tokens that the models see at once.
+        max_tokens: Read at most this many tokens.
         one_in: See `LogitLens`.
         budget_bytes: See `engram_lm.analysis.read_text`.
 
     Raises:
         MismatchError: A model's head is not understood, or token ids were given for models of different vocabularies.
-        ConfigError: A number is impossible, or something is no model.
+        ConfigError: A number is impossible, or a model cannot be analyzed.
         DataError: The text has no tokens.
 
     Example:
@@ -189,7 +189,7 @@ def logit_lens(
     groups = group_by_tokenizer(subjects)
     if len(groups) > 1 and not isinstance(text, str):
         raise MismatchError(
-            f"{groups[0][0].name} and {groups[1][0].name} have different vocabularies, so token ids cannot mean the "
+            f"{groups[0][0].name} and {groups[1][0].name} have different vocabularies, so token ids do not mean the "
             "same to both; pass the text itself"
         )
     curves: dict[str, LensCurve] = {}
@@ -200,7 +200,7 @@ def logit_lens(
             raise MismatchError(f"the logit lens does not apply: {found.reason}")
         curves |= found.models
     if not all(curve.num_positions for curve in curves.values()):
-        raise DataError("not one position of the text has finite hidden states and logits, so there is nothing to say")
+        raise DataError("no position of the text has finite hidden states and logits, so there is nothing to measure")
     return LensFindings({subject.name: curves[subject.name] for subject in subjects})
 
 

@@ -26,7 +26,7 @@ class Promoted(NamedTuple):
     text: str
     """What it spells."""
     logit: float
-    """How far above the logit that an empty hidden state gives it."""
+    """Difference to the logit that an empty hidden state gives it."""
 
 
 @torch.no_grad()
@@ -35,20 +35,20 @@ def promoted_tokens(
 ) -> tuple[tuple[Promoted, ...], ...]:
     """Send parts of the memory vector through the value projection and on to the model's head.
 
-    This is the straight way out only: the gate, which scales the value, the convolution, the projection's bias and all
-    later layers are left aside, so it says what a row adds and not what the model makes of it. The final norm brings
-    values of any size to one.
+    This is only the direct path to the output. It leaves out the gate (which scales the value), the convolution, the
+    projection's bias and all later layers, so it shows what a row adds and not what the model makes of it. The final
+    norm brings values of any size to one.
 
     Args:
         subject: The model.
         layer: One of its memories.
-        vectors: What stands in some channels of the memory vector, the others being zero, floating ``[N, C]``.
-        channels: Which ones.
+        vectors: Values of some channels of the memory vector, the others being zero, floating ``[N, C]``.
+        channels: These channels.
         number: Tokens to name for each vector.
 
     Returns:
-        For each vector the tokens it raises most; none where its value is zero or not finite, where ``number`` is 0,
-        or where it is not known how the model predicts (see `Subject.predict`).
+        For each vector the tokens it raises most. There are none if its value is zero or not finite, if ``number`` is
+        0, or if it is not known how the model predicts (see `Subject.predict`).
 
     Source: direct logit attribution, Elhage et al., “A Mathematical Framework for Transformer Circuits”, 2021.
     """
@@ -56,7 +56,7 @@ def promoted_tokens(
     if number < 1 or not _can_predict(subject):
         return nothing
     values = _values(layer, vectors, channels, subject.device)
-    # Streams all hold the value, as they do behind the memory but for their gates.
+    # All streams hold the value, as they do behind the memory, except for their gates.
     states = values.to(subject.dtype).unsqueeze(-2).expand(-1, subject.num_streams, -1)
     num_tokens = min(len(subject.tokenizer), subject.vocab_size)
     logits = subject.predict(torch.cat([states, torch.zeros_like(states[:1])]))[..., :num_tokens].float().cpu()
@@ -75,7 +75,7 @@ def promoted_tokens(
 
 
 class _Predicts(Analysis):
-    """Applies where `Subject.predict` gives the model's own logits."""
+    """Applies if `Subject.predict` gives the model's own logits."""
 
     wants = frozenset({"predict"})
 
@@ -95,7 +95,7 @@ def _can_predict(subject: Subject) -> bool:
 
 
 def _values(layer: EngramLayer, vectors: Tensor, channels: slice, device: torch.device) -> Tensor:
-    """The value projection without its bias, [N, D]; called as a module, which quantized and offloaded ones need."""
+    """Apply the value projection without its bias, [N, D]. Quantized and offloaded ones must be called as modules."""
     weight = layer.key_value.weight
     memory = torch.zeros(len(vectors) + 1, layer.config.memory_dim)
     memory[:-1, channels] = vectors

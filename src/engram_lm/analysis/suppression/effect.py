@@ -84,15 +84,15 @@ class SuppressionEffect(PlainResult):
 
     @property
     def retained(self) -> np.ndarray:
-        """`exact_match` relative to that with memory, float64 ``[C, F]``; NaN where that is 0."""
+        """`exact_match` relative to the one with memory, float64 ``[C, F]``; NaN if that is 0."""
         full = self.exact_match[:1]
         return np.divide(self.exact_match, full, out=np.full_like(self.exact_match, np.nan), where=full > 0)
 
     @property
     def retained_error(self) -> np.ndarray:
-        """Standard error of `retained`, from the binomial ones of both shares, float64 ``[C, F]``.
+        """Standard error of `retained`, from the binomial errors of both shares, float64 ``[C, F]``.
 
-        Both shares are of the same questions, which makes the true error smaller: this one is on the safe side.
+        Both shares come from the same questions, so the true error is smaller.
         """
         share, count = self.exact_match, np.maximum(self.num_items, 1)
         variance = share * (1 - share) / count
