@@ -1,6 +1,5 @@
 """`engram-lm adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -15,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engram_lm import MemoryAdapter
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
+from engram_lm.studies.adaptation.bench import Bench
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
 from engram_lm.studies.adaptation.run import Adaptation
 from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.job import Job
 from engram_lm.training.progress import RunProgress
+from engram_lm.training.recipe import Recipe
 
 ALL_ARMS = ["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 NAMES = ["Alexander", "Diana", "Isaac", "Ada", "Marie"]
@@ -140,12 +142,16 @@ def test_the_memory_that_is_left_behind_gives_the_recorded_loss(material, run, r
     tokenizer = AutoTokenizer.from_pretrained(material / "base")
     MemoryAdapter.from_pretrained(model, run / "adapter", tokenizer=tokenizer)
     recipe = AdaptationRecipe.read(run / "recipe.toml")
-    text = adaptation(recipe, run).prepare().text
-    found = held_out_loss(model, text.held_out.tokens, length=32)
+    text = Bench(recipe, RunProgress(Console(stderr=True), silent=True)).text
+    found = held_out_loss(model, text.held_out, length=32)
     assert found.loss == pytest.approx(result["arms"]["memory"]["runs"][0]["domain"]["loss"], abs=1e-6)
     assert {path.name for path in run.iterdir()} >= {"recipe.toml", "result.json", "report.html", "adapter", "runs"}
     assert (run / "runs" / "memory_lora-1" / "lora" / "adapter_model.safetensors").is_file()
-    assert not (run / "runs" / "random_table-0").exists()
+    for name in ("random_table-0", "full-0"):
+        kept = {path.name for path in (run / "runs" / name).iterdir()}
+        assert "recipe.toml" in kept and not kept & {"memory", "lora", "model", "checkpoints"}
+    # A run can be done again alone.
+    assert Recipe.read(run / "runs" / "memory-1" / "recipe.toml").train.seed == 1
 
 
 def test_memory_switched_off_or_misaddressed_is_measured_and_looked_into(result):
@@ -236,41 +242,19 @@ def test_a_rate_that_is_far_too_high_loses_and_ends_nothing(material, table, tmp
         adaptation(changed(table, arms=names, rates={"full": 1e30}), tmp_path / "other").execute()
 
 
-class BreakTheSecondSeed(RunProgress):
-    """Makes the weights of the second training NaN after its first step."""
+def test_a_seed_that_diverges_is_told_of_and_ends_nothing(table, tmp_path, monkeypatch):
+    step = Job.step
 
-    trainings = 0
-    model = None
-
-    def training(self, first, last):
-        self.trainings += 1
-        context = super().training(first, last)
-
-        @contextlib.contextmanager
-        def watched():
-            with context as show:
-                yield lambda record, held_out: (self.spoil(), show(record, held_out))
-
-        return watched()
-
-    def spoil(self):
-        if self.trainings == 2:
+    def spoiled(job):
+        found = step(job)
+        if job.recipe.train.seed == 1:
             with torch.no_grad():
-                next(self.model.parameters()).fill_(float("nan"))
+                next(job.model.parameters()).fill_(float("nan"))
+        return found
 
-
-def test_a_seed_that_diverges_is_told_of_and_ends_nothing(table, tmp_path):
+    monkeypatch.setattr(Job, "step", spoiled)
     recipe = changed(table, arms={"names": ["full"]}, train={"seeds": 3, "num_steps": 3})
-    progress = BreakTheSecondSeed(Console(stderr=True), silent=True)
-    study = adaptation(recipe, tmp_path / "run", progress=progress)
-    prepare = study.prepare
-
-    def prepared():
-        bench = prepare()
-        progress.model = bench.model
-        return bench
-
-    study.prepare = prepared
+    study = adaptation(recipe, tmp_path / "run")
     arm = study.execute()["arms"]["full"]
     assert [run["seed"] for run in arm["runs"]] == [0, 1, 2] and "loss is nan" in arm["runs"][1]["failed"]
     kept = [arm["runs"][seed]["domain"]["loss"] for seed in (0, 2)]
@@ -292,26 +276,6 @@ def test_resuming_with_another_base_or_text_is_refused(material, table):
     finally:
         domain.write_text(text)
         shutil.rmtree(out)
-
-
-def test_every_arm_leaves_the_base_exactly_as_it_was(table, tmp_path):
-    bench = adaptation(changed(table), tmp_path / "out").prepare()
-    model = bench.model
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    modules, hooks = dict(model.named_modules()).keys(), _hooks(model)
-    model.lm_head.weight.requires_grad_(False)  # as somebody may have left it
-    for name in ALL_ARMS:
-        bench.run(name, seed=1, rate=1e-2, num_steps=1, save=None, on_step=lambda record: False, validate=False)
-        after = model.state_dict()
-        assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state), name
-        assert dict(model.named_modules()).keys() == modules and _hooks(model) == hooks
-        assert not hasattr(model, "peft_config")
-        frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
-        assert frozen == ["lm_head.weight"] and all(parameter.grad is None for parameter in model.parameters())
-
-
-def _hooks(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsys):

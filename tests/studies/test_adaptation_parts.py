@@ -15,17 +15,18 @@ from engram_lm import EngramConfig
 from engram_lm.adapt.controls import permuted_hash, shuffled_rows
 from engram_lm.errors import DataError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.studies.adaptation.arms import ARMS, dressed
-from engram_lm.studies.adaptation.cost import matched_rank
-from engram_lm.studies.adaptation.recipe import AdaptationRecipe, DomainOptions, LoraOptions
-from engram_lm.studies.adaptation.text import open_text
-from engram_lm.training.base_model import lora_targets
+from engram_lm.studies.adaptation.arms import RETAINED, arm_recipe
+from engram_lm.studies.adaptation.bench import matched_rank
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe
+from engram_lm.training.assembly import open_text
+from engram_lm.training.base_model import AdaptedBase, lora_targets
 from engram_lm.training.data.batches import Batches
-from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import training_flops_per_token
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
 
 MEMORY = EngramConfig(hidden_size=32, layers=(0, 2), num_heads=2, memory_dim=24, rows_per_head=97)
@@ -92,12 +93,16 @@ def test_the_rank_of_lora_is_the_nearest_in_weights():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_lora_is_put_on_matrices_of_either_kind_without_a_warning(name):
+def test_lora_is_put_on_matrices_of_either_kind_without_a_warning(name, tmp_path):
     model = small_model(name)
-    targets = lora_targets(model, ("all-linear",))
-    with dressed(model, TOKENIZER, ARMS["lora"], memory=MEMORY, lora=LoraOptions(), rank=2, targets=targets, seed=0):
-        trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-        assert len(trained) == 2 * len(targets)
+    model.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    recipe = Recipe.from_dict(
+        {"model": {"base": str(tmp_path / "base")}, "lora": {"rank": 2}, "train": {"num_steps": 1}}
+    )
+    found = AdaptedBase(recipe, TOKENIZER, Ranks())
+    trained = [key for key, parameter in found.module.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(lora_targets(model, ("all-linear",)))
 
 
 def test_any_causal_language_model_has_the_loss_that_transformers_computes():
@@ -135,9 +140,13 @@ def test_the_recipe_of_the_project_is_read_back_as_it_was():
     assert again == one and one.memory.for_width(128).memory_dim == 128
 
 
-def _options(folder, **more):
-    sources = (TextSource(path=str(folder)),)
-    return DomainOptions(domain=sources, cache=folder.parent / "shards", sequence_length=16, **more)
+def _opened(folder, **data):
+    recipe = {
+        "data": {"domain": [str(folder)], "cache": str(folder.parent / "shards"), "sequence_length": 16, **data},
+        "train": {"num_steps": 1},
+    }
+    one = AdaptationRecipe.from_dict(recipe)
+    return open_text(arm_recipe(one, "memory", lora_rank=1, dtype="float32"), TOKENIZER)
 
 
 def test_the_parts_of_few_documents_do_not_meet(tmp_path):
@@ -145,14 +154,14 @@ def test_the_parts_of_few_documents_do_not_meet(tmp_path):
     folder.mkdir()
     words = [f"w{number}" for number in range(2000)]
     (folder / "one.txt").write_text(" ".join(words))
-    text = open_text(_options(folder, held_out=0.2, validation=0.1), TOKENIZER)
+    text = _opened(folder, held_out=0.2, validation=0.1)
     train = text.train.slice(0, text.num_tokens)
-    parts = [TOKENIZER.decode(tokens.tolist()) for tokens in (train, text.validation.tokens, text.held_out.tokens)]
+    parts = [TOKENIZER.decode(tokens.tolist()) for tokens in (train, text.texts["validation"].tokens, text.held_out)]
     found = [{word for word in words if f" {word} " in f" {part} "} for part in parts]
     assert all(found) and not (found[0] & found[1] or found[0] & found[2])
     assert len(found[1] & found[2]) <= 1  # the first token that is predicted needs one before it
     assert text.about is not None and len(found[2]) == pytest.approx(400, abs=60)
-    assert abs(text.held_out.num_bytes - len(parts[2].encode())) <= 8
+    assert abs(text.held_out_bytes - len(parts[2].encode())) <= 8
 
 
 def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
@@ -160,16 +169,16 @@ def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
     folder.mkdir()
     for number in range(200):
         (folder / f"{number}.txt").write_text(f"document {number} of many. " * 5)
-    more = {"held_out": 0.2, "validation": 0.05, "retained": (TextSource(path=str(folder)),)}
-    text = open_text(_options(folder, **more, retained_held_out=0.25, retained_tokens=100_000), TOKENIZER)
+    more = {"held_out": 0.2, "validation": 0.05, "retained": [str(folder)]}
+    text = _opened(folder, **more, retained_held_out=0.25, retained_tokens=100_000)
     train = TOKENIZER.decode(text.train.slice(0, text.num_tokens).tolist())
-    retained = TOKENIZER.decode(text.retained.tokens.tolist())
+    retained = TOKENIZER.decode(text.texts[RETAINED].tokens.tolist())
     trained = {number for number in range(200) if f"document {number} of" in train}
     kept = {number for number in range(200) if f"document {number} of" in retained}
     # The same share of the same documents: what a training with this share held out.
     assert text.about is None and len(trained) + len(kept) == 200 and not trained & kept
-    with pytest.raises(DataError, match="retained_held_out"):
-        open_text(_options(folder, retained=(TextSource(path=str(folder / "1.txt")),)), TOKENIZER)
+    with pytest.raises(DataError, match=r"held_out = 0\.01 of the text retained is no document or all of them"):
+        _opened(folder, retained=[str(folder / "1.txt")])
 
 
 def test_gates_of_an_attached_memory_are_those_of_its_layers():

@@ -4,23 +4,21 @@ import dataclasses
 import json as json_module
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, ClassVar
 
-import tyro
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from engram_lm.errors import ConfigError
 from engram_lm.training.recipe import Recipe
-from engram_lm.training.recipe_file import describe_keys, divide, write_toml
+from engram_lm.training.recipe_command import RecipeCommand
+from engram_lm.training.recipe_file import write_toml
 
 __all__ = ["Train"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(RecipeCommand[Recipe]):
     """Train a model by a recipe, on this process or under torchrun on many.
 
     Any key of the recipe can be given as a flag: --train.num_steps 100 --model.memory.rows_per_head 50000; --keys lists
@@ -36,34 +34,12 @@ class Train:
         torchrun --nproc-per-node 2 -m engram-lm train recipes/nano-cpu.toml
     """
 
-    recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml|RUN")] = None
-    """The recipe; or the folder of a run, to go on with it by its own recipe."""
-    out: Path | None = None
-    """Run folder; runs/NAME for NAME.toml unless given."""
+    recipe_type: ClassVar[type[Recipe]] = Recipe
+
     max_steps: int | None = None
     """Stop after this step, with a checkpoint; the schedule stays that of all steps."""
-    resume: bool = False
-    """Go on with the run in the folder, from its last complete checkpoint."""
-    dry_run: bool = False
-    """Print the resolved recipe and what it costs on each process and in each step, and train nothing."""
     world_size: int | None = None
     """Processes that --dry-run reckons with; those that were started unless given."""
-    keys: bool = False
-    """List every key of a recipe with its meaning and default."""
-    json: bool = False
-    """Print the result, or the plan of --dry-run, as JSON."""
-    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Keys of the recipe given as flags."""
-
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        """Parse a command line; what is no flag of this verb is a key of the recipe."""
-        own_arguments, keys = divide(arguments)
-        # A key's value that stands before the recipe would be taken for it, so keys go first.
-        own, rest = tyro.cli(
-            cls, prog=prog, args=own_arguments, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        return dataclasses.replace(own, overrides=(*keys, *rest))
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_steps < 1:
@@ -71,30 +47,12 @@ class Train:
         if self.world_size is not None and (self.world_size < 1 or not self.dry_run):
             raise ConfigError("--world-size is a number from 1, and for --dry-run only; torchrun decides it otherwise")
 
-    def run(self) -> int:
-        """Train, or say what would be."""
-        if self.keys:
-            print(describe_keys(Recipe))
-            return 0
-        if self.recipe is None:
-            raise ConfigError(
-                "name a recipe: engram-lm train RECIPE.toml; engram-lm train --keys lists what it may hold"
-            )
-        path = self.recipe / "recipe.toml" if self.recipe.is_dir() else self.recipe
-        recipe = Recipe.read(path, list(self.overrides))
-        if self.dry_run:
-            return self._plan(recipe)
-        return self._train(recipe)
-
-    def _train(self, recipe: Recipe) -> int:
+    def execute(self, recipe: Recipe, out: Path) -> int:
+        """Train."""
         from engram_lm.training.distribution import start
         from engram_lm.training.progress import RunProgress
         from engram_lm.training.run import Run
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        assert self.recipe is not None
-        out = self.out or (self.recipe if self.recipe.is_dir() else Path("runs") / self.recipe.stem)
         # Blocks hand on a view of what they computed; nothing writes to it, which is what FSDP2 warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         with start(None if recipe.train.device == "auto" else recipe.train.device) as ranks:
@@ -103,13 +61,11 @@ class Train:
             run = Run(recipe, out, ranks, resume=self.resume, stop_after=self.max_steps, progress=progress)
             result = run.execute()
         if first:
-            if self.json:
-                print(json_module.dumps(result))
-            else:
-                print(_last_words(result))
+            print(json_module.dumps(result) if self.json else _last_words(result))
         return 130 if result["interrupted"] else 0
 
-    def _plan(self, recipe: Recipe) -> int:
+    def plan(self, recipe: Recipe, out: Path) -> int:
+        """Print what the recipe costs."""
         from engram_lm.training.dry_run import dry_run, print_dry_run
 
         world_size = self.world_size or int(os.environ.get("WORLD_SIZE", "1"))
@@ -132,4 +88,9 @@ def _last_words(result: dict[str, Any]) -> str:
     words = f"{result['num_steps']:,} steps{skipped}, {result['num_tokens']:,} tokens{loss}, {result['seconds']:.0f} s"
     if result["interrupted"]:
         return f"stopped after {words}; go on with --resume"
-    return f"{words}\n  continue: engram-lm generate {result['out']}/model --prompt '...'"
+    out = result["out"]
+    if (Path(out) / "model").is_dir():
+        return f"{words}\n  continue: engram-lm generate {out}/model --prompt '...'"
+    if (Path(out) / "memory").is_dir():
+        return f"{words}\n  load: MemoryAdapter.from_pretrained(model, {out + '/memory'!r})"
+    return words

@@ -30,7 +30,7 @@ from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
 
-__all__ = ["METRICS", "MODEL", "RESULT", "Job"]
+__all__ = ["METRICS", "MODEL", "RESULT", "Job", "sequences_at_once"]
 
 METRICS, RESULT, MODEL = "metrics.jsonl", "result.json", "model"
 """What a run writes into its folder: a line per step, the result, and the trained model."""
@@ -226,7 +226,8 @@ class Job:
         assert tokens is not None
         whole = options.curve_tokens is None or number == self.recipe.train.num_steps
         ends = self.text.held_out_ends if self.recipe.data.restart_documents else None
-        found = self.evaluate(tokens, document_ends=ends, max_tokens=None if whole else options.curve_tokens)
+        limits = {"num_bytes": self.text.held_out_bytes} if whole else {"max_tokens": options.curve_tokens}
+        found = self.evaluate(tokens, document_ends=ends, **limits)
         self._measured["held_out"] = {"step": number, **found.to_dict()}
         return self._measured["held_out"]
 
@@ -257,7 +258,7 @@ class Job:
             self.model,
             tokens,
             length=self.recipe.data.sequence_length,
-            batch_size=_sequences_at_once(self.recipe, self.ranks),
+            batch_size=sequences_at_once(self.recipe, self.ranks),
             max_tokens=max_tokens,
             num_bytes=num_bytes,
             ranks=self.ranks,
@@ -373,7 +374,7 @@ def _check_facts(checkpoint: Path, corpus: str) -> None:
         )
 
 
-def _sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
+def sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
     """Sequences that all processes together compute at a time in training."""
     own = -(-recipe.train.batch_size // ranks.world_size)
     return min(own, recipe.train.micro_batch_size or own) * ranks.world_size

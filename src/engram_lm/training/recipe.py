@@ -2,19 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError
 from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text import EvaluationText
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
-from engram_lm.training.recipe_file import build, override, read_table, to_plain
+from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "TokenizerOptions",
-    "differences",
 ]
 
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
@@ -291,8 +290,14 @@ class LogOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(RecipeFile):
     """Everything that decides a training run. A recipe file is this, in TOML, one section per field."""
+
+    prog: ClassVar[str] = "engram-lm train"
+    # What decides where, how fast and how often, and not what comes out beyond rounding.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"evaluation", "checkpoint", "parallel", "log", "data.cache", "train.micro_batch_size", "train.device"}
+    )
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Which model is trained."""
@@ -322,70 +327,3 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.model.base is None and (self.adapter.layers or self.lora.rank):
             raise ConfigError("[adapter] and [lora] are added to a pretrained model; name it as model.base")
-
-    @classmethod
-    def read(cls, path: Path, overrides: list[str] | None = None) -> Self:
-        """Read a recipe file.
-
-        Args:
-            path: The TOML file.
-            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
-
-        Raises:
-            ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
-        """
-        return build(cls, override(read_table(path), overrides or []))
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Make a recipe of nested dictionaries, as `to_dict` gives them.
-
-        Raises:
-            ConfigError: A key is unknown or a value impossible.
-        """
-        return build(cls, table)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values; what is None is left out."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to go on with another recipe than a checkpoint was made with.
-
-        How often something is written down, and on how many processes of which kind the work is divided, may change.
-
-        Args:
-            saved: The recipe in the checkpoint.
-
-        Raises:
-            MismatchError: Naming every key that differs.
-        """
-        ours = self.to_dict()
-        different = [
-            f"{place} is {_show(now)}, was {_show(then)}"
-            for section in ("model", "adapter", "lora", "tokenizer", "data", "train", "optimizer", "schedule")
-            for place, now, then in differences(section, ours.get(section), saved.get(section))
-            if place not in _MAY_CHANGE
-        ]
-        if different:
-            raise MismatchError(
-                f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
-                "run folder, or begin a new run with another --out"
-            )
-
-
-# What decides where and how fast work is done, and not what comes out beyond rounding.
-_MAY_CHANGE = {"data.cache", "train.micro_batch_size", "train.device"}
-
-
-def differences(place: str, now: Any, then: Any) -> list[tuple[str, Any, Any]]:
-    """List what differs between two recipes, key by key: the key, its value now, and its value then."""
-    if isinstance(now, Mapping) and isinstance(then, Mapping):
-        names = [*now, *(name for name in then if name not in now)]
-        return [found for name in names for found in differences(f"{place}.{name}", now.get(name), then.get(name))]
-    return [] if now == then else [(place, now, then)]
-
-
-def _show(value: Any) -> str:
-    return "not given" if value is None else repr(value)

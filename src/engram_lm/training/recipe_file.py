@@ -10,15 +10,86 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 import tyro
 
-from engram_lm.errors import ConfigError, closest, suggestion
+from engram_lm.errors import ConfigError, MismatchError, closest, suggestion
 
-__all__ = ["build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
+__all__ = ["RecipeFile", "build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
 
 _Options = TypeVar("_Options")
+
+
+class RecipeFile:
+    """A dataclass of sections that a TOML file can hold, one section per field; keys can be given as flags, too."""
+
+    prog: ClassVar[str]
+    """The command that reads it, for messages."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Sections and keys that may be others when a run goes on."""
+
+    @classmethod
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a recipe file.
+
+        Args:
+            path: The TOML file.
+            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
+
+        Raises:
+            ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
+        """
+        return build(cls, override(read_table(path), overrides, prog=cls.prog))
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Make a recipe of nested dictionaries, as `to_dict` gives them.
+
+        Raises:
+            ConfigError: A key is unknown or a value impossible.
+        """
+        return build(cls, table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values; what is None is left out."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to go on with another recipe than a run was begun with.
+
+        Args:
+            saved: The recipe of the run, as `to_dict` gave it.
+
+        Raises:
+            MismatchError: Naming every key that differs and must not.
+        """
+        ours = self.to_dict()
+        different = [
+            f"{place} is {_show(now)}, was {_show(then)}"
+            for section in ours
+            if section not in self.may_change
+            for place, now, then in _differences(section, ours[section], saved.get(section, {}))
+            if place not in self.may_change
+        ]
+        if different:
+            raise MismatchError(
+                f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
+                "run folder, or begin a new run with another --out"
+            )
+
+
+def _differences(place: str, now: Any, then: Any) -> list[tuple[str, Any, Any]]:
+    """List what differs between two recipes, key by key: the key, its value now, and its value then."""
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        names = [*now, *(name for name in then if name not in now)]
+        return [found for name in names for found in _differences(f"{place}.{name}", now.get(name), then.get(name))]
+    return [] if now == then else [(place, now, then)]
+
+
+def _show(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A training run: from a recipe to a folder that holds the trained model, and back to work after a stop."""
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,11 @@ from engram_lm.training.job import METRICS, Job
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
+from engram_lm.training.run_folder import hold_folder
 
 __all__ = ["Run"]
 
-_RECIPE, _LOCK = "recipe.toml", ".lock"
+_RECIPE = "recipe.toml"
 
 
 class Run:
@@ -106,29 +106,11 @@ class Run:
 
     def _take_folder(self, stack: contextlib.ExitStack) -> None:
         """Make the run folder this run's, or find that it is."""
-        recipe_file = self.out / _RECIPE
-        # What a process leaves that is killed before it has written its recipe is nobody's work.
-        left = (_LOCK, f".{_RECIPE}.")
-        found = [path for path in self.out.iterdir() if not path.name.startswith(left)] if self.out.is_dir() else []
-        if found and not recipe_file.is_file():
-            raise RunFolderError(
-                f"{self.out} holds something that is not a training run (no {_RECIPE}), so it is left alone; name "
-                "another folder with --out"
-            )
+        known = stack.enter_context(hold_folder(self.out, _RECIPE, kind="a training run", work="training"))
+        if known:
+            self._check_earlier(Recipe.read(self.out / _RECIPE))
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((self.out / _LOCK).open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"another process is training in {self.out}; wait until it ends, or name another folder with --out"
-                ) from None
-            if found:
-                self._check_earlier(Recipe.read(recipe_file))
-            write_atomically(recipe_file, write_toml(self.recipe.to_dict()))
-        except RunFolderError:
-            raise
+            write_atomically(self.out / _RECIPE, write_toml(self.recipe.to_dict()))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to {self.out}: {error.strerror}; name a folder you can write to with --out"

@@ -1,6 +1,8 @@
 """The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
 
+import contextlib
 import datetime
+import fcntl
 import itertools
 import json
 import os
@@ -11,15 +13,61 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import RunFolderError
 
-__all__ = ["RunFolder", "command_line", "commit", "machine", "run_facts", "to_json", "versions"]
+__all__ = ["RunFolder", "command_line", "commit", "hold_folder", "machine", "run_facts", "to_json", "versions"]
 
 _MARK = "result.json"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def hold_folder(path: Path, mark: str, *, kind: str, work: str) -> Iterator[bool]:
+    """Hold a folder alone inside a ``with`` block; it is made where there is none.
+
+    The kernel gives the lock back however a process ends.
+
+    Args:
+        path: The folder.
+        mark: The file by which such a folder is known; the caller writes it.
+        kind: What the folder is, for messages, such as ``a training run``.
+        work: What is done in it, for messages, such as ``training``.
+
+    Yields:
+        Whether the mark was there already.
+
+    Raises:
+        RunFolderError: It holds something else, cannot be written, or another process works in it.
+    """
+    # What is left by a process that was killed before it wrote the mark is nobody's work.
+    left = (_LOCK, f".{mark}.")
+    known = (path / mark).is_file()
+    if path.is_file() or (
+        not known and path.is_dir() and any(not file.name.startswith(left) for file in path.iterdir())
+    ):
+        raise RunFolderError(
+            f"{path} holds something that is not {kind} (no {mark}), so it is left alone; name another folder with "
+            "--out"
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((path / _LOCK).open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"another process is {work} in {path}; wait until it ends, or name another folder with --out"
+            ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to {path}: {error.strerror}; name a folder you can write to with --out"
+            ) from error
+        yield known
 
 
 class RunFolder:

@@ -1,27 +1,30 @@
-"""What is trained: the arms of the comparison, each put on the base model and taken off again."""
+"""The arms of the comparison: each is an ordinary training run from the same base."""
 
-import contextlib
 import dataclasses
-import importlib.util
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
-from transformers.pytorch_utils import Conv1D
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
+from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
+from engram_lm.training.data.text import EvaluationText
+from engram_lm.training.optimizers import OptimizerOptions
+from engram_lm.training.recipe import (
+    CheckpointOptions,
+    DataOptions,
+    EvaluationOptions,
+    LogOptions,
+    ModelOptions,
+    Recipe,
+    RunOptions,
+)
 
-from engram_lm.adapt import MemoryAdapter, attach
-from engram_lm.adapt.controls import RowMap, permuted_hash
-from engram_lm.errors import MissingExtraError
-from engram_lm.memory import EngramConfig
-from engram_lm.studies.adaptation.recipe import ArmName, LoraOptions
+__all__ = ["ARMS", "RETAINED", "ArmKind", "arm_recipe"]
 
-__all__ = ["ARMS", "Arm", "Dressed", "dressed"]
+RETAINED = "retained"
+"""Name of the text that the base knew before, in the result of a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
+class ArmKind:
     """One way to adapt the base."""
 
     title: str
@@ -32,9 +35,7 @@ class Arm:
     """Whether it has memory."""
     lora: bool = False
     """Whether it has low-rank matrices."""
-    whole: bool = False
-    """Whether the base's own weights are trained."""
-    frozen_table: bool = False
+    frozen_tables: bool = False
     """Whether the rows stay as they were drawn."""
     permuted: bool = False
     """Whether an N-gram reads other rows at every position."""
@@ -44,33 +45,39 @@ class Arm:
     @property
     def is_control(self) -> bool:
         """Whether it is there to be compared with, and not to be used."""
-        return self.frozen_table or self.permuted
+        return self.frozen_tables or self.permuted
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what was trained is written down; a whole model is as large as the base."""
+        return (self.memory or self.lora) and not self.is_control
 
 
-ARMS: dict[ArmName, Arm] = {
-    "memory": Arm(title="memory", about="memory is trained, the base stays as it is", memory=True),
-    "lora": Arm(
+ARMS: dict[ArmName, ArmKind] = {
+    "memory": ArmKind(title="memory", about="memory is trained, the base stays as it is", memory=True),
+    "lora": ArmKind(
         title="LoRA",
         about="low-rank matrices are trained, of as many operations per token as the memory's, beside the frozen base",
         lora=True,
     ),
-    "memory_lora": Arm(
+    "memory_lora": ArmKind(
         title="memory + LoRA", about="both are trained, the base stays as it is", memory=True, lora=True
     ),
-    "full": Arm(title="full fine-tuning", about="every weight of the base is trained", whole=True),
-    "random_table": Arm(
+    "full": ArmKind(title="full fine-tuning", about="every weight of the base is trained"),
+    "random_table": ArmKind(
         title="random table",
-        about="memory whose rows stay as they were drawn; a gain that is left is the projections' alone",
+        about="memory whose rows stay as they were drawn; a gain that remains comes from the projections alone",
         memory=True,
-        frozen_table=True,
+        frozen_tables=True,
     ),
-    "permuted_hash": Arm(
+    "permuted_hash": ArmKind(
         title="permuted hash",
-        about="memory where an N-gram reads other rows at every position; a gain that is left is none of knowing it",
+        about="memory where an N-gram reads other rows at every position; a gain that remains does not come from "
+        "knowing N-grams",
         memory=True,
         permuted=True,
     ),
-    "transfer": Arm(
+    "transfer": ArmKind(
         title="memory, transferred",
         about="memory whose rows begin as the base's hidden states for the domain's frequent N-grams",
         memory=True,
@@ -80,99 +87,86 @@ ARMS: dict[ArmName, Arm] = {
 """Every arm by its name in a recipe."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dressed:
-    """A base model with an arm on it."""
-
-    adapter: MemoryAdapter | None
-    """Its memory."""
-    peft_model: Any
-    """peft's view of it, where it has low-rank matrices."""
-    row_map: RowMap | None
-    """What the arm does with row numbers."""
-
-    def save(self, folder: Path) -> None:
-        """Write what was trained: ``memory/`` and ``lora/``."""
-        if self.adapter is not None:
-            self.adapter.save_pretrained(folder / "memory")
-        if self.peft_model is not None:
-            self.peft_model.save_pretrained(folder / "lora")
-
-
-@contextlib.contextmanager
-def dressed(
-    model: Any,
-    tokenizer: Any,
-    arm: Arm,
+def arm_recipe(
+    recipe: AdaptationRecipe,
+    name: ArmName,
     *,
-    memory: EngramConfig,
-    lora: LoraOptions,
-    rank: int,
-    targets: list[str],
-    seed: int,
-    layer_list: str | None = None,
-) -> Iterator[Dressed]:
-    """Put an arm on the base model inside a ``with`` block; afterwards the base is exactly what it was.
-
-    What the arm trains requires a gradient, and nothing else does.
+    lora_rank: int,
+    dtype: Literal["float32", "bfloat16"],
+    seed: int = 0,
+    rate: float = 1e-3,
+    num_steps: int = 1,
+) -> Recipe:
+    """Write down one run of an arm as a recipe, which ``engram-lm train`` can read.
 
     Args:
-        model: The base model.
-        tokenizer: Its tokenizer.
-        arm: What to put on it.
-        memory: Geometry of the memory.
-        lora: Options of the low-rank matrices.
-        rank: Their rank.
-        targets: Names of the matrices that get them.
-        seed: Decides all first numbers.
-        layer_list: Path of the decoder layers, where structure does not tell.
-
-    Raises:
-        MissingExtraError: The arm needs peft, which is not installed.
+        recipe: The adaptation.
+        name: Which arm.
+        lora_rank: Rank of its low-rank matrices, if it has any.
+        dtype: Type of matrix products.
+        seed: Decides its first numbers and the order of the text.
+        rate: Peak learning rate.
+        num_steps: Steps, with which the schedule ends.
     """
-    if arm.lora and importlib.util.find_spec("peft") is None:
-        raise MissingExtraError(
-            "this arm trains LoRA with peft, which is not installed; install the extra with `pip install "
-            "'engram-lm[lora]'`, or leave the arm out of arms.names (--controls adds it)"
+    kind, base, data, train = ARMS[name], recipe.base, recipe.data, recipe.train
+    adapter, lora = AdapterOptions(), LoraOptions()
+    if kind.memory:
+        initialization = "random" if kind.is_control else "transfer" if kind.transfer else recipe.memory.initialization
+        adapter = dataclasses.replace(recipe.memory, initialization=initialization, permuted_hash=kind.permuted)
+    if kind.lora:
+        lora = LoraOptions(
+            rank=lora_rank, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout, targets=recipe.lora.targets
         )
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()} if arm.whole else {}
-    model.requires_grad_(arm.whole)
-    peft_model = adapter = None
-    torch.manual_seed(seed)
-    try:
-        if arm.lora:
-            peft_model = _add_lora(model, lora, rank, targets)
-        if arm.memory:
-            adapter = attach(model, tokenizer, memory, layer_list=layer_list)
-            if arm.frozen_table:
-                adapter.memory_tables.requires_grad_(False)
-            if arm.permuted:
-                adapter.row_map = permuted_hash(adapter.spec)
-        yield Dressed(adapter, peft_model, None if adapter is None else adapter.row_map)
-    finally:
-        if adapter is not None:
-            adapter.close()
-        if peft_model is not None:
-            peft_model.unload()
-            if hasattr(model, "peft_config"):  # peft leaves it behind
-                del model.peft_config
-        if kept:
-            model.load_state_dict(kept)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
-            parameter.grad = None
-
-
-def _add_lora(model: Any, lora: LoraOptions, rank: int, targets: list[str]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    alpha = 2 * rank if lora.alpha is None else lora.alpha
-    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 by a name that is going out of use there.
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-        # GPT-2's matrices lie the other way around.
-        turned = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-        chosen = LoraConfig(**options, target_modules=targets, fan_in_fan_out=turned, task_type="CAUSAL_LM")
-        return get_peft_model(model, chosen)
+    texts: tuple[EvaluationText, ...] = ()
+    if data.retained:
+        texts = (
+            EvaluationText(
+                name=RETAINED,
+                sources=data.retained_sources,
+                held_out=data.retained_held_out,
+                max_tokens=data.retained_tokens,
+            ),
+        )
+    return Recipe(
+        model=ModelOptions(
+            base=base.model,
+            revision=base.revision,
+            layer_list=base.layer_list,
+            base_dtype=base.dtype,
+            frozen_tables=kind.frozen_tables,
+        ),
+        adapter=adapter,
+        lora=lora,
+        data=DataOptions(
+            sources=data.domain,
+            cache=data.cache,
+            sequence_length=data.sequence_length,
+            held_out=data.held_out,
+            validation=data.validation,
+        ),
+        train=RunOptions(
+            num_steps=num_steps,
+            batch_size=train.batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=seed,
+            dtype=dtype,
+            device=train.device,
+            max_grad_norm=train.max_grad_norm,
+        ),
+        optimizer=OptimizerOptions(
+            backbone="adamw",
+            lr=rate,
+            table_lr_multiplier=recipe.rates.table_lr_multiplier,
+            weight_decay=recipe.rates.weight_decay,
+        ),
+        schedule=recipe.schedule,
+        evaluation=EvaluationOptions(
+            points=train.curve_points,
+            start=True,
+            max_tokens=data.held_out_tokens,
+            curve_tokens=train.curve_tokens,
+            texts=texts,
+        ),
+        checkpoint=CheckpointOptions(every=0, keep_last=0, asynchronous=False, write_model=kind.is_kept),
+        log=LogOptions(details_every=0, tensorboard="no", wandb="no"),
+    )

@@ -1,24 +1,21 @@
 """``engram-lm adapt``: a recipe, a pretrained model, a folder, and all that happens between."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, ClassVar
 
-import tyro
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
-from engram_lm.errors import ConfigError
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe
-from engram_lm.training.recipe_file import describe_keys, divide, write_toml
+from engram_lm.training.recipe_command import RecipeCommand
+from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run_folder import to_json
 
 __all__ = ["Adapt"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapt:
+class Adapt(RecipeCommand[AdaptationRecipe]):
     """Give a pretrained model memory by a recipe, compare it with what else could be trained, and report.
 
     The base is measured first; then every arm of the recipe is trained from it, on the same text in the same order. Any
@@ -32,55 +29,18 @@ class Adapt:
         engram-lm adapt runs/adapt-cpu --resume
     """
 
-    recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml|RUN")] = None
-    """The recipe; or the folder of a run, to go on with it by its own recipe."""
-    out: Path | None = None
-    """Run folder; runs/NAME for NAME.toml unless given."""
+    recipe_type: ClassVar[type[AdaptationRecipe]] = AdaptationRecipe
+
     controls: bool = False
     """Also train with rows that stay random, with a hash that knows no N-grams, and LoRA of as many operations."""
-    resume: bool = False
-    """Go on with the run in the folder."""
-    dry_run: bool = False
-    """Print the resolved recipe and what each arm costs, and train nothing."""
-    keys: bool = False
-    """List every key of a recipe with its meaning and default."""
-    json: bool = False
-    """Print the result, or the plan of --dry-run, as JSON."""
-    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Keys of the recipe given as flags."""
 
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        """Parse a command line; what is no flag of this verb is a key of the recipe."""
-        own_arguments, keys = divide(arguments)
-        own, rest = tyro.cli(
-            cls, prog=prog, args=own_arguments, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        return dataclasses.replace(own, overrides=(*keys, *rest))
-
-    def run(self) -> int:
-        """Adapt, or say what would be done."""
-        if self.keys:
-            print(describe_keys(AdaptationRecipe))
-            return 0
-        if self.recipe is None:
-            raise ConfigError(
-                "name a recipe: engram-lm adapt RECIPE.toml; engram-lm adapt --keys lists what it may hold"
-            )
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        path = self.recipe / "recipe.toml" if self.recipe.is_dir() else self.recipe
-        recipe = AdaptationRecipe.read(path, list(self.overrides))
-        if self.controls:
-            recipe = dataclasses.replace(recipe, arms=recipe.arms.with_controls())
+    def execute(self, recipe: AdaptationRecipe, out: Path) -> int:
+        """Adapt."""
         from engram_lm.studies.adaptation.run import Adaptation
         from engram_lm.training.progress import RunProgress
 
-        out = self.out or (self.recipe if self.recipe.is_dir() else Path("runs") / self.recipe.stem)
-        adaptation = Adaptation(recipe, out, resume=self.resume, progress=RunProgress(Console(stderr=True)))
-        if self.dry_run:
-            return self._plan(adaptation)
-        result = adaptation.execute()
+        recipe = self._with_controls(recipe)
+        result = Adaptation(recipe, out, resume=self.resume, progress=RunProgress(Console(stderr=True))).execute()
         if self.json:
             print(to_json(result), end="")
         else:
@@ -90,24 +50,31 @@ class Adapt:
             Console().print(_last_words(result), highlight=False, soft_wrap=True)
         return 130 if result["interrupted"] else 0
 
-    def _plan(self, adaptation: Any) -> int:
-        bench = adaptation.prepare()
+    def plan(self, recipe: AdaptationRecipe, out: Path) -> int:
+        """Print what each arm costs."""
+        from engram_lm.studies.adaptation.bench import Bench
+        from engram_lm.training.progress import RunProgress
+
+        recipe = self._with_controls(recipe)
+        bench = Bench(recipe, RunProgress(Console(stderr=True)))
         arms = {
             name: {**dataclasses.asdict(cost), "num_steps": num_steps}
-            for name, (cost, num_steps) in adaptation.plan(bench).items()
+            for name, (cost, num_steps) in bench.plan().items()
         }
-        recipe = adaptation.recipe.to_dict()
         if self.json:
             memory = {**bench.memory.to_dict(), "num_rows": sum(bench.memory.num_table_rows())}
-            print(to_json({"recipe": recipe, "memory": memory, "arms": arms}), end="")
+            print(to_json({"recipe": recipe.to_dict(), "memory": memory, "arms": arms}), end="")
             return 0
-        print(write_toml(recipe))
+        print(write_toml(recipe.to_dict()))
         for name, arm in arms.items():
             print(
                 f"{name}: {arm['num_trainable']:,} numbers are trained, {arm['num_trainable_outside_tables']:,} of "
                 f"them outside tables; {arm['flops_per_token'] / 1e6:,.2f} MFLOPs per token, {arm['num_steps']:,} steps"
             )
         return 0
+
+    def _with_controls(self, recipe: AdaptationRecipe) -> AdaptationRecipe:
+        return dataclasses.replace(recipe, arms=recipe.arms.with_controls()) if self.controls else recipe
 
 
 def _last_words(result: dict[str, Any]) -> str:

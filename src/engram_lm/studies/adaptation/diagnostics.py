@@ -1,5 +1,6 @@
 """What a memory does, in numbers: which rows are in use, how many N-grams share them, how far the gates open."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,14 +8,75 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt import MemoryAdapter
+from engram_lm.adapt.controls import in_turn, shuffled_rows
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.memory.gate_recorder import record_gates
+from engram_lm.studies.adaptation.arms import RETAINED
+from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.job import Job
 
-__all__ = ["collisions", "gate_statistics", "occupancy"]
+__all__ = ["collisions", "gate_statistics", "look_inside", "loss_values", "occupancy"]
 
 _GATE_TOKENS = 16_384
 """Held-out tokens whose gates are looked at."""
+_COUNTED_TOKENS = 1 << 20
+"""Tokens of the domain whose N-grams are counted."""
+
+
+def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
+    """Measure a trained arm with its memory off and with its rows exchanged, and what the memory does.
+
+    Args:
+        job: The run of the arm, after its last step.
+        counted: Where collisions are kept for other arms and seeds, whose hash and text are the same.
+
+    Returns:
+        ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each None without memory.
+    """
+    adapter = job.trained.adapter if isinstance(job.trained, AdaptedBase) else None
+    if adapter is None:
+        return dict.fromkeys(("memory_off", "rows_shuffled", "occupancy", "collisions", "gates"))
+    length, own_map = job.recipe.data.sequence_length, adapter.row_map
+    with adapter.disabled():
+        off = _losses(job)
+    assert job.text.held_out is not None
+    gates = gate_statistics(job.model, adapter, job.text.held_out, length=length, dtype=job.trainer.options.dtype)
+    adapter.row_map = in_turn([own_map, shuffled_rows(adapter.spec)])
+    shuffled = _losses(job)
+    adapter.row_map = own_map
+    if own_map is None and not counted:
+        tokens = job.text.train.slice(0, min(job.text.num_tokens, _COUNTED_TOKENS))
+        # As in training, where no N-gram reaches back over the start of a sequence.
+        counted |= collisions(adapter, tokens[: len(tokens) // length * length].reshape(-1, length))
+    return {
+        "memory_off": off,
+        "rows_shuffled": shuffled,
+        "occupancy": occupancy(adapter, job.trainer.table_use.touched),
+        # A hash that looks at positions has no count of N-grams.
+        "collisions": dict(counted) if own_map is None else None,
+        "gates": gates,
+    }
+
+
+def _losses(job: Job) -> dict[str, Any]:
+    """Losses of the model as it stands, on the domain and on the retained text."""
+    text = job.text
+    assert text.held_out is not None
+    retained = text.texts.get(RETAINED)
+    return {
+        "domain": loss_values(job.evaluate(text.held_out, num_bytes=text.held_out_bytes).to_dict()),
+        "retained": None
+        if retained is None
+        else loss_values(job.evaluate(retained.tokens, num_bytes=retained.num_bytes).to_dict()),
+    }
+
+
+def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a result says of a held-out loss."""
+    if found is None:
+        return None
+    return {key: found.get(key) for key in ("loss", "perplexity", "num_tokens", "bits_per_byte")}
 
 
 def occupancy(adapter: MemoryAdapter, touched: dict[str, Tensor]) -> dict[str, float] | None:

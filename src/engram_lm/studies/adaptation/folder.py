@@ -1,33 +1,31 @@
 """The folder of an adaptation: what is finished is in it, and what is in it is finished."""
 
 import contextlib
-import fcntl
-import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import CheckpointError, MismatchError, RunFolderError
-from engram_lm.files import replacing_folder, write_atomically
+from engram_lm.errors import ConfigError, MismatchError, RunFolderError
+from engram_lm.files import read_json, replacing_folder, write_atomically
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe
+from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
-from engram_lm.training.run_folder import to_json
+from engram_lm.training.run_folder import hold_folder, to_json
 
 __all__ = ["AdaptationFolder"]
 
-_LOCK, _RECIPE, _RUNS, _BEFORE, _RESULT = ".lock", "recipe.toml", "runs", "before.json", "result.json"
-_ADAPTER = "adapter"
+_RECIPE, _RUNS, _BEFORE, _RESULT, _ADAPTER = "recipe.toml", "runs", "before.json", "result.json", "adapter"
 
 
 class AdaptationFolder:
     """One run folder.
 
     It holds ``recipe.toml`` (every key, resolved), ``before.json`` (the base and the text, as they were measured
-    first), ``runs/ARM-SEED.json`` for every run that is finished, with what was trained in ``runs/ARM-SEED/``, and at
-    the end ``result.json``, ``report.html`` and ``adapter/``. Where a seed tries several learning rates, its runs are
-    called ``ARM-SEED-RATE``.
+    first), ``runs/ARM-SEED.json`` for every run that is finished, with the training run itself in ``runs/ARM-SEED/``,
+    and at the end ``result.json``, ``report.html`` and ``adapter/``. Where a seed tries several learning rates, its
+    runs are called ``ARM-SEED-RATE``.
 
     Args:
         path: Where.
@@ -40,34 +38,15 @@ class AdaptationFolder:
 
     @contextlib.contextmanager
     def own(self, recipe: AdaptationRecipe) -> Iterator[None]:
-        """Hold the folder alone inside a ``with`` block. The kernel gives the lock back however a process ends.
+        """Hold the folder alone inside a ``with`` block.
 
         Raises:
             RunFolderError: It holds something else or a run that is not to be resumed, cannot be written, or another
                 process works in it.
             MismatchError: It was begun with another recipe.
         """
-        left = (_LOCK, f".{_RECIPE}.")
-        found = self.path.is_dir() and any(not file.name.startswith(left) for file in self.path.iterdir())
-        if self.path.is_file() or (found and not (self.path / _RECIPE).is_file()):
-            raise RunFolderError(
-                f"{self.path} holds something that is not an adaptation (no {_RECIPE}), so it is left alone; name "
-                "another folder with --out"
-            )
-        with contextlib.ExitStack() as stack:
-            try:
-                (self.path / _RUNS).mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((self.path / _LOCK).open("a"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"another process is at work in {self.path}; wait until it ends, or name another folder with --out"
-                ) from None
-            except OSError as error:
-                raise RunFolderError(
-                    f"cannot write to {self.path}: {error.strerror}; name a folder you can write to with --out"
-                ) from error
-            if any(self.path.glob(f"{_RUNS}/*.json")):
+        with hold_folder(self.path, _RECIPE, kind="an adaptation", work="at work"):
+            if any(self.path.glob(f"{_RUNS}/*")):
                 if not self._resume:
                     raise RunFolderError(
                         f"{self.path} holds a run already; go on with it with --resume, or name another folder with "
@@ -116,11 +95,14 @@ class AdaptationFolder:
         """
         return self._read(self.path / _RUNS / f"{name}.json")
 
-    def place(self, name: str) -> Path:
-        """Where a run writes what it trained: an empty place."""
+    def place(self, name: str, recipe: Recipe) -> Path:
+        """The folder of a run. One that was begun by another recipe is removed: its learning rate was another."""
         folder = self.path / _RUNS / name
-        if folder.is_dir():
-            shutil.rmtree(folder)  # of a run that was killed before its figures were written
+        try:
+            if (folder / _RECIPE).is_file():
+                recipe.check_resumable(Recipe.read(folder / _RECIPE).to_dict())
+        except (MismatchError, ConfigError):
+            shutil.rmtree(folder)
         return folder
 
     def finish(self, name: str, found: dict[str, Any]) -> None:
@@ -133,19 +115,12 @@ class AdaptationFolder:
         with replacing_folder(target, lambda folder: None) as aside:
             shutil.copytree(source, aside, dirs_exist_ok=True)
 
-    def write(self, result: dict[str, Any], report: str | None) -> None:
+    def write(self, result: dict[str, Any]) -> None:
         """Write the result and its page."""
+        from engram_lm.studies.adaptation.report import render_report
+
         write_atomically(self.path / _RESULT, to_json(result))
-        if report is not None:
-            write_atomically(self.path / "report.html", report)
+        write_atomically(self.path / "report.html", render_report(result))
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        if not path.is_file():
-            return None
-        try:
-            found = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); delete it, and its run is done again") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds no run; delete it, and its run is done again")
-        return found
+        return read_json(path, advice="delete it, and its run is done again") if path.is_file() else None

@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.memory import EngramConfig
+from engram_lm.errors import ConfigError
+from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text_source import TextSource
-from engram_lm.training.recipe import PATHS, differences
-from engram_lm.training.recipe_file import build, override, read_table, to_plain
+from engram_lm.training.recipe import PATHS
+from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
 
 __all__ = [
@@ -19,7 +18,7 @@ __all__ = [
     "ArmOptions",
     "BaseOptions",
     "DomainOptions",
-    "LoraOptions",
+    "LowRankOptions",
     "MemoryOptions",
     "RateOptions",
     "StepOptions",
@@ -84,83 +83,34 @@ class DomainOptions:
         if not 0 <= self.retained_held_out < 1:
             raise ConfigError(f"retained_held_out is a share from 0 and below 1, not {self.retained_held_out}")
 
+    @property
+    def retained_sources(self) -> tuple[TextSource, ...]:
+        """Sources of the retained text; empty for the standard library."""
+        return () if isinstance(self.retained, str) else self.retained
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryOptions:
+class MemoryOptions(AdapterOptions):
     """The memory that is added: fields of ``EngramConfig``."""
 
-    initialization: Literal["random", "transfer"] = "random"
-    """How rows begin: drawn, or made of the base model's own hidden states for the domain's frequent N-grams."""
-    transfer_tokens: int = 131_072
-    """Tokens of the domain whose hidden states are taken for that; the pass over them counts as training."""
-    transfer_source: Literal["last", "block"] = "last"
-    """Whose hidden states: of the last decoder layer, or those that go into the layer that reads the memory."""
     layers: tuple[int, ...] = (1,)
     """Decoder layers that read memory before they run, counted from 0."""
-    orders: tuple[int, ...] = (2, 3)
-    """Orders of the N-grams that are looked up."""
-    num_heads: int = 8
-    """Hash heads per order."""
-    memory_dim: int | None = None
-    """Width of the memory vector over all heads; the model's hidden size, as near as the heads divide it, where
-    None."""
-    rows_per_head: int = 32_768
-    """Rows asked for per head."""
-    tables: Literal["per_layer", "shared"] = "per_layer"
-    """One table for each layer, or one for all of them."""
-    signs: Literal["none", "hashed"] = "none"
-    """Whether rows are multiplied by a sign that the N-gram's row in the next head decides."""
-    gate: Literal["signed_sqrt", "plain", "none"] = "signed_sqrt"
-    """What the gate's score goes through before its sigmoid."""
-    kernel_size: int = 4
-    """Taps of the short convolution; 0 leaves it out."""
-    table_std: float = 0.02
-    """Standard deviation of the first rows."""
-    seed: int = 0
-    """Seed of the hash multipliers."""
 
     def __post_init__(self) -> None:
-        if self.transfer_tokens < 2:
-            raise ConfigError(f"transfer_tokens is at least 2, not {self.transfer_tokens}")
-        self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be
-
-    def for_width(self, hidden_size: int) -> EngramConfig:
-        """Configure the memory of a model of this width.
-
-        Raises:
-            ConfigError: An impossible memory.
-        """
-        heads = self.num_heads * len(self.orders)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("initialization", "transfer_tokens", "transfer_source"):
-            del values[name]
-        if heads and self.memory_dim is None:
-            values["memory_dim"] = max(1, round(hidden_size / heads)) * heads
-        return EngramConfig(hidden_size=hidden_size, value_init="zero", **values)
+        super().__post_init__()
+        self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be, no layers among it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraOptions:
+class LowRankOptions(LoraOptions):
     """The low-rank matrices that memory is compared with, and joined with."""
 
-    rank: int | Literal["auto"] = "auto"
+    rank: int | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Rank; auto takes the one whose operations per token are nearest to those of the memory's matrices."""
-    alpha: float | None = None
-    """Their product is multiplied by alpha / rank; twice the rank where None."""
-    dropout: float = 0.0
-    """Share of their inputs that is dropped in training."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Ends of the names of the matrices that get them; ``all-linear`` is every matrix of the decoder layers."""
 
-    def __post_init__(self) -> None:
+    def _check_rank(self) -> None:
         if self.rank != "auto" and self.rank < 1:
             raise ConfigError(f"rank is at least 1 or 'auto', not {self.rank}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha is a finite number above 0, not {self.alpha}")
-        if not 0 <= self.dropout < 1 or not self.targets:
-            raise ConfigError(
-                f"dropout is from 0 and below 1 and targets not empty, not {self.dropout}, {self.targets}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,8 +208,14 @@ class ArmOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptationRecipe:
+class AdaptationRecipe(RecipeFile):
     """Everything that decides an adaptation. A recipe file is this, in TOML, one section per field."""
+
+    prog: ClassVar[str] = "engram-lm adapt"
+    # What decides where work is done and how much of it, and not what comes out of each part.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"data.cache", "train.micro_batch_size", "train.device", "train.seeds", "arms.names"}
+    )
 
     base: BaseOptions = dataclasses.field(default_factory=BaseOptions)
     """The pretrained model."""
@@ -267,7 +223,7 @@ class AdaptationRecipe:
     """What is trained and evaluated on."""
     memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
     """The memory that is added."""
-    lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
+    lora: LowRankOptions = dataclasses.field(default_factory=LowRankOptions)
     """The low-rank matrices that it is compared with."""
     train: StepOptions
     """How many steps, of what, how often."""
@@ -277,53 +233,3 @@ class AdaptationRecipe:
     """How they change."""
     arms: ArmOptions = dataclasses.field(default_factory=ArmOptions)
     """What is trained and compared."""
-
-    @classmethod
-    def read(cls, path: Path, overrides: list[str] | None = None) -> Self:
-        """Read a recipe file.
-
-        Args:
-            path: The TOML file.
-            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
-
-        Raises:
-            ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
-        """
-        return build(cls, override(read_table(path), overrides or [], prog="engram-lm adapt"))
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Make a recipe of nested dictionaries, as `to_dict` gives them.
-
-        Raises:
-            ConfigError: A key is unknown or a value impossible.
-        """
-        return build(cls, table)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values; what is None is left out."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to go on with another recipe than a run was begun with. Seeds and arms may be added.
-
-        Raises:
-            MismatchError: Naming every key that differs.
-        """
-        ours = self.to_dict()
-        different = [
-            f"{place} is {now!r}, was {then!r}"
-            for section in ours
-            for place, now, then in differences(section, ours[section], saved.get(section))
-            if place not in _MAY_CHANGE
-        ]
-        if different:
-            raise MismatchError(
-                f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
-                "run folder, or begin a new run with another --out"
-            )
-
-
-# What decides where work is done and how much of it, and not what comes out of each part.
-_MAY_CHANGE = {"data.cache", "train.micro_batch_size", "train.device", "train.seeds", "arms.names"}

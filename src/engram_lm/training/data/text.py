@@ -61,6 +61,8 @@ class TrainingText:
     """How many of its tokens are trained on."""
     held_out: np.ndarray | None
     """What is evaluated on, int64 ``[num_held_out]``; None where nothing is."""
+    held_out_bytes: int | None
+    """Bytes of the text that ``held_out`` came from."""
     held_out_ends: np.ndarray | None
     """One past the last token of each document that ends in ``held_out``, in order, int64."""
     digest: str
@@ -171,6 +173,7 @@ def prepare_text(
         train=corpus.train,
         num_tokens=num_tokens,
         held_out=tokens,
+        held_out_bytes=None if tokens is None else _num_bytes(tokens, tokenizer),
         held_out_ends=ends,
         digest=digest,
         texts=measured,
@@ -204,8 +207,13 @@ def _held_out_text(where: str, shards: TokenShards, start: int, stop: int, most:
     tokens = shards.slice(start, min(stop, start + most + 1))
     if len(tokens) < 2:
         raise DataError(f"{where} gives {len(tokens)} tokens, 2 are needed; give more text, or a larger share of it")
+    return HeldOutText(tokens, _num_bytes(tokens, tokenizer))
+
+
+def _num_bytes(tokens: np.ndarray, tokenizer: Any) -> int:
+    """Count the bytes of the text that tokens came from."""
     text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return HeldOutText(tokens, len(text.encode("utf-8", "replace")))
+    return len(text.encode("utf-8", "replace"))
 
 
 def beginning(sources: Sources, cache: Path, num_characters: int, *, max_bytes: int | None = None) -> Iterator[str]:
