@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json as json_module
 import math
-import shutil
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,6 @@ _STATES = {
     "warm_seconds_with_prefetch": "warm, prefetched and gathered at once",
 }
 _COLD_BELOW = 0.001  # of a file's pages: a few stay where another process reads the header, say
-_WRITE_BYTES = 32 << 20
 _STAGED_BYTES = 8 << 30  # more than the largest gather: a prefetch that is skipped measures nothing
 
 
@@ -175,7 +173,7 @@ class Bench:
             kept = _ahead(table) if self.prefetch else table
             stack.callback(kept.close)
             return _Tier(name, about, opener, (), kept)
-        files = tuple(find_layout(table).files)
+        files = tuple(table.layout.files)
         table.close()
         return _Tier(name, about, opener, files, None)
 
@@ -263,19 +261,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def find_layout(table: Any) -> Any:
-    """Find the layout of a table's files, below caches and what reads ahead.
-
-    Raises:
-        ConfigError: The table does not say which files it reads.
-    """
-    while not hasattr(table, "layout") and hasattr(table, "table"):
-        table = table.table
-    if not hasattr(table, "layout"):
-        raise ConfigError(f"{type(table).__name__} does not say which files it reads; it cannot be measured cold")
-    return table.layout
-
-
 def drop(files: tuple[str, ...]) -> float | None:
     """Drop files from the page cache.
 
@@ -316,7 +301,7 @@ def draw_rows(distribution: Distribution, num_rows: int, count: int, random: np.
 
 @contextlib.contextmanager
 def synthetic_table(num_rows: int, width: int, folder: Path | None) -> Iterator[Path]:
-    """Write a table of random bfloat16 rows as a safetensors file and remove it in the end.
+    """Write a table of random bfloat16 rows, and remove it in the end.
 
     Args:
         num_rows: Rows.
@@ -324,37 +309,22 @@ def synthetic_table(num_rows: int, width: int, folder: Path | None) -> Iterator[
         folder: Where; the system's folder for temporary files where None.
 
     Yields:
-        The file.
+        The file, a packed table.
 
     Raises:
-        ConfigError: The disk has less room than the table takes.
-        OSError: It cannot be written.
+        ConfigError: There is no such folder.
+        OSError: It cannot be written, or the disk has less room than the table takes.
     """
-    import torch
+    from engram_lm.tables.codec import RowCodec
+    from engram_lm.tables.files.build import build_random
 
-    from engram_lm.tables.files.safetensors_writer import TensorWriter
-
-    size = num_rows * width * 2
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {folder} is no folder")
-    place = Path(tempfile.mkdtemp(prefix="engram-bench-", dir=folder))
-    try:
-        free = shutil.disk_usage(place).free
-        if free < size * 1.01 + (1 << 20):
-            raise ConfigError(
-                f"--synthetic takes {size:,} bytes and {place.parent} has {free:,} free; name another --folder"
-            )
-        path = place / "table.safetensors"
-        random = np.random.default_rng(0)
-        print(f"engram-lm table bench: writing {size:,} bytes to {path}", file=sys.stderr)
-        with TensorWriter(path, {"memory_tables.synthetic.weight": (torch.bfloat16, (num_rows, width))}) as writer:
-            at_once = max(1, _WRITE_BYTES // (2 * width))
-            for start in range(0, num_rows, at_once):
-                rows = random.integers(0, 0x7F00, (min(at_once, num_rows - start), width), dtype=np.uint16)
-                writer.append("memory_tables.synthetic.weight", torch.from_numpy(rows).view(torch.bfloat16))
+    with tempfile.TemporaryDirectory(prefix="engram-bench-", dir=folder) as place:
+        path = Path(place) / "table.safetensors"
+        print(f"engram-lm table bench: writing {num_rows * width * 2:,} bytes to {path}", file=sys.stderr)
+        build_random(path, num_rows, RowCodec.named("bfloat16", width))
         yield path
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _geometry(text: str) -> tuple[int, int]:

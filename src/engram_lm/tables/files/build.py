@@ -105,7 +105,9 @@ def build_random(
         generator = torch.Generator().manual_seed(int(state) >> 1)
         return codec.encode(torch.randn(stop - start, codec.width, generator=generator) * std)
 
-    provenance = {"made_by": "engram-lm table build", "distribution": "normal", "std": std, "seed": seed}
+    # As a string where readers of JSON that know only doubles would round it.
+    told = seed if seed < 2**53 else str(seed)
+    provenance = {"made_by": "engram-lm table build", "distribution": "normal", "std": std, "seed": told}
     return write_packed(
         path,
         records,

@@ -36,8 +36,6 @@ PACKED_FORMAT = f"{PACKED_FAMILY}1"
 
 _ALIGNMENT = 4096  # what operating systems and drives read at once
 _CHUNK_BYTES = 4 << 20
-_CRC = re.compile("[0-9a-f]{8}")
-_EXACT = 2**53
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,13 +133,13 @@ class PackedHeader:
             "header_crc32": f"{0:08x}",
             "checksums_crc32": f"{self.checksums_crc:08x}",
             **self._sizes(),
-            "codec": _json(self.codec.to_dict()),
-            "provenance": _json(self.provenance),
+            "codec": json.dumps(self.codec.to_dict()),
+            "provenance": json.dumps(self.provenance),
         }
         if self.spec_digest is not None:
             metadata["spec_digest"] = self.spec_digest
         if self.hash_spec is not None:
-            metadata["hash_spec"] = _json(self.hash_spec)
+            metadata["hash_spec"] = json.dumps(self.hash_spec)
         tensors = {
             "crc32": (torch.uint32, (self.num_chunks,)),
             "records": (torch.uint8, (self.num_rows, self.codec.record_bytes)),
@@ -191,7 +189,12 @@ def parse_packed_header(header: TensorHeader, file: str) -> PackedHeader:
             f"{file} has the format {found!r:.100}, known is {PACKED_FORMAT!r}; it was written by another version of "
             "engram-lm"
         )
-    header_crc, checksums_crc = (_crc(metadata, name, file) for name in ("header_crc32", "checksums_crc32"))
+    crcs = []
+    for name in ("header_crc32", "checksums_crc32"):
+        if not re.fullmatch("[0-9a-f]{8}", text := metadata.get(name, "")):
+            raise CheckpointError(f"{file}: {name} is {text!r:.100}, expected eight hexadecimal digits; copy it again")
+        crcs.append(int(text, 16))
+    header_crc, checksums_crc = crcs
     if zlib.crc32(header.text.replace(_stated(header_crc), _stated(0), 1)) != header_crc:
         raise CheckpointError(
             f"{file}: the header is damaged: its checksum is not the one that it states; copy the file again, or "
@@ -253,26 +256,6 @@ def read_checksums(header: PackedHeader) -> list[int]:
     return [int.from_bytes(data[at : at + 4], "little") for at in range(0, size, 4)]
 
 
-def _crc(metadata: Mapping[str, str], name: str, file: str) -> int:
-    text = metadata.get(name, "")
-    if not _CRC.fullmatch(text):
-        raise CheckpointError(f"{file}: {name} is {text!r:.100}, expected eight hexadecimal digits; copy it again")
-    return int(text, 16)
-
-
 def _stated(crc: int) -> bytes:
     """How a header states its own checksum; it is computed over a header that states 0."""
     return f'"header_crc32":"{crc:08x}"'.encode()
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(_exact(value), separators=(",", ":"), allow_nan=False)
-
-
-def _exact(value: Any) -> Any:
-    """Replace integers that doubles cannot hold by strings: many readers of JSON know nothing but doubles."""
-    if isinstance(value, Mapping):
-        return {str(name): _exact(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_exact(item) for item in value]
-    return str(value) if isinstance(value, int) and abs(value) >= _EXACT else value

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -72,69 +73,84 @@ def write_packed(
         provenance=provenance or {},
     ).placed()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file: IO[bytes]
+    free = shutil.disk_usage(path.parent).free
     with contextlib.ExitStack() as stack:
         if resume_key is None:
             aside = stack.enter_context(replacing(path))
-            file, journal = stack.enter_context(open(aside, "r+b")), None
-            done: dict[int, int] = {}
+            file: IO[bytes] = stack.enter_context(open(aside, "r+b"))
+            writer = _Chunks(file, header, None)
         else:
-            work = json.dumps([resume_key, hashlib.sha256(header.encode()).hexdigest()])
-            aside = path.with_name(f".{path.name}.part")
+            aside, noted = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "journal"))
             file = stack.enter_context(_open_alone(aside))
-            journal = stack.enter_context(
-                _Journal(path.with_name(f".{path.name}.journal"), hashlib.sha256(work.encode()).hexdigest())
+            work = json.dumps([resume_key, hashlib.sha256(header.encode()).hexdigest()])
+            head = f"engram-journal {hashlib.sha256(work.encode()).hexdigest()}\n"
+            done = _still_there(_read_journal(noted, head), file, header)
+            # Written anew, so that no cut line stays in the middle.
+            journal = stack.enter_context(open(noted, "w"))
+            journal.write(head)
+            writer = _Chunks(file, header, journal)
+            for index, crc in done.items():
+                writer.note(index, crc)
+        needed = header.file_bytes - os.fstat(file.fileno()).st_blocks * 512
+        if needed > free:  # said before work begins, not hours later
+            raise OSError(
+                errno.ENOSPC,
+                f"writing needs {needed:,} bytes, {free:,} are free in {path.parent}; make room or choose "
+                "another folder",
             )
-            done = _still_there(journal.found, file, header)
-        _check_space(aside, header.file_bytes - os.fstat(file.fileno()).st_blocks * 512)
-        checksums = np.array(_write_chunks(file, records, header, done, journal, on_progress), "<u4").tobytes()
+        writer.write_missing(records, on_progress)
+        checksums = np.array([writer.checksums[index] for index in range(header.num_chunks)], "<u4").tobytes()
         _write_at(file, checksums, header.checksums_start)
         # Last: until here the file begins with a hole, and nobody can take it for a table.
         _write_at(file, dataclasses.replace(header, checksums_crc=zlib.crc32(checksums)).encode(), 0)
         file.truncate(header.file_bytes)
-        if journal is not None:
+        if resume_key is not None:
             put_in_place(aside, path)
-            journal.path.unlink(missing_ok=True)
+            noted.unlink(missing_ok=True)
     return read_packed_header(path)
 
 
-def _write_chunks(
-    file: IO[bytes],
-    records: Callable[[int, int], Tensor],
-    header: PackedHeader,
-    done: Mapping[int, int],
-    journal: "_Journal | None",
-    on_progress: Callable[[int], None],
-) -> list[int]:
-    """Write the chunks that are not done; return the checksums of all."""
+class _Chunks:
+    """The chunks of a file that is being written, noted in a journal where there is one."""
 
-    def load(index: int) -> np.ndarray:
-        first, last = header.chunk(index)
-        found, expected = records(first, last), (last - first, header.codec.record_bytes)
-        if found.shape != expected or found.element_size() != 1:
-            raise CheckpointError(
-                f"rows {first} to {last - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes {expected}"
-            )
-        return found.contiguous().numpy()
+    def __init__(self, file: IO[bytes], header: PackedHeader, journal: IO[str] | None) -> None:
+        self._file, self._header, self._journal = file, header, journal
+        self.checksums: dict[int, int] = {}
+        """Number of each chunk that is written → its CRC-32."""
 
-    checksums = [done.get(index, 0) for index in range(header.num_chunks)]
-    written = sum(stop - start for start, stop in map(header.chunk_bytes, done))
-    on_progress(written)
-    missing = [index for index in range(header.num_chunks) if index not in done]
-    with ThreadPoolExecutor(1, thread_name_prefix="engram-pack") as reader:
-        coming = reader.submit(load, missing[0]) if missing else None
-        for place, index in enumerate(missing):
-            assert coming is not None
-            data = coming.result()
-            if place + 1 < len(missing):
-                coming = reader.submit(load, missing[place + 1])
-            _write_at(file, data.data, header.chunk_bytes(index)[0])
-            checksums[index] = zlib.crc32(data.data)
-            if journal is not None:
-                journal.add(index, checksums[index])
-            written += data.nbytes
-            on_progress(written)
-    return checksums
+    def note(self, index: int, crc: int) -> None:
+        """Note a chunk that has been written."""
+        self.checksums[index] = crc
+        if self._journal is not None:
+            self._journal.write(f"{index} {crc:08x}\n")
+            self._journal.flush()
+
+    def write_missing(self, records: Callable[[int, int], Tensor], on_progress: Callable[[int], None]) -> None:
+        """Write the chunks that are not there; the rows of the next are loaded meanwhile."""
+        header = self._header
+        missing = [index for index in range(header.num_chunks) if index not in self.checksums]
+        written = sum(stop - start for start, stop in map(header.chunk_bytes, self.checksums))
+        on_progress(written)
+
+        def load(index: int) -> np.ndarray:
+            first, last = header.chunk(index)
+            found, expected = records(first, last), (last - first, header.codec.record_bytes)
+            if found.shape != expected or found.element_size() != 1:
+                raise CheckpointError(
+                    f"rows {first} to {last - 1} came as {tuple(found.shape)} of {found.dtype}, expected bytes "
+                    f"{expected}"
+                )
+            return found.contiguous().numpy()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="engram-pack") as reader:
+            coming = [reader.submit(load, index) for index in missing[:1]]
+            for place, index in enumerate(missing):
+                data = coming.pop().result()
+                coming += [reader.submit(load, following) for following in missing[place + 1 : place + 2]]
+                _write_at(self._file, data.data, header.chunk_bytes(index)[0])
+                self.note(index, zlib.crc32(data.data))
+                written += data.nbytes
+                on_progress(written)
 
 
 def _write_at(file: IO[bytes], data: Any, position: int) -> None:
@@ -143,16 +159,6 @@ def _write_at(file: IO[bytes], data: Any, position: int) -> None:
     while len(view):
         count = os.pwrite(file.fileno(), view, position)
         view, position = view[count:], position + count
-
-
-def _check_space(aside: Path, needed: int) -> None:
-    """Say that a disk is too small before work begins, not hours later."""
-    free = shutil.disk_usage(aside.parent).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"writing needs {needed:,} bytes, {free:,} are free in {aside.parent}; make room or choose "
-            "another folder"
-        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -167,37 +173,14 @@ def _open_alone(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-class _Journal:
-    """Which chunks are written, with their checksums: one line each, behind a line with the key of the work."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.found = path, dict[int, int]()
-        head = f"engram-journal {key}\n"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        if text.startswith(head):
-            # The last line may be cut where the process was killed; then it lacks its end.
-            for line in text[len(head) :].splitlines(keepends=True):
-                index, _, crc = line.partition(" ")
-                if line.endswith("\n") and index.isdecimal() and len(crc) == 9:
-                    with contextlib.suppress(ValueError):
-                        self.found[int(index)] = int(crc, 16)
-        self._head = head
-
-    def __enter__(self) -> "_Journal":
-        # Written anew, so that no cut line stays in the middle.
-        self._file = open(self.path, "w")
-        self._file.write(self._head)
-        self._file.writelines(f"{index} {crc:08x}\n" for index, crc in self.found.items())
-        self._file.flush()
-        return self
-
-    def add(self, index: int, crc: int) -> None:
-        """Note a chunk that has been written."""
-        self._file.write(f"{index} {crc:08x}\n")
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def _read_journal(path: Path, head: str) -> dict[int, int]:
+    """Which chunks an earlier call of the same work has written, with their checksums."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    if lines[:1] != [head]:
+        return {}
+    # The last line lacks its end where the process was killed in the middle of it.
+    matches = (re.fullmatch(r"([0-9]+) ([0-9a-f]{8})\n", line) for line in lines[1:])
+    return {int(match[1]): int(match[2], 16) for match in matches if match}
 
 
 def _still_there(found: Mapping[int, int], file: IO[bytes], header: PackedHeader) -> dict[int, int]:
@@ -206,7 +189,6 @@ def _still_there(found: Mapping[int, int], file: IO[bytes], header: PackedHeader
     for index, crc in sorted(found.items()):
         if index < header.num_chunks:
             start, stop = header.chunk_bytes(index)
-            data = os.pread(file.fileno(), stop - start, start)
-            if len(data) == stop - start and zlib.crc32(data) == crc:
+            if zlib.crc32(os.pread(file.fileno(), stop - start, start)) == crc:
                 done[index] = crc
     return done

@@ -91,7 +91,9 @@ def verify_packed(
         chunks_checked, rows_checked = chunks_checked + 1, rows_checked + last - first
         _, reason = _read_chunk(header, index, checksums[index])
         if reason is None and source is not None:
-            reason = _source_reason(header, source, first, last)
+            expected = header.codec.reencode(source.load_records(first, last), source.codec)
+            differing = (expected != header.layout.load_records(first, last)).any(dim=1).nonzero()
+            reason = f"row {first + int(differing[0])} is not the source's" if len(differing) else None
         if reason is not None:
             bad = BadChunk(index, first, last - 1, start, reason)
             break
@@ -112,12 +114,6 @@ def _read_chunk(header: PackedHeader, index: int, expected: int) -> tuple[bytes,
         return data, f"the file ends {stop - start - len(data)} bytes before the chunk does"
     found = zlib.crc32(data)
     return data, None if found == expected else f"expected the CRC-32 {expected:08x}, found {found:08x}"
-
-
-def _source_reason(header: PackedHeader, source: RowLayout, first: int, last: int) -> str | None:
-    expected = header.codec.reencode(source.load_records(first, last), source.codec)
-    differing = (expected != header.layout.load_records(first, last)).any(dim=1).nonzero()
-    return f"row {first + int(differing[0])} is not the source's" if len(differing) else None
 
 
 def checked_records(layout: RowLayout) -> Callable[[int, int], Tensor]:
