@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.tables.files.safetensors_file import DTYPES
 
 __all__ = [
     "FOLDER_NAME",
@@ -20,7 +18,6 @@ __all__ = [
     "Chunk",
     "SavedState",
     "SavedTensor",
-    "check_cover",
     "complete_checkpoints",
     "plain_json",
     "step_folder",
@@ -141,27 +138,22 @@ class SavedState:
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Self:
-        step, facts, file_list = values["step"], values["facts"], values["files"]
-        if type(step) is not int or step < 0 or not isinstance(facts, dict):
-            raise ValueError("no step, or no facts")
-        for name, num_bytes in file_list:
-            if type(num_bytes) is not int or not _FILE_NAME.fullmatch(name):
+        files = {str(name): int(num_bytes) for name, num_bytes in values["files"]}
+        for name in files:
+            if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"impossible file {name!r:.100}")
-        files = dict(file_list)
         names = list(files)
-        tensors: dict[str, SavedTensor] = {}
-        for name, (dtype, shape, chunk_list) in values["tensors"].items():
-            chunks = []
-            for file, offsets, sizes, crc32 in chunk_list:
-                numbers = [file, crc32, *offsets, *sizes]
-                if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-                    raise ValueError(f"impossible chunk of {name!r:.100}")
-                chunks.append(Chunk(names[file], tuple(offsets), tuple(sizes), crc32))
-            if dtype not in DTYPES or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-                raise ValueError(f"impossible type or shape of {name!r:.100}")
-            tensors[name] = SavedTensor(dtype, tuple(shape), tuple(chunks))
-            check_cover(name, tensors[name])
-        return cls(step, facts, files, tensors)
+        tensors = {
+            name: SavedTensor(
+                dtype,
+                tuple(shape),
+                tuple(
+                    Chunk(names[file], tuple(offsets), tuple(sizes), crc32) for file, offsets, sizes, crc32 in chunks
+                ),
+            )
+            for name, (dtype, shape, chunks) in values["tensors"].items()
+        }
+        return cls(int(values["step"]), dict(values["facts"]), files, tensors)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -185,44 +177,18 @@ def complete_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
         yield step, path
 
 
-def check_cover(name: str, tensor: SavedTensor) -> None:
-    """Refuse chunks that leave the tensor, overlap or leave holes: what is not written over would keep old numbers.
-
-    Raises:
-        ValueError: As said.
-    """
-    chunks = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
-    active: list[Chunk] = []
-    for chunk in chunks:
-        box = list(zip(chunk.offsets, chunk.shape, tensor.shape, strict=True))
-        if any(size < 1 or offset + size > whole for offset, size, whole in box):
-            raise ValueError(f"a part of {name!r:.100} is empty or leaves it")
-        # Those that still reach this one along the first dimension; rows divided over ranks leave none.
-        active = [other for other in active if chunk.offsets and other.offsets[0] + other.shape[0] > chunk.offsets[0]]
-        if any(_overlap(chunk, other) for other in active):
-            raise ValueError(f"parts of {name!r:.100} overlap")
-        active.append(chunk)
-    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(tensor.shape):
-        raise ValueError(f"parts of {name!r:.100} are not the whole")
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    return all(
-        a < b + m and b < a + n for a, n, b, m in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-    )
-
-
 def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def plain_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is read back from JSON: tuples are lists and keys are text, now and later."""
+    """Make of facts what is read back from JSON: tuples are lists and keys are text, now and later.
+
+    Raises:
+        ConfigError: They are not JSON.
+    """
     try:
-        plain = json.loads(_canonical(facts))
-        _canonical(plain).encode()
+        plain: dict[str, Any] = json.loads(_canonical(dict(facts)).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the facts of a checkpoint are JSON, these are not: {error!s:.200}") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"the facts of a checkpoint are an object, not {type(facts).__name__}")
     return plain

@@ -11,7 +11,6 @@ on one core, SHA-256 0.74).
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import zlib
@@ -43,7 +42,6 @@ from engram_lm.training.checkpoint_state import (
     Chunk,
     SavedState,
     SavedTensor,
-    check_cover,
     complete_checkpoints,
     plain_json,
     step_folder,
@@ -56,7 +54,6 @@ PARTIAL = ".partial"
 PIECE_BYTES = 8 * 2**20
 """Bytes of a tensor that are read or written at a time."""
 
-_LOCK_NAME = ".checkpoints.lock"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -64,8 +61,7 @@ class StateWriter(StorageWriter):
     """Writes one checkpoint: aside, file by file, and under its name when all ranks are done.
 
     Rank 0 alone makes, renames and removes folders: DCP calls `prepare_global_plan` and `finish` there only, the first
-    before anybody writes and the second after everybody has. It holds a lock meanwhile, so that another run in the
-    same folder cannot take what is being written for something left behind.
+    before anybody writes and the second after everybody has. Only one run at a time may save into a folder.
 
     Args:
         folder: The folder of all checkpoints.
@@ -90,7 +86,6 @@ class StateWriter(StorageWriter):
         self.final = step_folder(folder, step)
         self.partial = self.final.with_name(self.final.name + PARTIAL)
         self._staging, self._on_staged = staging, on_staged
-        self._lock: int | None = None
         self.is_planned = False
         """Whether all ranks agreed on who writes what, and this one began to."""
 
@@ -125,11 +120,9 @@ class StateWriter(StorageWriter):
         """Clear away what a killed save left, make the folder and name each rank's file.
 
         Raises:
-            CheckpointError: Another run is saving into this folder.
             OSError: The folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
         for left in self.folder.glob(f"*{PARTIAL}"):
             if FOLDER_NAME.fullmatch(left.name.removesuffix(PARTIAL)):
                 shutil.rmtree(left)
@@ -197,7 +190,6 @@ class StateWriter(StorageWriter):
             assert isinstance(saved, TensorStorageMetadata)
             boxes = tuple(sorted(chunks[name], key=lambda chunk: chunk.offsets))
             tensors[name] = SavedTensor(_DTYPE_NAMES[saved.properties.dtype], tuple(saved.size), boxes)
-            check_cover(name, tensors[name])
         state = SavedState(self.step, dict(self.facts), dict(sorted(files.items())), tensors)
         write_atomically(self.partial / STATE_NAME, state.to_json())
         replaced = self.final.with_name(self.final.name + REPLACED)
@@ -210,28 +202,6 @@ class StateWriter(StorageWriter):
         with contextlib.suppress(OSError):
             flush(self.folder)  # some file systems cannot; the rename is still atomic there
         self._remove_earlier(replaced)
-
-    def close(self, *, failed: bool) -> None:
-        """End the save: let the lock go and, where it failed, remove what was written. On other ranks: nothing."""
-        if self._lock is None:
-            return
-        if failed:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise CheckpointError(
-                f"another process is saving a checkpoint into {self.folder}; give each run a folder of its own"
-            ) from error
-        except OSError:
-            pass  # a file system without locks: runs have to keep apart by themselves
 
     def _stage(self, key: str, tensor: Tensor) -> Tensor:
         if self._staging is None:

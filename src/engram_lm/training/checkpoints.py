@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,8 @@ class Checkpoints:
     is the same on all ranks, or has a name that only one rank uses (as ``rng/rank0/cpu``).
 
     All methods but `latest` are called by all ranks together, as is the constructor, which makes a process group of
-    its own (gloo), so that writing in the background does not meet what training communicates.
+    its own (gloo), so that writing in the background does not meet what training communicates. Only one run at a time
+    may save into a folder; `engram_lm.training.run.Run` sees to that.
 
     Args:
         folder: Where they are, on a file system that all ranks see; made when the first is saved.
@@ -113,8 +115,6 @@ class Checkpoints:
             ConfigError: A tensor or the facts cannot be saved.
         """
         self.wait()
-        if not 0 <= step < 10**18:
-            raise ConfigError(f"a checkpoint's step is from 0 to 10^18, not {step}")
         staging, staged = (self._staging, threading.Event()) if asynchronous else (None, threading.Event())
         writer = StateWriter(self.folder, step, facts, self.keep_last, staging, staged.set)
         with _quiet():
@@ -210,7 +210,6 @@ class Checkpoints:
 
     def _write(self, writer: StateWriter, tensors: Mapping[str, Tensor]) -> None:
         """Write, and keep the error for `wait`."""
-        failed = True
         try:
             dcp.save(
                 dict(tensors),
@@ -219,12 +218,11 @@ class Checkpoints:
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-            failed = False
         except BaseException as error:
             earlier = f"earlier checkpoints in {self.folder} are as they were"
             self._error = _explained(error, f"the checkpoint of step {writer.step} was not saved, {earlier}")
-        finally:
-            writer.close(failed=failed)
+            if self._ranks.is_first:
+                shutil.rmtree(writer.partial, ignore_errors=True)
 
 
 def _matching(
