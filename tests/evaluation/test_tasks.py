@@ -43,7 +43,6 @@ def test_questions_come_back_from_their_file(tmp_path):
         ({"prompt": "p", "answer": ""}, "line 2: answer of a task is a text that is not empty"),
         ({"prompt": 3, "answer": "a"}, "line 2: prompt of a task"),
         ({"prompt": "p", "answer": "a", "id": "one"}, "line 2: there is a question 'one' before"),
-        ({"prompt": "p" * (5 << 20), "answer": "a"}, "line 2: a question has at most 4 MiB"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line, message):

@@ -121,7 +121,7 @@ def train(rank, case, kind, checkpointing=False, parts=1):
     for step in range(STEPS):
         inputs, targets = batch(step)
         first, last = share(BATCH, ranks)
-        weight, loss = loss_weight(BATCH, ranks), 0.0
+        weight, loss = loss_weight(last - first, BATCH, ranks), 0.0
         pieces = torch.arange(first, last).tensor_split(parts)
         for number, piece in enumerate(pieces):
             if number < parts - 1:
@@ -288,7 +288,8 @@ def test_a_batch_is_divided_whole_and_the_mean_of_weighted_means_is_the_mean(bat
     assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1
     samples = torch.arange(batch_size, dtype=torch.float64).exp2()
     means = [
-        samples[a:b].mean() * loss_weight(batch_size, ranks) for (a, b), ranks in zip(shares, everybody, strict=True)
+        samples[a:b].mean() * loss_weight(b - a, batch_size, ranks)
+        for (a, b), ranks in zip(shares, everybody, strict=True)
     ]
     assert float(sum(means) / world_size) == pytest.approx(float(samples.mean()))
 

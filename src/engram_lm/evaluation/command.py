@@ -1,7 +1,9 @@
 """``engram-lm eval``: loss of a model on text files, and its answers to the questions of task files."""
 
+import contextlib
 import dataclasses
 import json as json_module
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +26,9 @@ class Eval(ModelFlags):
     """Measure the loss of a model on text, or ask it the questions of task files, or both.
 
     The model is a quickstart run, or any folder with a causal language model and its tokenizer; --adapter adds memory
-    to it. A task file has one
-    question per line, {"prompt": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1}, or without
-    choices and with the answer itself; "id" and "family" (what scores are averaged over) may be given too.
+    to it. A task file has one question per line, {"prompt": "The capital of France is", "choices": [" Rome", " Paris"],
+    "answer": 1}, or without choices and with the answer itself; "id" and "family" (what scores are averaged over) may
+    be given too.
 
     Examples::
 
@@ -36,8 +38,8 @@ class Eval(ModelFlags):
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""
-    data: tuple[Path, ...] = ()
-    """Text files or folders."""
+    data: tuple[str, ...] = ()
+    """Text: files, folders, or hf://owner/name for a dataset of the Hugging Face hub."""
     tasks: tuple[Path, ...] = ()
     """Task files (JSON lines)."""
     sequence_length: int | None = None
@@ -45,7 +47,7 @@ class Eval(ModelFlags):
     batch_size: int = 16
     """Sequences at a time."""
     max_tokens: int | None = None
-    """Evaluate so many tokens at most."""
+    """Tokens to evaluate at most, from the beginning of the text."""
     device: str = "cpu"
     """Where to run, as torch names it."""
     json: bool = False
@@ -79,10 +81,8 @@ class Eval(ModelFlags):
     def _measure_loss(self, corpus: Corpus, model: Any, tokenizer: Any) -> dict[str, Any]:
         longest = getattr(model.config, "max_position_embeddings", None) or 1024
         length = self.sequence_length or min(longest, 1024)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            tokens = pack(corpus.documents, tokenizer)
-            count = min(len(tokens) - 1, self.max_tokens or len(tokens))
-            task = progress.add_task("evaluating", total=count)
+        tokens = pack(corpus.documents, tokenizer)
+        with _progress("evaluating", min(len(tokens) - 1, self.max_tokens or len(tokens))) as advance:
             found = held_out_loss(
                 model,
                 tokens,
@@ -90,16 +90,15 @@ class Eval(ModelFlags):
                 batch_size=self.batch_size,
                 max_tokens=self.max_tokens,
                 num_bytes=corpus.num_bytes if self.max_tokens is None else None,
-                on_progress=lambda done: progress.advance(task, done),
+                on_progress=advance,
             )
         if not self.json:
             print(f"loss            {found.loss:.4f} nats per token")
             print(f"perplexity      {found.perplexity:.2f}")
             if found.bits_per_byte is not None:
                 print(f"bits per byte   {found.bits_per_byte:.4f}")
-            print(
-                f"text            {len(corpus.documents):,} files, {found.num_tokens:,} tokens, sequences of {length}"
-            )
+            documents = len(corpus.documents)
+            print(f"text            {documents:,} documents, {found.num_tokens:,} tokens, sequences of {length}")
             for reason, number in corpus.skipped.items():
                 print(f"skipped         {number} files: {reason}")
             print(f"speed           {found.tokens_per_second:,.0f} tokens/s")
@@ -108,26 +107,23 @@ class Eval(ModelFlags):
 
     def _ask(self, items: tuple[TaskItem, ...], model: Any, tokenizer: Any) -> dict[str, Any]:
         num_answers = sum(max(1, len(item.choices)) for item in items)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("asking", total=num_answers)
-            scores = score_tasks(
-                model,
-                tokenizer,
-                items,
-                batch_size=self.batch_size,
-                on_progress=lambda done: progress.advance(task, done),
-            )
+        with _progress("asking", num_answers) as advance:
+            scores = score_tasks(model, tokenizer, items, batch_size=self.batch_size, on_progress=advance)
         if not self.json:
             print(f"{'family':24} {'questions':>9} {'exact match':>14} {'accuracy':>14} {'by length':>14} {'loss':>8}")
             for family in scores.families.values():
-                cells = [
-                    _share(family.exact_match, family.exact_match_error),
-                    _share(family.accuracy, family.accuracy_error),
-                    _share(family.accuracy_by_length, family.accuracy_by_length_error),
-                ]
+                names = ("exact_match", "accuracy", "accuracy_by_length")
+                cells = (_share(getattr(family, name), getattr(family, f"{name}_error")) for name in names)
                 line = " ".join(f"{cell:>14}" for cell in cells)
                 print(f"{family.family:24} {family.num_items:>9,} {line} {family.answer_loss:>8.4f}")
         return {"tasks": scores.to_dict()["families"]}
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
 
 
 def _share(value: float | None, error: float | None) -> str:

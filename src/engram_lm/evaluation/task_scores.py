@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ def score_tasks(
         raise DataError("there are no questions to ask; read a task file with read_tasks")
     if batch_size < 1:
         raise DataError(f"batch_size is the number of sequences computed at a time, at least 1, not {batch_size}")
-    requests = _requests(tokenizer, items, _context_of(model))
+    text_config = model.config.get_text_config()
+    requests = _requests(tokenizer, items, getattr(text_config, "max_position_embeddings", None))
     # Choices of one token each read the same tokens, so that one pass scores them all.
     same_input: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
@@ -137,9 +138,9 @@ def score_tasks(
     model.eval()
     try:
         while inputs:
-            fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * _vocab_size(model)))
+            fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * model.get_input_embeddings().num_embeddings))
             batch, inputs = inputs[: min(batch_size, fit)], inputs[min(batch_size, fit) :]
-            for tokens, logits in zip(batch, _logits(model, batch, _padding_of(tokenizer)), strict=True):
+            for tokens, logits in zip(batch, _logits(model, batch), strict=True):
                 for index in same_input[tokens]:
                     answers[index] = _answer(logits, requests[index])
                 on_progress(len(same_input[tokens]))
@@ -151,18 +152,20 @@ def score_tasks(
         by_item[request.item].append(answer)
     scores = tuple(_item_score(item, found) for item, found in zip(items, by_item, strict=True))
     families = dict.fromkeys(item.family for item in items)
-    chances = {name: [len(item.choices) for item in items if item.family == name and item.choices] for name in families}
     return TaskScores(
         {
-            name: _family_score(name, [score for score in scores if score.family == name], chances[name])
+            name: _family_score(
+                name,
+                [score for score in scores if score.family == name],
+                [len(item.choices) for item in items if item.family == name and item.choices],
+            )
             for name in families
         },
         scores,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """An answer to score."""
 
     item: int
@@ -173,50 +176,46 @@ class _Request:
     """Where the answer begins in them, at least 1."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     log_probability: float
     exact: bool
     num_tokens: int
 
 
 def _requests(tokenizer: Any, items: Sequence[TaskItem], context: int | None) -> list[_Request]:
-    texts = [(item.prompt, item.prompt + choice) for item in items for choice in item.choices or (item.answer,)]
-    owners = [index for index, item in enumerate(items) for _ in item.choices or (item.answer,)]
-    begin = _begin_token(tokenizer)
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False).input_ids
-    wholes = tokenizer([whole for _, whole in texts], add_special_tokens=False).input_ids
+    asked = [(index, item, choice) for index, item in enumerate(items) for choice in item.choices or (item.answer,)]
+    bos, eos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))
+    begin = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    prompts = tokenizer([item.prompt for _, item, _ in asked], add_special_tokens=False).input_ids
+    wholes = tokenizer([item.prompt + choice for _, item, choice in asked], add_special_tokens=False).input_ids
     requests = []
-    for owner, prompt, whole in zip(owners, prompts, wholes, strict=True):
-        same = 0
-        while same < min(len(prompt), len(whole)) and prompt[same] == whole[same]:
-            same += 1
+    for (index, item, _), prompt, whole in zip(asked, prompts, wholes, strict=True):
         # The last letters of the prompt and the first of the answer may be one token.
-        tokens = [*begin, *whole]
-        start = same + len(begin)
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        same = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
+        tokens, start = [*begin, *whole], len(begin) + same
         if not start:  # nothing to predict the first token from
-            end = getattr(tokenizer, "eos_token_id", None)
-            if end is None:
+            if eos is None:
                 raise DataError(
-                    f"the question {items[owner].id!r:.80} has nothing before its answer, and the tokenizer has no "
-                    "token that begins a text; give it a prompt"
+                    f"the question {item.id!r:.80} has nothing before its answer, and the tokenizer has no token that "
+                    "begins a text; give it a prompt"
                 )
-            tokens, start = [end, *tokens], 1
+            tokens, start = [eos, *tokens], 1
         if start == len(tokens):
-            raise DataError(f"an answer of the question {items[owner].id!r:.80} has no tokens of its own")
+            raise DataError(f"an answer of the question {item.id!r:.80} has no tokens of its own")
         if context is not None and len(tokens) - 1 > context:
             raise DataError(
-                f"the question {items[owner].id!r:.80} has {len(tokens)} tokens with its answer, the model sees "
-                f"{context}; shorten its prompt"
+                f"the question {item.id!r:.80} has {len(tokens)} tokens with its answer, the model sees {context}; "
+                "shorten its prompt"
             )
-        requests.append(_Request(owner, tokens, start))
+        requests.append(_Request(index, tokens, start))
     return requests
 
 
-def _logits(model: Any, inputs: Sequence[tuple[int, ...]], padding: int) -> Tensor:
-    """Run some inputs, padded on the right; returns ``[len(inputs), longest, V]``."""
+def _logits(model: Any, inputs: Sequence[tuple[int, ...]]) -> Tensor:
+    """Run inputs, the longest first, padded on the right with any token; returns ``[len(inputs), longest, V]``."""
     device = next(model.parameters()).device
-    tokens = torch.full((len(inputs), len(inputs[0])), padding, dtype=torch.int64)
+    tokens = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
     mask = torch.zeros_like(tokens)
     for row, read in enumerate(inputs):
         tokens[row, : len(read)], mask[row, : len(read)] = torch.tensor(read), 1
@@ -289,25 +288,3 @@ def _family_score(name: str, scores: Sequence[ItemScore], num_choices: Sequence[
             for score in scores
         ),
     )
-
-
-def _begin_token(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: its begin-of-text token, or nothing."""
-    begin = getattr(tokenizer, "bos_token_id", None)
-    return [begin] if begin is not None and tokenizer("a").input_ids[:1] == [begin] else []
-
-
-def _padding_of(tokenizer: Any) -> int:
-    """Any token; what is masked is not looked at."""
-    padding = getattr(tokenizer, "pad_token_id", None)
-    return 0 if padding is None else int(padding)
-
-
-def _context_of(model: Any) -> int | None:
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
-
-
-def _vocab_size(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)

@@ -244,17 +244,18 @@ def share(batch_size: int, ranks: Ranks) -> tuple[int, int]:
     return batch_size * ranks.rank // ranks.world_size, batch_size * (ranks.rank + 1) // ranks.world_size
 
 
-def loss_weight(batch_size: int, ranks: Ranks) -> float:
-    """What a rank multiplies its mean loss by before ``backward``: own samples x ranks / all samples.
+def loss_weight(num_samples: int, batch_size: int, ranks: Ranks) -> float:
+    """Compute what a rank multiplies the mean loss of its samples by before ``backward``.
 
     The mean over ranks of the products, which is what gradients are of, is then the mean over the global batch, uneven
-    shares or not. All samples must be equally long.
+    shares or not.
 
-    Raises:
-        ConfigError: As `share`.
+    Args:
+        num_samples: Samples of this rank that the loss is the mean of, all equally long.
+        batch_size: Samples of the global batch.
+        ranks: The processes.
     """
-    first, last = share(batch_size, ranks)
-    return (last - first) * ranks.world_size / batch_size
+    return num_samples * ranks.world_size / batch_size
 
 
 class LossModule(nn.Module):

@@ -19,6 +19,7 @@ from engram_lm.training.distribution import (
     LossModule,
     Ranks,
     agree,
+    loss_weight,
     sharded_weights,
     share,
     without_sync,
@@ -229,9 +230,8 @@ class Trainer:
             batch = batches[index].to(device)
             last = index == len(self._parts) - 1
             with contextlib.nullcontext() if last else without_sync(self.loss_module):
-                # The mean over processes, which is what their gradients become, is the mean over the batch.
-                weight = (stop - start) * self.ranks.world_size / self.batches.batch_size
-                loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids) * weight
+                loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids)
+                loss = loss * loss_weight(stop - start, self.batches.batch_size, self.ranks)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
