@@ -114,7 +114,7 @@ class ForwardPass(nn.Module):
             self.spec,
             {block: self._layer(block).table for block in self.spec.blocks},
             tokens,
-            attention_mask=mask,
+            attention_mask=None if mask is None else mask.to(tokens.device),
             position_ids=positions if self.spec.looks_at_positions else None,
             state=state,
             # Models have rows for ids that no tokenizer makes, up to a round number.

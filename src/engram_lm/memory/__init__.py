@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_lm.memory.config import EngramConfig
-    from engram_lm.memory.formats.published import PublishedMemory, read_memory
-    from engram_lm.memory.formats.publishing import write_memory
+    from engram_lm.memory.formats.checkpoint import PublishedMemory, read_memory, write_memory
     from engram_lm.memory.layer import EngramLayer, EngramOutput
 
 __all__ = [
@@ -27,9 +26,9 @@ _MODULES = {
     "EngramConfig": "engram_lm.memory.config",
     "EngramLayer": "engram_lm.memory.layer",
     "EngramOutput": "engram_lm.memory.layer",
-    "PublishedMemory": "engram_lm.memory.formats.published",
-    "read_memory": "engram_lm.memory.formats.published",
-    "write_memory": "engram_lm.memory.formats.publishing",
+    "PublishedMemory": "engram_lm.memory.formats.checkpoint",
+    "read_memory": "engram_lm.memory.formats.checkpoint",
+    "write_memory": "engram_lm.memory.formats.checkpoint",
 }
 
 

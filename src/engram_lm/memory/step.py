@@ -6,7 +6,6 @@ value that travels with the call, so that two calls at once never see each other
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -78,7 +77,8 @@ def begin_step(
         MismatchError: The mask, the positions or the mapped rows have another shape.
         TokenError: A token is outside the vocabulary (``checked``).
     """
-    codes = _encode(spec, tokens, attention_mask, position_ids, checked)
+    encode = spec.encode if checked else spec.encode_unchecked
+    codes: Tensor = encode(tokens, attention_mask=attention_mask, position_ids=position_ids)
     by_layer = spec.rows_for_layers(codes, context if state is None else state.history.values)
     rows = {block: by_layer[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
     if row_map is not None:
@@ -89,17 +89,6 @@ def begin_step(
     if state is not None:
         state.advance(codes)
     return MemoryStep(codes, codes >= 0, rows, state)
-
-
-def _encode(spec: HashSpec, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, checked: bool) -> Tensor:
-    codes: Any
-    if not checked:
-        # Models have rows for ids that no tokenizer makes, up to a round number. Those are no text.
-        known = tokens < spec.num_tokens
-        mask = known if mask is None else known & (mask != 0).to(known.device)
-        tokens = tokens.masked_fill(~known, 0)
-    codes = spec.encode(tokens, attention_mask=mask, position_ids=positions)
-    return codes
 
 
 def _mapped(row_map: RowMap, block: int, rows: Tensor) -> Tensor:
