@@ -131,10 +131,10 @@ SIZES = '"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("1" * 5000, "cannot be read as JSON"),
-        ("[1]", "is an object"),
+        ("[1", "is not readable JSON"),
+        ("[" * 100_000, "is not readable JSON"),
+        ("1" * 5000, "is not readable JSON"),
+        ("[1]", "not an object"),
         ('{"model_type": "llama"}', "configuration of a 'llama' model"),
         ('{"num_hiden_layers": 3}', "did you mean 'num_hidden_layers'"),
         ("{}", "says at least hidden_size, num_hidden_layers, vocab_size"),

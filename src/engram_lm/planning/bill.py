@@ -48,20 +48,21 @@ class TableTraffic:
             num_gathers: Gathers of each rank.
             rows_per_rank: Rows in a block.
         """
-        world = len(requests)
-        away = requests - np.diag(np.diag(requests))
-        mean = float(away.sum()) / world
+        away, world = requests - np.diag(np.diag(requests)), len(requests)
+        return cls._of_ranks(away.sum() / world, away.sum(0).max(), row_bytes, num_gathers, world, rows_per_rank)
+
+    @classmethod
+    def _of_ranks(
+        cls, mean: float, most: float, row_bytes: int, num_gathers: int, world: int, rows_per_rank: int
+    ) -> "TableTraffic":
+        """Count what ranks send that ask for ``mean`` rows of others, where the busiest owner sends ``most``."""
         return cls(
             counts=num_gathers * (world - 1) * _COUNT_WORDS * _INDEX_BYTES,
-            places=round(mean * _place_bytes(rows_per_rank)),
-            rows=round(mean * row_bytes),
-            gradients=round(mean * row_bytes),
-            busiest_rows=round(float(away.sum(0).max())) * row_bytes,
+            places=round(float(mean) * (4 if rows_per_rank <= 2**31 else 8)),
+            rows=round(float(mean) * row_bytes),
+            gradients=round(float(mean) * row_bytes),
+            busiest_rows=round(float(most) * row_bytes),
         )
-
-
-def _place_bytes(rows_per_rank: int) -> int:
-    return 4 if rows_per_rank <= 2**31 else 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +107,10 @@ class Bill:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            **dataclasses.asdict(self),
-            "memory_blocks": list(self.memory_blocks),
-            "tables_sent": {**dataclasses.asdict(self.tables_sent), "total": self.tables_sent.total},
-            "tables_sent_with_duplicates": {
-                **dataclasses.asdict(self.tables_sent_with_duplicates),
-                "total": self.tables_sent_with_duplicates.total,
-            },
-            "distinct_share": self.distinct_share,
-        }
+        values = {**dataclasses.asdict(self), "memory_blocks": list(self.memory_blocks)}
+        for name in ("tables_sent", "tables_sent_with_duplicates"):
+            values[name]["total"] = getattr(self, name).total
+        return {**values, "distinct_share": self.distinct_share}
 
 
 def bill(config: EngramLMConfig, shape: TrainingShape) -> Bill:
@@ -245,13 +240,9 @@ class _Tables:
             # Rows of each head that lie in each block, [W, heads].
             inside = np.minimum(edges[1:, None], ends) - np.maximum(edges[:-1, None], ends - row)
             owners += (np.maximum(inside, 0) / row * asked[layer]).sum(1) * (world - 1)
-        return TableTraffic(
-            counts=len(self.heads) * self.shape.num_micro_batches * (world - 1) * _COUNT_WORDS * _INDEX_BYTES,
-            places=round(away * _place_bytes(max(-(-rows // world) for rows in self.num_rows))),
-            rows=round(away * self.row_bytes),
-            gradients=round(away * self.row_bytes),
-            busiest_rows=round(owners.max() * self.row_bytes),
-        )
+        num_gathers = len(self.heads) * self.shape.num_micro_batches
+        rows_per_rank = max(-(-rows // world) for rows in self.num_rows)
+        return TableTraffic._of_ranks(away, owners.max(), self.row_bytes, num_gathers, world, rows_per_rank)
 
     def memory_bytes(self) -> dict[str, int]:
         """What rows, their optimizer, their gradients and one exchange take on a rank."""

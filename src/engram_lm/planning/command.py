@@ -13,18 +13,18 @@ import tyro
 from huggingface_hub.errors import StrictDataclassError
 
 from engram_lm.errors import ConfigError, closest
+from engram_lm.files import read_json
 from engram_lm.hashing import TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.presets import NAMES
 from engram_lm.planning.budget import allocate
+from engram_lm.planning.shape import ITEM_BYTES
 from engram_lm.planning.sizes import ModelSizes, model_sizes, muon_parameters
+from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.byte_size import byte_size
 
 __all__ = ["Plan", "plan"]
-
-_ROW_BYTES = {"float32": 4.0, "bfloat16": 2.0}
-_SCALE_BLOCK = 32  # columns that share one E8M0 scale byte in DeepSeek-V4.1's FP8 tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Plan:
         disk = None if self.disk is None else measure_disk(self.disk)
         if self.disk_iops is not None:
             disk = DiskRate.told(self.disk_iops)
-        row_bytes = round(_row_bytes(memory.head_dim)[self.table_dtype])
+        row_bytes = _row_bytes(memory.head_dim)[self.table_dtype]
         machine = read_machine(ram_gib=self.ram_gib, device_gib=self.device_gib, disk=disk, row_bytes=row_bytes)
         return place(
             found,
@@ -133,14 +133,9 @@ def read_config(source: str) -> EngramLMConfig:
         return EngramLMConfig.preset(source)
     if path.is_dir():
         path = path / "config.json"
-    try:
-        values = json_module.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file {path}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {' '.join(str(error).split()):.200}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, a configuration is an object")
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}")
+    values = read_json(path, error=ConfigError)
     kind = values.pop("model_type", EngramLMConfig.model_type)
     if kind != EngramLMConfig.model_type:
         raise ConfigError(
@@ -194,7 +189,7 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
         "context_tokens": context,
         "batch_size": batch_size,
         "parameters": _parameters(sizes),
-        "weights_bytes": {name: round(sizes.total * each) for name, each in _ROW_BYTES.items()},
+        "weights_bytes": {name: sizes.total * each for name, each in ITEM_BYTES.items()},
         "table": None if memory is None else _table(memory),
         "flops_per_token": {"inference": sizes.flops_per_token, "training": 3 * sizes.flops_per_token},
         "reads_per_token": _reads(memory),
@@ -218,47 +213,38 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
 
 
 def _parameters(sizes: ModelSizes) -> dict[str, int]:
+    own = (
+        "attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams", "norms",
+        "memory_layers", "active", "sparse",
+    )  # fmt: skip
     return {
         "total": sizes.paper_total,
-        "active": sizes.active,
-        "sparse": sizes.sparse,
         "memory": sizes.memory_tables,
         "vocabulary": sizes.vocabulary_matrix,
         "stored": sizes.total,
-        "attention": sizes.attention,
-        "dense_feed_forward": sizes.dense_feed_forward,
-        "shared_experts": sizes.shared_experts,
-        "routed_experts": sizes.routed_experts,
-        "routers": sizes.routers,
-        "streams": sizes.streams,
-        "norms": sizes.norms,
-        "memory_layers": sizes.memory_layers,
+        **{name: getattr(sizes, name) for name in own},
     }
+
+
+def _row_bytes(width: int, num_rows: int = 1) -> dict[str, int]:
+    """Bytes of rows by type: plain, and FP8 with a scale byte per 32 columns."""
+    plain = {name: num_rows * width * each for name, each in ITEM_BYTES.items()}
+    return {**plain, "float8_e4m3": num_rows * (width + num_blocks(width))}
 
 
 def _table(memory: EngramConfig) -> dict[str, Any]:
-    rows, width = memory.num_table_rows(), memory.head_dim
-    total = sum(rows)
     return {
-        "rows": list(rows),
-        "row_width": width,
+        "rows": list(memory.num_table_rows()),
+        "row_width": memory.head_dim,
         "rows_per_head": memory.rows_per_head,
         "heads": memory.num_heads_total,
-        "bytes": {name: total * round(row) for name, row in _row_bytes(width).items()},
+        "bytes": _row_bytes(memory.head_dim, sum(memory.num_table_rows())),
     }
 
 
-def _row_bytes(width: int) -> dict[str, float]:
-    """Bytes of one row: plain, and FP8 with a scale byte per 32 columns."""
-    plain = {name: width * each for name, each in _ROW_BYTES.items()}
-    return {**plain, "float8_e4m3": width + math.ceil(width / _SCALE_BLOCK)}
-
-
 def _reads(memory: EngramConfig | None) -> dict[str, Any]:
-    if memory is None:
-        return {"rows": 0, "bytes": dict.fromkeys(_row_bytes(0), 0)}
-    rows = len(memory.layers) * memory.num_heads_total
-    return {"rows": rows, "bytes": {name: rows * round(row) for name, row in _row_bytes(memory.head_dim).items()}}
+    rows, width = (0, 0) if memory is None else (len(memory.layers) * memory.num_heads_total, memory.head_dim)
+    return {"rows": rows, "bytes": _row_bytes(width, rows)}
 
 
 def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, batch_size: int) -> dict[str, int]:
@@ -333,30 +319,32 @@ def _print(name: str, found: dict[str, Any]) -> None:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    parameters = found["parameters"]
+    for row in _rows(found):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is printed of a plan: name, value, remark."""
+    parameters, weights, flops = found["parameters"], found["weights_bytes"], found["flops_per_token"]
+    decode, optimizer, build = found["decode"], found["optimizer_bytes"], found["build"]
     share = f"{parameters['sparse'] / max(1, parameters['total']):.0%} of the total"
-    rows: list[tuple[str, str, str]] = [
-        ("parameters, total", _count(parameters["total"]), "with one vocabulary matrix, as the paper counts"),
-        ("  active per token", _count(parameters["active"]), "without the vocabulary"),
-        ("  sparse", _count(parameters["sparse"]), f"experts not visited and rows not read: {share}"),
-        ("  memory tables", _count(parameters["memory"]), ""),
-        ("  vocabulary matrix", _count(parameters["vocabulary"]), ""),
-    ]
-    if "allocation" in found:
-        found_share, number = found["allocation"], found["allocation"]["moe_num_experts"]
-        rows.insert(
-            0,
-            (
-                "experts of each block",
-                f"{found_share['num_experts']}",
-                f"of {number}: {found_share['ratio']:.1%} of the sparse budget; dense width "
-                f"{found_share['intermediate_size']:,}, rows per head {found_share['rows_per_head']:,}",
-            ),
-        )
+    remarks = {
+        "total": ("parameters, total", "with one vocabulary matrix, as the paper counts"),
+        "active": ("  active per token", "without the vocabulary"),
+        "sparse": ("  sparse", f"experts not visited and rows not read: {share}"),
+        "memory": ("  memory tables", ""),
+        "vocabulary": ("  vocabulary matrix", ""),
+    }
+    rows = [(title, _count(parameters[kind]), remark) for kind, (title, remark) in remarks.items()]
     kinds = ["attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams"]
     kinds = [kind for kind in [*kinds, "memory_layers"] if parameters[kind]]
     rows += [(f"  {kind.replace('_', ' ')}", _count(parameters[kind]), "") for kind in kinds]
-    weights, flops, decode = found["weights_bytes"], found["flops_per_token"], found["decode"]
+    if "allocation" in found:
+        divided = found["allocation"]
+        remark = f"of {divided['moe_num_experts']}: {divided['ratio']:.1%} of the sparse budget; dense width "
+        remark += f"{divided['intermediate_size']:,}, rows per head {divided['rows_per_head']:,}"
+        rows.insert(0, ("experts of each block", f"{divided['num_experts']}", remark))
     rows.append(("weights", byte_size(weights["bfloat16"]), f"bfloat16; {byte_size(weights['float32'])} in float32"))
     if found["table"]:
         sizes, reads = found["table"]["bytes"], found["reads_per_token"]
@@ -368,7 +356,6 @@ def _print(name: str, found: dict[str, Any]) -> None:
             ("read per token", byte_size(reads["bytes"]["bfloat16"]), f"{reads['rows']} rows, bfloat16"),
         ]
     batch = f"batch of {found['batch_size']}: {byte_size(decode['bytes_of_batch'])}"
-    optimizer, build = found["optimizer_bytes"], found["build"]
     rows += [
         ("FLOPs per token", _count(flops["inference"]), f"forward, sequences of {found['context_tokens']:,}"),
         ("", _count(flops["training"]), "training: forward and backward"),
@@ -379,20 +366,13 @@ def _print(name: str, found: dict[str, Any]) -> None:
     if parameters["memory"]:
         rows.append(("  of the tables", byte_size(optimizer["tables_adam"]), ""))
     seconds = build["hash_seconds"] + build["initialize_seconds"]
-    rows.append(
-        (
-            "time to build",
-            _duration(seconds),
-            f"here, drawing {build['values_per_second'] / 1e6:,.0f} M values a second",
-        )
-    )
+    remark = f"here, drawing {build['values_per_second'] / 1e6:,.0f} M values a second"
+    rows.append(("time to build", f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s", remark))
     if "placement" in found:
         from engram_lm.planning.placement import rows_for_people
 
         rows += rows_for_people(found["placement"])
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    return rows
 
 
 def _count(number: float) -> str:
@@ -400,9 +380,3 @@ def _count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.2f} {unit}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

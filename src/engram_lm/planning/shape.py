@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.planning.deduplication import CURVES
 
 __all__ = ["ITEM_BYTES", "TABLE_STATE_BYTES", "BackboneOptimizer", "TableOptimizer", "TrainingShape"]
@@ -66,19 +66,15 @@ class TrainingShape:
     """Distinct rows over lookups of one gather, in place of the curve, where it was measured."""
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "batch_size", "sequence_length", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is None and name == "micro_batch_size":
-                continue
-            if type(value) is not int or not 1 <= value < 2**40:
-                raise ConfigError(f"{name} must be a whole number, at least 1, not {value!r:.40}")
+        check_whole(world_size=self.world_size, batch_size=self.batch_size, sequence_length=self.sequence_length)
+        if self.micro_batch_size is not None:
+            check_whole(micro_batch_size=self.micro_batch_size)
         if self.world_size > _MOST_RANKS:
             raise ConfigError(f"world_size must be at most {_MOST_RANKS}, not {self.world_size}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+        choices = {name: get_args(kind) for name, kind in get_type_hints(type(self)).items()}
+        for name, allowed in {**choices, "curve": tuple(CURVES)}.items():
+            if isinstance(allowed[0] if allowed else None, str) and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
-        if self.curve not in CURVES:
-            raise ConfigError(f"curve must be one of {', '.join(map(repr, CURVES))}, not {self.curve!r}")
         share = self.distinct_share
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"distinct_share is a share above 0, at most 1, not {share!r}")
@@ -97,17 +93,3 @@ class TrainingShape:
     def num_micro_batches(self) -> int:
         """Forward and backward passes of a rank in a step."""
         return -(-self.sequences_per_rank // self.micro_batch)
-
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "backbone": ("ddp", "fsdp2", "none"),
-    "backbone_optimizer": get_args(BackboneOptimizer),
-    "table_optimizer": get_args(TableOptimizer),
-    "dtype": tuple(ITEM_BYTES),
-    "gather_dtype": tuple(ITEM_BYTES),
-    "fused_attention": (False, True),
-    "table_dtype": tuple(ITEM_BYTES),
-    "checkpointing": (False, True),
-    "deduplicate": (False, True),
-    "shard_tables": (False, True),
-}
