@@ -284,7 +284,7 @@ def test_the_memory_that_is_meant_must_be_clear_and_read():
     with adapter.disabled(), pytest.raises(ConfigError, match="'default' is disabled"):
         patch.apply(adapter)
     second = engram_lm.attach(model, TOKENIZER, memory_config(), name="second")
-    with pytest.raises(ConfigError, match=r"\['default', 'second'\]; pass the MemoryAdapter"):
+    with pytest.raises(ConfigError, match=r"\['default', 'second'\]; pass one of these MemoryAdapters"):
         patch.apply(model)
     patch.apply(adapter)
     assert applied_patches(second) == ()

@@ -1,6 +1,6 @@
-"""The memory of a model as a row patch sees it: its hash, its trainable tables, the layers that read them.
+"""The memory of a model as a row patch sees it: its hash, its trainable tables and the layers that read them.
 
-The one place that knows the two kinds of models: a model with an adapter, and the reference model.
+Only this file knows that there are two kinds of models: those with an adapter, and the reference model.
 """
 
 # Dimension key: L length, N rows, E row width, V vocabulary.
@@ -29,23 +29,23 @@ class PatchableMemory:
     """Memory whose rows can be changed in place."""
 
     owner: nn.Module
-    """The module that the memory belongs to, and that keeps the record of what was applied."""
+    """The module that the memory belongs to; it keeps the record of the patches that were applied."""
     model: nn.Module
-    """What computes logits from ``input_ids``."""
+    """The model that computes logits from ``input_ids``."""
     spec: HashSpec
     """The hash, with its token map."""
     tables: Mapping[str, ParameterTable]
-    """The tables by the block that reads them, or one called ``shared``."""
+    """The tables, named by the block that reads them, or one called ``shared``."""
     layers: Mapping[int, EngramLayer]
     """The layers by block."""
 
     def layers_of(self, table: str) -> list[int]:
-        """Published ids of the layers that read a table."""
+        """Return the published ids of the layers that read a table."""
         pairs = zip(self.spec.blocks, self.spec.layers, strict=True)
         return [layer for block, layer in pairs if table_name(self.spec, block) == table]
 
     def check_rows(self, table: str, rows: Tensor) -> None:
-        """Refuse a table that this memory has not, or row numbers outside of it.
+        """Refuse a table that this memory does not have, and row numbers outside it.
 
         Raises:
             MismatchError: There is no such table.
@@ -57,8 +57,8 @@ class PatchableMemory:
         outside = rows[(rows < 0) | (rows >= num_rows)]
         if len(outside):
             raise RowRangeError(
-                f"row {int(outside[0])} is outside table {table}, which has rows 0 to {num_rows - 1}; it is of another "
-                "memory"
+                f"row {int(outside[0])} is outside table {table}, which has rows 0 to {num_rows - 1}; it belongs to "
+                "another memory"
             )
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class PatchableMemory:
         weight.index_copy_(0, rows.to(weight.device), values.to(weight.device))
 
     def logits(self, tokens: np.ndarray | Sequence[int]) -> Tensor:
-        """Compute the logits of one sequence ``[L]``, or of several of one length ``[B, L]``, in its own batch.
+        """Compute the logits of one sequence ``[L]``, or of a batch of sequences of one length ``[B, L]``.
 
         Returns:
             ``[L, V]`` or ``[B, L, V]``, in the model's type, on its device.
@@ -86,11 +86,11 @@ class PatchableMemory:
 
     @contextlib.contextmanager
     def reading(self, rows: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the layers read some rows from tensors of their own, with gradient, inside a ``with`` block.
+        """Let the layers read some rows from separate tensors, with gradient, inside a ``with`` block.
 
         Args:
             rows: Table to row numbers, ascending, int64 ``[N]``.
-            values: Table to the numbers read in their place, ``[N, E]``; cast to the table's type as they are read.
+            values: Table to the numbers that are read instead, ``[N, E]``; rounded to the table's type when read.
         """
         before = {block: layer.table for block, layer in self.layers.items()}
         try:
@@ -105,7 +105,7 @@ class PatchableMemory:
 
 
 class _RowsApart(Table):
-    """A table some of whose rows are read from a small tensor, which alone gets a gradient."""
+    """A table that reads some of its rows from a small tensor; only this tensor gets a gradient."""
 
     def __init__(self, table: ParameterTable, rows: Tensor, values: Tensor) -> None:
         self.table, self.values = table, values
@@ -123,7 +123,7 @@ class _RowsApart(Table):
             found = self.table.gather(rows)
         numbers = rows.to(self.rows.device)
         place = torch.searchsorted(self.rows, numbers).clamp(max=len(self.rows) - 1)
-        # Rounded as they will be stored, so that a fit sees what it leaves behind.
+        # Rounded as they will be stored, so that the fit sees the numbers that it will leave.
         apart = F.embedding(place, self.values.to(self.dtype)).to(found.device)
         here = (self.rows[place] == numbers).to(found.device)
         result = torch.where(here.unsqueeze(-1), apart, found)
@@ -137,7 +137,7 @@ def patchable_memory(target: Any) -> PatchableMemory:
         target: A `MemoryAdapter`, a model with one adapter, or an `EngramForCausalLM`.
 
     Raises:
-        ConfigError: There is no memory or more than one, the adapter is detached or disabled, or a table is no
+        ConfigError: There is no memory or more than one, the adapter is detached or disabled, or a table is not a
             parameter in memory.
         TokenMapError: The reference model has not been given its token map.
     """
@@ -157,13 +157,13 @@ def patchable_memory(target: Any) -> PatchableMemory:
         if len(adapters) > 1:
             raise ConfigError(
                 f"a row patch is for one memory; this {type(target).__name__} has the adapters {sorted(adapters)}; "
-                "pass the MemoryAdapter that is meant"
+                "pass one of these MemoryAdapters"
             )
         target = next(iter(adapters.values()))
     if target.model is None or not target.enabled:
         state = "detached" if target.model is None else "disabled"
         raise ConfigError(
-            f"the memory adapter {target.name!r} is {state}, so its rows are not read; put it to use first"
+            f"the memory adapter {target.name!r} is {state}, so its rows are not read; attach or enable it first"
         )
     layers = {block: target.layers[str(block)] for block in target.spec.blocks}
     return PatchableMemory(target, target.model, target.spec, _trainable(target.tables), layers)

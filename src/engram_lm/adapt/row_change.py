@@ -1,4 +1,4 @@
-"""What a row patch is made of: rows of a table with other numbers, and the facts they were fitted to."""
+"""What a row patch is made of: new numbers for rows of a table, and the facts that they were fitted to."""
 
 # Dimension key: N rows, E row width.
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["ROW_DTYPES", "Fact", "RowChange", "same_bits"]
+__all__ = ["ROW_DTYPES", "Fact", "RowChange", "bits", "same_bits"]
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types of the numbers that rows of a trainable table have."""
+"""Types that the numbers of a trainable table can have."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,15 +20,15 @@ class RowChange:
     """Rows of one table, before and after.
 
     Raises:
-        ConfigError: Tensors of other shapes or types, rows that do not ascend, or numbers that are not finite.
+        ConfigError: A tensor has another shape or type, the rows do not ascend, or a number is not finite.
     """
 
     rows: Tensor
     """Row numbers, different and ascending, int64 ``[N]`` on the host."""
     before: Tensor
-    """The numbers that the rows had, in the table's type, ``[N, E]`` on the host."""
+    """The old numbers of the rows, in the table's type, ``[N, E]`` on the host."""
     after: Tensor
-    """The numbers they get, of the same type and shape."""
+    """Their new numbers, of the same type and shape."""
 
     def __post_init__(self) -> None:
         rows, before, after = self.rows, self.before, self.after
@@ -52,7 +52,7 @@ class RowChange:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are changed."""
+        """Number of rows that are changed."""
         return len(self.rows)
 
     @property
@@ -63,14 +63,14 @@ class RowChange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fact:
-    """A continuation that rows were fitted to. The record of a fit: applying a patch does not read it."""
+    """A continuation that rows were fitted to. It records the fit; applying a patch does not read it."""
 
     prompt: str
     """The text before."""
     target: str
-    """What shall follow."""
+    """The text that should follow."""
     prompt_tokens: tuple[int, ...]
-    """The prompt as raw tokens, the tokenizer's own first tokens included."""
+    """The prompt as raw tokens, with the tokens that the tokenizer puts in front of every text."""
     target_tokens: tuple[int, ...]
     """The target as raw tokens."""
     loss_before: float
@@ -86,8 +86,11 @@ class Fact:
         return self.prompt_tokens + self.target_tokens
 
 
+def bits(values: Tensor) -> Tensor:
+    """View numbers ``[N, E]`` as their bytes: compared this way, 0 and -0 differ and a NaN equals itself."""
+    return values.contiguous().view(torch.uint8)
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one type and shape hold the same bits: 0 and -0 differ, a NaN equals itself."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    """Tell whether two tensors have the same type and shape and hold the same bits."""
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and torch.equal(bits(first), bits(second))

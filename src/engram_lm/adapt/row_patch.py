@@ -1,7 +1,7 @@
-"""Row patches: changes to single rows that are fitted, written to a file, applied to a model and taken back.
+"""Row patches: changes to single rows that are fitted, saved to a file, applied to a model and reverted.
 
 Reading order: ``row_change.py`` (what a patch holds), ``patchable.py`` (the memory it is for), ``row_patch_fit.py``,
-``row_patch_file.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch does and does not touch).
+``row_patch_file.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch touches and what not).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt.patchable import PatchableMemory, patchable_memory
-from engram_lm.adapt.row_change import Fact, RowChange, same_bits
+from engram_lm.adapt.row_change import Fact, RowChange, bits, same_bits
 from engram_lm.adapt.row_patch_file import read_patch, write_patch
 from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, read_facts, reference_tokens
 from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
@@ -30,12 +30,12 @@ _RECORD = "_row_patches"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowPatch:
-    """Other numbers for single rows of a memory, with those they had before.
+    """New numbers for single rows of a memory, with the old ones.
 
     A patch is made for one hash and for rows that hold certain numbers; both are checked when it is applied. It is for
     a model with a memory adapter (pass the adapter, or the model where it has one) and for an `EngramForCausalLM`,
-    whose tables are parameters in memory. A key-value cache filled before a patch is applied or reverted keeps what it
-    was filled with: start with an empty one.
+    whose tables are parameters in memory. A key-value cache that was filled before a patch is applied or reverted still
+    holds the old values, so start with an empty one.
 
     Example:
         >>> patch = RowPatch.fit(model, tokenizer, [("The capital of Elbonia is", " Mudville")])  # doctest: +SKIP
@@ -50,9 +50,9 @@ class RowPatch:
     tables: Mapping[str, RowChange]
     """Changes by table: its block number as text, or ``shared``."""
     title: str = ""
-    """What its maker calls it."""
+    """The name that its maker gave it."""
     facts: tuple[Fact, ...] = ()
-    """What the rows were fitted to; none for rows written by hand."""
+    """What the rows were fitted to; empty for rows written by hand."""
 
     @classmethod
     def fit(
@@ -66,30 +66,30 @@ class RowPatch:
         title: str = "",
         on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> Self:
-        """Fit rows to facts: each prompt shall be continued by its target.
+        """Fit rows to facts, so that the model continues each prompt with its target.
 
-        Only rows change that N-grams of the facts address, by default those of the highest order that end where a
-        target token is predicted; a text that has none of these N-grams, and none that collides with them, is
-        answered as before to the bit. The model is left as it was; `apply` changes it. The same call gives the same
-        patch on the same machine.
+        Only rows that N-grams of the facts address are changed: by default those of the highest order that end where a
+        target token is predicted. A text that has none of these N-grams, and none that collides with them, gets the
+        same answer as before, bit for bit. The model is left as it was; `apply` changes it. The same call gives the
+        same patch on the same machine.
 
         Args:
-            target: A `MemoryAdapter`, a model with one, or an `EngramForCausalLM`. Its memory must have been trained:
-                while the value projections are zero, rows have no effect.
+            target: A `MemoryAdapter`, a model with one, or an `EngramForCausalLM`. Its memory must have been trained,
+                because rows have no effect while the value projections are zero.
             tokenizer: The model's tokenizer.
             facts: Pairs (prompt, target) of texts. A target begins with the space that follows the prompt, if any.
             options: Which positions and orders, how many steps, when to stop.
-            reference: A text, or raw tokens ``[num_tokens]``, that ``FitOptions.max_collisions`` counts other N-grams
-                in.
-            title: What to call the patch.
+            reference: A text, or raw tokens ``[num_tokens]``, in which ``FitOptions.max_collisions`` counts other
+                N-grams.
+            title: The patch's name.
             on_step: Called with the step, from 0, and the mean loss before it, in nats per target token.
 
         Returns:
             The patch. Its ``facts`` say whether each target became the greedy continuation (`is_learned`).
 
         Raises:
-            ConfigError: No facts, impossible options, a table that is no parameter, a memory whose rows have no effect,
-                no rows left, or facts that hold already.
+            ConfigError: There are no facts, an option is impossible, a table is not a parameter, the memory's rows have
+                no effect, no rows are left, or the facts hold already.
             MismatchError: The tokenizer is not the model's.
         """
         options = FitOptions() if options is None else options
@@ -109,12 +109,12 @@ class RowPatch:
             target: As for `fit`; the rows it holds now are the patch's rows before.
             values: Table to row numbers ``[N]``, different, in any order, and their numbers ``[N, E]``; the latter are
                 rounded to the table's type.
-            title: What to call the patch.
+            title: The patch's name.
 
         Raises:
-            ConfigError: No rows, rows that repeat, or numbers of another shape or that are not finite.
+            ConfigError: There are no rows, a row repeats, or the numbers have another shape or are not finite.
             MismatchError: There is no such table.
-            RowRangeError: A row outside its table.
+            RowRangeError: A row is outside its table.
         """
         memory = patchable_memory(target)
         tables = {}
@@ -141,13 +141,12 @@ class RowPatch:
         """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: The file is missing, malformed, truncated, or none of a row patch.
+            CheckpointError: The file is missing, malformed, truncated, or not a row patch.
         """
-        stored = read_patch(path)
-        return cls(stored.spec_digest, stored.tables, stored.title, stored.facts)
+        return cls(**read_patch(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the patch as one safetensors file, atomically: some kilobytes, and all that `apply` needs elsewhere.
+        """Write the patch as one safetensors file of a few kilobytes, atomically; `apply` needs nothing else.
 
         Raises:
             OSError: The file cannot be written.
@@ -156,7 +155,7 @@ class RowPatch:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are changed, over all tables."""
+        """Number of rows that are changed, over all tables."""
         return sum(change.num_rows for change in self.tables.values())
 
     @property
@@ -184,14 +183,14 @@ class RowPatch:
 
         Args:
             target: As for `fit`.
-            force: Write also where a row does not hold the numbers the patch was made against. What it holds is
-                remembered, so that `revert` still restores it.
+            force: Also write rows that do not hold the numbers the patch was made for. What they hold is remembered,
+                so that `revert` still restores it.
 
         Raises:
-            ConfigError: As for `fit` of tables.
-            MismatchError: Another hash, other widths or types, the patch is applied already, or (without ``force``) a
-                row that is not as the patch expects.
-            RowRangeError: A row outside its table.
+            ConfigError: As for `fit`, of tables.
+            MismatchError: The memory has another hash, width or type, the patch is applied already, or (without
+                ``force``) a row is not as the patch expects.
+            RowRangeError: A row is outside its table.
         """
         memory = patchable_memory(target)
         held = self._held(memory)
@@ -207,40 +206,41 @@ class RowPatch:
     def revert(self, target: Any, *, force: bool = False) -> None:
         """Put back the rows that were there before, bit for bit. All rows are put back, or none.
 
-        Patches that share no row are reverted in any order; of those that share one, the last applied goes first. A
-        model that was saved with the patch in its tables and loaded again keeps no list of patches; there the rows
-        themselves tell that the patch is in them.
+        Patches that share no row can be reverted in any order; of those that share one, the last applied goes first. A
+        model that was saved with the patch and loaded again has no list of patches; its rows show that the patch is in
+        them.
 
         Args:
             target: As for `fit`.
-            force: Put back also where a row has been changed since, by training for instance.
+            force: Also put back rows that have changed since, for instance by training.
 
         Raises:
-            ConfigError: As for `fit` of tables.
-            MismatchError: Another hash, a patch applied later shares a row, or (without ``force``) a row that does not
-                hold the patch's numbers.
-            RowRangeError: A row outside its table.
+            ConfigError: As for `fit`, of tables.
+            MismatchError: The memory has another hash, a patch applied later shares a row, or (without ``force``) a row
+                does not hold the patch's numbers.
+            RowRangeError: A row is outside its table.
         """
         memory = patchable_memory(target)
         held = self._held(memory)
         record = _record(memory)
-        places = [place for place, entry in enumerate(record) if entry.patch.digest == self.digest]
-        later = [entry.patch for entry in record[places[-1] + 1 :] if entry.patch.overlaps(self)] if places else []
-        if later:
-            raise MismatchError(
-                f"{self._name} shares rows with {', '.join(patch._name for patch in later)}, applied after it; patches "
-                "that share rows are reverted in reverse order: revert the last applied first"
-            )
+        replaced = {name: change.before for name, change in self.tables.items()}
+        place = next((place for place, entry in enumerate(record) if entry.patch.digest == self.digest), None)
+        if place is not None:
+            replaced = record[place].replaced
+            if later := [entry.patch._name for entry in record[place + 1 :] if entry.patch.overlaps(self)]:
+                raise MismatchError(
+                    f"{self._name} shares rows with {', '.join(later)}, applied after it; patches that share rows are "
+                    "reverted in reverse order: revert the last applied first"
+                )
         if not force:
             self._check_held(held, "after", "a model that has the patch (or pass force=True)")
-        replaced = {name: change.before for name, change in self.tables.items()}
-        for name, values in (record[places[-1]].replaced if places else replaced).items():
+        for name, values in replaced.items():
             memory.write(name, self.tables[name].rows, values)
-        if places:
-            del record[places[-1]]
+        if place is not None:
+            del record[place]
 
     def overlaps(self, other: "RowPatch") -> bool:
-        """Whether both change a row of the same table."""
+        """Tell whether both patches change the same row of a table."""
         shared = self.tables.keys() & other.tables.keys()
         return any(bool(torch.isin(self.tables[name].rows, other.tables[name].rows).any()) for name in shared)
 
@@ -253,23 +253,23 @@ class RowPatch:
         window_tokens: int = 64,
         max_windows: int = 64,
     ) -> RowPatchProof:
-        """Show what the patch touches and what it does not, on a text: see `RowPatchProof`.
+        """Show on a text what the patch touches and what it leaves alone: see `RowPatchProof`.
 
-        The model computes with and without the patch, whether it is applied or not; afterwards its tables hold the
-        bits they held.
+        The model computes with and without the patch, whether the patch is applied or not; afterwards its tables hold
+        the same bits as before.
 
         Args:
             target: As for `fit`; the patch is applied to it, or can be.
-            reference: A text, or raw tokens ``[num_tokens]``: what must not change.
-            tokenizer: Needed where the reference is a text.
-            window_tokens: The text is computed in windows of so many tokens, each by itself.
-            max_windows: Windows to compute at most of those that address a patched row, and of those that do not;
-                spread evenly over the text.
+            reference: A text, or raw tokens ``[num_tokens]``, whose outputs must not change.
+            tokenizer: Needed if the reference is a text.
+            window_tokens: Length of the windows that the text is computed in, each by itself; at least 2.
+            max_windows: The most windows to compute of those that address a patched row, and of those that do not;
+                they are spread evenly over the text.
 
         Raises:
-            ConfigError: As for `fit` of tables, or impossible sizes.
+            ConfigError: As for `fit`, of tables; or a size is impossible.
             DataError: The reference has fewer than two tokens.
-            MismatchError: Rows that hold neither the patch's numbers nor those before it.
+            MismatchError: A row holds neither the patch's number nor the one before it.
             TokenError: The reference has a token outside the vocabulary.
         """
         memory = patchable_memory(target)
@@ -295,7 +295,7 @@ class RowPatch:
                 memory.write(name, change.rows, held[name])
 
     def __str__(self) -> str:
-        """Title, rows and facts, a line each."""
+        """Return title, rows and facts, a line each."""
         lines = [f"{self._name}: {self.num_rows} rows, {self.num_bytes} bytes"]
         for name, change in self.tables.items():
             numbers = change.rows.tolist()
@@ -312,7 +312,7 @@ class RowPatch:
         return f"the patch {self.title!r}" if self.title else f"the patch {self.digest[:12]}"
 
     def _held(self, memory: PatchableMemory) -> dict[str, Tensor]:
-        """Read the rows that a model holds now, once it is clear that they are meant."""
+        """Check that the patch is for this memory, and read the rows that it holds now."""
         if memory.spec.digest != self.spec_digest:
             raise MismatchError(
                 f"{self._name} was made for the hash {self.spec_digest}, this memory has {memory.spec.digest}; its row "
@@ -335,29 +335,30 @@ class RowPatch:
             expected = getattr(change, what)
             if same_bits(held[name], expected):
                 continue
-            differs = (held[name].contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).any(-1)
+            differs = (bits(held[name]) != bits(expected)).any(-1)
             known = {"before": "without", "after": "with"}
-            other = change.after if what == "before" else change.before
-            hint = f"; they hold the numbers {known['after' if what == 'before' else 'before']} the patch"
+            opposite = "after" if what == "before" else "before"
+            is_opposite = same_bits(held[name], getattr(change, opposite))
+            hint = f"; they hold the numbers {known[opposite]} the patch" if is_opposite else ""
             raise MismatchError(
                 f"{int(differs.sum())} of {change.num_rows} rows of table {name} (first: row "
                 f"{int(change.rows[differs][0])}) do not hold the numbers that {self._name} expects {known[what]} it"
-                f"{hint if same_bits(held[name], other) else ''}; take {fix}"
+                f"{hint}; take {fix}"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Applied:
-    """A patch in a model's tables, and the rows it took the place of."""
+    """A patch in a model's tables, and the rows that it replaced."""
 
     patch: RowPatch
     replaced: dict[str, Tensor]
 
 
 def applied_patches(target: Any) -> tuple[RowPatch, ...]:
-    """List the patches that were applied to a model's memory and not reverted, in the order in which they were applied.
+    """List the patches that were applied to a model's memory and not reverted, in the order of their application.
 
-    The list belongs to the model in memory and is not saved with it; the rows are.
+    The list lives as long as the model object. Saving the model saves the rows, but not the list.
 
     Args:
         target: As for `RowPatch.apply`.

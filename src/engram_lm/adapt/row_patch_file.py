@@ -1,8 +1,8 @@
-"""One small safetensors file for a row patch: what it changes, and whose rows it was made for.
+"""The file of a row patch: one small safetensors file that says what changes, and whose rows the patch is for.
 
-For each table ``NAME.rows`` (int64 ``[N]``), ``NAME.before`` and ``NAME.after`` (``[N, width]`` in the table's type),
-NAME being ``shared`` or a block number. The header's metadata says format, digest of the hash, title and facts. Equal
-patches make equal files. A file is believed in nothing: see `read_patch`.
+For each table it holds ``NAME.rows`` (int64 ``[N]``), ``NAME.before`` and ``NAME.after`` (``[N, width]``, in the table's
+type), where NAME is ``shared`` or a block number. The metadata holds the format, the digest of the hash, the title and
+the facts. Equal patches make equal files. Nothing in a file is taken on trust: see `read_patch`.
 """
 
 import dataclasses
@@ -21,27 +21,13 @@ from engram_lm.files import replacing
 from engram_lm.tables.files.safetensors_file import StoredTensor, local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
-__all__ = ["StoredPatch", "read_patch", "write_patch"]
+__all__ = ["read_patch", "write_patch"]
 
 _FORMAT = "engram.row_patch.1"
 _PARTS = ("rows", "before", "after")
-# A patch is kilobytes. What is larger is another kind of file, and is not read to find out.
+# A patch takes kilobytes. A larger file is of another kind, and is refused before it is read.
 _LARGEST_FILE_BYTES = 1 << 30
 _MOST_FACTS, _MOST_TOKENS = 10_000, 1_000_000
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StoredPatch:
-    """What a patch's file says, checked."""
-
-    spec_digest: str
-    """Digest of the hash that the rows belong to."""
-    tables: dict[str, RowChange]
-    """Changes by table."""
-    title: str
-    """What its maker called it."""
-    facts: tuple[Fact, ...]
-    """What it was fitted to."""
 
 
 def write_patch(
@@ -66,12 +52,16 @@ def write_patch(
             writer.append(name, tensor)
 
 
-def read_patch(path: str | os.PathLike[str]) -> StoredPatch:
+def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check a patch's file.
 
+    Returns:
+        The fields of a `RowPatch`.
+
     Raises:
-        CheckpointError: The file is missing, larger than a patch may be, malformed or truncated, of another format, or
-            its tensors are not those of a patch: names, types, shapes, order of rows, numbers that are not finite.
+        CheckpointError: The file is missing, larger than a patch may be, malformed, truncated or of another format; or
+            its tensors have names, types or shapes that a patch does not have, rows out of order, or numbers that are
+            not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,16 +75,18 @@ def read_patch(path: str | os.PathLike[str]) -> StoredPatch:
     metadata, header = whole.metadata, whole.tensors
     if (found := metadata.get("format")) != _FORMAT:
         raise CheckpointError(
-            f"{path} is no row patch: expected format {_FORMAT!r}, found {found!r:.100}; name a file that "
+            f"{path} is not a row patch: expected format {_FORMAT!r}, found {found!r:.100}; name a file that "
             "RowPatch.save wrote"
         )
-    tables = {name: _read_change(path, name, header) for name in _table_names(path, header)}
-    return StoredPatch(
-        spec_digest=_digest(path, metadata.get("hash_spec_digest")),
-        tables=tables,
-        title=metadata.get("title", ""),
-        facts=_read_facts(path, metadata.get("facts", "[]")),
-    )
+    digest = metadata.get("hash_spec_digest")
+    if digest is None or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise CheckpointError(f"{path} names no hash: hash_spec_digest is {digest!r:.100}; download it again")
+    return {
+        "spec_digest": digest,
+        "tables": {name: _read_change(path, name, header) for name in _table_names(path, header)},
+        "title": metadata.get("title", ""),
+        "facts": _read_facts(path, metadata.get("facts", "[]")),
+    }
 
 
 def _table_names(path: Path, header: Mapping[str, StoredTensor]) -> list[str]:
@@ -125,12 +117,6 @@ def _read_change(path: Path, name: str, header: Mapping[str, StoredTensor]) -> R
         raise CheckpointError(f"{path}, table {name}: {error}; download it again") from error
 
 
-def _digest(path: Path, value: str | None) -> str:
-    if value is None or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-        raise CheckpointError(f"{path} names no hash: hash_spec_digest is {value!r:.100}; download it again")
-    return value
-
-
 def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:
     try:
         values = json.loads(text)
@@ -147,18 +133,18 @@ def _fact(value: Any) -> Fact:
         raise ValueError(f"a fact has the keys {sorted(names)}")
     for name in ("prompt", "target"):
         if not isinstance(value[name], str):
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not a text")
     for name in ("prompt_tokens", "target_tokens"):
         tokens = value[name]
         if not isinstance(tokens, list) or not 0 < len(tokens) <= _MOST_TOKENS:
-            raise ValueError(f"{name} is no list of tokens")
+            raise ValueError(f"{name} is not a list of tokens")
         if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-            raise ValueError(f"{name} holds something else than tokens")
+            raise ValueError(f"{name} holds something other than tokens")
+        value[name] = tuple(tokens)
     for name in ("loss_before", "loss_after"):
         if type(value[name]) not in (int, float) or not math.isfinite(value[name]):
-            raise ValueError(f"{name} is no finite number")
+            raise ValueError(f"{name} is not a finite number")
+        value[name] = float(value[name])
     if not isinstance(value["is_greedy"], bool):
         raise ValueError("is_greedy is neither true nor false")
-    tokens = {name: tuple(value[name]) for name in ("prompt_tokens", "target_tokens")}
-    losses = {name: float(value[name]) for name in ("loss_before", "loss_after")}
-    return Fact(**{**value, **tokens, **losses})
+    return Fact(**value)

@@ -1,11 +1,11 @@
-"""Fitting a fact: a few gradient steps on the rows that the prompt's N-grams address, and on nothing else."""
+"""Fitting a fact: a few gradient steps on the rows that its N-grams address, and on nothing else."""
 
 # Dimension key: L length, N rows, E row width, V vocabulary, T target tokens.
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from engram_lm.adapt.adapter import table_name
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
-from engram_lm.adapt.row_change import Fact, RowChange
+from engram_lm.adapt.row_change import Fact, RowChange, bits
 from engram_lm.errors import ConfigError
 from engram_lm.hashing.collisions import row_collisions
 
@@ -30,18 +30,18 @@ class FitOptions:
     """
 
     positions: Literal["target", "all"] = "target"
-    """Whose N-grams' rows may change: those of the positions that a target token is predicted from (the prompt's last
-    token to the target's last but one), or ``"all"``, the whole prompt too."""
+    """The positions whose rows may change: those that a target token is predicted from (the prompt's last token to the
+    target's second-last), or ``"all"``, the whole prompt too."""
     orders: tuple[int, ...] | None = None
-    """Orders of those N-grams; None is the highest alone, whose N-grams other texts have least often."""
+    """Orders of the N-grams at those positions; None is the highest alone, whose N-grams are the rarest elsewhere."""
     max_collisions: int | None = None
-    """Leave a row alone that more than so many other N-grams of the reference text read; None changes any row."""
+    """Rows that more than this many other N-grams of the reference text read are left alone; None changes any row."""
     max_steps: int = 200
-    """Gradient steps (Adam) at most."""
+    """The most gradient steps (Adam) to take, from 1."""
     learning_rate: float = 0.1
-    """Step size, in units of the root mean square of the rows before."""
+    """Step size, from 0, as a multiple of the root mean square of the rows before."""
     margin: float = 1.0
-    """Stop once every target token leads the next likely one by so much, in nats."""
+    """Stop once every target token is ahead of the likeliest other token by this much, from 0, in nats."""
 
     def __post_init__(self) -> None:
         if self.positions not in ("target", "all"):
@@ -58,18 +58,17 @@ class FitOptions:
                 raise ConfigError(f"{name} is a number from 0, got {value!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Score:
+class _Score(NamedTuple):
     """How well a model continues a prompt with the target."""
 
     loss: float
-    """Mean loss of the target's tokens, nats."""
+    """Mean loss of the target's tokens, in nats."""
     lead: float
-    """By how much the least sure target token leads the likeliest other one, nats; negative where it does not."""
+    """How far the least certain target token is ahead of the likeliest other one, in nats; negative if it is behind."""
 
 
 def _read_text(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
-    """Turn a text into raw tokens; with ``special`` the tokenizer's own first tokens stand before, never its last."""
+    """Turn a text into raw tokens, with ``special`` behind the tokenizer's own first tokens, but without its last."""
     plain = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = tuple(tokenizer(text)["input_ids"]) if special else plain
     for start in range(len(whole) - len(plain) + 1):
@@ -82,7 +81,7 @@ def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
     """Turn facts into tokens.
 
     Raises:
-        ConfigError: There is none, or one has no prompt or target.
+        ConfigError: There are no facts, or one has no prompt or no target.
     """
     found = []
     for pair in facts:
@@ -90,22 +89,13 @@ def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
             raise ConfigError(f"a fact is a pair (prompt, target) of texts, got {pair!r:.100}")
         prompt, target = pair
         before, whole = (_read_text(tokenizer, text, special=True) for text in (prompt, prompt + target))
-        # Where a tokenizer joins the end of the prompt with the target, generation still starts from the prompt alone.
+        # A tokenizer may join the end of the prompt with the target, but generation starts from the prompt alone.
         fits = whole[: len(before)] == before
         after = whole[len(before) :] if fits else _read_text(tokenizer, target, special=False)
         if not before or not after:
             raise ConfigError(f"a fact needs a prompt and a target of at least one token each, got {pair!r:.100}")
-        found.append(
-            Fact(
-                prompt=prompt,
-                target=target,
-                prompt_tokens=before,
-                target_tokens=after,
-                loss_before=math.nan,
-                loss_after=math.nan,
-                is_greedy=False,
-            )
-        )
+        unknown = {"loss_before": math.nan, "loss_after": math.nan, "is_greedy": False}
+        found.append(Fact(prompt=prompt, target=target, prompt_tokens=before, target_tokens=after, **unknown))
     if not found:
         raise ConfigError("there are no facts to fit; pass at least one pair (prompt, target)")
     return found
@@ -115,7 +105,7 @@ def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
     """Return a reference text as raw tokens, int64 ``[num_tokens]``.
 
     Raises:
-        ConfigError: A text without a tokenizer, or something else than one row of integers.
+        ConfigError: A text comes without a tokenizer, or the tokens are not one row of integers.
     """
     if isinstance(reference, str):
         if tokenizer is None:
@@ -133,16 +123,16 @@ def addressed_rows(
     """Find the rows that a fit may change.
 
     Args:
-        memory: Whose tables.
-        facts: With their tokens.
-        options: Which positions and orders, and how crowded a row may be.
-        reference: Raw tokens ``[num_tokens]`` of a text that ``options.max_collisions`` counts in.
+        memory: The memory whose rows they are.
+        facts: The facts with their tokens.
+        options: Which positions and orders to take, and how crowded a row may be.
+        reference: Raw tokens ``[num_tokens]`` of the text that ``options.max_collisions`` counts in.
 
     Returns:
-        Table to row numbers, different and ascending, int64 ``[N]``; only tables with at least one.
+        Table to row numbers, different and ascending, int64 ``[N]``; tables without any are left out.
 
     Raises:
-        ConfigError: An order that the hash does not have, ``max_collisions`` without a reference, or no rows remain.
+        ConfigError: The hash has no such order, ``max_collisions`` comes without a reference, or no rows remain.
     """
     spec = memory.spec
     orders = spec.orders[-1:] if options.orders is None else options.orders
@@ -181,7 +171,7 @@ def addressed_rows(
 
 
 def score_fact(logits: Tensor, fact: Fact) -> tuple[Tensor, _Score]:
-    """Compare the logits ``[L, V]`` of a fact's tokens with its target; the loss as a tensor is for its gradient."""
+    """Compare the logits ``[L, V]`` of a fact's tokens with its target: the loss with its gradient, and the score."""
     start = len(fact.prompt_tokens) - 1
     target = torch.tensor(fact.target_tokens, device=logits.device)[:, None]
     chances_TV = logits[start : start + len(target)].float().log_softmax(-1)
@@ -198,26 +188,26 @@ def fit_rows(
     options: FitOptions,
     on_step: Callable[[int, float], None],
 ) -> tuple[dict[str, RowChange], tuple[Fact, ...]]:
-    """Find other numbers for rows, so that the facts' targets become the most likely continuations.
+    """Find new numbers for rows, so that the facts' targets become the most likely continuations.
 
-    The model is left as it was: weights, gradients, what requires one, training mode. Nothing is drawn at random.
+    The model is left as it was, with its weights, gradients, ``requires_grad`` and training mode. Nothing is random.
 
     Args:
-        memory: Whose rows.
-        facts: With their tokens.
+        memory: The memory whose rows they are.
+        facts: The facts with their tokens.
         rows: Table to row numbers, as `addressed_rows` finds them.
-        options: Steps, their size, when to stop.
+        options: How many steps to take, how large they are and when to stop.
         on_step: Called with the step, from 0, and the mean loss of the facts before it, in nats per target token.
 
     Returns:
-        The rows whose bits changed, by table, and the facts with their losses. Where ``margin`` was not reached, the
-        rows with which the least sure target token did best.
+        The rows whose bits changed, by table, and the facts with their losses. If ``margin`` was not reached, these are
+        the rows with which the least certain target token did best.
 
     Raises:
         ConfigError: The rows have no effect, the facts hold already, or the loss is not finite.
     """
     _check_projections(memory)
-    # Outside of what the caller may have switched off.
+    # The caller may have switched gradients off.
     with torch.inference_mode(False), torch.enable_grad(), evaluating(memory.model):
         before = {name: memory.read(name, numbers) for name, numbers in rows.items()}
         leaves = {
@@ -259,13 +249,13 @@ def fit_rows(
     changes = {}
     for name, numbers in rows.items():
         after = best[2][name].cpu().to(before[name].dtype)
-        changed = (after.contiguous().view(torch.uint8) != before[name].contiguous().view(torch.uint8)).any(-1)
+        changed = (bits(after) != bits(before[name])).any(-1)
         if bool(changed.any()):
             changes[name] = RowChange(numbers[changed], before[name][changed], after[changed])
     if not changes:
         raise ConfigError(
-            f"the facts hold already: every target token leads by {options.margin} nats or more, or no step betters "
-            "the least sure of them; there is nothing to patch"
+            f"the facts hold already: every target token leads by {options.margin} nats or more, or no step improves "
+            "the least certain one; there is nothing to patch"
         )
     fitted = zip(facts, first, best[1], strict=True)
     return changes, tuple(
@@ -277,13 +267,13 @@ def fit_rows(
 def _evaluate(
     memory: PatchableMemory, facts: Sequence[Fact], rows: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
 ) -> tuple[list[_Score], list[Tensor]]:
-    """Score each fact by itself, so that no padding is needed, and add up the gradients of the leaves."""
+    """Score each fact by itself, which needs no padding, and add up the gradients of the leaves."""
     scores, total = [], [torch.zeros_like(leaf) for leaf in leaves.values()]
     with memory.reading(rows, leaves):
         for fact in facts:
             loss, score = score_fact(memory.logits(fact.tokens), fact)
             scores.append(score)
-            # Asked for these tensors alone: backward() would leave gradients all over the model.
+            # Only the gradients of these tensors: backward() would leave gradients all over the model.
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             total = [sum_ if one is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
     return scores, total
@@ -291,7 +281,7 @@ def _evaluate(
 
 @torch.no_grad()
 def _check_projections(memory: PatchableMemory) -> None:
-    """Refuse a memory that says nothing yet, whatever its rows are."""
+    """Refuse a memory that adds nothing yet, whatever its rows are."""
     for layer in memory.layers.values():
         weight = layer.key_value.weight
         if weight.is_meta or bool(weight[-layer.config.hidden_size :].any()):

@@ -1,4 +1,4 @@
-"""The proof of a row patch: which rows, who else reads them, and that what does not read them has not changed."""
+"""The proof of a row patch: its rows, what else reads them, and that text which does not read them has not changed."""
 
 # Dimension key: W windows, L tokens of one, V vocabulary.
 
@@ -25,7 +25,7 @@ _WINDOWS_AT_ONCE = 8
 
 @dataclasses.dataclass(frozen=True)
 class PatchedRow:
-    """One row that a patch changes, and who reads it in the reference text."""
+    """One row that a patch changes, and what reads it in the reference text."""
 
     table: str
     """Its table: a block number, or ``shared``."""
@@ -36,7 +36,7 @@ class PatchedRow:
     head: int
     """Their hash head, from 0."""
     num_other_ngrams: int
-    """Distinct N-grams of the reference that read it and are none of the facts': its collisions. In a table that
+    """Its collisions: distinct N-grams of the reference that read it, without those of the facts. In a table that
     several layers share, the sum over the layers."""
     num_positions: int
     """Positions of the reference that read it, the facts' own N-grams included; summed over layers in the same way."""
@@ -44,54 +44,54 @@ class PatchedRow:
 
 @dataclasses.dataclass(frozen=True)
 class FactProof:
-    """What the model says to one fact, without and with the patch."""
+    """How the model answers one fact, without and with the patch."""
 
     prompt: str
     """The text before."""
     target: str
-    """What shall follow."""
+    """The text that should follow."""
     loss_before: float
     """Mean loss of the target's tokens without the patch, nats per token."""
     loss_after: float
-    """The same with it."""
+    """The same with the patch."""
     is_greedy_before: bool
     """Whether the target is the greedy continuation without the patch."""
     is_greedy_after: bool
-    """Whether it is with it."""
+    """Whether it is the greedy continuation with the patch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowPatchProof:
-    """What a patch touches in a reference text, and that it touches nothing else."""
+    """What a patch touches in a reference text, and proof that it touches nothing else."""
 
     title: str
     """The patch's title."""
     num_bytes: int
-    """Bytes of its row numbers and rows."""
+    """Bytes of the patch's row numbers and rows."""
     rows: tuple[PatchedRow, ...]
-    """Every row it changes."""
+    """Every row that the patch changes."""
     num_reference_tokens: int
     """Tokens of the reference."""
     num_touched_positions: int
     """Positions of the reference that read at least one of the rows, in any layer."""
     window_tokens: int
-    """Tokens of the windows in which the reference was computed."""
+    """Length of the windows in which the reference was computed, in tokens."""
     num_windows_apart: int
-    """Windows compared that read none of the rows."""
+    """Number of windows compared that read none of the rows."""
     num_windows_changed: int
-    """Those of them whose logits differ in any bit: 0, or the proof has failed."""
+    """Number of those whose logits differ in any bit. If it is not 0, the proof has failed."""
     max_difference_apart: float
-    """Largest difference of a logit in them: 0.0."""
+    """Largest difference of a logit in them; 0.0 if the proof holds."""
     num_windows_touched: int
-    """Windows compared that do read one of the rows."""
+    """Number of windows compared that read one or more of the rows."""
     max_difference_touched: float
-    """Largest difference of a logit in those: what collisions, and the facts' own N-grams, cost."""
+    """Largest difference of a logit in those, caused by collisions and by the facts' own N-grams."""
     facts: tuple[FactProof, ...]
-    """What the patch is for."""
+    """How the model answers the patch's facts."""
 
     @property
     def holds(self) -> bool:
-        """Whether outputs that read none of the rows are the same bit for bit, and there were some to compare."""
+        """Whether there were windows that read none of the rows, and all their outputs are the same bit for bit."""
         return self.num_windows_apart > 0 and self.num_windows_changed == 0
 
     @property
@@ -111,7 +111,7 @@ class RowPatchProof:
         return {**values, "rows": list(values["rows"]), "facts": list(values["facts"]), **shares}
 
     def __str__(self) -> str:
-        """Return the proof for people, a line for each statement."""
+        """Return the proof as text, a line for each statement."""
         crowded = sum(row.num_other_ngrams > 0 for row in self.rows)
         if self.num_windows_changed:
             verdict = f"{self.num_windows_changed} CHANGED, by up to {self.max_difference_apart:.3g}"
@@ -152,20 +152,20 @@ def prove(
     window_tokens: int,
     max_windows: int,
 ) -> RowPatchProof:
-    """Compute the proof. The rows are written into the tables, before and after; the caller puts them back.
+    """Compute the proof. It writes the rows before and after into the tables; the caller restores them.
 
     Args:
-        memory: Whose tables.
+        memory: The memory that the patch is for.
         tables: The patch's changes.
         reference: Raw tokens, int64 ``[num_tokens]``.
-        title: Of the patch.
-        facts: Of the patch.
+        title: The patch's title.
+        facts: The patch's facts.
         window_tokens: As for `RowPatch.proof`.
         max_windows: As for `RowPatch.proof`.
 
     Raises:
-        ConfigError: Impossible sizes.
-        DataError: Fewer than two tokens.
+        ConfigError: A size is impossible.
+        DataError: The reference has fewer than two tokens.
     """
     for name, value, low in (("window_tokens", window_tokens, 2), ("max_windows", max_windows, 1)):
         if type(value) is not int or value < low:
@@ -224,7 +224,7 @@ def _rows(
 def _touched(memory: PatchableMemory, tables: Mapping[str, RowChange], tokens: np.ndarray) -> np.ndarray:
     """Find the positions that read one of the rows, bool in the shape of the tokens ``[B, L]``.
 
-    Dead positions count too, though their gate is closed: rather one window too few that must be equal to the bit.
+    Dead positions count too, although their gate is closed, so that no window is compared that could differ.
     """
     spec = memory.spec
     rows = spec.rows_for_layers(spec.encode(tokens))
@@ -237,7 +237,7 @@ def _touched(memory: PatchableMemory, tables: Mapping[str, RowChange], tokens: n
 
 
 def _spread(places: np.ndarray, most: int) -> np.ndarray:
-    """Choose at most so many of the places, evenly."""
+    """Choose at most ``most`` of the places, evenly."""
     if len(places) <= most:
         return places
     return places[np.linspace(0, len(places) - 1, most).round().astype(np.int64)]
@@ -257,7 +257,7 @@ def _logits(memory: PatchableMemory, windows: np.ndarray) -> list[Tensor]:
 
 
 def _compare(memory: PatchableMemory, windows: np.ndarray, without: list[Tensor]) -> tuple[int, float]:
-    """Compute windows again and compare: how many differ in any bit, and by how much at most."""
+    """Compute windows again; return how many of them differ in any bit, and the largest difference."""
     num_changed, worst = 0, 0.0
     for batch, expected in zip(_batches(windows), without, strict=True):
         found = memory.logits(batch).cpu()
