@@ -1,8 +1,8 @@
-"""The folder an adapter is shared as: a configuration, the small parts, and the tables.
+"""The folder that an adapter is shared as: a configuration, the small parts, and the tables.
 
-``config.json`` holds the memory's configuration, the HashSpec with the digest of its token map, and what the base model
-is. ``adapter.safetensors`` holds the layers and the token map, ``tables.safetensors`` the tables, by the names that
-`table_layouts` finds, so that the folder is also a source of tables for every tier. ``README.md`` is for people.
+``config.json`` holds the memory's configuration, the HashSpec with the digest of its token map, and a description of
+the base model. ``adapter.safetensors`` holds the layers and the token map, ``tables.safetensors`` the tables under the
+names by which every tier finds them, so that the folder is also a source of tables. ``README.md`` is for people.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram_lm.adapt.decoder import Decoder
-from engram_lm.adapt.model_card import SavedTable, check_license, model_card
+from engram_lm.adapt.model_card import check_license, model_card
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec
@@ -42,28 +42,28 @@ __all__ = [
 _FORMAT = "engram.adapter.1"
 CONFIG, LAYERS, TABLES, _CARD = "config.json", "adapter.safetensors", "tables.safetensors", "README.md"
 FILES = (CONFIG, LAYERS, TABLES, _CARD)
-"""Names of all files that an adapter's folder may hold."""
+"""Names of all files that an adapter's folder can hold."""
 TOKEN_MAP = "token_map"
 TABLE_PREFIX = "memory_tables."
-# Rows of a table that are copied at a time.
+# Bytes of a table that are copied at a time.
 _PIECE_BYTES = 16 << 20
 # A spec lists its primes and multipliers; the largest that can be built takes a few megabytes.
 _LONGEST_CONFIG_BYTES = 64 << 20
 
 
 class AdapterFiles(Protocol):
-    """Where an adapter's files come from, one by one, when they are needed."""
+    """A source of an adapter's files, which are fetched one by one when they are needed."""
 
     @property
     def name(self) -> str:
         """What messages call it."""
 
     def fetch(self, name: str, most_bytes: int) -> Path | None:
-        """Return where a file lies on this machine, after it was brought there; None where there is none.
+        """Bring a file to this machine and return its path there, or None if there is no such file.
 
         Raises:
-            CheckpointError: Bringing it here would take more than ``most_bytes``, or there is no such adapter.
-            RemoteError: It cannot be reached.
+            CheckpointError: The file lies elsewhere and has more than ``most_bytes``, or there is no such adapter.
+            RemoteError: The source cannot be reached.
         """
 
 
@@ -80,23 +80,23 @@ class LocalFiles:
         return str(self.folder)
 
     def fetch(self, name: str, most_bytes: int) -> Path | None:
-        """Return a file's path; None where there is none."""
+        """Return a file's path, or None if there is no such file."""
         path = self.folder / name
         return path if path.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """What an adapter's folder says of the model it was made for."""
+    """What an adapter's folder says about the model that it was made for."""
 
     model_type: str
-    """As in the model's ``config.json``."""
+    """The model's architecture, as in its ``config.json``."""
     name: str
-    """Repository or folder the model was loaded from, for the reader; may be empty."""
+    """Repository or folder that the model was loaded from, for the reader; may be empty."""
     hidden_size: int
     """Width of its hidden states."""
     num_layers: int
-    """Decoder layers."""
+    """Number of decoder layers."""
     vocab_size: int
     """Rows of its token embedding."""
 
@@ -130,22 +130,22 @@ def write_adapter(
     license: str | None = None,
     extra: str = "",
 ) -> None:
-    """Write an adapter's folder; it appears whole or not at all, in the place of an earlier one.
+    """Write an adapter's folder, which appears whole or not at all and replaces an earlier one.
 
     Args:
-        folder: A new or empty folder, or that of an adapter, which is replaced.
+        folder: A new or empty folder, or the folder of an adapter, which is replaced.
         config: Geometry and options.
         spec: The hash, with its token map.
-        base: The model it was made for.
+        base: The model that it was made for.
         layers: State dict of the layers.
         tables: The tables.
         tables_inside: Whether to write them, or leave them where they are.
-        license: Identifier for the card; none where None.
+        license: Identifier of the license for the card; left out if None.
         extra: Markdown for the end of the card.
 
     Raises:
-        ConfigError: A table is on another machine, or the license is no identifier.
-        FileExistsError: There is something else in the folder, or tables that would be lost.
+        ConfigError: A table is on another machine, or the license is not an identifier.
+        FileExistsError: The folder holds something else, or tables that would be lost.
         OSError: The folder cannot be written.
     """
     for name, table in tables.items():
@@ -162,15 +162,12 @@ def write_adapter(
         "memory": config.to_dict(),
         "hash_spec": spec.to_dict(),
     }
-    blocks = {name: spec.blocks if spec.shared_table else (int(name),) for name in tables}
     card = model_card(
         config=config,
         spec=spec,
         base_name=base.name,
         model_type=base.model_type,
-        tables={
-            name: SavedTable(blocks[name], table.num_rows, table.width, table.dtype) for name, table in tables.items()
-        },
+        tables=tables,
         tables_inside=tables_inside,
         license=license,
         extra=extra,
@@ -186,10 +183,10 @@ def write_adapter(
 
 
 def check_adapter(files: AdapterFiles) -> dict[str, Any]:
-    """Read ``config.json``, and refuse one of something else.
+    """Read ``config.json``, and refuse it if it does not describe an adapter.
 
     Raises:
-        CheckpointError: It is missing, no readable JSON, or not an adapter's.
+        CheckpointError: It is missing, not readable JSON, or not an adapter's.
         RemoteError: It cannot be reached.
     """
     path = files.fetch(CONFIG, _LONGEST_CONFIG_BYTES)
@@ -198,16 +195,21 @@ def check_adapter(files: AdapterFiles) -> dict[str, Any]:
             f"there is no {files.name}/{CONFIG}; an adapter is a folder as MemoryAdapter.save_pretrained writes it, "
             "or a repository of the Hugging Face Hub as push_to_hub writes it"
         )
-    return _read_config(path)
+    values = read_json(path, advice="download it again")
+    if (found := values.get("format")) != _FORMAT:
+        raise CheckpointError(
+            f"{path} does not describe a memory adapter: expected format {_FORMAT!r}, found {found!r:.100}"
+        )
+    return values
 
 
 def _check_replaceable(folder: Path, tables_inside: bool) -> None:
-    """Refuse to replace what is no adapter, or tables that are written nowhere else."""
+    """Refuse to replace anything but an adapter, and tables that would be lost."""
     names = {path.name for path in folder.iterdir()}
     if others := sorted(names - set(FILES)):
         raise FileExistsError(
-            f"{folder} exists and holds {', '.join(others[:5])}, which is not an adapter's, so it is left alone; name "
-            "another folder"
+            f"{folder} exists and holds {', '.join(others[:5])}, which an adapter does not have, so it is left alone; "
+            "name another folder"
         )
     try:
         check_adapter(LocalFiles(folder))
@@ -219,16 +221,6 @@ def _check_replaceable(folder: Path, tables_inside: bool) -> None:
         raise FileExistsError(
             f"{folder} holds tables, which saving with tables=False in its place would delete; name another folder"
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    values = read_json(path, advice="download it again")
-    if values.get("format") != _FORMAT:
-        found = values.get("format")
-        raise CheckpointError(
-            f"{path} does not describe a memory adapter: expected format {_FORMAT!r}, found {found!r:.100}"
-        )
-    return values
 
 
 def _write_tables(path: Path, tables: Mapping[str, Table]) -> None:
@@ -244,7 +236,7 @@ def _write_tables(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def _innermost(table: Table) -> Table:
-    """The table behind caches and read-ahead."""
+    """Return the table behind caches and read-ahead."""
     while isinstance(inner := getattr(table, "table", None), Table):
         table = inner
     return table

@@ -21,37 +21,21 @@ class HubFiles:
 
     Args:
         repo_id: ``"owner/name"``.
-        revision: Branch, tag or commit; the main branch where None. All files come from the commit that it means when
-            the first one is fetched.
-        token: What grants access.
-        cache_dir: Where files are downloaded to; the usual place where None.
-        local_files_only: Whether to use only what was downloaded before.
+        revision: Branch, tag or commit; None is the main branch. All files come from the commit that it names when the
+            first one is fetched.
+        options: ``token``, ``cache_dir`` and ``local_files_only``, as for `huggingface_hub.hf_hub_download`.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None,
-        token: str | bool | None,
-        cache_dir: str | os.PathLike[str] | None,
-        local_files_only: bool,
-    ) -> None:
+    def __init__(self, repo_id: str, *, revision: str | None, **options: Any) -> None:
         self.name = repo_id
-        self._options: dict[str, Any] = {
-            "repo_id": repo_id,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
+        self._options: dict[str, Any] = {"repo_id": repo_id, "revision": revision, **options}
 
     def fetch(self, name: str, most_bytes: int) -> Path | None:
-        """Download a file unless it is in the cache; None where the repository has none of that name.
+        """Download a file unless it is in the cache, and return its path; None if the repository has no such file.
 
         Raises:
             CheckpointError: There is no such repository or revision, or the file is larger than ``most_bytes``.
-            RemoteError: The Hub cannot be reached or does not answer as it should.
+            RemoteError: The Hub cannot be reached, or its answer makes no sense.
         """
         from huggingface_hub import errors, hf_hub_download
 
@@ -62,10 +46,10 @@ class HubFiles:
                 found = hf_hub_download(filename=name, dry_run=True, **self._options)
                 if found.file_size is not None and found.file_size > most_bytes:
                     raise CheckpointError(
-                        f"{name} of the repository {self.name} has {found.file_size:,} bytes, {most_bytes:,} at most "
-                        "are needed for what its configuration describes; it is not downloaded"
+                        f"{name} of the repository {self.name} has {found.file_size:,} bytes, but what its "
+                        f"configuration describes takes at most {most_bytes:,}; it is not downloaded"
                     )
-                # Asked for by its branch the first time, so that the cache knows later what the branch was.
+                # The first request names the branch, so that the cache remembers which commit the branch was.
                 path = Path(hf_hub_download(filename=name, **self._options))
                 self._options["revision"] = path.parent.name  # snapshots/COMMIT/NAME
                 return path
@@ -86,29 +70,18 @@ class HubFiles:
             return None
 
 
-def files_of(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> AdapterFiles:
-    """Tell a folder from a repository: what exists here is a folder, and so is what cannot be a repository's name.
+def files_of(path_or_repo: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> AdapterFiles:
+    """Tell a folder from a repository: whatever exists here, or cannot be the name of a repository, is a folder.
 
     Args:
         path_or_repo: What the user wrote.
-        revision: See `HubFiles`, as for the others.
-        token: See there.
-        cache_dir: See there.
-        local_files_only: See there.
+        revision: As for `HubFiles`.
+        options: As for `HubFiles`.
     """
     path = Path(path_or_repo)
     if isinstance(path_or_repo, os.PathLike) or path.exists() or not REPOSITORY.fullmatch(path_or_repo):
         return LocalFiles(path)
-    return HubFiles(
-        path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    return HubFiles(path_or_repo, revision=revision, **options)
 
 
 def push_folder(
@@ -125,17 +98,21 @@ def push_folder(
     """Write an adapter's folder to a repository, in one commit. See `MemoryAdapter.push_to_hub`.
 
     Args:
-        repo_id: The repository; made if there is none.
-        write: Writes the folder it is given.
+        repo_id: The repository; it is created if there is none.
+        write: Writes the adapter into the folder that it is given.
         tables: Whether the folder will hold tables.
-        private: Whether a repository that is made is private.
-        token: What grants access.
-        revision: Branch; made if there is none.
-        create_pr: Whether to propose the change only.
-        commit_message: What the commit is called.
+        private: Whether a new repository is private.
+        token: Grants access.
+        revision: Branch; it is created if there is none.
+        create_pr: Whether to open a pull request instead of changing the branch.
+        commit_message: The commit's message.
 
     Returns:
         Address of the commit.
+
+    Raises:
+        ConfigError: The name is not one of a repository, or the repository holds something else or other tables.
+        RemoteError: The Hub cannot be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -148,7 +125,7 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         held = set(api.list_repo_files(repo_id, revision=revision))
     if CONFIG in held:
-        # Not only here: whoever loads a model from there would get our configuration with its weights.
+        # Anyone who loads a model from there would otherwise get our configuration with its weights.
         with tempfile.TemporaryDirectory() as cache:
             there = HubFiles(repo_id, revision=revision, token=token, cache_dir=cache, local_files_only=False)
             try:
@@ -177,10 +154,10 @@ def push_folder(
 
 @contextmanager
 def _speaking(what: str, *known: type[Exception]) -> Iterator[None]:
-    """Turn whatever goes wrong between us and the Hub, but for what the caller knows, into an error that says what."""
+    """Turn any error of the Hub, except those that the caller handles, into one that says what has failed."""
     try:
         yield
-    except Exception as error:  # releases of the client speak through different HTTP libraries
+    except Exception as error:  # the client's releases use different HTTP libraries, each with its own errors
         if isinstance(error, (EngramError, *known)):
             raise
         raise RemoteError(f"{what}: {error!s:.500}") from error

@@ -1,4 +1,4 @@
-"""What a model makes of frequent N-grams: the mean of its hidden states where each of them ends."""
+"""What a model makes of frequent N-grams: the mean hidden state at the positions where each of them ends."""
 
 import contextlib
 import dataclasses
@@ -30,12 +30,12 @@ class NgramStates:
     """Mean hidden states of N-grams."""
 
     means: dict[tuple[int, int], Tensor]
-    """By block and order, float32 ``[K, D]`` on the host; 0 for an N-gram that was not met."""
+    """Mean by block and order, float32 ``[K, D]`` on the host; 0 for an N-gram that was not met."""
     counts: dict[int, Tensor]
-    """By order, positions that each mean is taken over, int64 ``[K]``. An N-gram that only occurs where a window
-    begins is not met."""
+    """Number of positions that each mean is taken over, by order, int64 ``[K]``. An N-gram that occurs only at the
+    beginning of windows is not met."""
     num_positions: int
-    """Positions at which hidden states were taken."""
+    """Number of positions at which hidden states were taken."""
 
 
 @torch.no_grad()
@@ -51,26 +51,26 @@ def mean_states(
     max_bytes: int,
     on_progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> NgramStates:
-    """Run a model over a text once and average its hidden states, for each N-gram where it ends.
+    """Run a model over a text once, and average its hidden states at the positions where each N-gram ends.
 
-    The text is cut into windows of equal length that overlap by an eighth: the first positions of a window have little
-    context, and the very first is where many models put a hidden state of enormous size. Each other position counts
-    once. Only the decoder runs, not the model's head, so no logits are made.
+    The text is cut into windows of equal length that overlap by an eighth, because the first positions of a window have
+    little context, and many models have an enormous hidden state at the very first. Every other position counts once.
+    Only the decoder runs, without the model's head, so no logits are computed.
 
     Args:
-        decoder: Where the model's layers are. It is put back into the mode it was in.
+        decoder: The model's layers. They are left in the mode they were in.
         spec: The hash that the N-grams were counted with.
         tokens: Raw tokens of the text, integers ``[num_tokens]``.
         ngrams: By order, as `frequent_ngrams` returns them.
-        source: ``"last"``: what the last decoder layer returns, one mean for all blocks. ``"block"``: what goes into
-            each block that has a memory.
+        source: ``"last"`` takes the output of the last decoder layer, one mean for all blocks; ``"block"`` takes the
+            input of each block that has a memory.
         length: Tokens in a window, at least 2.
         batch_size: Windows at a time.
-        max_bytes: What the sums may take.
+        max_bytes: The most bytes that the sums may take.
         on_progress: Called with the number of positions just measured.
 
     Raises:
-        ConfigError: An impossible number, the sums do not fit ``max_bytes``, or hidden states are not finite.
+        ConfigError: A number is impossible, the sums do not fit ``max_bytes``, or hidden states are not finite.
         DataError: The text is too short.
     """
     for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
@@ -94,7 +94,7 @@ def mean_states(
             batch = windows[begin : begin + batch_size]
             pieces = np.stack([tokens[stop - min(length, len(tokens)) : stop] for _, stop in batch]).astype(np.int64)
             decoder.text_model(input_ids=torch.from_numpy(pieces).to(device), use_cache=False)
-            # Of each window its last positions, those that no window before has measured.
+            # The last positions of each window, which no earlier window has measured.
             states = {
                 place: torch.cat([hidden[i, start - stop :] for i, (start, stop) in enumerate(batch)]).float().cpu()
                 for place, hidden in recorded.items()
@@ -108,7 +108,7 @@ def mean_states(
                 met = ids >= 0
                 counts[order] += torch.bincount(ids[met], minlength=len(counts[order]))
                 for place, hidden in states.items():
-                    # On the host, where adding up has one order and so one result.
+                    # Added up on the host, in a fixed order, so that the result is always the same.
                     sums[place, order].index_add_(0, ids[met], hidden[met])
             measured = sum(stop - start for start, stop in batch)
             num_positions += measured
@@ -127,7 +127,7 @@ def mean_states(
 
 
 def _windows(num_tokens: int, length: int) -> list[tuple[int, int]]:
-    """First position to be measured and one past the last, for each window; a window ends with its last position."""
+    """Return the first position to measure in each window, and one past the last, which is where the window ends."""
     overlap = max(1, length // 8)
     if num_tokens <= overlap:
         raise DataError(f"the text has {num_tokens} tokens, of which the first {overlap} only give context; pass more")
@@ -147,7 +147,7 @@ def _check_size(num_ngrams: int, num_places: int, hidden_size: int, max_bytes: i
 
 @contextlib.contextmanager
 def _recording(decoder: Decoder, places: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Keep the hidden states of each forward pass, ``[B, L, D]``: what blocks are given, or the last one returns."""
+    """Keep hidden states ``[B, L, D]`` of each forward pass: the inputs of blocks, or the output of the last one."""
     recorded: dict[int, Tensor] = {}
 
     def keep_input(place: int) -> Callable[..., None]:

@@ -1,8 +1,8 @@
 """The file of a row patch: one small safetensors file that says what changes, and whose rows the patch is for.
 
-For each table it holds ``NAME.rows`` (int64 ``[N]``), ``NAME.before`` and ``NAME.after`` (``[N, width]``, in the table's
-type), where NAME is ``shared`` or a block number. The metadata holds the format, the digest of the hash, the title and
-the facts. Equal patches make equal files. Nothing in a file is taken on trust: see `read_patch`.
+For each table it holds ``NAME.rows`` (int64 ``[N]``), ``NAME.before`` and ``NAME.after`` (``[N, width]``, of the
+table's type), where NAME is ``shared`` or a block number. The metadata holds the format, the digest of the hash, the
+title and the facts. Equal patches make equal files. Nothing in a file is taken on trust: see `read_patch`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""An adapter read back from its files: what is small is checked before what is large is fetched."""
+"""Reading an adapter from its files: the small ones are checked before the large ones are fetched."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_h
 
 __all__ = ["StoredAdapter", "check_vocabulary", "read_adapter"]
 
-# Of the widest type that safetensors knows.
+# Of the widest type that safetensors has.
 _BYTES_PER_NUMBER = 8
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -37,16 +37,16 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """An adapter's folder, read and checked; its tables are not loaded yet."""
+    """An adapter's folder after reading and checking, but without its tables."""
 
     files: AdapterFiles
-    """Where it comes from."""
+    """Where its files come from."""
     config: EngramConfig
     """Geometry and options."""
     spec: HashSpec
     """The hash, with its token map."""
     base: BaseModel
-    """The model it was made for."""
+    """The model that it was made for."""
     layers: dict[str, Tensor]
     """State dict of the layers."""
 
@@ -60,9 +60,9 @@ class StoredAdapter:
 
         Raises:
             CheckpointError: A table is missing or malformed.
-            ConfigError: An impossible tier or source.
+            ConfigError: The tier or source is impossible.
             MismatchError: A table is not the one that the hash addresses.
-            RemoteError: Nobody answers where they are.
+            RemoteError: The tables' source does not answer.
         """
         wanted = self._wanted()
         located: dict[str, Located | StoredTensor] = dict(place.locate(wanted))
@@ -114,28 +114,28 @@ class StoredAdapter:
 
 
 def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
-    """Read and check an adapter, all but its tables. What is large is fetched once what is small is right.
+    """Read and check an adapter without its tables. Large files are fetched only when the small ones are right.
 
     Args:
-        files: What `write_adapter` wrote.
-        decoder: Of the model it shall be attached to.
+        files: The files that `write_adapter` wrote.
+        decoder: The decoder of the model that it will be attached to.
 
     Raises:
         CheckpointError: A file is missing or malformed, or its tensors are not those that the configuration describes.
-        MismatchError: The adapter is for a model of another size, or with fewer tokens.
+        MismatchError: The adapter is for a model of another size, or has more tokens than this one.
         RemoteError: The files cannot be reached.
     """
     where = f"{files.name}/{CONFIG}"
     values = check_adapter(files)
     try:
         base = BaseModel(**values["base_model"])
-        # Asked first: a hash that knows its token map builds it, however many tokens are claimed.
+        # First, because a hash over raw ids builds its token map, however many tokens the file claims.
         _check_sizes(files.name, base, values["memory"]["hidden_size"], values["hash_spec"]["num_tokens"], decoder)
         config, spec = EngramConfig.from_dict(values["memory"]), HashSpec.from_dict(values["hash_spec"])
     except MismatchError:
         raise
     except (EngramError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where} describes no adapter ({error!s:.300}); download it again") from error
+        raise CheckpointError(f"{where} does not describe an adapter ({error!s:.300}); download it again") from error
     geometry = (config.layers, config.orders, config.num_heads, config.tables == "shared", config.num_streams)
     if geometry != (spec.blocks, spec.orders, spec.num_heads, spec.shared_table, 1) or not all(
         block < len(decoder.layers) for block in spec.blocks
@@ -147,10 +147,10 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
     path = files.fetch(LAYERS, numbers * _BYTES_PER_NUMBER + LONGEST_HEADER_BYTES)
     if path is None:
         raise CheckpointError(f"{files.name}/{LAYERS} is missing; download the adapter again")
-    if path.stat().st_size < numbers:  # before tensors of the sizes that are claimed are described
+    if path.stat().st_size < numbers:  # checked before layers of the claimed size are built
         raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, {numbers} numbers are in it as its configuration says; download "
-            "it again"
+            f"{path} has {path.stat().st_size} bytes, but its configuration describes {numbers} numbers; download it "
+            "again"
         )
     header = read_header(path)
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
             raise CheckpointError(
                 f"{header[name]}: expected {list(tensor.shape)} of F64, F32, F16 or BF16; download it again"
             )
-    if header[TOKEN_MAP].torch_dtype not in _INTEGERS:  # some of the others NumPy does not know
+    if header[TOKEN_MAP].torch_dtype not in _INTEGERS:  # NumPy does not have some of the others
         raise CheckpointError(f"{header[TOKEN_MAP]}: expected integers; download it again")
     token_map = TokenMap(header[TOKEN_MAP].load().numpy(), spec.vocabulary_digest)
     layers = {name: header[name].load() for name in expected}
@@ -184,10 +184,10 @@ def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, 
 
 
 def check_vocabulary(num_tokens: int, decoder: Decoder) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for.
+    """Refuse a tokenizer with tokens for which the model has no embedding.
 
     Raises:
-        MismatchError: With both numbers.
+        MismatchError: There are such tokens; the message has both numbers.
     """
     if num_tokens > decoder.vocab_size:
         raise MismatchError(

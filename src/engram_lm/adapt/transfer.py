@@ -1,4 +1,4 @@
-"""Rows that begin with what the model already makes of frequent N-grams, instead of noise."""
+"""Rows that start from what the model already makes of frequent N-grams, instead of noise."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ __all__ = ["TransferReport", "transfer_rows"]
 
 # Dimension key: K N-grams of one order, D hidden, O orders, H heads of all orders, E row width, P = H / O * E.
 
-# Directions whose variance is below this share of the largest are rounding.
+# Directions whose variance is below this share of the largest are rounding errors.
 _LEAST_VARIANCE = 1e-6
 
 
@@ -30,25 +30,26 @@ class TransferReport:
     """What `transfer_rows` did."""
 
     source: Source
-    """Which hidden states were taken."""
+    """Where the hidden states were taken from."""
     num_tokens: int
-    """Tokens of the text."""
+    """Number of tokens of the text."""
     num_positions: int
-    """Positions whose hidden states were taken."""
+    """Number of positions whose hidden states were taken."""
     num_ngrams: dict[int, int]
-    """N-grams that gave rows, by order."""
+    """Number of N-grams that gave rows, by order."""
     num_distinct_ngrams: dict[int, int]
-    """Distinct N-grams of the text, by order."""
+    """Number of distinct N-grams of the text, by order."""
     covered: dict[int, float]
-    """Share of the text's positions that have one of the N-grams, by order."""
+    """Share of the text's positions that have one of the N-grams, by order, from 0 to 1."""
     num_rows_written: dict[str, int]
-    """Rows that were written, by table."""
+    """Number of rows that were written, by table."""
     rows_written: dict[str, float]
-    """The same as a share of the table."""
+    """The same as a share of the table, from 0 to 1."""
     variance_kept: dict[str, dict[int, float]]
-    """Share of the hidden states' variance in the directions that rows keep, by block (as text) and order."""
+    """Share of the hidden states' variance that lies in the directions which the rows keep, by block (as text) and
+    order."""
     seconds: float
-    """Time it took."""
+    """Duration of the call."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -68,41 +69,41 @@ def transfer_rows(
     layer_list: str | None = None,
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_tokens, total: None,
 ) -> TransferReport:
-    """Write into an adapter's tables what the model makes of the N-grams that a text has most often.
+    """Write into an adapter's tables what the model makes of the most frequent N-grams of a text.
 
     The most frequent N-grams of each order are counted, the model (without this memory) runs over the text once, and
-    for each N-gram the mean of its hidden states where it ends is taken. Its strongest directions, as many as an order
-    has numbers over all its heads, are scaled to equal variance and turned by a random rotation, so that every head
-    holds an equal part of all of them; then each head's part is written to the row that the N-gram reads there. Where
-    several N-grams read one row, it gets their mean, weighted by how often each occurs. Written rows have the standard
-    deviation ``config.table_std`` in each head. All other rows keep the random numbers that they have.
+    the mean of its hidden states at the positions where each N-gram ends is taken. The strongest directions of these
+    means, as many as an order has numbers over all its heads, are scaled to equal variance and turned by a random
+    rotation, so that every head holds an equal part of all of them. Then each head's part is written to the row that
+    the N-gram reads there. A row that several N-grams read gets their mean, weighted by how often each occurs. Written
+    rows have the standard deviation ``config.table_std`` in each head. All other rows keep their random numbers.
 
-    Call it once, between `attach` and training: optimizers do not know that rows have changed. The value projections
-    stay as they are, so a new adapter leaves the model's outputs as they were, bit for bit. The same text, model, seed
-    and machine give the same rows.
+    Call it once, between `attach` and training, because optimizers do not notice that rows have changed. The value
+    projections stay as they are, so a new adapter leaves the model's outputs as they were, bit for bit. The same text,
+    model, seed and machine give the same rows.
 
     Args:
-        adapter: Attached, with tables that are parameters.
-        tokens: Raw tokens of the text, integers ``[num_tokens]``; a memory-mapped array will do.
-        num_ngrams: How many N-grams of each order. More than ``rows_per_head`` of them crowd the rows.
-        source: Whose hidden states: ``"last"``, of the last decoder layer, which hold what the model expects next; or
-            ``"block"``, what goes into the block that reads the memory.
-        length: Tokens that the model sees at once.
+        adapter: An attached adapter, whose tables are parameters.
+        tokens: Raw tokens of the text, integers ``[num_tokens]``; the array may be memory-mapped.
+        num_ngrams: Number of N-grams of each order. More than ``rows_per_head`` of them crowd the rows.
+        source: Where hidden states are taken from: ``"last"`` is the output of the last decoder layer, which holds what
+            the model expects next; ``"block"`` is the input of the block that reads the memory.
+        length: Tokens that the model sees at once, at least 2.
         batch_size: Windows of that length at a time.
-        seed: Of the rotation.
-        max_bytes: What the sums of hidden states may take on the host: 4 bytes for each N-gram and number of a hidden
-            state, times the blocks with memory where ``source`` is ``"block"``. Finding directions needs as much again
-            for one order.
+        seed: Seed of the rotation.
+        max_bytes: The most bytes that the sums of hidden states may take on the host: 4 bytes for each N-gram and
+            number of a hidden state, times the blocks with memory if ``source`` is ``"block"``. Finding directions
+            takes as much again for one order.
         layer_list: As for `attach`.
-        on_progress: Called with a task (``"counting"`` or ``"measuring"``), the tokens just done, and all that there
-            are to do (None where that is not known).
+        on_progress: Called with a task (``"counting"`` or ``"measuring"``), the number of tokens just done, and the
+            number to do in all (None if it is not known).
 
     Returns:
-        What was written.
+        A report of what was written.
 
     Raises:
-        ConfigError: The adapter is detached, a table is no parameter or has no rows, a number is impossible, the sums
-            do not fit ``max_bytes``, or the model's hidden states are not finite. No row has changed then.
+        ConfigError: The adapter is detached, a table is not a parameter or has no rows, a number is impossible, the
+            sums do not fit ``max_bytes``, or the model's hidden states are not finite. No row has changed then.
         DataError: The text is too short.
         TokenError: The text has a token outside the adapter's vocabulary.
     """
@@ -164,7 +165,7 @@ def _writable(adapter: MemoryAdapter) -> dict[str, ParameterTable]:
 def _pieces(
     adapter: MemoryAdapter, states: NgramStates, seed: int
 ) -> tuple[dict[tuple[int, int], Tensor], dict[str, dict[int, float]]]:
-    """Turn mean hidden states into what an order's heads hold side by side, ``[K, P]``, by block and order."""
+    """Turn mean hidden states into the numbers of an order's heads side by side, ``[K, P]``, by block and order."""
     width = adapter.config.num_heads * adapter.config.head_dim
     pieces: dict[tuple[int, int], Tensor] = {}
     kept: dict[str, dict[int, float]] = {}
@@ -181,17 +182,17 @@ def _pieces(
 
 
 def reduced(means: Tensor, met: Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Keep the strongest directions of some vectors, at equal variance, spread evenly over the result.
+    """Keep the strongest directions of some vectors, scaled to equal variance and spread evenly over the result.
 
     Args:
-        means: float32 ``[K, D]``.
+        means: The vectors, float32 ``[K, D]``.
         met: Which of them count, bool ``[K]``.
-        width: Numbers to keep, P.
+        width: How many numbers to keep, P.
         generator: Draws the rotation.
 
     Returns:
-        float32 ``[K, P]`` of variance 1 over those that count, 0 for the others; and the share of the variance that
-        lay in the directions kept.
+        float32 ``[K, P]`` with variance 1 over the vectors that count, and 0 for the others; and the share of the
+        variance that lay in the directions kept, from 0 to 1.
     """
     vectors = means[met]
     result = torch.zeros(len(means), width)
@@ -222,7 +223,7 @@ def _write(
     states: NgramStates,
     pieces: Mapping[tuple[int, int], Tensor],
 ) -> int:
-    """Write one table; returns how many rows."""
+    """Write one table and return the number of rows written."""
     config, spec = adapter.config, adapter.spec
     blocks = [block for block in spec.blocks if table_name(spec, block) == name]
     written = 0
@@ -251,7 +252,7 @@ def _write(
 
 
 def _write_head(table: ParameterTable, rows: Tensor, values: Tensor, weights: Tensor, std: float) -> int:
-    """Write weighted means of ``values [n, E]`` to the distinct ones among ``rows [n]``; returns their number."""
+    """Write weighted means of ``values [n, E]`` to the distinct ``rows [n]``, and return the number of those."""
     distinct, place = rows.unique(return_inverse=True)
     total = torch.zeros(len(distinct)).index_add_(0, place, weights)
     mean = torch.zeros(len(distinct), values.shape[1]).index_add_(0, place, values * weights[:, None])
@@ -259,7 +260,7 @@ def _write_head(table: ParameterTable, rows: Tensor, values: Tensor, weights: Te
     size = mean.square().mean().sqrt()
     if not size > 0:
         return 0
-    # N-grams that meet cancel in part; the head as a whole gets back the size that rows should have.
+    # N-grams that share a row partly cancel out, so the whole head is scaled back to the size that rows should have.
     weight = table.weight
     weight[distinct.to(weight.device)] = (mean * (std / size)).to(weight)
     return len(distinct)
