@@ -3,6 +3,7 @@
 # Dimension key: N rows, E row width.
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ class Fact:
     """The prompt as raw tokens, with the tokens that the tokenizer puts in front of every text."""
     target_tokens: tuple[int, ...]
     """The target as raw tokens."""
-    loss_before: float
-    """Mean loss of the target's tokens before the fit, nats per token."""
-    loss_after: float
+    loss_before: float = math.nan
+    """Mean loss of the target's tokens before the fit, in nats per token; NaN until it is known."""
+    loss_after: float = math.nan
     """The same with the fitted rows."""
-    is_greedy: bool
+    is_greedy: bool = False
     """Whether each of the target's tokens is the most likely one, with the fitted rows."""
 
     @property

@@ -94,8 +94,7 @@ def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
         after = whole[len(before) :] if fits else _read_text(tokenizer, target, special=False)
         if not before or not after:
             raise ConfigError(f"a fact needs a prompt and a target of at least one token each, got {pair!r:.100}")
-        unknown = {"loss_before": math.nan, "loss_after": math.nan, "is_greedy": False}
-        found.append(Fact(prompt=prompt, target=target, prompt_tokens=before, target_tokens=after, **unknown))
+        found.append(Fact(prompt=prompt, target=target, prompt_tokens=before, target_tokens=after))
     if not found:
         raise ConfigError("there are no facts to fit; pass at least one pair (prompt, target)")
     return found
