@@ -8,7 +8,11 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["definitions", "escape", "plain_text", "render_page", "section", "table"]
+__all__ = ["Html", "definitions", "escape", "plain_text", "render_page", "section", "table"]
+
+
+class Html(str):
+    """Text that is HTML already, which `escape` leaves as it is."""
 
 
 def render_page(
@@ -67,7 +71,7 @@ def table(
 
     Args:
         columns: Headings.
-        rows: A cell for each column, as plain text.
+        rows: A cell for each column, as plain text or `Html`.
         label: What the table is, for those who cannot see it.
         kind: CSS class.
         key_columns: Headings of the columns to stress.
@@ -123,6 +127,8 @@ def plain_text(value: Any) -> str:
 
 def escape(value: Any) -> str:
     """Make any text safe for the page: markup is escaped, and characters that HTML cannot hold become visible signs."""
+    if isinstance(value, Html):
+        return value
     text = str(value).encode("utf-8", "replace").decode()
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     return html.escape(re.sub(r"[\x7f-\x9f]", "\ufffd", text))

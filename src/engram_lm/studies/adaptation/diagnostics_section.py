@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.frame import escape, section, table
+from engram_lm.page.frame import Html, section, table
 from engram_lm.page.number_text import count_text, mean_of, number_text
 from engram_lm.studies.adaptation.finding import arm_title
 
@@ -59,11 +59,9 @@ def _row_use(arms: Arms) -> str:
             share = mean_of(_number((run.get("occupancy") or {}).get(block)) for run in runs)
             counted = {key: _mean_in_block(runs, "collisions", block, key) for key in _COLLISIONS}
             cells = [_percent(value) if key.startswith("shared") else _amount(value) for key, value in counted.items()]
-            rows.append([title, str(block), _percent(share), *cells])
-    if not rows:
-        return ""
+            rows.append([title, block, _percent(share), *cells])
     columns = ("Rows", "Block", "Occupancy", *_COLLISIONS.values())
-    return table(columns, rows, label="Use of rows by block", kind="arms")
+    return table(columns, rows, label="Use of rows by block", kind="arms") if rows else ""
 
 
 def _gates(arms: Arms) -> str:
@@ -72,24 +70,15 @@ def _gates(arms: Arms) -> str:
         for block in _blocks(runs, ("gates",)):
             gate = {key: _mean_in_block(runs, "gates", block, key) for key in _GATES}
             cells = [_percent(value) if key.startswith("share") else number_text(value) for key, value in gate.items()]
-            rows.append(
-                f'<tr><th scope="row">{escape(title)}</th><td>{escape(block)}</td>'
-                + "".join(f"<td>{cell}</td>" for cell in cells)
-                + f"<td>{_gate_range(gate)}</td></tr>"
-            )
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{column}</th>' for column in ("Gates", "Block", *_GATES.values(), "From 0 to 1"))
-    return (
-        '<div class="scroll" role="region" aria-label="Gates by block" tabindex="0"><table class="arms">'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+            rows.append([title, block, *cells, _gate_range(gate)])
+    columns = ("Gates", "Block", *_GATES.values(), "From 0 to 1")
+    return table(columns, rows, label="Gates by block", kind="arms") if rows else ""
 
 
-def _gate_range(gate: Mapping[str, float | None]) -> str:
+def _gate_range(gate: Mapping[str, float | None]) -> Html:
     """A bar from the 10th to the 90th percentile of a gate, between 0 and 1, with a mark at the median."""
     low, middle, high = (min(1.0, max(0.0, gate.get(name) or 0.0)) * 100 for name in ("p10", "p50", "p90"))
-    return (
+    return Html(
         '<svg class="gate-range" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         '<path d="M0 5H100" stroke="var(--line)" stroke-width="2"/>'
         f'<path d="M{low:.1f} 5H{high:.1f}" stroke="currentColor" stroke-width="4"/>'

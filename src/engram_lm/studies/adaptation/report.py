@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
+from engram_lm.page.frame import escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text, mean_of, number_text
 from engram_lm.studies.adaptation.diagnostics_section import diagnostics_section
 from engram_lm.studies.adaptation.figures import curve_figures, forgetting_figures
@@ -17,6 +17,7 @@ from engram_lm.studies.adaptation.finding import (
     losses,
 )
 from engram_lm.studies.adaptation.summary import COLUMNS, RUN_COLUMNS, arm_rows, run_rows
+from engram_lm.studies.page import facts_section, page_footer
 
 __all__ = ["render_report"]
 
@@ -75,8 +76,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             _use(result),
             _facts(result),
         ],
-        footer="This page is complete in itself and loads nothing. The numbers are in <code>result.json</code>, "
-        f"format <code>{escape(result.get('format', ''))}</code>.",
+        footer=page_footer(result),
         colors=[name if name in _ARM_COLORS else "other" for name in _arms_of(result)],
         style=style,
     )
@@ -264,42 +264,21 @@ def _use(result: Mapping[str, Any]) -> str:
 
 def _facts(result: Mapping[str, Any]) -> str:
     recipe = result.get("recipe") or {}
-    facts = result.get("facts") or result
-    groups = [
-        ("Base", result.get("base")),
-        ("Data", result.get("data")),
-        ("Memory", result.get("memory")),
-        *((f"Recipe: {name}", values) for name, values in recipe.items() if isinstance(values, Mapping)),
-        ("Recipe", {name: value for name, value in recipe.items() if not isinstance(value, Mapping)}),
-        ("Validation loss by learning rate", _rates_tried(result)),
-        ("Machine", facts.get("machine")),
-        ("Versions", facts.get("versions")),
-        ("Run", {key: facts.get(key) for key in ("started", "commit") if facts.get(key) is not None}),
-    ]
-    if result.get("seconds") is not None:
-        groups[-1][1]["minutes"] = number_text(result["seconds"] / 60)  # type: ignore[index]
-    lists = "\n".join(
-        f"<div><h3>{escape(name)}</h3>{definitions(values)}</div>"
-        for name, values in groups
-        if isinstance(values, Mapping) and values
-    )
-    runs = run_rows(result)
-    every = ""
-    if runs:
-        every = table(RUN_COLUMNS, runs, label="Every run", row_headings=False)
-        every = f"<details><summary>Every run</summary>{every}</details>"
-    command = facts.get("command")
-    shown = f'<pre class="command" tabindex="0" aria-label="Command">{escape(command)}</pre>' if command else ""
-    return section("facts", "How it was made", f'{shown}<div class="facts">{lists}</div>{every}')
-
-
-def _rates_tried(result: Mapping[str, Any]) -> dict[str, str]:
-    """What each arm chose its learning rate by, where it had a choice."""
-    return {
+    rates = {
         arm_title(arm, name): ", ".join(f"{plain_text(rate)}: {number_text(loss, 3)}" for rate, loss in tried)
         for name, arm in _arms_of(result).items()
         if len(tried := arm.get("rates_tried") or ()) > 1
     }
+    minutes = {"minutes": number_text(result["seconds"] / 60)} if result.get("seconds") is not None else {}
+    groups = {
+        **{name.capitalize(): result.get(name) or {} for name in ("base", "data", "memory")},
+        **{f"Recipe: {escape(name)}": values for name, values in recipe.items()},
+        "Validation loss by learning rate": rates,
+        "Time": minutes,
+    }
+    runs = run_rows(result)
+    every = table(RUN_COLUMNS, runs, label="Every run", row_headings=False)
+    return facts_section(result, groups, f"<details><summary>Every run</summary>{every}</details>" if runs else "")
 
 
 # Pieces ------------------------------------------------------------------------------------------------------------
