@@ -217,7 +217,7 @@ def test_a_text_that_was_cut_off_is_refused(study, tmp_path, capsys):
     tokens.write_bytes(whole)
     (tmp_path / "letter.txt").write_text("dear reader")
     assert main(["study", "depth", "--out", str(tmp_path)]) == 1
-    assert "is no study" in capsys.readouterr().err
+    assert "is not a study" in capsys.readouterr().err
 
 
 def made_seed(**losses):

@@ -153,7 +153,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear reader")
     assert main(["study", "suppression", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
-    assert "is no study" in said and "cannot write" not in said
+    assert "is not a study" in said and "cannot write" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 

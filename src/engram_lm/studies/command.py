@@ -166,7 +166,27 @@ class StudyCommand:
         out = self.folder.expanduser().resolve()
         settings = self.settings()
         may_change = [name for name in self.free if name in settings]
-        take_folder(out, settings, resume=self.resume, may_change=may_change, decided_by=self.decided_by)
+        with take_folder(out, settings, resume=self.resume, may_change=may_change, decided_by=self.decided_by):
+            found = self._train(study, costs, out, progress)
+            if found is None:
+                return 130
+            facts = {"format": self.result_format, **run_facts(started, made_at)}
+            result = {**facts, "settings": settings | self._free_settings(), **found}
+            files = self._write(result, study, out)
+        if self.json:
+            print(to_json(result), end="")
+        else:
+            console = Console()
+            for table in self.tables(result):
+                console.print(table)
+            for path in files:
+                console.print(f"  {path}", highlight=False, soft_wrap=True)
+        return 0
+
+    def _train(
+        self, study: Study, costs: Mapping[str, Cost], out: Path, progress: StudyProgress
+    ) -> dict[str, Any] | None:
+        """Train and measure the arms; None where a signal came first."""
         try:
             with Interrupt() as interrupt:
                 self.prepare(out)
@@ -174,7 +194,7 @@ class StudyCommand:
                 outcome = runner.run()
                 if outcome.interrupted:
                     raise KeyboardInterrupt
-                found = self.measure(
+                return self.measure(
                     Trained(
                         study=study,
                         costs=costs,
@@ -187,19 +207,7 @@ class StudyCommand:
         except KeyboardInterrupt:
             again = command_line()
             progress.note(f"interrupted; go on with: {again}{'' if '--resume' in shlex.split(again) else ' --resume'}")
-            return 130
-        facts = {"format": self.result_format, **run_facts(started, made_at)}
-        result = {**facts, "settings": settings | self._free_settings(), **found}
-        files = self._write(result, study, out)
-        if self.json:
-            print(to_json(result), end="")
-        else:
-            console = Console()
-            for table in self.tables(result):
-                console.print(table)
-            for path in files:
-                console.print(f"  {path}", highlight=False, soft_wrap=True)
-        return 0
+            return None
 
     @property
     def folder(self) -> Path:
