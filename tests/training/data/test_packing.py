@@ -76,7 +76,6 @@ def test_every_document_is_on_one_side_with_an_end_token(tmp_path, tokenizer, so
     assert set(seen.values()) == totals == {source.stat().st_size}
     assert corpus.train.num_text_bytes + corpus.held_out.num_text_bytes == sum(len(text) for text in TEXTS)
     assert corpus.train.dtype == np.uint16 and corpus.train.end_token == end
-    corpus.train.verify()
 
 
 def test_a_second_run_reuses_the_first_wherever_the_text_lies(tmp_path, tokenizer, source):
@@ -84,7 +83,7 @@ def test_a_second_run_reuses_the_first_wherever_the_text_lies(tmp_path, tokenize
     source.rename(tmp_path / "moved.jsonl")
     second = pack_to_shards([tmp_path / "moved.jsonl"], tokenizer, tmp_path / "cache", held_out=0.1)
     assert (first.reused, second.reused) == (False, True)
-    assert first.train.digest == second.train.digest
+    assert first.digest == second.digest
     (tmp_path / "moved.jsonl").write_text(json.dumps({"text": "other"}) + "\n" + json.dumps({"text": "text"}))
     third = pack_to_shards([tmp_path / "moved.jsonl"], tokenizer, tmp_path / "cache", held_out=0)
     assert third.held_out is None and third.train.num_documents == 2
@@ -256,10 +255,6 @@ def test_damaged_shards_are_refused(tmp_path, tokenizer, source):
     folder = corpus.folder / "train"
     path = folder / "00000.safetensors"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
-    flipped = TokenShards.open(folder)
-    with pytest.raises(DataError, match=r"00000\.safetensors has changed since .*remove .* to pack the text again"):
-        flipped.verify()
     path.write_bytes(whole[:-2])
     with pytest.raises(DataError, match=rf"has {len(whole) - 2} bytes, expected {len(whole)}"):
         pack_to_shards([source], tokenizer, tmp_path / "cache", held_out=0.1)

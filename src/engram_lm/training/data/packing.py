@@ -12,11 +12,10 @@ Documents go through in batches of fixed size, and a shard ends between two batc
 the sources alone, counted from the shard's beginning, so packing that is continued writes what it would have written.
 """
 
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -143,13 +142,16 @@ def pack_to_shards(
         contents = [_FORMAT, options, made_by, [item.identity for item in opened.items]]
         folder = cache / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
-        with _locked(folder):
+        with open(folder / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, however the process ends
             reused = (folder / INDEX_NAME).is_file()
             if not reused:
                 _Packing(folder, opened, tokenizer, made_by, options).run(
                     lambda num_bytes: on_progress("tokenizing", num_bytes, opened.num_bytes)
                 )
-            return _open(folder, made_by, opened.skipped, reused)
+        names = _SIDES[: 2 if held_out else 1]
+        train, *apart = (TokenShards.open(folder / side, tokenizer=made_by) for side in names)
+        return PackedCorpus(train, apart[0] if apart else None, folder, opened.skipped, reused)
     except RunFolderError:
         raise
     except OSError as error:
@@ -179,30 +181,6 @@ def open_remembered(
         return open_sources(given, max_bytes=max_bytes, remembered=cache / "files.json", on_progress=on_progress)
     except OSError as error:
         raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a corpus alone. The kernel gives the lock back however a process ends."""
-    with open(folder / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _open(folder: Path, made_by: str, skipped: dict[str, int], reused: bool) -> PackedCorpus:
-    try:
-        index = json.loads((folder / INDEX_NAME).read_bytes())
-        if index["format"] != _FORMAT:
-            raise ValueError(f"its format is {index['format']!r}")
-        sides = {side: TokenShards.open(folder / side, tokenizer=made_by) for side in index["sides"]}
-        return PackedCorpus(sides["train"], sides.get("held_out"), folder, skipped, reused)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{folder / INDEX_NAME} is malformed ({error!r:.200}); remove {folder} to pack again"
-        ) from error
 
 
 @dataclasses.dataclass
@@ -257,22 +235,16 @@ class _Packing:
         self._resume()
         # One thread hands batches to the tokenizer, whose own threads do the work without Python's lock.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            under_way: collections.deque[tuple[list[Piece], _Place, concurrent.futures.Future[list[Encoding]]]]
-            under_way = collections.deque()
-            try:
-                for batch, place in self._batches(on_progress):
-                    texts = [piece.text for piece in batch]
-                    under_way.append((batch, place, pool.submit(self._encode, texts)))
-                    if len(under_way) > 1:
-                        self._store(*under_way.popleft(), on_progress)
-                while under_way:
-                    self._store(*under_way.popleft(), on_progress)
-            finally:
-                pool.shutdown(cancel_futures=True)
+            waiting: list[tuple[list[Piece], _Place, concurrent.futures.Future[list[Encoding]]]] = []
+            for batch, place in self._batches(on_progress):
+                texts = [piece.text for piece in batch]
+                encode = functools.partial(self.encoder.encode_batch_fast, texts, add_special_tokens=False)
+                waiting.append((batch, place, pool.submit(encode)))
+                if len(waiting) > 1:
+                    self._store(*waiting.pop(0), on_progress)
+            for last in waiting:
+                self._store(*last, on_progress)
         self._finish()
-
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        return self.encoder.encode_batch_fast(texts, add_special_tokens=False)
 
     def _batches(self, on_progress: Callable[[int], None]) -> Iterator[tuple[list[Piece], _Place]]:
         """Pieces that are not stored yet, in batches, each with the place after it."""
@@ -360,8 +332,7 @@ class _Packing:
         self.sides, self.place, self.facts = sides, place, facts
 
     def _finish(self) -> None:
-        facts = self.facts
-        if not facts["num_documents"]:
+        if not self.facts["num_documents"]:
             raise DataError("the sources hold no text: every document is blank; name sources that hold some")
         for name, side in self.sides.items():
             if not side.num_tokens:
@@ -376,15 +347,7 @@ class _Packing:
                 "num_text_bytes": side.num_text_bytes,
             }
             write_index(self.folder / name, shared, side.shards)
-        index = {
-            "format": _FORMAT,
-            "options": self.options,
-            "tokenizer": self.made_by,
-            "sides": list(self.sides),
-            "num_documents": facts["num_documents"],
-            "items": [item.identity for item in self.opened.items],
-        }
-        write_atomically(self.folder / INDEX_NAME, json.dumps(index, indent=1))
+        write_atomically(self.folder / INDEX_NAME, json.dumps({"format": _FORMAT, "options": self.options}, indent=1))
         (self.folder / _STATE_NAME).unlink(missing_ok=True)
 
     def _empty(self, side: str) -> str:
