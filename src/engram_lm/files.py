@@ -79,7 +79,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     the block raises, the temporary folder is removed. Missing parent folders are created.
 
     Args:
-        path: The folder to create; there may be an empty one, nothing else.
+        path: The folder to create. It may exist already if it is empty.
 
     Yields:
         The temporary folder, in the same parent.
@@ -111,12 +111,12 @@ def replacing_folder(path: str | os.PathLike[str], check: Callable[[Path], None]
     """Yield an empty temporary folder and put it in the place of the one at ``path`` when the block ends well.
 
     The two change places in one step where the file system can do that (local ones on Linux can), so a crash at any
-    point leaves the old folder or the new one. Where it cannot, the old one has for a moment another name beside it.
-    What has the old folder's files open goes on reading them. Missing parent folders are created.
+    point leaves the old folder or the new one. Elsewhere the old folder has another name beside it for a moment.
+    Programs that have files of the old folder open can still read them. Missing parent folders are created.
 
     Args:
         path: The folder to replace or create.
-        check: Called with the folder that is there and holds something; raises where that must not be replaced.
+        check: Called with the existing folder if it holds something; raises where that must not be replaced.
 
     Yields:
         The temporary folder, in the same parent.
