@@ -30,7 +30,7 @@ def measure_parts(parts: str, num_tokens: int, memory_mib: int) -> dict[str, Any
 
     from engram_lm import EngramForCausalLM, EngramLMConfig
     from engram_lm.analysis import find_subject
-    from engram_lm.analysis.options import AnalyzeOptions
+    from engram_lm.analysis.part import AnalyzeOptions
     from engram_lm.analysis.run import analyze
     from engram_lm.training.data.documents import Document, pack, read_documents
     from engram_lm.training.data.tokenizer import train_tokenizer

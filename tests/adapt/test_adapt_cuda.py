@@ -8,11 +8,12 @@ import torch
 from tests.adapt.conftest import speak
 from tests.adapt.patched_models import FACT, trained_model
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.analysis.looking import average_gates, layer_similarity, logit_lens
 
 import engram_lm
 from engram_lm import RowPatch
 from engram_lm.adapt import FitOptions, transfer_rows
-from engram_lm.analysis import average_gates, layer_similarity, logit_lens, suppressed
+from engram_lm.analysis import suppressed
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")

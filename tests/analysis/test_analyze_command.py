@@ -9,17 +9,16 @@ import pytest
 import torch
 from tests.adapt import small_models
 from tests.analysis.conftest import LENGTH
+from tests.analysis.looking import average_gates, logit_lens
 from tests.small_model import MEMORY
 
 import engram_lm
 from engram_lm.analysis import find_subject, gate_trace
 from engram_lm.analysis.command import _names
-from engram_lm.analysis.gates.averages import average_gates
-from engram_lm.analysis.lens.lens import logit_lens
-from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.part import AnalyzeOptions
 from engram_lm.analysis.registry import PARTS
+from engram_lm.analysis.report import remarks
 from engram_lm.analysis.run import analyze
-from engram_lm.analysis.summary import remarks
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.serving.load import load_model

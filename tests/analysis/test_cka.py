@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.analysis.looking import layer_similarity
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import Analysis, find_subject, read_text
-from engram_lm.analysis.cka.cka import Cka, centered_gram, layer_similarity
+from engram_lm.analysis.cka.cka import Cka, centered_gram
 from engram_lm.analysis.cka.maps import CkaMap, soft_alignment
 from engram_lm.analysis.protocol import NotApplicable
 from engram_lm.analysis.token_text import text_tokens
@@ -201,18 +202,10 @@ def test_the_baseline_is_the_first_model_without_memory_unless_it_is_named(pair)
         pairs(baseline="x")
 
 
-@pytest.mark.parametrize("streams", ["concatenated", "mean", "collapsed"])
-def test_streams_are_compared_as_was_asked(pair, streams):
+def test_streams_are_compared_side_by_side(pair):
     models, states = pair
-    found = layer_similarity(models, TOKENIZER, TOKENS[:60], length=LENGTH, streams=streams)
-    entries = states["memory"]
-    if streams == "mean":
-        entries = [entry.mean(1) for entry in entries]
-    elif streams == "collapsed":
-        head = models["memory"].model.stream_head
-        with torch.no_grad():
-            entries = [head(torch.from_numpy(entry)[None].float())[0].double().numpy() for entry in entries]
-    expected = cka_map([entry[:60] for entry in states["plain"]], [entry[:60] for entry in entries])
+    found = layer_similarity(models, TOKENIZER, TOKENS[:60], length=LENGTH)
+    expected = cka_map([entry[:60] for entry in states["plain"]], [entry[:60] for entry in states["memory"]])
     np.testing.assert_allclose(found.maps[0].similarity, expected, rtol=1e-4)
 
 
@@ -277,31 +270,29 @@ def test_a_layer_that_says_the_same_everywhere_is_like_none():
 
 def test_models_of_different_vocabularies_are_refused_with_both_sizes_and_digests(other_tokenizer):
     models = {"a": small_model(), "b": small_model("qwen3")}
-    sizes = r"a has a vocabulary of 283 tokens \([0-9a-f]{64}\), b one of 273 \([0-9a-f]{64}\)\. Compare models of one"
+    sizes = r"a has 283 tokens \([0-9a-f]{64}\), b 273 \([0-9a-f]{64}\); analyze them one after the other"
     with pytest.raises(MismatchError, match=sizes):
         layer_similarity(models, {"a": TOKENIZER, "b": other_tokenizer}, TEXT)
 
 
 def test_too_few_positions_and_impossible_requests_are_refused():
     model = small_model()
-    with pytest.raises(DataError, match="at least 4 positions with finite hidden states, and the text has 3"):
+    with pytest.raises(MismatchError, match="at least 4 positions with finite hidden states, and the text has 3"):
         layer_similarity(model, TOKENIZER, TOKENS[:3])
     found = read_text([find_subject(model, TOKENIZER)], "a cat", {"it": Cka(positions="names")}, length=9)["it"]
     assert isinstance(found, NotApplicable) and "(names;" in found.reason
     assert layer_similarity(model, TOKENIZER, TOKENS[:4]).num_positions == 4
     with pytest.raises(ConfigError, match="at least 4 positions, not 3"):
         Cka(minibatch_size=3)
-    with pytest.raises(ConfigError, match="streams are concatenated"):
-        Cka(streams="sum")
     with pytest.raises(DataError, match="at least one token"):
         layer_similarity(model, TOKENIZER, "")
     with pytest.raises(ConfigError, match="a larger budget"):
         layer_similarity(model, TOKENIZER, TOKENS, budget_bytes=Cka().held_bytes([find_subject(model, TOKENIZER)]))
 
 
-def test_a_long_text_is_thinned_out_where_all_positions_are_asked_for():
+def test_a_long_text_is_thinned_out_as_asked_for():
     tokens = np.tile(TOKENS, 60)
-    assert layer_similarity(small_model(), TOKENIZER, tokens, length=200).num_positions == 9_000
+    assert layer_similarity(small_model(), TOKENIZER, tokens, length=200, one_in=2).num_positions == 9_000
     found = layer_similarity(small_model(), TOKENIZER, tokens, length=200, positions=np.ones(18_000, bool))
     assert found.num_positions == 18_000
 

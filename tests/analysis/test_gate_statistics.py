@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.analysis.looking import average_gates
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
-from engram_lm.analysis import GateStatistics, NotApplicable, average_gates, find_subject, gate_trace, read_text
-from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
+from engram_lm.analysis import GateStatistics, NotApplicable, find_subject, gate_trace, read_text
+from engram_lm.analysis.gates.averages import TOKEN_CLASSES, token_classes
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.hashing import Segments

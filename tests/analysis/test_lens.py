@@ -7,13 +7,15 @@ import pytest
 import torch
 import transformers
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER, small_model
+from tests.analysis.looking import logit_lens
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import find_subject, read_text
-from engram_lm.analysis.lens.lens import LensCurve, LogitLens, logit_lens
+from engram_lm.analysis.lens.lens import LensCurve, LogitLens
 from engram_lm.analysis.positions import thinned
 from engram_lm.analysis.protocol import NotApplicable
+from engram_lm.analysis.subject import find_subjects, group_by_tokenizer
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 
@@ -187,13 +189,15 @@ def test_several_models_stand_side_by_side_also_when_their_vocabularies_differ(o
     models = {"memory": attached_model(), "plain": small_model(), "other": small_model("qwen3")}
     tokenizers = {"memory": TOKENIZER, "plain": TOKENIZER, "other": other_tokenizer}
     text = TEXT[:200]
-    found = logit_lens(models, tokenizers, text, length=LENGTH)
-    assert list(found.models) == ["memory", "plain", "other"]
+    groups = group_by_tokenizer(find_subjects(models, tokenizers))
+    together = [read_text(group, text, {"it": LogitLens()}, length=LENGTH)["it"] for group in groups]
+    assert [list(found.models) for found in together] == [["memory", "plain"], ["other"]]
+    curves = {name: curve for found in together for name, curve in found.models.items()}
     for name, model in models.items():
         alone = logit_lens({"it": model}, tokenizers[name], text, length=LENGTH).models["it"]
-        np.testing.assert_allclose(found.models[name].kl, alone.kl)
-    assert json.loads(json.dumps(found.to_dict()))["models"]["plain"]["num_layers"] == 3
-    with pytest.raises(MismatchError, match="pass the text itself"):
+        np.testing.assert_allclose(curves[name].kl, alone.kl)
+    assert json.loads(json.dumps(together[0].to_dict()))["models"]["plain"]["num_layers"] == 3
+    with pytest.raises(MismatchError, match="analyze them one after the other"):
         logit_lens(models, tokenizers, TOKENS, length=LENGTH)
     with pytest.raises(ConfigError, match="no tokenizer was given for other"):
         logit_lens(models, {"memory": TOKENIZER, "plain": TOKENIZER}, text)
@@ -232,14 +236,14 @@ def test_positions_that_are_not_finite_are_left_out_and_counted():
     assert (found.num_not_finite, found.num_positions) == (6, 64)
     np.testing.assert_allclose(found.kl, np.delete(kl, left_out, axis=1).mean(1), rtol=1e-4, atol=1e-6)
     model.lm_head.register_forward_hook(lambda module, args, output: output.fill_(torch.inf))
-    with pytest.raises(DataError, match="no position of the text"):
-        logit_lens(model, TOKENIZER, TOKENS, length=LENGTH)
+    (nothing,) = logit_lens(model, TOKENIZER, TOKENS, length=LENGTH).models.values()
+    assert (nothing.num_not_finite, nothing.num_positions) == (70, 0) and np.isnan(nothing.kl).all()
 
 
 def test_a_model_whose_head_is_not_understood_is_reported_and_impossible_requests_refused():
     model = small_model()
     model.register_forward_hook(lambda module, args, output: output.__class__(logits=output.logits * 1.5))
-    with pytest.raises(MismatchError, match="the logit lens does not apply: the last layer of LlamaForCausalLM"):
+    with pytest.raises(MismatchError, match="LogitLens does not apply to LlamaForCausalLM: the last layer of"):
         logit_lens(model, TOKENIZER, TOKENS, length=LENGTH)
     found = read_text([find_subject(model, TOKENIZER)], TOKENS, {"lens": LogitLens()}, length=LENGTH)["lens"]
     assert isinstance(found, NotApplicable)

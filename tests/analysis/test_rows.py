@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.analysis.looking import row_use
 from tests.small_model import BACKBONE, MEMORY
 
 import engram_lm
-from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text, row_use
+from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text
 from engram_lm.analysis.rows.collisions import ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.analysis.token_text import text_tokens

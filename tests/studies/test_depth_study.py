@@ -10,9 +10,8 @@ import time
 
 import numpy as np
 import pytest
+from tests.analysis.looking import layer_similarity, logit_lens
 
-from engram_lm.analysis.cka.cka import layer_similarity
-from engram_lm.analysis.lens.lens import logit_lens
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.planning.sizes import model_sizes

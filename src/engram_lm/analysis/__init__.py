@@ -6,18 +6,18 @@ analyses), then a folder for each analysis: ``gates/``, ``lens/``, ``cka/``, ``s
 runs them all.
 """
 
-from engram_lm.analysis.cka.cka import Cka, layer_similarity
+from engram_lm.analysis.cka.cka import Cka
 from engram_lm.analysis.cka.maps import CkaFindings, CkaMap, soft_alignment
-from engram_lm.analysis.gates.averages import GateAverages, GateFindings, GateStatistics, average_gates
+from engram_lm.analysis.gates.averages import GateAverages, GateFindings, GateStatistics
 from engram_lm.analysis.gates.colored_text import colored_gates, colored_html
 from engram_lm.analysis.gates.trace import GateTrace, Ngram, NgramGate, gate_trace, strongest
-from engram_lm.analysis.lens.lens import LensCurve, LensFindings, LogitLens, logit_lens
-from engram_lm.analysis.options import AnalyzeOptions
+from engram_lm.analysis.lens.lens import LensCurve, LensFindings, LogitLens
+from engram_lm.analysis.part import AnalyzeOptions
 from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
-from engram_lm.analysis.reading import read_text
+from engram_lm.analysis.reading import look, read_text
 from engram_lm.analysis.rows.collisions import CollisionStudy, NgramCollisions, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams, nearest_rows
-from engram_lm.analysis.rows.usage import RowFindings, RowUsage, RowUse, row_use
+from engram_lm.analysis.rows.usage import RowFindings, RowUsage, RowUse
 from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
 from engram_lm.analysis.suppression.effect import Condition, SuppressionEffect, suppressed, suppression_effect
@@ -50,19 +50,16 @@ __all__ = [
     "Subject",
     "SuppressionEffect",
     "analyze",
-    "average_gates",
     "collision_study",
     "colored_gates",
     "colored_html",
     "find_subject",
     "gate_trace",
     "group_by_tokenizer",
-    "layer_similarity",
-    "logit_lens",
+    "look",
     "nearest_ngrams",
     "nearest_rows",
     "read_text",
-    "row_use",
     "soft_alignment",
     "strongest",
     "suppressed",

@@ -9,13 +9,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from engram_lm.analysis.options import AnalyzeOptions
-from engram_lm.analysis.part import load_parts
+from engram_lm.analysis.part import AnalyzeOptions, load_parts
 from engram_lm.analysis.registry import PARTS
-from engram_lm.analysis.report import render_report
+from engram_lm.analysis.report import print_summary, render_report
 from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject
-from engram_lm.analysis.summary import print_summary
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically

@@ -12,11 +12,11 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.analysis.budget import choose_batch_size
 from engram_lm.analysis.protocol import WANTS, Analysis, NotApplicable, Reading
 from engram_lm.analysis.recording import Recording, not_finite, recording
-from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.subject import Subject, find_subjects
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError, check_whole
 
-__all__ = ["read_one", "read_text", "visible_tokens"]
+__all__ = ["look", "read_text", "visible_tokens"]
 
 # Dimension key: B windows at a time, L length.
 
@@ -100,25 +100,44 @@ def read_text(
     return {name: results[name] for name in analyses}
 
 
-def read_one(
-    model: Any,
+def look(
+    models: Any,
     tokenizer: Any,
     text: Any,
     analysis: Analysis,
     *,
-    length: int,
-    adapter: str | None = None,
+    length: int = 512,
     max_tokens: int | None = None,
+    adapter: str | None = None,
+    budget_bytes: int = 1 << 29,
 ) -> Any:
-    """Let one analysis look on while one model reads a text, and return its result; see `read_text`.
+    """Let one analysis look on while one or several models read a text, and return its result.
+
+    Args:
+        models: A model, or a mapping of names to models of one vocabulary; see `find_subjects`.
+        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers.
+        text: See `read_text`.
+        analysis: What looks on, such as a `GateStatistics`, `LogitLens`, `Cka` or `RowUse`.
+        length: Tokens that a model sees at once.
+        max_tokens: Read at most this many tokens; None reads all.
+        adapter: Which attached memory to look at, if there are several.
+        budget_bytes: See `read_text`.
 
     Raises:
-        MismatchError: The analysis does not apply to the model, or the tokenizer is not the model's.
+        MismatchError: The analysis does not apply to the models, or `read_text` or `find_subjects` refuses them.
+        ConfigError: A number or a model is impossible.
+        DataError: The text has no tokens.
+
+    Example:
+        >>> look({"memory": model}, tokenizer, text, GateStatistics()).models["memory"].mean  # doctest: +SKIP
     """
-    subject = find_subject(model, tokenizer, adapter=adapter)
-    found = read_text([subject], text, {"one": analysis}, length=length, max_tokens=max_tokens)["one"]
+    subjects = find_subjects(models, tokenizer, adapter=adapter)
+    found = read_text(
+        subjects, text, {"it": analysis}, length=length, max_tokens=max_tokens, budget_bytes=budget_bytes
+    )["it"]
     if isinstance(found, NotApplicable):
-        raise MismatchError(f"the analysis does not apply to {subject.name}: {found.reason}; pass another model")
+        names = ", ".join(subject.name for subject in subjects)
+        raise MismatchError(f"{type(analysis).__name__} does not apply to {names}: {found.reason}")
     return found
 
 

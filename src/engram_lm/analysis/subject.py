@@ -60,9 +60,16 @@ class Subject:
         return len(self.layers)
 
     @property
+    def ungated(self) -> str | None:
+        """Why there are no gates; None if there are."""
+        if not self.memories:
+            return "it has no memory"
+        return "its memory is not gated" if all(one.config.gate == "none" for one in self.memories.values()) else None
+
+    @property
     def gated(self) -> bool:
         """Whether there is a memory with gates."""
-        return any(layer.config.gate != "none" for layer in self.memories.values())
+        return self.ungated is None
 
     @property
     def device(self) -> torch.device:
@@ -177,20 +184,21 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
     )
 
 
-def find_subjects(models: Any, tokenizer: Any) -> list[Subject]:
+def find_subjects(models: Any, tokenizer: Any, *, adapter: str | None = None) -> list[Subject]:
     """Find one or several models, as `find_subject` does.
 
     Args:
         models: A model, or a mapping of names in results to models. In place of a model there may be a `Subject`, which
             keeps its own name unless it is in a mapping.
         tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers.
+        adapter: Which attached memory to look at, if a model has several.
 
     Raises:
         ConfigError: There is no model, there is no tokenizer for one of them, or `find_subject` refuses one.
         MismatchError: The memory of a model was made for another tokenizer.
     """
     if not isinstance(models, Mapping):
-        return [models if isinstance(models, Subject) else find_subject(models, tokenizer)]
+        return [models if isinstance(models, Subject) else find_subject(models, tokenizer, adapter=adapter)]
     if not models:
         raise ConfigError("there is no model to look at; pass at least one")
     subjects = []
@@ -201,7 +209,7 @@ def find_subjects(models: Any, tokenizer: Any) -> list[Subject]:
         if isinstance(tokenizer, Mapping) and name not in tokenizer:
             raise ConfigError(f"no tokenizer was given for {name}; those given are for {', '.join(tokenizer)}")
         own = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
-        subjects.append(find_subject(model, own, name=name))
+        subjects.append(find_subject(model, own, name=name, adapter=adapter))
     return subjects
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,24 +11,18 @@ from torch import Tensor
 from engram_lm.analysis.cka.maps import CkaFindings, CkaMap
 from engram_lm.analysis.positions import PositionChoice, Positions
 from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
-from engram_lm.analysis.reading import read_text
-from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
-from engram_lm.analysis.token_text import text_tokens
-from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.analysis.subject import Subject
+from engram_lm.errors import ConfigError
 
-__all__ = ["Cka", "centered_gram", "layer_similarity"]
+__all__ = ["Cka", "centered_gram"]
 
 # Dimension key: n positions of a minibatch, W width of what is compared, E entries (1 + layers) of a model,
 # R entries of the model in the rows, C of the one in the columns.
-
-Streams = Literal["concatenated", "mean", "collapsed"]
 
 _FEWEST = 4
 """The least number of positions for which there is an unbiased estimate."""
 _POOL_BYTES = 1 << 27
 """Bytes that the pools of all models together may take, if they hold more than one minibatch."""
-_ENOUGH = 1 << 13
-"""Positions after which `layer_similarity` begins to skip some."""
 
 
 def centered_gram(states: Tensor) -> Tensor:
@@ -62,7 +56,8 @@ class Cka(Analysis):
     Positions of many windows are gathered in a pool. When it is full, and at the end of the text, it is divided into
     random minibatches (the same ones each time). The estimates of HSIC are summed over all minibatches before the ratio
     is taken; a minibatch of ``n`` has the weight ``n (n - 3)``, the number that its estimate is divided by. With a
-    single minibatch this is the unbiased value of the whole text.
+    single minibatch this is the unbiased value of the whole text. Residual streams are compared by the sum of their
+    kernels, which loses nothing; the paper does not say how.
 
     The pool is needed because positions of one window have much in common: a minibatch of neighbours would tell how
     alike two layers are within a window, which may differ much from how alike they are over the text. The larger the
@@ -74,9 +69,6 @@ class Cka(Analysis):
         positions: See `PositionChoice`.
         min_count: See `PositionChoice`.
         one_in: See `PositionChoice`.
-        streams: How a model with several residual streams is compared: ``"concatenated"``, by the sum of their
-            kernels, which loses nothing; ``"mean"``; or ``"collapsed"``, as before the model's own head. The paper does
-            not say.
         minibatch_size: Positions in a minibatch.
         pool_size: Positions in the pool; None means as many minibatches as 128 MiB hold, and at least one.
 
@@ -96,18 +88,14 @@ class Cka(Analysis):
         positions: Positions | Any = "all",
         min_count: int = 5,
         one_in: int = 1,
-        streams: Streams = "concatenated",
         minibatch_size: int = 256,
         pool_size: int | None = None,
     ) -> None:
-        if streams not in get_args(Streams):
-            raise ConfigError(f"streams are {', '.join(get_args(Streams))}, not {streams!r}")
         if type(minibatch_size) is not int or minibatch_size < _FEWEST:
             raise ConfigError(f"a minibatch has at least {_FEWEST} positions, not {minibatch_size!r}")
         if pool_size is not None and (type(pool_size) is not int or pool_size < minibatch_size):
             raise ConfigError(f"the pool holds at least one minibatch of {minibatch_size} positions, not {pool_size!r}")
-        self.baseline, self.streams = baseline, streams
-        self.minibatch_size, self.pool_size = minibatch_size, pool_size
+        self.baseline, self.minibatch_size, self.pool_size = baseline, minibatch_size, pool_size
         self._choice = PositionChoice(positions, min_count=min_count, one_in=one_in)
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
@@ -134,7 +122,7 @@ class Cka(Analysis):
         n, entries = self.minibatch_size, [subject.num_layers + 1 for subject in subjects]
         # The matrices of one model stand side by side while they are stacked.
         grams = 8 * n * n * (sum(entries) + max(entries) + 4)
-        widest = max(self._position_bytes([subject]) + 24 * self._width(subject) for subject in subjects)
+        widest = max(self._position_bytes([subject]) + 24 * _width(subject) for subject in subjects)
         return self._pool_for(subjects) * self._position_bytes(subjects) + grams + n * widest
 
     def _pool_for(self, subjects: Sequence[Subject]) -> int:
@@ -144,7 +132,7 @@ class Cka(Analysis):
         return self.minibatch_size * max(1, num_minibatches)
 
     def _position_bytes(self, subjects: Sequence[Subject]) -> int:
-        return sum((subject.num_layers + 1) * self._width(subject) * subject.dtype.itemsize for subject in subjects)
+        return sum((subject.num_layers + 1) * _width(subject) * subject.dtype.itemsize for subject in subjects)
 
     def update(self, readings: Sequence[Reading]) -> None:
         """Take in some windows."""
@@ -179,7 +167,6 @@ class Cka(Analysis):
         return CkaFindings(
             maps=tuple(self._map(sums, name) for name in others),
             positions=self._choice.name,
-            streams=self.streams,
             minibatch_size=self.minibatch_size,
             pool_size=self._pool_size,
             num_positions=sums.num_positions,
@@ -203,26 +190,21 @@ class Cka(Analysis):
             within_rows=sums.similarity(self._baseline),
         )
 
-    def _width(self, subject: Subject) -> int:
-        return subject.hidden_size * (subject.num_streams if self.streams == "concatenated" else 1)
-
     def _put(self, reading: Reading, places: Tensor) -> None:
         """Add the hidden states of some positions to the pool."""
         name = reading.subject.name
         if name not in self._pool:
             kind = functools.reduce(torch.promote_types, (hidden.dtype for hidden in reading.hidden))
-            shape = (len(reading.hidden), self._pool_size, self._width(reading.subject))
+            shape = (len(reading.hidden), self._pool_size, _width(reading.subject))
             self._pool[name] = torch.empty(shape, dtype=kind, device=reading.hidden[0].device)
         end = self._num_waiting + len(places)
         for entry, hidden in enumerate(reading.hidden):
             states = hidden.flatten(0, 1)[places.to(hidden.device)]
-            if self.streams == "concatenated":
-                states = states.flatten(1)
-            elif self.streams == "mean" or reading.subject.collapse is None:
-                states = states.mean(1)
-            else:
-                states = reading.subject.collapse(states[None])[0]
-            self._pool[name][entry, self._num_waiting : end] = states
+            self._pool[name][entry, self._num_waiting : end] = states.flatten(1)
+
+
+def _width(subject: Subject) -> int:
+    return subject.hidden_size * subject.num_streams
 
 
 class _Sums:
@@ -259,64 +241,3 @@ class _Sums:
 def _grams(states: Tensor) -> Tensor:
     """Return the centered Gram matrices of all entries, float64 ``[E, n * n]``, on the CPU."""
     return torch.stack([centered_gram(entry).cpu() for entry in states])
-
-
-def layer_similarity(
-    models: Any,
-    tokenizer: Any,
-    text: Any,
-    *,
-    length: int = 512,
-    max_tokens: int | None = None,
-    positions: Positions | Any = "all",
-    one_in: int | None = None,
-    budget_bytes: int = 1 << 29,
-    **options: Any,
-) -> CkaFindings:
-    """Compare the layers of two or more models, or of one model with itself, by CKA.
-
-    Args:
-        models: A model, or a mapping of names to models. They may differ in depth and width.
-        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers of one vocabulary: CKA compares
-            position by position, so all models must read the same tokens.
-        text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens that the models see at once.
-        max_tokens: Read at most this many tokens.
-        positions: See `engram_lm.analysis.positions.PositionChoice`.
-        one_in: Take one of this many positions. None means about 8,192 positions of a longer text if ``positions`` is
-            ``"all"``, and otherwise every one.
-        budget_bytes: See `engram_lm.analysis.read_text`.
-        **options: Other options of `Cka`.
-
-    Raises:
-        MismatchError: The models have different vocabularies; the message has their sizes and digests.
-        ConfigError: A choice or number is impossible, or a model cannot be analyzed.
-        DataError: The text has no tokens, or fewer than four of the positions asked for.
-
-    Example:
-        >>> findings = layer_similarity({"baseline": twin, "memory": model}, tokenizer, text)  # doctest: +SKIP
-        >>> findings.maps[0].similarity, findings.maps[0].gain()  # doctest: +SKIP
-    """
-    subjects = find_subjects(models, tokenizer)
-    groups = group_by_tokenizer(subjects)
-    if len(groups) > 1:
-        first, other = groups[0][0], groups[1][0]
-        raise MismatchError(
-            "CKA compares hidden states position by position, so the models must read the same tokens; "
-            f"{first.name} has a vocabulary of {len(first.tokenizer)} tokens ({first.vocabulary_digest}), {other.name} "
-            f"one of {len(other.tokenizer)} ({other.vocabulary_digest}). Compare models of one tokenizer, or each with "
-            "itself"
-        )
-    tokens = text_tokens(subjects[0].tokenizer, text) if isinstance(text, str) else text
-    if one_in is None:
-        num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-        every = isinstance(positions, str) and positions == "all"
-        one_in = max(1, num_tokens // _ENOUGH) if every else 1
-    analysis = Cka(positions=positions, one_in=one_in, **options)
-    found = read_text(
-        subjects, tokens, {"cka": analysis}, length=length, max_tokens=max_tokens, budget_bytes=budget_bytes
-    )["cka"]
-    if isinstance(found, NotApplicable):
-        raise DataError(found.reason)
-    result: CkaFindings = found
-    return result

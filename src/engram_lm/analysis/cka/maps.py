@@ -1,7 +1,7 @@
 """Maps of how alike layers are, and of which layer of one model corresponds to which layer of another."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -101,12 +101,13 @@ class CkaMap:
 class CkaFindings:
     """CKA of a baseline with each of the other models, at the same positions of one text."""
 
+    streams: ClassVar[str] = "concatenated"
+    """How residual streams were compared."""
+
     maps: tuple[CkaMap, ...]
     """One for each model besides the baseline; if there is no other, the baseline with itself."""
     positions: str
     """Which positions were compared: a choice of `PositionChoice`, or ``"given"``."""
-    streams: str
-    """How residual streams were compared."""
     minibatch_size: int
     """Positions in a minibatch, at most."""
     pool_size: int
@@ -121,4 +122,4 @@ class CkaFindings:
     def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
         """Return plain values for JSON; see `CkaMap.to_dict`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "maps": [found.to_dict(top_k) for found in self.maps]}
+        return {**values, "streams": self.streams, "maps": [found.to_dict(top_k) for found in self.maps]}

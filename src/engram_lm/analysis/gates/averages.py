@@ -1,27 +1,31 @@
 """Gates over a long text, averaged: by block and stream, by order, by how frequent the N-gram is, by kind of token."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from engram_lm.analysis.gates.token_classes import TOKEN_CLASSES, token_classes
 from engram_lm.analysis.gates.trace import NgramGate
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.protocol import Analysis, Reading, applicable
-from engram_lm.analysis.reading import read_one
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import spelled
+from engram_lm.analysis.token_text import REPLACEMENT, spelled
 from engram_lm.errors import check_whole
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
-__all__ = ["FREQUENCY_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "average_gates"]
+__all__ = ["FREQUENCY_CLASSES", "TOKEN_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "token_classes"]
 
 # Dimension key: G blocks with memory, S streams, O orders, F classes of frequency, K classes of tokens, V vocabulary.
 
 FREQUENCY_CLASSES = ("1", "2-9", "10-99", "100-999", "1,000-9,999", "10,000 and more")
 """How often an N-gram occurs in the text that was read."""
+TOKEN_CLASSES = ("letters", "digits", "punctuation", "space", "other")
+"""``other`` are tokens that mix the classes, special tokens, and pieces of a character."""
+
+_OF_CATEGORY = {"L": 0, "M": 0, "N": 1, "P": 2, "S": 2, "Z": 3}
+_OTHER = 4
 _CLASS_BEGINS = (2, 10, 100, 1_000, 10_000)
 _NUM_BINS = 20
 _NUM_TENTHS = 10
@@ -131,11 +135,7 @@ class GateStatistics(Analysis):
     def start(self, subjects: Sequence[Subject]) -> str | None:
         """Apply to the models with gated memory."""
         self._sums = {subject.name: _Sums(subject, self.max_ngrams) for subject in subjects if subject.gated}
-        self._left_out = {
-            subject.name: "its memory is not gated" if subject.memories else "it has no memory"
-            for subject in subjects
-            if not subject.gated
-        }
+        self._left_out = {subject.name: subject.ungated for subject in subjects if subject.ungated}
         return applicable(self._left_out, subjects)
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
@@ -153,37 +153,6 @@ class GateStatistics(Analysis):
         ngrams = {name: sums.ngrams.entries() for name, sums in self._sums.items()}
         models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self._sums.items()}
         return GateFindings(models, dict(self._left_out), ngrams)
-
-
-def average_gates(
-    model: Any,
-    tokenizer: Any,
-    text: Any,
-    *,
-    length: int = 512,
-    adapter: str | None = None,
-    max_tokens: int | None = None,
-    **options: Any,
-) -> GateAverages:
-    """Average the gates of one model over a text of any length.
-
-    Args:
-        model: A model with memory, its own or attached.
-        tokenizer: The tokenizer it was trained with.
-        text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens that the model sees at once.
-        adapter: Which attached memory to look at, if there are several.
-        max_tokens: Read at most this many tokens.
-        **options: Of `GateStatistics`.
-
-    Raises:
-        MismatchError: The model has no gated memory, or another tokenizer.
-        DataError: The text has no tokens.
-    """
-    statistics = GateStatistics(**options)
-    found = read_one(model, tokenizer, text, statistics, length=length, adapter=adapter, max_tokens=max_tokens)
-    (averages,) = found.models.values()
-    return averages
 
 
 class _Sums:
@@ -335,3 +304,33 @@ class _Sums:
 def _mean(total: np.ndarray, count: Any) -> np.ndarray:
     count = np.asarray(count, np.float64)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=np.broadcast_to(count > 0, total.shape))
+
+
+def token_classes(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Find the class of each token. Space around a token does not count, unless there is nothing else.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        tokens: Raw ids ``[n]``; ids that no tokenizer produces are ``other``.
+
+    Returns:
+        Indices into `TOKEN_CLASSES`, int64 ``[n]``.
+    """
+    ids, special = np.asarray(tokens, np.int64), set(tokenizer.all_special_ids)
+    known = [token for token in ids.tolist() if token < len(tokenizer) and token not in special]
+    # A tokenizer makes a batch of one out of no tokens.
+    texts = known and tokenizer.batch_decode(
+        [[token] for token in known], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    classes = {token: _class_of(text) for token, text in zip(known, texts, strict=True)}
+    return np.array([classes.get(token, _OTHER) for token in ids.tolist()], np.int64)
+
+
+def _class_of(text: str) -> int:
+    inside = text.strip()
+    if not inside:
+        return _OF_CATEGORY["Z"]  # a token that is a space alone may be decoded to nothing
+    if REPLACEMENT in inside:
+        return _OTHER
+    found = {_OF_CATEGORY.get(unicodedata.category(character)[0], _OTHER) for character in inside}
+    return found.pop() if len(found) == 1 else _OTHER

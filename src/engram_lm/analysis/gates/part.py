@@ -1,5 +1,6 @@
 """The gates' part of an analysis: passages colored by gate, typed text, N-grams to sort, and averages."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,22 +8,40 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engram_lm.analysis.gates.averages import GateFindings, GateStatistics
-from engram_lm.analysis.gates.phrases import Phrase, frequent_phrases
 from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
 from engram_lm.analysis.part import Drawing, Part, Work
 from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import visible_text
+from engram_lm.analysis.token_text import REPLACEMENT, spelled, visible_text
+from engram_lm.hashing.counting import NgramEntries
 from engram_lm.page.figure import DASHES
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import count_text, number_text
 
-__all__ = ["GateView", "GatesPart"]
+__all__ = ["GateView", "GatesPart", "Phrase", "frequent_phrases"]
 
 _MOST_NGRAMS = 1 << 20
 _NUM_PASSAGES = 6
 _MOST_VALUES = 300_000
 """Gates and scores of passages that the page holds for a model; with more blocks or streams it has fewer passages."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phrase:
+    """An N-gram of a text and how far it opened the gates."""
+
+    text: str
+    """What it spells where it first occurs."""
+    last: str
+    """What its last token spells; the gate belongs to that token."""
+    order: int
+    """Tokens in it."""
+    count: int
+    """Positions of the text at which it was looked up."""
+    fired: np.ndarray
+    """For each block the positions at which it added most to the gate's score, int64 ``[G]``."""
+    gates: np.ndarray
+    """Mean gate over those positions, NaN if there are none, float64 ``[G, S]``."""
 
 
 class GateView(NamedTuple):
@@ -114,6 +133,48 @@ def _ngram_bytes(subject: Subject) -> int:
     """Bytes of an N-gram in `GateStatistics` while it merges."""
     num_gates = sum(memory.config.num_streams for memory in subject.memories.values())
     return 2 * (64 + 8 * (num_gates + len(subject.memories)))
+
+
+def frequent_phrases(
+    entries: NgramEntries, tokenizer: Any, *, num_frequent: int = 1000, num_open: int = 500, min_count: int = 2
+) -> tuple[Phrase, ...]:
+    """Choose the N-grams of a text that fired most often, and those that opened the gates widest.
+
+    N-grams that spell nothing by themselves (only space, or pieces of a character) are left out.
+
+    Args:
+        entries: From `engram_lm.analysis.gates.averages.GateFindings.ngrams`.
+        tokenizer: The model's tokenizer.
+        num_frequent: How many of the most frequent ones to take.
+        num_open: How many of those with the highest mean gate over blocks and streams to add.
+        min_count: The least number of positions at which one of those fired.
+
+    Returns:
+        The chosen ones, the one that fired most often first.
+    """
+    if not len(entries):
+        return ()
+    gate_sums, fired = entries.sums["gate_sums"], entries.sums["fired"].sum(1)
+    means = gate_sums.sum((1, 2)) / np.maximum(fired * gate_sums.shape[2], 1)
+    frequent = np.lexsort([entries.keys, -fired])[:num_frequent]
+    candidates = np.flatnonzero(fired >= min_count)
+    wide = candidates[np.lexsort([entries.keys[candidates], -means[candidates]])][:num_open]
+    chosen = np.union1d(frequent, wide)
+    chosen = chosen[fired[chosen] > 0]
+    chosen = chosen[np.lexsort([entries.keys[chosen], -fired[chosen]])]
+    phrases = (_phrase_of(entries, place, tokenizer) for place in chosen.tolist())
+    return tuple(phrase for phrase in phrases if phrase is not None)
+
+
+def _phrase_of(entries: NgramEntries, place: int, tokenizer: Any) -> Phrase | None:
+    tokens = [token for token in entries.first["tokens"][place].tolist() if token >= 0]
+    text = spelled(tokenizer, tokens)
+    last = text[len(spelled(tokenizer, tokens[:-1])) :] if len(tokens) > 1 else text
+    if REPLACEMENT in text or not last.strip():
+        return None
+    fired, sums = entries.sums["fired"][place], entries.sums["gate_sums"][place]
+    gates = np.divide(sums, fired[:, None], out=np.full(sums.shape, np.nan), where=fired[:, None] > 0)
+    return Phrase(text, last, int(entries.first["orders"][place]), int(entries.counts[place]), fired, gates)
 
 
 def _draw_histograms(axes: Any, models: Mapping[str, Mapping[str, Any]]) -> None:

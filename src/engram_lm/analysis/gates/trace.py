@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from engram_lm.analysis.protocol import Analysis, Reading
-from engram_lm.analysis.reading import read_text
-from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.reading import look
+from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import text_tokens, token_texts
-from engram_lm.errors import ConfigError, DataError, MismatchError, check_whole
-from engram_lm.memory.layer import EngramLayer
+from engram_lm.errors import ConfigError
 
 __all__ = ["GateTrace", "Ngram", "NgramGate", "TraceKeeper", "gate_trace", "strongest"]
 
@@ -137,7 +136,7 @@ def gate_trace(
             mode it was in.
         tokenizer: The tokenizer it was trained with.
         text: A text, tokenized without special tokens, or its token ids ``[length]``. All its gates are kept, so it
-            should be short; for averages over a long text see `average_gates`.
+            should be short; for averages over a long text see `GateStatistics`.
         length: Tokens that the model sees at once. A longer text is cut into windows that do not see each other. None
             makes it one window.
         adapter: Which attached memory to look at, if there are several.
@@ -150,29 +149,13 @@ def gate_trace(
 
     Source: paper, Eq. 4 and section 6.5; the attribution to orders is ours.
     """
-    if not any(isinstance(module, EngramLayer) for module in model.modules()):
-        raise MismatchError(_no_memory(model))
-    subject = find_subject(model, tokenizer, adapter=adapter)
-    if not subject.memories:
-        raise MismatchError(_no_memory(model))
-    if not subject.gated:
-        raise MismatchError("the memory of this model is not gated (EngramConfig.gate is 'none'), so nothing can fire")
     if isinstance(text, str):
         text = text_tokens(tokenizer, text)
-    elif isinstance(text, Tensor):
-        text = text.cpu().numpy()
-    tokens = np.asarray(text, dtype=np.int64)
-    if tokens.ndim != 1 or not len(tokens):
-        raise DataError(f"a trace needs a text of at least one token, or ids [length]; got the shape {tokens.shape}")
+    tokens = text.cpu().numpy() if isinstance(text, Tensor) else np.asarray(text, dtype=np.int64)
+    length = max(1, len(tokens)) if length is None else length
     # There is no budget, because all of it is kept anyway.
-    found = read_text(
-        [subject],
-        tokens,
-        {"trace": TraceKeeper(len(tokens))},
-        length=len(tokens) if length is None else length,
-        budget_bytes=sys.maxsize,
-    )["trace"]
-    (trace,) = found[subject.name]
+    options: dict[str, Any] = {"length": length, "adapter": adapter, "budget_bytes": sys.maxsize}
+    ((trace,),) = look(model, tokenizer, tokens, TraceKeeper(), **options).values()
     return trace
 
 
@@ -211,37 +194,27 @@ def strongest(
     return sorted(ranked, key=lambda item: (-item.mean_gate, -item.num_positions, item.text, item.order))[:k]
 
 
-def _no_memory(model: nn.Module) -> str:
-    return (
-        f"{type(model).__name__} has no memory, so it has no gates; pass an EngramForCausalLM whose configuration has "
-        "memory, or a model that one is attached to and switched on"
-    )
-
-
 class TraceKeeper(Analysis):
     """Keeps all gates of a text, or those of passages spread evenly over it. Feed it with `read_text`.
 
     A passage begins where a window begins, because only there it holds every token that its N-grams see.
 
     Args:
-        num_tokens: Tokens of the text.
-        num_passages: Passages to keep, at most one for each window; None keeps the whole text as one.
+        num_tokens: Tokens of the text, for passages; None keeps the whole text as one.
+        num_passages: Passages to keep, at most one for each window.
         passage_tokens: Tokens of each passage, at most.
     """
 
     wants = frozenset({"gates", "order_scores"})
 
-    def __init__(self, num_tokens: int, *, num_passages: int | None = None, passage_tokens: int = 160) -> None:
-        check_whole(num_tokens=num_tokens, num_passages=num_passages or 1, passage_tokens=passage_tokens)
+    def __init__(self, num_tokens: int | None = None, *, num_passages: int = 6, passage_tokens: int = 160) -> None:
         self.num_tokens, self.num_passages, self.passage_tokens = num_tokens, num_passages, passage_tokens
-        self._subjects: dict[str, Subject] = {}
-        self._kept: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {}
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
         """Apply to the models with gated memory."""
-        self._subjects = {subject.name: subject for subject in subjects if subject.gated}
-        self._kept = {name: {} for name in self._subjects}
-        return None if self._subjects else "no model has a gated memory"
+        self._kept = {subject.name: dict[int, list[dict[str, np.ndarray]]]() for subject in subjects if subject.gated}
+        self._subjects = {subject.name: subject for subject in subjects}
+        return applicable({subject.name: subject.ungated for subject in subjects if subject.ungated}, subjects)
 
     def update(self, readings: Sequence[Reading]) -> None:
         """Keep what belongs to a passage."""
@@ -264,9 +237,9 @@ class TraceKeeper(Analysis):
         }
 
     def _places(self, length: int) -> tuple[list[int], int]:
-        """Where passages begin, and how long they are, once the length of a window is known."""
-        if self.num_passages is None:
-            return [0], self.num_tokens
+        """Find where passages begin, and how long they are, once the length of a window is known."""
+        if self.num_tokens is None:
+            return [0], sys.maxsize
         # The last window may be a stub of a few tokens; it is taken only if it is all there is.
         num_windows = max(1, self.num_tokens // length)
         places = np.linspace(0, num_windows - 1, min(self.num_passages, num_windows)).round().astype(int)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.positions import thinned
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
-from engram_lm.analysis.reading import read_text
-from engram_lm.analysis.subject import Subject, find_subjects, group_by_tokenizer
-from engram_lm.errors import ConfigError, DataError, MismatchError, check_whole
+from engram_lm.analysis.protocol import Analysis, Reading
+from engram_lm.analysis.subject import Subject
+from engram_lm.errors import ConfigError, check_whole
 
-__all__ = ["LensCurve", "LensFindings", "LogitLens", "logit_lens"]
+__all__ = ["LensCurve", "LensFindings", "LogitLens"]
 
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
@@ -152,56 +151,6 @@ class LogitLens(Analysis):
     def result(self) -> LensFindings:
         """Return the curves of what was read."""
         return LensFindings({name: sums.curve() for name, sums in self._sums.items()})
-
-
-def logit_lens(
-    models: Any,
-    tokenizer: Any,
-    text: Any,
-    *,
-    length: int = 512,
-    max_tokens: int | None = None,
-    one_in: int = 1,
-    budget_bytes: int = 1 << 29,
-) -> LensFindings:
-    """Look at one or several models through the logit lens.
-
-    Args:
-        models: A model, or a mapping of names to models.
-        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers. Models of different vocabularies
-            are read one after the other; their divergences belong to different distributions.
-        text: A text, or token ids if all models share a vocabulary; see `engram_lm.analysis.read_text`.
-        length: Tokens that the models see at once.
-        max_tokens: Read at most this many tokens.
-        one_in: See `LogitLens`.
-        budget_bytes: See `engram_lm.analysis.read_text`.
-
-    Raises:
-        MismatchError: A model's head is not understood, or token ids were given for models of different vocabularies.
-        ConfigError: A number is impossible, or a model cannot be analyzed.
-        DataError: The text has no tokens.
-
-    Example:
-        >>> findings = logit_lens({"memory": model, "baseline": twin}, tokenizer, text)  # doctest: +SKIP
-        >>> findings.models["memory"].kl  # doctest: +SKIP
-    """
-    subjects = find_subjects(models, tokenizer)
-    groups = group_by_tokenizer(subjects)
-    if len(groups) > 1 and not isinstance(text, str):
-        raise MismatchError(
-            f"{groups[0][0].name} and {groups[1][0].name} have different vocabularies, so token ids do not mean the "
-            "same to both; pass the text itself"
-        )
-    curves: dict[str, LensCurve] = {}
-    for group in groups:
-        options: dict[str, Any] = {"length": length, "max_tokens": max_tokens, "budget_bytes": budget_bytes}
-        found = read_text(group, text, {"lens": LogitLens(one_in=one_in)}, **options)["lens"]
-        if isinstance(found, NotApplicable):
-            raise MismatchError(f"the logit lens does not apply: {found.reason}")
-        curves |= found.models
-    if not all(curve.num_positions for curve in curves.values()):
-        raise DataError("no position of the text has finite hidden states and logits, so there is nothing to measure")
-    return LensFindings({subject.name: curves[subject.name] for subject in subjects})
 
 
 class _Sums:

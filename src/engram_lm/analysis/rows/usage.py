@@ -10,16 +10,14 @@ from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.protocol import Analysis, Reading, applicable
-from engram_lm.analysis.reading import read_one
 from engram_lm.analysis.rows.collisions import NgramCollisions, ngram_collisions
 from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import TokenError, check_whole
 from engram_lm.hashing import HashSpec
 
-__all__ = ["RowFindings", "RowUsage", "RowUse", "row_use"]
+__all__ = ["RowFindings", "RowUsage", "RowUse"]
 
 # Dimension key: G blocks with memory, O orders, K heads of one order, T tables, R ranks.
 
@@ -159,39 +157,6 @@ class RowUse(Analysis):
         except TokenError:
             # An attached memory treats ids that no tokenizer produces as dead; they belong to no N-gram.
             return None
-
-
-def row_use(
-    model: Any,
-    tokenizer: Any,
-    text: Any,
-    *,
-    length: int = 512,
-    adapter: str | None = None,
-    max_tokens: int | None = None,
-    **options: Any,
-) -> RowUsage:
-    """Count the rows that one model reads in a text of any length.
-
-    Args:
-        model: A model with memory, its own or attached.
-        tokenizer: The tokenizer it was trained with.
-        text: A text or token ids; see `engram_lm.analysis.read_text`.
-        length: Tokens that the model sees at once.
-        adapter: Which attached memory to look at, if there are several.
-        max_tokens: Read at most this many tokens.
-        **options: Of `RowUse`.
-
-    Raises:
-        MismatchError: The model has no memory, or another tokenizer.
-        DataError: The text has no tokens.
-        ConfigError: A number is impossible.
-    """
-    tokens = text_tokens(tokenizer, text) if isinstance(text, str) else np.asanyarray(text)
-    tokens = tokens[:max_tokens]
-    found = read_one(model, tokenizer, tokens, RowUse(tokens, **options), length=length, adapter=adapter)
-    (usage,) = found.models.values()
-    return usage
 
 
 class _Counts:
