@@ -17,7 +17,7 @@ FOLDERS = (
     "training.schedules",
     "training.loop",
     "training.checkpoints",
-    "training.state",
+    "training.checkpoints.training_state",
     "training.recipe",
     "training.base_model",
     "training.job",

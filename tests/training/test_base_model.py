@@ -12,7 +12,7 @@ from engram_lm import MemoryAdapter
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.training.assembly import find_tokenizer, open_text
-from engram_lm.training.checkpoint_state import SavedState
+from engram_lm.training.checkpoints.saved_state import SavedState
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml

@@ -25,15 +25,14 @@ from transformers import AutoModelForCausalLM
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.training import checkpoint_storage, state
-from engram_lm.training.checkpoint_state import STATE_NAME, SavedState
-from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
+from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts, storage, training_state
+from engram_lm.training.checkpoints.saved_state import STATE_NAME, SavedState
+from engram_lm.training.checkpoints.training_state import export_model, model_facts, training_tensors
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.distribution import LossModule, Ranks, wrap_backbone
 from engram_lm.training.export import Export
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
 from engram_lm.training.shard_tables import shard_tables
-from engram_lm.training.state import export_model, model_facts, training_tensors
 
 FACTS = {"spec_digest": "abc", "seed": 3, "shape": (1, 2)}
 MiB = 2**20
@@ -123,7 +122,7 @@ def in_small_pieces(function):
     @functools.wraps(function)
     def wrapped(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint_storage, "PIECE_BYTES", 24)
+            patch.setattr(storage, "PIECE_BYTES", 24)
             return function(*arguments)
 
     return wrapped
@@ -249,10 +248,8 @@ def test_a_failure_in_the_background_comes_up_at_the_next_save(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    may_write, append = threading.Event(), checkpoint_storage.TensorWriter.append
-    monkeypatch.setattr(
-        checkpoint_storage.TensorWriter, "append", lambda *given: (may_write.wait(20), append(*given))[1]
-    )
+    may_write, append = threading.Event(), storage.TensorWriter.append
+    monkeypatch.setattr(storage.TensorWriter, "append", lambda *given: (may_write.wait(20), append(*given))[1])
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"a": torch.ones(3)}, {}, asynchronous=True)
     assert checkpoints.latest() is None
@@ -613,8 +610,8 @@ def test_an_optimizer_of_another_model_is_refused():
 @pytest.mark.parametrize("saved_on", [1, 3])
 def test_an_exported_model_is_the_model(ranks, tmp_path, saved_on, monkeypatch):
     ranks(saved_on, save_trained, tmp_path / "run", "row_adam", "fsdp2")
-    monkeypatch.setattr(checkpoint_storage, "PIECE_BYTES", 256)
-    monkeypatch.setattr(state, "_LARGEST_FILE_BYTES", 40_000)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 256)
+    monkeypatch.setattr(training_state, "_LARGEST_FILE_BYTES", 40_000)
     tokenizer = train_tokenizer([TEXT], 300)
     out = export_model(latest_checkpoint(tmp_path / "run"), tmp_path / "model", tokenizer=tokenizer)
     loaded, (model, _) = AutoModelForCausalLM.from_pretrained(out), trained(1)

@@ -20,6 +20,7 @@ from engram_lm.studies.progress import StudyProgress, recent_losses
 from engram_lm.studies.study import Arm, Study, TrainedArm
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.checkpoints import latest_checkpoint
+from engram_lm.training.checkpoints.training_state import export_model
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import start
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
@@ -29,7 +30,6 @@ from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run import Run
-from engram_lm.training.state import export_model
 
 __all__ = ["Mode", "Outcome", "Runner"]
 

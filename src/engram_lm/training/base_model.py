@@ -19,11 +19,11 @@ from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
 from engram_lm.training.adapter_options import LoraOptions
+from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import training_flops_per_token
 from engram_lm.training.recipe import Recipe
-from engram_lm.training.state import SPEC_DIGEST, training_tensors
 
 __all__ = ["AdaptedBase", "load_base", "lora_targets"]
 

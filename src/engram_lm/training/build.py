@@ -15,11 +15,11 @@ from engram_lm.errors import ConfigError, MismatchError, suggestion
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
 from engram_lm.planning.sizes import model_sizes
+from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, export_model, model_facts, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.recipe import ArchitectureOptions, ModelOptions, Recipe
 from engram_lm.training.shard_tables import shard_tables
-from engram_lm.training.state import SPEC_DIGEST, export_model, model_facts, training_tensors
 
 __all__ = ["OwnModel", "build_model", "model_config"]
 

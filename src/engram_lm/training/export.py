@@ -42,9 +42,9 @@ class Export:
 
     def run(self) -> int:
         """Write the folder and say what is in it."""
-        from engram_lm.training.checkpoint_state import STATE_NAME
         from engram_lm.training.checkpoints import latest_checkpoint, read_facts
-        from engram_lm.training.state import SPEC_DIGEST, export_model
+        from engram_lm.training.checkpoints.saved_state import STATE_NAME
+        from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, export_model
 
         checkpoint: Path | None = self.source
         run = self.source

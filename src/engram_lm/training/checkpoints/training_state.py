@@ -16,8 +16,8 @@ from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.tables.files.safetensors_file import DTYPES, INDEX_NAME
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.tiers.sharded import ShardedTable
-from engram_lm.training.checkpoint_state import SavedState, SavedTensor
-from engram_lm.training.checkpoint_storage import StateReader
+from engram_lm.training.checkpoints.saved_state import SavedState, SavedTensor
+from engram_lm.training.checkpoints.storage import StateReader
 from engram_lm.training.optimizers import plain_name
 
 __all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "NamedState", "export_model", "model_facts", "training_tensors"]

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.tables.files.safetensors_file import DTYPES
-from engram_lm.training.checkpoint_state import SavedState, complete_checkpoints
-from engram_lm.training.checkpoint_storage import StateReader, StateWriter
+from engram_lm.training.checkpoints.saved_state import SavedState, complete_checkpoints
+from engram_lm.training.checkpoints.storage import StateReader, StateWriter
 from engram_lm.training.distribution import Ranks, agree
 
 __all__ = ["Checkpoints", "latest_checkpoint", "read_facts"]
@@ -102,9 +102,9 @@ class Checkpoints:
 
         Args:
             step: Optimizer steps done.
-            tensors: By name; see `engram_lm.training.state.training_tensors`.
+            tensors: By name; see `engram_lm.training.checkpoints.training_state.training_tensors`.
             facts: JSON that is written beside them; rank 0's. Keys that others rely on are in
-                `engram_lm.training.state`.
+                `engram_lm.training.checkpoints.training_state`.
             asynchronous: Return as soon as the tensors are copied to the host's memory, so that they may change, and
                 write in the background. At most one save is under way: the next one waits for it. An error in the
                 background is raised by the next `save`, `load` or `wait`, on all ranks.
