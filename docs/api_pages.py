@@ -19,6 +19,7 @@ FOLDERS = (
     "training.checkpoints",
     "training.checkpoints.training_state",
     "training.recipe",
+    "training.adapter_options",
     "training.base_model",
     "training.job",
     "training.run",
