@@ -1,13 +1,13 @@
-"""What a gain is compared with: rows of the same number and cost that cannot mean the same thing."""
+"""Controls for a gain: as many rows are read at the same cost, but they cannot mean the same thing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engram_lm.hashing import HashSpec
 
-__all__ = ["RowMap", "in_turn", "permuted_hash", "shuffled_rows"]
+__all__ = ["RowMap", "permuted_hash", "shuffled_rows"]
 
 # Dimension key: B batch, L length, H heads of all orders.
 
@@ -22,20 +22,20 @@ def permuted_hash(spec: HashSpec) -> RowMap:
     """Let an N-gram read other rows at every position of a sequence.
 
     As many rows of the same tables are read at the same cost, but what a row has learned at one position says nothing
-    of the N-gram at another: a gain that is left is none of knowing N-grams.
+    about the N-gram at another. A gain that remains does not come from knowing N-grams.
 
     Args:
         spec: The hash.
 
     Returns:
-        To be the adapter's ``row_map``. It counts positions from the start of the forward pass, so it is for training
-        and evaluation on whole sequences, not for decoding.
+        A map for the adapter's ``row_map``. It counts positions from the start of the forward pass, so it is for
+        training and evaluation on whole sequences, not for decoding.
     """
     sizes, offsets = _segments(spec)
 
     def move(block: int, rows: Tensor) -> Tensor:
         size, offset = sizes[block].to(rows.device), offsets[block].to(rows.device)
-        # In a head of just so many rows, the first prime above a million, that stride would move nothing.
+        # In a head whose number of rows is the stride itself, that stride would move nothing.
         strides = torch.where(size % _STRIDE == 0, 1, _STRIDE)
         places = torch.arange(rows.shape[1], device=rows.device)[:, None] * strides
         return (rows - offset + places) % size + offset
@@ -44,14 +44,14 @@ def permuted_hash(spec: HashSpec) -> RowMap:
 
 
 def shuffled_rows(spec: HashSpec, seed: int = 0) -> RowMap:
-    """Exchange the rows of each head by a fixed permutation: what the memory has learned, addressed wrongly.
+    """Exchange the rows of each head by a fixed permutation, so that what the memory has learned is addressed wrongly.
 
     Args:
         spec: The hash.
-        seed: Another one, another permutation.
+        seed: Decides the permutation.
 
     Returns:
-        To be the adapter's ``row_map``.
+        A map for the adapter's ``row_map``.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes, offsets = _segments(spec)
@@ -69,20 +69,6 @@ def shuffled_rows(spec: HashSpec, seed: int = 0) -> RowMap:
     def move(block: int, rows: Tensor) -> Tensor:
         local = rows - offsets[block].to(rows.device) + starts[block].to(rows.device)
         return places[block].to(rows.device)[local]
-
-    return move
-
-
-def in_turn(maps: Sequence[RowMap | None]) -> RowMap | None:
-    """Join maps, the first one first; None where there is none."""
-    known = [one for one in maps if one is not None]
-    if not known:
-        return None
-
-    def move(block: int, rows: Tensor) -> Tensor:
-        for one in known:
-            rows = one(block, rows)
-        return rows
 
     return move
 

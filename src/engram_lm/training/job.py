@@ -1,6 +1,7 @@
 """A run under way: model, text, optimizer and checkpoints of a recipe, moved forward one step at a time."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
@@ -87,7 +88,7 @@ class Job:
         self.trainer = Trainer(
             self.model,
             batches,
-            recipe.train.for_trainer(dtype),
+            dataclasses.replace(recipe.train, dtype=dtype),
             recipe.optimizer,
             recipe.schedule,
             ranks=ranks,
@@ -101,9 +102,15 @@ class Job:
         self._first = self.trainer.num_steps_done
         with agree(ranks):
             if ranks.rank == 0:
-                self._metrics = self._open_metrics()
+                self._metrics = Metrics(
+                    out / METRICS,
+                    first_step=self.num_steps_done + 1 if self.num_steps_done else 0,
+                    tensorboard=recipe.log.tensorboard,
+                    wandb=recipe.log.wandb,
+                    config=recipe.to_dict(),
+                )
         peak = recipe.log.peak_tflops and recipe.log.peak_tflops * 1e12
-        self._speed = _Speed(self.flops_per_token, peak or peak_flops(ranks.device, dtype), ranks.world_size)
+        self._peak_flops = peak or peak_flops(ranks.device, dtype)
         self._measured: dict[str, Any] = {} if self._metrics is None else self._metrics.measured
         self._due = recipe.evaluation.steps(recipe.train.num_steps)
         if recipe.evaluation.start and self.text.held_out is not None and self.num_steps_done == 0:
@@ -143,7 +150,7 @@ class Job:
         details = bool(recipe.log.details_every) and number % recipe.log.details_every == 0
         with self._own_random_numbers():
             record = self.trainer.step(details=details)
-        values = {**record.to_dict(), "num_skipped": self.trainer.num_skipped, **self._speed.of(record, self.trainer)}
+        values = {**record.to_dict(), "num_skipped": self.trainer.num_skipped, **self._speed(record)}
         if number in self._due and self.text.held_out is not None:
             values["held_out"] = self._measure_held_out(number)
         if number == recipe.train.num_steps:
@@ -216,34 +223,45 @@ class Job:
                 shutil.rmtree(self._checkpoints.folder, ignore_errors=True)
         return result
 
+    def _speed(self, record: StepRecord) -> dict[str, float]:
+        """Tokens and operations per second of a step, and their share of what the devices can do at best."""
+        tokens = record.num_tokens / record.step / record.seconds
+        found = {"tokens_per_second": tokens, "model_tflops": tokens * self.flops_per_token / 1e12}
+        if self._peak_flops is not None:
+            found["mfu"] = tokens * self.flops_per_token / (self._peak_flops * self.ranks.world_size)
+        return found
+
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(values)
 
     def _measure_held_out(self, number: int) -> dict[str, Any]:
         """Measure held-out loss after step ``number``, on as many tokens as the recipe says."""
-        options, tokens = self.recipe.evaluation, self.text.held_out
-        assert tokens is not None
-        whole = options.curve_tokens is None or number == self.recipe.train.num_steps
-        ends = self.text.held_out_ends if self.recipe.data.restart_documents else None
-        limits = {"num_bytes": self.text.held_out_bytes} if whole else {"max_tokens": options.curve_tokens}
-        found = self.evaluate(tokens, document_ends=ends, **limits)
-        self._measured["held_out"] = {"step": number, **found.to_dict()}
+        whole = self.recipe.evaluation.curve_tokens is None or number == self.recipe.train.num_steps
+        self._measured["held_out"] = {"step": number, **self.evaluate_held_out(whole=whole).to_dict()}
         return self._measured["held_out"]
 
     def _measure_at_the_end(self) -> dict[str, Any]:
         """Measure the other texts, and the last point of a curve that has tokens of its own."""
         found: dict[str, Any] = {}
         if self.recipe.evaluation.curve_tokens is not None and self.text.held_out is not None:
-            ends = self.text.held_out_ends if self.recipe.data.restart_documents else None
-            last = self.evaluate(self.text.held_out, document_ends=ends, max_tokens=self.recipe.evaluation.curve_tokens)
-            found["curve_loss"] = last.loss
+            found["curve_loss"] = self.evaluate_held_out(whole=False).loss
         if self.text.texts:
             found["texts"] = self._measured["texts"] = {
                 name: self.evaluate(text.tokens, num_bytes=text.num_bytes).to_dict()
                 for name, text in self.text.texts.items()
             }
         return found
+
+    def evaluate_held_out(self, *, whole: bool = True) -> HeldOutLoss:
+        """Measure the model's loss on the held-out text as it stands; on ``evaluation.curve_tokens`` if not whole."""
+        assert self.text.held_out is not None
+        return self.evaluate(
+            self.text.held_out,
+            max_tokens=None if whole else self.recipe.evaluation.curve_tokens,
+            num_bytes=self.text.held_out_bytes if whole else None,
+            document_ends=self.text.held_out_ends if self.recipe.data.restart_documents else None,
+        )
 
     def evaluate(
         self,
@@ -332,16 +350,6 @@ class Job:
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.ranks.device)
 
-    def _open_metrics(self) -> Metrics:
-        log = self.recipe.log
-        return Metrics(
-            self.out / METRICS,
-            first_step=self.num_steps_done + 1 if self.num_steps_done else 0,
-            tensorboard=log.tensorboard,
-            wandb=log.wandb,
-            config=self.recipe.to_dict(),
-        )
-
     def _result(self) -> dict[str, Any]:
         trainer = self.trainer
         return {
@@ -378,20 +386,6 @@ def sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
     """Sequences that all processes together compute at a time in training."""
     own = -(-recipe.train.batch_size // ranks.world_size)
     return min(own, recipe.train.micro_batch_size or own) * ranks.world_size
-
-
-class _Speed:
-    """Tokens and operations per second of a step."""
-
-    def __init__(self, flops_per_token: float, peak: float | None, world_size: int) -> None:
-        self.flops_per_token, self.peak, self.world_size = flops_per_token, peak, world_size
-
-    def of(self, record: StepRecord, trainer: Trainer) -> dict[str, float]:
-        tokens = trainer.batches.batch_size * trainer.batches.length / record.seconds
-        found = {"tokens_per_second": tokens, "model_tflops": tokens * self.flops_per_token / 1e12}
-        if self.peak is not None:
-            found["mfu"] = tokens * self.flops_per_token / (self.peak * self.world_size)
-        return found
 
 
 def _curve(metrics: Path) -> list[list[Any]]:

@@ -159,44 +159,28 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(TrainOptions):
     """How many steps, of what."""
 
-    num_steps: int
-    """Optimizer steps; the schedule ends with them."""
-    batch_size: int = 16
-    """Sequences in a step, over all processes."""
-    micro_batch_size: int | None = None
-    """Sequences that a process computes at a time; gradients of a larger share are added up. All where None."""
-    seed: int = 0
-    """Decides the first weights and the order of the text."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; weights stay in float32. Auto takes bfloat16 where the device has it in hardware."""
-    device: str = "auto"
-    """Where to train, as torch names it; auto takes an accelerator where there is one."""
-    max_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped because their gradient is not finite, before training ends with an error."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # type: ignore[assignment]
+    """Type of matrix products; weights stay in float32. Auto takes bfloat16 where the device has it in hardware."""
+    batch_size: int = 16
+    """Sequences in a step, over all processes."""
+    seed: int = 0
+    """Decides the first weights and the order of the text."""
+    device: str = "auto"
+    """Where to train, as torch names it; auto takes an accelerator where there is one."""
     gradient_checkpointing: bool = False
     """Whether blocks are computed twice, to keep less of them in memory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size < 1 or not 0 <= self.seed < 2**63:
             raise ConfigError(
                 f"batch_size is at least 1 and seed from 0 to 2^63 - 1, not {self.batch_size} and {self.seed}"
             )
-        self.for_trainer("float32")  # refuses what cannot be
-
-    def for_trainer(self, dtype: Literal["float32", "bfloat16"]) -> TrainOptions:
-        """What the trainer needs of it."""
-        return TrainOptions(
-            num_steps=self.num_steps,
-            micro_batch_size=self.micro_batch_size,
-            max_grad_norm=self.max_grad_norm,
-            max_skipped_steps=self.max_skipped_steps,
-            dtype=dtype,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

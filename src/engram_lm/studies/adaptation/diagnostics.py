@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt import MemoryAdapter
-from engram_lm.adapt.controls import in_turn, shuffled_rows
+from engram_lm.adapt.controls import shuffled_rows
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.studies.adaptation.arms import RETAINED
@@ -42,7 +42,8 @@ def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
         off = _losses(job)
     assert job.text.held_out is not None
     gates = gate_statistics(job.model, adapter, job.text.held_out, length=length, dtype=job.trainer.options.dtype)
-    adapter.row_map = in_turn([own_map, shuffled_rows(adapter.spec)])
+    shuffle = shuffled_rows(adapter.spec)
+    adapter.row_map = lambda block, rows: shuffle(block, rows if own_map is None else own_map(block, rows))
     shuffled = _losses(job)
     adapter.row_map = own_map
     if own_map is None and not counted:
@@ -61,15 +62,9 @@ def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
 
 def _losses(job: Job) -> dict[str, Any]:
     """Losses of the model as it stands, on the domain and on the retained text."""
-    text = job.text
-    assert text.held_out is not None
-    retained = text.texts.get(RETAINED)
-    return {
-        "domain": loss_values(job.evaluate(text.held_out, num_bytes=text.held_out_bytes).to_dict()),
-        "retained": None
-        if retained is None
-        else loss_values(job.evaluate(retained.tokens, num_bytes=retained.num_bytes).to_dict()),
-    }
+    retained = job.text.texts.get(RETAINED)
+    measured = None if retained is None else job.evaluate(retained.tokens, num_bytes=retained.num_bytes).to_dict()
+    return {"domain": loss_values(job.evaluate_held_out().to_dict()), "retained": loss_values(measured)}
 
 
 def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
