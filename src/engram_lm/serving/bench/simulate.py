@@ -244,7 +244,9 @@ class Simulate:
 
     def _describe(self, curve: HitCurve, record_bytes: int) -> dict[str, Any]:
         largest = len(curve.hits) - 1
-        points = sorted({0, largest, *itertools.takewhile(lambda size: size < largest, _growing())})
+        # About four sizes to an octave.
+        growing = np.geomspace(1, max(largest, 1), 4 * largest.bit_length() + 2).round().astype(int).tolist()
+        points = sorted({0, largest, *(size for size in growing if size < largest)})
         wanted = {rate: curve.rows_for(rate) for rate in self._wanted_rates}
         return {
             "highest_hit_rate": curve.highest,
@@ -301,14 +303,6 @@ class Simulate:
         return layouts
 
 
-def _growing() -> Iterator[int]:
-    """Cache sizes, about four to an octave."""
-    size = 1
-    while True:
-        yield size
-        size = max(size + 1, round(size * 2**0.25))
-
-
 def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Token ids of each document, int64, a few documents at a time."""
     while some := list(itertools.islice(texts, _DOCUMENTS_AT_ONCE)):
@@ -333,7 +327,6 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
         traces: As in the JSON output.
         path: A ``.png`` or ``.svg``, replaced when the picture is whole.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
@@ -343,7 +336,6 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
     columns = max(sum(trace["block"] == block for trace in traces) for block in blocks)
     size = (max(5.6, 3.4 * columns), 3.2 * len(blocks) + 0.6)
     figure = Figure(figsize=size, layout="constrained", dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(blocks), columns, squeeze=False, sharey=True)
     styles = dict(zip(POLICIES, (("C0", "-"), ("C1", "--"), ("C2", "-."), ("0.45", ":")), strict=True))
     for row, block in enumerate(blocks):
@@ -354,20 +346,13 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
                 continue
             for policy, (color, dashes) in styles.items():
                 points = [point for point in trace["policies"][policy]["curve"] if point["cache_bytes"]]
-                axes.plot(
-                    [point["cache_bytes"] for point in points],
-                    [point["hit_rate"] for point in points],
-                    color=color,
-                    linestyle=dashes,
-                    label=POLICIES[policy],
-                )
+                sizes, rates = ([point[key] for point in points] for key in ("cache_bytes", "hit_rate"))
+                axes.plot(sizes, rates, color=color, linestyle=dashes, label=POLICIES[policy])
             order = "all rows" if trace["order"] is None else f"{trace['order']}-grams"
-            axes.set_title(f"block {block}: {order}")
             axes.set_xscale("log", base=2)
+            axes.set(title=f"block {block}: {order}", ylim=(0, 1), xlabel="cache, bytes of rows")
             axes.xaxis.set_major_locator(LogLocator(base=64))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_ylim(0, 1)
-            axes.set_xlabel("cache, bytes of rows")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_size(value, digits=0)))
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(alpha=0.3)
@@ -379,18 +364,16 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console()
+    console = Console(highlight=False)
     tokens = f", {found['num_tokens']:,} tokens" if "num_tokens" in found else ""
     cut = "; cut at --max-reads" if found["cut"] else ""
-    console.print(f"{found['source']}{tokens}{cut}; records of {found['record_bytes']} bytes", highlight=False)
+    console.print(f"{found['source']}{tokens}{cut}; records of {found['record_bytes']} bytes")
     for trace in found["traces"]:
         order = "all orders" if trace["order"] is None else f"order {trace['order']}"
-        table = Table(title=f"block {trace['block']}, {order}", title_justify="left")
-        table.add_column("")
-        for name in POLICIES.values():
-            table.add_column(name, justify="right")
+        columns = [Column(name, justify="right") for name in POLICIES.values()]
+        table = Table("", *columns, title=f"block {trace['block']}, {order}", title_justify="left")
         share = trace["distinct_rows"] / trace["num_reads"]
         once = trace["read_once_rows"] / trace["distinct_rows"]
         policies = trace["policies"].values()
@@ -403,8 +386,7 @@ def _print(found: dict[str, Any]) -> None:
         console.print(table)
         console.print(
             f"{trace['num_reads']:,} reads of {trace['distinct_rows']:,} rows ({share:.1%}; "
-            f"{byte_size(trace['distinct_rows_bytes'], digits=1)}), {once:.0%} of the rows read once",
-            highlight=False,
+            f"{byte_size(trace['distinct_rows_bytes'], digits=1)}), {once:.0%} of the rows read once"
         )
         for batch in trace["batches"]:
             name = "a recorded step" if batch["batch_tokens"] is None else f"{batch['batch_tokens']:,} tokens"
@@ -413,6 +395,5 @@ def _print(found: dict[str, Any]) -> None:
             )
             console.print(
                 f"  batch of {name}: {batch['distinct_share']:.1%} of its {batch['reads_per_batch']:,.0f} reads are "
-                f"distinct{'; bytes of pages over bytes of rows ' + pages if pages else ''}",
-                highlight=False,
+                f"distinct{'; bytes of pages over bytes of rows ' + pages if pages else ''}"
             )

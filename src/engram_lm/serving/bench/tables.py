@@ -363,18 +363,15 @@ def _summary(tier: str, count: int, samples: list[dict[str, Any]], numbers: dict
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(
         f"{found['source']}: {found['num_rows']:,} rows of {found['width']}, records of {found['record_bytes']} bytes; "
-        f"{found['distribution']} rows, medians of {found['rounds']} interleaved rounds",
-        highlight=False,
+        f"{found['distribution']} rows, medians of {found['rounds']} interleaved rounds"
     )
-    table = Table()
-    for name, side in (("rows", "right"), ("tier", "left"), ("state", "left"), ("rows/s", "right"), ("GB/s", "right")):
-        table.add_column(name, justify=cast(Any, side))
-    table.add_column("ms", justify="right")
+    columns = {"rows": "right", "tier": "left", "state": "left", "rows/s": "right", "GB/s": "right", "ms": "right"}
+    table = Table(*(Column(name, justify=cast(Any, side)) for name, side in columns.items()))
     for result in found["results"]:
         for key, state in _STATES.items():
             seconds = result.get(key)
@@ -383,7 +380,7 @@ def _print(found: dict[str, Any]) -> None:
                 amounts = (f"{rate:,.0f}", f"{rate * found['record_bytes'] / 1e9:.3f}", f"{seconds * 1e3:.3f}")
                 table.add_row(f"{result['gather_rows']:,}", result["tier"], state, *amounts)
     console.print(table)
-    console.print(f"cold: {found['cold_method']}", highlight=False)
+    console.print(f"cold: {found['cold_method']}")
     for tier in found["tiers"]:
         said = {result["cold"] for result in found["results"] if result["tier"] == tier["tier"]}
-        console.print(f"  {tier['tier']}: {'; '.join(sorted(said))}", highlight=False)
+        console.print(f"  {tier['tier']}: {'; '.join(sorted(said))}")

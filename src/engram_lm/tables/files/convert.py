@@ -1,6 +1,7 @@
 """The tables of a checkpoint become packed files: copied as they are, or rounded to another type."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,7 +119,17 @@ def convert(
         header = _finished(path, codec, about) if resume else None
         kept = header is not None
         if header is None:
-            header = _write(path, layout, codec, key, resume, progress, about)
+            try:
+                header = build_packed(
+                    path,
+                    layout,
+                    codec=codec,
+                    resume_key=layout.identity if resume else None,
+                    on_progress=functools.partial(_tell, progress, key, layout.num_rows * codec.record_bytes),
+                    **about,
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"layer {key}, {error}") from error
         rounded = codec != layout.codec
         results.append(
             Converted(
@@ -163,23 +174,5 @@ def _finished(path: Path, codec: RowCodec, about: Mapping[str, Any]) -> PackedHe
     return header if header.codec == codec and all(getattr(header, name) == about[name] for name in about) else None
 
 
-def _write(
-    path: Path,
-    layout: RowLayout,
-    codec: RowCodec,
-    key: int | str,
-    resume: bool,
-    progress: Progress,
-    about: Mapping[str, Any],
-) -> PackedHeader:
-    try:
-        return build_packed(
-            path,
-            layout,
-            codec=codec,
-            resume_key=layout.identity if resume else None,
-            on_progress=lambda done: progress(key, done, layout.num_rows * codec.record_bytes),
-            **about,
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"layer {key}, {error}") from error
+def _tell(progress: Progress, key: int | str, total: int, done: int) -> None:
+    progress(key, done, total)
