@@ -132,9 +132,7 @@ def _read_demo(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
     rule = RULES["demo"].new(
         orders=orders, num_heads=heads, vocab_size=len(token_map), layers=layers, rows_per_head=bases, seed=seed
     )
-    return rule_fields(
-        rule, variant="demo", layers=layers, pad_token_id=pad, segments=Segments(), token_map=token_map, seed=seed
-    )
+    return rule_fields(rule, "demo", layers, token_map, Segments(), pad, seed=seed)
 
 
 def _read_deepseek_v41(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def _read_deepseek_v41(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
             f"{len(token_map)} (of {token_map.num_tokens}); pass the tokenizer the model was trained with"
         )
     rule = RULES["deepseek_v41"].new(
-        orders=orders, num_heads=heads, vocab_size=promised, layers=layers, rows_per_head=(base,) * len(orders)
+        orders=orders, num_heads=heads, vocab_size=promised, layers=layers, rows_per_head=base
     )
     if len(rows) != len(layers):
         raise ConfigError(f"'engram_num_embeddings' has {len(rows)} numbers, 'engram_layer_ids' has {len(layers)}")
@@ -168,15 +166,8 @@ def _read_deepseek_v41(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
                 f"'engram_num_embeddings' says {stated} rows for layer {layer}, the primes from 'engram_vocab_size' = "
                 f"{base} add up to {sum(primes)}"
             )
-    return rule_fields(
-        rule,
-        variant="deepseek_v41",
-        layers=layers,
-        pad_token_id=pad,
-        segments=segments,
-        token_map=token_map,
-        num_tokens=0 if token_map else keys.integer("vocab_size"),
-    )
+    num_tokens = 0 if token_map else keys.integer("vocab_size")
+    return rule_fields(rule, "deepseek_v41", layers, token_map, segments, pad, num_tokens=num_tokens)
 
 
 def _read_qwen_ple(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
@@ -195,19 +186,12 @@ def _read_qwen_ple(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
         num_heads=keys.integer("heads_per_ngram", default=8),
         vocab_size=vocab_size,
         layers=layers,
-        rows_per_head=(keys.integer("ngram_vocab_size_base", default=20_000_000),) * len(orders),
+        rows_per_head=keys.integer("ngram_vocab_size_base", default=20_000_000),
         seed=seed,
     )
-    return rule_fields(
-        rule,
-        variant="qwen_ple",
-        layers=layers,
-        pad_token_id=eos,
-        segments=Segments(end_tokens=(eos,)),
-        token_map=_identity(vocab_size, tokenizer),
-        seed=seed,
-        row_multiple=keys.integer("make_ngram_vocab_size_divisible_by", default=128),
-    )
+    token_map, segments = _identity(vocab_size, tokenizer), Segments(end_tokens=(eos,))
+    multiple = keys.integer("make_ngram_vocab_size_divisible_by", default=128)
+    return rule_fields(rule, "qwen_ple", layers, token_map, segments, eos, seed=seed, row_multiple=multiple)
 
 
 def _read_longcat(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
@@ -226,18 +210,11 @@ def _read_longcat(keys: _Keys, tokenizer: Any) -> dict[str, Any]:
     if type(ratio) not in (int, float) or not 0 < ratio < 2**40:
         raise ConfigError(f"'ngram_vocab_size_ratio' is a positive number, got {ratio!r}")
     # The ratio may have a fraction; the publishers cut the product.
-    rows_per_head = (int(ratio * vocab_size),) * len(orders)
+    rows_per_head = int(ratio * vocab_size)
     rule = RULES["longcat"].new(
         orders=orders, num_heads=heads, vocab_size=vocab_size, layers=(0,), rows_per_head=rows_per_head
     )
-    return rule_fields(
-        rule,
-        variant="longcat",
-        layers=(0,),
-        pad_token_id=eos,
-        segments=Segments(end_tokens=(eos,)),
-        token_map=_identity(vocab_size, tokenizer),
-    )
+    return rule_fields(rule, "longcat", (0,), _identity(vocab_size, tokenizer), Segments(end_tokens=(eos,)), eos)
 
 
 # The first key that is there decides, so the names nobody else uses come first.

@@ -1,7 +1,7 @@
 """Hash rules: how row numbers follow from the tokens that a position sees.
 
-A rule is a class. It draws its own numbers for a new model, checks them, and computes rows three times over: in plain
-Python, which says what is meant (`HashRule.row_reference`), in NumPy and in torch. `RULES` names the rule of each
+A rule is a class. It draws its own numbers for a new model, checks them, and computes rows in three ways: in plain
+Python, which says what is meant (`HashRule.rows_reference`), in NumPy and in torch. `RULES` names the rule of each
 published variant; a new rule is one class and one line there.
 """
 
@@ -11,7 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -25,9 +25,10 @@ from engram_lm.hashing.token_map import is_torch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RULES", "HashRule", "PolynomialRule", "QwenRule", "XorRule", "find_rule"]
+__all__ = ["RULES", "HashRule", "PolynomialRule", "QwenRule", "XorRule", "check_layers", "find_rule"]
 
 _INT64 = 2**63
+_Row = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class HashRule(abc.ABC):
     layer_base: ClassVar[int] = 0
     """What published layer ids count from: 0 or 1."""
 
+    def __post_init__(self) -> None:
+        _check_geometry(self.orders, self.num_heads)
+
     @classmethod
     def new(
         cls,
@@ -63,71 +67,43 @@ class HashRule(abc.ABC):
         num_heads: int,
         vocab_size: int,
         layers: tuple[int, ...],
-        rows_per_head: tuple[int, ...],
+        rows_per_head: int | Sequence[int],
         seed: int = 0,
         shared_table: bool = False,
     ) -> Self:
-        """Draw the numbers of a new model.
-
-        Args:
-            orders: N-gram orders, ascending, from 2.
-            num_heads: Hash heads per order.
-            vocab_size: Number of ids that are hashed.
-            layers: Published ids of the layers.
-            rows_per_head: Rows asked for per head, one number per order.
-            seed: Seed of the multipliers.
-            shared_table: Whether all layers read one table.
+        """Draw the numbers of a new model; the arguments are those of `HashSpec.build`.
 
         Raises:
-            ConfigError: The rule has no such numbers.
+            ConfigError: A value is impossible.
         """
-        return cls(
-            orders=orders,
-            num_heads=num_heads,
-            vocab_size=vocab_size,
-            primes=cls._draw_primes(rows_per_head, num_heads, len(layers), shared_table),
-            multipliers=cls._draw_multipliers(vocab_size, orders[-1], layers, seed),
-        )
+        check_layers(layers)
+        _check_geometry(orders, num_heads)
+        bases = (rows_per_head,) * len(orders) if isinstance(rows_per_head, int) else tuple(rows_per_head)
+        if len(bases) != len(orders) or any(type(base) is not int or base < 1 for base in bases):
+            raise ConfigError(f"rows_per_head is one positive number or one per order {orders}, got {rows_per_head!r}")
+        if any(base >= _INT64 for base in bases):
+            raise ConfigError(f"row numbers are int64, got rows_per_head={rows_per_head!r}; ask for fewer rows")
+        primes, multipliers = cls._draw(bases, orders[-1], num_heads, vocab_size, layers, seed, shared_table)
+        return cls(orders=orders, num_heads=num_heads, vocab_size=vocab_size, primes=primes, multipliers=multipliers)
 
     @classmethod
     @abc.abstractmethod
-    def _draw_primes(
-        cls, rows_per_head: tuple[int, ...], num_heads: int, num_layers: int, shared: bool
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return `primes`."""
-
-    @classmethod
-    @abc.abstractmethod
-    def _draw_multipliers(
-        cls, vocab_size: int, count: int, layers: tuple[int, ...], seed: int
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return `multipliers`, ``count`` for each layer."""
+    def _draw(
+        cls, bases: _Row, count: int, num_heads: int, vocab_size: int, layers: _Row, seed: int, shared: bool
+    ) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
+        """Return `primes`, at or above the base of each order, and ``count`` `multipliers` per layer."""
 
     @abc.abstractmethod
-    def check(self, num_layers: int) -> None:
-        """Refuse multipliers that do not fit, and products that could leave int64.
-
-        Raises:
-            ConfigError: Naming the number.
-        """
-
-    @abc.abstractmethod
-    def row_reference(self, seen: Sequence[int], place: int, column: int) -> int:
-        """Compute one row, counted from its column's first, in plain Python.
-
-        Args:
-            seen: What the position sees at the distances 0, 1, … (order - 1): canonical tokens or the fill.
-            place: Place of the layer in the spec's list.
-            column: Place of the head in the layer's table.
-        """
+    def _mix_reference(self, seen: Sequence[int], place: int, column: int) -> int:
+        """Compute the number whose remainder by the column's prime is the row, in plain Python."""
 
     @abc.abstractmethod
     def _numpy_mixes(self, seen: Sequence[np.ndarray], place: int) -> Iterator[np.ndarray]:
-        """Yield for each column in turn the number [B, L] whose remainder by the column's prime is the row."""
+        """Yield the same number for each column in turn, [B, L]."""
 
     @abc.abstractmethod
     def _torch_mixes(self, seen: Sequence["torch.Tensor"], factors: "torch.Tensor") -> list["torch.Tensor"]:
-        """Return the same for each order, [G, B, L, K], or [G, B, L, 1] where all heads share it."""
+        """Return it for each order, [G, B, L, K], or [G, B, L, 1] where all heads share it."""
 
     @abc.abstractmethod
     def _factors(self, place: int) -> Sequence[Any]:
@@ -181,7 +157,7 @@ class HashRule(abc.ABC):
             for column, prime in enumerate(self.primes[place]):
                 order = self.orders[column // self.num_heads]
                 seen = [look_back_reference(tokens, starts, t, distance, fill) for distance in range(order)]
-                rows.append(self.row_reference(seen, place, column) + offset)
+                rows.append(self._mix_reference(seen, place, column) % prime + offset)
                 offset += prime
             sequence.append(rows)
         return sequence
@@ -233,42 +209,40 @@ class XorRule(HashRule):
 
     kind = "xor"
 
-    @classmethod
-    def _draw_primes(
-        cls, rows_per_head: tuple[int, ...], num_heads: int, num_layers: int, shared: bool
-    ) -> tuple[tuple[int, ...], ...]:
-        return prime_tables(rows_per_head, num_heads, num_layers, shared=shared)
-
-    @classmethod
-    def _draw_multipliers(
-        cls, vocab_size: int, count: int, layers: tuple[int, ...], seed: int
-    ) -> tuple[tuple[int, ...], ...]:
-        return tuple(pcg64_multipliers(vocab_size, count, layer, seed) for layer in layers)
-
-    def check(self, num_layers: int) -> None:
-        """As `HashRule.check`."""
-        highest = self.orders[-1]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        highest, num_layers = self.orders[-1], len(self.primes)
         if len(self.multipliers) != num_layers or any(len(row) != highest for row in self.multipliers):
             raise ConfigError(
                 f"multipliers holds {highest} numbers (orders {self.orders}) for each of {num_layers} layers, "
                 f"got {[len(row) for row in self.multipliers]}"
             )
-        for row in self.multipliers:
-            for multiplier in row:
-                if type(multiplier) is not int or not 1 <= multiplier < _INT64 or multiplier % 2 == 0:
-                    raise ConfigError(f"multipliers are odd positive integers below 2**63, got {multiplier!r}")
-                if multiplier * (self.vocab_size - 1) >= _INT64:
-                    raise ConfigError(
-                        f"multiplier {multiplier} times a token of a vocabulary of {self.vocab_size} leaves int64; "
-                        "it was drawn for a smaller vocabulary"
-                    )
+        for multiplier in chain(*self.multipliers):
+            if type(multiplier) is not int or not 1 <= multiplier < _INT64 or multiplier % 2 == 0:
+                raise ConfigError(f"multipliers are odd positive integers below 2**63, got {multiplier!r}")
+            if multiplier * (self.vocab_size - 1) >= _INT64:
+                raise ConfigError(
+                    f"multiplier {multiplier} times a token of a vocabulary of {self.vocab_size} leaves int64; "
+                    "it was drawn for a smaller vocabulary"
+                )
 
-    def row_reference(self, seen: Sequence[int], place: int, column: int) -> int:
-        """As `HashRule.row_reference`."""
+    @classmethod
+    def _draw(
+        cls, bases: _Row, count: int, num_heads: int, vocab_size: int, layers: _Row, seed: int, shared: bool
+    ) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
+        primes = prime_tables(bases, num_heads, len(layers), shared=shared)
+        drawn = (cls._multipliers(vocab_size, count, place, layer, seed) for place, layer in enumerate(layers))
+        return primes, tuple(drawn)
+
+    @staticmethod
+    def _multipliers(vocab_size: int, count: int, place: int, layer: int, seed: int) -> _Row:
+        return pcg64_multipliers(vocab_size, count, layer, seed)
+
+    def _mix_reference(self, seen: Sequence[int], place: int, column: int) -> int:
         mix = 0
         for token, multiplier in zip(seen, self.multipliers[place], strict=False):
             mix ^= token * multiplier
-        return mix % self.primes[place][column]
+        return mix
 
     # Each order's mix is that of the order before it and more products; its heads share it and differ in the prime.
 
@@ -303,11 +277,9 @@ class QwenRule(XorRule):
 
     layer_base = 1
 
-    @classmethod
-    def _draw_multipliers(
-        cls, vocab_size: int, count: int, layers: tuple[int, ...], seed: int
-    ) -> tuple[tuple[int, ...], ...]:
-        return tuple(splitmix64_multipliers(vocab_size, count, place, seed) for place in range(len(layers)))
+    @staticmethod
+    def _multipliers(vocab_size: int, count: int, place: int, layer: int, seed: int) -> _Row:
+        return splitmix64_multipliers(vocab_size, count, place, seed)
 
 
 class PolynomialRule(HashRule):
@@ -321,22 +293,8 @@ class PolynomialRule(HashRule):
     kind = "polynomial"
     has_fill = False
 
-    @classmethod
-    def _draw_primes(
-        cls, rows_per_head: tuple[int, ...], num_heads: int, num_layers: int, shared: bool
-    ) -> tuple[tuple[int, ...], ...]:
-        if len(set(rows_per_head)) != 1:
-            raise ConfigError(f"longcat has one rows_per_head for all orders, got {rows_per_head!r}")
-        return (longcat_moduli(rows_per_head[0], len(rows_per_head) * num_heads),) * num_layers
-
-    @classmethod
-    def _draw_multipliers(
-        cls, vocab_size: int, count: int, layers: tuple[int, ...], seed: int
-    ) -> tuple[tuple[int, ...], ...]:
-        return ()
-
-    def check(self, num_layers: int) -> None:
-        """As `HashRule.check`."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.multipliers:
             raise ConfigError("longcat has no multipliers: it uses the powers of vocab_size")
         highest, largest = self.orders[-1], max(map(max, self.primes))
@@ -345,11 +303,18 @@ class PolynomialRule(HashRule):
                 f"{highest} tokens below {self.vocab_size} times powers below {largest} leave int64; ask for fewer rows"
             )
 
-    def row_reference(self, seen: Sequence[int], place: int, column: int) -> int:
-        """As `HashRule.row_reference`."""
-        return sum(token * self.vocab_size**s for s, token in enumerate(seen)) % self.primes[place][column]
+    @classmethod
+    def _draw(
+        cls, bases: _Row, count: int, num_heads: int, vocab_size: int, layers: _Row, seed: int, shared: bool
+    ) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
+        if len(set(bases)) != 1:
+            raise ConfigError(f"longcat has one rows_per_head for all orders, got {bases!r}")
+        return (longcat_moduli(bases[0], len(bases) * num_heads),) * len(layers), ()
 
-    # Every column has its own powers; all sums stay far below 2**63 (see `check`).
+    def _mix_reference(self, seen: Sequence[int], place: int, column: int) -> int:
+        return sum(token * self.vocab_size**s for s, token in enumerate(seen))
+
+    # Every column has its own powers; all sums stay far below 2**63 (see above).
 
     def _numpy_mixes(self, seen: Sequence[np.ndarray], place: int) -> Iterator[np.ndarray]:
         powers = self._factors(place)
@@ -397,3 +362,26 @@ def find_rule(variant: str) -> type[HashRule]:
     if variant not in RULES:
         raise ConfigError(f"variant is one of {', '.join(RULES)}, got {variant!r}")
     return RULES[variant]
+
+
+def check_layers(layers: tuple[int, ...]) -> None:
+    """Refuse impossible layer ids.
+
+    Raises:
+        ConfigError: There are none, one is negative, or two are equal.
+    """
+    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise ConfigError(f"layers are one or more ids from 0, got {layers!r}")
+    if len(set(layers)) != len(layers):
+        raise ConfigError(f"layers must differ, got {layers!r}")
+
+
+def _check_geometry(orders: tuple[int, ...], heads: int) -> None:
+    if (
+        not orders
+        or any(type(order) is not int or order < 2 for order in orders)
+        or list(orders) != sorted(set(orders))
+    ):
+        raise ConfigError(f"orders are ascending integers from 2, such as (2, 3), got {orders!r}")
+    if type(heads) is not int or heads < 1:
+        raise ConfigError(f"heads per order is an integer from 1, got {heads!r}")

@@ -17,7 +17,7 @@ from engram_lm.hashing.codes import Encoder, look_back
 from engram_lm.hashing.published import OURS, read_published
 from engram_lm.hashing.rules import HashRule, find_rule
 from engram_lm.hashing.segments import Segments
-from engram_lm.hashing.spec_fields import check_fields, matching_map, new_fields
+from engram_lm.hashing.spec_fields import check_fields, matching_map, rule_fields
 from engram_lm.hashing.spec_json import fields_from_json, fields_to_json
 from engram_lm.hashing.token_map import TokenMap, is_torch
 
@@ -111,19 +111,19 @@ class HashSpec:
 
         Source: paper, section 2.2; for each variant the code named in ``docs/paper.md``, “Published variants”.
         """
-        fields = new_fields(
-            token_map,
-            variant=variant,
-            layers=tuple(layers),
+        layers = tuple(layers)
+        rule = find_rule(variant).new(
             orders=tuple(orders),
-            heads=heads,
+            num_heads=heads,
+            vocab_size=len(token_map),
+            layers=layers,
             rows_per_head=rows_per_head,
-            pad_token_id=pad_token_id,
-            segments=Segments() if segments is None else segments,
-            shared_table=shared_table,
             seed=seed,
+            shared_table=shared_table,
         )
-        return cls(**fields)
+        segments = Segments() if segments is None else segments
+        options: dict[str, Any] = {"shared_table": shared_table, "seed": seed}
+        return cls(**rule_fields(rule, variant, layers, token_map, segments, pad_token_id, **options))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str], tokenizer: Any = None) -> "HashSpec":
@@ -153,8 +153,9 @@ class HashSpec:
         return cls(**read_published(config, tokenizer))
 
     def __post_init__(self) -> None:
+        find_rule(self.variant)
         check_fields(self)
-        self.rule.check(len(self.layers))
+        assert self.rule  # which checks its own numbers
 
     @cached_property
     def rule(self) -> HashRule:

@@ -1,67 +1,27 @@
-"""The fields of a hash specification: filled in for a new model or from a rule, and checked."""
+"""The fields of a hash specification: filled in from a rule, and checked."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError
-from engram_lm.hashing.rules import HashRule, find_rule
+from engram_lm.hashing.rules import HashRule, check_layers
 from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.token_map import TokenMap
 
-__all__ = ["check_fields", "matching_map", "new_fields", "rule_fields"]
+__all__ = ["check_fields", "matching_map", "rule_fields"]
 
 _INT64 = 2**63
 
 
-def new_fields(
-    token_map: TokenMap,
-    *,
-    variant: str,
-    layers: tuple[int, ...],
-    orders: tuple[int, ...],
-    heads: int,
-    rows_per_head: int | Sequence[int],
-    seed: int,
-    shared_table: bool,
-    **others: Any,
-) -> dict[str, Any]:
-    """Fill in the fields of a new model's spec; the arguments are those of `HashSpec.build`.
-
-    Raises:
-        ConfigError: A value is impossible.
-        TokenError: The pad token is not in the vocabulary.
-    """
-    rule_type = find_rule(variant)
-    _check_geometry(layers, orders, heads)
-    bases = (rows_per_head,) * len(orders) if isinstance(rows_per_head, int) else tuple(rows_per_head)
-    if len(bases) != len(orders) or any(type(base) is not int or base < 1 for base in bases):
-        raise ConfigError(f"rows_per_head is one positive number or one per order {orders}, got {rows_per_head!r}")
-    if any(base >= _INT64 for base in bases):
-        raise ConfigError(f"row numbers are int64, got rows_per_head={rows_per_head!r}; ask for fewer rows")
-    rule = rule_type.new(
-        orders=orders,
-        num_heads=heads,
-        vocab_size=len(token_map),
-        layers=layers,
-        rows_per_head=bases,
-        seed=seed,
-        shared_table=shared_table,
-    )
-    return rule_fields(
-        rule, variant=variant, layers=layers, token_map=token_map, seed=seed, shared_table=shared_table, **others
-    )
-
-
 def rule_fields(
     rule: HashRule,
-    *,
     variant: str,
     layers: tuple[int, ...],
-    pad_token_id: int,
-    segments: Segments,
     token_map: TokenMap | None,
+    segments: Segments,
+    pad_token_id: int,
+    *,
     num_tokens: int = 0,
     seed: int = 0,
     shared_table: bool = False,
@@ -70,13 +30,13 @@ def rule_fields(
     """Fill in the fields of the spec of a rule.
 
     Args:
-        rule: With the model's numbers.
+        rule: The rule with the model's numbers.
         variant: The rule's published name.
         layers: Published ids of its layers.
-        pad_token_id: Raw id that stands for what cannot be seen, for rules that have such an id.
+        token_map: The token map; None if only the tables are known so far.
         segments: Where look-backs stop.
-        token_map: None if only the tables are known so far.
-        num_tokens: Number of raw ids, if there is no map to say it.
+        pad_token_id: Raw id that stands for what cannot be seen, for rules that have such an id.
+        num_tokens: Number of raw ids, if there is no map.
         seed: Seed that the multipliers were drawn with.
         shared_table: Whether all layers read one table.
         row_multiple: Each table's rows are rounded up to a multiple of this.
@@ -107,26 +67,6 @@ def rule_fields(
         "vocabulary_digest": None if token_map is None else token_map.vocabulary_digest,
         "token_map": token_map,
     }
-
-
-def _check_geometry(layers: tuple[int, ...], orders: tuple[int, ...], heads: int) -> None:
-    """Refuse impossible layer ids, orders and numbers of heads.
-
-    Raises:
-        ConfigError: Naming the value.
-    """
-    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
-        raise ConfigError(f"layers are one or more ids from 0, got {layers!r}")
-    if len(set(layers)) != len(layers):
-        raise ConfigError(f"layers must differ, got {layers!r}")
-    if (
-        not orders
-        or any(type(order) is not int or order < 2 for order in orders)
-        or list(orders) != sorted(set(orders))
-    ):
-        raise ConfigError(f"orders are ascending integers from 2, such as (2, 3), got {orders!r}")
-    if type(heads) is not int or heads < 1:
-        raise ConfigError(f"heads per order is an integer from 1, got {heads!r}")
 
 
 def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
@@ -168,8 +108,7 @@ def check_fields(spec: Any) -> None:
     Raises:
         ConfigError: Naming the field.
     """
-    find_rule(spec.variant)
-    _check_geometry(spec.layers, spec.orders, spec.num_heads)
+    check_layers(spec.layers)
     for name, low in (("vocab_size", 1), ("num_tokens", 1), ("seed", None)):
         value = getattr(spec, name)
         if type(value) is not int or (low is not None and not low <= value < _INT64):
