@@ -132,16 +132,8 @@ def write_adapter(
 ) -> None:
     """Write an adapter's folder, which appears whole or not at all and replaces an earlier one.
 
-    Args:
-        folder: A new or empty folder, or the folder of an adapter, which is replaced.
-        config: Geometry and options.
-        spec: The hash, with its token map.
-        base: The model that it was made for.
-        layers: State dict of the layers.
-        tables: The tables.
-        tables_inside: Whether to write them, or leave them where they are.
-        license: Identifier of the license for the card; left out if None.
-        extra: Markdown for the end of the card.
+    The arguments are those of `MemoryAdapter.save_pretrained`; ``base`` is the model that the adapter was made for,
+    ``layers`` the state dict of its layers, ``extra`` Markdown for the end of the card.
 
     Raises:
         ConfigError: A table is on another machine, or the license is not an identifier.

@@ -71,13 +71,7 @@ class HubFiles:
 
 
 def files_of(path_or_repo: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> AdapterFiles:
-    """Tell a folder from a repository: whatever exists here, or cannot be the name of a repository, is a folder.
-
-    Args:
-        path_or_repo: What the user wrote.
-        revision: As for `HubFiles`.
-        options: As for `HubFiles`.
-    """
+    """Tell a folder from a repository: whatever exists here, or cannot be the name of a repository, is a folder."""
     path = Path(path_or_repo)
     if isinstance(path_or_repo, os.PathLike) or path.exists() or not REPOSITORY.fullmatch(path_or_repo):
         return LocalFiles(path)
@@ -95,24 +89,9 @@ def push_folder(
     create_pr: bool,
     commit_message: str,
 ) -> str:
-    """Write an adapter's folder to a repository, in one commit. See `MemoryAdapter.push_to_hub`.
+    """Write an adapter's folder to a repository in one commit, and return the commit's address.
 
-    Args:
-        repo_id: The repository; it is created if there is none.
-        write: Writes the adapter into the folder that it is given.
-        tables: Whether the folder will hold tables.
-        private: Whether a new repository is private.
-        token: Grants access.
-        revision: Branch; it is created if there is none.
-        create_pr: Whether to open a pull request instead of changing the branch.
-        commit_message: The commit's message.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        ConfigError: The name is not one of a repository, or the repository holds something else or other tables.
-        RemoteError: The Hub cannot be reached, or refuses.
+    The arguments are those of `MemoryAdapter.push_to_hub`; ``write`` writes the adapter into the folder it is given.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

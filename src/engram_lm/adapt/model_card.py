@@ -92,17 +92,7 @@ def model_card(
     """Write the page of an adapter: Markdown with the header that the Hugging Face Hub reads.
 
     Names that come from other people's files are shown only if they look like names; a path on the author's machine, or
-    a text that would act as markup, is left out.
-
-    Args:
-        config: Geometry and options.
-        spec: The hash, with its token map.
-        base_name: Where the model that it was made for was loaded from.
-        model_type: That model's architecture.
-        tables: The tables by name: a block number, or ``shared``.
-        tables_inside: Whether they are in the folder.
-        license: Identifier of the license; left out if None.
-        extra: The author's own Markdown, such as results; it is put at the end as it is.
+    a text that would act as markup, is left out. ``extra`` is the author's own Markdown and is put at the end as it is.
 
     Raises:
         ConfigError: The license is not an identifier.

@@ -55,19 +55,8 @@ def mean_states(
 
     The text is cut into windows of equal length that overlap by an eighth, because the first positions of a window have
     little context, and many models have an enormous hidden state at the very first. Every other position counts once.
-    Only the decoder runs, without the model's head, so no logits are computed.
-
-    Args:
-        decoder: The model's layers. They are left in the mode they were in.
-        spec: The hash that the N-grams were counted with.
-        tokens: Raw tokens of the text, integers ``[num_tokens]``.
-        ngrams: By order, as `frequent_ngrams` returns them.
-        source: ``"last"`` takes the output of the last decoder layer, one mean for all blocks; ``"block"`` takes the
-            input of each block that has a memory.
-        length: Tokens in a window, at least 2.
-        batch_size: Windows at a time.
-        max_bytes: The most bytes that the sums may take.
-        on_progress: Called with the number of positions just measured.
+    Only the decoder runs, without the model's head, so no logits are computed. The arguments are those of
+    `transfer_rows`.
 
     Raises:
         ConfigError: A number is impossible, the sums do not fit ``max_bytes``, or hidden states are not finite.

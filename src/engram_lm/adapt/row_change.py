@@ -10,10 +10,10 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["ROW_DTYPES", "Fact", "RowChange", "bits", "same_bits"]
+__all__ = ["Fact", "RowChange", "bits", "same_bits"]
 
-ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types that the numbers of a trainable table can have."""
+# The types that the numbers of a trainable table can have.
+_ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class RowChange:
         if int(rows[0]) < 0 or not bool((rows[1:] > rows[:-1]).all()):
             raise ConfigError("row numbers start from 0, ascend and differ; sort them and name each once")
         for what, values in (("before", before), ("after", after)):
-            if values.dtype not in ROW_DTYPES or values.dim() != 2 or not values.shape[1] or len(values) != len(rows):
+            if values.dtype not in _ROW_DTYPES or values.dim() != 2 or not values.shape[1] or len(values) != len(rows):
                 raise ConfigError(
                     f"the rows {what} are floating numbers [{len(rows)}, width], got {values.dtype} "
                     f"{list(values.shape)}"

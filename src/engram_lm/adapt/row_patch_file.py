@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engram_lm.adapt.row_change import ROW_DTYPES, Fact, RowChange
+from engram_lm.adapt.row_change import Fact, RowChange
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import replacing
 from engram_lm.tables.files.safetensors_file import StoredTensor, local_header
@@ -28,6 +26,13 @@ _PARTS = ("rows", "before", "after")
 # A patch takes kilobytes. A larger file is of another kind, and is refused before it is read.
 _LARGEST_FILE_BYTES = 1 << 30
 _MOST_FACTS, _MOST_TOKENS = 10_000, 1_000_000
+_NUMBER, _TOKENS = (int, float), (list,)
+_FACT: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("prompt", "target"), ((str,), "a text")),
+    **dict.fromkeys(("prompt_tokens", "target_tokens"), (_TOKENS, "a list of tokens")),
+    **dict.fromkeys(("loss_before", "loss_after"), (_NUMBER, "a finite number")),
+    "is_greedy": ((bool,), "true or false"),
+}
 
 
 def write_patch(
@@ -53,10 +58,7 @@ def write_patch(
 
 
 def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check a patch's file.
-
-    Returns:
-        The fields of a `RowPatch`.
+    """Read a patch's file, check everything in it, and return the fields of a `RowPatch`.
 
     Raises:
         CheckpointError: The file is missing, larger than a patch may be, malformed, truncated or of another format; or
@@ -102,17 +104,8 @@ def _table_names(path: Path, header: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _read_change(path: Path, name: str, header: Mapping[str, StoredTensor]) -> RowChange:
-    rows, before, after = (header[f"{name}.{part}"] for part in _PARTS)
-    # Types and shapes are compared before any byte is read.
-    fits = rows.torch_dtype == torch.int64 and len(rows.shape) == 1 and len(before.shape) == 2
-    fits = fits and before.torch_dtype in ROW_DTYPES and before.shape[0] == rows.shape[0]
-    if not fits or (before.torch_dtype, before.shape) != (after.torch_dtype, after.shape):
-        raise CheckpointError(
-            f"the tensors of table {name} do not fit one another: {rows}, {before}, {after}; expected int64 [n] and "
-            "twice the same floating type [n, width]; download it again"
-        )
     try:
-        return RowChange(rows.load(), before.load(), after.load())
+        return RowChange(*(header[f"{name}.{part}"].load() for part in _PARTS))
     except ConfigError as error:
         raise CheckpointError(f"{path}, table {name}: {error}; download it again") from error
 
@@ -128,23 +121,14 @@ def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:
 
 
 def _fact(value: Any) -> Fact:
-    names = {field.name for field in dataclasses.fields(Fact)}
-    if not isinstance(value, dict) or value.keys() != names:
-        raise ValueError(f"a fact has the keys {sorted(names)}")
-    for name in ("prompt", "target"):
-        if not isinstance(value[name], str):
-            raise ValueError(f"{name} is not a text")
-    for name in ("prompt_tokens", "target_tokens"):
-        tokens = value[name]
-        if not isinstance(tokens, list) or not 0 < len(tokens) <= _MOST_TOKENS:
-            raise ValueError(f"{name} is not a list of tokens")
-        if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-            raise ValueError(f"{name} holds something other than tokens")
-        value[name] = tuple(tokens)
-    for name in ("loss_before", "loss_after"):
-        if type(value[name]) not in (int, float) or not math.isfinite(value[name]):
-            raise ValueError(f"{name} is not a finite number")
-        value[name] = float(value[name])
-    if not isinstance(value["is_greedy"], bool):
-        raise ValueError("is_greedy is neither true nor false")
+    if not isinstance(value, dict) or value.keys() != _FACT.keys():
+        raise ValueError(f"a fact has the keys {sorted(_FACT)}")
+    for name, (kind, what) in _FACT.items():
+        found = value[name]
+        good = type(found) in kind
+        if good and kind == _TOKENS:
+            good = 0 < len(found) <= _MOST_TOKENS and all(type(token) is int and 0 <= token < 2**31 for token in found)
+            value[name] = tuple(found)
+        if not good or (kind == _NUMBER and not math.isfinite(found)):
+            raise ValueError(f"{name} is {found!r:.100}, expected {what}")
     return Fact(**value)

@@ -119,16 +119,7 @@ def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
 def addressed_rows(
     memory: PatchableMemory, facts: Sequence[Fact], options: FitOptions, reference: np.ndarray | None = None
 ) -> dict[str, Tensor]:
-    """Find the rows that a fit may change.
-
-    Args:
-        memory: The memory whose rows they are.
-        facts: The facts with their tokens.
-        options: Which positions and orders to take, and how crowded a row may be.
-        reference: Raw tokens ``[num_tokens]`` of the text that ``options.max_collisions`` counts in.
-
-    Returns:
-        Table to row numbers, different and ascending, int64 ``[N]``; tables without any are left out.
+    """Find the rows that a fit may change: table to row numbers, different and ascending, int64 ``[N]``.
 
     Raises:
         ConfigError: The hash has no such order, ``max_collisions`` comes without a reference, or no rows remain.
@@ -190,13 +181,6 @@ def fit_rows(
     """Find new numbers for rows, so that the facts' targets become the most likely continuations.
 
     The model is left as it was, with its weights, gradients, ``requires_grad`` and training mode. Nothing is random.
-
-    Args:
-        memory: The memory whose rows they are.
-        facts: The facts with their tokens.
-        rows: Table to row numbers, as `addressed_rows` finds them.
-        options: How many steps to take, how large they are and when to stop.
-        on_step: Called with the step, from 0, and the mean loss of the facts before it, in nats per target token.
 
     Returns:
         The rows whose bits changed, by table, and the facts with their losses. If ``margin`` was not reached, these are

@@ -152,16 +152,9 @@ def prove(
     window_tokens: int,
     max_windows: int,
 ) -> RowPatchProof:
-    """Compute the proof. It writes the rows before and after into the tables; the caller restores them.
+    """Compute the proof of `RowPatch.proof`.
 
-    Args:
-        memory: The memory that the patch is for.
-        tables: The patch's changes.
-        reference: Raw tokens, int64 ``[num_tokens]``.
-        title: The patch's title.
-        facts: The patch's facts.
-        window_tokens: As for `RowPatch.proof`.
-        max_windows: As for `RowPatch.proof`.
+    The rows before and after are written into the tables; the caller restores what was there.
 
     Raises:
         ConfigError: A size is impossible.

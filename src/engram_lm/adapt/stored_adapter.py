@@ -116,10 +116,6 @@ class StoredAdapter:
 def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
     """Read and check an adapter without its tables. Large files are fetched only when the small ones are right.
 
-    Args:
-        files: The files that `write_adapter` wrote.
-        decoder: The decoder of the model that it will be attached to.
-
     Raises:
         CheckpointError: A file is missing or malformed, or its tensors are not those that the configuration describes.
         MismatchError: The adapter is for a model of another size, or has more tokens than this one.

@@ -40,9 +40,6 @@ def rule_fields(
         seed: Seed that the multipliers were drawn with.
         shared_table: Whether all layers read one table.
         row_multiple: Each table's rows are rounded up to a multiple of this.
-
-    Raises:
-        TokenError: The pad token is not in the vocabulary.
     """
     fill = None if rule.has_fill else 0
     if rule.has_fill and token_map is not None:
@@ -70,11 +67,7 @@ def rule_fields(
 
 
 def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
-    """Build from a tokenizer the kind of map that a `HashSpec` has, and check that it is the one it was made for.
-
-    Args:
-        spec: The spec.
-        tokenizer: The tokenizer, or its map.
+    """Return a tokenizer's map of the kind that a `HashSpec` has, if it is the one that the spec was made for.
 
     Raises:
         MismatchError: The map, or the vocabulary behind it, is another one.
