@@ -28,7 +28,7 @@ from transformers.utils import logging
 from engram_lm.model import EngramForCausalLM
 from engram_lm.tables import ParameterTable
 from engram_lm.tables.files.safetensors_file import INDEX_NAME
-from engram_lm.tables.tiers.residency import drop_from_memory, resident_share
+from engram_lm.tables.tiers.page_cache import drop_from_memory, resident_share
 from model import build
 
 PROMPT_TOKENS = 64

@@ -19,8 +19,7 @@ import torch
 
 from engram_lm.tables import FileTable, HostTable, MappedTable, ResidentTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.tiers.page_cache import PAGE_BYTES
-from engram_lm.tables.tiers.residency import drop_from_memory
+from engram_lm.tables.tiers.page_cache import PAGE_BYTES, drop_from_memory
 
 WIDTH = 128  # bfloat16: rows of 256 bytes
 ROW_BYTES = 2 * WIDTH

@@ -15,7 +15,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.serving.bench.tables import Bench, draw_rows, drop, synthetic_table
 from engram_lm.tables import MappedTable, packed_layout, tensor_layout
 from engram_lm.tables.files.safetensors_file import read_header
-from engram_lm.tables.tiers.residency import resident_share
+from engram_lm.tables.tiers.page_cache import resident_share
 
 PAGE, NAME = mmap.PAGESIZE, "model.memory_tables.1.weight"
 

@@ -15,8 +15,13 @@ from tests.tables.tiers import written
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables import FileTable, HostTable, MappedTable, RowCodec, RowLayout
 from engram_lm.tables.layout import Extent, Part
-from engram_lm.tables.tiers.page_cache import PAGE_BYTES, request_missing, request_pages
-from engram_lm.tables.tiers.residency import drop_from_memory, resident_share
+from engram_lm.tables.tiers.page_cache import (
+    PAGE_BYTES,
+    drop_from_memory,
+    request_missing,
+    request_pages,
+    resident_share,
+)
 
 
 def test_a_file_system_without_direct_reads_is_refused_by_name():

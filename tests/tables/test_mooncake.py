@@ -19,8 +19,9 @@ from tests.tables.mooncake_store import reason_to_skip, running, until
 from engram_lm.errors import ConfigError, MismatchError, MissingExtraError, RemoteError, TableClosedError
 from engram_lm.tables import MappedTable, RowCodec, tensor_layout
 from engram_lm.tables.files.safetensors_file import read_header
-from engram_lm.tables.tiers.mooncake import Manifest, MooncakeTable, publish_to_mooncake
+from engram_lm.tables.tiers.mooncake import MooncakeTable
 from engram_lm.tables.tiers.mooncake_client import MooncakeClient
+from engram_lm.tables.tiers.mooncake_store import Manifest, publish_to_mooncake
 
 ROWS, BLOCK_ROWS = 3001, 500
 SPAWN = multiprocessing.get_context("spawn")

@@ -13,7 +13,7 @@ import numpy as np
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network, read_meminfo
-from engram_lm.tables.tiers.residency import drop_from_memory
+from engram_lm.tables.tiers.page_cache import drop_from_memory
 
 __all__ = ["DISK_THREADS", "PAGE_BYTES", "DiskRate", "ThisMachine", "measure_disk", "read_machine"]
 

@@ -20,7 +20,8 @@ from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable
 from engram_lm.tables.tiers.mapped import MappedTable
-from engram_lm.tables.tiers.mooncake import MooncakeTable, publish_to_mooncake
+from engram_lm.tables.tiers.mooncake import MooncakeTable
+from engram_lm.tables.tiers.mooncake_store import publish_to_mooncake
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.remote import RemoteTable
 from engram_lm.tables.tiers.resident import ParameterTable, ResidentTable

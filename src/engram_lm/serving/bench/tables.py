@@ -270,7 +270,7 @@ def drop(files: tuple[str, ...]) -> float | None:
     Returns:
         Largest share of a file that is still there; None where the system does not say.
     """
-    from engram_lm.tables.tiers.residency import drop_from_memory
+    from engram_lm.tables.tiers.page_cache import drop_from_memory
 
     left = [drop_from_memory(file) for file in files]
     return None if None in left else max(left, default=None)  # type: ignore[type-var]  # none of them is None

@@ -121,6 +121,18 @@ class MooncakeClient:
                 self._start(deadline)
             return self._ask({"call": what, **arguments}, deadline)
 
+    def get(self, key: str, size: int) -> bytes:
+        """Read one whole value of a known size.
+
+        Raises:
+            RemoteError: The store does not hold it, or no answer came in time.
+        """
+        with self.lock:
+            code = self.call("get", keys=[key], starts=[0], sizes=[size])[0]
+            if code < 0:
+                raise self.explain(key, code)
+            return self.buffer[:size].tobytes()
+
     def explain(self, key: str, code: int) -> RemoteError:
         """The error that a negative code of a key means."""
         return RemoteError(f"{key} at {self.master}: {_CODES.get(code, _FAILED)} (Mooncake code {code})")

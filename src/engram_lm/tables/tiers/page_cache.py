@@ -1,28 +1,32 @@
 """What the kernel keeps of a file in memory: asking whether rows are there, and asking for those that are not."""
 
+import contextlib
+import ctypes
 import errno
+import mmap
 import os
 
 import numpy as np
 
-__all__ = ["PAGE_BYTES", "request_missing", "request_pages"]
+__all__ = ["PAGE_BYTES", "drop_from_memory", "request_missing", "request_pages", "resident_share"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 """Bytes of a page."""
 
-# One row in so many is looked at before rows are asked for, and never more than the second number: a look costs about
-# a microsecond, in which ten rows can be read that are there already. Asking costs as much as waiting for one row in a
-# hundred, so that what a small sample overlooks is worth little.
-# Never fewer than two: a look at a missing page has the kernel read it, and on a busy machine it may be there already
-# when the look returns.
+_CHUNK_BYTES = 1 << 30
+
+# One row in 64 is looked at before rows are asked for, and at most 32 of them: a look costs about a microsecond, in
+# which ten rows can be read that are in memory already. Asking costs as much as waiting for one row in a hundred, so
+# what a small sample overlooks is worth little. At least two are looked at, because a look at a missing page has the
+# kernel read it, and on a busy machine it may be there already when the look returns.
 _SAMPLE_EVERY, _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 64, 2, 32
 
 
 def request_missing(descriptor: int, offsets: np.ndarray, row_bytes: int) -> bool:
     """Ask the kernel to read rows from the disk, all at once, unless a sample of them says that they are in memory.
 
-    Rows that are read one after another wait for the disk one after another; rows that were asked for first arrive
-    together. For rows that are there, asking would cost more than reading them.
+    Rows that are read one by one wait for the disk one by one; rows that were asked for first arrive together. For
+    rows that are in memory, asking would cost more than reading them.
 
     Args:
         descriptor: An open file.
@@ -41,7 +45,7 @@ def request_missing(descriptor: int, offsets: np.ndarray, row_bytes: int) -> boo
 def request_pages(descriptor: int, offsets: np.ndarray, row_bytes: int) -> None:
     """Ask the kernel to read the pages of rows into memory; the arguments of `request_missing`."""
     first, last = offsets // PAGE_BYTES, (offsets + row_bytes - 1) // PAGE_BYTES
-    # Short rows lie on one page, or on two that other rows may lie on as well; long ones are asked for each by itself.
+    # Short rows lie on one page, or on two that other rows may share; each long row is asked for by itself.
     pages = np.unique(np.concatenate([first, last])) if row_bytes <= PAGE_BYTES else np.unique(first)
     size = PAGE_BYTES if row_bytes <= PAGE_BYTES else row_bytes + PAGE_BYTES
     advise = os.posix_fadvise
@@ -60,6 +64,69 @@ def _sample_is_resident(descriptor: int, offsets: np.ndarray) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # File systems that cannot tell; whoever reads the rows next meets every other error again.
+        # These are file systems that cannot tell; whoever reads the rows next meets every other error again.
         return error.errno not in (errno.EOPNOTSUPP, errno.EINVAL)
     return True
+
+
+def drop_from_memory(path: str | os.PathLike[str]) -> float | None:
+    """Ask the kernel to forget the pages of a file, so that the next reads come from the disk; for measurements.
+
+    Pages that a process has mapped stay, and so do those of file systems in memory.
+
+    Returns:
+        Share of the file that is still in memory, see `resident_share`.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems refuse one or the other; the share that is left tells.
+        with contextlib.suppress(OSError, AttributeError):
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return resident_share(path)
+
+
+def resident_share(path: str | os.PathLike[str]) -> float | None:
+    """Ask the kernel how much of a file its page cache holds.
+
+    Args:
+        path: The file. Asking reads none of it.
+
+    Returns:
+        Share of its pages, from 0 to 1; None where the system cannot say. Linux calls every page resident that
+        belongs to a file which the caller neither owns nor may write, so that is None too.
+
+    Raises:
+        OSError: The file cannot be opened.
+
+    Source: mincore(2).
+    """
+    if not os.access(path, os.W_OK) and os.stat(path).st_uid != os.geteuid():
+        return None
+    try:
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    except (OSError, AttributeError, TypeError):  # a system without it
+        return None
+    mincore.argtypes, mincore.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p], ctypes.c_int
+    size = os.path.getsize(path)
+    if not size:
+        return 0.0
+    resident = pages = 0
+    with open(path, "rb") as file:
+        for start in range(0, size, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, size - start)
+            with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as mapping:
+                view = np.frombuffer(mapping, np.uint8)
+                found = np.zeros(-(-length // PAGE_BYTES), np.uint8)
+                failed = mincore(view.ctypes.data, length, found.ctypes.data)
+                del view  # a mapping with a view on it cannot be closed
+            if failed:
+                return None
+            resident += int((found & 1).sum())
+            pages += len(found)
+    return resident / pages
