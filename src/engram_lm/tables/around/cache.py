@@ -1,7 +1,7 @@
 """A table in front of another that keeps records it has read, in bounded bytes.
 
-Hash tables of memory are read unevenly: some N-grams come again and again. Whether that pays depends on the text and on
-what lies below (`most_frequent` and the statistics say so), so nothing is cached unless asked for.
+Hash tables of memory are read unevenly, because some N-grams come again and again. Whether a cache pays depends on the
+text and on the table below (the statistics say so), so nothing is cached unless it is asked for.
 """
 
 import functools
@@ -22,7 +22,7 @@ __all__ = ["CachedTable", "Policy", "most_frequent"]
 Policy = Literal["clock", "lru"]
 
 _WAYS = 16
-"""Places that a record may lie in: enough that bounded sets cost few hits, few enough to compare in one go."""
+"""Places of a set: enough that the bound on a set costs few hits, few enough to be compared in one go."""
 _EMPTY = -1
 _GOLDEN, _HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 _PINNED_AT_ONCE = 1 << 16
@@ -32,16 +32,17 @@ _PINNED_AT_ONCE = 1 << 16
 class CachedTable(RecordTable):
     """Records of another table, kept as they are stored, in bounded bytes. Never changes what is returned.
 
-    The cache is set-associative: a row number belongs to one set of a few places, so looking up any number of rows is a
-    comparison of matrices, without a loop. Which record of a full set gives way is the policy's to say. Rows that a
-    request names several times are read once from below.
+    The cache is set-associative: a row number belongs to one set of a few places, so any number of rows is looked up by
+    one comparison of matrices, without a loop. The policy decides which record of a full set gives way. Rows that a
+    request names several times are read from below once.
 
     Args:
-        table: Where records come from. The cache owns it from here on and closes it.
-        capacity_bytes: Bounds everything the cache holds: records, their row numbers and the policy's notes.
-        policy: ``"clock"`` (a record gives way when it has not been read since the hand last passed it; a record read
-            once does not push out those read often) or ``"lru"`` (the record that was not read for longest).
-        pinned_rows: Row numbers that are loaded at the start and never give way, as `most_frequent` finds them.
+        table: Where records come from. The cache owns it from now on and closes it.
+        capacity_bytes: Most bytes that the cache holds: records, their row numbers and the policy's notes.
+        policy: ``"clock"`` (a record gives way if it was not read since the hand last passed it, so records that are
+            read once do not push out those that are read often) or ``"lru"`` (the record gives way whose last read is
+            longest ago).
+        pinned_rows: Row numbers that are loaded at the start and never give way, such as `most_frequent` finds.
 
     Raises:
         ConfigError: No record fits into the capacity, the pinned rows do not, or the policy is unknown.
@@ -64,7 +65,7 @@ class CachedTable(RecordTable):
         self._pinned_rows = np.unique(np.asarray([] if pinned_rows is None else pinned_rows, dtype=np.int64))
         pinned_bytes = len(self._pinned_rows) * (record_bytes + 8)
         place_bytes = record_bytes + 8 + (8 if policy == "lru" else 1)
-        # The clock's hand is one more byte for each set, and there are no more sets than places.
+        # The clock's hand takes one more byte for each set, and there are no more sets than places.
         num_places = max(0, capacity_bytes - pinned_bytes) // (place_bytes + (policy == "clock"))
         num_places = min(num_places, 2 * table.num_rows)
         if pinned_bytes > capacity_bytes or (num_places == 0 and not len(self._pinned_rows)):
@@ -79,7 +80,7 @@ class CachedTable(RecordTable):
         num_places = self._num_sets * self._ways
         self._records = np.empty((num_places, record_bytes), dtype=np.uint8)
         self._rows = np.full((self._num_sets, self._ways), _EMPTY, dtype=np.int64)
-        # LRU: when each place was last read. CLOCK: whether it was read since the hand passed, and where the hand is.
+        # LRU notes when each place was last read; the clock notes whether it was read since the hand passed it.
         self._notes = np.zeros((self._num_sets, self._ways), dtype=np.int64 if policy == "lru" else np.uint8)
         self._hands = np.zeros(self._num_sets if policy == "clock" else 0, dtype=np.uint8)
         self._time = 0
@@ -93,7 +94,7 @@ class CachedTable(RecordTable):
     def _renew(self) -> None:
         super()._renew()
         if self._lock.locked():
-            # Another thread was in the middle of changing what is kept: row numbers may stand before other records.
+            # Another thread was changing the cache: row numbers may stand beside records of other rows.
             self._rows.fill(_EMPTY)
             self._num_kept = 0
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class CachedTable(RecordTable):
                 self._hits += len(numbers)
                 return records
         wanted, positions = np.unique(numbers[missing], return_inverse=True)
-        # Outside the lock: other threads find what they need while this one waits. If it fails, nothing is kept.
+        # Without the lock, so that other threads find their rows while this one waits. If it fails, nothing is kept.
         found = self.table._read(wanted).numpy()
         out[missing] = found[positions]
         with self._lock:
@@ -125,7 +126,7 @@ class CachedTable(RecordTable):
         return self.table.reads_ahead
 
     def prefetch(self, rows: Tensor) -> Ticket:
-        """Ask the table below for what is not here. See `Table.prefetch`."""
+        """Ask the table below for the rows that are not in the cache. See `Table.prefetch`."""
         self._refuse_closed(self._closed)
         numbers = np.unique(rows.detach().cpu().numpy())
         with self._lock:
@@ -136,14 +137,15 @@ class CachedTable(RecordTable):
         return Ticket(num_rows=len(numbers), num_bytes=len(numbers) * self.row_bytes)
 
     def load_records(self, start: int, stop: int) -> Tensor:
-        """See `RecordTable.load_records`; reads past the cache, which a copy of the whole table would only spoil."""
+        """See `RecordTable.load_records`; reads past the cache, which copying a whole table would only spoil."""
         return self.table.load_records(start, stop)
 
     def stats(self) -> dict[str, Any]:
         """Statistics of the table below, and of the cache.
 
-        ``hits`` and ``misses`` count requested rows; ``saved_bytes`` are those that were asked for and not read from
-        below, because they were here or several times in one request; ``used_bytes`` is at most ``capacity_bytes``.
+        ``hits`` and ``misses`` count requested rows; ``saved_bytes`` are the bytes of requested rows that were not read
+        from below, because they were in the cache or several times in one request; ``used_bytes`` is at most
+        ``capacity_bytes``.
         """
         with self._lock:
             asked = self._hits + self._misses
@@ -183,7 +185,7 @@ class CachedTable(RecordTable):
         return pinned
 
     def _take_pinned(self, numbers: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-        """Copy what is pinned and return the positions of the rest; None for all of them. Nothing changes there."""
+        """Copy the pinned records and return the positions of the other rows; None for all of them."""
         if not len(self._pinned_rows):
             return None
         places = np.searchsorted(self._pinned_rows, numbers)
@@ -197,22 +199,20 @@ class CachedTable(RecordTable):
         if self._num_sets == 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         sets, ways = self._sets_of(numbers), self._ways
-        # As few and as plain calls as can be: of a small request they are all it costs. A row lies in one place of its
-        # set or in none, so that as many matches as rows mean one match for each.
+        # These calls are all that a small request costs, so they are few and plain. A row lies in at most one place of
+        # its set: if there are as many matches as rows, each row has one.
         matches = (self._rows.take(sets, axis=0) == numbers[:, None]).reshape(-1).nonzero()[0]
         if len(matches) == len(numbers):
             found = np.arange(len(numbers))
         else:
             found = matches // ways
             sets = sets[found]
-        sets -= found
-        sets *= ways
-        sets += matches  # the match's place counted over all rows, less the sets of the rows before
-        return found, sets
+        # A match is counted over all rows, `ways` for each; what remains of it within its row is the way.
+        return found, matches + (sets - found) * ways
 
     def _sets_of(self, numbers: np.ndarray) -> np.ndarray:
-        # Multiplied first, so that rows at a regular distance spread over all sets (Fibonacci hashing); then a product
-        # of 32 bits and the number of sets, of which the upper half is the set: dividing would take longer.
+        # Multiplied first, so that rows at a regular distance spread over all sets (Fibonacci hashing). Then the upper
+        # half of a product of 32 bits and the number of sets is the set, because dividing would take longer.
         mixed = numbers.view(np.uint64) * _GOLDEN
         mixed >>= _HALF_BITS
         mixed *= np.uint64(self._num_sets)
@@ -220,24 +220,27 @@ class CachedTable(RecordTable):
         return mixed.view(np.int64)
 
     def _take_kept(self, numbers: np.ndarray, positions: np.ndarray | None, out: np.ndarray) -> np.ndarray:
-        """Copy what is kept, note that it was read, and return the positions of the rest.
+        """Copy the records that are kept, note that they were read, and return the positions of the other rows.
 
         Args:
             numbers: Row numbers, int64 ``[n]``.
-            positions: Which of them to look for; all of them where None.
-            out: Where their records go, uint8 ``[n, record_bytes]``.
+            positions: The positions in ``numbers`` to look for; all of them where None.
+            out: Where the records go, uint8 ``[n, record_bytes]``.
         """
         found, places = self._find(numbers if positions is None else numbers[positions])
+        if len(found):
+            self._notes.reshape(-1)[places] = self._now()
         if len(found) == len(numbers):
             self._records.take(places, axis=0, out=out, mode="clip")
-        elif len(found):
-            out[found if positions is None else positions[found]] = self._records[places]
-        if len(found):
-            self._time += 1
-            self._notes.reshape(-1)[places] = self._time if self.policy == "lru" else 1
-        if len(found) == len(numbers):
             return found[:0]
-        return np.delete(np.arange(len(numbers)) if positions is None else positions, found)
+        positions = np.arange(len(numbers)) if positions is None else positions
+        out[positions[found]] = self._records[places]
+        return np.delete(positions, found)
+
+    def _now(self) -> int:
+        """What is noted of a record that is read now: the time, or for the clock that it was read."""
+        self._time += 1
+        return self._time if self.policy == "lru" else 1
 
     def _keep(self, numbers: np.ndarray, records: np.ndarray) -> None:
         """Put distinct records into their sets. Where more come than a set has places, the surplus is not kept."""
@@ -249,7 +252,7 @@ class CachedTable(RecordTable):
         order = np.argsort(sets, kind="stable")
         new, sets = new[order], sets[order]
         touched, first, counts = np.unique(sets, return_index=True, return_counts=True)
-        # The how-manieth of its set each record is: it takes the place of the how-manieth to give way.
+        # The new records of a set are numbered from 0; number k takes the place of the k-th record that gives way.
         rank = np.arange(len(sets)) - np.repeat(first, counts)
         giving_way = self._giving_way(touched, np.minimum(counts, self._ways))
         fits = rank < self._ways
@@ -260,16 +263,14 @@ class CachedTable(RecordTable):
         self._num_kept += num_empty
         self._rows[sets, ways] = numbers[new]
         self._records[sets * self._ways + ways] = records[new]
-        if self.policy == "lru":
-            self._time += 1
-        self._notes[sets, ways] = self._time if self.policy == "lru" else 0
+        self._notes[sets, ways] = self._now() if self.policy == "lru" else 0
 
     def _giving_way(self, sets: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The ways of each set in the order in which they give way, ``[sets, ways]``, when ``counts`` of them do."""
         notes, empty = self._notes[sets], self._rows[sets] == _EMPTY
         if self.policy == "lru":
             return np.argsort(np.where(empty, -1, notes), axis=1, kind="stable")
-        # The hand goes round, passing by what was read since its last visit; after a whole round nothing is.
+        # The hand goes round and passes by what was read since its last visit; after a whole round it takes those too.
         ahead = (np.arange(self._ways) - self._hands[sets, None].astype(np.int64)) % self._ways
         turn = np.where(empty, -1, ahead + self._ways * (notes != 0))
         order = np.argsort(turn, axis=1, kind="stable")
@@ -282,11 +283,11 @@ class CachedTable(RecordTable):
 
 
 def most_frequent(trace: np.ndarray | Sequence[np.ndarray], capacity_bytes: int, record_bytes: int) -> np.ndarray:
-    """The rows that a recorded trace reads most, as many as fit: what to pin in a `CachedTable`.
+    """Find the rows that a recorded trace reads most, as many as fit, to pin them in a `CachedTable`.
 
     Args:
         trace: Row numbers as they were read, int64 of any shape, or several of these.
-        capacity_bytes: What the pinned rows may take, their row numbers included.
+        capacity_bytes: Bytes that the pinned rows may take, their row numbers included.
         record_bytes: Bytes of a row as it is stored (``table.codec.record_bytes``).
 
     Returns:

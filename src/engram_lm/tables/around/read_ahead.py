@@ -1,7 +1,7 @@
 """Rows read in the background before they are needed, for any table.
 
-All row numbers of a forward pass are known before it starts: reading them while the blocks before compute hides what a
-slow tier costs.
+All row numbers of a forward pass are known before it starts, so the rows of a later block can be read while earlier
+blocks compute, which hides what a slow tier costs.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from engram_lm.tables.tiers.record_table import RecordTable, checked_out
 __all__ = ["ReadAheadTable"]
 
 _PATIENCE = 64
-"""Gathers that a batch waits for its own before it is given up. Something asked for rows and never came for them, as a
-forward pass that was interrupted; it must neither hold bytes nor be searched for ever."""
+"""Gathers that pass over a batch before it is dropped. Its rows were asked for and never gathered, as by a forward pass
+that was interrupted; it must not hold bytes, or be searched, for ever."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Batch:
-    """Rows on their way, or here."""
+    """Rows that are being read in the background or have been."""
 
     rows: np.ndarray
     """Distinct row numbers in increasing order, int64 ``[n]``."""
@@ -36,12 +36,12 @@ class _Batch:
     """``[n, width]``, or why they could not be read."""
     num_bytes: int
     used: np.ndarray
-    """Which were gathered, bool ``[n]``."""
+    """Which of them were gathered, bool ``[n]``."""
     passed_over: int = 0
-    """Gathers since it was asked for that wanted none of it."""
+    """Gathers that took none of its rows since it was asked for."""
 
     def find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the numbers it has, bool, and where, int64."""
+        """Whether the batch has each number, bool, and where, int64."""
         places = np.searchsorted(self.rows, numbers)
         places[places == len(self.rows)] = 0
         return self.rows[places] == numbers, places
@@ -50,14 +50,14 @@ class _Batch:
 class ReadAheadTable(Table):
     """A table whose `prefetch` reads in the background. Never changes what is returned.
 
-    ``prefetch(rows)`` returns at once, whatever the table below does; ``gather(rows)`` takes what was staged, waits for
-    what is on its way and overlaps with the request, and reads the rest itself. Staged rows are dropped when all of
-    their batch have been gathered once. A read that failed in the background raises at the gather that wants its rows.
+    ``prefetch(rows)`` returns at once; ``gather(rows)`` takes the rows that were staged, waits for those that are still
+    being read, and reads the rest itself. Staged rows are dropped when all rows of their batch have been gathered once.
+    A read that failed in the background raises at the gather that wants its rows.
 
     Args:
-        table: Any table. It belongs to this one from here on, which closes it.
-        max_bytes: Bounds what is staged and on its way, as rows are returned. A prefetch beyond it is skipped and
-            counted: gather then reads these rows itself.
+        table: Any table. It belongs to this one from now on, which closes it.
+        max_bytes: Most bytes of rows, as they are returned, that are staged or being read. A prefetch beyond it is
+            skipped and counted; gather then reads these rows itself.
         num_threads: Reads in the background at a time.
 
     Raises:
@@ -78,7 +78,7 @@ class ReadAheadTable(Table):
         renew_when_forked(self)
 
     def _renew(self) -> None:
-        """Forget what threads of another process are reading, see `renew_when_forked`."""
+        """Forget the reads of another process's threads, see `renew_when_forked`."""
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="engram-read-ahead")
         self._batches, self._held_bytes = [], 0
@@ -91,7 +91,7 @@ class ReadAheadTable(Table):
     def prefetch(self, rows: Tensor) -> Ticket:
         """Begin to read rows. See `Table.prefetch`.
 
-        Row numbers that the table does not have are left to `gather`, which refuses them.
+        Row numbers outside the table are left to `gather`, which refuses them.
 
         Raises:
             TableClosedError: The table has been closed.
@@ -100,8 +100,7 @@ class ReadAheadTable(Table):
         numbers = np.unique(rows.detach().cpu().numpy())
         if numbers.dtype != np.int64:
             numbers = np.empty(0, dtype=np.int64)
-        elif len(numbers) and (numbers[0] < 0 or numbers[-1] >= self.num_rows):
-            numbers = numbers[(numbers >= 0) & (numbers < self.num_rows)]
+        numbers = numbers[(numbers >= 0) & (numbers < self.num_rows)]
         num_bytes = len(numbers) * self.row_bytes
         ticket = Ticket(num_rows=len(numbers), num_bytes=num_bytes)
         if not len(numbers):
@@ -143,53 +142,49 @@ class ReadAheadTable(Table):
         return self.table.load_records(start, stop)
 
     def _staged(self, numbers: np.ndarray) -> Tensor:
-        """Rows ``[n, width]``, from batches where they have them."""
+        """Rows ``[n, width]``, from batches where these have them."""
         chosen = self._choose(numbers)
         if not chosen:
             return self.table.gather(torch.from_numpy(numbers))
-        if len(chosen) == 1 and chosen[0][1] is None:
-            batch, _, places = chosen[0]
+        batch, found, places = chosen[0]
+        if len(chosen) == 1 and found.all():
             result = self._wait(batch).index_select(0, torch.from_numpy(places))
             self._used(batch, places)
             return result
-        result = torch.empty(len(numbers), self.width, dtype=self.dtype)
-        rest = np.ones(len(numbers), dtype=bool)
+        result, rest = torch.empty(len(numbers), self.width, dtype=self.dtype), np.ones(len(numbers), dtype=bool)
         for batch, found, places in chosen:
-            where = np.arange(len(numbers)) if found is None else np.flatnonzero(found)
-            places = places if found is None else places[where]
-            result[torch.from_numpy(where)] = self._wait(batch)[torch.from_numpy(places)]
-            self._used(batch, places)
+            where = np.flatnonzero(found)
+            result[torch.from_numpy(where)] = self._wait(batch)[torch.from_numpy(places[where])]
+            self._used(batch, places[where])
             rest[where] = False
-        if rest.any():
-            where = np.flatnonzero(rest)
+        where = np.flatnonzero(rest)
+        if len(where):
             result[torch.from_numpy(where)] = self.table.gather(torch.from_numpy(numbers[where]))
         return result
 
-    def _choose(self, numbers: np.ndarray) -> list[tuple[_Batch, np.ndarray | None, np.ndarray]]:
-        """The batches that serve a request: each with which numbers it has (None for all of them), and where."""
-        if not len(numbers):
-            return []
+    def _choose(self, numbers: np.ndarray) -> list[tuple[_Batch, np.ndarray, np.ndarray]]:
+        """The batches that serve a request; of each the numbers that it serves, bool, and where it has them, int64."""
         with self._lock:
             batches = list(self._batches)
-        partly: list[tuple[_Batch, np.ndarray | None, np.ndarray]] = []
+        chosen: list[tuple[_Batch, np.ndarray, np.ndarray]] = []
         missing = np.ones(len(numbers), dtype=bool)
-        for batch in batches:
+        for batch in batches if len(numbers) else ():
             found, places = batch.find(numbers)
             if found.all():
-                # Its own batch, most likely; rows that others happen to share with it are left to those others.
-                partly = [(batch, None, places)]
+                # Its own batch, most likely; rows that it shares with others are left to those others.
+                chosen = [(batch, found, places)]
                 break
             if (found & missing).any():
-                partly.append((batch, found & missing, places))
+                chosen.append((batch, found & missing, places))
                 missing &= ~found
         with self._lock:
-            chosen = [batch for batch, _, _ in partly]
-            for batch in batches:
-                batch.passed_over += batch not in chosen
-                # Not while it is being read: its bytes are only then given back.
+            taken = [batch for batch, _, _ in chosen]
+            for batch in batches if len(numbers) else ():
+                batch.passed_over += batch not in taken
+                # Not while it is being read: its bytes are given back only then.
                 if batch.passed_over > _PATIENCE and batch.values.done():
                     self._drop(batch)
-        return partly
+        return chosen
 
     def _wait(self, batch: _Batch) -> Tensor:
         try:
@@ -210,7 +205,7 @@ class ReadAheadTable(Table):
                 self._drop(batch)
 
     def _drop(self, batch: _Batch) -> bool:
-        """Forget a batch and count its rows; whether it was there. The caller holds the lock."""
+        """Forget a batch and count its rows; returns whether it was there. The caller holds the lock."""
         if batch not in self._batches:
             return False
         self._batches.remove(batch)
@@ -223,9 +218,9 @@ class ReadAheadTable(Table):
     def stats(self) -> dict[str, Any]:
         """Statistics of the table below, and of reading ahead.
 
-        ``staged_rows`` were asked for ahead; of these ``used_rows`` were gathered, ``wasted_rows`` were not before they
-        were dropped, and the others are still waiting. ``skipped`` prefetches went beyond the bound,
-        ``failed_prefetches`` raised at gather.
+        ``staged_rows`` were asked for ahead; of these ``used_rows`` were gathered, ``wasted_rows`` were dropped before
+        anybody gathered them, and the others are still waiting. ``skipped`` prefetches went beyond the bound, and
+        ``failed_prefetches`` raised an error at gather.
         """
         with self._lock:
             waiting = sum(int(batch.used.sum()) for batch in self._batches)
@@ -243,7 +238,7 @@ class ReadAheadTable(Table):
             }
 
     def close(self) -> None:
-        """Cancel what has not begun, wait for what has, and close the table below."""
+        """Cancel the reads that have not begun, wait for those that have, and close the table below."""
         with self._lock:
             self._closed = True
             batches = list(self._batches)

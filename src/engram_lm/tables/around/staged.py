@@ -18,15 +18,15 @@ class StagedTable(Table):
     """A table on the host or beyond, whose rows travel to a GPU while it computes.
 
     ``prefetch(rows)`` starts a thread that gathers the rows into pinned memory and copies them to the GPU on a stream
-    of its own; ``gather(rows)`` of the same tensor makes the current stream wait for that copy, and the host for the
-    read alone. Both buffers are made once, so a captured CUDA graph may hold their address: inside a capture
-    ``gather`` only says where the rows will be, and before each replay the rows are put there by ``prefetch`` and
-    `wait`. A disk is never read inside a graph, where it would be read once and replayed stale.
+    of its own; ``gather(rows)`` of the same tensor makes the current stream wait for that copy, and the host only for
+    the read. Both buffers are made once, so a captured CUDA graph may hold their addresses: inside a capture ``gather``
+    only says where the rows will be, and before each replay ``prefetch`` and `wait` put the rows there. A disk is never
+    read inside a graph, which would read it once and replay stale rows.
 
-    Requests that were not asked for ahead, or are larger than ``max_rows``, go to the table below, and travel then.
+    Requests that were not asked for ahead, or are larger than ``max_rows``, go to the table below and travel then.
 
     Args:
-        table: Any table whose rows are off the GPU. It belongs to this one from here on, which closes it.
+        table: Any table whose rows are off the GPU. It belongs to this one from now on, which closes it.
         device: The GPU.
         max_rows: Rows of the largest request to stage, repeats counted.
 
@@ -77,7 +77,7 @@ class StagedTable(Table):
         with self._lock:
             if self._future is not None:
                 self._future.exception()  # one at a time: the pinned buffer is being written
-            # What the GPU still has to compute with the rows before stands in this stream already.
+            # Work with the previous rows that the GPU has still to do is in this stream already.
             self._stream.wait_stream(consumer)
             self._asked, self._version = rows, _version(rows)
             self._future = self._threads.submit(self._bring, numbers)
@@ -133,7 +133,7 @@ class StagedTable(Table):
         }
 
     def close(self) -> None:
-        """Wait for what is being read, and close the table below."""
+        """Wait for the read that is under way, and close the table below."""
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.table.close()
