@@ -12,6 +12,7 @@ from tests.small_model import BACKBONE, MEMORY
 
 import engram_lm
 from engram_lm.analysis import find_subject, nearest_ngrams, nearest_rows
+from engram_lm.analysis.rows.neighbours import _Memory
 from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, RowRangeError
@@ -67,7 +68,7 @@ def cosine(a, b):
     return a @ b.T / np.linalg.norm(a, axis=-1)[:, None] / np.linalg.norm(b, axis=-1)
 
 
-def test_nearest_rows_are_those_of_the_head_compared_one_by_one(subject):
+def test_nearest_rows_are_those_of_the_head_compared_one_by_one(subject, monkeypatch):
     spec, row = subject.spec, 97 + 40  # in the second column: order 2, head 1
     rows = table_of(subject, 2)
     first, end = spec.offsets(2)[1:3]
@@ -80,10 +81,12 @@ def test_nearest_rows_are_those_of_the_head_compared_one_by_one(subject):
     np.testing.assert_allclose(found.cosines, [1, *(cosines[one - first] for one in wanted)], atol=1e-6)
     assert (found.num_searched, found.num_left_out) == (end - first - 1, 0)
     # The piece that is read at a time changes nothing.
-    seen = []
-    pieces = nearest_rows(subject, row, TOKENS, block=2, k=7, budget_bytes=500, on_progress=seen.append)
+    seen, gather = [], _Memory.gather
+    monkeypatch.setattr(_Memory, "gather", lambda memory, rows: seen.append(len(rows)) or gather(memory, rows))
+    pieces = nearest_rows(subject, row, TOKENS, block=2, k=7, budget_bytes=500)
     assert pieces.rows.tolist() == found.rows.tolist()
-    assert (sum(seen), len(seen) > 20) == (end - first - 1, True)
+    # Besides, the query is read, and the rows that were found.
+    assert (sum(seen) - 1 - 8, len(seen) > 20) == (end - first - 1, True)
 
 
 def test_rows_are_named_by_the_ngrams_that_read_them(subject):

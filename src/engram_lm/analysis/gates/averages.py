@@ -200,17 +200,6 @@ class _Sums:
                 self.histogram[index, stream] += np.bincount(bins[:, index, stream], minlength=_NUM_BINS)
                 np.add.at(self.token_total[index, stream], tokens[good], found[:, index, stream])
         np.add.at(self.token_counts, tokens[good], 1)
-        self._add_ngrams(reading, tokens, alive, good, gates, strongest)
-
-    def _add_ngrams(
-        self,
-        reading: Reading,
-        tokens: np.ndarray,
-        alive: np.ndarray,
-        good: np.ndarray,
-        gates: np.ndarray,
-        strongest: np.ndarray,
-    ) -> None:
         assert reading.codes is not None
         visible, highest = reading.visible.cpu().numpy(), self.orders[-1]
         seen = np.full((*tokens.shape, highest), -1, np.int32)
@@ -234,15 +223,21 @@ class _Sums:
             )
 
     def averages(self, num_ngrams: int, min_count: int | None) -> GateAverages:
-        mean = _mean(self.total, self.num_positions)
-        entries = self.ngrams.entries()
-        classes = np.searchsorted(_CLASS_BEGINS, entries.counts, side="right")
+        mean, entries = _mean(self.total, self.num_positions), self.ngrams.entries()
         frequency_total = np.zeros((len(FREQUENCY_CLASSES), *self.total.shape))
         frequency_positions = np.zeros((len(FREQUENCY_CLASSES), len(self.blocks)), np.int64)
-        np.add.at(frequency_total, classes, entries.sums["gate_sums"])
-        np.add.at(frequency_positions, classes, entries.sums["fired"])
-        by_class, class_positions = self._by_token_class()
-        by_tenth, tenth_positions = self._by_token_frequency()
+        if len(entries):
+            classes = np.searchsorted(_CLASS_BEGINS, entries.counts, side="right")
+            np.add.at(frequency_total, classes, entries.sums["gate_sums"])
+            np.add.at(frequency_positions, classes, entries.sums["fired"])
+        occurring = np.flatnonzero(self.token_counts)
+        by_class, class_positions = self._by_group(
+            occurring, token_classes(self.subject.tokenizer, occurring), len(TOKEN_CLASSES)
+        )
+        # Among equally frequent tokens the lower id comes first.
+        ranked = occurring[np.argsort(-self.token_counts[occurring], kind="stable")]
+        tenths = np.arange(len(ranked)) * _NUM_TENTHS // max(len(ranked), 1)
+        by_tenth, tenth_positions = self._by_group(ranked, tenths, _NUM_TENTHS)
         if min_count is None:
             min_count = min(max(1, self.num_positions // 2000), 5)
         return GateAverages(
@@ -267,16 +262,6 @@ class _Sums:
             min_count=min_count,
             ngram_share=self.ngrams.share,
         )
-
-    def _by_token_class(self) -> tuple[np.ndarray, np.ndarray]:
-        occurring = np.flatnonzero(self.token_counts)
-        return self._by_group(occurring, token_classes(self.subject.tokenizer, occurring), len(TOKEN_CLASSES))
-
-    def _by_token_frequency(self) -> tuple[np.ndarray, np.ndarray]:
-        occurring = np.flatnonzero(self.token_counts)
-        # Of equally frequent tokens the lower id goes first.
-        ranked = occurring[np.argsort(-self.token_counts[occurring], kind="stable")]
-        return self._by_group(ranked, np.arange(len(ranked)) * _NUM_TENTHS // max(len(ranked), 1), _NUM_TENTHS)
 
     def _by_group(self, tokens: np.ndarray, groups: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
         """Average over groups of tokens: means [G, groups, S] and positions [groups]."""

@@ -1,27 +1,41 @@
 """Rows and N-grams that say nearly the same: what lies nearest in a table, who reads it, and what it adds."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult
-from engram_lm.analysis.rows.memory_rows import MemoryRows, RowReaders, TextNgram, memory_rows
 from engram_lm.analysis.rows.promoted import Promoted, promoted_tokens
 from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens
-from engram_lm.errors import ConfigError, RowRangeError, check_whole
-from engram_lm.hashing.counting import ngram_rows
+from engram_lm.errors import ConfigError, MismatchError, RowRangeError, check_whole
+from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
+from engram_lm.memory.layer import row_signs
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Neighbours", "nearest_ngrams", "nearest_rows"]
+__all__ = ["Neighbours", "TextNgram", "nearest_ngrams", "nearest_rows"]
 
 # Dimension key: N vectors that are compared, E row width, K heads of one order, Q the query and its neighbours.
+
+
+class TextNgram(NamedTuple):
+    """An N-gram of a text."""
+
+    text: str
+    """What it spells where it first occurs; empty if all it saw was the start of the text."""
+    order: int
+    """Tokens in it."""
+    num_positions: int
+    """Positions at which it occurs."""
+    block: int
+    """Block that reads with it, counted from 0."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,9 +107,7 @@ def nearest_rows(
     among: Literal["head", "text"] = "head",
     num_ngrams: int = 5,
     num_promoted: int = 5,
-    max_ngrams: int = 1 << 16,
     budget_bytes: int = 1 << 28,
-    on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> Neighbours:
     """Find the rows of one head that point in nearly the direction of a row, and the N-grams of a text that read them.
 
@@ -112,9 +124,7 @@ def nearest_rows(
             that the text's frequent N-grams read, which suits a table that is far away.
         num_ngrams: N-grams to name for each row.
         num_promoted: Tokens to name for each row; 0 runs nothing of the model.
-        max_ngrams: N-grams of each order to take, at most; the most frequent ones are taken.
         budget_bytes: Rows are read in pieces that stay below this.
-        on_progress: Called with the number of rows just compared.
 
     Raises:
         RowRangeError: The row is outside the table, or in its padding.
@@ -123,38 +133,33 @@ def nearest_rows(
         DataError: The text has no tokens.
         TokenError: A token is outside the vocabulary.
     """
-    memory = memory_rows(subject, block)
-    check_whole(k=k, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
+    memory = _Memory(subject, block)
+    check_whole(k=k, budget_bytes=budget_bytes)
     if among not in ("head", "text") or (among == "text" and text is None):
         raise ConfigError(f"among is 'head', or 'text' with a text, got {among!r}")
-    offsets = memory.spec.offsets(memory.layer_id)
-    primes = memory.spec.primes[memory.spec.layers.index(memory.layer_id)]
+    spec, offsets = memory.spec, memory.spec.offsets(memory.layer_id)
+    primes = spec.primes[spec.layers.index(memory.layer_id)]
     if not isinstance(row, int | np.integer) or not 0 <= row < sum(primes):
         raise RowRangeError(
             f"block {memory.block} cannot read the row {row!r}; its rows go from 0 to {sum(primes) - 1}"
         )
-    column = int(np.searchsorted(offsets, row, side="right")) - 1
-    row = int(row)
-    head, order = column % memory.spec.num_heads, memory.spec.orders[column // memory.spec.num_heads]
-    known = None if text is None else TextNgrams.of(subject, text, max_ngrams).frequent(memory.spec, max_ngrams)[order]
-    readers = RowReaders(subject, memory, order, head, known)
-    step = max(1, budget_bytes // (memory.row_bytes + 12 * memory.layer.config.head_dim))
-    if among == "head":
-        first, end = offsets[column], offsets[column] + primes[column]
-        pieces = (np.arange(start, min(start + step, end)) for start in range(first, end, step))
-    else:
-        pieces = (readers.rows[start : start + step] for start in range(0, len(readers.rows), step))
+    row, column = int(row), int(np.searchsorted(offsets, row, side="right")) - 1
+    head, order = column % spec.num_heads, spec.orders[column // spec.num_heads]
+    known = None if text is None else TextNgrams.of(subject, text).frequent(spec)[order]
+    readers = _Readers(memory, head, known)
+    searched = range(offsets[column], offsets[column] + primes[column]) if among == "head" else readers.rows
     best = _Best(memory.gather(np.array([row]))[0], k)
-    best.search(pieces, row, memory.gather, on_progress)
+    best.search(searched, row, memory.gather, budget_bytes // memory.row_bytes)
     rows = np.array([row, *best.places])
+    promoted = promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted)
     return best.found(
-        memory,
+        block=memory.block,
         order=order,
         head=head,
         rows=rows[:, None],
         ngrams=tuple(readers.first(one, num_ngrams) for one in rows.tolist()),
-        num_ngrams=np.array([readers.count(one) for one in rows.tolist()]),
-        promoted=promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted),
+        num_ngrams=np.array([len(readers.entries(one)) for one in rows.tolist()]),
+        promoted=promoted,
     )
 
 
@@ -169,7 +174,6 @@ def nearest_ngrams(
     num_promoted: int = 5,
     max_ngrams: int = 1 << 16,
     budget_bytes: int = 1 << 28,
-    on_progress: Callable[[int], None] = lambda num_ngrams: None,
 ) -> Neighbours:
     """Find the N-grams of a text whose memory, all heads of the order side by side, is nearest to that of an N-gram.
 
@@ -182,9 +186,8 @@ def nearest_ngrams(
         k: Neighbours to find.
         min_count: Compare N-grams that occur at this many positions or more.
         num_promoted: Tokens to name for each N-gram; 0 runs nothing of the model.
-        max_ngrams: N-grams of each order to take, at most; the most frequent ones are taken.
+        max_ngrams: N-grams to compare, at most; the most frequent ones are taken.
         budget_bytes: Rows are read in pieces that stay below this.
-        on_progress: Called with the number of N-grams just compared.
 
     Raises:
         MismatchError: The model has no memory, or its tables are not at hand.
@@ -197,7 +200,7 @@ def nearest_ngrams(
         >>> subject = find_subject(model, tokenizer)  # doctest: +SKIP
         >>> rich.print(nearest_ngrams(subject, " Alexander the", text))  # doctest: +SKIP
     """
-    memory = memory_rows(subject, block)
+    memory = _Memory(subject, block)
     spec = memory.spec
     check_whole(k=k, min_count=min_count, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
     tokens = text_tokens(subject.tokenizer, ngram) if isinstance(ngram, str) else np.asarray(ngram)
@@ -207,34 +210,104 @@ def nearest_ngrams(
             f"{ngram!r} is {order} tokens, and this memory reads N-grams of {', '.join(map(str, spec.orders))}; pass "
             "one of those orders"
         )
-    first = spec.orders.index(order) * spec.num_heads
     if text is None:
         raise ConfigError("N-grams are compared with those of a text; pass one, or its tokens")
     counted = TextNgrams.of(subject, text, max_ngrams).frequent(spec, max_ngrams)[order]
+    first = spec.orders.index(order) * spec.num_heads
     own = spec.rows(tokens, memory.layer_id)[-1, first : first + spec.num_heads]
-    number = int((counted.counts >= min_count).sum())
-    rows = ngram_rows(spec, counted, memory.layer_id)[:number]
-    step = max(1, budget_bytes // (spec.num_heads * (memory.row_bytes + 12 * memory.layer.config.head_dim)))
-    pieces = (np.arange(start, min(start + step, number)) for start in range(0, number, step))
+    rows = ngram_rows(spec, counted, memory.layer_id)
     assert spec.token_map is not None
     place = int(counted.find(spec.token_map.apply(tokens)[None])[0])
+    searched, at_once = np.flatnonzero(counted.counts >= min_count), budget_bytes // (spec.num_heads * memory.row_bytes)
     best = _Best(memory.vectors(own[None])[0], k)
-    best.search(pieces, place, lambda places: memory.vectors(rows[places]), on_progress)
+    best.search(searched, place, lambda places: memory.vectors(rows[places]), at_once)
     found = np.concatenate([own[None], rows[best.places]])
-    count = int(counted.counts[place]) if place >= 0 else 0
-    ngrams = [TextNgram(spelled(subject.tokenizer, tokens), order, count, memory.block)]
-    ngrams += [TextNgram.of(subject, memory.block, counted, one) for one in best.places.tolist()]
+    channels = memory.channels(first, spec.num_heads)
+    query = TextNgram(
+        spelled(subject.tokenizer, tokens), order, counted.counts[place] if place >= 0 else 0, memory.block
+    )
     return best.found(
-        memory,
+        block=memory.block,
         order=order,
         head=None,
         rows=found,
-        ngrams=tuple((one,) for one in ngrams),
+        ngrams=((query,), *((memory.describe(counted, one),) for one in best.places.tolist())),
         num_ngrams=np.ones(len(found), np.int64),
-        promoted=promoted_tokens(
-            subject, memory.layer, memory.vectors(found), memory.channels(first, spec.num_heads), num_promoted
-        ),
+        promoted=promoted_tokens(subject, memory.layer, memory.vectors(found), channels, num_promoted),
     )
+
+
+class _Memory:
+    """The memory of one block, on whatever tier its table is."""
+
+    def __init__(self, subject: Subject, block: int | None) -> None:
+        if subject.spec is None or not subject.memories:
+            raise MismatchError(f"{subject.name} has no memory, so it has no rows; pass a model with memory")
+        self.subject, self.spec = subject, subject.spec
+        self.block = next(iter(subject.memories)) if block is None else block
+        if self.block not in subject.memories:
+            there = ", ".join(map(str, subject.memories))
+            raise ConfigError(f"block {block} reads no memory; those that do are {there}")
+        self.layer = subject.memories[self.block]
+        self.layer_id = self.spec.layers[self.spec.blocks.index(self.block)]
+        if self.layer.table is None:
+            raise MismatchError(
+                f"the memory of block {self.block} has no table to look into; load the model with its tables"
+            )
+        self.table = self.layer.table
+        self.row_bytes = self.table.row_bytes + 12 * self.layer.config.head_dim
+        """Bytes of a row, as it is read and while it is compared."""
+
+    @torch.no_grad()
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """Return rows as they are stored, float32 [N, E], on the CPU."""
+        return self.table.gather(torch.from_numpy(np.ascontiguousarray(rows, np.int64))).float().cpu()
+
+    def vectors(self, rows: np.ndarray) -> Tensor:
+        """Return the memory of N-grams of one order: rows [N, K] with their signs, float32 [N, K * E]."""
+        found = self.gather(rows)
+        if self.layer.config.signs == "hashed":
+            found = found * row_signs(torch.from_numpy(rows), self.spec.num_heads).unsqueeze(-1)
+        return found.flatten(1)
+
+    def channels(self, column: int, number: int) -> slice:
+        """Return where some columns lie in the memory vector."""
+        width = self.layer.config.head_dim
+        return slice(column * width, (column + number) * width)
+
+    def describe(self, counted: FrequentNgrams, place: int, block: int | None = None) -> TextNgram:
+        """Describe the N-gram at a place of those counted, for a block that reads with it."""
+        text = spelled(self.subject.tokenizer, counted.tokens[place])
+        return TextNgram(text, counted.order, int(counted.counts[place]), self.block if block is None else block)
+
+
+class _Readers:
+    """Tells which frequent N-grams of a text read which row of one head, in all blocks that share the table."""
+
+    def __init__(self, memory: _Memory, head: int, counted: FrequentNgrams | None) -> None:
+        self._memory, self._counted, spec = memory, counted, memory.spec
+        places = range(len(spec.layers)) if spec.shared_table else [spec.layers.index(memory.layer_id)]
+        self._blocks = [spec.blocks[place] for place in places]
+        columns = [np.zeros(0, np.int64)]
+        if counted is not None:
+            columns += [ngram_rows(spec, counted, spec.layers[place])[:, head] for place in places]
+        joined = np.concatenate(columns)
+        # The sort is stable, so the N-grams of one row stay in the order of their counts, block by block.
+        self._order = np.argsort(joined, kind="stable")
+        self._sorted = joined[self._order]
+        self.rows = np.unique(joined)
+
+    def entries(self, row: int) -> list[int]:
+        low, high = np.searchsorted(self._sorted, [row, row + 1])
+        return list(self._order[low:high].tolist())
+
+    def first(self, row: int, number: int) -> tuple[TextNgram, ...]:
+        """Return the N-grams that read a row, the most frequent first."""
+        counted = self._counted
+        if counted is None:
+            return ()
+        ranked = sorted(divmod(entry, len(counted.counts))[::-1] for entry in self.entries(row))[:number]
+        return tuple(self._memory.describe(counted, place, self._blocks[block]) for place, block in ranked)
 
 
 class _Best:
@@ -252,17 +325,14 @@ class _Best:
         self.num_searched = self.num_left_out = 0
 
     def search(
-        self,
-        pieces: Iterable[np.ndarray],
-        own: int,
-        vectors_of: Callable[[np.ndarray], Tensor],
-        on_progress: Callable[[int], None],
+        self, places: range | np.ndarray, own: int, vectors_of: Callable[[np.ndarray], Tensor], at_once: int
     ) -> None:
-        """Compare the vectors at some places, piece by piece, but for the query's own."""
-        for places in pieces:
-            places = places[places != own]
-            self._add(vectors_of(places), places)
-            on_progress(len(places))
+        """Compare the vectors at some places with the query, piece by piece and except for its own."""
+        for start in range(0, len(places), max(1, at_once)):
+            piece = places[start : start + max(1, at_once)]
+            piece = np.arange(piece.start, piece.stop) if isinstance(piece, range) else piece
+            piece = piece[piece != own]
+            self._add(vectors_of(piece), piece)
 
     def _add(self, vectors: Tensor, places: np.ndarray) -> None:
         norms = vectors.norm(dim=1)
@@ -276,10 +346,9 @@ class _Best:
         nearest = np.lexsort([places, -cosines])[: self._k]
         self.cosines, self.places = cosines[nearest], places[nearest]
 
-    def found(self, memory: MemoryRows, **values: Any) -> Neighbours:
-        """Return the neighbours, with what is known of them besides."""
+    def found(self, **values: Any) -> Neighbours:
+        """Return the neighbours, with what else is known of them."""
         return Neighbours(
-            block=memory.block,
             cosines=np.array([1.0, *self.cosines]),
             num_searched=self.num_searched,
             num_left_out=self.num_left_out,

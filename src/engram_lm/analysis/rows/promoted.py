@@ -1,13 +1,13 @@
 """What a row or an N-gram says by itself: the tokens that its value makes more likely."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.lens.lens import LogitLens
+from engram_lm.analysis.protocol import NotApplicable
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled
@@ -74,23 +74,9 @@ def promoted_tokens(
     )
 
 
-class _Predicts(Analysis):
-    """Applies if `Subject.predict` gives the model's own logits."""
-
-    wants = frozenset({"predict"})
-
-    def update(self, readings: Sequence[Reading]) -> None:
-        pass
-
-    def result(self) -> bool:
-        return True
-
-
 def _can_predict(subject: Subject) -> bool:
-    if subject.head is None:
-        return False
     few = np.arange(min(4, len(subject.tokenizer), subject.vocab_size))
-    found = read_text([subject], few, {"predicts": _Predicts()}, length=len(few))["predicts"]
+    found = read_text([subject], few, {"lens": LogitLens()}, length=len(few))["lens"]
     return not isinstance(found, NotApplicable)
 
 

@@ -129,18 +129,18 @@ def suppressed(
     """
     if how not in get_args(How):
         raise ConfigError(f"how is 'zero' or 'shuffle', not {how!r}")
-    found = _memories(subject)
-    chosen = _chosen({memory.block for memory in found}, blocks)
+    memories = _memories(subject)
+    for block in memories if blocks is None else blocks:
+        if block not in memories:
+            raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, memories))}")
     with contextlib.ExitStack() as hooks:
-        for memory in found:
-            if memory.block not in chosen:
-                continue
-            if how == "zero":
-                handle = memory.layer.register_forward_hook(_zero)
-            else:
-                shuffle = functools.partial(_shuffle, _row_maps(memory.spec, memory.block, seed))
-                handle = memory.layer.register_forward_pre_hook(shuffle)
-            hooks.callback(handle.remove)
+        for block in memories if blocks is None else set(blocks):
+            for layer, spec in memories[block]:
+                if how == "zero":
+                    handle = layer.register_forward_hook(_zero)
+                else:
+                    handle = layer.register_forward_pre_hook(functools.partial(_shuffle, _row_maps(spec, block, seed)))
+                hooks.callback(handle.remove)
         yield
 
 
@@ -150,7 +150,7 @@ def conditions(subject: Any, how: Sequence[How] = ("zero", "shuffle")) -> tuple[
     Raises:
         MismatchError: There is no memory.
     """
-    blocks = tuple(sorted({memory.block for memory in _memories(subject)}))
+    blocks = tuple(_memories(subject))
     parts = [blocks, *((block,) for block in blocks if len(blocks) > 1)]
     return (Condition(), *(Condition(part, way) for way in how for part in parts))
 
@@ -211,60 +211,35 @@ def suppression_effect(
                 for column, name in enumerate(families):
                     family = scores.families[name]
                     for measure, array in values.items():
-                        array[row, column] = _number(getattr(family, measure))
-                    chance[column], counts[column] = _number(family.chance), family.num_items
+                        array[row, column] = getattr(family, measure)  # None becomes NaN
+                    chance[column], counts[column] = family.chance, family.num_items
             if tokens is not None:
                 loss[row] = held_out_loss(inner, tokens, length=length, batch_size=batch_size).loss
         on_progress(condition)
     return SuppressionEffect(conditions=asked, families=families, num_items=counts, chance=chance, loss=loss, **values)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-class _Memory(NamedTuple):
-    """A memory layer, where it is, and what hashes for it."""
-
-    block: int
-    layer: EngramLayer
-    spec: HashSpec
-
-
-def _memories(subject: Any) -> list[_Memory]:
-    """Find the memory layers of a model of any kind, in order of depth."""
+def _memories(subject: Any) -> dict[int, list[tuple[EngramLayer, HashSpec]]]:
+    """Find the memory layers of a model of any kind and how they hash, by their blocks, in order of depth."""
+    found: list[tuple[int, Any, HashSpec]] = []
     if isinstance(subject, Subject) and subject.spec is not None:
-        found = [_Memory(block, layer, subject.spec) for block, layer in subject.memories.items()]
-    elif isinstance(subject, MemoryAdapter):
-        found = _of_adapter(subject)
-    else:
-        # The model may be inside another one, such as peft's.
-        modules = list(subject.modules()) if isinstance(subject, torch.nn.Module) else []
-        found = [memory for module in modules if isinstance(module, EngramModel) for memory in _of_own(module)]
+        found = [(block, layer, subject.spec) for block, layer in subject.memories.items()]
+    elif isinstance(subject, torch.nn.Module):
+        modules = list(subject.modules())  # the model may be inside another one, such as peft's
+        for model in modules:
+            if isinstance(model, EngramModel):
+                found += [(block, layer.memory, model.hash_spec) for block, layer in enumerate(model.layers)]
         adapters = [adapter for module in modules for adapter in attached_adapters(module).values()]
-        found += [memory for adapter in adapters for memory in _of_adapter(adapter)]
-    if not found:
+        for adapter in [subject] if isinstance(subject, MemoryAdapter) else adapters:
+            found += [(block, adapter.layers[str(block)], adapter.spec) for block in adapter.spec.blocks]
+    memories: dict[int, list[tuple[EngramLayer, HashSpec]]] = {}
+    for block, layer, spec in sorted(found, key=lambda one: one[0]):
+        if isinstance(layer, EngramLayer):
+            memories.setdefault(block, []).append((layer, spec))
+    if not memories:
         kind = type(subject).__name__
         raise MismatchError(f"{kind} has no memory to suppress; pass a model with memory, or attach one to it")
-    return sorted(found, key=lambda memory: memory.block)
-
-
-def _of_own(model: EngramModel) -> list[_Memory]:
-    layers = {block: layer.memory for block, layer in enumerate(model.layers)}
-    return [_Memory(block, layer, model.hash_spec) for block, layer in layers.items() if isinstance(layer, EngramLayer)]
-
-
-def _of_adapter(adapter: MemoryAdapter) -> list[_Memory]:
-    return [_Memory(block, adapter.layers[str(block)], adapter.spec) for block in adapter.spec.blocks]  # type: ignore[arg-type]
-
-
-def _chosen(there: set[int], blocks: Sequence[int] | None) -> set[int]:
-    if blocks is None:
-        return there
-    for block in blocks:
-        if block not in there:
-            raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, sorted(there)))}")
-    return set(blocks)
+    return memories
 
 
 def _zero(layer: Any, args: tuple[Any, ...], output: Tensor | EngramOutput) -> Tensor | EngramOutput:
