@@ -17,7 +17,7 @@ from engram_lm.analysis.subject import Subject, find_subject
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
-from engram_lm.page.figure import save_png
+from engram_lm.page.figure import save_pictures
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.training.data.documents import Corpus, read_documents
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
@@ -117,7 +117,8 @@ class Analyze(ModelFlags):
                 "parts": findings.parts,
             }
             write_atomically(folder.aside / _RESULT, to_json(result))
-            pictures = _save_pictures(result, folder.aside)
+            drawn = (part.picture(result) for part in load_parts(findings.parts))
+            pictures = save_pictures(filter(None, drawn), folder.aside)
             write_atomically(folder.aside / "report.html", render_report(result, findings.page_only))
             moved = folder.publish()
         except BaseException:
@@ -129,7 +130,7 @@ class Analyze(ModelFlags):
             print(to_json(result), end="")
         else:
             print_summary(result, Console())
-            for name in ("report.html", _RESULT, *pictures):
+            for name in ("report.html", _RESULT, *(path.name for path in pictures)):
                 print(f"  {out / name}")
         return 0
 
@@ -163,17 +164,6 @@ class Analyze(ModelFlags):
     def _settings(self, options: AnalyzeOptions) -> dict[str, Any]:
         settings = {key: value for key, value in vars(options).items() if key != "items"}
         return {**settings, "num_questions": len(options.items), "device": self.device, "adapter": self.adapter}
-
-
-def _save_pictures(result: dict[str, Any], folder: Path) -> list[str]:
-    """Write a PNG for each part that has something to show, and return the names of the files."""
-    saved = []
-    for part in load_parts(result["parts"]):
-        drawing = part.drawing(result)
-        if drawing is not None:
-            save_png(folder / f"{part.name}.png", *drawing)
-            saved.append(f"{part.name}.png")
-    return saved
 
 
 def _names(paths: tuple[Path, ...], *, adapter: bool) -> list[str]:

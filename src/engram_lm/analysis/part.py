@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import importlib.resources
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from engram_lm.analysis.registry import PARTS
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.page.figure import Picture
 
-__all__ = ["AnalyzeOptions", "Drawing", "Entry", "Part", "Work", "load_parts"]
+__all__ = ["AnalyzeOptions", "Entry", "Part", "Work", "load_parts"]
 
 Entry = dict[str, Any]
 """What a part found about some models: ``models`` (their names), and either ``result`` (plain values) or
@@ -83,17 +84,6 @@ class Work:
     def entry(self, **values: Any) -> Entry:
         """Return an entry about all the models."""
         return {"models": [subject.name for subject in self.subjects], **values}
-
-
-class Drawing(NamedTuple):
-    """A picture that is still to be drawn."""
-
-    width_inches: float
-    """Its width."""
-    height_inches: float
-    """Its height."""
-    draw: Callable[[Any], None]
-    """Draws it in a matplotlib figure."""
 
 
 class Part(abc.ABC):
@@ -169,7 +159,7 @@ class Part(abc.ABC):
         """Return lines for the terminal."""
 
     @abc.abstractmethod
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Return the picture that is saved beside the page; None if there is nothing to draw."""
 
     @abc.abstractmethod
@@ -189,6 +179,10 @@ class Part(abc.ABC):
         """Return the script of the section; empty if it has none."""
         file = importlib.resources.files(type(self).__module__.rpartition(".")[0]).joinpath("page.js")
         return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def drawn(self, width_inches: float, height_inches: float, draw: Callable[[Any], None]) -> Picture:
+        """Return a picture under the part's name."""
+        return Picture(name=self.name, title=self.title, size=(width_inches, height_inches), draw=draw)
 
     # Reading the result
 

@@ -1,8 +1,9 @@
 """Matplotlib figures: as elements of a page, which take their colors and font from it, and as PNG files."""
 
+import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "FAINT",
     "INK",
     "MARKERS",
+    "Picture",
     "arm_color",
     "line_legend",
     "line_style",
@@ -22,7 +24,7 @@ __all__ = [
     "page_axes",
     "page_figure",
     "page_svg",
-    "save_png",
+    "save_pictures",
 ]
 
 # Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
@@ -110,6 +112,20 @@ def page_svg(figure: Any, *, name: str, label: str, num_arms: int) -> str:
     return f'<svg {view_box[0]} role="img" aria-label="{label}">' + svg[svg.index(">") + 1 :].strip()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture of a result."""
+
+    name: str
+    """Name of its file, without the ending."""
+    title: str
+    """What it shows, for the page and for those who cannot see it."""
+    size: tuple[float, float]
+    """Width and height in inches."""
+    draw: Callable[[Any], None]
+    """Draws it into an empty matplotlib figure."""
+
+
 def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Callable[[Any], None]) -> str:
     """Draw a figure for a page, under a heading.
 
@@ -129,23 +145,25 @@ def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Calla
     return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
 
 
-def save_png(path: Path, width_inches: float, height_inches: float, draw: Callable[[Any], None]) -> None:
-    """Write a matplotlib figure as a PNG file, whole or not at all.
+def save_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:
+    """Write pictures as PNG files, each of them whole or not at all.
 
-    Args:
-        path: Where to.
-        width_inches: Width of the figure, at 140 dots per inch.
-        height_inches: Height of the figure.
-        draw: Draws in the figure it is given.
+    Returns:
+        The files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained", dpi=140)
-    FigureCanvasAgg(figure)
-    draw(figure)
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png")
+    saved = []
+    for picture in pictures:
+        figure = Figure(figsize=picture.size, layout="constrained", dpi=140)
+        FigureCanvasAgg(figure)
+        picture.draw(figure)
+        path = folder / f"{picture.name}.png"
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png")
+        saved.append(path)
+    return saved
 
 
 def line_style(index: int, *, on_page: bool) -> dict[str, Any]:

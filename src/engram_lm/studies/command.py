@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from engram_lm.files import write_atomically
+from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import Cost, check_budget, cost_table, estimated_seconds
-from engram_lm.studies.figures import save_pictures
 from engram_lm.studies.page import Section, render_study
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.result import ARM_COLUMNS, arm_rows, result_table, study_result

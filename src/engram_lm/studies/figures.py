@@ -1,53 +1,15 @@
 """Pictures of a result: PNG files to paste, which the page shows too."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from engram_lm.files import replacing
-from engram_lm.page.figure import DASHES, MARKERS
+from engram_lm.page.figure import DASHES, MARKERS, Picture
 
-__all__ = ["Figures", "Picture", "loss_bars", "save_pictures", "style_of", "sweep"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture of a result."""
-
-    name: str
-    """Name of its file, without the ending."""
-    title: str
-    """What it shows, for the page and for those who cannot see it."""
-    size: tuple[float, float]
-    """Width and height in inches."""
-    draw: Callable[[Any], None]
-    """Draws it into an empty matplotlib figure."""
+__all__ = ["Figures", "loss_bars", "style_of", "sweep"]
 
 
 Figures = Callable[[Mapping[str, Any]], Sequence[Picture]]
 """Chooses the pictures of a result."""
-
-
-def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write pictures as PNG files, each of them whole or not at all.
-
-    Returns:
-        The files.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    saved = []
-    for picture in pictures:
-        figure = Figure(figsize=picture.size, layout="constrained", dpi=140)
-        FigureCanvasAgg(figure)
-        picture.draw(figure)
-        path = folder / f"{picture.name}.png"
-        with replacing(path) as aside:
-            figure.savefig(aside, format="png")
-        saved.append(path)
-    return saved
 
 
 def style_of(index: int) -> dict[str, Any]:

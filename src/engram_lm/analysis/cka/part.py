@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engram_lm.analysis.cka.cka import Cka
-from engram_lm.analysis.part import Drawing, Entry, Part, Work
+from engram_lm.analysis.part import Entry, Part, Work
 from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.subject import Subject
+from engram_lm.page.figure import Picture
 from engram_lm.page.frame import escape, section
 from engram_lm.page.number_text import count_text, number_text
 
@@ -57,10 +58,18 @@ class CkaPart(Part):
                 f"{abs(ahead):.2f} layers {_AHEAD[ahead >= 0]}, on average"
             )
 
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw the maps side by side."""
         maps = self._maps(result)
-        return Drawing(4.8 * len(maps), 4.4, lambda figure: _draw_maps(figure, maps)) if maps else None
+        return (
+            self.drawn(
+                4.8 * len(maps),
+                4.4,
+                lambda figure: _draw_maps(figure, maps),
+            )
+            if maps
+            else None
+        )
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return a map for each pair of models, with the line of the layers that correspond to each other."""

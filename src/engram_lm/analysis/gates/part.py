@@ -9,12 +9,12 @@ import numpy as np
 
 from engram_lm.analysis.gates.averages import GateFindings, GateStatistics
 from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
-from engram_lm.analysis.part import Drawing, Part, Work
+from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import REPLACEMENT, spelled, visible_text
 from engram_lm.hashing.counting import NgramEntries
-from engram_lm.page.figure import DASHES
+from engram_lm.page.figure import DASHES, Picture
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import count_text, number_text
 
@@ -95,10 +95,18 @@ class GatesPart(Part):
                 top = ", ".join(f"{item['text']!r} {item['mean_gate']:.2f}" for item in found["ngrams"][index][:4])
                 yield f"{model}, block {block}: mean {mean}; widest at {top or 'no N-gram'}"
 
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw a histogram for each block."""
         models = self.by_model(result)
-        return Drawing(6.4, 3.6, lambda figure: _draw_histograms(figure.subplots(), models)) if models else None
+        return (
+            self.drawn(
+                6.4,
+                3.6,
+                lambda figure: _draw_histograms(figure.subplots(), models),
+            )
+            if models
+            else None
+        )
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, GateView]) -> str:
         """Return the passages, the N-grams and the averages."""

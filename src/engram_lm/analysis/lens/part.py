@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engram_lm.analysis.lens.lens import LogitLens
-from engram_lm.analysis.part import Drawing, Part, Work
+from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.protocol import Analysis
-from engram_lm.page.figure import INK, MARKERS, line_legend, line_style, page_figure
+from engram_lm.page.figure import INK, MARKERS, Picture, line_legend, line_style, page_figure
 from engram_lm.page.frame import section, table
 from engram_lm.page.number_text import count_text, number_text
 
@@ -38,7 +38,7 @@ class LensPart(Part):
                 f"gone after {number_text(curve['kl_depth'])} of {curve['num_layers']} layers"
             )
 
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw divergence and agreement side by side."""
         curves = self.by_model(result)
 
@@ -48,7 +48,7 @@ class LensPart(Part):
                 axes.grid(axis="y", color="0.9")
             axes.legend(frameon=False, fontsize=8)
 
-        return Drawing(9.6, 3.8, draw) if curves else None
+        return self.drawn(9.6, 3.8, draw) if curves else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return the curves by layer, all models together."""

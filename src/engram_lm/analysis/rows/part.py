@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engram_lm.analysis.part import Drawing, Part, Work
+from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.rows.collisions import CollisionStudy, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
@@ -14,7 +14,7 @@ from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, visible_text
 from engram_lm.errors import ConfigError
-from engram_lm.page.figure import INK, line_legend, line_style, page_figure
+from engram_lm.page.figure import INK, Picture, line_legend, line_style, page_figure
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, mean_of
 
@@ -59,7 +59,7 @@ class RowsPart(Part):
             for block, share in zip(usage["blocks"], usage["occupancy_by_block"], strict=True):
                 yield f"{model}, block {block}: {100 * share:.1f} % of the rows read"
 
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw reads by rank, and what a cache would answer, side by side."""
         curves = _curves(self.by_model(result))
 
@@ -69,7 +69,7 @@ class RowsPart(Part):
                 axes.grid(axis="y", color="0.9")
             axes.legend(frameon=False, fontsize=8)
 
-        return Drawing(9.6, 3.8, draw) if curves else None
+        return self.drawn(9.6, 3.8, draw) if curves else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return occupancy, how often the hottest rows are read, collisions, and neighbours."""

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from engram_lm.analysis.part import Drawing, Entry, Part, Work
+from engram_lm.analysis.part import Entry, Part, Work
 from engram_lm.analysis.suppression.effect import conditions, suppression_effect
+from engram_lm.page.figure import Picture
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, number_text, signed_text
 
@@ -65,13 +66,17 @@ class SuppressionPart(Part):
             for name, added in _added(effect):
                 yield f"{model}, {name}: loss {signed_text(added)}"
 
-    def drawing(self, result: Mapping[str, Any]) -> Drawing | None:
+    def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw what each way of suppressing adds to the loss, as bars."""
         effects = self.by_model(result)
         if not effects:
             return None
         num_bars = sum(len(effect["conditions"]) - 1 for effect in effects.values())
-        return Drawing(7.2, 1.0 + 0.36 * num_bars, lambda figure: _draw(figure.subplots(), effects))
+        return self.drawn(
+            7.2,
+            1.0 + 0.36 * num_bars,
+            lambda figure: _draw(figure.subplots(), effects),
+        )
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return bars of the loss that each way of suppressing adds, and a table of the questions."""

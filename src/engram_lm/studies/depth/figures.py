@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram_lm.page.figure import Picture
 from engram_lm.studies.depth.summary import BASELINE
-from engram_lm.studies.figures import Picture, style_of
+from engram_lm.studies.figures import style_of
 
 __all__ = ["figures"]
 

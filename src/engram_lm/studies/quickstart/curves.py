@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.figure import DASHES
+from engram_lm.page.figure import DASHES, Picture
 from engram_lm.studies.curves import finite_points, loss_limits, smooth
-from engram_lm.studies.figures import Picture
 
 __all__ = ["curves"]
 

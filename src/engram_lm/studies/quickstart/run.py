@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
 from engram_lm.memory import EngramConfig
+from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget
-from engram_lm.studies.figures import save_pictures
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN, quickstart_study
 from engram_lm.studies.quickstart.curves import curves

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.studies.figures import Picture
+from engram_lm.page.figure import Picture
 from engram_lm.studies.summary import spread
 
 if TYPE_CHECKING:
