@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _MEMORY = "memory"
-# Whom memory has to beat, the most telling first: the same compute without memory, then memory that cannot learn.
+# What memory has to beat, the most telling first: the same compute without memory, then memory that cannot learn.
 _RIVALS = {
     "lora": "LoRA",
     "full": "full fine-tuning",
@@ -109,7 +109,7 @@ def compare(result: Mapping[str, Any], name: str, other: str, text: str = "domai
 
 
 def headline(result: Mapping[str, Any]) -> Headline:
-    """Say whether memory learned the domain, better or worse than what, and what was forgotten, whichever it is.
+    """Say whether memory learned the domain, better or worse than what, and what was forgotten.
 
     A difference counts as one where it is more than twice its standard deviation over the seeds.
 
@@ -124,42 +124,40 @@ def headline(result: Mapping[str, Any]) -> Headline:
         why = "no seed ended with a finite loss" if not losses(arms[_MEMORY]) else "the base was not evaluated"
         return Headline(f"Whether memory helped is not known: {why}", _numbers(result, tuple(arms)))
     rival = next((name for name in _RIVALS if name in arms and compare(result, _MEMORY, name)), None)
-    shown = tuple(name for name in dict.fromkeys((_MEMORY, rival or _MEMORY, "full")) if name in arms)
-    detail = _numbers(result, shown)
-    lost = [
-        f"{len(arm_runs(arms[name])) - len(losses(arms[name]))} of {len(arm_runs(arms[name]))} seeds of "
-        f"{arm_title(arms[name], name)} ended without a finite loss and are left out."
-        for name in shown
-        if len(losses(arms[name])) < len(arm_runs(arms[name]))
-    ]
+    shown = [name for name in dict.fromkeys((_MEMORY, rival or _MEMORY, "full")) if name in arms]
+    said = [_numbers(result, shown)]
+    for name in shown:
+        runs, lost = len(arm_runs(arms[name])), len(arm_runs(arms[name])) - len(losses(arms[name]))
+        if lost:
+            title = arm_title(arms[name], name)
+            said.append(f"{lost} of {runs} seeds of {title} ended without a finite loss and are left out.")
     for control in ("random_table", "permuted_hash"):
         against = None if control == rival else compare(result, _MEMORY, control)
         if against is not None and against.verdict in {"equal", "higher"}:
-            lost.append(f"But {_RIVALS[control]} does as well, so it is not the memory's content that helps.")
+            said.append(f"But {_RIVALS[control]} does as well, so it is not the memory's content that helps.")
     if gain.num_seeds == 1:
-        lost.append("One seed, so how much of this is chance is not known.")
-    return Headline(_finding(result, gain, rival), " ".join([detail, *lost]))
+        said.append("One seed, so how much of this is chance is not known.")
+    return Headline(_finding(result, gain, rival), " ".join(said))
 
 
 def _finding(result: Mapping[str, Any], gain: Difference, rival: str | None) -> str:
     amount = f"{abs(gain.mean):.3f} nats per token"
     if gain.verdict == "equal":
-        return f"Memory made no difference to the domain loss{_within(gain)}" + _forgotten(result, None)
+        return f"Memory made no difference to the domain loss{_within(gain)}" + _changed(result)
     if gain.mean > 0:
         verb = "raises" if gain.verdict == "higher" else "raised, in the one seed run,"
-        return f"Memory did not help: it {verb} the domain loss by {amount}" + _forgotten(result, None)
+        return f"Memory did not help: it {verb} the domain loss by {amount}" + _changed(result)
     if rival is None:
-        return f"Memory lowers the domain loss by {amount}" + _forgotten(result, None)
+        return f"Memory lowers the domain loss by {amount}" + _changed(result)
     title = _RIVALS[rival]
     against = compare(result, _MEMORY, rival)
     assert against is not None
-    if against.verdict == "unknown":
-        word = "lower" if against.mean < 0 else "higher"
-        return f"In one seed, memory ends with a {word} domain loss than {title}" + _forgotten(result, rival)
+    word = "lower" if against.mean < 0 else "higher"
     said = {
         "lower": f"Memory learns the domain better than {title}",
         "higher": f"Memory learns the domain worse than {title}",
         "equal": f"Memory and {title} learn the domain equally well{_within(against)}",
+        "unknown": f"In one seed, memory ends with a {word} domain loss than {title}",
     }[against.verdict]
     return said + _forgotten(result, rival, against.verdict)
 
@@ -169,18 +167,21 @@ def _within(difference: Difference) -> str:
     return "" if difference.spread is None else ", within the spread over seeds"
 
 
-def _forgotten(result: Mapping[str, Any], rival: str | None, learned: str = "") -> str:
-    """The second half of the finding: what became of the old text."""
-    if rival is not None:
-        difference = compare(result, _MEMORY, rival, "retained")
-        if difference is None:
-            return ""
-        verdict = difference.verdict
-        if verdict == "unknown":
-            verdict = "lower" if difference.mean < 0 else "higher"
-        word = {"lower": "less", "higher": "more", "equal": "as much"}[verdict]
-        joint = "but" if (learned, verdict) in {("lower", "higher"), ("higher", "lower")} else "and"
-        return f"; memory forgets {word}" if learned == "equal" else f", {joint} forgets {word}"
+def _forgotten(result: Mapping[str, Any], rival: str, learned: str) -> str:
+    """The second half of the finding: what memory forgot, compared with its rival."""
+    difference = compare(result, _MEMORY, rival, "retained")
+    if difference is None:
+        return ""
+    verdict = difference.verdict
+    if verdict == "unknown":
+        verdict = "lower" if difference.mean < 0 else "higher"
+    word = {"lower": "less", "higher": "more", "equal": "as much"}[verdict]
+    joint = "but" if (learned, verdict) in {("lower", "higher"), ("higher", "lower")} else "and"
+    return f"; memory forgets {word}" if learned == "equal" else f", {joint} forgets {word}"
+
+
+def _changed(result: Mapping[str, Any]) -> str:
+    """The second half of the finding where there is nothing to compare with: what became of the old text."""
     change = compare(result, _MEMORY, "base", "retained")
     if change is None:
         return ""
@@ -194,11 +195,9 @@ def _numbers(result: Mapping[str, Any], names: Sequence[str]) -> str:
     arms, sentences = result.get("arms") or {}, []
     for text, what in (("domain", "Domain loss"), ("retained", "Loss on the old text")):
         before = loss_before(result, text)
+        found = {name: list(losses(arms[name], text).values()) for name in names}
         parts = [] if before is None else [f"before {before:.3f}"]
-        for name in names:
-            found = list(losses(arms[name], text).values())
-            if found:
-                parts.append(f"{arm_title(arms[name], name)} {values_text(found)}")
+        parts += [f"{arm_title(arms[name], name)} {values_text(values)}" for name, values in found.items() if values]
         if parts:
             sentences.append(f"{what}: {', '.join(parts)}.")
     return " ".join(sentences) + " In nats per token." if sentences else "No model was evaluated."

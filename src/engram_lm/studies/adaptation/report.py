@@ -89,9 +89,9 @@ def _header(result: Mapping[str, Any]) -> str:
     said, base, data = headline(result), result.get("base") or {}, result.get("data") or {}
     parts = []
     if base:
+        size = count_text(base.get("num_parameters"))
         parts.append(
-            f"The base is {base.get('name')} ({count_text(base.get('num_parameters'))} parameters, "
-            f"{plain_text(base.get('num_layers'))} layers)."
+            f"The base is {base.get('name')} ({size} parameters, {plain_text(base.get('num_layers'))} layers)."
         )
     if data.get("domain_tokens") is not None:
         parts.append(
@@ -100,35 +100,30 @@ def _header(result: Mapping[str, Any]) -> str:
         )
     if _has_old_text(result):
         parts.append(f"The old text is {data.get('retained')}: {plain_text(data.get('retained_tokens'))} tokens.")
-    lines = [
-        '<p class="eyebrow">engram-lm adapt</p>',
-        f"<h1>{escape(said.title)}</h1>",
-        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
-        f'<p class="muted">{escape(" ".join(parts))}</p>',
-    ]
-    if result.get("interrupted"):
-        lines.append(
-            '<p class="notice">The run was interrupted. What follows is what was finished when it stopped, so arms may '
-            "lack seeds; <code>engram-lm adapt --resume</code> goes on.</p>"
-        )
-    return "\n".join(lines)
+    interrupted = (
+        '<p class="notice">The run was interrupted. What follows is what was finished when it stopped, so arms may '
+        "lack seeds; <code>engram-lm adapt --resume</code> goes on.</p>"
+    )
+    return (
+        f'<p class="eyebrow">engram-lm adapt</p>\n<h1>{escape(said.title)}</h1>\n'
+        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>\n'
+        f'<p class="muted">{escape(" ".join(parts))}</p>\n' + (interrupted if result.get("interrupted") else "")
+    )
 
 
 def _forgetting(result: Mapping[str, Any]) -> str:
-    if not _arms_of(result):
-        return ""
     figures = forgetting_figures(result)
-    if not figures and _has_old_text(result):
+    if not _arms_of(result) or (not figures and _has_old_text(result)):
         return ""
-    if not figures:
-        figures = (
-            '<p class="notice">No old text was given, so what was forgotten is not known. Name text like that which '
-            "the base was trained on with <code>--data.retained</code> to measure it.</p>"
-        )
-    else:
+    if figures:
         figures += (
             '<p class="note">Each point is one seed. Lower is better on the domain; further left is better on the old '
             "text, and right of 0 something was forgotten.</p>"
+        )
+    else:
+        figures = (
+            '<p class="notice">No old text was given, so what was forgotten is not known. Name text like that which '
+            "the base was trained on with <code>--data.retained</code> to measure it.</p>"
         )
     return section("forgetting", "What was learned, and what was forgotten", figures)
 

@@ -1,6 +1,6 @@
 """The arms of an adaptation in rows: for the terminal, for Markdown and for the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engram_lm.page.number_text import NOTHING, count_text, number_text
@@ -59,30 +59,29 @@ _ONLY_MEANS = ("Domain loss, memory off", "Domain loss, rows shuffled")
 
 def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Describe the base and every arm: a cell for each of `COLUMNS`, means over seeds with their standard deviation."""
-    before = loss_before(result, "domain")
     unchanged = NOTHING if loss_before(result, "retained") is None else "0.000"
-    rows = [["Base, untouched", number_text(before, 3), unchanged, NOTHING, NOTHING, "0", "0", "0", "0"]]
+    base = number_text(loss_before(result, "domain"), 3)
+    rows = [["Base, untouched", base, unchanged, NOTHING, NOTHING, "0", "0", "0", "0"]]
     for name, arm in (result.get("arms") or {}).items():
-        trainable, outside = arm.get("num_trainable"), arm.get("num_trainable_outside_tables")
-        inside = trainable - outside if trainable is not None and outside is not None else None
-        found, changes = list(losses(arm).values()), list(forgetting(result, arm).values())
+        runs, found = arm_runs(arm), list(losses(arm).values())
         domain = values_text(found)
-        if 0 < len(found) < len(arm_runs(arm)):
-            domain += f" ({len(found)} of {len(arm_runs(arm))} seeds)"
-        elif not found:
-            domain = "no finite loss" if arm_runs(arm) else "not run"
-        rows.append(
-            [
-                arm_title(arm, name),
-                domain,
-                values_text(changes, signed=True),
-                *(values_text(_without(arm, kind)) for kind in ("memory_off", "rows_shuffled")),
-                count_text(outside),
-                count_text(inside),
-                count_text(arm.get("num_tokens")),
-                count_text(arm.get("training_flops")),  # with those of the hidden states that rows were made of
-            ]
-        )
+        if not found:
+            domain = "no finite loss" if runs else "not run"
+        elif len(found) < len(runs):
+            domain += f" ({len(found)} of {len(runs)} seeds)"
+        trainable, outside = arm.get("num_trainable"), arm.get("num_trainable_outside_tables")
+        without = [
+            [loss for run in runs if (loss := finite_loss((run.get(kind) or {}).get("domain"))) is not None]
+            for kind in ("memory_off", "rows_shuffled")
+        ]
+        counts = [
+            outside,
+            None if trainable is None or outside is None else trainable - outside,
+            arm.get("num_tokens"),
+            arm.get("training_flops"),  # with those of the hidden states that rows were made of
+        ]
+        change = values_text(list(forgetting(result, arm).values()), signed=True)
+        rows.append([arm_title(arm, name), domain, change, *map(values_text, without), *map(count_text, counts)])
     return rows
 
 
@@ -91,8 +90,7 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name, arm in (result.get("arms") or {}).items():
         for run in arm_runs(arm):
-            domain = run.get("domain") or {}
-            seconds, rate = run.get("seconds"), run.get("lr", arm.get("lr"))
+            domain, seconds, rate = run.get("domain") or {}, run.get("seconds"), run.get("lr", arm.get("lr"))
             rows.append(
                 [
                     arm_title(arm, name),
@@ -102,7 +100,7 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
                     number_text(domain.get("perplexity")),
                     number_text(domain.get("bits_per_byte"), 4),
                     number_text((run.get("retained") or {}).get("loss"), 4),
-                    number_text(seconds / 60 if seconds is not None else None),
+                    number_text(None if seconds is None else seconds / 60),
                 ]
             )
     return rows
@@ -115,9 +113,6 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
 
     Args:
         result: A result in the format ``engram.adaptation.1``.
-
-    Returns:
-        A table to print with ``rich``.
     """
     from rich import box
     from rich.table import Table
@@ -125,29 +120,23 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
 
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in arm_rows(result)]
     columns = [column for column in _TERMINAL_COLUMNS if any(row[column] != NOTHING for row in rows)]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=Text(headline(result).title, style="bold"),
-        title_justify="left",
-        # A space between columns is the box's own.
-        padding=(0, 0),
-        pad_edge=False,
-    )
+    title = Text(headline(result).title, style="bold")
+    # A space between columns is the box's own.
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0), pad_edge=False)
     table.add_column("", overflow="fold")
     for column in columns:
-        heading = _TERMINAL_COLUMNS[column]
         # Headings may break between words, numbers may not.
-        table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        table.add_column(_TERMINAL_COLUMNS[column].replace(" ", "\n", 1), justify="right", no_wrap=True)
     for row in rows:
         cells = [row[column].partition(" ±")[0] if column in _ONLY_MEANS else row[column] for column in columns]
         # Text, not markup: titles come from a file.
-        table.add_row(Text(row["Model"]), *map(Text, cells))
+        table.add_row(*map(Text, [row["Model"], *cells]))
     return table
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
     """Write all of `COLUMNS` for the base and every arm as a Markdown table, ending in a line break."""
-    lines = [COLUMNS, (":--", *["--:"] * (len(COLUMNS) - 1)), *arm_rows(result)]
+    lines: list[Sequence[str]] = [COLUMNS, (":--", *["--:"] * (len(COLUMNS) - 1)), *arm_rows(result)]
     return "".join(f"| {' | '.join(map(_markdown, line))} |\n" for line in lines)
 
 
@@ -155,9 +144,3 @@ def _markdown(cell: str) -> str:
     # A title comes from a file: neither a cell of its own, nor a line, nor markup.
     text = " ".join(cell.split())
     return "".join(f"\\{sign}" if sign in "\\|`*_<>[]" and cell not in (":--", "--:") else sign for sign in text)
-
-
-def _without(arm: Mapping[str, Any], kind: str) -> list[float]:
-    """Domain losses of an arm's runs with its memory switched off, or its rows shuffled."""
-    found = [finite_loss((run.get(kind) or {}).get("domain")) for run in arm_runs(arm)]
-    return [loss for loss in found if loss is not None]
