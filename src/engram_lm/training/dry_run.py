@@ -1,7 +1,7 @@
-"""``engram-lm train --dry-run``: what a recipe costs on every process and in every step, without building it."""
+"""``engram-lm train --dry-run``: what a recipe costs on each process and in each step, found without training."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +18,9 @@ __all__ = ["dry_run", "priced_config", "print_dry_run"]
 
 
 def priced_config(recipe: Recipe) -> EngramLMConfig:
-    """Configure the recipe's model as far as is known without its tokenizer.
+    """Configure the recipe's model as far as it is known without its tokenizer.
 
-    The vocabulary is the preset's, unless the recipe trains a tokenizer: then it has as many tokens as asked for.
+    The vocabulary is the preset's, unless the recipe trains a tokenizer; then it has the size that was asked for.
 
     Raises:
         ConfigError: An impossible model.
@@ -88,24 +88,20 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
         f"process{'es' if found['world_size'] > 1 else ''}",
         highlight=False,
     )
-    counts = {name: f"{number:,}" for name, number in costs["parameters"].items()}
-    flops = {name.replace("_", " "): f"{number:.3g}" for name, number in costs["flops"].items()}
-    rows = {name.replace("_", " "): f"{number:,}" for name, number in costs.get("rows", {}).items()}
-    memory = {name.replace("_", " "): byte_size(size) for name, size in costs.get("memory", {}).items() if size}
-    sent = {f"backbone, {name.replace('_', ' ')}": size for name, size in costs.get("backbone_sent", {}).items()}
+    sent = {f"backbone, {name}": size for name, size in costs.get("backbone_sent", {}).items()}
     if "tables_sent" in costs:
-        sent |= {f"tables, {name.replace('_', ' ')}": size for name, size in costs["tables_sent"].items()}
+        sent |= {f"tables, {name}": size for name, size in costs["tables_sent"].items()}
         sent |= {"tables, were rows not sent once each": costs["tables_sent_with_duplicates"]["total"]}
-    sections = {
-        "parameters": counts,
-        "floating-point operations": flops,
-        "rows of the tables": rows,
-        "memory of a process": memory,
-        "sent by a process in a step": {name: byte_size(size) for name, size in sent.items() if size},
+    sections: dict[str, tuple[Mapping[str, Any], Callable[[Any], str]]] = {
+        "parameters": (costs["parameters"], "{:,}".format),
+        "floating-point operations": (costs["flops"], "{:.3g}".format),
+        "rows of the tables": (costs.get("rows", {}), "{:,}".format),
+        "memory of a process": ({name: size for name, size in costs.get("memory", {}).items() if size}, byte_size),
+        "sent by a process in a step": ({name: size for name, size in sent.items() if size}, byte_size),
     }
-    for title, lines in sections.items():
-        if lines:
+    for title, (values, write) in sections.items():
+        if values:
             table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-            for name, value in lines.items():
-                table.add_row(name, value)
+            for name, value in values.items():
+                table.add_row(name.replace("_", " "), write(value))
             console.print(table)

@@ -1,4 +1,4 @@
-"""``engram-lm export``: the model of a training's checkpoint as a Hugging Face folder."""
+"""``engram-lm export``: the model in a checkpoint, written as a Hugging Face folder."""
 
 import dataclasses
 import json as json_module
@@ -30,13 +30,13 @@ class Export:
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
-    """The source: a run, whose newest complete checkpoint is taken, or the folder of one checkpoint."""
+    """A run, whose newest complete checkpoint is taken, or the folder of one checkpoint."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """The folder to make; there may be an empty one, nothing else."""
+    """The folder to make. It must be missing or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights; as trained unless given."""
+    """Type of the weights; by default the type they were trained in."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer to put beside the model; the run's own, where it has one, unless given."""
+    """Folder of the tokenizer to put beside the model; by default the run's own, if it has one."""
     json: bool = False
     """Print JSON."""
 

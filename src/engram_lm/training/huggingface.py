@@ -1,6 +1,6 @@
 """Training a model with memory by ``transformers.Trainer``, TRL's ``SFTTrainer`` and their like.
 
-What those lack is mixed in: an optimizer of rows for the tables, clipping that knows sparse gradients, tables under
+A mix-in adds what they lack: an optimizer of rows for the tables, clipping of sparse gradients, tables under
 DistributedDataParallel, and checkpoints that hold the memory.
 """
 
@@ -54,18 +54,18 @@ _PIECE_ROWS = 1 << 16
 def train_memory(
     model: nn.Module, backbone: Literal["frozen", "full"] = "frozen", *, adapters: Iterable[str] | None = None
 ) -> None:
-    """Choose what is trained: ``requires_grad`` of every parameter of a model.
+    """Choose what is trained, by setting ``requires_grad`` of every parameter of a model.
 
-    With ``"frozen"`` that is the memory; LoRA and whatever else peft trains stays as peft has set it, in either order
-    of attaching. With ``"full"`` it is everything.
+    With ``"frozen"`` the memory is trained; LoRA and whatever else peft trains stays as peft has set it, whichever was
+    attached first. With ``"full"`` everything is trained.
 
     Args:
         model: A model with attached memory, also inside peft.
-        backbone: What becomes of the parameters that are no memory.
-        adapters: Names of the memory adapters to train, the others are frozen; all where None.
+        backbone: What happens to the parameters that do not belong to memory.
+        adapters: Names of the memory adapters to train; the others are frozen. None trains all.
 
     Raises:
-        ConfigError: No memory is attached, or none of such a name; ``backbone`` is something else.
+        ConfigError: No memory is attached, or none with such a name; or ``backbone`` is something else.
     """
     if backbone not in ("frozen", "full"):
         raise ConfigError(f"backbone must be 'frozen' or 'full', not {backbone!r}; for LoRA, 'frozen' and peft")
@@ -90,19 +90,19 @@ class TableTraining:
     """How a trainer treats memory tables. Everything else is as its ``TrainingArguments`` say."""
 
     lr_multiplier: float = 5.0
-    """Learning rate of tables relative to ``learning_rate``, at every step of its schedule (paper, Table 5)."""
+    """Learning rate of tables, relative to ``learning_rate`` at every step of its schedule (paper, Table 5)."""
     weight_decay: float = 0.0
-    """Decoupled, of rows in the steps that touch them (paper: none). ``args.weight_decay`` is not for tables."""
+    """Decoupled weight decay of rows in the steps that touch them (paper: 0). ``args.weight_decay`` is not for tables."""
     optimizer: TableOptimizer = "row_adam"
-    """Of tables with sparse gradients; those with dense ones have AdamW."""
+    """The optimizer of tables with sparse gradients. Tables with dense gradients have AdamW."""
     bias_correction: Literal["step", "row"] = "step"
-    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
+    """Whether ``row_adam`` and ``row_wise_adam`` correct by the optimizer's steps or by each row's own updates."""
 
     def __post_init__(self) -> None:
         self.options(lr=0.0, betas=(0.9, 0.999), eps=1e-8)
 
     def options(self, *, lr: float, betas: tuple[float, float], eps: float) -> OptimizerOptions:
-        """Put together with what a trainer's arguments say."""
+        """Combine these options with a trainer's arguments."""
         return OptimizerOptions(
             backbone="adamw",
             tables=self.optimizer,
@@ -116,7 +116,7 @@ class TableTraining:
 
 
 class MemoryTrainerMixin(_Trainer):
-    """What a trainer of Hugging Face needs for a model with memory; stands before it: ``class T(Mixin, SFTTrainer)``.
+    """Lets a trainer of Hugging Face train a model with memory, as in ``class T(MemoryTrainerMixin, SFTTrainer)``.
 
     - **Optimizer**: what ``args`` say for everything but the tables (``optim``, ``learning_rate``, ``weight_decay``,
       Adam's constants), and an optimizer of rows for tables, with their multiple of the learning rate. Both are one
@@ -125,13 +125,13 @@ class MemoryTrainerMixin(_Trainer):
     - **Clipping**: ``max_grad_norm`` bounds the norm of all gradients together, sparse ones by their merged rows.
     - **Several processes**: DistributedDataParallel (``torchrun``, ``accelerate launch``), see `share_tables`.
     - **Checkpoints**: ``engram_adapters/NAME`` in each holds the adapter as `MemoryAdapter.save_pretrained` writes it.
-      Beside it stands what trains otherwise: with a frozen backbone nothing, with peft its adapter, else the model
-      without the memory. Resuming and ``load_best_model_at_end`` read both.
+      Beside it is what else is trained: nothing with a frozen backbone, peft's adapter with peft, and otherwise the
+      model without the memory. Resuming and ``load_best_model_at_end`` read both.
     - Memory that was trainable stays so when the trainer itself wraps the model in peft (``peft_config``).
 
     Args:
         *args: The trainer's own.
-        tables: How tables are trained; the defaults where None.
+        tables: How tables are trained; None means the defaults.
         **kwargs: The trainer's own.
 
     Raises:
@@ -186,7 +186,7 @@ class MemoryTrainerMixin(_Trainer):
         return made
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: as the trainer says, less the memory's norms and convolution."""
+        """Name the parameters with weight decay: the trainer's choice without the memory's norms and convolution."""
         plain = {
             id(parameter)
             for module in model.modules()
@@ -211,7 +211,7 @@ class MemoryTrainerMixin(_Trainer):
         return clip_gradients(model.parameters(), max_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the trained adapters, and of the model what is trained beside them."""
+        """Save the trained adapters, and whatever else of the model is trained."""
         adapters = _trained(self.model)
         if not adapters:
             super()._save(output_dir, state_dict)
@@ -284,7 +284,7 @@ class MemoryTrainer(MemoryTrainerMixin, Trainer):
 
 
 def _adapters(model: nn.Module) -> dict[str, MemoryAdapter]:
-    """Attached adapters by name, wherever in the model: peft, attached to later, holds them further inside."""
+    """Find the attached adapters by name, also inside peft."""
     return {module.name: module for module in model.modules() if isinstance(module, MemoryAdapter)}
 
 
@@ -306,7 +306,7 @@ def _is_memory(name: str) -> bool:
 
 @contextlib.contextmanager
 def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let some trainable parameters look frozen inside a ``with`` block."""
+    """Make some trainable parameters look frozen inside a ``with`` block."""
     hidden = list(parameters)
     try:
         for parameter in hidden:

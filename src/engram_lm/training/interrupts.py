@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first one is noticed between two steps, the second one ends the process as usual."""
+"""Ctrl-C as a request: the first is noticed between two steps, the second ends the process as usual."""
 
 import signal
 import threading
@@ -13,8 +13,8 @@ class Interrupt:
     """Catches SIGINT and SIGTERM while the context is open.
 
     Args:
-        same_seconds: A signal so soon after the first is the same request. Under torchrun, which passes on to every
-            process what the terminal told all of them, a Ctrl-C comes twice.
+        same_seconds: A signal that follows the first within this time counts as the same request. Under torchrun one
+            Ctrl-C arrives twice: from the terminal, and from torchrun, which forwards it to every process.
 
     Example:
         >>> with Interrupt() as interrupt:

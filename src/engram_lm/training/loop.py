@@ -74,54 +74,54 @@ class StepRecord:
     num_tokens: int
     """Tokens trained on so far."""
     seconds: float
-    """Time of this step alone."""
+    """How long this step took, in seconds."""
     skipped: bool = False
     """Whether the gradient was not finite, so that nothing was changed."""
     details: dict[str, Any] | None = None
-    """Norms by group, use of the tables and expert load, where they were asked for: see `Trainer.step`."""
+    """Norms by group, use of the tables and expert load, if they were asked for: see `Trainer.step`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, details among them, without what was not measured."""
+        """The fields as one dictionary, with the entries of ``details`` beside the others."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         details = values.pop("details") or {}
         return {**values, **details}
 
 
 def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """Choose bfloat16 where the device multiplies it in hardware, which on such CPUs is several times faster."""
+    """Choose bfloat16 if the device multiplies it in hardware, which makes such CPUs several times faster."""
     return "bfloat16" if product_dtype(device) == torch.bfloat16 else "float32"
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name.
+    """Find the device of this name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: This machine has no such device.
     """
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} is not there ({str(error).splitlines()[0]}); use cpu or cuda") from error
+        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu or cuda") from error
     return device
 
 
 class Trainer:
     """Trains one model in place, a step at a time, so that several can be trained side by side.
 
-    On several processes every one holds a trainer, all call the same methods in the same order, and the losses are
-    those of one process but for rounding: see `engram_lm.training.distribution`.
+    With several processes, each of them holds a trainer and all call the same methods in the same order. The losses are
+    those of one process, up to rounding: see `engram_lm.training.distribution`.
 
     Args:
         model: An `EngramForCausalLM`, or any causal language model of transformers, with memory attached or without;
             parameters that do not require a gradient stay as they are. With several processes its tables have been
             given to `engram_lm.training.shard_tables.shard_tables`.
-        batches: Where the sequences of step ``step`` come from.
+        batches: Gives the sequences of each step.
         options: How steps are taken.
         optimizer: How gradients become updates.
         schedule: How the learning rate changes.
-        ranks: The processes; this one alone where None.
-        backbone: Whether the backbone is copied (``"ddp"``) or divided (``"fsdp2"``), with several processes.
+        ranks: The processes; None means this one alone.
+        backbone: With several processes, whether each holds the whole backbone (``"ddp"``) or a part (``"fsdp2"``).
 
     Raises:
         ConfigError: A batch has fewer sequences than there are processes.
@@ -154,7 +154,7 @@ class Trainer:
         self.table_use = TableUse(model, self.ranks)
         self._own_rows = {id(weight) for weight in sharded_weights(model)}
         routers = [module for module in model.modules() if isinstance(module, Router)]
-        # Selection biases have no gradient: those of a frozen model must not be moved for want of one.
+        # Selection biases have no gradient, so those of a frozen model must be left alone explicitly.
         self._routers_learn = any(weight.requires_grad for router in routers for weight in router.parameters())
 
     def step(self, *, details: bool = False) -> StepRecord:
@@ -207,7 +207,7 @@ class Trainer:
                 + "; lower the learning rate"
             )
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or this step's work is counted in whoever's comes next
+            torch.cuda.synchronize(device)  # or this step's work would be counted in the next one
         return StepRecord(
             step=self.num_steps_done,
             loss=loss,
@@ -238,7 +238,7 @@ class Trainer:
         return self.ranks.mean(total)
 
     def _check_tokens(self, batches: list[Batch]) -> None:
-        """Refuse what the model would refuse on this process alone, in the middle of an exchange."""
+        """Refuse tokens that the model would refuse on this process alone, while the others wait in an exchange."""
         size = self.model.config.get_text_config().vocab_size
         for batch in batches:
             # Targets hold all inputs but the first of each sequence.
@@ -252,7 +252,7 @@ class Trainer:
 
 
 def _divide(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[tuple[int, int]]:
-    """Samples of a batch that this process computes, part by part: as many parts on every process, none empty."""
+    """Divide the samples of a batch that this process computes into parts, equally many on every process."""
     wanted = 1 if micro_batch_size is None else math.ceil(batch_size / (micro_batch_size * ranks.world_size))
     # Every process takes part in every exchange of rows, so each part must have a sequence for each of them.
     num_parts = max(1, min(wanted, batch_size // ranks.world_size))
@@ -265,7 +265,7 @@ def _divide(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list
 
 
 def _load_summary(load: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Of each router, the largest and the smallest share of an expert, where 1 is an even one."""
+    """Give the largest and the smallest share of an expert in each router; 1 means an equal share."""
     return {
         name: {"largest": float(share.max() * len(share)), "smallest": float(share.min() * len(share))}
         for name, share in load.items()

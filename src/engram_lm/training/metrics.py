@@ -1,4 +1,4 @@
-"""What a run reports, step by step: metrics.jsonl always, TensorBoard and Weights & Biases where they are wanted."""
+"""What a run reports in each step: to metrics.jsonl always, to TensorBoard and Weights & Biases on request."""
 
 import contextlib
 import importlib.util
@@ -18,18 +18,18 @@ __all__ = ["Metrics", "check_installed", "read_metrics"]
 class Metrics:
     """The metrics of a run: one JSON object a line, each with ``step``.
 
-    Every line reaches the file at once, so that a process that is killed loses none. On resuming, lines of steps that
-    will be taken again are removed first.
+    Every line reaches the file at once, so a process that is killed loses none. When a run is resumed, lines of steps
+    that will be taken again are removed first.
 
     Args:
         path: The ``metrics.jsonl``.
-        first_step: The step that comes next; lines from it on are removed.
+        first_step: The next step; lines of this step and later ones are removed.
         tensorboard: Whether to write TensorBoard's event files beside it, in ``tensorboard/``.
-        wandb: Whether to send the same to Weights & Biases.
-        config: What describes the run there.
+        wandb: Whether to send the same numbers to Weights & Biases.
+        config: The description of the run there.
 
     Raises:
-        MissingExtraError: One of the two was asked for with ``"yes"`` and is not installed.
+        MissingExtraError: One of the two was requested with ``"yes"`` and is not installed.
         RunFolderError: The file cannot be written.
     """
 
@@ -67,7 +67,7 @@ class Metrics:
         """Add a line.
 
         Args:
-            values: ``step`` and anything that JSON holds; numbers, nested or not, become curves elsewhere.
+            values: ``step``, and anything else that JSON can hold. TensorBoard and Weights & Biases get the numbers.
 
         Raises:
             RunFolderError: The disk is full.
@@ -94,10 +94,10 @@ class Metrics:
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        """End all of them."""
+        """Close the file and the other two."""
         self._file.close()
         if self._board is not None:
-            # It writes in the background, and says here again what `write` has said.
+            # It writes in the background and may repeat here an error that `write` has raised already.
             with contextlib.suppress(OSError):
                 self._board.close()
         if self._wandb is not None:
@@ -105,7 +105,7 @@ class Metrics:
 
 
 def check_installed(*, tensorboard: str, wandb: str) -> None:
-    """Refuse what was asked for with ``"yes"`` and is not installed, before any work is done.
+    """Refuse a package that was requested with ``"yes"`` and is not installed, before any work is done.
 
     Raises:
         MissingExtraError: Naming the package.
@@ -116,10 +116,10 @@ def check_installed(*, tensorboard: str, wandb: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a ``metrics.jsonl``; a last line that a killed process did not finish is left out.
+    """Read a ``metrics.jsonl``, except for a last line that a killed process left unfinished.
 
     Raises:
-        RunFolderError: A line in the middle is no JSON object with a ``step``.
+        RunFolderError: Another line is not a JSON object with a ``step``.
     """
     found: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -143,7 +143,7 @@ def _line(values: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """Replace numbers that JSON lacks, such as NaN, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

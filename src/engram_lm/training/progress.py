@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere, nothing on other processes than one."""
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere, and only from the first process."""
 
 import contextlib
 import time
@@ -16,11 +16,11 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class RunProgress:
-    """Progress of a run.
+    """Shows the progress of a run.
 
     Args:
         console: Where to show it; live if it is a terminal.
-        silent: Whether to show nothing, as on all processes but the first.
+        silent: Whether to show nothing, as on all processes except the first.
     """
 
     def __init__(self, console: Console, *, silent: bool = False) -> None:
@@ -33,7 +33,7 @@ class RunProgress:
 
     @contextlib.contextmanager
     def packing(self) -> Iterator[Callable[[str, int, int | None], None]]:
-        """Show how much text has been tokenized; the yielded function is given to `pack_to_shards`."""
+        """Show how much text has been tokenized. The yielded function is what `pack_to_shards` calls."""
         done: dict[str, int] = {}
         started = said = time.perf_counter()
         with self._bar(TextColumn("{task.fields[detail]}")) as bar:
@@ -55,7 +55,7 @@ class RunProgress:
 
     @contextlib.contextmanager
     def training(self, done: int, num_steps: int) -> Iterator[Callable[[StepRecord, dict[str, Any] | None], None]]:
-        """Show training; the yielded function takes the record of each step and the last evaluation."""
+        """Show training. The yielded function takes the record of each step and the newest held-out measurement."""
         self.note(f"training, steps {done + 1:,} to {num_steps:,}" if done < num_steps else "nothing is left to train")
         tokens, started, said = 0, time.perf_counter(), time.perf_counter()
         columns = (MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn(compact=True))

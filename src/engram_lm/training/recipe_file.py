@@ -1,10 +1,11 @@
-"""TOML → frozen dataclasses and back: every key checked against the fields, every mistake answered with the place."""
+"""TOML → frozen dataclasses and back. Every key is checked, and every error names the place of the mistake."""
 
 import contextlib
 import dataclasses
 import io
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -96,7 +97,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:
-        ConfigError: It cannot be read, or is no TOML; with the line.
+        ConfigError: It cannot be read or is not TOML; the message names the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -109,7 +110,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "engram-lm train") -> dict[str, Any]:
-    """Replace keys of a table by what a command line says.
+    """Replace keys of a table by those given on a command line.
 
     Args:
         table: Nested tables, changed in place.
@@ -121,7 +122,7 @@ def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "en
         The table.
 
     Raises:
-        ConfigError: A flag without a value, something that is no flag, or a key below one that holds no table.
+        ConfigError: A flag lacks its value, an argument is not a flag, or a key lies below one that is not a table.
     """
     rest = list(arguments)
     while rest:
@@ -163,7 +164,7 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def describe_keys(kind: type) -> str:
-    """The help that a recipe's fields make: key, meaning, default.
+    """Describe every key of a recipe: its meaning and its default.
 
     Args:
         kind: The recipe's dataclass.
@@ -180,10 +181,10 @@ def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") ->
     Args:
         kind: A dataclass; its fields may be numbers, strings, paths, tuples, mappings, choices and dataclasses.
         table: Field to value.
-        place: Where the table stands in its file, for messages.
+        place: Where the table is in its file, for messages.
 
     Raises:
-        ConfigError: An unknown key (the nearest is suggested), a value of another type, or one that cannot be.
+        ConfigError: A key is unknown (the nearest is suggested), or a value has the wrong type or is impossible.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
@@ -209,7 +210,7 @@ def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") ->
 
 
 def to_plain(options: Any) -> Any:
-    """Options as nested dictionaries of plain values, None left out: what `build` makes the same options of."""
+    """Turn options into nested dictionaries of plain values without None, from which `build` makes them again."""
     if dataclasses.is_dataclass(options) and not isinstance(options, type):
         pairs = ((field.name, getattr(options, field.name)) for field in dataclasses.fields(options))
         return {name: to_plain(value) for name, value in pairs if value is not None}
@@ -248,11 +249,7 @@ def _is_section(value: Any) -> bool:
 
 
 def _key(name: str) -> str:
-    return (
-        name
-        if name and all(letter.isascii() and (letter.isalnum() or letter in "_-") for letter in name)
-        else json.dumps(name)
-    )
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 def _toml(value: Any) -> str:
