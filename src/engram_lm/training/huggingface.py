@@ -92,7 +92,7 @@ class TableTraining:
     lr_multiplier: float = 5.0
     """Learning rate of tables, relative to ``learning_rate`` at every step of its schedule (paper, Table 5)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of rows in the steps that touch them (paper: 0). ``args.weight_decay`` is not for tables."""
+    """Decoupled weight decay of rows, in steps that touch them (paper: 0). ``args.weight_decay`` is not for tables."""
     optimizer: TableOptimizer = "row_adam"
     """The optimizer of tables with sparse gradients. Tables with dense gradients have AdamW."""
     bias_correction: Literal["step", "row"] = "step"
