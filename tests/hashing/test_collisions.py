@@ -43,7 +43,7 @@ def plain_ngrams(spec, tokens, mask=None, positions=None):
     return found
 
 
-def plain_counts(spec, layer, tokens, besides=(), min_positions=1):
+def plain_counts(spec, layer, tokens, besides=()):
     """Row to its set of N-grams and its number of positions."""
     left_out = {
         (order, ngram)
@@ -59,11 +59,9 @@ def plain_counts(spec, layer, tokens, besides=(), min_positions=1):
                 for column, row in enumerate(rows):
                     order = spec.orders[column // spec.num_heads]
                     readings.append((row, (order, position[order])))
-    # Every head of an order reads the N-gram once.
-    often = collections.Counter(ngram for _, ngram in readings)
     sets, counts = collections.defaultdict(set), collections.Counter()
     for row, ngram in readings:
-        if ngram not in left_out and often[ngram] >= min_positions * spec.num_heads:
+        if ngram not in left_out:
             sets[row].add(ngram)
             counts[row] += 1
     return sets, counts
@@ -101,7 +99,7 @@ def test_two_positions_have_one_key_exactly_where_the_hash_sees_the_same_tokens(
 def test_rows_are_counted_as_by_a_dictionary(spec):
     tokens, besides = some_text(spec, 3, (2, 300)), [some_text(spec, 4, 9), some_text(spec, 5, 4)]
     for layer in spec.layers:
-        for options in ({}, {"besides": besides}, {"min_positions": 3}):
+        for options in ({}, {"besides": besides}):
             sets, counts = plain_counts(spec, layer, tokens, **options)
             found = row_collisions(spec, layer, tokens, **options)
             assert found.rows.tolist() == sorted(sets)
@@ -114,17 +112,6 @@ def test_rows_are_counted_as_by_a_dictionary(spec):
             assert some.rows.tolist() == wanted
             assert some.num_ngrams.tolist() == [len(sets[row]) for row in wanted]
             assert some.num_positions.tolist() == [counts[row] for row in wanted]
-
-
-def test_columns_say_how_crowded_each_order_and_head_is(spec):
-    tokens, layer = some_text(spec, 6, (1, 400)), spec.layers[-1]
-    sets, _ = plain_counts(spec, layer, tokens)
-    columns = row_collisions(spec, layer, tokens).columns()
-    assert [(c.order, c.head) for c in columns] == [(o, h) for o in spec.orders for h in range(spec.num_heads)]
-    for column, start, size in zip(columns, spec.offsets(layer), spec.primes[spec.layers.index(layer)], strict=True):
-        here = [len(ngrams) for row, ngrams in sets.items() if start <= row < start + size]
-        assert (column.num_rows, column.num_rows_hit, column.num_ngrams) == (size, len(here), sum(here))
-        assert column.num_colliding_ngrams == sum(count for count in here if count > 1)
 
 
 def test_published_row_numbers_are_those_that_are_counted(golden):
