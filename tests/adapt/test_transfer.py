@@ -306,7 +306,7 @@ def test_what_cannot_be_transferred_is_refused_and_nothing_is_written(attached, 
     with pytest.raises(ConfigError, match="detached"):
         transfer_rows(adapter, text())
     read_only = engram_lm.MemoryAdapter.from_pretrained(model, tmp_path / "adapter", table_tier="mmap")
-    with pytest.raises(ConfigError, match="table_tier='device'"):
+    with pytest.raises(ConfigError, match='table_tier="device"'):
         transfer_rows(read_only, text())
     read_only.close()
 

@@ -21,7 +21,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.tables import ParameterTable, Table
 
-__all__ = ["PatchableMemory", "patchable_memory"]
+__all__ = ["PatchableMemory", "patchable_memory", "trainable_tables"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def patchable_memory(target: Any) -> PatchableMemory:
     if isinstance(target, EngramPreTrainedModel) and target.config.memory is not None:
         owner: Any = target.base_model
         layers = {block: owner.layers[block].memory for block in target.config.memory_layers}
-        return PatchableMemory(owner, target, target.hash_spec, _trainable(target.tables), layers)
+        return PatchableMemory(owner, target, target.hash_spec, trainable_tables(target.tables), layers)
     adapters = attached_adapters(target) if isinstance(target, nn.Module) else {}
     if not isinstance(target, MemoryAdapter):
         if not adapters:
@@ -166,14 +166,21 @@ def patchable_memory(target: Any) -> PatchableMemory:
             f"the memory adapter {target.name!r} is {state}, so its rows are not read; attach or enable it first"
         )
     layers = {block: target.layers[str(block)] for block in target.spec.blocks}
-    return PatchableMemory(target, target.model, target.spec, _trainable(target.tables), layers)
+    return PatchableMemory(target, target.model, target.spec, trainable_tables(target.tables), layers)
 
 
-def _trainable(tables: Mapping[str, Table]) -> dict[str, ParameterTable]:
+def trainable_tables(tables: Mapping[str, Table]) -> dict[str, ParameterTable]:
+    """Return the tables if all of them are parameters, whose rows can be changed.
+
+    Raises:
+        ConfigError: A table is read from somewhere else, or its weights are not loaded.
+    """
     for name, table in tables.items():
-        if not isinstance(table, ParameterTable) or table.weight.is_meta:
+        if not isinstance(table, ParameterTable):
             raise ConfigError(
                 f"the rows of table {name} are read from a {type(table).__name__} and cannot be changed there; load "
                 'the model or adapter with table_tier="device", which makes its tables parameters in memory'
             )
+        if table.weight.is_meta:
+            raise ConfigError(f"the table {name} has no rows yet (its device is meta); load its weights first")
     return dict(tables)  # type: ignore[arg-type]

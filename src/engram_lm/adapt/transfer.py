@@ -12,6 +12,7 @@ from torch import Tensor
 from engram_lm.adapt.adapter import MemoryAdapter, table_name
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.ngram_states import NgramStates, Source, mean_states
+from engram_lm.adapt.patchable import trainable_tables
 from engram_lm.errors import ConfigError
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 from engram_lm.memory.layer import row_signs
@@ -108,8 +109,10 @@ def transfer_rows(
         TokenError: The text has a token outside the adapter's vocabulary.
     """
     started = time.perf_counter()
-    spec, tables = adapter.spec, _writable(adapter)
-    decoder = find_decoder(_model_of(adapter), layer_list)
+    if adapter.model is None:
+        raise ConfigError("this adapter is detached, so there are no hidden states to take; attach it to a model first")
+    spec, tables = adapter.spec, trainable_tables(adapter.tables)
+    decoder = find_decoder(adapter.model, layer_list)
     tokens = np.asanyarray(tokens)
     ngrams = frequent_ngrams(
         spec, tokens, num_ngrams=num_ngrams, on_progress=lambda number: on_progress("counting", number, None)
@@ -140,26 +143,6 @@ def transfer_rows(
         variance_kept=variance_kept,
         seconds=time.perf_counter() - started,
     )
-
-
-def _model_of(adapter: MemoryAdapter) -> Any:
-    if adapter.model is None:
-        raise ConfigError("this adapter is detached, so there are no hidden states to take; attach it to a model first")
-    return adapter.model
-
-
-def _writable(adapter: MemoryAdapter) -> dict[str, ParameterTable]:
-    tables = {}
-    for name, table in adapter.tables.items():
-        if not isinstance(table, ParameterTable):
-            raise ConfigError(
-                f"the table {name} is a {type(table).__name__}, which is only read; load the adapter with "
-                "table_tier='device' to write rows"
-            )
-        if table.weight.is_meta:
-            raise ConfigError(f"the table {name} has no rows yet (its device is meta); load its weights first")
-        tables[name] = table
-    return tables
 
 
 def _pieces(
