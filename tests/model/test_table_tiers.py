@@ -17,7 +17,7 @@ from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.read_ahead import record_rows
-from engram_lm.serving.load import TableFlags, load_model
+from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
 from engram_lm.tables.choose import TIERS
 
@@ -276,7 +276,7 @@ def test_the_commands_read_tables_from_the_tier_they_are_told(folder, tmp_path, 
         assert "use 'mmap'" in capsys.readouterr().err
         assert main([*call, "--table-cache-mib", "1"]) == 2
         assert "--table-cache-mib" in capsys.readouterr().err
-    model, _ = load_model(folder, tables=TableFlags(table_tier="file", table_cache_mib=1))
+    model, _ = load_model(folder, tables=ModelFlags(table_tier="file", table_cache_mib=1))
     stats = next(iter(model.tables.values())).stats()
     assert (stats["tier"], stats["capacity_bytes"]) == ("file", 1 << 20)
     close(model)

@@ -95,7 +95,7 @@ def test_an_adapter_that_does_not_fit_ends_with_a_message(adapted, folder, tmp_p
     for base_model, adapter, message in (
         (base, tmp_path, "config.json"),
         (folder, memory, "the model embeds"),
-        (base, base, "no memory adapter"),
+        (base, base, "does not describe a memory adapter"),
     ):
         assert main(["generate", str(base_model), "--prompt", "a", "--adapter", str(adapter)]) == 1
         assert message in capsys.readouterr().err

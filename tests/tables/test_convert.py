@@ -266,7 +266,7 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path):
 def test_rounding_is_told_with_its_error_and_the_bytes_saved(tmp_path, dtype, record_bytes, low, high):
     plain(tmp_path / "own", "model.memory_tables.1.weight", torch.float32, "F32", rows=500, width=256)
     (result,) = convert(tmp_path / "own", tmp_path / "packed", dtype=dtype, error_rows=None)
-    assert result.stored_bytes == 500 * record_bytes
+    assert result.to_dict()["stored_bytes"] == 500 * record_bytes
     assert result.to_dict()["bytes_saved"] == 500 * (1024 - record_bytes)
     error = result.error
     assert low < error.relative_error_p50 <= error.relative_error_p99 <= error.relative_error_max < high

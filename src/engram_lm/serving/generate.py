@@ -30,13 +30,13 @@ class Generate(ModelFlags):
     max_new_tokens: int = 100
     """Tokens to add at most."""
     temperature: float = 0.8
-    """Randomness; 0 always takes the likeliest token."""
+    """Randomness of the choices, from 0, which always takes the likeliest token."""
     top_k: int = 50
-    """Choose among so many likeliest tokens; 0 among all."""
+    """Choose among this many of the likeliest tokens; 0 for all."""
     seed: int = 0
     """Seed of the choices."""
     num_samples: int = 1
-    """Continuations to write."""
+    """Number of continuations."""
     device: str = "cpu"
     """Where to run, as torch names it."""
     json: bool = False
@@ -54,18 +54,9 @@ class Generate(ModelFlags):
     def run(self) -> int:
         """Print the continuations."""
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
-        texts = [
-            continue_text(
-                model,
-                tokenizer,
-                self.prompt,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                seed=self.seed + sample,
-            )
-            for sample in range(self.num_samples)
-        ]
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k")}
+        seeds = range(self.seed, self.seed + self.num_samples)
+        texts = [continue_text(model, tokenizer, self.prompt, seed=seed, **options) for seed in seeds]
         if self.json:
             print(json_module.dumps({"prompt": self.prompt, "continuations": texts}, ensure_ascii=False))
         else:
@@ -91,8 +82,8 @@ def continue_text(
         prompt: What to continue; an end-of-text token stands in for an empty one.
         max_new_tokens: Tokens to add at most.
         temperature: 0 for the likeliest token each time.
-        top_k: Choose among so many; 0 for all.
-        seed: Decides the choices; torch's global random state is left as it was.
+        top_k: Choose among this many of the likeliest tokens; 0 for all.
+        seed: Seed of the choices; torch's global random state is left as it was.
 
     Returns:
         The new text only.

@@ -8,26 +8,33 @@ import tyro
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError
 
-__all__ = ["ModelFlags", "TableFlags", "load_model"]
+__all__ = ["ModelFlags", "load_model"]
+
+_STAGED_TOKENS = 1024
+"""Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TableFlags:
-    """Where a model's memory tables are read from: flags that commands which run a model inherit."""
+class ModelFlags:
+    """Which memory is added to a model, and where tables are read from: flags of commands that run one model."""
+
+    adapter: str | None = None
+    """Memory to add to the model: a folder as MemoryAdapter.save_pretrained writes it, or a repository of the Hugging
+    Face Hub. MODEL is then any causal language model of transformers, and the table flags are for this memory."""
 
     table_tier: Annotated[str | None, tyro.conf.arg(metavar="device|host|mmap|file|remote|auto")] = None
     """Where the memory tables are read from: loaded with the model (device), loaded as they are stored (host), left in
-    their files (mmap, file), on the machine of a --table-source (remote), or what suits the machine (auto). device
-    unless given; auto with a --table-source."""
+    their files (mmap, file), on the machine of a --table-source (remote), or what suits the machine (auto). The default
+    is device, and auto with a --table-source."""
     table_source: str | None = None
     """Read the tables from here and not from the checkpoint: a folder of packed tables, a file, or an address that
     fsspec opens (https, s3, gs, hf, ...) or mooncake://HOST:PORT/NAME. {table} in it stands for each table's name."""
     table_cache_mib: int = 0
-    """MiB of a cache before each table that is not loaded with the model."""
+    """Size in MiB of a cache before each table that is not loaded with the model; 0 for none."""
     table_cache_policy: Literal["clock", "lru"] = "clock"
     """Which rows give way when that cache is full."""
     table_pinned: Path | None = None
-    """A recorded trace (.npz): the rows it reads most fill that cache and stay in it."""
+    """A recorded trace (.npz) whose most read rows fill that cache and stay in it."""
 
     def __post_init__(self) -> None:
         if self.table_tier is not None:
@@ -63,29 +70,16 @@ class TableFlags:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags(TableFlags):
-    """Which memory is added to a model, and where tables are read from: flags of commands that run one model."""
-
-    adapter: str | None = None
-    """Memory to add to the model: a folder as MemoryAdapter.save_pretrained writes it, or a repository of the Hugging
-    Face Hub. MODEL is then any causal language model of transformers, and the table flags are for this memory."""
-
-
-_STAGED_TOKENS = 1024
-"""Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
-
-
 def load_model(
-    path: str | Path, *, device: str = "cpu", tables: TableFlags | None = None, adapter: str | Path | None = None
+    path: str | Path, *, device: str = "cpu", tables: ModelFlags | None = None, adapter: str | Path | None = None
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a local folder.
 
     Args:
         path: A folder as ``save_pretrained`` writes it.
-        device: Where the model shall be.
-        tables: Where its memory tables shall be read from; they are loaded with the model where None. With an
-            ``adapter`` it is the adapter's tables that are meant.
+        device: Where to put the model.
+        tables: Where its memory tables are read from; loaded with the model where None. With an ``adapter`` these are
+            the adapter's tables.
         adapter: Folder or repository of a `MemoryAdapter` to attach.
 
     Returns:
@@ -93,7 +87,7 @@ def load_model(
 
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.
-        ConfigError: The folder is not a model's, the device is not there, or the tier or source is not for this model.
+        ConfigError: The folder holds no model, the device does not exist, or the tier or source is not for this model.
         MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
             trained with; tables of a source are not this model's; or the adapter is for another model.
         RemoteError: Nobody answers at the address of a source, or at the Hub.

@@ -181,12 +181,13 @@ class Convert:
 
 
 def _print(result: "Converted") -> None:
-    saved = result.source_bytes - result.stored_bytes
+    values = result.to_dict()
     print(f"layer {result.layer}: {result.path}{' (was there already)' if result.kept else ''}")
-    print(f"  rows            {result.num_rows:,} of {result.width} numbers, {result.source_codec} → {result.codec}")
+    print(f"  rows            {values['num_rows']:,} of {values['width']} numbers, {values['source_codec']} → "
+          f"{values['codec']}")  # fmt: skip
     print(
-        f"  bytes           {result.source_bytes:,} → {result.stored_bytes:,}, saved {saved:,} "
-        f"({saved / result.source_bytes:.1%}); the file has {result.file_bytes:,}"
+        f"  bytes           {values['source_bytes']:,} → {values['stored_bytes']:,}, saved {values['bytes_saved']:,} "
+        f"({values['bytes_saved'] / values['source_bytes']:.1%}); the file has {values['file_bytes']:,}"
     )
     if (error := result.error) is not None:
         rows = "all rows" if error.all_rows else f"{error.num_rows:,} rows drawn evenly"

@@ -33,31 +33,32 @@ class Converted:
     """Block number, or the table's name where it is none."""
     path: Path
     """The packed file."""
-    num_rows: int
-    """Rows in it."""
-    width: int
-    """Numbers in a row."""
-    source_codec: RowCodec
-    """How rows were stored."""
-    codec: RowCodec
-    """How they are stored now."""
-    source_bytes: int
-    """Bytes of all records before."""
-    stored_bytes: int
-    """Bytes of all records now."""
-    file_bytes: int
-    """Bytes of the file, with header and checksums."""
+    source: RowLayout
+    """The table it was made from."""
+    header: PackedHeader
+    """The packed table."""
     kept: bool
     """Whether the file was there already, made from the same source, and was left alone."""
     error: RowError | None
     """What rounding cost; None where rows were copied as they are."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        error = None if self.error is None else dataclasses.asdict(self.error)
-        codecs = {"path": str(self.path), "source_codec": str(self.source_codec), "codec": str(self.codec)}
-        return {**values, **codecs, "bytes_saved": self.source_bytes - self.stored_bytes, "error": error}
+        """Return it as JSON values, with the bytes of all records before (``source_bytes``) and now."""
+        before, now = self.source.stored_bytes, self.header.records_bytes
+        return {
+            "layer": self.layer,
+            "path": str(self.path),
+            "num_rows": self.header.num_rows,
+            "width": self.header.codec.width,
+            "source_codec": str(self.source.codec),
+            "codec": str(self.header.codec),
+            "source_bytes": before,
+            "stored_bytes": now,
+            "bytes_saved": before - now,
+            "file_bytes": self.header.file_bytes,
+            "kept": self.kept,
+            "error": None if self.error is None else dataclasses.asdict(self.error),
+        }
 
 
 def convert(
@@ -131,21 +132,8 @@ def convert(
             except CheckpointError as error:
                 raise CheckpointError(f"layer {key}, {error}") from error
         rounded = codec != layout.codec
-        results.append(
-            Converted(
-                layer=key,
-                path=path,
-                num_rows=layout.num_rows,
-                width=codec.width,
-                source_codec=layout.codec,
-                codec=codec,
-                source_bytes=layout.stored_bytes,
-                stored_bytes=header.records_bytes,
-                file_bytes=header.file_bytes,
-                kept=kept,
-                error=measure_row_error(layout, header.layout, sample=error_rows) if rounded else None,
-            )
-        )
+        rounding = measure_row_error(layout, header.layout, sample=error_rows) if rounded else None
+        results.append(Converted(key, path, layout, header, kept, rounding))
     return results
 
 
