@@ -17,7 +17,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.planning.sizes import model_sizes
 from engram_lm.serving.load import load_model
 from engram_lm.studies.depth.study import DepthStudy, default_split
-from engram_lm.studies.depth.summary import summarize, terminal_table
+from engram_lm.studies.depth.summary import depth_finding, summarize
 from engram_lm.studies.study import with_seed
 from engram_lm.training.assembly import open_text
 from engram_lm.training.build import build_model, model_config
@@ -201,7 +201,8 @@ def test_a_study_is_gone_on_with_only_when_asked_and_only_as_it_was_begun(study,
     whole = trained.read_bytes()
     trained.write_bytes(whole[:40])
     assert main([*call, "--resume"]) == 1
-    assert "result.json is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "result.json is not readable JSON" in said and "trains this model again" in said
     trained.write_bytes(whole)
 
 
@@ -237,6 +238,7 @@ def test_the_summary_compares_seed_by_seed_and_names_the_best_single_module():
     assert gain["mean"] == pytest.approx(0.2) and gain["std"] == pytest.approx(0.0, abs=1e-12)
     assert summary["arms"]["block_1"]["loss"]["std"] == pytest.approx(0.5**0.5)
     assert summary["best"] == "block_1" and summary["kept_by_worst"] == pytest.approx(0.5)
-    assert terminal_table({"seeds": seeds, "summary": summary}).row_count == 4
+    (table,) = depth_finding({"seeds": seeds, "summary": summary}).tables
+    assert len(table.rows) == 4
     worse = summarize([made_seed(baseline=3.0, block_0=3.2, block_1=3.1)], {name: name for name in list(titles)[:3]})
     assert worse["kept_by_worst"] is None and worse["arms"]["block_0"]["gain"]["std"] is None

@@ -18,7 +18,7 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.studies.budget import check_budget, price
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.study import Arm, Budget, Study
-from engram_lm.studies.summary import headline, paired_p_value, seeds_note, summarize
+from engram_lm.studies.summary import paired_difference, paired_p_value, seeds_note
 from engram_lm.training.recipe import Recipe
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
@@ -214,11 +214,8 @@ def test_the_p_value_is_what_integrating_students_density_gives(num_pairs):
 
 
 def test_differences_are_paired_by_seed_and_few_seeds_claim_nothing():
-    summary = summarize({"a": {"loss": {0: 3.0, 1: 4.0, 2: None}}, "b": {"loss": {0: 2.9, 1: 3.8, 2: 1.0}}})
-    difference = summary["b"]["loss"]["difference"]
-    assert difference["per_seed"] == pytest.approx([-0.1, -0.2]) and summary["a"]["loss"]["mean"] == 3.5
-    assert "difference" not in summary["a"]["loss"]
+    found = paired_difference({0: 2.9, 1: 3.8, 2: 1.0}, {0: 3.0, 1: 4.0, 2: None})
+    assert found["per_seed"] == pytest.approx([-0.1, -0.2]) and found["mean"] == pytest.approx(-0.15)
+    assert found["p_value"] == paired_p_value(found["per_seed"])
     assert paired_p_value([1.0]) is None and paired_p_value([2.0, 2.0]) is None
     assert "too few" in seeds_note(2) and "too few" not in seeds_note(3)
-    arms = {name: {"title": name, "summary": found} for name, found in summary.items()}
-    assert "too few seeds" in headline({"measures": {"loss": {"title": "loss", "unit": "nats"}}, "arms": arms})

@@ -9,7 +9,7 @@ from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
-from engram_lm.studies.suppression.summary import markdown_table, summarize, terminal_table
+from engram_lm.studies.suppression.summary import markdown_table, summarize, suppression_finding
 
 SMALL = FamilyOptions(num_people=20, num_documents=600, num_questions=60)
 QUICK = """
@@ -177,7 +177,8 @@ def test_the_summary_averages_over_seeds_and_leaves_out_what_is_unknown():
     assert summary["reading_minus_recall"]["zero in block 1"]["per_seed"] == [0.75, 0.25]
     alone = summarize([made_seed(None, 1.0)])
     assert alone["reading_minus_recall"]["zero in block 1"] == {"mean": None, "std": None, "per_seed": []}
-    assert terminal_table({"seeds": [0], "summary": alone}).row_count == 2
+    (shown,) = suppression_finding({"seeds": [0], "summary": alone}).tables
+    assert len(shown.rows) == 2
     assert markdown_table({"summary": summary}).splitlines() == [
         "| memory | recall | retained | reading | retained |",
         "| :-- | --: | --: | --: | --: |",

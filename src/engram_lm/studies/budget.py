@@ -1,7 +1,6 @@
 """What the arms of a study cost, and whether they share the budget that the study says they share."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,7 +85,7 @@ def check_budget(study: Study) -> dict[str, Cost]:
     return costs
 
 
-def estimated_seconds(study: Study, costs: Mapping[str, Cost]) -> float | None:
+def estimated_seconds(study: Study) -> float | None:
     """Guess how long the whole study takes on this machine's CPU, by the speed of its matrix products.
 
     Returns:
@@ -94,13 +93,12 @@ def estimated_seconds(study: Study, costs: Mapping[str, Cost]) -> float | None:
     """
     if any(arm.recipe.train.device not in ("auto", "cpu") for arm in study.arms):
         return None
-    device = torch.device("cpu")
-    peak = peak_flops(device, best_dtype(device))
+    peak = peak_flops(torch.device("cpu"), best_dtype(torch.device("cpu")))
     assert peak is not None, "a CPU is measured"
-    return study.seeds * sum(cost.flops for cost in costs.values()) / (peak * _UTILIZATION)
+    return study.seeds * sum(price(arm.recipe).flops for arm in study.arms) / (peak * _UTILIZATION)
 
 
-def cost_table(study: Study, costs: Mapping[str, Cost]) -> "Table":
+def cost_table(study: Study) -> "Table":
     """Lay out what each arm costs with one seed, a line for each."""
     from rich import box
     from rich.table import Table
@@ -110,7 +108,7 @@ def cost_table(study: Study, costs: Mapping[str, Cost]) -> "Table":
     for title in ("Parameters", "Active", "Bytes", "Tokens", "FLOPs"):
         table.add_column(title, justify="right")
     for arm in study.arms:
-        cost = costs[arm.name]
-        sizes = (count_text(cost.total), count_text(cost.active), byte_size(cost.bytes))
-        table.add_row(arm.title, *sizes, count_text(cost.tokens), count_text(cost.flops))
+        cost = price(arm.recipe)
+        counts = [count_text(cost.total), count_text(cost.active), byte_size(cost.bytes)]
+        table.add_row(arm.title, *counts, count_text(cost.tokens), count_text(cost.flops))
     return table

@@ -1,10 +1,10 @@
-"""``engram-lm study NAME``: what every study has in common from its flags to its page."""
+"""``engram-lm study NAME``: what every study has in common, from its flags to its page."""
 
 import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,61 +14,20 @@ from transformers.utils import logging as transformers_logging
 
 from engram_lm.files import write_atomically
 from engram_lm.page.figure import save_pictures
-from engram_lm.studies.budget import Cost, check_budget, cost_table, estimated_seconds
-from engram_lm.studies.page import Section, render_study
+from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
+from engram_lm.studies.page import Finding, print_finding, render_study
 from engram_lm.studies.progress import StudyProgress
-from engram_lm.studies.result import ARM_COLUMNS, arm_rows, result_table, study_result
+from engram_lm.studies.result import study_finding, study_result
 from engram_lm.studies.runner import Mode, Runner
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.studies.study_folder import take_folder
-from engram_lm.studies.summary import headline, seeds_note
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.run_folder import command_line, commit, run_facts, to_json
 
-__all__ = ["Finding", "StudyCommand", "Trained"]
+__all__ = ["StudyCommand", "plain_flags"]
 
 _LONG_SECONDS = 60.0
 """Estimated time from which arms are trained in parallel processes unless another mode is asked for."""
-_RESULT, _PAGE = "result.json", "report.html"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a study has when all its arms are trained."""
-
-    study: Study
-    """The study."""
-    costs: Mapping[str, Cost]
-    """What each arm costs, by name."""
-    seeds: Sequence[Mapping[str, TrainedArm]]
-    """For each seed, its arms by name."""
-    runner: Runner
-    """What trained them; it gives the text."""
-    progress: StudyProgress
-    """What people see."""
-    interrupt: Interrupt
-    """Tells when to stop."""
-
-    def stop_if_asked(self, amount: int = 0) -> None:
-        """End what is measured after a signal; everything that was trained is kept.
-
-        Raises:
-            KeyboardInterrupt: A signal has come.
-        """
-        if self.interrupt.asked:
-            raise KeyboardInterrupt
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What a page says of a result."""
-
-    headline: str
-    """What came out."""
-    detail: str
-    """What to know about the numbers."""
-    tables: Sequence[Section]
-    """Tables of numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +70,7 @@ class StudyCommand:
                 cls()._plan()
             raise
 
-    # What a study says about itself ------------------------------------------------------------------------------
+    # What a study says about itself ----------------------------------------------------------------------------------
 
     def study(self) -> Study:
         """The study that these flags ask for."""
@@ -123,25 +82,25 @@ class StudyCommand:
     def settings(self) -> dict[str, Any]:
         """What the trained models depend on, as JSON can hold it."""
         free = {field.name for field in dataclasses.fields(StudyCommand)} | set(self.free)
-        return {name: plain_setting(value) for name, value in vars(self).items() if name not in free}
+        return {name: value for name, value in plain_flags(self).items() if name not in free}
 
-    def measure(self, trained: Trained) -> dict[str, Any]:
-        """Measure what was trained: the result without the facts of the run and the settings."""
-        return study_result(trained.study, trained.costs, trained.seeds)
+    def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
+        """Measure what was trained.
 
-    def tables(self, result: Mapping[str, Any]) -> Iterable[Any]:
-        """What is printed of a result: renderables of ``rich``."""
-        return result_table(result)
+        Args:
+            seeds: For each seed, its arms by name.
+            runner: What trained them; it has the study and its text.
+
+        Returns:
+            The result without the facts of the run and the settings.
+        """
+        return study_result(runner.study, seeds)
 
     def finding(self, result: Mapping[str, Any]) -> Finding:
-        """What the page says of a result."""
-        tables = [
-            (about["title"].capitalize(), ARM_COLUMNS, arm_rows(result, name))
-            for name, about in result["measures"].items()
-        ]
-        return Finding(headline=headline(result), detail=seeds_note(len(result["seeds"])), tables=tables)
+        """Say what came out, for the terminal and for the page."""
+        return study_finding(result)
 
-    # What all studies do -----------------------------------------------------------------------------------------
+    # What all studies do ---------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Do all of it.
@@ -158,93 +117,61 @@ class StudyCommand:
         if self.dry_run:
             return self._plan()
         study = self.study()
-        costs = check_budget(study)
+        check_budget(study)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         started, made_at = time.time(), commit()
         progress = StudyProgress(Console(stderr=True))
-        out = self.folder.expanduser().resolve()
-        settings = self.settings()
+        out, settings = self.folder, self.settings()
         may_change = [name for name in self.free if name in settings]
         with take_folder(out, settings, resume=self.resume, may_change=may_change, decided_by=self.decided_by):
-            found = self._train(study, costs, out, progress)
-            if found is None:
+            try:
+                with Interrupt() as interrupt:
+                    self.prepare(out)
+                    runner = Runner(study, out, mode=self._mode(study), progress=progress, interrupt=interrupt)
+                    outcome = runner.run()
+                    if outcome.interrupted:
+                        raise KeyboardInterrupt
+                    found = self.measure(outcome.seeds, runner)
+            except KeyboardInterrupt:
+                again = command_line()
+                again += "" if "--resume" in shlex.split(again) else " --resume"
+                progress.note(f"interrupted; go on with: {again}")
                 return 130
+            free = {name: value for name, value in plain_flags(self).items() if name in ("seeds", *self.free)}
             facts = {"format": self.result_format, **run_facts(started, made_at)}
-            result = {**facts, "settings": settings | self._free_settings(), **found}
-            files = self._write(result, study, out)
-        if self.json:
-            print(to_json(result), end="")
-        else:
-            console = Console()
-            for table in self.tables(result):
-                console.print(table)
-            for path in files:
-                console.print(f"  {path}", highlight=False, soft_wrap=True)
+            self._publish({**facts, "settings": settings | free, **found}, study)
         return 0
-
-    def _train(
-        self, study: Study, costs: Mapping[str, Cost], out: Path, progress: StudyProgress
-    ) -> dict[str, Any] | None:
-        """Train and measure the arms; None where a signal came first."""
-        try:
-            with Interrupt() as interrupt:
-                self.prepare(out)
-                runner = Runner(study, out, mode=self._mode(study, costs), progress=progress, interrupt=interrupt)
-                outcome = runner.run()
-                if outcome.interrupted:
-                    raise KeyboardInterrupt
-                return self.measure(
-                    Trained(
-                        study=study,
-                        costs=costs,
-                        seeds=outcome.seeds,
-                        runner=runner,
-                        progress=progress,
-                        interrupt=interrupt,
-                    )
-                )
-        except KeyboardInterrupt:
-            again = command_line()
-            progress.note(f"interrupted; go on with: {again}{'' if '--resume' in shlex.split(again) else ' --resume'}")
-            return None
 
     @property
     def folder(self) -> Path:
-        """The folder of the study."""
-        return self.out or Path("runs") / self.name
+        """The folder of the study, absolute."""
+        return (self.out or Path("runs") / self.name).expanduser().resolve()
 
-    def _free_settings(self) -> dict[str, Any]:
-        return {name: plain_setting(getattr(self, name)) for name in ("seeds", *self.free)}
-
-    def _mode(self, study: Study, costs: Mapping[str, Cost]) -> Mode:
+    def _mode(self, study: Study) -> Mode:
         if self.mode != "auto":
             return self.mode
-        seconds = estimated_seconds(study, costs)
+        seconds = estimated_seconds(study)
         return "processes" if seconds is not None and seconds > _LONG_SECONDS else "one_by_one"
 
-    def _write(self, result: Mapping[str, Any], study: Study, out: Path) -> list[Path]:
-        """Write pictures and page, and then the result, each of them whole."""
-        pictures = study.figures(result)
+    def _publish(self, result: dict[str, Any], study: Study) -> None:
+        """Write pictures, the page and then the result, each of them whole, and print what came out."""
+        out, pictures, finding = self.folder, study.figures(result), self.finding(result)
         files = save_pictures(pictures, out)
-        said = self.finding(result)
-        page = render_study(
-            question=study.question,
-            headline=said.headline,
-            detail=said.detail,
-            tables=said.tables,
-            pictures={picture.title: path for picture, path in zip(pictures, files, strict=True)},
-            result=result,
-        )
-        write_atomically(out / _PAGE, page)
-        write_atomically(out / _RESULT, to_json(result))
-        return [out / _RESULT, out / _PAGE, *files]
+        titled = {picture.title: path for picture, path in zip(pictures, files, strict=True)}
+        write_atomically(out / "report.html", render_study(study.question, finding, titled, result))
+        write_atomically(out / "result.json", to_json(result))
+        if self.json:
+            print(to_json(result), end="")
+            return
+        print_finding(finding)
+        for path in (out / "result.json", out / "report.html", *files):
+            Console().print(f"  {path}", highlight=False, soft_wrap=True)
 
     def _plan(self) -> int:
         """Print the question, the arms, and what they cost."""
         study = self.study()
-        costs = check_budget(study)
-        seconds = estimated_seconds(study, costs)
+        costs, seconds = check_budget(study), estimated_seconds(study)
         if self.json:
             arms = {arm.name: {"title": arm.title, **dataclasses.asdict(costs[arm.name])} for arm in study.arms}
             plan = {"study": study.name, "question": study.question, "seeds": study.seeds, "arms": arms}
@@ -252,20 +179,19 @@ class StudyCommand:
             return 0
         console = Console()
         console.print(f"\n{study.question}")
-        console.print(cost_table(study, costs))
-        flops = study.seeds * sum(cost.flops for cost in costs.values())
-        equal = ", ".join(study.budget.equal)
-        console.print(
-            f"{len(study.arms)} arms, {study.seeds} seed{'s' * (study.seeds > 1)}, {flops:.2g} operations"
-            + ("" if seconds is None else f", very roughly {max(seconds, 1) / 60:.1f} minutes on this machine")
-            + (f"; equal within {study.budget.tolerance:.1%}: {equal}" if equal else ""),
-            highlight=False,
-        )
+        console.print(cost_table(study))
+        words = f"{len(study.arms)} arms, {study.seeds} seed{'s' * (study.seeds > 1)}"
+        words += "" if seconds is None else f", very roughly {max(seconds, 1) / 60:.1f} minutes on this machine"
+        if study.budget.equal:
+            words += f"; equal within {study.budget.tolerance:.1%}: {', '.join(study.budget.equal)}"
+        console.print(words, highlight=False)
         return 0
 
 
-def plain_setting(value: Any) -> Any:
-    """A flag's value as JSON can hold it."""
-    if isinstance(value, tuple):
-        return [plain_setting(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def plain_flags(command: Any) -> dict[str, Any]:
+    """The flags of a command as JSON can hold them."""
+    return {
+        field.name: list(map(str, value)) if field.name == "data" else str(value) if isinstance(value, Path) else value
+        for field in dataclasses.fields(command)
+        for value in [getattr(command, field.name)]
+    }

@@ -1,46 +1,85 @@
-"""The page of a study: its question, what came out, its pictures, and how it was made."""
+"""What a study found, for people: tables for a terminal, and a page."""
 
 import base64
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
 from engram_lm.page.frame import definitions, escape, render_page, section, table
 
-__all__ = ["Section", "facts_section", "page_footer", "render_study"]
-
-Section = tuple[str, Sequence[str], Sequence[Sequence[str]]]
-"""A table of a page: its heading, its columns, and its rows."""
+__all__ = ["Finding", "Table", "facts_section", "page_footer", "print_finding", "render_study"]
 
 _STYLE = "figure img { max-width: 100%; background: white; border-radius: 4px }"
 
 
-def render_study(
-    *,
-    question: str,
-    headline: str,
-    detail: str,
-    tables: Sequence[Section],
-    pictures: Mapping[str, Path],
-    result: Mapping[str, Any],
-) -> str:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of numbers, as plain text."""
+
+    title: str
+    """What it shows."""
+    columns: Sequence[str]
+    """Headings."""
+    rows: Sequence[Sequence[str]]
+    """A cell for each column."""
+    note: str = ""
+    """What to know about the numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What came out of a study."""
+
+    headline: str
+    """The answer, in a sentence."""
+    detail: str
+    """What the number of seeds allows to claim."""
+    tables: Sequence[Table]
+    """The numbers."""
+
+
+def print_finding(finding: Finding) -> None:
+    """Print a finding on the terminal."""
+    console = Console()
+    console.print(Text(f"\n{finding.headline}", style="bold"))
+    for one in finding.tables:
+        shown = TerminalTable(
+            box=box.SIMPLE_HEAD, title=one.title, title_justify="left", caption=one.note, caption_justify="left"
+        )
+        for index, column in enumerate(one.columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for row in one.rows:
+            shown.add_row(*map(Text, row))  # text, not markup: titles come from a file
+        console.print(shown)
+    console.print(finding.detail)
+
+
+def render_study(question: str, finding: Finding, pictures: Mapping[str, Path], result: Mapping[str, Any]) -> str:
     """Render the page of a study.
 
     Args:
         question: What was asked.
-        headline: What came out.
-        detail: What to know about the numbers.
-        tables: Tables of numbers, as plain text.
+        finding: What came out.
         pictures: Title and PNG file of every picture; the files become part of the page.
-        result: The result: of its own facts, command, machine, versions and settings are shown.
+        result: The result, whose command, machine, versions, data and settings are shown.
 
     Returns:
         An HTML page with its styles and pictures inside.
     """
-    header = f'<p class="eyebrow">{escape(question)}</p><h1>{escape(headline)}</h1><p class="lead">{escape(detail)}</p>'
     sections = [
-        section(f"table-{number}", escape(title), table(columns, rows, label=title))
-        for number, (title, columns, rows) in enumerate(tables)
+        section(
+            f"table-{number}",
+            escape(one.title),
+            table(one.columns, one.rows, label=one.title)
+            + (f'<p class="note">{escape(one.note)}</p>' * bool(one.note)),
+        )
+        for number, one in enumerate(finding.tables)
     ]
     figures = "\n".join(
         f'<figure><h3>{escape(title)}</h3><img alt="{escape(title)}" '
@@ -51,8 +90,9 @@ def render_study(
         sections.append(section("pictures", "Pictures", figures))
     sections.append(facts_section(result, {name: result.get(name.lower()) or {} for name in ("Data", "Settings")}))
     return render_page(
-        title=f"{headline} · engram-lm",
-        header=header,
+        title=f"{finding.headline} · engram-lm",
+        header=f'<p class="eyebrow">{escape(question)}</p><h1>{escape(finding.headline)}</h1>'
+        f'<p class="lead">{escape(finding.detail)}</p>',
         sections=sections,
         footer=page_footer(result),
         colors=[],
@@ -71,12 +111,7 @@ def facts_section(result: Mapping[str, Any], groups: Mapping[str, Mapping[str, A
     run = {key: result[key] for key in ("started", "commit", "seeds", "interrupted") if key in result}
     if any(not isinstance(seed, int) for seed in run.get("seeds") or ()):
         run["seeds"] = len(run["seeds"])
-    known = {
-        **groups,
-        "Machine": result.get("machine") or {},
-        "Versions": result.get("versions") or {},
-        "Run": run,
-    }
+    known = {**groups, "Machine": result.get("machine"), "Versions": result.get("versions"), "Run": run}
     lists = "\n".join(f"<div><h3>{name}</h3>{definitions(values)}</div>" for name, values in known.items() if values)
     command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'
     return section("facts", "How it was made", f'{command}<div class="facts">{lists}</div>{after}')

@@ -2,134 +2,142 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engram_lm.page.number_text import NOTHING, signed_text, spread_text
-from engram_lm.studies.budget import Cost
+from engram_lm.studies.budget import price
+from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.study import Study, TrainedArm
-from engram_lm.studies.summary import headline, seeds_note, summarize
+from engram_lm.studies.summary import ENOUGH_SEEDS, paired_difference, seeds_note, spread
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["run_record", "study_finding", "study_result"]
 
-__all__ = ["ARM_COLUMNS", "arm_rows", "mean_curve", "result_table", "study_result"]
-
-_CURVE_POINTS = 100
-ARM_COLUMNS = ("Arm", "Mean", "Difference", "p", "Seeds")
-"""What a table says of every arm's measure, in order; see `arm_rows`."""
+_COLUMNS = ("Arm", "Mean", "Difference", "p", "Seeds")
 
 
-def mean_curve(records: Sequence[Mapping[str, Any]], points: int = _CURVE_POINTS) -> list[tuple[int, float]]:
-    """Average the training loss over equal stretches of a run.
+def run_record(trained: TrainedArm, *, curve_points: int) -> dict[str, Any]:
+    """What a result says of one run.
 
     Args:
-        records: Lines of its ``metrics.jsonl``.
-        points: About how many stretches to make.
+        trained: The run.
+        curve_points: About how many points its curve of training loss gets, each the mean of a stretch.
 
     Returns:
-        Pairs of the tokens trained on at the end of a stretch, and the mean loss in it, in nats per token.
+        ``seed``, ``failed`` (None where training did not diverge), ``loss`` (held-out, in nats per token),
+        ``num_evaluated_tokens``, ``num_steps``, ``tokens``, ``seconds`` and ``train_curve``: pairs of tokens and loss.
     """
-    known = [line for line in records if line.get("loss") is not None]
-    size = max(1, len(known) // points)
+    held_out = trained.result.get("held_out") or {}
+    steps = [line for line in trained.records if line["step"]]
+    known = [line for line in steps if line["loss"] is not None]
+    size = max(1, len(known) // curve_points)
     stretches = [known[start : start + size] for start in range(0, len(known), size)]
-    return [(stretch[-1]["num_tokens"], statistics.fmean(line["loss"] for line in stretch)) for stretch in stretches]
+    return {
+        "seed": trained.seed,
+        "failed": trained.failed,
+        "loss": held_out.get("loss"),
+        "num_evaluated_tokens": held_out.get("num_tokens"),
+        "num_steps": len(steps),
+        "tokens": steps[-1]["num_tokens"] if steps else 0,
+        "seconds": sum(line["seconds"] for line in steps),
+        "train_curve": [
+            (part[-1]["num_tokens"], statistics.fmean(line["loss"] for line in part)) for part in stretches
+        ],
+    }
 
 
-def study_result(study: Study, costs: Mapping[str, Cost], seeds: Sequence[Mapping[str, TrainedArm]]) -> dict[str, Any]:
+def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dict[str, Any]:
     """Measure everything that was trained, and put it together.
 
+    Args:
+        study: What was asked.
+        seeds: For each seed, its arms by name.
+
     Returns:
-        A result in the format ``engram.study.1``, without the facts of the run.
+        A result in the format ``engram.study.1``, without the facts of the run and the settings. The ``summary`` of an
+        arm gives, for each measure, ``mean``, ``std`` and, but for the first arm, ``difference``: see
+        `paired_difference`.
     """
-    measured = {arm.name: [_run(study, seed[arm.name]) for seed in seeds] for arm in study.arms}
-    values = {
-        name: {
-            measure.name: {run["seed"]: run["measures"].get(measure.name) for run in runs} for measure in study.measures
+    arms: dict[str, Any] = {}
+    values: dict[str, dict[str, dict[int, float | None]]] = {}
+    for arm in study.arms:
+        runs = []
+        for seed in seeds:
+            trained = seed[arm.name]
+            measures = {} if trained.failed is not None else {one.name: one.of(trained) for one in study.measures}
+            runs.append({**run_record(trained, curve_points=100), "measures": measures})
+        values[arm.name] = {
+            one.name: {run["seed"]: run["measures"].get(one.name) for run in runs} for one in study.measures
         }
-        for name, runs in measured.items()
-    }
-    summary = summarize(values)
+        summary: dict[str, dict[str, Any]] = {
+            name: {**spread(found.values())} for name, found in values[arm.name].items()
+        }
+        if arm is not study.arms[0]:
+            for name, first in values[study.arms[0].name].items():
+                summary[name]["difference"] = paired_difference(values[arm.name][name], first)
+        arms[arm.name] = {
+            "title": arm.title,
+            "about": arm.about,
+            "x": arm.x,
+            "is_control": arm.is_control,
+            "cost": dataclasses.asdict(price(arm.recipe)),
+            "recipe": arm.recipe.to_dict(),
+            "runs": runs,
+            "summary": summary,
+        }
     return {
         "study": study.name,
         "question": study.question,
         "budget": dataclasses.asdict(study.budget),
         "measures": {one.name: {"title": one.title, "unit": one.unit} for one in study.measures},
         "seeds": list(range(len(seeds))),
-        "arms": {
-            arm.name: {
-                "title": arm.title,
-                "about": arm.about,
-                "x": arm.x,
-                "is_control": arm.is_control,
-                "cost": dataclasses.asdict(costs[arm.name]),
-                "recipe": arm.recipe.to_dict(),
-                "runs": measured[arm.name],
-                "summary": summary[arm.name],
-            }
-            for arm in study.arms
-        },
+        "arms": arms,
     }
 
 
-def _run(study: Study, trained: TrainedArm) -> dict[str, Any]:
-    measures = {} if trained.failed is not None else {one.name: one.of(trained) for one in study.measures}
-    result = trained.result
-    return {
-        "seed": trained.seed,
-        "failed": trained.failed,
-        "measures": measures,
-        "num_steps": result.get("num_steps"),
-        "tokens": result.get("num_tokens"),
-        "seconds": sum(line["seconds"] for line in trained.records),
-        "train_curve": mean_curve(trained.records),
-    }
-
-
-def arm_rows(result: Mapping[str, Any], measure: str) -> list[list[str]]:
-    """Describe a measure of every arm: a cell for each of `ARM_COLUMNS`.
-
-    Args:
-        result: A result in the format ``engram.study.1``.
-        measure: Name of the measure.
-    """
-    rows = []
-    for arm in result["arms"].values():
-        found, failed = arm["summary"][measure], sum(run["failed"] is not None for run in arm["runs"])
-        difference, p_value = found.get("difference") or {}, (found.get("difference") or {}).get("p_value")
-        rows.append(
-            [
-                arm["title"],
-                spread_text(found["mean"], found["std"]),
-                NOTHING if difference.get("mean") is None else signed_text(difference["mean"]),
-                NOTHING if p_value is None else f"{p_value:.2g}",
-                f"{len(arm['runs'])}" + (f", {failed} diverged" if failed else ""),
-            ]
-        )
-    return rows
-
-
-def result_table(result: Mapping[str, Any]) -> Iterable["Table"]:
-    """Lay out a result for a terminal, a table for each measure.
+def study_finding(result: Mapping[str, Any]) -> Finding:
+    """Say which arm is lowest in the first measure and how sure that is, and list all measures.
 
     Args:
         result: A result in the format ``engram.study.1``.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    for number, (name, about) in enumerate(result["measures"].items()):
-        title = headline(result) if number == 0 else about["title"].capitalize()
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=Text(title, style="bold"),
-            title_justify="left",
-            caption=f"{about['title'].capitalize()}, {about['unit']}. {seeds_note(len(result['seeds']))}",
-            caption_justify="left",
+    tables = [
+        Table(
+            title=about["title"].capitalize(),
+            columns=_COLUMNS,
+            rows=[_row(arm, name) for arm in result["arms"].values()],
+            note=f"In {about['unit']}. Difference: to {next(iter(result['arms'].values()))['title']}, seed by seed; p: "
+            "two-sided, of a paired t-test.",
         )
-        for index, column in enumerate(ARM_COLUMNS):
-            table.add_column(column, justify="right" if index else "left")
-        for row in arm_rows(result, name):
-            table.add_row(*map(Text, row))
-        yield table
+        for name, about in result["measures"].items()
+    ]
+    return Finding(headline=_headline(result), detail=seeds_note(len(result["seeds"])), tables=tables)
+
+
+def _row(arm: Mapping[str, Any], measure: str) -> list[str]:
+    found, failed = arm["summary"][measure], sum(run["failed"] is not None for run in arm["runs"])
+    difference = found.get("difference") or {"mean": None, "std": None, "p_value": None}
+    return [
+        arm["title"],
+        spread_text(found["mean"], found["std"]),
+        spread_text(difference["mean"], difference["std"], signed=True),
+        NOTHING if difference["p_value"] is None else f"{difference['p_value']:.2g}",
+        f"{len(arm['runs'])}" + (f", {failed} diverged" if failed else ""),
+    ]
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    measure, about = next(iter(result["measures"].items()))
+    summaries = {name: arm["summary"][measure] for name, arm in result["arms"].items()}
+    known = {name: found["mean"] for name, found in summaries.items() if found["mean"] is not None}
+    if not known:
+        return "No arm was trained to its end"
+    first, best = next(iter(summaries)), min(known, key=lambda name: known[name])
+    words = f"Lowest {about['title']}: {result['arms'][best]['title']}, {known[best]:.3f} {about['unit']}"
+    difference = summaries[best].get("difference")
+    if difference is None or difference["mean"] is None:
+        return words
+    sure = f"p = {difference['p_value']:.2g}" if difference["p_value"] is not None else "p unknown"
+    if len(difference["per_seed"]) < ENOUGH_SEEDS:
+        sure = "too few seeds to tell it from chance"
+    return f"{words} ({signed_text(difference['mean'])} to {result['arms'][first]['title']}, {sure})"

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import DivergedError, EngramError, RunFolderError
-from engram_lm.files import write_atomically
-from engram_lm.studies.arm_process import FAILED, note_divergence
+from engram_lm.files import read_json, write_atomically
 from engram_lm.studies.progress import StudyProgress, recent_losses
 from engram_lm.studies.study import Arm, Study, TrainedArm
 from engram_lm.training.assembly import find_tokenizer, open_text
@@ -25,7 +23,7 @@ from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import start
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
 from engram_lm.training.interrupts import Interrupt
-from engram_lm.training.job import MODEL, RESULT, Job
+from engram_lm.training.job import FAILED, METRICS, MODEL, RESULT, Job
 from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
@@ -41,16 +39,6 @@ cores."""
 _POLL_SECONDS = 0.2
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Planned:
-    """One run of the study."""
-
-    arm: Arm
-    seed: int
-    recipe: Recipe
-    folder: Path
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What was trained."""
@@ -63,14 +51,41 @@ class Outcome:
     """Whether a signal ended training early."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Planned:
+    """One run of the study."""
+
+    arm: Arm
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the run's folder. Inside, it would not be an ordinary run's."""
+        return self.folder.with_name(f"{self.arm.name}.{ending}")
+
+    def finished(self) -> TrainedArm | None:
+        """What the run came to, where it is finished."""
+        place = next((path for name in (RESULT, FAILED) if (path := self.folder / name).is_file()), None)
+        if place is None:
+            return None
+        self.recipe.check_resumable(Recipe.read(self.folder / "recipe.toml").to_dict())
+        advice = f"remove {self.folder}, and --resume trains this model again"
+        found = read_json(place, error=RunFolderError, advice=advice)
+        trained = TrainedArm(arm=self.arm, seed=self.seed, folder=self.folder, result=found)
+        if place.name == FAILED:
+            return dataclasses.replace(trained, result={}, failed=str(found.get("failed")))
+        whole = (
+            found.get("num_steps") == self.recipe.train.num_steps and (self.folder / MODEL / "config.json").is_file()
+        )
+        return trained if whole else None
+
+
 class Runner:
     """Trains the arms of a study, each in ``seed-N/ARM/`` of its folder; see `engram_lm.training.run.Run`.
 
     All arms of a seed come before the next seed. An arm that is finished is not trained again, one that was stopped
     goes on from its last checkpoint, and one that diverged is a result like any other.
-
-    Several arms train faster in as many processes of one thread as there are cores than in one process of as many
-    threads: models of this size do not keep two cores busy.
 
     Args:
         study: What to train.
@@ -95,35 +110,30 @@ class Runner:
         self.progress, self.interrupt = progress, interrupt
         self._tokenizers: dict[Any, Path] = {}
         self._texts: dict[Any, TrainingText] = {}
-        self._silent = StudyProgress(progress.console, silent=True)
 
     def run(self) -> Outcome:
         """Train everything that is not trained yet.
 
         Raises:
             DataError: There is too little text.
+            EngramError: A process that trains an arm ended in error.
             MismatchError: A run was begun with another recipe.
             RunFolderError: A folder cannot be written, or a finished run is damaged.
         """
-        seeds: list[list[_Planned]] = [
-            [self._planned(arm, seed) for arm in self.study.arms] for seed in range(self.study.seeds)
-        ]
+        seeds = [[self._planned(arm, seed) for arm in self.study.arms] for seed in range(self.study.seeds)]
         partial: dict[str, TrainedArm] = {}
+        pending = [[one for one in seed if one.finished() is None] for seed in seeds]
         if self.mode == "processes":
-            self._in_processes([one for seed in seeds for one in self._pending(seed)])
+            self._in_processes([one for seed in pending for one in seed])
         else:
-            for seed in seeds:
-                pending = self._pending(seed)
-                for group in [pending] if self.mode == "interleaved" else [[one] for one in pending]:
-                    if group and not self.interrupt.asked:
-                        partial = self._side_by_side(group)
-        whole = []
-        for seed in seeds:
-            found = {one.arm.name: trained for one in seed if (trained := _finished(one)) is not None}
-            if len(found) == len(seed):
-                whole.append(found)
+            groups = pending if self.mode == "interleaved" else [[one] for seed in pending for one in seed]
+            for group in groups:
+                if group and not self.interrupt.asked:
+                    partial = self._side_by_side(group)
+        found = [{one.arm.name: trained for one in seed if (trained := one.finished())} for seed in seeds]
+        whole = tuple(arms for arms in found if len(arms) == len(self.study.arms))
         interrupted = len(whole) < len(seeds)
-        return Outcome(seeds=tuple(whole), cut_short=partial if interrupted else {}, interrupted=interrupted)
+        return Outcome(seeds=whole, cut_short=partial if interrupted else {}, interrupted=interrupted)
 
     def text(self, recipe: Recipe) -> TrainingText:
         """Tokenize a recipe's text, unless that was done before.
@@ -145,11 +155,10 @@ class Runner:
         """Let a recipe share its text and its tokenizer with the other runs of the study, which are made once."""
         if recipe.data.cache is None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=self.out / "text"))
-        if recipe.tokenizer.path is not None or recipe.model.weights is not None:
+        if recipe.tokenizer.path is not None or recipe.model.weights is not None or recipe.model.base is not None:
             return recipe
-        key = (recipe.tokenizer, recipe.data)
+        key, number = (recipe.tokenizer, recipe.data), len(self._tokenizers) + 1
         if key not in self._tokenizers:
-            number = len(self._tokenizers) + 1
             folder = self.out / (TOKENIZER if number == 1 else f"{TOKENIZER}-{number}")
             if not folder.is_dir():
                 self.progress.note("training a tokenizer")
@@ -158,73 +167,83 @@ class Runner:
         options = dataclasses.replace(recipe.tokenizer, path=str(self._tokenizers[key]))
         return dataclasses.replace(recipe, tokenizer=options)
 
+    def stop_if_asked(self, amount: int = 0) -> None:
+        """End what follows training after a signal; everything that was trained is kept.
+
+        Raises:
+            KeyboardInterrupt: A signal has come.
+        """
+        if self.interrupt.asked:
+            raise KeyboardInterrupt
+
     def _planned(self, arm: Arm, seed: int) -> _Planned:
         recipe = self.complete(self.study.recipe_of(arm, seed))
         return _Planned(arm, seed, recipe, self.out / f"seed-{seed}" / arm.name)
 
-    def _pending(self, planned: Sequence[_Planned]) -> list[_Planned]:
-        """Those that are not finished. Beside its folder each gets its recipe, which ``engram-lm train`` can read."""
-        pending = [one for one in planned if _finished(one) is None]
-        for one in pending:
+    def _prepare(self, planned: Sequence[_Planned]) -> None:
+        """Write the recipes of runs, for ``engram-lm train`` to read, and tokenize their text."""
+        for one in planned:
+            write_atomically(one.beside("toml"), write_toml(one.recipe.to_dict()))
             self.text(one.recipe)  # here, where it is seen, and once: parallel processes would all do it
-            write_atomically(one.folder.with_name(f"{one.arm.name}.toml"), write_toml(one.recipe.to_dict()))
-        return pending
 
     def _side_by_side(self, group: Sequence[_Planned]) -> dict[str, TrainedArm]:
         """Train some runs in this process, a step of each in turn, so that a slow minute slows all of them alike.
 
         Returns:
-            The runs by arm, where a signal came first; then each has a model as far as it came.
+            The runs by arm, where a signal came first and they are to be kept.
         """
-        seed, steps = group[0].seed, group[0].recipe.train.num_steps
+        self._prepare(group)
+        seed, steps, device = group[0].seed, group[0].recipe.train.num_steps, group[0].recipe.train.device
         which = group[0].arm.title if len(group) == 1 else f"{len(group)} models"
-        label = f"seed {seed}: " if self.study.seeds > 1 else ""
-        device = group[0].recipe.train.device
+        title = f"seed {seed}: " * (self.study.seeds > 1) + f"training {which}, {steps:,} steps each"
         with contextlib.ExitStack() as stack:
             ranks = stack.enter_context(start(None if device == "auto" else device))
             jobs: dict[_Planned, Job] = {}
             for one in group:
-                run = Run(one.recipe, one.folder, ranks, resume=True, progress=self._silent)
-                jobs[one] = stack.enter_context(run.open())
-            show = stack.enter_context(self.progress.task(f"{label}training {which}, {steps:,} steps each", steps))
+                jobs[one] = stack.enter_context(Run(one.recipe, one.folder, ranks, resume=True).open())
+            show = stack.enter_context(self.progress.task(title, steps))
             losses: dict[str, list[float]] = {one.arm.name: [] for one in group}
-            while going := [one for one in jobs if not jobs[one].done]:
+            while not self.interrupt.asked and (going := [one for one, job in jobs.items() if not job.done]):
                 seconds = tokens = 0.0
                 for one in going:
                     try:
                         record, _ = jobs[one].step()
                     except DivergedError as error:
-                        self._diverged(one, error)
+                        self.progress.note(f"{one.arm.title}, seed {one.seed}: {error}")
                         del jobs[one]
                         continue
                     losses[one.arm.name].append(record.loss)
                     seconds, tokens = seconds + record.seconds, tokens + record.num_tokens / record.step
                 if seconds:
-                    done = min(job.num_steps_done for job in jobs.values())
-                    show(done, f"{recent_losses(losses)}  {tokens / seconds:,.0f} tokens/s")
-                if self.interrupt.asked:
-                    break
+                    speed = f"{tokens / seconds:,.0f} tokens/s"
+                    show(min(job.num_steps_done for job in jobs.values()), f"{recent_losses(losses)}  {speed}")
             unfinished = {one: job for one, job in jobs.items() if not job.done}
+            if unfinished:
+                step = max(job.num_steps_done for job in unfinished.values())
+                self.progress.note(f"interrupted after step {step} of {steps}; saving what was trained")
             for job in unfinished.values():
                 job.save(wait=True)
             results = {one: job.finish() for one, job in jobs.items()}
-            if self.keep_unfinished:
-                for one, job in unfinished.items():
-                    if job.text.held_out is not None:
-                        results[one]["held_out"] = job.evaluate(job.text.held_out).to_dict()
-            if not unfinished:
+            if not unfinished or not self.keep_unfinished:
                 return {}
-            step = max(job.num_steps_done for job in unfinished.values())
-            self.progress.note(f"interrupted after step {step} of {steps}; saving what was trained")
-        return {one.arm.name: _cut_short(one, results[one]) for one in jobs} if self.keep_unfinished else {}
+            for one, job in unfinished.items():
+                latest = latest_checkpoint(one.folder / CHECKPOINTS)
+                assert latest is not None, "it was saved above"
+                export_model(latest, one.folder / MODEL, tokenizer=job.tokenizer)
+                if job.text.held_out is not None:
+                    results[one]["held_out"] = job.evaluate(job.text.held_out).to_dict()
+        return {
+            one.arm.name: TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result=results[one]) for one in jobs
+        }
 
     def _in_processes(self, pending: Sequence[_Planned]) -> None:
         """Train some runs in processes of one thread, as many at a time as there are cores."""
+        self._prepare(pending)
         waiting, running = collections.deque(pending), dict[_Planned, subprocess.Popen[bytes]]()
         num_workers = max(1, min(os.cpu_count() or 1, len(waiting)))
-        total, told = sum(one.recipe.train.num_steps for one in pending), False
+        steps, told = sum(one.recipe.train.num_steps for one in pending), False
         try:
-            with self.progress.task(f"training {len(pending)} models, {num_workers} at a time", total) as show:
+            with self.progress.task(f"training {len(pending)} models, {num_workers} at a time", steps) as show:
                 while running or (waiting and not self.interrupt.asked):
                     while waiting and len(running) < num_workers and not self.interrupt.asked:
                         one = waiting.popleft()
@@ -244,34 +263,24 @@ class Runner:
                 process.wait()
 
     def _ended(self, one: _Planned, status: int) -> None:
-        """Note that a process ended; another end than that of training or of a signal is an error."""
-        if status not in (0, 130, -signal.SIGTERM):  # the last where it had not begun to train
-            log = _log_of(one)
-            said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            raise EngramError(
-                f"training {one.arm.name} with seed {one.seed} ended with status {status}: {said[0]} ({log})"
-            )
-        trained = _finished(one)
+        """Go on after the end of a process, if it trained, was stopped or diverged; anything else is an error."""
+        trained = one.finished()
         if trained is not None and trained.failed is not None:
             self.progress.note(f"{one.arm.title}, seed {one.seed}: {trained.failed}")
-
-    def _diverged(self, one: _Planned, error: DivergedError) -> None:
-        note_divergence(one.folder, error)
-        self.progress.note(f"{one.arm.title}, seed {one.seed}: {error}")
+        elif status not in (0, 130, -signal.SIGTERM):  # the last where it had not begun to train
+            log = one.beside("log")
+            said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            raise EngramError(f"training {one.arm.name} with seed {one.seed} failed: {said[0]} (all of it is in {log})")
 
 
 def _started(one: _Planned) -> "subprocess.Popen[bytes]":
     """Start a process that trains one run. A signal to the terminal reaches only this process, which passes it on."""
-    with _log_of(one).open("wb") as log:
+    command = ["-m", "engram_lm", "train", str(one.beside("toml")), "--out", str(one.folder), "--resume"]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with one.beside("log").open("wb") as log:
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "engram_lm.studies.arm_process",
-                one.folder.with_name(f"{one.arm.name}.toml"),
-                one.folder,
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            [sys.executable, *command],
+            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -279,50 +288,14 @@ def _started(one: _Planned) -> "subprocess.Popen[bytes]":
         )
 
 
-def _log_of(one: _Planned) -> Path:
-    return one.folder.with_name(f"{one.arm.name}.log")
-
-
 def _state_of(planned: Sequence[_Planned], running: dict[_Planned, Any]) -> tuple[int, str]:
     """Steps that all runs have done, and the losses of those that are running."""
     done, losses = 0, {}
     for one in planned:
-        path = one.folder / "metrics.jsonl"
+        path = one.folder / METRICS
         lines = read_metrics(path) if path.is_file() else []
         if lines:
             done += lines[-1]["step"]
             if one in running:
                 losses[f"{one.arm.name}-{one.seed}"] = [line["loss"] for line in lines if line["loss"] is not None]
     return done, recent_losses(losses) if losses else ""
-
-
-def _finished(one: _Planned) -> TrainedArm | None:
-    """What a run came to, where it is finished.
-
-    Raises:
-        MismatchError: It was begun with another recipe.
-        RunFolderError: Its result is damaged.
-    """
-    place = next((path for name in (RESULT, FAILED) if (path := one.folder / name).is_file()), None)
-    if place is None:
-        return None
-    one.recipe.check_resumable(Recipe.read(one.folder / "recipe.toml").to_dict())
-    try:
-        found = json.loads(place.read_bytes())
-        if place.name == FAILED:
-            return TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result={}, failed=str(found["failed"]))
-        whole = found["num_steps"] == one.recipe.train.num_steps and (one.folder / MODEL / "config.json").is_file()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(
-            f"{place} is damaged ({error}); remove {one.folder}, and --resume trains this model again"
-        ) from error
-    return TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result=found) if whole else None
-
-
-def _cut_short(one: _Planned, result: dict[str, Any]) -> TrainedArm:
-    """Write the model of a run that was stopped, as far as it came."""
-    if not (one.folder / MODEL).is_dir():
-        latest = latest_checkpoint(one.folder / CHECKPOINTS)
-        assert latest is not None, "the run was saved when it was stopped"
-        export_model(latest, one.folder / MODEL, tokenizer=Path(one.recipe.tokenizer.path or ""))
-    return TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result=result)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError, MismatchError
+from engram_lm.errors import CheckpointError, DivergedError, MismatchError
 from engram_lm.files import write_atomically
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase
@@ -31,10 +31,10 @@ from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
 
-__all__ = ["METRICS", "MODEL", "RESULT", "Job", "sequences_at_once"]
+__all__ = ["FAILED", "METRICS", "MODEL", "RESULT", "Job", "sequences_at_once"]
 
-METRICS, RESULT, MODEL = "metrics.jsonl", "result.json", "model"
-"""What a run writes into its folder: a line per step, the result, and the trained model."""
+METRICS, RESULT, MODEL, FAILED = "metrics.jsonl", "result.json", "model", "failed.json"
+"""What a run writes into its folder: a line per step, the result, and the trained model; or why training diverged."""
 
 
 class Job:
@@ -143,13 +143,17 @@ class Job:
             What the step did; and its line of ``metrics.jsonl``, with ``held_out`` where that was measured.
 
         Raises:
-            DataError: Training diverged: see `Trainer.step`.
+            DivergedError: Training diverged: see `Trainer.step`. ``failed.json`` says why.
             CheckpointError: A checkpoint could not be written.
         """
         recipe, number = self.recipe, self.num_steps_done + 1
         details = bool(recipe.log.details_every) and number % recipe.log.details_every == 0
         with self._own_random_numbers():
-            record = self.trainer.step(details=details)
+            try:
+                record = self.trainer.step(details=details)
+            except DivergedError as error:
+                write_atomically(self.out / FAILED, to_json({"failed": str(error)}))
+                raise
         values = {**record.to_dict(), "num_skipped": self.trainer.num_skipped, **self._speed(record)}
         if number in self._due and self.text.held_out is not None:
             values["held_out"] = self._measure_held_out(number)

@@ -1,29 +1,30 @@
 """``engram-lm study depth``: train a model with memory at every depth and one without, compare loss and layers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from engram_lm.analysis.cka.cka import Cka
+from engram_lm.analysis.cka.maps import CkaFindings
+from engram_lm.analysis.lens.lens import LogitLens
+from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
 from engram_lm.analysis.subject import find_subject
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
-from engram_lm.page.number_text import signed_text
-from engram_lm.studies.command import Finding, StudyCommand, Trained
+from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.depth.figures import figures
-from engram_lm.studies.depth.layers import measure_layers
-from engram_lm.studies.depth.summary import BASELINE, COLUMNS, rows, summarize, terminal_table
-from engram_lm.studies.result import mean_curve
+from engram_lm.studies.depth.summary import BASELINE, depth_finding, summarize
+from engram_lm.studies.page import Finding
+from engram_lm.studies.result import run_record
+from engram_lm.studies.runner import Runner
 from engram_lm.studies.small_models import SmallModelFlags, like
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
-from engram_lm.studies.summary import seeds_note
 from engram_lm.studies.text import prepare_tokenizer
 from engram_lm.training.loop import find_device
 from engram_lm.training.recipe import ModelOptions
 
 __all__ = ["DepthStudy", "default_split"]
-
-_CURVE_POINTS = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,58 +165,57 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         find_device(self.device)
         prepare_tokenizer(out, self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes)
 
-    def measure(self, trained: Trained) -> dict[str, Any]:
+    def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Compare the losses; look at the layers of every seed's models."""
-        text = trained.runner.text(trained.study.arms[0].recipe)
+        text = runner.text(runner.study.arms[0].recipe)
         assert text.held_out is not None
+        found: list[dict[str, Any]] = [
+            {
+                "seed": number,
+                "arms": {name: _facts(one) for name, one in arms.items()},
+                **self._layers(number, arms, text.held_out, runner),
+            }
+            for number, arms in enumerate(seeds)
+        ]
         counts = {name: text.facts[name] for name in ("source", "bytes", "train_tokens", "held_out_tokens")}
-        seeds: list[dict[str, Any]] = []
-        for number, arms in enumerate(trained.seeds):
-            found = {"seed": number, "arms": {name: _facts(one) for name, one in arms.items()}}
-            seeds.append(found | self._layers(number, arms, text.held_out, trained))
         return {
             "data": {"files": text.facts["documents"], **counts},
-            "seeds": seeds,
-            "summary": summarize(seeds, {arm.name: arm.title for arm in trained.study.arms}),
+            "seeds": found,
+            "summary": summarize(found, {arm.name: arm.title for arm in runner.study.arms}),
         }
 
-    def _layers(self, seed: int, arms: Mapping[str, TrainedArm], tokens: Any, trained: Trained) -> dict[str, Any]:
-        parts = tuple(part for part in self.parts if part != "sweep")
-        known = {name: one for name, one in arms.items() if one.failed is None}
-        if not parts or BASELINE not in known:
+    def _layers(self, seed: int, arms: Mapping[str, TrainedArm], tokens: Any, runner: Runner) -> dict[str, Any]:
+        """The logit lens of every model, and CKA with the model without memory, as plain values by arm."""
+        known: dict[str, Analysis] = {"lens": LogitLens(), "cka": Cka(baseline=BASELINE, positions=self.positions)}
+        chosen: dict[str, Analysis] = {part: known[part] for part in known if part in self.parts}
+        trained = {name: one for name, one in arms.items() if one.failed is None}
+        if not chosen or BASELINE not in trained:
             return {}
-        trained.stop_if_asked()
-        trained.progress.note(f"seed {seed}: {' and '.join(parts)} of {len(known)} models")
-        found = measure_layers(
-            [find_subject(*one.load(self.device), name=name) for name, one in known.items()],
+        runner.stop_if_asked()
+        runner.progress.note(f"seed {seed}: {' and '.join(chosen)} of {len(trained)} models")
+        subjects = [find_subject(*one.load(self.device), name=name) for name, one in trained.items()]
+        read = read_text(
+            subjects,
             tokens,
-            parts,
-            baseline=BASELINE,
-            positions=self.positions,
-            top_k=self.top_k,
+            chosen,
             length=self.sequence_length,
             max_tokens=self.analysis_tokens,
-            on_progress=trained.stop_if_asked,
+            on_progress=runner.stop_if_asked,
         )
-        for part in parts:
-            if "not_applicable" in found[part]:
-                trained.progress.note(f"{part} does not apply: {found[part]['not_applicable']}")
+        found: dict[str, Any] = {}
+        for part, result in read.items():
+            if isinstance(result, NotApplicable):
+                runner.progress.note(f"{part} does not apply: {result.to_dict()['not_applicable']}")
+                found[part] = result.to_dict()
+            elif isinstance(result, CkaFindings):
+                found[part] = {one.column_model: one.to_dict(self.top_k) for one in result.maps}
+            else:
+                found[part] = result.to_dict()["models"]
         return found
-
-    def tables(self, result: Mapping[str, Any]) -> Iterable[Any]:
-        """The table of all arms."""
-        return [terminal_table(result)]
 
     def finding(self, result: Mapping[str, Any]) -> Finding:
         """Say which block is best, and by how much."""
-        summary = result["summary"]
-        headline = "No model with one memory module was trained to its end"
-        if summary["best"] is not None:
-            best = summary["arms"][summary["best"]]
-            gain = "" if best["gain"]["mean"] is None else f", {signed_text(best['gain']['mean'])} nats per token"
-            headline = f"Of single modules, {best['title']} is best{gain}"
-        table = ("Memory by depth", COLUMNS, rows(result))
-        return Finding(headline=headline, detail=seeds_note(len(result["seeds"])), tables=[table])
+        return depth_finding(result)
 
 
 def default_split(num_blocks: int) -> tuple[int, ...]:
@@ -231,24 +231,11 @@ def _title(blocks: Sequence[int]) -> str:
 
 def _facts(trained: TrainedArm) -> dict[str, Any]:
     """What one model's training gave."""
-    result = trained.result
-    held_out = result.get("held_out") or {}
-    memory = trained.arm.recipe.model.memory
-    facts: dict[str, Any] = {
-        "seed": trained.seed,
-        "blocks": list(memory.get("layers", ())),
-        "loss": held_out.get("loss"),
-        "num_evaluated_tokens": held_out.get("num_tokens"),
-        "num_steps": result.get("num_steps"),
-        "tokens": result.get("num_tokens"),
-        "seconds": sum(line["seconds"] for line in trained.records),
-        "train_curve": mean_curve(trained.records, _CURVE_POINTS),
-    }
-    if trained.failed is not None:
-        return facts | {"failed": trained.failed, "parameters": None, "flops_per_token": None}
-    sizes = trained.sizes
+    sizes = None if trained.failed is not None else trained.sizes
     kinds = ("backbone", "memory_layers", "memory_tables")
-    return facts | {
-        "parameters": {kind: getattr(sizes, kind) for kind in kinds},
-        "flops_per_token": sizes.flops_per_token,
+    return {
+        **run_record(trained, curve_points=50),
+        "blocks": list(trained.arm.recipe.model.memory.get("layers", ())),
+        "parameters": None if sizes is None else {kind: getattr(sizes, kind) for kind in kinds},
+        "flops_per_token": None if sizes is None else sizes.flops_per_token,
     }

@@ -1,20 +1,24 @@
-"""What came out of the study: averages over seeds, and a table for the terminal."""
+"""What came out of the study: averages over seeds, in words and rows."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_text, spread_text
-from engram_lm.studies.summary import paired_difference, spread
+from engram_lm.studies.page import Finding, Table
+from engram_lm.studies.summary import paired_difference, seeds_note, spread
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["BASELINE", "COLUMNS", "rows", "summarize", "terminal_table"]
+__all__ = ["BASELINE", "depth_finding", "summarize"]
 
 BASELINE = "baseline"
 """Name of the model without memory."""
-COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead")
-"""What a table says of every arm, in order; see `rows`."""
+_COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead")
+_ABOUT = (
+    "Losses in nats per token; mean ± standard deviation over the seeds. Gain: over no memory, at equal operations "
+    "per token. KL depth: layers until half of the divergence from the model's own prediction is gone. Prediction "
+    "depth: layers until its most likely token stays. Layers ahead: how much deeper a layer of the model without "
+    "memory is that is alike (CKA), averaged over layers; a correlation."
+)
+_UNKNOWN: Mapping[str, Any] = {"mean": None, "std": None}
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, Any]:
@@ -34,7 +38,6 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     """
     arms: dict[str, Any] = {}
     losses = {name: {number: seed["arms"][name]["loss"] for number, seed in enumerate(seeds)} for name in titles}
-    known = {name: {seed: loss for seed, loss in found.items() if loss is not None} for name, found in losses.items()}
     for name, title in titles.items():
         run = seeds[0]["arms"][name]
         arms[name] = {
@@ -42,12 +45,14 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
             "blocks": run["blocks"],
             "flops_per_token": run["flops_per_token"],
             "parameters": run.get("parameters"),
-            "loss": spread(known[name].values()),
-            "gain": None if name == BASELINE else paired_difference(known[BASELINE], known[name]),
+            "loss": spread(losses[name].values()),
+            "gain": None if name == BASELINE else paired_difference(losses[BASELINE], losses[name]),
             "lens": _lens([curve for seed in seeds if (curve := seed.get("lens", {}).get(name))]),
             "cka": _cka([found for seed in seeds if (found := seed.get("cka", {}).get(name))]),
         }
-    single = {name: arm["loss"]["mean"] for name, arm in arms.items() if len(arm["blocks"]) == 1 and known[name]}
+    single = {
+        name: arm["loss"]["mean"] for name, arm in arms.items() if len(arm["blocks"]) == 1 and arm["loss"]["mean"]
+    }
     best, worst = (choose(single, key=lambda name: single[name], default=None) for choose in (min, max))
     kept = None
     if best is not None and worst is not None and (arms[best]["gain"]["mean"] or 0) > 0:
@@ -55,57 +60,35 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     return {"arms": arms, "best": best, "kept_by_worst": kept}
 
 
-def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Describe every arm: a cell for each of `COLUMNS`.
+def depth_finding(result: Mapping[str, Any]) -> Finding:
+    """Say which block is best and by how much, and list all arms.
 
     Args:
         result: A result in the format ``engram.depth.1``.
     """
-    found = []
-    for arm in result["summary"]["arms"].values():
-        gain, lens, cka = arm["gain"], arm["lens"], arm["cka"]
-        ahead = None if cka is None else cka["layers_ahead"]
-        found.append(
+    summary, rows = result["summary"], []
+    for arm in summary["arms"].values():
+        gain, lens, cka = arm["gain"] or _UNKNOWN, arm["lens"], arm["cka"]
+        ahead = _UNKNOWN if cka is None else cka["layers_ahead"]
+        rows.append(
             [
                 arm["title"].removeprefix("memory in "),
                 spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
-                NOTHING if gain is None else spread_text(gain["mean"], gain["std"], signed=True),
+                spread_text(gain["mean"], gain["std"], signed=True),
                 NOTHING if lens is None else number_text(lens["kl_depth"]["mean"]),
                 NOTHING if lens is None else number_text(lens["prediction_depth"]["mean"]),
-                NOTHING if ahead is None or ahead["mean"] is None else signed_text(ahead["mean"]),
+                NOTHING if ahead["mean"] is None else signed_text(ahead["mean"]),
             ]
         )
-    return found
-
-
-def terminal_table(result: Mapping[str, Any]) -> "Table":
-    """Lay out the arms, a line for each.
-
-    Args:
-        result: A result in the format ``engram.depth.1``.
-    """
-    from rich import box
-    from rich.table import Table
-
-    summary, seeds = result["summary"], len(result["seeds"])
-    about = (
-        "Losses in nats per token; mean ± standard deviation over the seeds. Gain: over no memory, at equal operations "
-        "per token. KL depth: layers until half of the divergence from the model's own prediction is gone. Prediction "
-        "depth: layers until its most likely token stays. Layers ahead: how much deeper a layer of the model without "
-        "memory is that is alike (CKA), averaged over layers; a correlation."
-    )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Memory by depth, {seeds} seed{'s' * (seeds > 1)}",
-        title_justify="left",
-        caption=about,
-        caption_justify="left",
-    )
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-    for name, row in zip(summary["arms"], rows(result), strict=True):
-        table.add_row(*row, style="bold" if name == summary["best"] else None)
-    return table
+    headline = "No model with one memory module was trained to its end"
+    if summary["best"] is not None:
+        best = summary["arms"][summary["best"]]
+        gain = best["gain"]["mean"]
+        headline = f"Of single modules, {best['title']} is best"
+        headline += "" if gain is None else f", {signed_text(gain)} nats per token over no memory"
+    seeds = len(result["seeds"])
+    table = Table(title=f"Memory by depth, {seeds} seed{'s' * (seeds > 1)}", columns=_COLUMNS, rows=rows, note=_ABOUT)
+    return Finding(headline=headline, detail=seeds_note(seeds), tables=[table])
 
 
 def _lens(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

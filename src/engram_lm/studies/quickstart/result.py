@@ -10,7 +10,7 @@ from engram_lm.analysis.gates.trace import GateTrace, gate_trace
 from engram_lm.planning.sizes import ModelSizes
 from engram_lm.serving.generate import continue_text
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN
-from engram_lm.studies.result import mean_curve
+from engram_lm.studies.result import run_record
 from engram_lm.studies.study import TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
 from engram_lm.training.assembly import TrainingText
@@ -56,42 +56,39 @@ def data_facts(text: TrainingText, documents: Sequence[tuple[str, str]]) -> dict
     }
 
 
-def quickstart_result(
-    seeds: Sequence[Mapping[str, TrainedArm]], data: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def quickstart_result(seeds: Sequence[Mapping[str, TrainedArm]], bytes_per_token: float) -> dict[str, Any]:
     """Put the runs of all arms together.
 
     Args:
         seeds: For each seed, its arms by name.
-        data: What `data_facts` gave.
-        settings: The flags, and what was chosen for them.
+        bytes_per_token: Of the held-out text.
 
     Returns:
-        A result in the format ``engram.quickstart.1``, without the facts of the run and the samples.
+        ``seeds``, ``arms``, ``difference`` and ``step_time_ratio`` of the format ``engram.quickstart.1``.
     """
-    runs = {name: [_run(seed[name], data["bytes_per_token"]) for seed in seeds] for name in seeds[0]}
-    arms = {}
-    for name, trained in seeds[0].items():
-        sizes = None if trained.failed is not None else trained.sizes
+    arms: dict[str, dict[str, Any]] = {}
+    for name, first in seeds[0].items():
+        runs = [_run(seed[name], bytes_per_token) for seed in seeds]
+        sizes = None if first.failed is not None else first.sizes
         arms[name] = {
-            "title": trained.arm.title,
-            "about": trained.arm.about,
+            "title": first.arm.title,
+            "about": first.arm.about,
             "parameters": {} if sizes is None else _parameters(sizes),
             "flops_per_token": None if sizes is None else sizes.flops_per_token,
-            "runs": runs[name],
-            "loss": spread(run["loss"] for run in runs[name]),
+            "runs": runs,
+            "loss": spread(run["loss"] for run in runs),
         }
-    losses = {
-        name: {run["seed"]: run["loss"] for run in runs[name] if run["loss"] is not None} for name in (MEMORY, TWIN)
-    }
-    pairs = [pair for pair in zip(runs[MEMORY], runs[TWIN], strict=True) if all(run["num_steps"] for run in pair)]
-    ratios = [memory["median_step_seconds"] / twin["median_step_seconds"] for memory, twin in pairs]
+    memory, twin = (arms[name]["runs"] for name in (MEMORY, TWIN))
+    ratios = [
+        ours["median_step_seconds"] / theirs["median_step_seconds"]
+        for ours, theirs in zip(memory, twin, strict=True)
+        if ours["num_steps"] and theirs["num_steps"]
+    ]
+    losses = [{run["seed"]: run["loss"] for run in runs} for runs in (twin, memory)]
     return {
-        "data": data,
-        "settings": settings,
-        "seeds": [trained[MEMORY].seed for trained in seeds],
+        "seeds": [run["seed"] for run in memory],
         "arms": arms,
-        "difference": paired_difference(losses[TWIN], losses[MEMORY]),
+        "difference": paired_difference(*losses),
         "step_time_ratio": statistics.median(ratios) if ratios else None,
     }
 
@@ -108,27 +105,17 @@ def _parameters(sizes: ModelSizes) -> dict[str, int]:
 
 def _run(trained: TrainedArm, bytes_per_token: float) -> dict[str, Any]:
     """One run: its losses, its speed and its curves."""
-    records, held_out = trained.records, trained.result.get("held_out") or {}
-    steps = [line for line in records if line["step"]]
-    seconds, tokens = sum(line["seconds"] for line in steps), steps[-1]["num_tokens"] if steps else 0
-    curve = [
-        (line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])) for line in records if "held_out" in line
-    ]
-    loss = held_out.get("loss")
+    found = run_record(trained, curve_points=100)
+    loss, seconds = found["loss"], [line["seconds"] for line in trained.records if line["step"]]
+    points = [line for line in trained.records if "held_out" in line]
     return {
-        "seed": trained.seed,
-        "failed": trained.failed,
-        "loss": loss,
-        "perplexity": held_out.get("perplexity"),
+        **found,
+        "perplexity": (trained.result.get("held_out") or {}).get("perplexity"),
         "bits_per_byte": None if loss is None else loss / (np.log(2) * bytes_per_token),
-        "num_evaluated_tokens": held_out.get("num_tokens"),
-        "num_steps": len(steps),
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "seconds": seconds,
-        "median_step_seconds": statistics.median(line["seconds"] for line in steps) if steps else None,
-        "train_curve": mean_curve(steps),
-        "held_out_curve": curve,
+        "tokens_per_second": found["tokens"] / found["seconds"] if seconds else None,
+        "median_step_seconds": statistics.median(seconds) if seconds else None,
+        # The last point is of the same tokens as the others.
+        "held_out_curve": [(line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])) for line in points],
     }
 
 

@@ -17,6 +17,7 @@ from engram_lm.files import write_atomically
 from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget
+from engram_lm.studies.command import plain_flags
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN, quickstart_study
 from engram_lm.studies.quickstart.curves import curves
@@ -141,12 +142,14 @@ class Quickstart(SmallModelFlags):
         for name, place in ((MEMORY, out), (TWIN, out / "twin")):
             shutil.copytree(seeds[0][name].folder / "model", place, dirs_exist_ok=True)
         documents = held_out_documents(text, models[MEMORY][1], names)
-        settings = {"dtype": dtype, "num_steps": self.num_steps, "memory": self.memory().to_dict()}
-        found = quickstart_result(seeds, data_facts(text, documents), self._flags() | settings)
+        data = data_facts(text, documents)
+        chosen = {"dtype": dtype, "num_steps": self.num_steps, "memory": self.memory().to_dict()}
         result = {
             "format": "engram.quickstart.1",
             **run_facts(started, made_at),
-            **found,
+            "data": data,
+            "settings": plain_flags(self) | chosen,
+            **quickstart_result(seeds, data["bytes_per_token"]),
             "interrupted": outcome.interrupted,
             "samples": write_samples(models, documents),
         }
@@ -157,11 +160,6 @@ class Quickstart(SmallModelFlags):
         write_atomically(out / "result.json", to_json(result))
         shutil.rmtree(work)
         return result
-
-    def _flags(self) -> dict[str, Any]:
-        """The flags as JSON can hold them."""
-        values = {name: list(map(str, value)) if name == "data" else value for name, value in vars(self).items()}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _write_metrics(path: Path, seeds: Sequence[Mapping[str, TrainedArm]]) -> None:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import json as json_module
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +13,12 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import read_tasks, write_tasks
 from engram_lm.files import write_atomically
-from engram_lm.studies.command import Finding, StudyCommand, Trained
+from engram_lm.studies.command import StudyCommand
+from engram_lm.studies.page import Finding
+from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Study, TrainedArm
-from engram_lm.studies.summary import seeds_note
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
-from engram_lm.studies.suppression.summary import figures, headline, rows, summarize, terminal_table
+from engram_lm.studies.suppression.summary import figures, summarize, suppression_finding
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import override, read_table
 
@@ -106,7 +107,7 @@ class SuppressionStudy(StudyCommand):
 
     def _recipe_of(self, arm: Arm, seed: int) -> Recipe:
         """The recipe of an arm, on the text of a seed."""
-        folder = self.folder.expanduser().resolve() / f"seed-{seed}"
+        folder = self.folder / f"seed-{seed}"
         table = override(arm.recipe.to_dict(), ["--train.seed", str(seed)])
         data = table.get("data", {}) | {"sources": [str(folder / _TEXT)], "cache": str(folder / "shards")}
         return Recipe.from_dict(table | {"data": data})
@@ -121,31 +122,31 @@ class SuppressionStudy(StudyCommand):
                 write_atomically(text, lines)
             write_tasks(out / f"seed-{seed}" / _TASKS, families.items)
 
-    def measure(self, trained: Trained) -> dict[str, Any]:
+    def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Ask the questions of every seed.
 
         Raises:
-            DataError: No model was trained to its end.
+            DataError: No seed was trained to its end.
         """
-        seeds = [
-            {"seed": arms[_RUN].seed} | {name: self._asked(one, trained) for name, one in arms.items()}
-            for arms in trained.seeds
+        failed = [one.failed for arms in seeds for one in arms.values() if one.failed is not None]
+        found = [
+            {"seed": arms[_RUN].seed} | {name: self._asked(one, runner) for name, one in arms.items()}
+            for arms in seeds
             if all(one.failed is None for one in arms.values())
         ]
-        failed = [one.failed for arms in trained.seeds for one in arms.values() if one.failed is not None]
-        if not seeds:
+        if not found:
             raise DataError(failed[0])
         return {
-            "seeds": seeds,
+            "seeds": found,
             "failed": failed,
             # A model that copies any value of the context, whatever was asked, gets this share right.
             "reading_by_copying_any": 1 / self.families(0).facts_per_passage,
-            "summary": summarize(seeds),
+            "summary": summarize(found),
         }
 
-    def _asked(self, one: TrainedArm, trained: Trained) -> dict[str, Any]:
+    def _asked(self, one: TrainedArm, runner: Runner) -> dict[str, Any]:
         """What training one model came to, and how it answers."""
-        trained.stop_if_asked()
+        runner.stop_if_asked()
         kept = ("num_steps", "num_tokens", "seconds", "parameters", "held_out")
         training = {key: one.result[key] for key in kept}
         model, tokenizer = one.load()
@@ -153,26 +154,20 @@ class SuppressionStudy(StudyCommand):
         if one.arm.name == _TWIN:
             scores = score_tasks(model, tokenizer, items, batch_size=self.batch_size)
             return {"training": training, "scores": scores.to_dict()["families"]}
-        trained.progress.note(f"seed {one.seed}: asking {len(items):,} questions with memory on and suppressed")
+        runner.progress.note(f"seed {one.seed}: asking {len(items):,} questions with memory on and suppressed")
 
         def asked(condition: Condition) -> None:
-            trained.progress.note(f"asked: {condition.name}")
-            trained.stop_if_asked()
+            runner.progress.note(f"asked: {condition.name}")
+            runner.stop_if_asked()
 
         effect = suppression_effect(
             model, tokenizer, items=items, batch_size=self.batch_size, seed=one.seed, on_progress=asked
         )
         return {"training": training, "effect": effect.to_dict()}
 
-    def tables(self, result: Mapping[str, Any]) -> Iterable[Any]:
-        """The table of all conditions."""
-        return [terminal_table(result)]
-
     def finding(self, result: Mapping[str, Any]) -> Finding:
         """Say how differently the two families depend on memory."""
-        header, *cells = rows(result)
-        table = ("Right answers, and the share retained", header, cells)
-        return Finding(headline=headline(result), detail=seeds_note(len(result["seeds"])), tables=[table])
+        return suppression_finding(result)
 
 
 def _twin_of(preset: str) -> str:

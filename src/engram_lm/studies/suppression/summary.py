@@ -1,15 +1,13 @@
-"""What came out of the study: averages over seeds, a table for the terminal, a picture."""
+"""What came out of the study: averages over seeds, in words, rows and a picture."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engram_lm.page.figure import Picture
-from engram_lm.studies.summary import spread
+from engram_lm.studies.page import Finding, Table
+from engram_lm.studies.summary import seeds_note, spread
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["figures", "headline", "markdown_table", "rows", "summarize", "terminal_table"]
+__all__ = ["figures", "markdown_table", "rows", "summarize", "suppression_finding"]
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -53,28 +51,6 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def terminal_table(result: Mapping[str, Any]) -> "Table":
-    """Share of right answers by condition and family, and how much of it is retained."""
-    from rich.table import Table
-
-    header, *cells = rows(result)
-    seeds = len(result["seeds"])
-    share = result.get("reading_by_copying_any")
-    copying = "" if share is None else f"; reading by copying any value of the context: {100 * share:.0f} %"
-    table = Table(
-        title=f"Right answers, and the share retained, {seeds} seed{'s' * (seeds > 1)}",
-        title_justify="left",
-        caption="exact match of greedy decoding; retained: relative to memory on" + copying,
-        caption_justify="left",
-    )
-    table.add_column(header[0])
-    for title in header[1:]:
-        table.add_column(title, justify="right")
-    for row in cells:
-        table.add_row(*row)
-    return table
-
-
 def markdown_table(result: Mapping[str, Any]) -> str:
     """Write the table as Markdown, ending in a line break."""
     header, *cells = rows(result)
@@ -82,19 +58,25 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def headline(result: Mapping[str, Any]) -> str:
-    """Say in a sentence which family depends more on memory.
+def suppression_finding(result: Mapping[str, Any]) -> Finding:
+    """Say which family depends more on memory, and list all conditions.
 
     Args:
         result: A result in the format ``engram.suppression.1``.
     """
     differences = result["summary"]["reading_minus_recall"]
     known = {name: found["mean"] for name, found in differences.items() if found["mean"] is not None}
-    if not known:
-        return "The model learned too little to say what suppression takes away"
-    name = next(iter(known))
-    more = "more" if known[name] > 0 else "less"
-    return f"With {name}, reading retains {abs(100 * known[name]):.0f} points {more} than recall"
+    headline = "The model learned too little to say what suppression takes away"
+    if known:
+        name, mean = next(iter(known.items()))
+        more = "more" if mean > 0 else "less"
+        headline = f"With {name}, reading retains {abs(100 * mean):.0f} points {more} than recall"
+    columns, *cells = rows(result)
+    share, seeds = result.get("reading_by_copying_any"), len(result["seeds"])
+    note = "Exact match of greedy decoding. Retained: relative to memory on."
+    note += "" if share is None else f" Reading by copying any value of the context: {100 * share:.0f} %."
+    table = Table(title="Right answers, and the share retained", columns=columns, rows=cells, note=note)
+    return Finding(headline=headline, detail=seeds_note(seeds), tables=[table])
 
 
 def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
