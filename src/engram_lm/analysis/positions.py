@@ -33,12 +33,8 @@ def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
     A regular step would be worse: if it had a common divisor with the length of a window, only some positions of the
     windows would be seen, at worst only their first tokens.
 
-    Args:
-        places: Places in the text, counted from its start, integers ``[n]``, not negative.
-        one_in: Length of a run.
-
-    Returns:
-        Whether each place is taken, bool ``[n]``; this does not depend on the other places.
+    Takes places in the text, integers ``[n]``, not negative, and returns whether each is taken, bool ``[n]``. This does
+    not depend on the other places.
     """
     runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
     taken: np.ndarray = within == splitmix64(runs) % np.uint64(one_in)

@@ -100,14 +100,9 @@ class NotApplicable:
 
 
 def applicable(left_out: Mapping[str, str], subjects: Sequence[Subject]) -> str | None:
-    """Say why an analysis applies to none of the models, as `Analysis.start` returns it.
+    """Say why an analysis applies to none of the models, for `Analysis.start`; None if it applies to some.
 
-    Args:
-        left_out: Models to which it does not apply, and why.
-        subjects: All models.
-
-    Returns:
-        None if it applies to at least one.
+    ``left_out`` are the models to which it does not apply, with the reasons.
     """
     if len(left_out) < len(subjects):
         return None

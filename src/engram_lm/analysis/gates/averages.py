@@ -292,14 +292,9 @@ def _mean(total: np.ndarray, count: Any) -> np.ndarray:
 
 
 def token_classes(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Find the class of each token. Space around a token does not count, unless there is nothing else.
+    """Find the class of each raw token: indices into `TOKEN_CLASSES`, int64 ``[n]``.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        tokens: Raw ids ``[n]``; ids that no tokenizer produces are ``other``.
-
-    Returns:
-        Indices into `TOKEN_CLASSES`, int64 ``[n]``.
+    Space around a token does not count, unless there is nothing else. Ids that no tokenizer produces are ``other``.
     """
     ids, special = np.asarray(tokens, np.int64), set(tokenizer.all_special_ids)
     known = [token for token in ids.tolist() if token < len(tokenizer) and token not in special]

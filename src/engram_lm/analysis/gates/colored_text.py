@@ -19,15 +19,7 @@ _RED = (227, 26, 28)
 
 
 def gates_to_show(trace: GateTrace, block: int | None = None, stream: int | None = None) -> np.ndarray:
-    """Choose one gate for each token.
-
-    Args:
-        trace: From `engram_lm.analysis.gate_trace`.
-        block: A block that reads memory; None means the mean over all of them.
-        stream: A residual stream; None means the mean over all of them.
-
-    Returns:
-        Float32 ``[length]``.
+    """Choose one gate for each token, float32 ``[length]``; None means the mean over blocks or streams.
 
     Raises:
         ConfigError: There is no such block or stream.
@@ -48,8 +40,8 @@ def colored_gates(trace: GateTrace, block: int | None = None, stream: int | None
 
     Args:
         trace: From `engram_lm.analysis.gate_trace`.
-        block: As for `gates_to_show`.
-        stream: As for `gates_to_show`.
+        block: A block that reads memory; None means the mean over all of them.
+        stream: A residual stream; None means the mean over all of them.
 
     Raises:
         ConfigError: There is no such block or stream.
@@ -72,8 +64,8 @@ def colored_html(trace: GateTrace, block: int | None = None, stream: int | None 
 
     Args:
         trace: From `engram_lm.analysis.gate_trace`.
-        block: As for `gates_to_show`.
-        stream: As for `gates_to_show`.
+        block: A block that reads memory; None means the mean over all of them.
+        stream: A residual stream; None means the mean over all of them.
 
     Raises:
         ConfigError: There is no such block or stream.

@@ -1,6 +1,5 @@
 """The gates' part of an analysis: passages colored by gate, typed text, N-grams to sort, and averages."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +25,7 @@ _MOST_VALUES = 300_000
 """Gates and scores of passages that the page holds for a model; with more blocks or streams it has fewer passages."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Phrase:
+class Phrase(NamedTuple):
     """An N-gram of a text and how far it opened the gates."""
 
     text: str
@@ -36,7 +34,7 @@ class Phrase:
     """What its last token spells; the gate belongs to that token."""
     order: int
     """Tokens in it."""
-    count: int
+    num_positions: int
     """Positions of the text at which it was looked up."""
     fired: np.ndarray
     """For each block the positions at which it added most to the gate's score, int64 ``[G]``."""
@@ -148,17 +146,8 @@ def frequent_phrases(
 ) -> tuple[Phrase, ...]:
     """Choose the N-grams of a text that fired most often, and those that opened the gates widest.
 
-    N-grams that spell nothing by themselves (only space, or pieces of a character) are left out.
-
-    Args:
-        entries: From `engram_lm.analysis.gates.averages.GateFindings.ngrams`.
-        tokenizer: The model's tokenizer.
-        num_frequent: How many of the most frequent ones to take.
-        num_open: How many of those with the highest mean gate over blocks and streams to add.
-        min_count: The least number of positions at which one of those fired.
-
-    Returns:
-        The chosen ones, the one that fired most often first.
+    N-grams that spell nothing by themselves (only space, or pieces of a character) are left out. Those that opened the
+    gates widest have fired at ``min_count`` positions or more. The one that fired most often comes first.
     """
     if not len(entries):
         return ()
@@ -327,7 +316,7 @@ def _passage(trace: GateTrace) -> dict[str, Any]:
 
 
 def _phrase(phrase: Phrase) -> list[Any]:
-    numbers = (phrase.order, phrase.count, phrase.fired.tolist(), _scaled(phrase.gates, 1000))
+    numbers = (phrase.order, phrase.num_positions, phrase.fired.tolist(), _scaled(phrase.gates, 1000))
     return [_shown(phrase.text), _shown(phrase.last), *numbers]
 
 

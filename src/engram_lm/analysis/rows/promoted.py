@@ -39,21 +39,17 @@ def promoted_tokens(
     projection's bias and all later layers, so it shows what a row adds and not what the model makes of it. The final
     norm brings values of any size to one.
 
-    Args:
-        subject: The model.
-        layer: One of its memories.
-        vectors: Values of some channels of the memory vector, the others being zero, floating ``[N, C]``.
-        channels: These channels.
-        number: Tokens to name for each vector.
-
-    Returns:
-        For each vector the tokens it raises most. There are none if its value is zero or not finite, if ``number`` is
-        0, or if it is not known how the model predicts (see `Subject.predict`).
+    The ``vectors``, floating ``[N, C]``, are the values of some ``channels`` of the layer's memory vector; the others
+    are zero. For each vector the ``number`` tokens that it raises most are named; none if its value is zero or not
+    finite, or if it is not known how the model predicts (see `Subject.predict`).
 
     Source: direct logit attribution, Elhage et al., “A Mathematical Framework for Transformer Circuits”, 2021.
     """
     nothing: tuple[tuple[Promoted, ...], ...] = ((),) * len(vectors)
-    if number < 1 or not _can_predict(subject):
+    few = np.arange(min(4, len(subject.tokenizer), subject.vocab_size))
+    if number < 1 or isinstance(
+        read_text([subject], few, {"lens": LogitLens()}, length=len(few))["lens"], NotApplicable
+    ):
         return nothing
     values = _values(layer, vectors, channels, subject.device)
     # All streams hold the value, as they do behind the memory, except for their gates.
@@ -72,12 +68,6 @@ def promoted_tokens(
         else ()
         for tokens, found, speaks in zip(best.indices.tolist(), best.values.tolist(), says.tolist(), strict=True)
     )
-
-
-def _can_predict(subject: Subject) -> bool:
-    few = np.arange(min(4, len(subject.tokenizer), subject.vocab_size))
-    found = read_text([subject], few, {"lens": LogitLens()}, length=len(few))["lens"]
-    return not isinstance(found, NotApplicable)
 
 
 def _values(layer: EngramLayer, vectors: Tensor, channels: slice, device: torch.device) -> Tensor:
