@@ -9,10 +9,9 @@ import torch
 from tests.adapt.small_models import TOKENIZER, small_model
 
 import engram_lm
-from engram_lm.adapt import ngram_states
+from engram_lm.adapt import transfer
 from engram_lm.adapt.decoder import find_decoder
-from engram_lm.adapt.ngram_states import mean_states
-from engram_lm.adapt.transfer import reduced, transfer_rows
+from engram_lm.adapt.transfer import mean_states, reduced, transfer_rows
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.hashing import Segments
 from engram_lm.hashing.counting import frequent_ngrams
@@ -313,7 +312,7 @@ def test_what_cannot_be_transferred_is_refused_and_nothing_is_written(attached, 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(9, 8), (64, 64), (65, 64), (63, 64), (1000, 64), (5, 2), (2, 9)])
 def test_windows_measure_every_position_once_after_the_first_few(num_tokens, length):
-    windows = ngram_states._windows(num_tokens, length)
+    windows = transfer._windows(num_tokens, length)
     overlap = max(1, length // 8)
     assert [t for start, stop in windows for t in range(start, stop)] == list(range(overlap, num_tokens))
     # Every position has at least the overlap before it in its window.

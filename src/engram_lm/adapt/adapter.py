@@ -11,10 +11,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from engram_lm.adapt.decoder import Decoder, argument_names, find_decoder
-from engram_lm.adapt.folder import BaseModel, write_adapter
+from engram_lm.adapt.folder import BaseModel, read_adapter, write_adapter
 from engram_lm.adapt.forward_pass import ForwardPass, table_name
 from engram_lm.adapt.hub import files_of, push_folder
-from engram_lm.adapt.stored_adapter import read_adapter
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig

@@ -9,8 +9,7 @@ from torch import nn
 
 from engram_lm.adapt.adapter import MemoryAdapter, check_free, home, table_name
 from engram_lm.adapt.decoder import Decoder, find_decoder
-from engram_lm.adapt.folder import BaseModel
-from engram_lm.adapt.stored_adapter import check_vocabulary
+from engram_lm.adapt.folder import BaseModel, check_vocabulary
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.memory.config import EngramConfig

@@ -1,7 +1,7 @@
 """Row patches: changes to single rows that are fitted, saved to a file, applied to a model and reverted.
 
-Reading order: ``row_change.py`` (what a patch holds), ``patchable.py`` (the memory it is for), ``row_patch_fit.py``,
-``row_patch_file.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch touches and what not).
+Reading order: ``row_change.py`` (what a patch and its file hold), ``patchable.py`` (the memory it is for),
+``row_patch_fit.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch touches and what not).
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt.patchable import PatchableMemory, patchable_memory
-from engram_lm.adapt.row_change import Fact, RowChange, bits, same_bits
-from engram_lm.adapt.row_patch_file import read_patch, write_patch
+from engram_lm.adapt.row_change import Fact, RowChange, bits, read_patch, same_bits, write_patch
 from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, read_facts, reference_tokens
 from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
 from engram_lm.errors import ConfigError, MismatchError

@@ -16,8 +16,7 @@ from torch import nn
 
 from engram_lm.adapt.adapter import CONTAINER, MemoryAdapter
 from engram_lm.adapt.decoder import find_decoder
-from engram_lm.adapt.folder import LocalFiles
-from engram_lm.adapt.stored_adapter import read_adapter
+from engram_lm.adapt.folder import LocalFiles, read_adapter
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import TablePlace
