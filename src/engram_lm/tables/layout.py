@@ -24,7 +24,7 @@ _FLOAT8 = "F8_E4M3"
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """A run of rows in one file: row i of the run begins at ``start_bytes + i * stride_bytes``."""
+    """A run of rows in one file: row i of the run begins at ``start_bytes + i * row_bytes``."""
 
     file: str
     """Path or address of the file."""
@@ -32,16 +32,17 @@ class Extent:
     """First byte of the run."""
     num_rows: int
     """Rows in the run."""
-    stride_bytes: int
-    """Bytes from the beginning of one row to that of the next."""
+    row_bytes: int
+    """Bytes of each row."""
 
     def offsets(self, inside: np.ndarray) -> np.ndarray:
         """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""
-        return inside * self.stride_bytes + self.start_bytes
+        return inside * self.row_bytes + self.start_bytes
 
-    def end_bytes(self, row_bytes: int) -> int:
-        """One past the last byte of the run, where each row takes ``row_bytes``."""
-        return self.start_bytes + (self.num_rows - 1) * self.stride_bytes + row_bytes
+    @property
+    def end_bytes(self) -> int:
+        """One past the last byte of the run."""
+        return self.start_bytes + self.num_rows * self.row_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +183,9 @@ class RowLayout:
 
 def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
     """Copy rows ``low`` to ``high`` of an extent into ``out``, bytes ``[high - low, row_bytes]``."""
-    row_bytes = out.shape[1]
-    start = extent.start_bytes + low * extent.stride_bytes
-    size = (high - low - 1) * extent.stride_bytes + row_bytes
-    # Straight into the result where nothing lies between the rows; a second copy would cost as much as the read.
-    direct = out.flags.c_contiguous and size == out.size
-    buffer = out.reshape(-1) if direct else np.empty(size, np.uint8)
+    start, size = extent.start_bytes + low * extent.row_bytes, (high - low) * extent.row_bytes
+    # Straight into the result where its rows follow each other; a second copy would cost as much as the read.
+    buffer = out.reshape(-1) if out.flags.c_contiguous else np.empty(size, np.uint8)
     try:
         with open(extent.file, "rb", buffering=0) as file:
             file.seek(start)
@@ -204,8 +202,8 @@ def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
             f"{extent.file} was cut after its header was read: expected at least {start + size} bytes, found "
             f"{start + found}"
         )
-    if not direct:
-        out[...] = np.lib.stride_tricks.as_strided(buffer, out.shape, (extent.stride_bytes, 1), writeable=False)
+    if not out.flags.c_contiguous:
+        out[...] = buffer.reshape(out.shape)
 
 
 def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:

@@ -4,9 +4,8 @@ import contextlib
 import itertools
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import RowLayout
-from engram_lm.tables.tiers.page_cache import request_missing
+from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
 
 __all__ = ["FileTable"]
@@ -68,8 +67,17 @@ class FileTable(RecordTable):
         if type(num_threads) is not int or not 1 <= num_threads <= 1024:
             raise ConfigError(f"num_threads is between 1 and 1024, not {num_threads!r}")
         self.layout, self.num_threads, self.direct, self.read_ahead = layout, num_threads, direct, read_ahead
-        self._opened: dict[str, _OpenFile] | None = _open_files(layout, direct)
-        self._pool = _Pool(num_threads)
+        ends: dict[str, int] = {}
+        for extent in (extent for part in layout.parts for extent in part.extents):
+            ends[extent.file] = max(ends.get(extent.file, 0), extent.end_bytes)
+        pool = self._new_pool()
+        self._opened: dict[str, _OpenFile] | None = {
+            path: _OpenFile(path, end, direct, pool) for path, end in ends.items()
+        }
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        # Starts its threads when they are first needed, and ends them when nobody holds it any more.
+        return ThreadPoolExecutor(self.num_threads, thread_name_prefix="engram-file")
 
     @property
     def _closed(self) -> bool:
@@ -77,7 +85,9 @@ class FileTable(RecordTable):
 
     def _renew(self) -> None:
         super()._renew()
-        self._pool = _Pool(self.num_threads)
+        pool = self._new_pool()
+        for file in (self._opened or {}).values():
+            file.pool = pool
 
     def _read(self, numbers: np.ndarray) -> Tensor:
         # Held until this read ends, so that another thread that closes the table closes no file under it.
@@ -95,12 +105,14 @@ class FileTable(RecordTable):
             column += part.row_bytes
         # All parts are asked for before the first of them is waited for.
         asks = self.read_ahead and not self.direct
-        waits = [not asks or request_missing(file.descriptor, offsets, out.shape[1]) for file, offsets, _, out in plans]
-        for (file, offsets, places, out), wait in zip(plans, waits, strict=True):
+        missing = [
+            not asks or request_missing(file.descriptor, offsets, out.shape[1]) for file, offsets, _, out in plans
+        ]
+        for (file, offsets, places, out), is_missing in zip(plans, missing, strict=True):
             if self.direct:
                 self._read_direct(file, offsets, places, out)
             else:
-                self._read_rows(file, offsets, places, out, self.num_threads if wait else 1)
+                self._read_rows(file, offsets, places, out, self.num_threads if is_missing else 1)
         for file in dict.fromkeys(plan[0] for plan in plans):
             # Rows that are still there are refused too: a file that shrinks is being written to.
             file.refuse_cut()
@@ -120,7 +132,7 @@ class FileTable(RecordTable):
 
         # Tasks take turns row by row: neighbouring rows in one task would be read one after another.
         num_tasks = min(most_tasks, -(-len(offsets) // _ROWS_PER_TASK))
-        self._pool.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
+        file.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
 
     def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """Read the blocks that rows lie on, each once, and pick the rows out of them."""
@@ -146,7 +158,7 @@ class FileTable(RecordTable):
                 # The last block of a file may be shorter than a block.
                 file.read_into(target[low:high], begin, min(high - low, file.end_bytes - begin))
 
-            self._pool.run(read, list(_runs(blocks)))
+            file.run(read, list(_runs(blocks)))
             inside = np.searchsorted(blocks, begins // _BLOCK_BYTES) * _BLOCK_BYTES + begins % _BLOCK_BYTES
             windows = np.lib.stride_tricks.as_strided(buffer, (len(buffer) - size + 1, size), (1, 1), writeable=False)
             out[places[chosen]] = windows[inside]
@@ -170,7 +182,6 @@ class FileTable(RecordTable):
     def close(self) -> None:
         """Close the files. A gather that another thread has begun still completes."""
         self._opened = None
-        self._pool.stop()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the files again."""
@@ -182,24 +193,36 @@ def _open_again(layout: RowLayout, dtype: torch.dtype, num_threads: int, direct:
 
 
 class _OpenFile:
-    """One open file of a table; its descriptor is closed when the last reader lets go of it."""
+    """One open file of a table, and the threads that read it."""
 
-    def __init__(self, path: str, end_bytes: int, direct: bool) -> None:
-        self.path, self.end_bytes = path, end_bytes
-        self.descriptor = -1
+    def __init__(self, path: str, end_bytes: int, direct: bool, pool: ThreadPoolExecutor) -> None:
+        self.path, self.end_bytes, self.pool = path, end_bytes, pool
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = Descriptor(path)
             self.refuse_cut()
             if direct:
-                os.close(self.descriptor)
-                self.descriptor = -1
-                self.descriptor = _open_direct(path)
+                self._file = _open_direct(path)
             else:
                 with contextlib.suppress(AttributeError, OSError):
                     # Rows lie far apart, so what the kernel guesses beyond them would be read for nothing.
                     os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+    @property
+    def descriptor(self) -> int:
+        """Its number."""
+        return self._file.number
+
+    def run(self, call: Callable[[Any], None], tasks: Sequence[Any]) -> None:
+        """Call with every task and wait for all of them; the first error is raised after the last call has ended."""
+        if len(tasks) == 1:
+            call(tasks[0])
+            return
+        futures = [self.pool.submit(call, task) for task in tasks]
+        wait(futures)
+        for future in futures:
+            future.result()
 
     def read_into(self, target: memoryview, offset: int, needed: int | None = None) -> None:
         """Fill ``target`` from byte ``offset``, or at least ``needed`` bytes of it."""
@@ -231,70 +254,20 @@ class _OpenFile:
             "put the whole file back and open the table again"
         )
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # Bound here because the module may be gone before this object when the interpreter ends.
-        if self.descriptor >= 0:
-            close(self.descriptor)
 
-
-def _open_files(layout: RowLayout, direct: bool) -> dict[str, _OpenFile]:
-    """Open every file of a layout: path → open file."""
-    ends: dict[str, int] = {}
-    for part in layout.parts:
-        for extent in part.extents:
-            ends[extent.file] = max(ends.get(extent.file, 0), extent.end_bytes(part.row_bytes))
-    return {path: _OpenFile(path, end, direct) for path, end in ends.items()}
-
-
-class _Pool:
-    """Threads that read, started when they are first needed."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads, self._lock = num_threads, threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-
-    def run(self, call: Callable[[Any], None], tasks: Sequence[Any]) -> None:
-        """Call with every task and wait for all of them; the first error is raised after the last has ended."""
-        if len(tasks) == 1:
-            call(tasks[0])
-            return
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="engram-file")
-            futures = [self._executor.submit(call, task) for task in tasks]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
-
-    def stop(self) -> None:
-        """Let the threads end when they have done what they were given."""
-        with self._lock:
-            if self._executor is not None:
-                self._executor.shutdown(wait=False)
-            self._executor = None
-
-
-def _open_direct(path: str) -> int:
-    flag = getattr(os, "O_DIRECT", None)
+def _open_direct(path: str) -> Descriptor:
     try:
-        if flag is None:
+        if not hasattr(os, "O_DIRECT"):
             raise OSError("this system has no O_DIRECT")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read with direct=True, its file system refuses O_DIRECT ({error}); open it with "
-            "direct=False"
-        ) from error
-    try:
+        file = Descriptor(path, os.O_DIRECT)
         # Some file systems open such files and refuse to read them.
-        os.preadv(descriptor, [mmap.mmap(-1, _BLOCK_BYTES)], 0)
+        os.preadv(file.number, [mmap.mmap(-1, _BLOCK_BYTES)], 0)
     except OSError as error:
-        os.close(descriptor)
         raise ConfigError(
-            f"{path} cannot be read with direct=True, its file system refuses aligned reads of {_BLOCK_BYTES} bytes "
-            f"({error}); open it with direct=False"
+            f"{path} cannot be read with direct=True, its file system refuses O_DIRECT or aligned reads of "
+            f"{_BLOCK_BYTES} bytes ({error}); open it with direct=False"
         ) from error
-    return descriptor
+    return file
 
 
 def _flat(out: np.ndarray) -> tuple[memoryview, int]:

@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import Part, RowLayout
-from engram_lm.tables.tiers.page_cache import request_missing
+from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
 
 __all__ = ["MappedTable"]
@@ -47,12 +46,10 @@ class MappedTable(RecordTable):
         if populate or lock:
             for part in layout.parts:
                 for extent in part.extents:
-                    _keep_in_memory(files[extent.file], extent.start_bytes, extent.end_bytes(part.row_bytes), lock)
-        # Where whole records follow each other in one file, which is usual: read by one call.
-        only = layout.parts[0].extents[0]
-        dense = [len(part.extents) for part in layout.parts] == [1]
-        self._dense = dense and only.stride_bytes == self.codec.record_bytes
-        self._descriptors = {file: _Descriptor(file) for file in layout.files}
+                    _keep_in_memory(files[extent.file], extent.start_bytes, extent.end_bytes, lock)
+        # The usual case, which one call reads: whole records follow each other in one file.
+        self._is_simple = [len(part.extents) for part in layout.parts] == [1]
+        self._descriptors = {file: Descriptor(file) for file in layout.files}
 
     @property
     def _closed(self) -> bool:
@@ -64,19 +61,19 @@ class MappedTable(RecordTable):
         assert mapped is not None
         self._request(numbers)
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
-        if self._dense:
+        if self._is_simple:
             # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
             mapped[0][0].take(numbers, axis=0, out=records.numpy(), mode="clip")
             return records
         data, first = records.numpy(), 0
         for part, views in zip(self.layout.parts, mapped, strict=True):
-            last = first + part.row_bytes
-            _take(part, views, numbers, data if len(self.layout.parts) == 1 else data[:, first:last])
-            first = last
+            for index, where, inside in part.split(numbers):
+                data[where, first : first + part.row_bytes] = views[index][inside]
+            first += part.row_bytes
         return records
 
     def _request(self, numbers: np.ndarray) -> None:
-        """Have the kernel read what is not in memory, all at once; touching it would wait for page after page."""
+        """Have the kernel read missing pages all at once; touching them would wait for one after another."""
         if len(numbers) < 2:
             return
         descriptors = self._descriptors
@@ -105,32 +102,6 @@ class MappedTable(RecordTable):
 
 def _map_again(layout: RowLayout, dtype: torch.dtype, populate: bool, lock: bool) -> MappedTable:
     return MappedTable(layout, dtype, populate=populate, lock=lock)
-
-
-class _Descriptor:
-    """An open file by number, closed when nobody holds it any more."""
-
-    def __init__(self, file: str) -> None:
-        self.number = -1
-        try:
-            self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot map {file}: {error}") from error
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # Bound here because the module may be gone before this object when the interpreter ends.
-        if self.number >= 0:
-            close(self.number)
-
-
-def _take(part: Part, views: list[np.ndarray], numbers: np.ndarray, out: np.ndarray) -> None:
-    """Copy rows of one part into ``out``, ``[n, row_bytes]``."""
-    for index, where, inside in part.split(numbers):
-        if len(views) == 1 and out.flags.c_contiguous:
-            # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
-            np.take(views[index], inside, axis=0, out=out, mode="clip")
-        else:
-            out[where] = views[index][inside]
 
 
 def _map(file: str) -> mmap.mmap:
@@ -171,12 +142,12 @@ def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
     """Matrices of bytes ``[rows, row_bytes]`` on the mappings, read-only."""
     views = []
     for extent in part.extents:
-        mapping, end = files[extent.file], extent.end_bytes(part.row_bytes)
-        if end > len(mapping):
+        mapping, size = files[extent.file], extent.num_rows * extent.row_bytes
+        if extent.end_bytes > len(mapping):
             raise CheckpointError(
-                f"{extent.file} was cut after its header was read: expected at least {end} bytes, found {len(mapping)}"
+                f"{extent.file} was cut after its header was read: expected at least {extent.end_bytes} bytes, found "
+                f"{len(mapping)}"
             )
-        data = np.frombuffer(mapping, np.uint8, count=end - extent.start_bytes, offset=extent.start_bytes)
-        shape, strides = (extent.num_rows, part.row_bytes), (extent.stride_bytes, 1)
-        views.append(np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False))
+        data = np.frombuffer(mapping, np.uint8, count=size, offset=extent.start_bytes)
+        views.append(data.reshape(extent.num_rows, extent.row_bytes))
     return views

@@ -5,10 +5,11 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["PAGE_BYTES", "drop_from_memory", "request_missing", "request_pages", "resident_share"]
+__all__ = ["PAGE_BYTES", "Descriptor", "drop_from_memory", "request_missing", "request_pages", "resident_share"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 """Bytes of a page."""
@@ -20,6 +21,19 @@ _CHUNK_BYTES = 1 << 30
 # what a small sample overlooks is worth little. At least two are looked at, because a look at a missing page has the
 # kernel read it, and on a busy machine it may be there already when the look returns.
 _SAMPLE_EVERY, _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 64, 2, 32
+
+
+class Descriptor:
+    """An open file by number, closed when nobody holds this object any more."""
+
+    def __init__(self, file: str, flags: int = 0) -> None:
+        self.number = -1
+        self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flags)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound here because the module may be gone before this object when the interpreter ends.
+        if self.number >= 0:
+            close(self.number)
 
 
 def request_missing(descriptor: int, offsets: np.ndarray, row_bytes: int) -> bool:

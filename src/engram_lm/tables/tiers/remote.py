@@ -48,7 +48,7 @@ class RemoteTable(RecordTable):
             self._found = {file: files.look(file.partition(_VERSION_MARK)[0]) for file in layout.files}
             for part in layout.parts:
                 for extent in part.extents:
-                    _check(self._found[extent.file], extent.file, extent.end_bytes(part.row_bytes))
+                    _check(self._found[extent.file], extent.file, extent.end_bytes)
         except BaseException:
             self.close()
             raise

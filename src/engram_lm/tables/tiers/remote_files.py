@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from engram_lm.errors import ConfigError, EngramError, MissingExtraError, RemoteError, TableClosedError
+from engram_lm.errors import ConfigError, EngramError, MissingExtraError, RemoteError, TableClosedError, check_whole
 
 __all__ = ["RemoteFile", "RemoteFiles", "RemoteOptions", "check_host", "is_http"]
 
@@ -37,9 +37,9 @@ class RemoteOptions:
     request_seconds: float = 60.0
     """Longest time that one request may take in all, in seconds; more than 0."""
     num_connections: int = 8
-    """Most requests under way at the same time, from 1 to 100."""
+    """Most requests under way at the same time; at least 1."""
     num_retries: int = 3
-    """How often a request is made again after a failure that may pass, from 0 to 20."""
+    """How often a request is made again after a failure that may pass; 0 or more."""
     gap_bytes: int = 16 << 10
     """Rows no further apart than this many bytes are asked for in one request, with what lies between them."""
     longest_range_bytes: int = 4 << 20
@@ -51,15 +51,8 @@ class RemoteOptions:
         for name in ("timeout_seconds", "request_seconds"):
             if not 0 < getattr(self, name) < 86_400:
                 raise ConfigError(f"{name} is more than 0 and less than a day, not {getattr(self, name)!r}")
-        for name, low, high in (
-            ("num_connections", 1, 100),
-            ("num_retries", 0, 20),
-            ("gap_bytes", 0, 1 << 30),
-            ("longest_range_bytes", 1, 1 << 30),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ConfigError(f"{name} is an integer between {low} and {high}, not {value!r}")
+        check_whole(num_connections=self.num_connections, longest_range_bytes=self.longest_range_bytes)
+        check_whole(at_least=0, num_retries=self.num_retries, gap_bytes=self.gap_bytes)
         if not isinstance(self.storage_options, Mapping):
             raise ConfigError(f"storage_options is a mapping of fsspec's options, not {self.storage_options!r:.200}")
 
