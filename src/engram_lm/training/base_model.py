@@ -25,7 +25,7 @@ from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import training_flops_per_token
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["AdaptedBase", "load_base", "lora_targets"]
+__all__ = ["AdaptedBase", "fingerprint", "load_base", "lora_targets"]
 
 _FINGERPRINT_NUMBERS = 64
 
@@ -53,8 +53,8 @@ class AdaptedBase:
         self._recipe = recipe
         self.module: Any = load_base(options.base, options.revision, options.base_dtype)[0]
         """The base, in which everything else is put."""
+        self._fingerprint = fingerprint(self.module)
         self.module.to(ranks.device).eval()
-        self._fingerprint = _fingerprint(self.module)
         is_whole = not (recipe.adapter.layers or recipe.lora.rank)
         self.module.requires_grad_(is_whole)
         torch.manual_seed(recipe.train.seed)
@@ -221,8 +221,8 @@ def _add_lora(model: Any, lora: LoraOptions, layer_list: str | None) -> Any:
         return get_peft_model(model, chosen)
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every tensor's name, shape and some of its numbers: which base this is."""
+def fingerprint(model: nn.Module) -> str:
+    """Digest the name, the shape and some numbers of every tensor, which tells one model from another."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())

@@ -14,7 +14,7 @@ from engram_lm.studies.adaptation.arms import ARMS, RETAINED, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.training.assembly import open_text
-from engram_lm.training.base_model import AdaptedBase, load_base, lora_targets
+from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import forward_flops_per_token
@@ -67,6 +67,8 @@ class Bench:
         self.ranks = Ranks(device=find_device(_device(recipe.train.device)))
         progress.note(f"loading {base.model}")
         model, self.tokenizer = load_base(base.model, base.revision, base.dtype)
+        self.fingerprint = fingerprint(model)
+        """Digest of the base's weights."""
         model.to(self.ranks.device).eval()
         decoder = find_decoder(model, base.layer_list)
         self.memory: EngramConfig = recipe.memory.for_width(decoder.hidden_size)

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_legend, page_axes, page_svg
+from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_legend, page_figure
 from engram_lm.page.frame import escape
 from engram_lm.studies.adaptation.finding import arm_title, finite_loss, forgetting, losses
 from engram_lm.studies.curves import curve_svg, describe_curves, finite_points
 
 __all__ = ["curve_figures", "forgetting_figures"]
 
-_WIDTH_INCHES, _HEIGHT_INCHES = 5.4, 3.9
 _CLOSER = 0.5
 """Share of the way from the base to the farthest run below which the runs get a picture of their own."""
 
@@ -42,17 +41,16 @@ def forgetting_figures(result: Mapping[str, Any]) -> str:
         for name, seeds in points.items()
         if seeds
     )
+    base = None if before is None else (0.0, before)
     figures = []
-    base = [] if before is None else [(0.0, before)]
     if base:
         label = f"Change on the old text and domain loss, with the base at 0 and {before:.3f}. {words}"
-        figures.append(("From the base", _scatter(points, base, name="forgetting", label=escape(label))))
-    # Where all runs went the same way from the base, what tells them apart is too small to be seen beside it.
-    if not base or _crowded(drawn, base[0]):
+        figures.append(_scatter("From the base", points, base, name="forgetting", words=label))
+    # If all runs moved the same way from the base, their differences are too small to be seen beside it.
+    if not base or _crowded(drawn, base):
         label = f"Change on the old text and domain loss. {words}"
-        figures.append(("Closer", _scatter(points, [], name="closer", label=escape(label))))
-    shown = "".join(f"<figure><h3>{title}</h3>{svg}</figure>" for title, svg in figures)
-    return f'{marker_legend(titles)}\n<div class="curves">{shown}</div>'
+        figures.append(_scatter("Closer", points, None, name="closer", words=label))
+    return f'{marker_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
 
 
 def curve_figures(result: Mapping[str, Any]) -> str:
@@ -88,21 +86,21 @@ def curve_figures(result: Mapping[str, Any]) -> str:
     return f'{line_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
 
 
-def _scatter(points: Points, base: Sequence[tuple[float, float]], *, name: str, label: str) -> str:
-    with page_axes(_WIDTH_INCHES, _HEIGHT_INCHES) as axes:
+def _scatter(title: str, points: Points, base: tuple[float, float] | None, *, name: str, words: str) -> str:
+    def draw(axes: Any) -> None:
         for index, seeds in enumerate(points.values()):
             if seeds:
-                changes, domain = zip(*seeds, strict=True)
-                marker = MARKERS[index % len(MARKERS)]
-                axes.plot(changes, domain, linestyle="", marker=marker, markersize=7, color=arm_color(index), alpha=0.8)
-        for across, up in base:
-            axes.plot([across], [up], linestyle="", marker="*", markersize=12, color=INK)
-            axes.annotate("base", (across, up), xytext=(9, 0), textcoords="offset points", va="center", color=INK)
+                marker, color = MARKERS[index % len(MARKERS)], arm_color(index)
+                axes.plot(*zip(*seeds, strict=True), linestyle="", marker=marker, markersize=7, color=color, alpha=0.8)
+        if base is not None:
+            axes.plot(*base, linestyle="", marker="*", markersize=12, color=INK)
+            axes.annotate("base", base, xytext=(9, 0), textcoords="offset points", va="center", color=INK)
         axes.grid(axis="x", color=axes.spines["bottom"].get_edgecolor(), linewidth=0.8)
         axes.margins(0.12)
         axes.set_xlabel("change of loss on the old text, nats per token", color=INK)
         axes.set_ylabel("domain loss, nats per token", color=INK)
-        return page_svg(axes.figure, name=name, label=label, num_arms=len(points))
+
+    return page_figure(title, name=name, words=words, num_arms=len(points), draw=draw)
 
 
 def _crowded(points: Sequence[tuple[float, float]], base: tuple[float, float]) -> bool:

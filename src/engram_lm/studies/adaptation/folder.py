@@ -1,7 +1,6 @@
 """The folder of an adaptation: what is finished is in it, and what is in it is finished."""
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +16,14 @@ from engram_lm.training.run_folder import hold_folder, to_json
 __all__ = ["AdaptationFolder"]
 
 _RECIPE, _RUNS, _BEFORE, _RESULT, _ADAPTER = "recipe.toml", "runs", "before.json", "result.json", "adapter"
+_DELETE = "delete it, and its run is done again"
 
 
 class AdaptationFolder:
     """One run folder.
 
-    It holds ``recipe.toml`` (every key, resolved), ``before.json`` (the base and the text, as they were measured
-    first), ``runs/ARM-SEED.json`` for every run that is finished, with the training run itself in ``runs/ARM-SEED/``,
+    It holds ``recipe.toml`` (every key, resolved), ``before.json`` (which base, text and hash it was begun
+    with), ``runs/ARM-SEED.json`` for every run that is finished, with the training run itself in ``runs/ARM-SEED/``,
     and at the end ``result.json``, ``report.html`` and ``adapter/``. Where a seed tries several learning rates, its
     runs are called ``ARM-SEED-RATE``.
 
@@ -58,33 +58,26 @@ class AdaptationFolder:
             write_atomically(self.path / _RECIPE, write_toml(recipe.to_dict()))
             yield
 
-    def check_before(self, origin: dict[str, str], losses: dict[str, float]) -> None:
-        """Remember what the base and the text are, or compare with what they were.
+    def check_origin(self, origin: dict[str, str]) -> None:
+        """Remember what the base, the text and the hash are, or compare them with what they were.
 
         Args:
-            origin: Digests, which must be the same.
-            losses: Of the base, by text. They may differ as those of two machines do, by less than a thousandth.
+            origin: A digest of each.
 
         Raises:
             MismatchError: They are not what they were.
         """
-        known = self._read(self.path / _BEFORE)
-        if known is None:
-            write_atomically(self.path / _BEFORE, to_json({**origin, "losses": losses}))
+        path = self.path / _BEFORE
+        if not path.is_file():
+            write_atomically(path, to_json(origin))
             return
-        then = known.get("losses") or {}
-        different = [
-            f"the {key} is {now}, was {known.get(key)}" for key, now in origin.items() if now != known.get(key)
-        ]
-        different += [
-            f"the base's loss on the {text} text is {now}, was {then.get(text)}"
-            for text, now in losses.items()
-            if not math.isclose(now, then.get(text, math.nan), rel_tol=1e-3)
-        ]
-        if different:
+        known = read_json(path, advice=_DELETE)
+        changed = {key: now for key, now in origin.items() if now != known.get(key)}
+        if changed:
+            different = "; ".join(f"the {key} is {now}, was {known.get(key)}" for key, now in changed.items())
             raise MismatchError(
-                f"the base model or the text is not what the run in {self.path} was begun with: "
-                f"{'; '.join(different)}. Put it back as it was, or begin a new run with another --out"
+                f"the base model or the text is not what the run in {self.path} was begun with: {different}. Put it "
+                "back as it was, or begin a new run with another --out"
             )
 
     def finished(self, name: str) -> dict[str, Any] | None:
@@ -93,7 +86,8 @@ class AdaptationFolder:
         Raises:
             CheckpointError: Its file is damaged.
         """
-        return self._read(self.path / _RUNS / f"{name}.json")
+        path = self.path / _RUNS / f"{name}.json"
+        return read_json(path, advice=_DELETE) if path.is_file() else None
 
     def place(self, name: str, recipe: Recipe) -> Path:
         """The folder of a run. One that was begun by another recipe is removed: its learning rate was another."""
@@ -121,6 +115,3 @@ class AdaptationFolder:
 
         write_atomically(self.path / _RESULT, to_json(result))
         write_atomically(self.path / "report.html", render_report(result))
-
-    def _read(self, path: Path) -> dict[str, Any] | None:
-        return read_json(path, advice="delete it, and its run is done again") if path.is_file() else None

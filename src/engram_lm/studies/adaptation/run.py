@@ -60,8 +60,7 @@ class Adaptation:
         """
         with self.folder.own(self.recipe):
             bench = Bench(self.recipe, self.progress)
-            losses = {text: found["loss"] for text, found in bench.before.items() if found is not None}
-            self.folder.check_before({"text": bench.text.digest, "hash": bench.spec.digest}, losses)
+            self.folder.check_origin({"base": bench.fingerprint, "text": bench.text.digest, "hash": bench.spec.digest})
             plan = bench.plan()
             with Interrupt() as interrupt:
                 interrupted = not all(
