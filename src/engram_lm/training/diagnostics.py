@@ -1,7 +1,8 @@
 """What a step did, in numbers: norms of gradients and updates by group, and which rows of the tables are in use."""
 
-from types import TracebackType
-from typing import Any, Self
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from engram_lm.training.distribution import Ranks, sharded_weights
 from engram_lm.training.optimizers import CombinedOptimizer, merge_rows
 from engram_lm.training.optimizers.groups import is_trainable_table
 
-__all__ = ["TableUse", "UpdateMeter", "gradient_norms"]
+__all__ = ["TableUse", "gradient_norms", "update_norms"]
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -24,67 +25,51 @@ def gradient_norms(model: nn.Module, optimizer: CombinedOptimizer, ranks: Ranks)
     Returns:
         ``{"grad_norms": {group: norm}}``.
     """
-    squares: dict[str, Tensor] = {}
-    own = {id(weight) for weight in sharded_weights(model)}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                values = merge_rows(gradient)[1] if gradient.is_sparse else gradient
-                _add(squares, group["name"], _square_sum(values, id(parameter) in own, ranks))
-    return {"grad_norms": {name: float(total.sqrt()) for name, total in squares.items()}}
+    gradients = (
+        (name, parameter, merge_rows(parameter.grad)[1] if parameter.grad.is_sparse else parameter.grad)
+        for name, parameter in _with_gradient(optimizer)
+        if parameter.grad is not None
+    )
+    return {"grad_norms": _norms(gradients, model, ranks)}
 
 
-class UpdateMeter:
-    """Measures how far a step moves the parameters of each group, while the context is open.
+@contextlib.contextmanager
+def update_norms(
+    model: nn.Module, optimizer: CombinedOptimizer, ranks: Ranks, *, enabled: bool
+) -> Iterator[dict[str, Any]]:
+    """Measure how far the parameters of each group move while the context is open.
 
-    Takes a second copy of the backbone, and of the touched rows of tables, for as long.
+    Keeps a second copy of the backbone, and of the touched rows of tables, for that time.
 
     Args:
-        model: Whose parameters.
-        optimizer: Which of them, by group.
+        model: The model.
+        optimizer: Its optimizer, whose groups are measured.
         ranks: The processes.
         enabled: Whether to measure at all.
+
+    Yields:
+        What holds ``{"update_norms": {group: norm}}`` after the context has ended; it stays empty if not enabled.
     """
-
-    def __init__(self, model: nn.Module, optimizer: CombinedOptimizer, ranks: Ranks, *, enabled: bool) -> None:
-        self._own = {id(weight) for weight in sharded_weights(model)}
-        self._optimizer, self._ranks, self._enabled = optimizer, ranks, enabled
-        self.norms: dict[str, Any] = {}
-        """``{"update_norms": {group: norm}}`` after the context has ended; empty where not enabled."""
-
-    def __enter__(self) -> Self:
-        self._before: list[tuple[str, nn.Parameter, Tensor | None, Tensor]] = []
-        for group in self._optimizer.param_groups if self._enabled else ():
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                rows = merge_rows(parameter.grad)[0] if parameter.grad.is_sparse else None
-                self._before.append((group["name"], parameter, rows, _read(parameter, rows).clone()))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._enabled or error is not None:
-            return
-        squares: dict[str, Tensor] = {}
-        for name, parameter, rows, before in self._before:
-            moved = _read(parameter, rows) - before
-            _add(squares, name, _square_sum(moved, id(parameter) in self._own, self._ranks))
-        self.norms = {"update_norms": {name: float(total.sqrt()) for name, total in squares.items()}}
-        self._before = []
+    found: dict[str, Any] = {}
+    before: list[tuple[str, nn.Parameter, Tensor | None, Tensor]] = []
+    for name, parameter in _with_gradient(optimizer) if enabled else ():
+        rows = merge_rows(parameter.grad)[0] if parameter.grad is not None and parameter.grad.is_sparse else None
+        before.append((name, parameter, rows, _read(parameter, rows).clone()))
+    yield found
+    if enabled:
+        moves = ((name, parameter, _read(parameter, rows) - old) for name, parameter, rows, old in before)
+        found["update_norms"] = _norms(moves, model, ranks)
 
 
 class TableUse:
-    """Which rows of a model's tables have been trained, and how far their norms are from where they began.
+    """Which rows of a model's tables have been trained, and how far their norms have moved since the start.
 
     Costs a byte per row, and the touched rows of each step.
 
     Args:
-        model: A model with memory, its own or attached; tables that are not trained here are left out. Those of an
-            `EngramForCausalLM` are called as it calls them, others by their place among the modules.
-        ranks: The processes among which tables are divided.
+        model: A model with memory, its own or attached; tables that are not trained are left out. The tables of an
+            `EngramForCausalLM` keep their names, others are named by their place among the modules.
+        ranks: The processes that share the tables.
     """
 
     def __init__(self, model: Any, ranks: Ranks) -> None:
@@ -98,10 +83,10 @@ class TableUse:
             name: torch.zeros(len(_local(table.weight)), dtype=torch.uint8, device=table.weight.device)
             for name, table in self._tables.items()
         }
-        """By table: 1 for every row of this process that some step has trained, uint8 ``[rows here]``."""
+        """By table: 1 for every row of this process that a step has trained, uint8 ``[rows here]``."""
 
     def note(self) -> None:
-        """Count the rows that the gradients of this step touch; before the gradients are cleared."""
+        """Note the rows that the gradients of this step touch; call it before the gradients are cleared."""
         for name, table in self._tables.items():
             gradient = table.weight.grad
             if gradient is None:
@@ -112,7 +97,7 @@ class TableUse:
                 self.touched[name] |= (_local(gradient) != 0).any(1).to(torch.uint8)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it: ``touched/TABLE``, over all processes ``[rows]``, of the same memory."""
+        """Name what a checkpoint keeps: ``touched/TABLE``, over all processes ``[rows]``, sharing memory with this."""
         found: dict[str, Tensor] = {}
         for name, table in self._tables.items():
             touched, weight = self.touched[name], table.weight
@@ -131,7 +116,7 @@ class TableUse:
 
         Returns:
             By table: ``occupancy``, the share of rows ever trained; ``row_norm``, the mean norm of those, and
-            ``row_norm_drift``, the same over what it was expected to be at the start. Every process gets the same.
+            ``row_norm_drift``, that norm divided by the norm expected at the start. Every process gets the same.
         """
         found = {}
         for name, table in self._tables.items():
@@ -143,7 +128,7 @@ class TableUse:
                 norms = some.float().norm(dim=1) * used
                 sums += torch.stack([used.sum().double(), norms.sum().double()])
             if isinstance(table, ShardedTable) or isinstance(weight, DTensor):
-                sums = self._ranks.sum(sums)  # what every process has a copy of counts once
+                sums = self._ranks.sum(sums)  # a table that every process has whole counts once
             num_touched, norm_sum = (float(value) for value in sums)
             mean = norm_sum / max(num_touched, 1)
             found[name] = {
@@ -161,21 +146,29 @@ def _find_tables(model: nn.Module) -> dict[str, Any]:
     return own | {name: table for name, table in attached.items() if id(table) not in known}
 
 
+def _with_gradient(optimizer: CombinedOptimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that have a gradient, each with the name of its group."""
+    for group in optimizer.param_groups:
+        yield from ((group["name"], parameter) for parameter in group["params"] if parameter.grad is not None)
+
+
+def _norms(values: Iterable[tuple[str, nn.Parameter, Tensor]], model: nn.Module, ranks: Ranks) -> dict[str, float]:
+    """Norm of each group over all processes, where each holds a part of some parameters."""
+    own = {id(weight) for weight in sharded_weights(model)}
+    squares: dict[str, Tensor] = {}
+    for name, parameter, value in values:
+        total = _local(value).float().square().sum()
+        if id(parameter) in own or isinstance(value, DTensor):
+            total = ranks.sum(total)
+        squares[name] = squares[name] + total if name in squares else total
+    return {name: float(total.sqrt()) for name, total in squares.items()}
+
+
 def _read(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
     value = parameter.detach()
     return value if rows is None else value.index_select(0, rows)
 
 
-def _square_sum(values: Tensor, divided: bool, ranks: Ranks) -> Tensor:
-    """Sum of squares over all processes, where each holds a part."""
-    total = _local(values).float().square().sum()
-    return ranks.sum(total) if divided or isinstance(values, DTensor) else total
-
-
 def _local(values: Tensor) -> Tensor:
-    """This process's part of something that FSDP2 has divided; anything else as it is."""
+    """This process's part of what FSDP2 has divided; anything else unchanged."""
     return values.to_local() if isinstance(values, DTensor) else values
-
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value

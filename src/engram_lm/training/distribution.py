@@ -1,6 +1,6 @@
 """Several processes train one model: who they are, what each does, and how none is left waiting for another.
 
-The backbone is PyTorch's to distribute (DDP or FSDP2). Tables are not: their rows have owners, see
+PyTorch distributes the backbone (DDP or FSDP2). It does not distribute tables: their rows have owners, see
 `engram_lm.tables.tiers.sharded`. Both divide gradients by the number of ranks, once, so what a rank back-propagates is
 its part of the mean loss: `loss_weight`.
 """
@@ -44,19 +44,19 @@ __all__ = [
 class Ranks:
     """The processes that train together, seen by one of them.
 
-    A context manager: ``with start() as ranks: ...`` ends what was begun.
+    It is a context manager: ``with start() as ranks: ...`` leaves the other processes at the end.
     """
 
     rank: int = 0
-    """This process, from 0."""
+    """This process, counted from 0."""
     world_size: int = 1
-    """How many there are."""
+    """Number of processes."""
     local_rank: int = 0
-    """This process among those of its machine, from 0."""
+    """This process among those of its machine, counted from 0."""
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
     group: "dist.ProcessGroup | None" = dataclasses.field(default=None, repr=False, compare=False)
-    """All of them; exchanges tensors of the host and of the device. None in a process that is alone."""
+    """All processes; exchanges tensors of the host and of the device. None in a process that is alone."""
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +64,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up over all ranks; collective. The tensor that was given is left as it is."""
+        """Add up a tensor over all ranks; collective. The tensor itself does not change."""
         if self.group is None:
             return values
         total = values.detach().clone()
@@ -76,11 +76,11 @@ class Ranks:
         return float(self.sum(value.detach().double())) / self.world_size
 
     def any(self, condition: bool) -> bool:
-        """Whether it holds on some rank; collective."""
+        """Whether the condition holds on at least one rank; collective."""
         return condition if self.group is None else bool(self.sum(torch.tensor(int(condition))))
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here; collective."""
+        """Wait until all ranks have reached this call; collective."""
         self.sum(torch.zeros(()))
 
     def __enter__(self) -> "Ranks":
@@ -154,7 +154,7 @@ def start(
 
 
 def stop(ranks: Ranks) -> None:
-    """Leave the other processes; nothing happens where `start` found none, nor a second time."""
+    """Leave the other processes. Does nothing where `start` found none, or when called a second time."""
     if ranks.group is not None and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -192,18 +192,18 @@ def _device(name: str | torch.device | None, local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def agree(ranks: Ranks, doing: str = "") -> Iterator[None]:
-    """Let all ranks come out of a block alike: where one raises, all raise the same error with the same words.
+    """Make all ranks leave a block in the same way: if one raises, all raise the same error with the same words.
 
-    The others would otherwise wait for it in their next exchange until that times out. Collective: all ranks enter as
-    often and in the same order, and exchange nothing inside, since a rank that raises does not take part. One number
-    per rank is exchanged where all is well.
+    Without it, the others would wait for that rank in their next exchange until it times out. Collective: all ranks
+    enter equally often and in the same order, and exchange nothing inside, since a rank that raises does not take part.
+    Where all goes well, one number per rank is exchanged.
 
     An `EngramError` keeps its class; any other exception becomes an `EngramError` on the ranks that did not raise it.
-    What is no ``Exception`` (an interrupt) is not agreed on: torchrun ends the others then.
+    An interrupt is not agreed on: torchrun then ends the other processes.
 
     Args:
         ranks: Who must agree.
-        doing: What the block does, for the message, as ``"reading batch 7"``.
+        doing: What the block does, for the message, such as ``"reading batch 7"``.
 
     Raises:
         EngramError: A rank raised one. The message names the rank.
@@ -231,10 +231,10 @@ def agree(ranks: Ranks, doing: str = "") -> Iterator[None]:
 
 
 def share(batch_size: int, ranks: Ranks) -> tuple[int, int]:
-    """Which samples of a global batch are this rank's: ``[start, stop)``, in order of ranks, sizes differing by 1.
+    """Find this rank's samples of a global batch: ``[start, stop)``, in the order of ranks, sizes differing by 1.
 
     Raises:
-        ConfigError: There are fewer samples than ranks, so that one would have none.
+        ConfigError: There are fewer samples than ranks, so one rank would have none.
     """
     if batch_size < ranks.world_size:
         raise ConfigError(
@@ -261,13 +261,13 @@ def loss_weight(num_samples: int, batch_size: int, ranks: Ranks) -> float:
 class LossModule(nn.Module):
     """A model and its loss as one module, whose ``forward`` is what is wrapped.
 
-    DDP and FSDP2 act when the module they wrap is called; a loss that reaches into the model past its ``forward`` would
-    pass them by.
+    DDP and FSDP2 act when the module they wrap is called. A loss that used parts of the model without calling its
+    ``forward`` would bypass them.
 
     Args:
         model: An `EngramForCausalLM`.
-        loss: Called with the model and what `forward` was given; a scalar, as
-            `engram_lm.training.loss.language_model_loss`.
+        loss: Called with the model and the arguments of `forward`; returns a scalar, as
+            `engram_lm.training.loss.language_model_loss` does.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
@@ -282,25 +282,25 @@ class LossModule(nn.Module):
 def wrap_backbone(loss_module: LossModule, kind: Literal["ddp", "fsdp2", "none"], ranks: Ranks) -> nn.Module:
     """Let PyTorch distribute everything but the tables over the ranks; call it after `shard_tables`.
 
-    All ranks begin with the weights and buffers of the first one; tables keep theirs.
+    All ranks begin with the weights and buffers of the first one; tables keep their own.
 
-    With ``"ddp"`` every rank has the whole backbone. With ``"fsdp2"`` each has its part of every parameter, a DTensor
-    from here on, and brings a block together when it computes: make the optimizer afterwards, and evaluate by calling
-    what is returned, since the model inside it has parts only (``unshard()`` first, to generate). Buffers are whole on
-    every rank and are never broadcast again: the selection bias of experts moves alike everywhere, because
-    `engram_lm.model.balance_experts` adds the counts of all ranks.
+    With ``"ddp"`` every rank has the whole backbone. With ``"fsdp2"`` each rank has its part of every parameter, which
+    is a DTensor from here on, and a block is gathered when it computes. So make the optimizer afterwards, and evaluate
+    by calling what is returned, since the model inside it has only parts (call ``unshard()`` first to generate).
+    Buffers are whole on every rank and are never broadcast again: the selection bias of experts moves the same way
+    everywhere, because `engram_lm.model.balance_experts` adds the counts of all ranks.
 
     Args:
         loss_module: The model and its loss.
         kind: ``"ddp"``, ``"fsdp2"``, or ``"none"`` for one process.
-        ranks: Over whom.
+        ranks: The processes.
 
     Returns:
-        What is called instead of the loss module: itself with ``"none"`` and ``"fsdp2"``.
+        The module to call in place of the loss module; with ``"none"`` and ``"fsdp2"`` it is the same module.
 
     Raises:
-        ConfigError: ``"none"`` with several ranks, another kind without a process group, or tables that are not
-            sharded where they have to be.
+        ConfigError: ``"none"`` with several ranks, another kind without a process group, or tables that are not sharded
+            although they must be.
     """
     if kind not in ("ddp", "fsdp2", "none"):
         raise ConfigError(f"the backbone is distributed by 'ddp', 'fsdp2' or 'none', not {kind!r}")
@@ -320,7 +320,7 @@ def wrap_backbone(loss_module: LossModule, kind: Literal["ddp", "fsdp2", "none"]
         if value.is_meta:
             raise ConfigError(f"{name} is on the meta device; give the model its weights before it is wrapped")
     if kind == "ddp":
-        # The one way there is (pytorch/pytorch#43690); named as in the module that is wrapped.
+        # There is no other way (pytorch/pytorch#43690); the names are those in the module that is wrapped.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             loss_module, [name for name, value in tensors if id(value) in own]
         )
@@ -343,10 +343,10 @@ def wrap_backbone(loss_module: LossModule, kind: Literal["ddp", "fsdp2", "none"]
 
 
 def reshard(wrapped: nn.Module) -> None:
-    """Divide again what FSDP2 put together for a forward pass that no backward pass followed, as in an evaluation.
+    """Free what FSDP2 gathered for a forward pass that no backward pass followed, as in an evaluation.
 
     Args:
-        wrapped: What `wrap_backbone` returned; nothing happens where that is not FSDP2.
+        wrapped: What `wrap_backbone` returned; nothing happens unless FSDP2 wraps it.
     """
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
@@ -354,7 +354,7 @@ def reshard(wrapped: nn.Module) -> None:
 
 
 def sharded_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model of which this rank has its own rows: those of its `ShardedTable`s."""
+    """List the parameters of which each rank has its own rows: the weights of the `ShardedTable`s."""
     return [module.weight for module in model.modules() if isinstance(module, ShardedTable)]
 
 
@@ -362,9 +362,9 @@ def sharded_weights(model: nn.Module) -> list[nn.Parameter]:
 def without_sync(wrapped: nn.Module) -> Iterator[None]:
     """Keep the backbone's gradients on each rank for now, as for all but the last part of an accumulated batch.
 
-    Put both the forward and the backward pass inside. Gradients of tables go to their owners each time: they are sparse
-    and would otherwise have to be kept by whoever read the rows. So do those of FSDP2, which adds them up where they
-    belong: kept back, they would take the memory of a whole model on every rank.
+    Put both the forward and the backward pass inside. Gradients of tables go to their owners every time: they are
+    sparse, and the ranks that read the rows would otherwise have to keep them. FSDP2's gradients are also exchanged:
+    kept back, they would take the memory of a whole model on every rank.
 
     Args:
         wrapped: What `wrap_backbone` returned.

@@ -14,7 +14,7 @@ from torch import Tensor
 from engram_lm.errors import ConfigError, DataError, DivergedError
 from engram_lm.model.experts import Router, balance_experts
 from engram_lm.training.data.batches import Batch, Batches
-from engram_lm.training.diagnostics import TableUse, UpdateMeter, gradient_norms
+from engram_lm.training.diagnostics import TableUse, gradient_norms, update_norms
 from engram_lm.training.distribution import (
     LossModule,
     Ranks,
@@ -188,9 +188,9 @@ class Trainer:
         skipped = not (math.isfinite(norm) and math.isfinite(loss))
         if not skipped:
             self.table_use.note()
-            with UpdateMeter(self.model, self.optimizer, self.ranks, enabled=details) as meter:
+            with update_norms(self.model, self.optimizer, self.ranks, enabled=details) as norms:
                 self.optimizer.step()
-            found |= meter.norms
+            found |= norms
         self.optimizer.zero_grad(set_to_none=True)
         if details:
             found["tables"] = self.table_use.summary()

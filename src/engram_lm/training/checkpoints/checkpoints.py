@@ -1,4 +1,4 @@
-"""Checkpoints of training: whole or not there, written while training goes on, read by any number of ranks."""
+"""Saves and loads checkpoints of training: complete or absent, written in the background, read by any number of ranks."""
 
 import contextlib
 import datetime
@@ -24,7 +24,7 @@ from engram_lm.training.distribution import Ranks, agree
 
 __all__ = ["Checkpoints", "latest_checkpoint", "read_facts"]
 
-# A rank that is done waits for the slowest one to write; a rank that dies is noticed at once, whatever this is.
+# A rank that has finished waits this long for the slowest one; a rank that dies is noticed at once.
 _LONGEST_WRITE = datetime.timedelta(hours=4)
 _NAMES_SHOWN = 8
 
@@ -33,17 +33,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """Find the newest complete checkpoint, without any communication.
 
     Args:
-        folder: The folder of all checkpoints; it need not be there.
+        folder: The folder of all checkpoints; it need not exist.
 
     Returns:
-        Its folder; None where there is none. Complete means: ``state.json`` is undamaged, and every file it names is
-        there and has its size. Checksums are compared when it is loaded.
+        Its folder; None where there is none. A checkpoint is complete if ``state.json`` is undamaged and every file
+        that it names exists and has the right size. Checksums are compared on loading.
     """
     return next((path for _, path in complete_checkpoints(Path(folder))), None)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read what was written beside the tensors of a checkpoint, with which the model is built that they belong to.
+    """Read the facts of a checkpoint, from which the model can be built that its tensors belong to.
 
     Args:
         path: The folder of one checkpoint.
@@ -58,28 +58,28 @@ class Checkpoints:
     """The checkpoints of a run: ``folder/step-00000100/`` with a safetensors file per rank and ``state.json``.
 
     A checkpoint is written under a name that ends in ``.partial``, flushed, and renamed by rank 0 once every rank has
-    finished. A kill at any moment leaves all earlier ones whole; what it left is removed by the next save. An error on
-    one rank (a full disk) raises the same error on all of them, removes what was written and touches nothing else; a
-    rank that dies fails the others.
+    finished. A kill at any moment leaves all earlier checkpoints intact; the next save removes what it left behind. An
+    error on one rank (a full disk) raises the same error on all of them and removes what was written; a rank that dies
+    makes the others fail.
 
     Each rank writes the parts that it alone holds and its share of those that all hold, and reads what it needs: a
     checkpoint of 2 ranks loads on 1 or 3. Tensors that are divided over ranks are ``DTensor``; a plain tensor either
-    is the same on all ranks, or has a name that only one rank uses (as ``rng/rank0/cpu``).
+    is the same on all ranks, or has a name that only one rank uses (such as ``rng/rank0/cpu``).
 
-    All methods but `latest` are called by all ranks together, as is the constructor, which makes a process group of
-    its own (gloo), so that writing in the background does not meet what training communicates. Only one run at a time
+    All ranks call the constructor and every method but `latest` together. The constructor makes a process group of its
+    own (gloo), so that writing in the background does not mix with what training communicates. Only one run at a time
     may save into a folder; `engram_lm.training.run.Run` sees to that.
 
     Args:
-        folder: Where they are, on a file system that all ranks see; made when the first is saved.
-        keep_last: How many complete ones stay. Older ones are removed after a newer one is in place; those of later
-            steps, left by a run that was then resumed from an earlier step, are not touched.
+        folder: Where checkpoints are kept, on a file system that all ranks see; made by the first save.
+        keep_last: How many complete checkpoints to keep. Older ones are removed once a newer one is in place; those of
+            later steps, left by a run that was then resumed from an earlier step, are not touched.
 
     Raises:
         ConfigError: ``keep_last`` is less than 1.
 
-    Cost: an asynchronous save keeps one copy of what this rank writes in the host's memory, pinned where it comes from
-        a GPU, from the first save on. Checksums cost one pass over what is written and one over what is read.
+    Cost: an asynchronous save keeps one copy of what this rank writes in host memory, pinned if it comes from a GPU,
+        from the first save on. Checksums cost one pass over what is written and one over what is read.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
@@ -98,20 +98,20 @@ class Checkpoints:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, asynchronous: bool = False
     ) -> None:
-        """Write a checkpoint; an earlier one of this step gives way when the new one is in place.
+        """Write a checkpoint; it replaces an earlier one of the same step once it is complete.
 
         Args:
             step: Optimizer steps done.
             tensors: By name; see `engram_lm.training.checkpoints.training_state.training_tensors`.
-            facts: JSON that is written beside them; rank 0's. Keys that others rely on are in
+            facts: JSON that is written beside the tensors; rank 0's counts. Keys that other code relies on are in
                 `engram_lm.training.checkpoints.training_state`.
-            asynchronous: Return as soon as the tensors are copied to the host's memory, so that they may change, and
-                write in the background. At most one save is under way: the next one waits for it. An error in the
-                background is raised by the next `save`, `load` or `wait`, on all ranks.
+            asynchronous: Return as soon as the tensors are copied to host memory, so that they may change, and write in
+                the background. At most one save runs at a time: the next one waits for it. An error in the background
+                is raised by the next `save`, `load` or `wait`, on all ranks.
 
         Raises:
-            CheckpointError: This save, or the one before it that ran in the background, failed; the earlier checkpoints
-                are as they were.
+            CheckpointError: This save, or the one before it that ran in the background, failed; earlier checkpoints
+                are unchanged.
             ConfigError: A tensor or the facts cannot be saved.
         """
         self.wait()
@@ -122,7 +122,7 @@ class Checkpoints:
                 self._write(writer, tensors)
             else:
                 if any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values()):
-                    torch.cuda.synchronize()  # the copies are made by another thread, on another stream
+                    torch.cuda.synchronize()  # another thread makes the copies, on another stream
 
                 def write() -> None:
                     self._write(writer, tensors)
@@ -132,7 +132,7 @@ class Checkpoints:
                 self._thread = threading.Thread(target=write, name=f"checkpoint-{step}")
                 self._thread.start()
                 staged.wait()
-        # What comes after the plan fails on ranks at different moments; all of them raise it at the next call.
+        # Later failures reach the ranks at different moments, so all of them raise them at the next call.
         if not asynchronous or not writer.is_planned:
             self.wait()
 
@@ -141,7 +141,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: The save in the background failed.
-            ConfigError: It was given what cannot be saved.
+            ConfigError: It was given something that cannot be saved.
         """
         if self._thread is not None:
             self._thread.join()
@@ -151,7 +151,7 @@ class Checkpoints:
             raise error
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; see `latest_checkpoint`. It communicates nothing."""
+        """Find the newest complete checkpoint, without any communication; see `latest_checkpoint`."""
         return latest_checkpoint(self.folder)
 
     def load(
@@ -162,7 +162,7 @@ class Checkpoints:
         optional: Sequence[str] = ("rng/",),
         expected: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint into tensors that are there, whatever the number of ranks that wrote it.
+        """Read a checkpoint into existing tensors, whatever the number of ranks that wrote it.
 
         Everything is checked before the first number changes: names, types, shapes, sizes of files and every byte's
         checksum (each rank checks a share of the files).
@@ -170,9 +170,9 @@ class Checkpoints:
         Args:
             path: The folder of one checkpoint; the same on all ranks.
             tensors: What to fill, by name, in place.
-            optional: Beginnings of names that may be missing on either side: such a tensor stays as it is, or in the
-                file. Random states of ranks are, as there may be more or fewer ranks now.
-            expected: Facts that must be what the checkpoint says, such as ``{"spec_digest": ...}``.
+            optional: Prefixes of names that may be missing on either side; such a tensor is left as it is. Random
+                states of ranks are optional, as there may now be more or fewer ranks.
+            expected: Facts that the checkpoint must have, such as ``{"spec_digest": ...}``.
 
         Returns:
             The facts.
@@ -180,7 +180,7 @@ class Checkpoints:
         Raises:
             CheckpointError: A file is missing, cut or damaged; ranks were given different checkpoints.
             ConfigError: A tensor to fill is on the meta device.
-            MismatchError: The checkpoint is of another model: other facts, names, types or shapes.
+            MismatchError: The checkpoint is of another model: its facts, names, types or shapes differ.
         """
         self.wait()
         path = Path(path)
@@ -209,7 +209,7 @@ class Checkpoints:
         return state.facts
 
     def _write(self, writer: StateWriter, tensors: Mapping[str, Tensor]) -> None:
-        """Write, and keep the error for `wait`."""
+        """Write, and keep an error for `wait`."""
         try:
             dcp.save(
                 dict(tensors),
@@ -233,7 +233,7 @@ def _matching(
     optional: Sequence[str],
     expected: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Check that a checkpoint is of these tensors, and return those that it has."""
+    """Check that a checkpoint matches these tensors, and return those that it holds."""
     if len(set(digests)) > 1:
         raise CheckpointError(f"ranks were told to load different checkpoints, here {path}; name one for all")
     for name, value in expected.items():
@@ -265,7 +265,7 @@ def _matching(
 
 
 def _explained(error: BaseException, what: str) -> BaseException:
-    """Turn what DCP raises on all ranks alike into one of our errors, the same on all; ours say enough themselves."""
+    """Turn what DCP raises, the same on all ranks, into one of our errors; keep the words of those that are ours."""
     where = ""
     if isinstance(error, dcp.CheckpointException):
         rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
@@ -290,7 +290,7 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let DCP not warn of one process being one process."""
+    """Silence DCP's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,4 +1,4 @@
-"""What ``state.json`` of a checkpoint says, and which folders are checkpoints because of it."""
+"""What the ``state.json`` of a checkpoint says, and which folders are complete checkpoints."""
 
 import dataclasses
 import hashlib
@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 STATE_NAME = "state.json"
-"""The file that is written last: a folder without it is no checkpoint."""
+"""The file that is written last: a folder without it is not a checkpoint."""
 REPLACED = ".replaced"
-"""How the name of a checkpoint ends whose step is being saved again."""
+"""Suffix of a checkpoint whose step is being saved again."""
 FOLDER_NAME = re.compile(r"step-([0-9]{8,18})(\.replaced)?")
 """Names of folders that may be checkpoints."""
 
@@ -36,31 +36,31 @@ _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor that lies in one file."""
+    """A box-shaped part of a tensor, in one file."""
 
     file: str
     """Name of the file, in the checkpoint's folder."""
     offsets: tuple[int, ...]
-    """Its first index along every dimension."""
+    """First index along every dimension."""
     shape: tuple[int, ...]
-    """Its size along every dimension; never 0."""
+    """Size along every dimension; never 0."""
     crc32: int
     """CRC-32 of its bytes in row-major order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a checkpoint: the boxes together are the whole, and none overlap."""
+    """A tensor of a checkpoint. Its chunks do not overlap and together make up the whole."""
 
     dtype: str
-    """Its type as safetensors spells it."""
+    """Type, as safetensors spells it."""
     shape: tuple[int, ...]
     """Shape of the whole."""
     chunks: tuple[Chunk, ...]
-    """The boxes, by offset. None where the tensor has no numbers."""
+    """The parts, by offset; empty where the tensor has no elements."""
 
     def key(self, name: str, chunk: Chunk) -> str:
-        """What a chunk of this tensor is called in its file: the tensor's name where it is all of it."""
+        """Name a chunk of this tensor in its file; the tensor's own name if the chunk is the whole tensor."""
         return name if chunk.shape == self.shape else f"{name}@{','.join(map(str, chunk.offsets))}"
 
 
@@ -79,11 +79,11 @@ class SavedState:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it, as it is in the file."""
+        """SHA-256 of the contents, as written in the file."""
         return hashlib.sha256(_canonical(self._values()).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The contents of ``state.json``."""
+        """Make the contents of ``state.json``."""
         return _canonical({"format": _FORMAT, "sha256": self.digest, "state": self._values()})
 
     def _values(self) -> dict[str, Any]:
@@ -157,14 +157,14 @@ class SavedState:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Find the folder of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
 def complete_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the step and the folder of every checkpoint that is whole by its files' sizes, the newest first.
+    """Yield the step and the folder of every checkpoint whose files have the right sizes, the newest first.
 
-    Of a step that was saved twice and whose first folder is still there, the second comes first.
+    If a step was saved again and its old folder is still there, the new one comes first.
     """
     names = os.listdir(folder) if folder.is_dir() else []
     matches = [match for match in map(FOLDER_NAME.fullmatch, names) if match]
@@ -182,7 +182,7 @@ def _canonical(values: Mapping[str, Any]) -> str:
 
 
 def plain_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Make of facts what is read back from JSON: tuples are lists and keys are text, now and later.
+    """Turn facts into what JSON gives back: tuples become lists and keys become text.
 
     Raises:
         ConfigError: They are not JSON.

@@ -1,12 +1,12 @@
-"""Writing and reading one checkpoint: a safetensors file per rank, and ``state.json``, written when all are there.
+"""Writes and reads one checkpoint: a safetensors file per rank, then ``state.json``.
 
-`StateWriter` and `StateReader` are the storage of ``torch.distributed.checkpoint`` (DCP): it plans who writes and reads
-what, they say where. Its own storages were tried first. ``FileSystemWriter`` keeps its metadata as a pickle, which runs
-what it says when loaded. ``HuggingFaceStorageWriter`` keeps none, so its reader takes whatever files are left for the
-whole: after the loss of one, tensors stay partly unwritten and nobody complains. It also builds a rank's file in
-memory beside the tensors, and checks no bytes. Here tensors of any size are written in pieces of `PIECE_BYTES`, types
-and shapes are in JSON, and every byte counts in a CRC-32 (the fastest checksum of the standard library here: 1.65 GiB/s
-on one core, SHA-256 0.74).
+`StateWriter` and `StateReader` are the storage of ``torch.distributed.checkpoint`` (DCP): DCP plans who writes and
+reads what, they decide where. DCP's own storages have flaws. ``FileSystemWriter`` keeps its metadata as a pickle, which
+can run code when it is loaded. ``HuggingFaceStorageWriter`` keeps no metadata, so its reader takes whatever files it
+finds as the whole: after the loss of a file, parts of tensors keep their old numbers and no error is raised. It also
+builds a rank's file in memory beside the tensors, and verifies no bytes. Here tensors of any size are written in pieces
+of `PIECE_BYTES`, types and shapes are in JSON, and a CRC-32 covers every byte (measured on one core: 1.65 GiB/s, where
+SHA-256 reaches 0.74).
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from engram_lm.training.checkpoints.saved_state import (
 __all__ = ["PARTIAL", "PIECE_BYTES", "StateReader", "StateWriter"]
 
 PARTIAL = ".partial"
-"""How the name of a folder ends that is being written or removed."""
+"""Suffix of a folder that is being written or removed."""
 PIECE_BYTES = 8 * 2**20
 """Bytes of a tensor that are read or written at a time."""
 
@@ -58,18 +58,18 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StateWriter(StorageWriter):
-    """Writes one checkpoint: aside, file by file, and under its name when all ranks are done.
+    """Writes one checkpoint into a temporary folder, which gets its final name when all ranks are done.
 
     Rank 0 alone makes, renames and removes folders: DCP calls `prepare_global_plan` and `finish` there only, the first
-    before anybody writes and the second after everybody has. Only one run at a time may save into a folder.
+    before any rank writes and the second after all have written. Only one run at a time may save into a folder.
 
     Args:
         folder: The folder of all checkpoints.
         step: Optimizer steps done.
         facts: JSON; rank 0's is written.
         keep_last: How many complete checkpoints, up to this step, stay.
-        staging: Where copies of tensors are kept between saves, which writing then reads; None to write from the
-            tensors themselves.
+        staging: Keeps copies of the tensors, from which they are written, and is reused by later saves; None to write
+            from the tensors themselves.
         on_staged: Called when the tensors are no longer needed.
     """
 
@@ -87,7 +87,7 @@ class StateWriter(StorageWriter):
         self.partial = self.final.with_name(self.final.name + PARTIAL)
         self._staging, self._on_staged = staging, on_staged
         self.is_planned = False
-        """Whether all ranks agreed on who writes what, and this one began to."""
+        """Whether all ranks have agreed on who writes what, and this one has begun to write."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: a writer is made for one checkpoint."""
@@ -98,14 +98,13 @@ class StateWriter(StorageWriter):
         return True
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: all that is needed is known."""
+        """Do nothing: everything needed is known."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Check what this rank brings, here, where DCP tells all ranks of an error of one.
+        """Check what this rank is going to write, here, where DCP passes on an error of one rank to all.
 
         Raises:
-            ConfigError: A tensor of a type that safetensors cannot hold, without memory, or of which this rank has
-                another part than its placement says; facts that are not JSON.
+            ConfigError: Something is not a tensor, or is of a type that safetensors cannot hold; the facts are not JSON.
         """
         self.facts = plain_json(self.facts)
         for item in plan.items:
@@ -117,7 +116,7 @@ class StateWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Clear away what a killed save left, make the folder and name each rank's file.
+        """Remove what a killed save left behind, make the folder and name each rank's file.
 
         Raises:
             OSError: The folder cannot be written.
@@ -132,7 +131,7 @@ class StateWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Copy this rank's part aside where there is staging, then write it to its file and flush it."""
+        """Copy this rank's part if there is staging, then write it to its file and flush it."""
         self.is_planned = True
         chunks: dict[str, tuple[MetadataIndex, Tensor]] = {}
         for item in plan.items:
@@ -174,7 +173,7 @@ class StateWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write ``state.json``, give the folder its name, then remove checkpoints that are too many.
+        """Write ``state.json``, give the folder its name, then remove older checkpoints beyond ``keep_last``.
 
         Raises:
             CheckpointError: The checkpoint is complete, but an earlier one cannot be removed.
@@ -194,7 +193,7 @@ class StateWriter(StorageWriter):
         write_atomically(self.partial / STATE_NAME, state.to_json())
         replaced = self.final.with_name(self.final.name + REPLACED)
         if self.final.exists():
-            # Two renames, but at every moment between them one of the two is found under a name that counts.
+            # Two renames, but at every moment one of the two folders has a name that counts as a checkpoint.
             if replaced.exists():
                 self._remove(replaced)
             self.final.rename(replaced)
@@ -225,14 +224,14 @@ class StateWriter(StorageWriter):
             ) from error
 
     def _remove(self, path: Path) -> None:
-        # Renamed first, or a kill would leave half of it under a name that promises a whole.
+        # Renamed first, or a kill would leave an incomplete folder under the name of a complete one.
         aside = path.with_name(path.name + PARTIAL)
         path.rename(aside)
         shutil.rmtree(aside)
 
 
 class StateReader(StorageReader):
-    """Reads parts of a checkpoint, by plain reads of bounded size.
+    """Reads parts of a checkpoint, by ordinary reads of bounded size.
 
     Args:
         folder: The checkpoint.
@@ -252,7 +251,7 @@ class StateReader(StorageReader):
         return Path(checkpoint_id).is_dir()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is there, in DCP's words."""
+        """Describe the checkpoint in DCP's terms."""
         tensors: dict[str, Any] = {}
         chunks: dict[MetadataIndex, Chunk] = {}
         for name, tensor in self.state.tensors.items():
@@ -263,7 +262,7 @@ class StateReader(StorageReader):
         return Metadata(tensors, storage_data=chunks)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keep where the chunks are."""
+        """Remember where the chunks are."""
         self._chunks: dict[MetadataIndex, Chunk] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -275,7 +274,7 @@ class StateReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every part that is asked for into its place."""
+        """Copy every requested part into its place."""
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             name, first = item.storage_index.fqn, item.storage_offsets
@@ -294,10 +293,10 @@ class StateReader(StorageReader):
         return future
 
     def stored(self, name: str, chunk: Chunk) -> StoredTensor:
-        """Where a chunk's bytes are.
+        """Find a chunk's bytes.
 
         Raises:
-            CheckpointError: The file's own header says otherwise than ``state.json``.
+            CheckpointError: The file's own header disagrees with ``state.json``.
         """
         if chunk.file not in self._headers:
             self._headers[chunk.file] = read_header(self.folder / chunk.file)
@@ -311,10 +310,10 @@ class StateReader(StorageReader):
         return stored
 
     def pieces(self, name: str, chunk: Chunk) -> Iterator[Tensor]:
-        """Yield a chunk in row-major order, whole rows at a time.
+        """Yield a chunk in row-major order, in pieces of whole rows.
 
         Raises:
-            CheckpointError: As `stored`; the file was cut meanwhile.
+            CheckpointError: As `stored`, or the file is too short.
         """
         for _, piece in _pieces(self.stored(name, chunk)):
             yield piece
@@ -325,7 +324,7 @@ class StateReader(StorageReader):
         Raises:
             CheckpointError: A chunk is damaged.
 
-        Cost: reads those chunks once, at 1.65 GiB/s where the disk is faster.
+        Cost: reads those chunks once, at up to 1.65 GiB/s.
         """
         chunks = [(name, chunk) for name, tensor in self.state.tensors.items() for chunk in tensor.chunks]
         for name, chunk in chunks[share::num_shares]:
@@ -340,7 +339,7 @@ class StateReader(StorageReader):
 
 
 def _pieces(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first row and the numbers of parts along the first dimension; a scalar at once."""
+    """Yield parts along the first dimension, each with its first row; a scalar in one piece."""
     if not stored.shape:
         yield 0, stored.load()
         return

@@ -1,4 +1,4 @@
-"""What a training's state is made of, by name, and how it becomes a model to hand on."""
+"""Names the tensors that training changes, and exports them as a model."""
 
 import json
 import math
@@ -25,15 +25,15 @@ __all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "NamedState", "export_model", "model_f
 MODEL_CONFIG = "model_config"
 """The fact that holds a model's ``config.json``, from which `export_model` makes the model's folder."""
 SPEC_DIGEST = "spec_digest"
-"""The fact that holds the digest of a model's HashSpec, None without memory. Load with it as ``expected``."""
+"""The fact that holds the digest of a model's HashSpec, None without memory; `Checkpoints.load` can expect it."""
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _LARGEST_FILE_BYTES = 5 * 10**9
-"""As transformers divides its files."""
+"""Size at which transformers splits its files."""
 
 
 class NamedState(Protocol):
-    """An optimizer whose state can be saved by name, as `engram_lm.training.optimizers.CombinedOptimizer`."""
+    """An optimizer whose state can be saved by name, such as `engram_lm.training.optimizers.CombinedOptimizer`."""
 
     def allocate_state(self) -> None:
         """Make all state as it is before the first step."""
@@ -43,7 +43,7 @@ class NamedState(Protocol):
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """What must stand beside a model's tensors so that it can be built and exported again: configuration and digest.
+    """Collect the facts with which a model can be built and exported again: its configuration and hash digest.
 
     Args:
         model: An `EngramForCausalLM`.
@@ -59,26 +59,25 @@ def training_tensors(
     """Name every tensor that training changes, for `Checkpoints`, which reads them and fills them in place.
 
     Names are the same for any number of ranks. Tables that are divided over ranks, and what the optimizer keeps for
-    their rows, are seen as a whole; what FSDP2 has divided is so already. The optimizer's state is made where it has
-    none yet.
+    their rows, appear as whole tensors, as does what FSDP2 has divided. The optimizer's state is allocated where there
+    is none yet.
 
     Args:
-        model: The model itself, not what DDP or a loss module put around it (FSDP2 puts nothing around it).
-        optimizer: Of this model's parameters, which it calls by the names they have in the model; None for weights
-            alone.
-        only_trained: Whether to leave out what requires no gradient, buffers among it, as with a frozen base.
+        model: The model itself, without the wrappers of DDP or a loss module (FSDP2 has none).
+        optimizer: The optimizer of this model, made with the parameters' names; None for weights alone.
+        only_trained: Whether to leave out whatever requires no gradient, buffers included, as with a frozen base.
 
     Returns:
         ``model/NAME`` for parameters and persistent buffers, tied ones once, under their first name;
-        ``optimizer/PARAMETER/STATE`` for the optimizer's. They share memory with what they name.
+        ``optimizer/PARAMETER/STATE`` for the optimizer's state. They share memory with what they name.
 
     Raises:
-        ConfigError: The optimizer is of another model, or a divided table's state has neither an entry per row nor
-            one in all.
+        ConfigError: The optimizer belongs to another model, or the state of a divided table has neither one entry per
+            row nor a single entry.
     """
     tensors: dict[str, Tensor] = {}
     tables = {id(module.weight): module for module in model.modules() if isinstance(module, ShardedTable)}
-    # All names of a tied weight: an optimizer may know it by another than the first.
+    # All names of a tied weight: an optimizer may use another one than the first.
     parameters = list(model.named_parameters(remove_duplicate=False))
     by_name = {plain_name(name): tables.get(id(parameter)) for name, parameter in parameters}
     seen: set[int] = set()
@@ -117,24 +116,24 @@ def export_model(
     """Write a checkpoint's model as a Hugging Face folder, which ``EngramForCausalLM.from_pretrained`` loads.
 
     Tensors are read and written in pieces, so tables may be larger than memory. The checksums of the model's tensors
-    are compared first. The folder appears when it is whole.
+    are compared first. The folder appears only when it is complete.
 
     Args:
         checkpoint: The folder of one checkpoint, with the facts of `model_facts`.
         out: The folder to make.
-        tokenizer: What is saved beside the model: a Hugging Face tokenizer, or a folder to load one from. It must be
-            the one the model's memory was made with.
-        dtype: Type of weights in floating point; as they were trained where None. Weights that the model keeps in
-            float32 stay in it.
+        tokenizer: The tokenizer to save beside the model, or a folder to load one from. It must be the one that the
+            model's memory was made with.
+        dtype: Type of floating-point weights; the type they were trained in where None. Weights that the model keeps
+            in float32 stay in float32.
 
     Returns:
         ``out``.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or has no model.
-        MismatchError: The tokenizer is another than the model's, or tensors are not those of the configuration.
-        ConfigError: An unknown type.
-        FileExistsError: There is something at ``out``.
+        MismatchError: The tokenizer is not the model's, or the tensors do not fit the configuration.
+        ConfigError: The type is unknown.
+        FileExistsError: ``out`` exists already.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     types = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -213,7 +212,7 @@ def _with_prefix(tensors: Mapping[str, SavedTensor]) -> dict[str, SavedTensor]:
 
 
 def _divided(saved: Mapping[str, SavedTensor], target: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
-    """Files and the names in each: as many tensors in a row as fit, a larger one by itself."""
+    """Divide tensors into files: as many in a row as fit, a larger one alone."""
     groups: list[list[str]] = []
     filled = 0
     for name, tensor in saved.items():
@@ -231,7 +230,7 @@ def _divided(saved: Mapping[str, SavedTensor], target: Mapping[str, torch.dtype]
 
 
 def _whole(reader: StateReader, name: str, tensor: SavedTensor) -> Iterator[Tensor]:
-    """Yield a tensor in row-major order; from memory only where it was divided along another dimension than rows."""
+    """Yield a tensor in row-major order; it is held in memory only if it was divided along columns."""
     if all(chunk.shape[1:] == tensor.shape[1:] for chunk in tensor.chunks):
         for chunk in tensor.chunks:
             yield from reader.pieces(name, chunk)
