@@ -177,7 +177,7 @@ def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
     kept = {number for number in range(200) if f"document {number} of" in retained}
     # The same share of the same documents: what a training with this share held out.
     assert text.about is None and len(trained) + len(kept) == 200 and not trained & kept
-    with pytest.raises(DataError, match=r"held_out = 0\.01 of the text retained is no document or all of them"):
+    with pytest.raises(DataError, match=r"held_out = 0\.01 of the text retained selects no document or all of them"):
         _opened(folder, retained=[str(folder / "1.txt")])
 
 

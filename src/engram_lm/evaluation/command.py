@@ -1,4 +1,4 @@
-"""``engram-lm eval``: loss of a model on text files, and its answers to the questions of task files."""
+"""``engram-lm eval``: the loss of a model on text, and its answers to the questions of task files."""
 
 import contextlib
 import dataclasses
@@ -43,13 +43,13 @@ class Eval(ModelFlags):
     tasks: tuple[Path, ...] = ()
     """Task files (JSON lines)."""
     sequence_length: int | None = None
-    """Tokens in a sequence; what the model was trained with unless given, 1024 at most."""
+    """Tokens in a sequence; by default what the model was trained with, 1024 at most."""
     batch_size: int = 16
     """Sequences at a time."""
     max_tokens: int | None = None
     """Tokens to evaluate at most, from the beginning of the text."""
     device: str = "cpu"
-    """Where to run, as torch names it."""
+    """Device to run on, as torch names it."""
     json: bool = False
     """Print JSON."""
 

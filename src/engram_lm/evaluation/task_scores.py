@@ -1,4 +1,4 @@
-"""Questions asked of a causal language model, and its answers scored by family."""
+"""Asks a causal language model questions, and scores its answers by family."""
 
 import dataclasses
 import math
@@ -14,21 +14,21 @@ from engram_lm.evaluation.tasks import TaskItem
 __all__ = ["FamilyScore", "ItemScore", "TaskScores", "score_tasks"]
 
 _LOGIT_BYTES = 1 << 28
-"""Room for the logits of a batch; a batch that would need more is cut."""
+"""Bytes for the logits of a batch; a batch that would need more is cut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ItemScore:
-    """What a model made of one question."""
+    """How a model answered one question."""
 
     id: str
-    """The question's."""
+    """The question's id."""
     family: str
-    """The question's."""
+    """The question's family."""
     chosen: int | None
-    """Index of the choice with the highest log-probability; None without choices, or where it is not a number."""
+    """Index of the choice with the highest log-probability; None without choices, or if one is not a number."""
     chosen_by_length: int | None
-    """The same, each log-probability divided by the choice's length in UTF-8 bytes."""
+    """The same, with each log-probability divided by the choice's length in UTF-8 bytes."""
     correct: bool | None
     """Whether `chosen` is the answer; None without choices."""
     correct_by_length: bool | None
@@ -43,35 +43,35 @@ class ItemScore:
 
 @dataclasses.dataclass(frozen=True)
 class FamilyScore:
-    """What a model made of a family of questions. Every ``_error`` is the binomial standard error."""
+    """How a model answered a family of questions. Every ``_error`` is the binomial standard error."""
 
     family: str
-    """Its name."""
+    """Name of the family."""
     num_items: int
-    """Questions."""
+    """Number of questions."""
     exact_match: float
-    """Share whose answer greedy decoding gives."""
+    """Share of questions whose answer greedy decoding gives."""
     exact_match_error: float
-    """Of `exact_match`."""
+    """Error of `exact_match`."""
     answer_loss: float
-    """Mean nats per token of the right answers; NaN where the model gave none that is a number."""
+    """Mean nats per token of the right answers; NaN where none is a number."""
     num_choice_items: int
-    """Questions with choices."""
+    """Number of questions with choices."""
     accuracy: float | None
-    """Share of those where the right choice has the highest log-probability; None without choices."""
+    """Share of them whose right choice has the highest log-probability; None without choices."""
     accuracy_error: float | None
-    """Of `accuracy`."""
+    """Error of `accuracy`."""
     accuracy_by_length: float | None
-    """The same with log-probabilities divided by the choices' lengths in bytes."""
+    """The same, with log-probabilities divided by the choices' lengths in bytes."""
     accuracy_by_length_error: float | None
-    """Of `accuracy_by_length`."""
+    """Error of `accuracy_by_length`."""
     chance: float | None
-    """What guessing among the choices gives."""
+    """Accuracy of guessing among the choices."""
     num_not_finite: int
-    """Questions for which the model gave something that is not a number; they count as wrong."""
+    """Questions for which the model returned something that is not a number; they count as wrong."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, None for what is not a number."""
+        """Plain values; None stands for values that are not a number."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in dataclasses.asdict(self).items()
@@ -80,12 +80,12 @@ class FamilyScore:
 
 @dataclasses.dataclass(frozen=True)
 class TaskScores:
-    """What a model made of all questions. Made by `score_tasks`."""
+    """How a model answered all questions."""
 
     families: Mapping[str, FamilyScore]
     """By name, in the order in which they first occur."""
     items: tuple[ItemScore, ...]
-    """Question by question, in their order."""
+    """One score for each question, in their order."""
 
     def to_dict(self) -> dict[str, Any]:
         """The families as plain values."""
@@ -103,21 +103,20 @@ def score_tasks(
 ) -> TaskScores:
     """Ask a model questions.
 
-    Every choice is scored by its log-probability after the prompt, summed over its tokens. Prompt and choice are made
-    into tokens together, and what differs from the tokens of the prompt alone is what is scored. A begin-of-text token
-    stands before the prompt where the tokenizer puts one. Answers are padded on the right, and nothing depends on the
-    batch beyond rounding.
+    The score of a choice is its log-probability after the prompt, summed over its tokens. Prompt and choice are
+    tokenized together, and the tokens that differ from those of the prompt alone are scored. A begin-of-text token
+    comes first if the tokenizer adds one. Answers are padded on the right, and the batch changes only the rounding.
 
     Args:
-        model: A causal language model of transformers, with or without memory attached; its mode is put back.
+        model: A causal language model of transformers, with or without memory attached; its training flag is put back.
         tokenizer: Its tokenizer.
         items: The questions.
         batch_size: Sequences at a time.
         on_progress: Called with the number of answers just scored.
 
     Raises:
-        DataError: There are no questions, one is longer than the model's context, or cannot be asked (the message names
-            it).
+        DataError: There are no questions, or one is longer than the model's context or cannot be asked (the message
+            names it).
 
     Source: choices and their normalization by length as in EleutherAI/lm-evaluation-harness (``acc``, ``acc_norm``).
     """
@@ -127,12 +126,12 @@ def score_tasks(
         raise DataError(f"batch_size is the number of sequences computed at a time, at least 1, not {batch_size}")
     text_config = model.config.get_text_config()
     requests = _requests(tokenizer, items, getattr(text_config, "max_position_embeddings", None))
-    # Choices of one token each read the same tokens, so that one pass scores them all.
+    # Choices of one token have the same input, so one pass scores all of them.
     same_input: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         same_input.setdefault(tuple(request.tokens[:-1]), []).append(index)
     answers: list[_Answer | None] = [None] * len(requests)
-    # Of one length together, so that little is padding; the longest first, so that too little memory shows at once.
+    # By length, so that there is little padding; the longest first, so that a lack of memory shows at once.
     inputs = sorted(same_input, key=len, reverse=True)
     was_training = model.training
     model.eval()

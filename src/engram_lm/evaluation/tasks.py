@@ -1,4 +1,4 @@
-"""Task files: questions with one right answer, to be asked of any causal language model.
+"""Task files: questions with one right answer, for any causal language model.
 
 A task file is JSON lines, one question per line::
 
@@ -6,8 +6,8 @@ A task file is JSON lines, one question per line::
      "answer": 1}
     {"id": "copy-7", "family": "reading", "prompt": "Ann has 3 keys. Ann has", "answer": " 3"}
 
-An answer is what follows the prompt, letter for letter, so it usually begins with a space. Where there are choices, it
-is one of them or its index from 0.
+An answer follows the prompt letter for letter, so it usually begins with a space. If there are choices, the answer is
+one of them, or its index from 0.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class TaskItem:
     """One question."""
 
     id: str
-    """Its name, unlike any other's."""
+    """Name, unique among all questions."""
     family: str
-    """What it tests; scores are averaged over a family."""
+    """Group of questions over which scores are averaged."""
     prompt: str
-    """What stands before the answer."""
+    """Text before the answer."""
     answer: str
     """The right continuation of the prompt."""
     choices: tuple[str, ...] = ()
@@ -61,11 +61,11 @@ def read_tasks(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     """Read task files.
 
     Args:
-        paths: One file, or several; a question's id is unlike any other's in all of them. A field ``id`` that is left
-            out is the file's name and the line, ``family`` the file's name. Empty lines are passed over.
+        paths: One file, or several; ids must be unique over all of them. A missing ``id`` becomes the file's name and
+            the line, a missing ``family`` the file's name. Empty lines are skipped.
 
     Raises:
-        DataError: A file cannot be read, is empty, or holds a line that is no question (the message names it).
+        DataError: A file cannot be read, is empty, or holds a line that is not a question (the message names it).
     """
     files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     items: dict[str, TaskItem] = {}
@@ -91,7 +91,7 @@ def read_tasks(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
 
 def write_tasks(path: str | os.PathLike[str], items: Iterable[TaskItem]) -> None:
-    """Write a task file that `read_tasks` gives back.
+    """Write a task file from which `read_tasks` reads the same questions.
 
     Raises:
         OSError: The file cannot be written.

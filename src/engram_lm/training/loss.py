@@ -1,4 +1,4 @@
-"""The loss that is trained, and the same on text that is not trained on."""
+"""The loss of a language model, for training and for evaluation."""
 
 import contextlib
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     """Run matrix products in ``dtype``."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    # A weight is used once in a pass. Kept copies of all of them would outlast the blocks that use them.
+    # A weight is used once in a pass. Cached copies of all weights would outlast the blocks that use them.
     return torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False)
 
 
@@ -55,7 +55,7 @@ def language_model_loss(
         hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if torch.is_grad_enabled():
-        # Each token's loss comes in the type of the products: only their mean in float32 has more digits than that.
+        # Each token's loss has the type of the products; their mean is taken in float32.
         loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().mean()
     else:
         at_once = max(1, _LOGITS_AT_ONCE // len(weight))
@@ -67,7 +67,7 @@ def language_model_loss(
 
 
 def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
-    # Not every model takes positions.
+    # Not every model accepts positions.
     wanted = {} if position_ids is None else {"position_ids": position_ids}
     with autocast(inputs.device, dtype):
         logits = model(input_ids=inputs, use_cache=False, **wanted).logits

@@ -1,4 +1,4 @@
-"""What a device computes at best, against which use of it is measured."""
+"""The best speed of a device, against which its use is measured."""
 
 import re
 import time
@@ -26,12 +26,12 @@ _SIZE, _REPEATS = 1024, 5
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Find what a device computes at best in matrix products of a type, in operations a second.
+    """Find the best speed of a device in matrix products of a type, in operations per second.
 
     On a CPU it is measured, in a tenth of a second; an accelerator is looked up by its name.
 
     Returns:
-        None for an accelerator that is not known here.
+        None for an unknown accelerator.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

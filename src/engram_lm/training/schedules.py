@@ -13,14 +13,14 @@ _KINDS = ("cosine", "step", "wsd", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """How the learning rate changes while training. All kinds begin with a linear warm-up."""
+    """How the learning rate changes during training. All kinds begin with a linear warm-up."""
 
     kind: Literal["cosine", "step", "wsd", "constant"] = "cosine"
     """``"cosine"``: half a cosine from 1 to ``final``. ``"step"``: 1, then ``step_factors`` from ``step_at`` on (paper,
     Table 5, which says step decay as in DeepSeek-LLM; factors and places from the mHC paper's model of the same size).
     ``"wsd"``: 1, then a fall to ``final`` over the last ``decay`` (warm-up, stable, decay). ``"constant"``: 1."""
     warmup: float = 0.05
-    """Below 1 the share of the steps over which the rate rises, from 1 on their number (the mHC paper: 2000)."""
+    """Steps over which the rate rises: below 1 a share of all steps, from 1 on their number (mHC paper: 2000)."""
     final: float = 0.1
     """Factor at the end, in [0, 1], of ``"cosine"`` and ``"wsd"``."""
     step_at: tuple[float, ...] = (0.8, 0.9)
@@ -28,9 +28,9 @@ class ScheduleOptions:
     step_factors: tuple[float, ...] = (0.316, 0.1)
     """Factor from each of ``step_at`` on, in (0, 1]."""
     decay: float = 0.2
-    """Below 1 the share of the steps over which ``"wsd"`` falls at the end, from 1 on their number."""
+    """Steps over which ``"wsd"`` falls at the end: below 1 a share of all steps, from 1 on their number."""
     decay_shape: Literal["linear", "sqrt"] = "linear"
-    """Fall of ``"wsd"``: with the progress p through it ``1 - p``, or ``1 - sqrt(p)`` (arXiv 2405.18392)."""
+    """Shape of the fall of ``"wsd"``, where p is the progress: ``1 - p``, or ``1 - sqrt(p)`` (arXiv 2405.18392)."""
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused too.
@@ -61,10 +61,10 @@ class ScheduleOptions:
 
 
 def learning_rate_factor(step: int, num_steps: int, options: ScheduleOptions | None = None) -> float:
-    """Compute what the peak learning rate is multiplied by in a step.
+    """Compute the factor of the peak learning rate in a step.
 
-    The first step already moves: the warm-up rises from ``1 / warm-up steps`` to 1 in its last step. Steps after the
-    last have the last one's factor.
+    The first step already moves: the warm-up rises from ``1 / warm-up steps`` to 1 in its last step. Steps beyond the
+    run have the factor of its last step.
 
     Args:
         step: Counted from 0.
@@ -99,12 +99,12 @@ def learning_rate_factor(step: int, num_steps: int, options: ScheduleOptions | N
         progress = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
         return options.final + (1 - options.final) * 0.5 * (1 + math.cos(math.pi * progress))
     decay_steps = _steps(options.decay, num_steps)
-    # The last step is one before the end of the fall, so a fall to 0 still moves in it.
+    # The last step comes one before the end of the fall, so that it still moves in a fall to 0.
     progress = max(0, step - (num_steps - decay_steps)) / max(1, decay_steps)
     fall = 1 - (math.sqrt(progress) if options.decay_shape == "sqrt" else progress)
     return rise * (options.final + (1 - options.final) * fall)
 
 
 def _steps(amount: float, num_steps: int) -> int:
-    """A share of the steps, or a number of them."""
+    """Number of steps that an amount means: a share of them below 1."""
     return round(amount * num_steps) if amount < 1 else int(amount)

@@ -1,9 +1,8 @@
-"""Tables in data-parallel training by anybody's loop: their sparse gradients, averaged over the ranks.
+"""Averages the sparse gradients of tables over the ranks, for data-parallel training in any loop.
 
-DistributedDataParallel expects sparse gradients of ``nn.Embedding`` alone, and NCCL does not add sparse tensors at all.
-So tables are kept out of its buckets, and each gradient is averaged as soon as a backward pass has made it: what
-travels are the rows that some rank touched. `engram_lm.training.distribution` is for `engram-lm train`, where ranks own
-rows.
+DistributedDataParallel supports sparse gradients of ``nn.Embedding`` only, and NCCL does not add sparse tensors at all.
+So tables are kept out of its buckets, and each gradient is averaged as soon as a backward pass has made it. Only the
+rows that a rank touched travel. `engram-lm train`, where ranks own rows, uses `engram_lm.training.distribution`.
 """
 
 import functools
@@ -25,13 +24,13 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 class SharedTables:
-    """What `share_tables` has begun, until `remove`.
+    """Tables that `share_tables` shares, until `remove`.
 
     Args:
-        model: The model whose tables DDP shall leave alone.
-        weights: The tables by every name that they have in it; none where there is nothing to share.
-        handles: What averages their gradients.
-        group: The group that was made for it and ends with it, if any.
+        model: The model whose tables DDP must ignore.
+        weights: The tables under every name that they have in it; empty where there is nothing to share.
+        handles: The hooks that average their gradients.
+        group: The process group that was made for them and ends with them, if any.
     """
 
     def __init__(
@@ -44,12 +43,12 @@ class SharedTables:
         self._model, self._weights, self._handles, self._group = model, weights, handles, group
         self._others: list[str] = list(getattr(model, _IGNORED, ()))
         if weights:
-            # The one way there is (pytorch/pytorch#43690); named as in the module that is wrapped.
+            # There is no other way (pytorch/pytorch#43690); the names are those in the module that is wrapped.
             ignored = sorted({*self._others, *weights})
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
     def remove(self) -> None:
-        """Average no more, and hide the tables no longer: DDP then refuses a model that is wrapped anew."""
+        """Stop averaging and hiding the tables; DDP then refuses the model if it is wrapped again."""
         for handle in self._handles:
             handle.remove()
         if self._weights:
@@ -62,7 +61,7 @@ class SharedTables:
 
 
 def sparse_tables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable tables of a model whose gradients are sparse, by every name that they have in it."""
+    """Find the trainable tables of a model whose gradients are sparse, under every name that they have in it."""
     return {
         f"{name}.weight" if name else "weight": module.weight
         for name, module in model.named_modules(remove_duplicate=False)
@@ -76,38 +75,38 @@ def share_tables(
     group: "dist.ProcessGroup | None" = None,
     is_due: Callable[[], bool] = lambda: True,
 ) -> SharedTables:
-    """Make a model ready for DistributedDataParallel, which would fail at a table with sparse gradients.
+    """Prepare a model for DistributedDataParallel, which would fail on a table with sparse gradients.
 
     Call it on every rank, with the module that is going to be wrapped, before it is wrapped (also by
     ``accelerator.prepare``). All ranks then begin with the first one's tables, and after each backward pass every rank
-    has the mean of all ranks' gradients, as it has for all other parameters. Tables with dense gradients are DDP's own
-    business. Nothing happens in a process that is alone.
+    has the mean of all ranks' gradients, as for all other parameters. DDP itself handles tables with dense gradients.
+    Nothing happens in a process that is alone.
 
     Args:
         model: A model with tables, not wrapped yet.
-        group: The ranks that train it together, as a group beside the one that DDP is given (``dist.new_group``), since
-            the two do not exchange in the same order on every rank; all ranks, and a new group of them, where None.
-        is_due: Asked after each backward pass; False keeps the gradient on this rank for now, as for all but the last
-            part of an accumulated batch. The same answer on every rank. Without it accumulation is right too (a mean
-            stays what it is when it is averaged again) and exchanges more than it has to.
+        group: The ranks that train it together, as a group other than DDP's own (``dist.new_group``), since the two do
+            not communicate in the same order on every rank; a new group of all ranks where None.
+        is_due: Called after each backward pass; False keeps the gradient on this rank for now, as for all but the last
+            part of an accumulated batch. It returns the same on every rank. Without it accumulation is also correct (a
+            mean does not change when it is averaged again) but communicates more than necessary.
 
     Returns:
-        What ends it by ``remove()``.
+        The shared tables, whose ``remove()`` ends the sharing.
 
     Raises:
-        ConfigError: The model is wrapped already.
+        ConfigError: The model has been wrapped already.
     """
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise ConfigError(
-            f"{type(model).__name__} has taken the tables in already; call share_tables(model) first and wrap it then"
+            f"{type(model).__name__} has taken in the tables already; call share_tables(model) before wrapping it"
         )
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return SharedTables(model, {}, [])
     named = sparse_tables(model)
     if not named:
         return SharedTables(model, {}, [])
-    # A group of our own. DDP sends a bucket when its last gradient is there, or at once where find_unused_parameters
-    # knows of none; so ranks that used different parameters would meet in another order, and wait for ever.
+    # A separate group. DDP sends a bucket when its last gradient is there, or at once if find_unused_parameters sees
+    # that there will be none. Ranks that used different parameters would communicate in different orders and deadlock.
     own = dist.new_group() if group is None else None
     group = own or group
     handles = []
@@ -121,13 +120,13 @@ def average_rows(gradient: Tensor, group: "dist.ProcessGroup | None" = None) -> 
     """Average a sparse gradient over the ranks; collective. Every rank gets the same bits.
 
     Args:
-        gradient: Sparse COO ``[num_rows, width]``, one sparse dimension; rows differ from rank to rank.
+        gradient: Sparse COO ``[num_rows, width]``, one sparse dimension; each rank may have other rows.
         group: The ranks; all where None.
 
     Returns:
-        Coalesced, of the same type and device: the rows that any rank touched.
+        The rows that any rank touched, coalesced, of the same type and device.
 
-    Cost: each rank receives the touched rows of all, padded to the longest list.
+    Cost: each rank receives the touched rows of all ranks, padded to the longest list.
     """
     world_size = dist.get_world_size(group)
     rows, values = merge_rows(gradient)
@@ -141,10 +140,11 @@ def average_rows(gradient: Tensor, group: "dist.ProcessGroup | None" = None) -> 
     all_values = torch.empty(world_size * longest, width, dtype=values.dtype, device=place)
     dist.all_gather_single(all_rows, _padded(rows.to(place), longest), group=group)
     dist.all_gather_single(all_values, _padded(values.to(place), longest), group=group)
-    theirs = [(all_rows[start : start + n], all_values[start : start + n]) for start, n in _spans(listed, longest)]
+    spans = [slice(rank * longest, rank * longest + count) for rank, count in enumerate(listed)]
+    theirs = [(all_rows[span], all_values[span]) for span in spans]
     distinct, position = torch.unique(torch.cat([rows for rows, _ in theirs]), return_inverse=True)
     total = torch.zeros(len(distinct), width, dtype=torch.float32, device=place)
-    # Rank by rank, and the rows of one rank are distinct: nothing is added in an order that may vary between ranks.
+    # Rank by rank, and the rows of one rank are distinct, so the order of additions is the same on all ranks.
     for where, (_, part) in zip(position.split(listed), theirs, strict=True):
         total.index_add_(0, where, part.float())
     mean = (total / world_size).to(gradient.dtype)
@@ -162,10 +162,6 @@ def _average(group: "dist.ProcessGroup | None", is_due: Callable[[], bool], weig
         weight.grad = average_rows(weight.grad, group)
 
 
-def _spans(lengths: list[int], longest: int) -> list[tuple[int, int]]:
-    return [(rank * longest, length) for rank, length in enumerate(lengths)]
-
-
 def _padded(tensor: Tensor, length: int) -> Tensor:
     filled = tensor.new_zeros(length, *tensor.shape[1:])
     filled[: len(tensor)] = tensor
@@ -173,7 +169,7 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 
 
 def _place(tensor: Tensor, group: "dist.ProcessGroup | None") -> torch.device:
-    """Where a group can exchange this tensor: NCCL alone has no way for those of the host."""
+    """Find where a group can exchange this tensor: NCCL cannot exchange tensors of the host."""
     if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return tensor.device

@@ -94,12 +94,12 @@ def test_what_is_no_text_is_counted_in_a_folder_and_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"text": "a"}\n{"text": "b"\n', "line 2 .*no JSON"),
+        (b'{"text": "a"}\n{"text": "b"\n', "line 2 .*not JSON"),
         (b'{"text": "a"}\n\n{"body": "b", "id": 1}\n', "line 3 .*no field 'text', it has 'body', 'id'"),
         (b'{"text": ["a"]}', "'text' in line 1 .*of type list"),
         (b'"text"', "line 1 .*JSON str"),
-        (b'{"text": "\xff"}', "line 1 .*no JSON"),
-        (b"[" * 100_000, "line 1 .*no JSON"),
+        (b'{"text": "\xff"}', "line 1 .*not JSON"),
+        (b"[" * 100_000, "line 1 .*not JSON"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, content, words):

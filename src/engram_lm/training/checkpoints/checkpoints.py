@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints of training: complete or absent, written in the background, read by any number of ranks."""
+"""Saves checkpoints of training, also in the background, and loads them on any number of ranks."""
 
 import contextlib
 import datetime

@@ -112,7 +112,7 @@ class SavedState:
             text = path.read_bytes()
         except OSError as error:
             raise CheckpointError(
-                f"{folder} is no complete checkpoint: cannot read {STATE_NAME} ({error.strerror}); "
+                f"{folder} is not a complete checkpoint: cannot read {STATE_NAME} ({error.strerror}); "
                 "name a folder step-… of a run, or resume from an earlier one"
             ) from error
         try:

@@ -104,7 +104,7 @@ class StateWriter(StorageWriter):
         """Check what this rank is going to write, here, where DCP passes on an error of one rank to all.
 
         Raises:
-            ConfigError: Something is not a tensor, or is of a type that safetensors cannot hold; the facts are not JSON.
+            ConfigError: Something is not a tensor, or has a type that safetensors cannot hold; the facts are not JSON.
         """
         self.facts = plain_json(self.facts)
         for item in plan.items:

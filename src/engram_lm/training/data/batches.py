@@ -24,11 +24,11 @@ class Batch:
     targets: Tensor
     """The token that follows each, int64 ``[samples, length]``."""
     position_ids: Tensor | None
-    """Where documents restart: positions counted from the start of the document or of the sequence, whichever is
-    nearer, int64 ``[samples, length]``. None where they do not."""
+    """Positions counted from the start of the document or of the sequence, whichever is nearer, int64
+    ``[samples, length]``; None unless positions restart with documents."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """Move it to a device."""
         positions = None if self.position_ids is None else self.position_ids.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), positions)
 
@@ -41,8 +41,8 @@ class Batches:
     tokens behind the last whole sequence, at most ``length`` of them, are not used.
 
     A step's samples depend on nothing but these fields and the step, so a run that resumes, on any number of ranks,
-    sees what it would have seen. The order is computed, not stored: asking for a sample costs the same in a corpus of
-    any size.
+    sees what it would have seen without the stop. The order is computed, not stored: a sample costs the same in a
+    corpus of any size.
     """
 
     tokens: np.ndarray | TokenShards
@@ -52,13 +52,13 @@ class Batches:
     length: int
     """Tokens in a sequence."""
     seed: int
-    """Decides the order, from 0."""
+    """Decides the order; at least 0."""
     restart_documents: bool = False
-    """Also give ``position_ids`` that restart with each document. With them, and with ``use_cache=False`` and no
+    """Whether to give ``position_ids`` that restart with each document. With them, and with ``use_cache=False`` and no
     attention mask, attention stays inside a document, and so do N-grams if ``Segments.positions`` or ``end_tokens``
-    say so. The memory's short convolution does not know of documents."""
+    say so. The memory's short convolution crosses documents."""
     num_tokens: int | None = None
-    """Use only so many tokens, from the start; all where None."""
+    """Tokens to use, from the start; all where None."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length"):
@@ -79,7 +79,7 @@ class Batches:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in one pass through the corpus."""
+        """Number of sequences in one pass through the corpus."""
         return max(0, (self._num_tokens - 1) // self.length)
 
     @property
@@ -87,15 +87,15 @@ class Batches:
         return len(self.tokens) if self.num_tokens is None else min(self.num_tokens, len(self.tokens))
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and the tokens that follow them, both int64 ``[batch_size, length]``."""
+        """Make the inputs of a step and the tokens that follow them, both int64 ``[batch_size, length]``."""
         batch = self.part(step, 0, self.batch_size)
         return batch.inputs, batch.targets
 
     def part(self, step: int, start: int, stop: int) -> Batch:
-        """Samples [start, stop) of a step; the parts of any division put together are the whole.
+        """Make samples [start, stop) of a step; the parts of any division together make up the batch.
 
         Args:
-            step: Counted from 0, without end: after the last sequence all come again in another order.
+            step: Counted from 0, without end: after the last sequence, all sequences come again in another order.
             start: First sample, at least 0.
             stop: One past the last, at most ``batch_size``; equal to ``start`` for an empty part.
 
@@ -114,7 +114,7 @@ class Batches:
         return Batch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), positions)
 
     def sequences(self, step: int) -> np.ndarray:
-        """Numbers of the sequences that make up a step, int64 ``[batch_size]``."""
+        """List the numbers of the sequences that make up a step, int64 ``[batch_size]``."""
         samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         epochs, places = np.divmod(samples, self.num_sequences)
         result = np.empty_like(places)

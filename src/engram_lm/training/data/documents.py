@@ -70,8 +70,8 @@ def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Co
 
     Raises:
         DataError: As `open_sources`, or every document is blank.
-        ConfigError: A source that cannot be.
-        MissingExtraError: Parquet or datasets without the packages that read them.
+        ConfigError: A source has an impossible value.
+        MissingExtraError: The packages that read Parquet or datasets are missing.
     """
     sources = list(sources)
     opened = open_sources(sources, max_bytes=max_bytes)

@@ -50,7 +50,7 @@ class Piece:
     ends_document: bool
     """Whether it is the last piece of its document."""
     source_bytes: int
-    """Bytes of its file that are done with it, for progress; all pieces of a file sum up to its size."""
+    """Bytes of its file that are done once it is, for progress; those of all pieces add up to the file's size."""
 
 
 def cut_text(text: str, longest: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -194,7 +194,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is no JSON ({error!s:.200}); repair or remove it") from error
+                raise DataError(f"{where} is not JSON ({error!s:.200}); repair or remove it") from error
             if not isinstance(record, dict):
                 raise DataError(
                     f"{where} holds a JSON {type(record).__name__}; expected an object with the field {field!r}"

@@ -1,15 +1,15 @@
-"""Sources → packed token shards on disk, once: what was packed before is reused, what was begun is continued.
+"""Sources → packed token shards on disk, once: what was packed before is reused, and a stop is continued.
 
-A corpus lies in a folder named by a digest of what its sources contain, the tokenizer and the options::
+A corpus is in a folder named by a digest of its contents, the tokenizer and the options::
 
     cache/files.json            digests of files, so that a second run need not read them
-    cache/<digest>/index.json   what was packed; written last
-    cache/<digest>/state.json   while packing: the shards that are complete, and where to go on
+    cache/<digest>/index.json   written last
+    cache/<digest>/state.json   while packing: the complete shards, and where to continue
     cache/<digest>/train/       token shards, see `engram_lm.training.data.shards`
     cache/<digest>/held_out/
 
-Documents go through in batches of fixed size, and a shard ends between two batches. Which batches there are depends on
-the sources alone, counted from the shard's beginning, so packing that is continued writes what it would have written.
+Documents are tokenized in batches of fixed size, and a shard ends between two batches. The batches depend on the
+sources alone, so packing that is continued writes the same bytes as packing without a stop.
 """
 
 import concurrent.futures
@@ -50,11 +50,11 @@ _STATE_NAME = "state.json"
 _SIDES = ("train", "held_out")
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_PIECES = 8192
-"""A batch is complete when it has this many characters or pieces; twice as many are in memory at most."""
+"""A batch is complete when it has this many characters or pieces; at most two batches are in memory."""
 
 
 class OneSidedError(DataError):
-    """No document fell on one side: there are too few of them for the share that was asked for."""
+    """No document fell on one side: there are too few of them for the given share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +64,17 @@ class PackedCorpus:
     train: TokenShards
     """What to train on."""
     held_out: TokenShards | None
-    """Documents set aside; None if none were asked for."""
+    """Documents held out; None if the share was 0."""
     folder: Path
-    """Where both lie; its name is the digest of sources, tokenizer and options."""
+    """Folder of both; its name is the digest of sources, tokenizer and options."""
     skipped: dict[str, int]
     """Files passed over, by reason."""
     reused: bool
-    """Whether it was there already."""
+    """Whether it had been packed before."""
 
     @property
     def digest(self) -> str:
-        """Of sources, tokenizer and options."""
+        """Digest of sources, tokenizer and options."""
         return self.folder.name
 
 
@@ -91,34 +91,34 @@ def pack_to_shards(
 ) -> PackedCorpus:
     """Tokenize sources into shards on disk, or open those of an earlier run.
 
-    Tokenization runs on all cores (``TOKENIZERS_PARALLELISM=false`` forbids it) while the next batch is read and the
-    last one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
-    follows it if the tokenizer has one, and one of more than 262,144 characters comes in pieces (see
-    `engram_lm.training.data.formats.cut_text`). Killed at any moment and called again, it goes on from the last
-    complete shard, with the same bytes at the end. A second process that packs the same waits
-    for the first and reuses its work.
+    Tokenization runs on all cores (unless ``TOKENIZERS_PARALLELISM=false``) while the next batch is read and the
+    previous one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
+    follows it if the tokenizer has one, and a document of more than 262,144 characters is tokenized in pieces (see
+    `engram_lm.training.data.formats.cut_text`). After a kill at any moment, the next call continues from the last
+    complete shard and produces the same bytes. A second process that packs the same corpus waits for the first and
+    reuses its work.
 
     Args:
         sources: Paths, tables, or `TextSource`s, in the order in which they are packed; the Python standard library's
             own sources where empty.
         tokenizer: A fast tokenizer.
         cache_folder: Where packed corpora are kept; made if missing.
-        held_out: Share of the documents to set aside, in [0, 1). A document's side depends on its text and ``seed``
+        held_out: Share of the documents to hold out, in [0, 1). A document's side depends on its text and ``seed``
             alone, so copies of a document are on the same side.
         max_bytes: Of more files than this, pack some; see `open_sources`.
-        seed: Another one sets other documents aside.
+        seed: Another seed holds out other documents.
         shard_tokens: A shard ends with the batch that brings it to this many tokens.
-        on_progress: Called with a task (``"reading"`` or ``"tokenizing"``), the source bytes just done, and in all
-            (None where a dataset does not tell). Raising in it stops packing; complete shards stay.
+        on_progress: Called with a task (``"reading"`` or ``"tokenizing"``), the source bytes just done, and all source
+            bytes (None where a dataset does not say). If it raises, packing stops; complete shards stay.
 
     Returns:
         The shards of both sides.
 
     Raises:
-        DataError: A source is missing, empty, broken or changes meanwhile; no document fell on one side; shards of an
-            earlier run are damaged.
+        DataError: A source is missing, empty or broken, or changes while it is read; no document fell on one side;
+            shards of an earlier run are damaged.
         ConfigError: Impossible options, or a tokenizer without a fast backend.
-        MissingExtraError: Parquet or datasets without the packages that read them.
+        MissingExtraError: The packages that read Parquet or datasets are missing.
         RunFolderError: The cache folder cannot be written, or its disk is full.
 
     Memory: two batches of text and encodings (some hundred MB), one shard, and the largest record.
@@ -165,10 +165,10 @@ def open_remembered(
     max_bytes: int | None = None,
     on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
 ) -> OpenSources:
-    """Open sources, whose files are read for their digests once for all who share a cache folder.
+    """Open sources; all runs that share a cache folder compute the digest of a file once.
 
     Raises:
-        ConfigError: The cache folder lies in a source.
+        ConfigError: The cache folder is inside a source.
         RunFolderError: The cache folder cannot be written.
         DataError: As `open_sources`; `MissingExtraError` likewise.
     """
@@ -185,7 +185,7 @@ def open_remembered(
 
 @dataclasses.dataclass
 class _Side:
-    """One side of the corpus: what is stored, and what is not yet."""
+    """One side of the corpus: what is stored, and what waits to be."""
 
     shards: list[Shard] = dataclasses.field(default_factory=list)
     num_text_bytes: int = 0
@@ -204,7 +204,7 @@ class _Side:
 
 @dataclasses.dataclass
 class _Place:
-    """Where packing stands between two batches."""
+    """How far packing is between two batches."""
 
     item: int = 0
     pieces: int = 0
@@ -214,7 +214,7 @@ class _Place:
 
 
 class _Packing:
-    """Packs one corpus into its folder, from wherever an earlier attempt stopped."""
+    """Packs one corpus into its folder, from the place where an earlier attempt stopped."""
 
     def __init__(
         self, folder: Path, opened: OpenSources, tokenizer: Any, made_by: str, options: dict[str, Any]
@@ -247,7 +247,7 @@ class _Packing:
         self._finish()
 
     def _batches(self, on_progress: Callable[[int], None]) -> Iterator[tuple[list[Piece], _Place]]:
-        """Pieces that are not stored yet, in batches, each with the place after it."""
+        """Yield pieces that are not stored yet, in batches, each with the place after it."""
         batch: list[Piece] = []
         size, done, first = 0, dataclasses.replace(self.place), dataclasses.replace(self.place)
         for item in self.opened.items[: first.item]:
@@ -295,7 +295,7 @@ class _Packing:
             self._write_shards()
 
     def _write_shards(self) -> None:
-        # Tokens of a file that has changed meanwhile must not be stored under the digest of its earlier contents.
+        # Tokens of a file that has changed must not be stored under the digest of its earlier contents.
         for item in self.opened.items[: self.place.item + 1]:
             item.check_unchanged()
         for name, side in self.sides.items():
@@ -312,11 +312,11 @@ class _Packing:
                 for name, side in self.sides.items()
             },
         }
-        # Only now do the shards count; without this they are written again.
+        # The shards count from here on; without this file they would be written again.
         write_atomically(self.folder / _STATE_NAME, json.dumps(state))
 
     def _resume(self) -> None:
-        """Take over what an earlier attempt stored; from the beginning where that is not whole."""
+        """Take over what an earlier attempt stored, unless that is incomplete."""
         try:
             state = json.loads((self.folder / _STATE_NAME).read_bytes())
             if state["format"] != _FORMAT:

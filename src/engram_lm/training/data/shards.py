@@ -1,4 +1,4 @@
-"""Packed tokens on disk, memory-mapped: many files that read as one long array."""
+"""Packed tokens on disk, memory-mapped: many files that are read as one long array."""
 
 import bisect
 import collections
@@ -22,7 +22,7 @@ from engram_lm.tables.files.safetensors_file import read_header
 __all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
 
 INDEX_NAME = "index.json"
-"""Written last: a folder that has it is whole."""
+"""Written last: a folder that has it is complete."""
 _FORMAT = "engram.tokens.1"
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _ENDS = _DTYPES["I64"]
@@ -30,11 +30,11 @@ _OPEN_AT_ONCE = 128
 """Every mapping holds a file descriptor, of which a process often has 1,024."""
 
 Shard = dict[str, Any]
-"""What the index says of a file: ``file``, ``num_tokens``, ``num_documents`` (that end in it), ``file_bytes``."""
+"""What the index says about a file: ``file``, ``num_tokens``, ``num_documents`` (that end in it), ``file_bytes``."""
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of everything that decides which tokens a text becomes.
+    """Compute a digest of everything that decides which tokens a text becomes.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer. Truncation, padding, post-processing and decoding do not count.
@@ -55,7 +55,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Smallest type that holds every token: uint16, or uint32 beyond 65,536 tokens."""
+    """Choose the smallest type that holds every token: uint16, or uint32 beyond 65,536 tokens."""
     return _DTYPES["U16" if vocab_size <= 2**16 else "U32"]
 
 
@@ -63,10 +63,10 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
     """Write one file, atomically.
 
     Args:
-        path: Where.
+        path: The file.
         tokens: Tokens, in pieces.
         ends: One past the last token of each document that ends in this file, counted from its beginning.
-        dtype: Of `token_dtype`.
+        dtype: Result of `token_dtype`.
 
     Returns:
         Its entry for the index.
@@ -94,7 +94,7 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
 
 
 def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Shard]) -> None:
-    """Make a folder of shards whole.
+    """Complete a folder of shards.
 
     Args:
         folder: Where the shards lie.
@@ -119,35 +119,34 @@ class TokenShards:
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
         self.folder = folder
-        """Where they lie."""
+        """The folder."""
         self.vocab_size: int = index["vocab_size"]
-        """Every token is below it."""
+        """Every token is below this."""
         self.tokenizer_digest: str = index["tokenizer"]
         """`tokenizer_digest` of the tokenizer that made them."""
         self.end_token: int | None = index["end_token"]
-        """Stands after every document; None where the tokenizer has none."""
+        """Token after every document; None where the tokenizer has none."""
         self.num_text_bytes: int = index["num_text_bytes"]
         """Size of the text, as UTF-8."""
         self.dtype = token_dtype(self.vocab_size)
-        """As stored."""
+        """Type on disk."""
         self.shards: tuple[Shard, ...] = tuple(index["shards"])
-        """Their files."""
+        """The files, in order."""
         self._firsts = [0, *itertools.accumulate(shard["num_tokens"] for shard in self.shards)]
         self.num_tokens: int = self._firsts[-1]
-        """Tokens in all."""
+        """Tokens in all files."""
         self.num_documents: int = sum(shard["num_documents"] for shard in self.shards)
-        """Documents in all."""
+        """Documents in all files."""
         self._maps: collections.OrderedDict[int, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> "TokenShards":
-        """Open a folder of shards; costs its index and a look at the size of each file.
+        """Open a folder of shards; reads its index and the size of each file.
 
         Args:
             folder: A folder with an ``index.json``.
-            tokenizer: Refuse shards of another one than this (or than the one of this `tokenizer_digest`); any where
-                None.
+            tokenizer: The tokenizer that must have made them, or its `tokenizer_digest`; any where None.
 
         Raises:
             DataError: The folder or a file is missing, unfinished, truncated or malformed.
@@ -188,13 +187,13 @@ class TokenShards:
         return f"TokenShards({self.num_tokens:,} tokens, {self.num_documents:,} documents, in {self.folder})"
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse another tokenizer than the one these tokens were made with.
+        """Refuse a tokenizer other than the one these tokens were made with.
 
         Args:
             tokenizer: A fast tokenizer, or its `tokenizer_digest`.
 
         Raises:
-            MismatchError: It is another one.
+            MismatchError: It is another tokenizer.
         """
         given = tokenizer if isinstance(tokenizer, str) else tokenizer_digest(tokenizer)
         if given != self.tokenizer_digest:
@@ -204,11 +203,11 @@ class TokenShards:
             )
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of all, int64; a copy, whichever files they lie in.
+        """Read tokens [start, stop), int64; a copy, whichever files they are in.
 
         Raises:
             IndexError: Not within [0, num_tokens].
-            DataError: A file cannot be read, or holds something else than its index says.
+            DataError: A file cannot be read, or does not hold what its index says.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
@@ -224,10 +223,10 @@ class TokenShards:
         return result
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
-        """Where documents end: every place e, one past a document's last token, with start < e <= stop; int64.
+        """Find where documents end: every e, one past a document's last token, with start < e <= stop; int64.
 
         Raises:
-            DataError: A file cannot be read, or holds something else than its index says.
+            DataError: A file cannot be read, or does not hold what its index says.
         """
         found = []
         number = max(0, bisect.bisect_left(self._firsts, start + 1) - 1)
@@ -239,7 +238,7 @@ class TokenShards:
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
     def _map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document ends of a shard, mapped; the mappings used last stay open."""
+        """Map the tokens and document ends of a shard; the mappings used last stay open."""
         with self._lock:
             found = self._maps.get(number)
             if found is not None:

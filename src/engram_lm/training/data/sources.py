@@ -76,7 +76,7 @@ class SourceItem:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Compare its files with what they were when they were opened.
+        """Check that its files have not changed since they were opened.
 
         Raises:
             DataError: One has changed or no longer exists.
@@ -84,8 +84,8 @@ class SourceItem:
         for stamp in self.stamps:
             if _stamp(stamp.path) != stamp:
                 raise DataError(
-                    f"{stamp.path} changed while it was read; start again when nobody writes to it (what was packed "
-                    "of its earlier contents is not used)"
+                    f"{stamp.path} changed while it was read; start again when nothing writes to it (tokens of "
+                    "its earlier contents are not used)"
                 )
 
 
@@ -130,9 +130,9 @@ def open_sources(
         on_progress: Called with the bytes just inspected and the bytes in all.
 
     Raises:
-        DataError: A path does not exist or cannot be read; a file that was named is no text; there is no text at all.
-        ConfigError: A source that cannot be.
-        MissingExtraError: Parquet or datasets without the packages that read them.
+        DataError: A path does not exist or cannot be read; a named file is not text; there is no text at all.
+        ConfigError: A source has an impossible value.
+        MissingExtraError: The packages that read Parquet or datasets are missing.
     """
     given = [TextSource.of(source) for source in sources] or [TextSource(path=STANDARD_LIBRARY)]
     memory = _Digests(Path(remembered) if remembered is not None else None)
@@ -301,7 +301,7 @@ def _open_hub(source: TextSource) -> tuple[Any, str, list["_Stamp"]]:
     if source.streaming:
         from huggingface_hub import HfApi
 
-        # Nothing else names what a stream will bring.
+        # Nothing else identifies what a stream will contain.
         revision = HfApi().dataset_info(path, revision=revision).sha
     data = datasets.load_dataset(path, source.name, split=source.split, revision=revision, streaming=source.streaming)
     contents = revision if source.streaming else data._fingerprint
@@ -383,7 +383,7 @@ class _Digests:
                 except NoTextError as error:
                     reason = str(error)
                 if _stamp(path) != stamp:
-                    raise DataError(f"{path} changed while it was read; start again when nobody writes to it")
+                    raise DataError(f"{path} changed while it was read; start again when nothing writes to it")
                 if time.time_ns() - stamp.changed > _RACY_NANOSECONDS:
                     self.known[key] = [stamp.num_bytes, stamp.changed, digest, reason]
                     self.changed = True

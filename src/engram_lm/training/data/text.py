@@ -161,8 +161,8 @@ def prepare_text(
             packed = pack(text.sources, text.held_out)
         except OneSidedError as error:
             raise DataError(
-                f"held_out = {text.held_out} of the text {text.name} is no document or all of them; set it to 0 to "
-                "use all of the text"
+                f"held_out = {text.held_out} of the text {text.name} selects no document or all of them; set it to 0 "
+                "to use all of the text"
             ) from error
         shards = packed.held_out or packed.train
         where = f"the text {text.name}"

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 __all__ = ["END_OF_TEXT", "PAD", "train_tokenizer"]
 
 END_OF_TEXT = "<|end|>"
-"""Stands after every document."""
+"""The token after every document."""
 PAD = "<|pad|>"
-"""Stands for every position before the start of a document."""
+"""The token for padding and for positions before the start of a document."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -21,7 +21,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: Tokens, at least 258 (every byte and two special tokens).
 
     Returns:
-        A tokenizer with an end-of-text and a pad token, that pads on the left as generation wants.
+        A tokenizer with an end-of-text token and a pad token, which pads on the left, as generation needs.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

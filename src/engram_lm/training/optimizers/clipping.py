@@ -23,16 +23,16 @@ def clip_gradients(
 ) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``; sparse ones count by their merged rows.
 
-    Sparse gradients are left merged (coalesced), which the optimizer would do next anyway. A norm that is not finite
-    scales nothing: skip the step. It is the same on every rank, so all skip it alike.
+    Sparse gradients are left merged (coalesced), as the optimizer needs them. A norm that is not finite scales
+    nothing; the step should be skipped. It is the same on every rank, so all ranks skip the same steps.
 
     Args:
-        parameters: Of the whole model, the same on every rank.
-        max_norm: May be infinite, to measure only.
-        is_sharded: Whether a parameter, no DTensor, holds this rank's part of a larger one, as the weight of a
-            ``ShardedTable`` does. Squares of such gradients and of DTensors are added over the ranks; those of all
-            others count once, because every rank has the same.
-        group: The ranks that parts are spread over; all where None. Every one of them must call this.
+        parameters: All parameters of the model, the same on every rank.
+        max_norm: Largest norm; infinity only measures.
+        is_sharded: Whether a parameter that is not a DTensor holds this rank's part of a larger one, as the weight of a
+            ``ShardedTable`` does. Squares of such gradients and of DTensors are added over the ranks; all others count
+            once, because every rank has the same.
+        group: The ranks that share the parts; all where None. Every one of them must call this.
 
     Returns:
         The norm before scaling; 0 where there is no gradient.
@@ -90,6 +90,6 @@ def _squares(gradients: list[Tensor], shares: list[float], device: torch.device 
 
 
 def _device_of(group: "dist.ProcessGroup | None") -> torch.device:
-    """Where a group adds numbers: where its backend does, wherever the gradients are (a rank may have none)."""
+    """Find the device on which a group's backend adds numbers, wherever the gradients are (a rank may have none)."""
     backend = dist.get_backend(group)
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")

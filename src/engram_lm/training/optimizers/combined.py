@@ -22,17 +22,17 @@ __all__ = ["CombinedOptimizer", "build_optimizer"]
 class CombinedOptimizer(ExactStateOptimizer):
     """Several optimizers that look like one: to schedulers of torch, to checkpoints, to a training loop.
 
-    ``param_groups`` are the live groups of all of them, ``state`` is one dict that all of them use, and ``state_dict``
-    has torch's usual form, by the number of the parameter. Every group has a ``name``, and an ``lr_multiplier`` by
-    which `set_lr` multiplies. Both are ordinary options of the group, so that no wrapper of the model and no
-    scheduler loses them.
+    ``param_groups`` are the live groups of all optimizers, ``state`` is one dict that they share, and ``state_dict``
+    has torch's usual form, by the number of the parameter. Every group has a ``name``, and an ``lr_multiplier`` that
+    `set_lr` applies. Both are ordinary options of the group, so that no wrapper of the model and no scheduler loses
+    them.
 
     Args:
-        optimizers: Of different parameters; all of them with names of parameters, or none. Used only through this
-            object from then on.
+        optimizers: Optimizers of different parameters, either all with parameter names or none. They are used only
+            through this object from then on.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no optimizer.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -51,17 +51,17 @@ class CombinedOptimizer(ExactStateOptimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let all optimizers use this one's state and groups."""
+        """Make all optimizers use this one's state and groups."""
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = list(itertools.islice(groups, len(optimizer.param_groups)))
             optimizer.state = self.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: nothing would say which of the optimizers a new group belongs to.
+        """Refuse, because nothing says which of the optimizers a new group belongs to.
 
         Raises:
-            ConfigError: Always, once the object is made.
+            ConfigError: Always, once the object has been made.
         """
         if self._is_complete:
             raise ConfigError("a combined optimizer takes no further groups; build it anew with all parameters")
@@ -77,15 +77,15 @@ class CombinedOptimizer(ExactStateOptimizer):
             group["lr"] = rate * group["lr_multiplier"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, options of the groups included. Tensors are copied, in their saved type."""
+        """Load what `state_dict` returned, options of groups included. Tensors are copied and keep their saved type."""
         super().load_state_dict(state_dict)
         self._share()
 
     def allocate_state(self) -> None:
-        """Make all state tensors as they are before the first step, so that saved ones can be written into them.
+        """Allocate all state as it is before the first step, so that saved state can be written into it.
 
         Raises:
-            ConfigError: One of the optimizers is neither of this package nor AdamW, and makes its state itself.
+            ConfigError: An optimizer is neither one of this package nor AdamW.
         """
         for optimizer in self.optimizers:
             if isinstance(optimizer, ExactStateOptimizer):
@@ -99,12 +99,12 @@ class CombinedOptimizer(ExactStateOptimizer):
                 )
 
     def named_state(self) -> dict[str, Tensor]:
-        """The live state tensors by "parameter name/state name". Empty before `allocate_state` or the first step.
+        """Name the live state tensors: "parameter name/state name". Empty before `allocate_state` or the first step.
 
-        Counters are tensors of no dimension; all others have the parameter's first dimension or its whole shape.
+        Counters have no dimension; all others have the parameter's first dimension or its whole shape.
 
         Raises:
-            ConfigError: The optimizers were made without names of parameters.
+            ConfigError: The optimizers were made without parameter names.
         """
         named = {}
         for group in self.param_groups:
@@ -123,18 +123,18 @@ def build_optimizer(
     """Make the optimizers of a model and combine them.
 
     Groups are called ``matrices`` (Muon), ``decayed`` and ``plain`` (AdamW), ``tables`` (a row optimizer) and
-    ``dense_tables`` (AdamW, for tables made with ``gradient="dense"``); the empty ones are left out.
+    ``dense_tables`` (AdamW, for tables made with ``gradient="dense"``); empty groups are left out.
 
     Args:
-        model: Any model, wrapped (DDP, FSDP2) and its tables sharded or not; wrap and shard first, because both
+        model: Any model, wrapped (DDP, FSDP2) or not, its tables sharded or not. Wrap and shard first, because both
             replace parameters.
         options: How to train; the defaults where None.
-        group: The ranks that train this model together. Given, Muon divides its work among them where they hold the
-            same matrices; sharded tables are divided over all ranks where it is None.
+        group: The ranks that train this model together. If given, Muon divides its work among them where they hold the
+            same matrices. If None, sharded tables are divided over all ranks.
 
     Raises:
-        ConfigError: Nothing in the model is trainable, or a table's gradient is dense and its optimizer is of rows
-            other than ``row_adam``.
+        ConfigError: Nothing in the model is trainable, or a table's gradient is dense and its optimizer is not
+            ``row_adam``.
     """
     options = options or OptimizerOptions()
     kinds = sort_parameters(model)
@@ -169,7 +169,7 @@ def build_optimizer(
 
 
 def _allocate_adamw(optimizer: torch.optim.AdamW) -> None:
-    """Make AdamW's state as its first step would."""
+    """Allocate AdamW's state as its first step would."""
     for group in optimizer.param_groups:
         on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""Optimizer state that keeps its types: torch casts loaded state to the parameter's."""
+"""What all optimizers of this package share: how a step begins, and state that keeps its types."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ __all__ = ["ExactStateOptimizer"]
 
 
 class ExactStateOptimizer(torch.optim.Optimizer):
-    """An optimizer whose state is loaded as it was saved, and can be made before the first step.
+    """An optimizer whose state is loaded as it was saved, and can be allocated before the first step.
 
     ``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the type of its parameter: float32 moments of
     a bfloat16 table would lose their digits, and whole numbers per row would become fractions.
@@ -36,7 +36,7 @@ class ExactStateOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave. Tensors are copied, in the type in which they were saved."""
+        """Load what `state_dict` returned. Tensors are copied and keep their saved type."""
         super().load_state_dict(state_dict)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         ours = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
@@ -48,7 +48,7 @@ class ExactStateOptimizer(torch.optim.Optimizer):
                     loaded[name] = value.detach().to(loaded[name].device, copy=True)
 
     def allocate_state(self) -> None:
-        """Make all state tensors as they are before the first step, so that saved ones can be written into them."""
+        """Allocate all state as it is before the first step, so that saved state can be written into it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:

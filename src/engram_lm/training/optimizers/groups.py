@@ -1,4 +1,4 @@
-"""Which parameter is trained how: sorted by the class of the module it belongs to."""
+"""Sorts parameters by how they are trained, which the class of their module decides."""
 
 import dataclasses
 
@@ -18,12 +18,12 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 @dataclasses.dataclass(frozen=True)
 class SortedParameters:
-    """A model's trainable parameters by how they are trained; each by its name without what wrappers add to it."""
+    """A model's trainable parameters by how they are trained, each under its name without what wrappers add to it."""
 
     matrices: dict[str, nn.Parameter]
-    """Matrices ``[out, in]`` of hidden layers and stacks of them ``[n, out, in]``: what Muon is for."""
+    """Matrices ``[out, in]`` of hidden layers and stacks of them ``[n, out, in]``, for Muon."""
     decayed: dict[str, nn.Parameter]
-    """Other parameters of two and more dimensions: the output head, routers, stream mixers, convolution kernels."""
+    """Other parameters of two or more dimensions: the output head, routers, stream mixers, convolution kernels."""
     plain: dict[str, nn.Parameter]
     """Without weight decay: norms, biases, embeddings, and the memory's convolution."""
     tables: dict[str, nn.Parameter]
@@ -31,16 +31,16 @@ class SortedParameters:
     dense_tables: dict[str, nn.Parameter]
     """Memory tables made with ``gradient="dense"``."""
     num_sharded: int
-    """Tables, of both kinds, of which this process has only some rows."""
+    """Number of tables, of both kinds, of which this process has only some rows."""
 
 
 def is_trainable_table(module: nn.Module) -> bool:
-    """Whether a module is a table that is trained: by its class, because a mark would be lost in a copy."""
+    """Whether a module is a trainable table. Its class decides, because a mark would be lost in a copy."""
     return isinstance(module, Table) and isinstance(module, nn.Module) and hasattr(module, "weight")
 
 
 def plain_name(name: str) -> str:
-    """Take out of a parameter's name what wrappers put into it, DistributedDataParallel's leading part excepted."""
+    """Remove from a parameter's name what wrappers add to it, except the prefix of DistributedDataParallel."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -63,7 +63,7 @@ def sort_parameters(model: nn.Module) -> SortedParameters:
             (tables if getattr(module, "gradient", "sparse") == "sparse" else dense_tables).update(own)
             num_sharded += hasattr(module, "first_row")
         elif isinstance(module, EngramLayer | nn.Embedding):
-            plain |= own  # norms of several streams and the convolution are 2-D and no matrices
+            plain |= own  # norms of several streams and the convolution are 2-D but not matrices
         elif isinstance(module, Router | StreamMixer | StreamHead | _ConvNd):
             decayed |= own
         head = getattr(module, "get_output_embeddings", None)

@@ -14,13 +14,13 @@ from engram_lm.training.optimizers.options import check_options
 
 __all__ = ["Muon", "orthogonalize", "product_dtype"]
 
-# Numbers that are made orthogonal at once: enough to fill a device, and a bound on the memory of a step.
+# Numbers that are made orthogonal at a time: enough to fill a device, and a bound on the memory of a step.
 _CHUNK_NUMBERS = 2**25
-# On a CPU what is worked on should stay in its caches: up to a third faster than all at once.
+# On a CPU a batch should stay in the caches, which is up to a third faster than one large batch.
 _CACHED_NUMBERS = 2**19
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, as published by Keller Jordan and used by ``torch.optim.Muon``."""
+"""Coefficients of the quintic iteration, as published by Keller Jordan and used by ``torch.optim.Muon``."""
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -42,13 +42,13 @@ def orthogonalize(
 ) -> Tensor:
     """Bring the singular values of matrices near 1 by Newton-Schulz iteration.
 
-    They end between about 0.7 and 1.2 (five steps), which trains as well as 1 does.
+    After five steps they lie between about 0.7 and 1.2, which trains as well as 1 does.
 
     Args:
         matrices: ``[n, rows, columns]``. Products are computed in its type.
         num_steps: Iterations.
         coefficients: a, b, c of ``a X + (b A + c A A) X`` with ``A = X X^T``.
-        eps: Least norm that a matrix is divided by.
+        eps: Lower bound of the norm that a matrix is divided by.
 
     Returns:
         ``[n, rows, columns]`` in the same type.
@@ -66,37 +66,37 @@ def orthogonalize(
 
 
 class _Piece(NamedTuple):
-    """Whole matrices of one parameter that go into one batch."""
+    """Whole matrices of one parameter, for one batch."""
 
     parameter: Tensor
     momentum: Tensor
     part: slice
-    """Of the first dimension of the local 3-D tensor."""
+    """Slice of the first dimension of the local 3-D tensor."""
     num_matrices: int
-    """How many."""
+    """Number of matrices in it."""
     gathered: bool
-    """Whether no rank has a whole matrix, so that all of them are brought together first."""
+    """Whether no rank has a whole matrix, so that they are gathered first."""
 
 
 class Muon(ExactStateOptimizer):
     """Momentum made orthogonal, for matrices ``[out, in]`` and stacks of them ``[n, out, in]``.
 
-    Each slice of a stack is a matrix of its own, as are the experts of one layer. Per matrix:
+    Each slice of a stack is a separate matrix; the experts of one layer are such a stack. For each matrix:
 
     1. ``M <- mu M + (1 - mu) G``, then Nesterov's ``X = mu M + (1 - mu) G``;
     2. ``O = orthogonalize(X)``, whose root mean square is ``1 / sqrt(max(out, in))``;
     3. ``W <- W (1 - lr * weight_decay) - lr * update_rms * sqrt(max(out, in)) * O``.
 
-    So the root mean square of an update is ``lr * update_rms`` (about: for matrices of full rank), near what AdamW's
-    is with the same ``lr``, and one learning rate serves both. Equal to ``torch.optim.Muon`` with
-    ``adjust_lr_fn="match_rms_adamw"`` where ``update_rms`` is 0.2, but for stacks, for matrices of the same shape being
-    worked on together, for distributed tensors, and for momentum being float32 whatever the weights' type.
+    So the root mean square of an update is about ``lr * update_rms`` (for matrices of full rank), close to AdamW's with
+    the same ``lr``, and one learning rate serves both. It equals ``torch.optim.Muon`` with
+    ``adjust_lr_fn="match_rms_adamw"`` where ``update_rms`` is 0.2. Beyond that it supports stacks and distributed
+    tensors, processes matrices of the same shape together, and keeps momentum in float32 whatever the weights' type.
 
-    Distributed tensors (FSDP2): a stack divided by its first dimension is updated where it is. Any other is brought
-    together in the type of the products, which costs an all-gather, and each rank applies its part of the update. What
-    several ranks have whole, these matrices and, with ``copies``, all of a DDP model's, is divided among them: each
-    orthogonalizes its share of the matrices of a shape and hands it to the others by another all-gather. Every rank
-    must have gradients for the same parameters.
+    Distributed tensors (FSDP2): a stack divided by its first dimension is updated in place. Any other is gathered in
+    the type of the products, and each rank applies its part of the update. Matrices that several ranks have whole
+    (these, and with ``copies`` all those of a DDP model) are divided among the ranks: each orthogonalizes its share of
+    the matrices of a shape and sends it to the others by another all-gather. Every rank must have gradients for the
+    same parameters.
 
     Args:
         params: Matrices and stacks, or groups of them; named or not.
@@ -105,9 +105,9 @@ class Muon(ExactStateOptimizer):
         weight_decay: Decoupled.
         update_rms: Root mean square of an update relative to ``lr``: 0.18 in DeepSeek-V4.1, 0.2 with Moonshot.
         num_steps: Newton-Schulz iterations.
-        eps: Least norm that a matrix is divided by before them.
-        dtype: Type of the products; None for bfloat16 where the device multiplies it in hardware, else float32.
-        copies: Ranks that hold the same parameters with the same gradients, as under DDP; None where each works alone.
+        eps: Lower bound of the norm that a matrix is divided by before them.
+        dtype: Type of the products; where None, bfloat16 if the device multiplies it in hardware, else float32.
+        copies: Ranks that hold the same parameters and gradients, as under DDP; None where each works alone.
 
     State per parameter: ``momentum_buffer``, float32 of the parameter's shape.
 
@@ -164,7 +164,7 @@ class Muon(ExactStateOptimizer):
                 if not self.state[parameter]:
                     self._allocate(parameter, group)
                 pieces = self._pieces(parameter)
-                # Those that ranks share the work on apart from those that each has of its own.
+                # Matrices whose work is shared among ranks are kept apart from those that each rank has alone.
                 alike = all(piece.gathered for piece in pieces) or not isinstance(parameter, DTensor)
                 key = (tuple(parameter.shape[-2:]), parameter.device, alike)
                 shapes.setdefault(key, []).extend(pieces)
@@ -173,12 +173,12 @@ class Muon(ExactStateOptimizer):
                     self._update(batch, group)
 
     def _pieces(self, parameter: Tensor) -> list[_Piece]:
-        """Divide what this rank works on into pieces of a bounded size."""
+        """Divide this rank's matrices into pieces of bounded size."""
         momentum = self.state[parameter]["momentum_buffer"]
         matrix_numbers = parameter.shape[-2] * parameter.shape[-1]
         gathered = isinstance(parameter, DTensor) and not (parameter.dim() == 3 and _whole_matrices(parameter))
         if gathered:
-            # All ranks must bring the same together, so it is not divided.
+            # All ranks must gather the same, so it is not divided.
             count = parameter.shape[0] if parameter.dim() == 3 else 1
             return [_Piece(parameter, momentum, slice(None), count, True)]
         local = _stack(_local(parameter))
@@ -213,7 +213,7 @@ class Muon(ExactStateOptimizer):
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
 
     def _among(self, parameter: Tensor) -> "dist.ProcessGroup | None":
-        """Ranks that have a parameter's whole matrices now; None where this one works alone."""
+        """Find the ranks that now have a parameter's whole matrices; None where this one works alone."""
         if not isinstance(parameter, DTensor):
             group = self._copies
         elif parameter.device_mesh.ndim == 1:
@@ -224,7 +224,7 @@ class Muon(ExactStateOptimizer):
 
 
 def _in_pieces(matrices: Tensor, options: dict[str, Any]) -> Tensor:
-    """Orthogonalize in place, as many matrices at once as the device is best at."""
+    """Orthogonalize in place, as many matrices at a time as suits the device."""
     most = max(1, _CACHED_NUMBERS // matrices[0].numel()) if matrices.device.type == "cpu" else len(matrices)
     for piece in matrices.split(most):
         piece.copy_(orthogonalize(piece, **options))
@@ -232,11 +232,11 @@ def _in_pieces(matrices: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def _by_shares(matrices: Tensor, group: "dist.ProcessGroup", options: dict[str, Any]) -> Tensor:
-    """Orthogonalize this rank's share of matrices that all ranks have, and take the others' from them."""
+    """Orthogonalize this rank's share of matrices that all ranks have, and receive the other shares."""
     count, world_size = len(matrices), dist.get_world_size(group)
     share = -(-count // world_size)
     first = min(dist.get_rank(group) * share, count)
-    # Ranks send equally much, the last ones nothing of meaning perhaps.
+    # All ranks send equally much; the last ones may send padding.
     own = matrices.new_zeros(share, *matrices.shape[1:])
     mine = matrices[first : first + share]
     if len(mine):
@@ -270,7 +270,7 @@ def _stack(tensor: Tensor) -> Tensor:
 
 
 def _whole_matrices(parameter: DTensor) -> bool:
-    """Whether every matrix of a stack is whole on the rank that has it."""
+    """Whether every matrix of a stack is whole on its rank."""
     return all(
         isinstance(placement, Replicate) or (isinstance(placement, Shard) and placement.dim == 0)
         for placement in parameter.placements
@@ -278,7 +278,7 @@ def _whole_matrices(parameter: DTensor) -> bool:
 
 
 def _gather(local: Tensor, parameter: Any) -> Tensor:
-    """Bring the parts of all ranks together: ``[n, out, in]``."""
+    """Gather the parts of all ranks: ``[n, out, in]``."""
     local = local.view(_local(parameter).shape)
     whole = DTensor.from_local(
         local,

@@ -1,4 +1,4 @@
-"""How the parameters of a model are trained, as a recipe says it."""
+"""How the parameters of a model are trained, as a recipe says it, and checks of such options."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class OptimizerOptions:
     """How the parameters of a model are trained."""
 
     backbone: BackboneOptimizer = "muon"
-    """Optimizer of the matrices of hidden layers (paper: Muon); everything else beside the tables has AdamW."""
+    """Optimizer of the matrices of hidden layers (paper: Muon); AdamW trains everything else but the tables."""
     tables: TableOptimizer = "row_adam"
     """Optimizer of the tables (paper: Adam; DeepSeek-V4.1: sinkhorn)."""
     lr: float = 4e-4
@@ -28,21 +28,21 @@ class OptimizerOptions:
     table_lr_multiplier: float = 5.0
     """Learning rate of tables relative to the backbone's (paper, Table 5)."""
     weight_decay: float = 0.1
-    """Decoupled; of matrices, the head, routers and stream mixers. Norms, biases and embeddings have none."""
+    """Decoupled weight decay of matrices, the head, routers and stream mixers; others have none. At least 0."""
     table_weight_decay: float = 0.0
-    """Decoupled, of rows in the steps that touch them."""
+    """Decoupled weight decay of rows, in the steps that touch them. At least 0."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's moments, AdamW's and the tables'."""
+    """Decay of the moments of AdamW and of table optimizers like Adam, each in [0, 1)."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment, AdamW's and the tables' (DeepSeek's models: 1e-20)."""
+    """Added to the root of the second moment, in AdamW and the table optimizers (DeepSeek's models: 1e-20)."""
     momentum: float = 0.95
-    """Of Muon, and of ``sinkhorn``."""
+    """Momentum of Muon and of ``sinkhorn``, in [0, 1)."""
     update_rms: float = 0.18
     """Root mean square of an update of Muon and of ``sinkhorn``, relative to the learning rate (DeepSeek-V4.1)."""
     table_bias_correction: BiasCorrection = "step"
-    """Of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by the touches of each row."""
+    """Bias correction of ``row_adam`` and ``row_wise_adam``: by the optimizer's steps, or by each row's touches."""
     table_first_moment: FirstMoment = "full"
-    """Of ``row_wise_adam``: as large as the table, or none."""
+    """First moment of ``row_wise_adam``: as large as the table, or none."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -68,10 +68,10 @@ class OptimizerOptions:
 
 
 def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: float) -> None:
-    """Refuse options that cannot be.
+    """Check options of an optimizer.
 
     Raises:
-        ConfigError: One of ``options`` is negative or no number, or a beta is outside [0, 1).
+        ConfigError: One of ``options`` is negative or not a number, or a beta is outside [0, 1).
     """
     betas = tuple(betas)
     if not all(value >= 0 for value in options.values()) or not all(0 <= beta < 1 for beta in betas):
@@ -81,10 +81,10 @@ def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: flo
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:
-    """Refuse a value that is not one of a ``Literal``.
+    """Check that a value is one of the values of a ``Literal``.
 
     Raises:
-        ConfigError: It is another one.
+        ConfigError: It is not.
     """
     if value not in get_args(kind):
         raise ConfigError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, not {value!r}")

@@ -15,8 +15,8 @@ from engram_lm.training.optimizers.options import BiasCorrection, OptimizerOptio
 
 __all__ = ["RowAdam", "RowOptimizer", "Sharing", "merge_rows"]
 
-# Numbers of rows that are worked on at once: on a CPU copies of this size stay in the cache (0.8 of the time), and
-# nowhere is more memory taken than this, however many rows a step touched.
+# Numbers of rows that are processed at a time. On a CPU copies of this size stay in the cache (which takes 0.8 of the
+# time), and the bound on memory holds however many rows a step touches.
 _CHUNK_NUMBERS = {"cpu": 2**16}
 _OTHER_CHUNK_NUMBERS = 2**26
 
@@ -31,7 +31,7 @@ def merge_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
         Distinct rows, int64 ascending ``[n]``, and their gradients ``[n, width]``, in the gradient's type. Entries of
         bfloat16 are added in float32.
 
-    Cost: sorting the row numbers and reading the entries once; a quarter of ``Tensor.coalesce`` on a CPU.
+    Cost: sorting the row numbers and reading the entries once; a quarter of the time of ``Tensor.coalesce`` on a CPU.
     """
     rows, values = gradient._indices()[0], gradient._values()
     if gradient.is_coalesced() or not len(rows):
@@ -42,7 +42,7 @@ def merge_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
         distinct, position = torch.unique(rows, return_inverse=True)
         merged = values.new_zeros(len(distinct), *values.shape[1:])
         return distinct, merged.index_add_(0, position, values).to(dtype)
-    # Stable, so that the entries of a row are added in the order in which they came: same input, same bits.
+    # A stable sort adds the entries of a row in their order: same input, same bits.
     ordered, order = torch.sort(rows, stable=True)
     begins = torch.ones(len(rows), dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
@@ -62,12 +62,12 @@ class Sharing(NamedTuple):
 class RowOptimizer(ExactStateOptimizer):
     """What all optimizers of tables share: rows without a gradient keep weights and state, bit for bit.
 
-    Gradients must be sparse (``ParameterTable(gradient="sparse")``). State is float32 whatever the table's type, and
-    has the table's rows in its first dimension (but for the count of steps), so that a division of the table by rows
-    divides the state with it.
+    Gradients must be sparse (``ParameterTable(gradient="sparse")``). State is float32 whatever the table's type. Its
+    first dimension is the table's rows (except for the count of steps), so dividing the table by rows also divides
+    the state.
 
-    ``weight_decay`` of a group is decoupled as in AdamW and lazy: a row shrinks by ``1 - lr * weight_decay`` in steps
-    that touch it, and not in the others. Rows that are read rarely therefore decay rarely.
+    ``weight_decay`` of a group is decoupled as in AdamW, and lazy: a row is multiplied by ``1 - lr * weight_decay`` in
+    the steps that touch it, and only in those. Rows that are read rarely therefore decay rarely.
     """
 
     @classmethod
@@ -110,12 +110,12 @@ class RowOptimizer(ExactStateOptimizer):
         raise NotImplementedError
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any], group: Any) -> None:
-        """Update distinct rows ``[n]``, which may be none, by their gradients ``[n, width]``."""
+        """Update distinct rows ``[n]``, possibly none, by their gradients ``[n, width]``."""
         raise NotImplementedError
 
 
 def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Divide rows ``[n]`` and gradients ``[n, width]`` into pieces that are worked on at once; gradients in float32."""
+    """Divide rows ``[n]`` and gradients ``[n, width]`` into pieces to process at a time; gradients in float32."""
     numbers = _CHUNK_NUMBERS.get(values.device.type, _OTHER_CHUNK_NUMBERS)
     num_rows = max(1, numbers // max(1, values.shape[1]))
     for first in range(0, len(rows), num_rows):
@@ -131,8 +131,8 @@ def add_to_rows(
         weight: ``[num_rows, width]``.
         rows: Distinct, ``[n]``.
         update: float32 ``[n, width]``.
-        size: Of the step.
-        group: Gives ``lr`` and ``weight_decay``.
+        size: Size of the step.
+        group: Holds ``lr`` and ``weight_decay``.
         scale: One factor per row, float32 ``[n, 1]``.
     """
     now = weight.index_select(0, rows).float()
@@ -146,11 +146,11 @@ def add_to_rows(
 def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tuple[float, Tensor | None]:
     """Correct the bias of two moments that began at zero: ``sqrt(1 - beta2^t) / (1 - beta1^t)``.
 
-    With ``"row"`` the rows' touches are counted here.
+    With ``"row"`` this also counts the touches of the rows.
 
     Returns:
-        The learning rate times the correction where it is the same for all rows, and the correction of each row,
-        float32 ``[n, 1]``, where it is not.
+        The learning rate times the correction if it is the same for all rows, and otherwise the learning rate and the
+        correction of each row, float32 ``[n, 1]``.
     """
     beta1, beta2 = group["betas"]
     beta1 = 0.0 if group.get("first_moment") == "none" else beta1
@@ -159,7 +159,7 @@ def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tu
         return group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step), None
     touches = state["row_steps"].index_select(0, rows).add_(1)
     state["row_steps"].index_copy_(0, rows, touches)
-    # In float64, as 1 - beta^t has few digits in float32 where beta is near 1.
+    # In float64, as 1 - beta^t has few digits in float32 when beta is near 1.
     exponent = touches.double().unsqueeze(1)
     first = 1 - beta1**exponent
     second = 1 - beta2**exponent
@@ -177,13 +177,13 @@ def zeros_per_row(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 
 
 class RowAdam(RowOptimizer):
-    """Adam whose step costs what was touched: rows without a gradient keep weights and moments as they are.
+    """Adam whose step costs what was touched: rows without a gradient keep their weights and moments.
 
-    Equal to ``torch.optim.SparseAdam`` in its updates, with the table options of the paper: no weight decay, and a
-    learning rate given apart from the backbone's. By default bias correction counts steps of the optimizer, as there,
-    so a row first touched late moves by ``lr * (1 - beta1) / sqrt(1 - beta2)`` and not by ``lr``: 0.45 of it with the
-    betas (0.9, 0.95) that training uses here. With ``bias_correction="row"`` each row counts its own touches: it is
-    trained as if it were a parameter of its own that Adam saw in those steps only, and its first move is ``lr``.
+    Its updates equal those of ``torch.optim.SparseAdam``, with the table options of the paper: no weight decay, and a
+    learning rate of its own. By default bias correction counts steps of the optimizer, as there, so a row first touched
+    late moves by ``lr * (1 - beta1) / sqrt(1 - beta2)`` and not by ``lr``: 0.45 of it with the betas (0.9, 0.95) that
+    training uses here. With ``bias_correction="row"`` each row counts its own touches: it is trained as if it were a
+    separate parameter that Adam saw in those steps only, and its first move is ``lr``.
 
     Gradients must be sparse (``ParameterTable(gradient="sparse")``).
 
@@ -232,7 +232,7 @@ class RowAdam(RowOptimizer):
 
     @staticmethod
     def _by_steps(weight: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Any], group: Any) -> None:
-        """Take the rows out and let torch's fused kernel do the arithmetic in one pass over them."""
+        """Copy the rows and let torch's fused kernel do the arithmetic in one pass."""
         (beta1, beta2), step = group["betas"], int(state["step"])
         now = weight.index_select(0, rows).float()
         mean = state["exp_avg"].index_select(0, rows)
@@ -252,7 +252,7 @@ class RowAdam(RowOptimizer):
             beta2=beta2,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            # Same form as SparseAdam: eps is added to the uncorrected root, which the kernel divides.
+            # As in SparseAdam, eps is added to the uncorrected root, which the kernel divides.
             eps=group["eps"] / (1 - beta2**step) ** 0.5,
             maximize=False,
         )

@@ -32,11 +32,12 @@ class SinkhornMomentum(RowOptimizer):
     4. ``W <- W - lr * update_rms * sqrt(width) * X``: the move of each row has a root mean square of
        ``lr * update_rms``.
 
-    The description is of a dense M. Here a step costs what was touched. The momentum of a touched row is exactly the
-    dense one: its decay in the steps that did not touch it is made up for. What differs is that rows not touched in
-    this step do not move on by what is left of their momentum (densely, a row touched once goes on moving by whole
-    steps until ``beta^n`` falls below ``threshold``: 135 steps), and take no part in the mean norm and the column
-    norms. Where every step touches every row the two are the same. Rarely read rows move less here for the same ``lr``.
+    The published description is of a dense M. Here a step costs what was touched. The momentum of a touched row is
+    exactly the dense one: its decay in the steps that did not touch it is made up for. The difference is that rows not
+    touched in this step do not move by what is left of their momentum (in the dense form a row touched once keeps
+    moving by whole steps until ``beta^n`` falls below ``threshold``, for 135 steps), and do not count in the mean norm
+    and the column norms. Where every step touches every row, the two forms are equal. Rarely read rows move less here
+    for the same ``lr``.
 
     Args:
         params: Tables, or groups of them.
@@ -45,7 +46,7 @@ class SinkhornMomentum(RowOptimizer):
         update_rms: gamma.
         threshold: tau.
         num_normalizations: K, an odd number.
-        eps: The least a norm's square may be.
+        eps: Lower bound of the square of a norm.
         weight_decay: Decoupled and lazy, see `RowOptimizer`. Published without.
         sharing: Where the tables hold this rank's rows of larger ones (`engram_lm.tables.tiers.sharded`), sums over
             rows are added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that
@@ -115,12 +116,12 @@ class SinkhornMomentum(RowOptimizer):
     def _balance(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         """Mask and balance a matrix in place.
 
-        Dividing by norms in turn only ever multiplies rows and columns by factors, so the factors' squares are
-        iterated on and the matrix of squares is read, instead of writing the matrix K times.
+        Dividing by norms in turn only multiplies rows and columns by factors. So the squares of the factors are
+        iterated and the matrix of squares is read, instead of writing the matrix K times.
 
         Args:
             matrix: float32 ``[n, width]``.
-            group: Gives the constants.
+            group: Holds the constants.
         """
         eps = group["eps"]
         norms = torch.linalg.vector_norm(matrix, dim=1)
