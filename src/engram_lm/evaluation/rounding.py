@@ -94,7 +94,7 @@ def loss_change(
 
     Raises:
         MismatchError: The model has no such table, or one of another size.
-        CheckpointError: A file is gone or has been cut.
+        CheckpointError: A file is missing or has been cut.
         DataError: There are fewer than two tokens.
     """
     _check(model, layouts)
@@ -109,7 +109,7 @@ def put_tables(model: Any, layouts: Mapping[int | str, RowLayout]) -> None:
 
     Raises:
         MismatchError: The model has no such table, or one of another size.
-        CheckpointError: A file is gone or has been cut.
+        CheckpointError: A file is missing or has been cut.
     """
     _check(model, layouts)
     owns = {name: table.dtype for name, table in model.tables.items()}

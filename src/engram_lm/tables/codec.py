@@ -70,7 +70,7 @@ class RowCodec:
 
     @classmethod
     def named(cls, name: str, width: int) -> Self:
-        """Return the codec of one of `CODEC_NAMES` for rows of so many numbers.
+        """Return the codec of one of `CODEC_NAMES` for rows of ``width`` numbers.
 
         Raises:
             ConfigError: An unknown name or an impossible width.

@@ -144,7 +144,7 @@ class RowLayout:
             uint8 ``[stop - start, codec.record_bytes]``.
 
         Raises:
-            CheckpointError: A file is gone, or has been cut since the layout was made.
+            CheckpointError: A file is missing, or has been cut since the layout was made.
             RowRangeError: The run leaves the table.
         """
         if not 0 <= start <= stop <= self.num_rows:

@@ -30,7 +30,7 @@ class Converted:
     """One table that has been converted."""
 
     layer: int | str
-    """Block number, or the table's name where it is none."""
+    """Block number, or the table's name."""
     path: Path
     """The packed file."""
     source: RowLayout

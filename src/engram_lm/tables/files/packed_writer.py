@@ -1,4 +1,4 @@
-"""Writing packed tables: aside, chunk by chunk, and on from where a killed call stopped."""
+"""Writing packed tables: aside, chunk by chunk, and continuing where a killed call stopped."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def write_packed(
         hash_spec: The HashSpec as JSON values.
         provenance: Where the rows come from, as JSON values.
         resume_key: What the rows depend on. Where given, an interrupted call leaves its work in two hidden files beside
-            ``path``, and the next call with the same key and header goes on from there; where None it leaves nothing.
+            ``path``, and the next call with the same key and header continues from there; where None it leaves nothing.
         on_progress: Called with the bytes of records written so far, those of an earlier call included.
 
     Returns:

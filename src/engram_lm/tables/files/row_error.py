@@ -1,4 +1,4 @@
-"""How far rows are from those they were made of: what quantization costs."""
+"""How far rounded rows are from the exact ones: what quantization costs."""
 
 import dataclasses
 
@@ -20,16 +20,16 @@ _ROWS_AT_ONCE = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class RowError:
-    """Error of a table against another one of the same rows, over all rows or a sample.
+    """Error of a table against an exact one of the same rows, over all rows or a sample.
 
-    The relative error of a row is the length of the difference over the length of the exact row. Rows of zeros count as
-    exact where they are zeros on both sides, and as infinitely wrong where they are not; they have no cosine.
+    The relative error of a row is the length of the difference divided by the length of the exact row. An exact row of
+    zeros has the error 0 if the other row is zero too, else infinity; rows of zeros have no cosine.
     """
 
     num_rows: int
     """Rows compared."""
     all_rows: bool
-    """Whether those were all."""
+    """Whether these are all rows."""
     relative_error_mean: float
     """Mean over rows of the relative error."""
     relative_error_p50: float
@@ -39,7 +39,7 @@ class RowError:
     relative_error_max: float
     """Its largest value."""
     cosine_mean: float
-    """Mean over rows of the cosine between both vectors; 1 where there is no row but zeros."""
+    """Mean over rows of the cosine between both vectors; 1 where all rows are zeros."""
     cosine_min: float
     """Its smallest value."""
 
@@ -48,15 +48,15 @@ def measure_row_error(exact: RowLayout, other: RowLayout, *, sample: int | None 
     """Compare the rows of two tables as numbers, in float64.
 
     Args:
-        exact: The rows as they were.
-        other: The rows as they are now.
+        exact: The exact rows.
+        other: The rounded rows.
         sample: Rows to compare, drawn evenly without repeats; all where None or more than there are. Never more than
             2 ** 24.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         MismatchError: Tables of different sizes.
-        CheckpointError: A file is gone or has been cut.
+        CheckpointError: A file is missing or has been cut.
     """
     if (exact.num_rows, exact.codec.width) != (other.num_rows, other.codec.width):
         raise MismatchError(
@@ -87,12 +87,12 @@ def measure_row_error(exact: RowLayout, other: RowLayout, *, sample: int | None 
 
 
 def sampled(size: int, count: int, seed: int) -> np.ndarray:
-    """Draw different numbers below ``size``, ascending, int64 ``[count]``; all of them where ``count`` is ``size``."""
+    """Draw distinct numbers below ``size``, ascending, int64 ``[count]``; all of them where ``count`` is ``size``."""
     if count == size:
         return np.arange(size)
     generator = np.random.default_rng(seed)
     found = np.empty(0, dtype=np.int64)
-    # Drawn until enough differ, in memory of the sample's size: a permutation would take that of the table's.
+    # Drawn until enough are distinct: a permutation would take memory for the whole table.
     while len(found) < count:
         found = np.union1d(found, generator.integers(0, size, 2 * (count - len(found)) + 16))
     return np.sort(generator.permutation(found)[:count])

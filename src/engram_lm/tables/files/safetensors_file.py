@@ -1,7 +1,7 @@
 """Where tensors lie in safetensors files: headers checked against their files, names found in a folder.
 
-Nothing here believes a file: every number of a header is compared with the bytes that are there, so that a file cut
-short by a broken download is refused when it is opened, and never read past its end later.
+Every number of a header is compared with the bytes that are there. So a file that a broken download cut short is
+refused when it is opened, and never read past its end later.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
-"""The file that says which tensor lies in which of several files."""
+"""Name of the file that says which of several files holds which tensor."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -77,9 +77,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     """Its shape."""
     start_bytes: int
-    """First byte, from the beginning of the file."""
+    """Its first byte in the file."""
     num_bytes: int
-    """How many bytes it takes."""
+    """Bytes of the tensor."""
 
     def __str__(self) -> str:
         """Name, type, shape and file, for messages."""
@@ -107,7 +107,7 @@ class StoredTensor:
             Its own copy in `torch_dtype`, ``[stop - start, *shape[1:]]`` (a scalar stays a scalar).
 
         Raises:
-            CheckpointError: The file is gone or has been cut since its header was read, or the type is unknown.
+            CheckpointError: The file is missing or has been cut since its header was read, or the type is unknown.
         """
         dtype = self.torch_dtype
         if not self.shape:
@@ -272,11 +272,11 @@ class TensorFolder:
 
     @property
     def names(self) -> Iterable[str]:
-        """Names of all tensors that the folder promises."""
+        """Names of all tensors in the folder, as its index or its headers say."""
         return self._files.keys()
 
     def __contains__(self, name: str) -> bool:
-        """Whether the folder promises a tensor of that name."""
+        """Whether the folder has a tensor of that name, as its index or its headers say."""
         return name in self._files
 
     def find(self, name: str) -> StoredTensor:

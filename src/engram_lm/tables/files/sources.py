@@ -1,4 +1,4 @@
-"""The tables of a checkpoint, found by the names of its tensors; nothing is loaded and nothing copied."""
+"""The tables of a checkpoint, found by the names of its tensors, without loading or copying them."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = 
         file: The one file of a folder that is looked at, whatever lies beside it.
 
     Returns:
-        Block number (from 0), or the table's name where it is none → where the rows lie, in ascending order.
+        Block number, from 0, or the table's name → where its rows lie, in ascending order.
 
     Raises:
         CheckpointError: No table, scales without their numbers or the other way round, a missing shard, tensors of
