@@ -11,8 +11,8 @@ from engram_lm.planning.sizes import model_sizes
 from engram_lm.studies.study import Study
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.dry_run import priced_config
+from engram_lm.training.flops import peak_flops
 from engram_lm.training.loop import best_dtype
-from engram_lm.training.peak import peak_flops
 from engram_lm.training.recipe import Recipe
 
 if TYPE_CHECKING:

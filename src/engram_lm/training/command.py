@@ -1,4 +1,4 @@
-"""``engram-lm train``: a recipe, a folder, and all that happens between."""
+"""``engram-lm train``: train a model by a recipe, into a folder."""
 
 import dataclasses
 import json as json_module
@@ -19,7 +19,7 @@ __all__ = ["Train"]
 
 @dataclasses.dataclass(frozen=True)
 class Train(RecipeCommand[Recipe]):
-    """Train a model by a recipe, on this process or under torchrun on many.
+    """Train a model by a recipe, in this process or, under torchrun, in many.
 
     Any key of the recipe can be given as a flag: --train.num_steps 100 --model.memory.rows_per_head 50000; --keys lists
     them. A run that was stopped, by Ctrl-C, SIGTERM or a crash, goes on with --resume from its last complete checkpoint
@@ -37,9 +37,9 @@ class Train(RecipeCommand[Recipe]):
     recipe_type: ClassVar[type[Recipe]] = Recipe
 
     max_steps: int | None = None
-    """Stop after this step, with a checkpoint; the schedule stays that of all steps."""
+    """Stop after this step, with a checkpoint. The schedule remains that of all steps."""
     world_size: int | None = None
-    """Processes that --dry-run reckons with; those that were started unless given."""
+    """Number of processes that --dry-run assumes; by default those that were started."""
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_steps < 1:

@@ -1,6 +1,8 @@
-"""Operations that a model takes per token, as torch counts them: also of models of others, and of frozen ones."""
+"""Floating-point operations: how many a model needs per token, and how many a device can do per second at best."""
 
 import contextlib
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,16 +11,34 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["forward_flops_per_token", "training_flops_per_token"]
+__all__ = ["forward_flops_per_token", "peak_flops", "training_flops_per_token"]
+
+# Dense matrix products without sparsity, 10^12 operations a second (float32 with TF32, bfloat16); vendors' data sheets.
+_ACCELERATORS = {
+    "V100": (15.7, 15.7),
+    "A100": (156, 312),
+    "A10": (62.5, 125),
+    "L4": (60, 121),
+    "L40": (90.5, 181),
+    "4090": (82.6, 165),
+    "H20": (74, 148),
+    "H100": (494, 989),
+    "H800": (494, 989),
+    "H200": (494, 989),
+    "B200": (1100, 2250),
+    "MI300": (653, 1307),
+}
+_SIZE, _REPEATS = 1024, 5
 
 
 def training_flops_per_token(model: Any, length: int) -> float:
-    """Count the operations that training on one token takes, of the model as it stands: with what is frozen in it.
+    """Count the operations that training on one token takes, for the model as it stands, with what is frozen in it.
 
-    One sequence goes forward and back while torch counts its matrix products, attention among them; a multiplication
-    and an addition are two. So gradients of frozen weights count as none, and neither do those of activations below
-    the first trainable weight. Reading rows, norms, gates and the optimizer count as none. In the usual symbols it is
-    4N for N weights behind the first trainable one, 2N for those before it, and 2 more for every trainable one.
+    One sequence goes forward and back while torch counts the matrix products, including those of attention. A
+    multiplication and an addition are two operations. Gradients of frozen weights are not computed and so not counted,
+    nor are those of activations below the first trainable weight. Reading rows, norms, gates and the optimizer are left
+    out. In the usual symbols the count is 4N for N weights behind the first trainable one, 2N for those before it, and
+    2 more for each trainable weight.
 
     Args:
         model: A causal language model; its gradients are cleared.
@@ -67,3 +87,29 @@ def _plain_experts(model: Any) -> Iterator[None]:
         yield
     finally:
         config._experts_implementation = before
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Find how many operations per second a device does at best, in matrix products of one type.
+
+    A CPU is measured, which takes a tenth of a second; an accelerator is looked up by its name.
+
+    Returns:
+        Operations per second; None for an accelerator that is not in the list.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        # The longest name first: an H200 is not an H20.
+        for known in sorted(_ACCELERATORS, key=len, reverse=True):
+            if re.search(rf"\b{known}", name) and not re.search(rf"{known}\d", name):
+                return _ACCELERATORS[known][dtype == "bfloat16"] * 1e12
+        return None
+    if device.type != "cpu":
+        return None
+    matrix = torch.ones(_SIZE, _SIZE, dtype=getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(_REPEATS + 1):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    return 2 * _SIZE**3 / best

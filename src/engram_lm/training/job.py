@@ -23,10 +23,10 @@ from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
+from engram_lm.training.flops import peak_flops
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 from engram_lm.training.loop import StepRecord, Trainer, best_dtype
 from engram_lm.training.metrics import Metrics, check_installed, read_metrics
-from engram_lm.training.peak import peak_flops
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides a training run, as one value."""
+"""The recipe of a training run: everything that decides it, as one value."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
-"""How ``--keys`` shows text: the tables that stand in the place of a path are more than a flag can say."""
+"""How ``--keys`` shows a key that takes text: as paths, because a flag's help cannot show the tables it also takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,11 +102,11 @@ class TokenizerOptions:
     """How text becomes tokens."""
 
     path: str | None = None
-    """A tokenizer's folder, or its name on the Hub; where None, one is trained on the data (or comes with weights)."""
+    """A tokenizer's folder, or its name on the Hub. None takes that of ``weights`` or ``base``, or trains one."""
     vocab_size: int = 8192
-    """Tokens of the tokenizer that is trained, at least 258."""
+    """Number of tokens of a tokenizer that is trained, at least 258."""
     train_bytes: int = 32_000_000
-    """Text that it is trained on, from the beginning of the sources."""
+    """Text that it is trained on, in bytes, from the beginning of the sources."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 258 or self.train_bytes < 1:
@@ -130,8 +130,8 @@ class DataOptions:
     sequence_length: int = 256
     """Tokens in a sequence."""
     held_out: float = 0.01
-    """Share of the documents that is never trained on, chosen by their contents; where there are too few of them, that
-    share of the tokens, from the end. 0 holds nothing out."""
+    """Share of the documents that is never trained on, chosen by their contents. If there are too few documents, it is
+    that share of the tokens, from the end. 0 holds nothing out."""
     validation: float = 0.0
     """Share beside ``held_out`` for choices such as that of a learning rate; the trained model is evaluated on it as
     the text ``validation``."""
@@ -139,7 +139,7 @@ class DataOptions:
     """Where text to evaluate on comes from, in place of ``held_out``."""
     restart_documents: bool = False
     """Whether positions, attention and N-grams start anew at each document within a sequence. The short convolution of
-    memory does not: it reads up to the last nine tokens of the document before."""
+    memory does not: it reads up to nine tokens of the previous document."""
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_bytes < 1:
@@ -188,7 +188,7 @@ class EvaluationOptions:
     """When held-out loss is measured, and on what."""
 
     every: int = 500
-    """Steps from one measurement to the next; 0 measures at the end only."""
+    """Steps between measurements; 0 measures only at the end."""
     points: int | None = None
     """Measurements along the way, spread evenly over the run, in place of ``every``; at least 0."""
     start: bool = False
@@ -225,11 +225,11 @@ class CheckpointOptions:
     """When everything is saved."""
 
     every: int = 500
-    """Steps from one checkpoint to the next; 0 saves at the end and on a signal only."""
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep_last: int = 2
     """Checkpoints that are kept; 0 keeps one while training goes on, and none after its end."""
     asynchronous: bool = True
-    """Whether training goes on while a checkpoint is written, at the price of a second copy of it in memory."""
+    """Whether training continues while a checkpoint is written, which takes a second copy of it in memory."""
     write_model: bool = True
     """Whether what was trained is written into the run folder at the end."""
 
@@ -243,9 +243,9 @@ class ParallelOptions:
     """How the work is divided under ``torchrun``. Tables are always divided by rows."""
 
     backbone: Literal["ddp", "fsdp2"] = "ddp"
-    """Whether every process holds the backbone (DDP) or its share of it (FSDP2)."""
+    """Whether each process holds the whole backbone (DDP) or a share of it (FSDP2)."""
     deduplicate: bool = True
-    """Whether a row that a process reads several times travels once."""
+    """Whether a row that a process reads several times is sent to it once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,16 +253,16 @@ class LogOptions:
     """What is written down."""
 
     every: int = 1
-    """Steps from one line of metrics.jsonl to the next."""
+    """Steps between lines of metrics.jsonl."""
     details_every: int = 100
-    """Steps from one line with norms by group, use of the tables and expert load to the next; 0 leaves them out."""
+    """Steps between lines that also have norms by group, use of the tables and expert load; 0 writes none."""
     tensorboard: Literal["auto", "yes", "no"] = "auto"
-    """Whether TensorBoard's event files are written too; auto writes them where ``tensorboard`` is installed."""
+    """Whether to write TensorBoard's event files too; auto does so if ``tensorboard`` is installed."""
     wandb: Literal["auto", "yes", "no"] = "auto"
-    """Whether Weights & Biases gets them too; auto where ``wandb`` is installed and ``WANDB_PROJECT`` is set."""
+    """Whether to send metrics to Weights & Biases; auto does if ``wandb`` is installed and ``WANDB_PROJECT`` is set."""
     peak_tflops: float | None = None
-    """What one device computes at best, in 10^12 operations a second, for MFU; measured on a CPU where None, and looked
-    up on a known accelerator."""
+    """Best speed of one device, in 10^12 operations per second, for MFU. None measures a CPU and looks up a known
+    accelerator."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.details_every < 0:

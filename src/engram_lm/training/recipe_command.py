@@ -1,4 +1,4 @@
-"""A command that does what a recipe file says, whose keys can be given as flags, and goes on by its folder."""
+"""What the commands that follow a recipe file have in common: its keys as flags, and going on from a run's folder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class RecipeCommand(Generic[_Recipe]):
     """What its file holds."""
 
     recipe: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RECIPE.toml|RUN")] = None
-    """The recipe; or the folder of a run, to go on with it by its own recipe."""
+    """The recipe, or the folder of a run to go on with by its own recipe."""
     out: Path | None = None
-    """Run folder; runs/NAME for NAME.toml unless given."""
+    """Run folder; by default runs/NAME for NAME.toml."""
     resume: bool = False
     """Go on with the run in the folder."""
     dry_run: bool = False

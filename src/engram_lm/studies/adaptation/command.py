@@ -1,4 +1,4 @@
-"""``engram-lm adapt``: a recipe, a pretrained model, a folder, and all that happens between."""
+"""``engram-lm adapt``: add memory to a pretrained model by a recipe, and compare it with other ways to adapt it."""
 
 import dataclasses
 from pathlib import Path
@@ -16,11 +16,11 @@ __all__ = ["Adapt"]
 
 @dataclasses.dataclass(frozen=True)
 class Adapt(RecipeCommand[AdaptationRecipe]):
-    """Give a pretrained model memory by a recipe, compare it with what else could be trained, and report.
+    """Add memory to a pretrained model by a recipe, compare it with other ways to adapt the model, and report.
 
-    The base is measured first; then every arm of the recipe is trained from it, on the same text in the same order. Any
+    The base is measured first. Then every arm of the recipe is trained from it, on the same text in the same order. Any
     key of the recipe can be given as a flag: --train.num_steps 100 --memory.rows_per_head 50000; --keys lists them. A
-    run that was stopped goes on with --resume at the first arm and seed that is not finished.
+    run that was stopped goes on with --resume, in the arm and seed that it had reached.
 
     Examples::
 
@@ -32,7 +32,7 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
     recipe_type: ClassVar[type[AdaptationRecipe]] = AdaptationRecipe
 
     controls: bool = False
-    """Also train with rows that stay random, with a hash that knows no N-grams, and LoRA of as many operations."""
+    """Also train three controls: rows that stay random, rows that change with position, and LoRA of equal compute."""
 
     def execute(self, recipe: AdaptationRecipe, out: Path) -> int:
         """Adapt."""

@@ -49,23 +49,23 @@ class DomainOptions:
     """What is trained and evaluated on."""
 
     domain: Annotated[tuple[TextSource, ...], PATHS] = ()
-    """Text of the domain that the model shall learn: files or folders, or tables of ``path``, ``kind``, ``field``,
+    """Text of the domain that the model should learn: files or folders, or tables of ``path``, ``kind``, ``field`` and
     ``split``, as for ``engram-lm train``. Must be given."""
     held_out: float = 0.06
-    """Share of the domain's documents, chosen by their contents, that the result is measured on; where there are too
-    few of them, that share of the tokens, from the end."""
+    """Share of the domain's documents, chosen by their contents, that the result is measured on. If there are too few
+    documents, it is that share of the tokens, from the end."""
     validation: float = 0.02
-    """Share that learning rates are chosen on, and nothing else."""
+    """Share of the domain that is used to choose learning rates, and for nothing else."""
     held_out_tokens: int = 65_536
-    """Tokens of the held-out share that are used at most; of the validation share, half as many."""
+    """Tokens of the held-out share that are used at most; half as many of the validation share are used."""
     retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], PATHS] = ()
     """Text that the model knew before, to measure what it forgets: files, or ``standard-library`` for the Python
     sources that ``engram-lm train`` trains on unless told otherwise. Without it forgetting is not measured."""
     retained_held_out: float = 0.01
-    """Share of its documents that is used: as ``data.held_out`` of the recipe that trained the base, it finds the very
-    documents that the base was not trained on. 0 uses all of it."""
+    """Share of its documents that is used. With the ``data.held_out`` of the recipe that trained the base, these are
+    the documents that the base was not trained on. 0 uses all of the text."""
     retained_tokens: int = 65_536
-    """Tokens of it that are used at most."""
+    """Tokens of the retained text that are used at most."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     cache: Path | None = None
@@ -115,16 +115,16 @@ class LowRankOptions(LoraOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How many steps, of what, how often."""
+    """How long to train, on what, and how often."""
 
     num_steps: int | None = None
-    """Optimizer steps of the arm ``memory``, whose operations are the budget of all; or give ``epochs``."""
+    """Optimizer steps of the arm ``memory``, whose operations are the budget of every arm. Or give ``epochs``."""
     epochs: float | None = None
     """Times through the domain's text, in place of ``num_steps``."""
     equal: Literal["compute", "tokens"] = "compute"
-    """What every arm gets as much of as the arm ``memory``: operations of training, or tokens."""
+    """What every arm gets as much of as the arm ``memory`` does: training operations, or tokens."""
     seeds: int = 1
-    """Repetitions with other first numbers and another order of the text; all arms of one see the same batches."""
+    """Repetitions with other first numbers and another order of the text. All arms of a seed see the same batches."""
     batch_size: int = 16
     """Sequences in a step."""
     micro_batch_size: int | None = None
@@ -136,9 +136,9 @@ class StepOptions:
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     curve_points: int = 6
-    """Times that the held-out loss is measured along the way."""
+    """How often the held-out loss is measured during training."""
     curve_tokens: int = 16_384
-    """Held-out tokens used for each of them."""
+    """Held-out tokens used for each of these measurements."""
 
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.epochs is None):
@@ -158,20 +158,20 @@ class StepOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RateOptions:
-    """Learning rates. Of several the first seed tries each, and the one with the lowest validation loss is taken."""
+    """Learning rates. Where several are given, the first seed tries each and the lowest validation loss decides."""
 
     memory: tuple[float, ...] = (4e-3,)
-    """Of ``memory``; ``random_table``, ``permuted_hash`` and ``transfer`` take the one that it takes."""
+    """Rates of ``memory``. ``random_table``, ``permuted_hash`` and ``transfer`` use the one that is chosen for it."""
     lora: tuple[float, ...] = (4e-3,)
-    """Of ``lora``."""
+    """Rates of ``lora``."""
     memory_lora: tuple[float, ...] = (4e-3,)
-    """Of ``memory_lora``."""
+    """Rates of ``memory_lora``."""
     full: tuple[float, ...] = (1e-3,)
-    """Of ``full``."""
+    """Rates of ``full``."""
     table_lr_multiplier: float = 5.0
-    """Learning rate of the tables relative to it."""
+    """Learning rate of the tables, relative to the arm's own."""
     weight_decay: float = 0.0
-    """Decoupled; of matrices. Tables have none."""
+    """Decoupled weight decay of matrices. Tables have none."""
 
     def __post_init__(self) -> None:
         for name in ("memory", "lora", "memory_lora", "full"):
@@ -185,7 +185,7 @@ class RateOptions:
             )
 
     def of(self, arm: ArmName) -> tuple[float, ...]:
-        """The rates that an arm tries."""
+        """The rates to try for an arm."""
         rates: tuple[float, ...] = getattr(self, arm if arm in ("lora", "memory_lora", "full") else "memory")
         return rates
 
@@ -203,7 +203,7 @@ class ArmOptions:
             raise ConfigError(f"names lists one arm or several, each once, not {list(self.names)}")
 
     def with_controls(self) -> Self:
-        """The same and the controls."""
+        """Add the controls."""
         return dataclasses.replace(self, names=tuple(dict.fromkeys((*self.names, *_CONTROLS))))
 
 
@@ -226,7 +226,7 @@ class AdaptationRecipe(RecipeFile):
     lora: LowRankOptions = dataclasses.field(default_factory=LowRankOptions)
     """The low-rank matrices that it is compared with."""
     train: StepOptions
-    """How many steps, of what, how often."""
+    """How long to train, on what, and how often."""
     rates: RateOptions = dataclasses.field(default_factory=RateOptions)
     """Learning rates of the arms."""
     schedule: ScheduleOptions = dataclasses.field(default_factory=ScheduleOptions)

@@ -98,7 +98,7 @@ class Adaptation:
             recipe = bench.arm_recipe(name, seed=seed, rate=rate, num_steps=num_steps)
             label = _label(name, seed, rate if several else None)
             try:
-                entry = self._run(recipe, name, label, interrupt)
+                entry = self._run(bench, recipe, name, label, interrupt)
             except DivergedError as error:
                 # A rate that is too high has lost the comparison, and a later seed is told of; neither ends the others.
                 if seed == 0 and not several:
@@ -120,7 +120,7 @@ class Adaptation:
             return (_best(self._tried["memory"])["lr"],)
         return self.recipe.rates.of(name)
 
-    def _run(self, recipe: Recipe, name: ArmName, label: str, interrupt: Interrupt) -> _Entry | None:
+    def _run(self, bench: Bench, recipe: Recipe, name: ArmName, label: str, interrupt: Interrupt) -> _Entry | None:
         """Do one run, or read what it found before; None where a signal came first."""
         seed, rate = recipe.train.seed, recipe.optimizer.lr
         done = self.folder.finished(label)
@@ -130,7 +130,7 @@ class Adaptation:
             return None
         title = ARMS[name].title
         self.progress.note(f"{title}, seed {seed}, learning rate {rate:g}")
-        with Run(recipe, self.folder.place(label, recipe), resume=True).open() as job:
+        with Run(recipe, self.folder.place(label, recipe), bench.ranks, resume=True).open() as job:
             with self.progress.training(job.num_steps_done, job.last_step) as show:
                 while not job.done:
                     show(job.step()[0], None)
