@@ -8,7 +8,7 @@ from tests.raw_safetensors import write_raw
 from engram_lm.cli import main
 from engram_lm.errors import CheckpointError
 from engram_lm.hashing import HashSpec, TokenMap
-from engram_lm.memory.formats.table_rows import check_table_rows, spec_beside
+from engram_lm.memory.formats.table_rows import checked_spec
 from engram_lm.tables import table_layouts
 
 OWN = {"orders": (2, 3), "heads": 2, "rows_per_head": 97, "pad_token_id": 1}
@@ -36,8 +36,8 @@ def ours(folder, shared=False, wrong=None):
 @pytest.mark.parametrize("shared", [False, True])
 def test_tables_with_the_rows_of_their_hash_are_accepted(tmp_path, shared):
     folder = ours(tmp_path / "m", shared)
-    check_table_rows(table_layouts(folder), spec_beside(folder), folder)
-    check_table_rows(table_layouts(folder), spec_beside(folder / "model.safetensors"), folder)
+    for source in (folder, folder / "model.safetensors"):
+        assert len(checked_spec(source, table_layouts(folder))["spec_digest"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_tables_with_the_rows_of_their_hash_are_accepted(tmp_path, shared):
 def test_tables_that_their_hash_does_not_address_are_refused_by_every_verb(tmp_path, capsys, shared, wrong, message):
     folder = ours(tmp_path / "m", shared, wrong)
     with pytest.raises(CheckpointError, match=message):
-        check_table_rows(table_layouts(folder), spec_beside(folder), folder)
+        checked_spec(folder, table_layouts(folder))
     for arguments in (
         ["convert", str(folder), str(tmp_path / "packed")],
         ["build", str(tmp_path / "one"), "--source", str(folder), "--layer", next(iter(wrong))],
@@ -63,18 +63,18 @@ def test_tables_that_their_hash_does_not_address_are_refused_by_every_verb(tmp_p
 
 def test_a_published_table_is_held_against_the_primes_of_its_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    (rows,) = spec_beside(tmp_path).padded_rows
+    (rows,) = HashSpec.from_config(tmp_path).padded_rows
     name = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.weight"
     for num_rows in (rows, rows - 1):
         write_raw(tmp_path / "model.safetensors", {name: ("BF16", (num_rows, 2), bytes(num_rows * 4))})
         if num_rows == rows:
-            check_table_rows(table_layouts(tmp_path), spec_beside(tmp_path), tmp_path)
+            checked_spec(tmp_path, table_layouts(tmp_path))
     with pytest.raises(CheckpointError, match=f"layer 1 has {rows - 1} rows, the hash in config.json addresses {rows}"):
-        check_table_rows(table_layouts(tmp_path), spec_beside(tmp_path), tmp_path)
+        checked_spec(tmp_path, table_layouts(tmp_path))
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])
 def test_without_a_configuration_that_can_be_read_there_is_no_hash_to_hold_them_against(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    assert spec_beside(tmp_path) is None
+    assert checked_spec(tmp_path, {}) == {}

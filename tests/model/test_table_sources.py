@@ -14,7 +14,7 @@ from tests.tables.tiers import Files, serving
 
 from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RemoteError, RowRangeError
-from engram_lm.memory.formats.table_rows import check_table_rows, spec_beside
+from engram_lm.memory.formats.table_rows import checked_spec
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.read_ahead import record_rows
 from engram_lm.tables import CachedTable, ParameterTable, RowCodec, publish_to_mooncake, table_layouts
@@ -340,7 +340,7 @@ def test_a_checkpoint_whose_rows_are_not_its_primes_is_refused_by_the_name_of_th
     weights[name] = weights[name][:-8].clone()
     save_file(weights, folder / "whole" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layer 0 has \d+ rows, the hash in config.json addresses \d+"):
-        check_table_rows(table_layouts(folder / "whole"), spec_beside(folder / "whole"), folder)
+        checked_spec(folder / "whole", table_layouts(folder / "whole"))
     assert main(["generate", str(folder / "whole"), "--prompt", "a", *more]) == 1
     error = capsys.readouterr().err
     assert "memory_tables.0.weight" in error and "HashSpec" in error and "Traceback" not in error

@@ -4,15 +4,19 @@ import dataclasses
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from engram_lm.errors import ConfigError
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.formats.table_rows import checked_spec
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.files.build import build_packed, build_random, provenance_of
+from engram_lm.tables.files.convert import Converted, convert
+from engram_lm.tables.files.packed import PackedHeader
 from engram_lm.tables.files.progress import byte_progress
-
-if TYPE_CHECKING:
-    from engram_lm.tables.files.convert import Converted
+from engram_lm.tables.files.sources import choose_layout, find_tables
 
 __all__ = ["Build", "Convert"]
 
@@ -76,12 +80,7 @@ class Build:
             )
         return 0
 
-    def _copy(self, progress: Any) -> Any:
-        from engram_lm.memory.formats.table_rows import checked_spec
-        from engram_lm.tables.codec import RowCodec
-        from engram_lm.tables.files.build import build_packed, provenance_of
-        from engram_lm.tables.files.sources import choose_layout, find_tables
-
+    def _copy(self, progress: Any) -> PackedHeader:
         assert self.source is not None
         layouts = find_tables(self.source)
         about = checked_spec(self.source, layouts)
@@ -96,11 +95,7 @@ class Build:
             **about,
         )
 
-    def _random(self, progress: Any) -> Any:
-        from engram_lm.hashing import HashSpec
-        from engram_lm.tables.codec import RowCodec
-        from engram_lm.tables.files.build import build_random
-
+    def _random(self, progress: Any) -> PackedHeader:
         assert self.width is not None
         rows, about = self.rows, dict[str, Any]()
         if self.config is not None:
@@ -111,15 +106,14 @@ class Build:
         on_progress = progress(rows * codec.record_bytes)
         return build_random(self.path, rows, codec, std=self.std, seed=self.seed, on_progress=on_progress, **about)
 
-    def _rows_of(self, spec: Any) -> int:
+    def _rows_of(self, spec: HashSpec) -> int:
         layers = {str(layer): layer for layer in spec.layers}
         if self.layer is None and len(layers) > 1 and not spec.shared_table:
             raise ConfigError(f"the config has the layers {', '.join(layers)}; choose one with --layer")
         name = self.layer or next(iter(layers))
         if name not in layers:
             raise ConfigError(f"the config has the layers {', '.join(layers)}, not {name}")
-        rows: int = spec.num_rows(layers[name])
-        return rows
+        return spec.num_rows(layers[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +141,6 @@ class Convert:
 
     def run(self) -> int:
         """Convert, and print what was written and what it cost."""
-        from engram_lm.memory.formats.table_rows import checked_spec
-        from engram_lm.tables.files.convert import convert
-        from engram_lm.tables.files.sources import find_tables
-
         with byte_progress() as advance:
             results = convert(
                 self.source,
@@ -175,12 +165,12 @@ class Convert:
             )
         return 0
 
-    def loss_change(self, results: "Sequence[Converted]") -> dict[str, Any] | None:
+    def loss_change(self, results: Sequence[Converted]) -> dict[str, Any] | None:
         """Measure what the new tables do to a model's loss, as JSON values; None where no model is named."""
         return None
 
 
-def _print(result: "Converted") -> None:
+def _print(result: Converted) -> None:
     values = result.to_dict()
     print(f"layer {result.layer}: {result.path}{' (was there already)' if result.kept else ''}")
     print(f"  rows            {values['num_rows']:,} of {values['width']} numbers, {values['source_codec']} → "

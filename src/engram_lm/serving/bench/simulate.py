@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.files import replacing
+from engram_lm.hashing.spec import HashSpec
+from engram_lm.hashing.token_map import load_tokenizer
+from engram_lm.planning.command import read_config
 from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.reuse import (
     PAGE_BYTES,
@@ -28,6 +32,7 @@ from engram_lm.tables.around.reuse import (
 )
 from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.byte_size import byte_size
+from engram_lm.training.data.documents import read_documents
 
 __all__ = ["Simulate"]
 
@@ -178,10 +183,6 @@ class Simulate:
 
     def _hashed(self, found: dict[str, Any]) -> Iterator[_Trace]:
         """The traces of a text, of each layer all orders first; says in ``found`` what they are."""
-        from engram_lm.hashing.spec import HashSpec
-        from engram_lm.hashing.token_map import load_tokenizer
-        from engram_lm.training.data.documents import read_documents
-
         config, folder = (self.config, self.tokenizer) if self.model is None else (self.model, self.model)
         assert config is not None
         tokenizer = load_tokenizer(folder)
@@ -312,8 +313,6 @@ def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:
 
 def _model_row_bytes(folder: Path) -> int:
     """Bytes of a bfloat16 row of a model of ours."""
-    from engram_lm.planning.command import read_config
-
     memory = read_config(str(folder / "config.json") if folder.is_dir() else str(folder)).memory_config
     if memory is None:
         raise ConfigError(f"{folder} is a model without memory: it reads no rows")
@@ -329,8 +328,6 @@ def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
-
-    from engram_lm.files import replacing
 
     blocks = sorted({trace["block"] for trace in traces})
     columns = max(sum(trace["block"] == block for trace in traces) for block in blocks)

@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+import torch
 import tyro
 
 from engram_lm.errors import ConfigError
 from engram_lm.serving.bench.listed import listed
+from engram_lm.tables.around.read_ahead import ReadAheadTable
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.files.build import build_random
+from engram_lm.tables.open import open_table
+from engram_lm.tables.tiers.page_cache import drop_from_memory
 
 __all__ = ["Bench"]
 
@@ -118,8 +124,6 @@ class Bench:
         from rich.console import Console
         from rich.progress import Progress
 
-        from engram_lm.tables.open import open_table
-
         with contextlib.ExitStack() as stack:
             tiers = []
             for name in self._tier_names:
@@ -179,8 +183,6 @@ class Bench:
 
     def _sample(self, tier: "_Tier", numbers: np.ndarray) -> dict[str, Any]:
         """One gather, cold if that can be had, then warm; then the same behind a prefetch."""
-        import torch
-
         rows = torch.from_numpy(numbers)
         if tier.kept is not None:
             plain = tier.kept.table if self.prefetch else tier.kept
@@ -229,15 +231,11 @@ class _Tier:
 
 def _ahead(table: Any) -> Any:
     """The table with a prefetch that reads in the background."""
-    from engram_lm.tables.around.read_ahead import ReadAheadTable
-
     return table if isinstance(table, ReadAheadTable) else ReadAheadTable(table, max_bytes=_STAGED_BYTES)
 
 
 def _start_threads(table: Any) -> None:
     """Let the threads of a prefetch begin, which happens once and is not what is measured; reads the last row."""
-    import torch
-
     last = torch.tensor([table.num_rows - 1])
     table.prefetch(last)
     table.gather(last)
@@ -270,8 +268,6 @@ def drop(files: tuple[str, ...]) -> float | None:
     Returns:
         Largest share of a file that is still there; None where the system does not say.
     """
-    from engram_lm.tables.tiers.page_cache import drop_from_memory
-
     left = [drop_from_memory(file) for file in files]
     return None if None in left else max(left, default=None)  # type: ignore[type-var]  # none of them is None
 
@@ -315,9 +311,6 @@ def synthetic_table(num_rows: int, width: int, folder: Path | None) -> Iterator[
         ConfigError: There is no such folder.
         OSError: It cannot be written, or the disk has less room than the table takes.
     """
-    from engram_lm.tables.codec import RowCodec
-    from engram_lm.tables.files.build import build_random
-
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {folder} is no folder")
     with tempfile.TemporaryDirectory(prefix="engram-bench-", dir=folder) as place:

@@ -8,7 +8,10 @@ from typing import Annotated
 import tyro
 
 from engram_lm.errors import ConfigError
+from engram_lm.tables.files.packed import read_packed_header
 from engram_lm.tables.files.progress import byte_progress
+from engram_lm.tables.files.sources import choose_layout, find_tables
+from engram_lm.tables.files.verify import verify_packed
 
 __all__ = ["Inspect", "Verify"]
 
@@ -30,8 +33,6 @@ class Inspect:
 
     def run(self) -> int:
         """Print it."""
-        from engram_lm.tables.files.packed import read_packed_header
-
         header = read_packed_header(self.path)
         values = header.describe()
         if self.json:
@@ -84,10 +85,6 @@ class Verify:
 
     def run(self) -> int:
         """Print what was checked and what was found."""
-        from engram_lm.tables.files.packed import read_packed_header
-        from engram_lm.tables.files.sources import choose_layout, find_tables
-        from engram_lm.tables.files.verify import verify_packed
-
         layout = None
         if self.source is not None:
             layout = choose_layout(find_tables(self.source), self.layer, self.source)
