@@ -92,7 +92,7 @@ def test_a_server_without_ranges_is_refused_before_it_sends_the_whole_file(folde
 
 def test_a_missing_file_is_refused_by_its_address_at_once(folder):
     with serving(folder) as server:
-        with pytest.raises(RemoteError, match=r"/nothing/model\.safetensors: .*404"):
+        with pytest.raises(RemoteError, match=r"/nothing/model\.safetensors cannot be read: .*404"):
             http_layout(f"{server.address}/nothing")
         assert len(server.requests) == 2, "the index, then the only other name; nothing is tried again"
         layout = http_layout(server.address)
@@ -112,20 +112,6 @@ def test_a_file_that_changes_is_noticed_before_opening_and_while_open(folder):
         table.close()
         with pytest.raises(RemoteError, match="changed since its header was read"):
             RemoteTable(layout)
-
-
-def test_a_changed_file_is_noticed_on_a_server_that_ignores_conditions(folder):
-    class Forgetful(Files):
-        def send_file(self, path):
-            del self.headers["If-Range"]
-            super().send_file(path)
-
-    with serving(folder, Forgetful) as server:
-        table = opened(server)
-        os.utime(folder / "model.safetensors", (1, 1))
-        with pytest.raises(RemoteError, match="changed since it was opened"):
-            table.gather(torch.tensor([1]))
-        table.close()
 
 
 def failing(times, fail):
@@ -215,15 +201,6 @@ def test_a_server_that_does_not_get_on_is_given_up(folder, fail):
         table.close()
 
 
-def wrong_span(handler, path):
-    span = f"bytes 0-{WIDTH * 4 - 1}/{path.stat().st_size}"
-    handler.answer(206, {"Content-Range": span, "ETag": handler.tag(path)}, b"x" * WIDTH * 4)
-
-
-def no_span(handler, path):
-    handler.answer(206, {"ETag": handler.tag(path)}, b"x" * WIDTH * 4)
-
-
 def forbidden(handler, path):
     handler.answer(403, {}, b"no")
 
@@ -236,8 +213,6 @@ def not_http(handler, path):
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (wrong_span, "server sent 0 to 63"),
-        (no_span, "Content-Range"),
         (forbidden, "403"),
         (not_http, "Bad status line"),
     ],
@@ -294,7 +269,7 @@ def test_redirections_are_followed_and_forgotten_when_they_run_out(folder):
         server.token = "second"
         assert torch.equal(table.gather(torch.tensor([7])), rows_of(folder)[[7]])
         table.close()
-    with serving(folder, Endless) as server, pytest.raises(RemoteError, match="redirects more than"):
+    with serving(folder, Endless) as server, pytest.raises(RemoteError, match="TooManyRedirects"):
         http_layout(server.address)
 
 
@@ -306,7 +281,7 @@ def test_malformed_files_on_a_server_are_refused_like_those_on_a_disk(folder):
             with pytest.raises(CheckpointError, match=r"model\.safetensors"):
                 http_layout(server.address)
         (folder / "model.safetensors").write_bytes(b"")
-        with pytest.raises(EngramError, match="empty"):
+        with pytest.raises(EngramError, match="0 bytes"):
             http_layout(server.address)
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
         with pytest.raises(CheckpointError, match="not a file inside the folder"):

@@ -268,11 +268,7 @@ def _check_opened(table: Table, wanted: WantedTable) -> None:
 def _digest_beside(where: str) -> str | None:
     """Digest of the HashSpec in the ``config.json`` beside tables, where it is one of ours."""
     if is_address(where):
-        folder = RemoteFolder(where)
-        try:
-            config, text = f"{where}: config.json", folder.read("config.json")
-        finally:
-            folder.close()
+        config, text = f"{where}: config.json", RemoteFolder(where).read("config.json")
     else:
         path = Path(where)
         path = (path if path.is_dir() else path.parent) / "config.json"

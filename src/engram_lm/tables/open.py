@@ -57,8 +57,8 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
         MissingExtraError: fsspec, or its package for this kind of address, is not installed.
     """
     if is_address(source):
-        with contextlib.closing(RemoteFolder(str(source), **options)) as folder:
-            return {key: folder.place(layout) for key, layout in find_tables(folder, folder.file).items()}
+        folder = RemoteFolder(str(source), **options)
+        return {key: folder.place(layout) for key, layout in find_tables(folder, folder.file).items()}
     if options:
         raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, {source} is none")
     return find_tables(source)

@@ -12,19 +12,17 @@ from torch import Tensor
 from engram_lm.errors import RemoteError
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.record_table import RecordTable
-from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions
+from engram_lm.tables.tiers.remote_files import VERSION_MARK, RemoteFile, RemoteFiles, RemoteOptions
 
-__all__ = ["RemoteTable", "versioned"]
-
-# Behind the address of a file in a layout: which version of the file the layout was made from.
-_VERSION_MARK = "#engram-version="
+__all__ = ["RemoteTable"]
 
 
 class RemoteTable(RecordTable):
     """Rows read from files at addresses that fsspec opens: https, s3, gs, hf and others.
 
-    Rows that lie near each other come in one request, several requests are under way at once, and every wait ends. A
-    file that changes on the server while it is open gives an error.
+    Rows that lie near each other come in one request, and several requests are under way at once. A file that changes
+    after its header was read gives an error: over http whenever its version changes, elsewhere when the table is opened
+    or the file has become too short.
 
     Args:
         layout: Where the rows lie; the files of its extents are addresses, as `table_layouts` gives them.
@@ -44,23 +42,14 @@ class RemoteTable(RecordTable):
         files = RemoteFiles(self.options)
         self._files: RemoteFiles | None = files
         self._num_requests = self._num_bytes = 0
-        try:
-            self._found = {file: files.look(file.partition(_VERSION_MARK)[0]) for file in layout.files}
-            for part in layout.parts:
-                for extent in part.extents:
-                    _check(self._found[extent.file], extent.file, extent.end_bytes)
-        except BaseException:
-            self.close()
-            raise
+        self._found = {file: files.look(file.partition(VERSION_MARK)[0]) for file in layout.files}
+        for part in layout.parts:
+            for extent in part.extents:
+                _check(self._found[extent.file], extent.file, extent.end_bytes)
 
     @property
     def _closed(self) -> bool:
         return self._files is None
-
-    def _renew(self) -> None:
-        super()._renew()
-        if self._files is not None:
-            self._files.begin_anew()
 
     def _read(self, numbers: np.ndarray) -> Tensor:
         files = self._files
@@ -81,15 +70,13 @@ class RemoteTable(RecordTable):
                     targets.append((out, places[run], offsets[run] - start))
             column += part.row_bytes
 
-        def take(index: int, found: bytes) -> None:
-            out, places, offsets = targets[index]
+        for (out, places, offsets), found in zip(targets, files.read(wanted), strict=True):
             body, size = np.frombuffer(found, np.uint8), out.shape[1]
             windows = np.lib.stride_tricks.as_strided(body, (len(body) - size + 1, size), (1, 1), writeable=False)
             out[places] = windows[offsets]
-            self._num_requests += 1
-            self._num_bytes += len(found)
-
-        files.read(wanted, take)
+        with self._count_lock:
+            self._num_requests += len(wanted)
+            self._num_bytes += sum(stop - start for _, start, stop in wanted)
         is_ordered = len(unique) == len(numbers) and bool((np.diff(inverse) == 1).all())
         return torch.from_numpy(data if is_ordered else data[inverse])
 
@@ -115,10 +102,8 @@ class RemoteTable(RecordTable):
         }
 
     def close(self) -> None:
-        """Close the connections."""
-        files, self._files = self._files, None
-        if files is not None:
-            files.close()
+        """Let go of the files; fsspec keeps connections for a while."""
+        self._files = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the addresses again."""
@@ -130,14 +115,9 @@ def _open_again(layout: RowLayout, dtype: torch.dtype, options: dict[str, Any]) 
     return RemoteTable(layout, dtype, **options)
 
 
-def versioned(file: RemoteFile) -> str:
-    """The address of a file as layouts carry it: with its version, so that no table is opened on another one."""
-    return file.url + (f"{_VERSION_MARK}{urllib.parse.quote(file.version, safe='')}" if file.version else "")
-
-
 def _check(found: RemoteFile, file: str, end: int) -> None:
     """Check a file against what its layout says of it."""
-    _, marked, quoted = file.partition(_VERSION_MARK)
+    _, marked, quoted = file.partition(VERSION_MARK)
     version = urllib.parse.unquote(quoted)
     if marked and version != (found.version or ""):
         raise RemoteError(

@@ -4,13 +4,11 @@ import dataclasses
 import urllib.parse
 from typing import Any
 
+from engram_lm.errors import RemoteError
 from engram_lm.tables.layout import RowLayout
-from engram_lm.tables.tiers.remote import versioned
-from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions, check_host, is_http
+from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions
 
 __all__ = ["RemoteFolder"]
-
-_LONGEST_SMALL_FILE_BYTES = 100_000_000
 
 
 class RemoteFolder:
@@ -28,13 +26,18 @@ class RemoteFolder:
     def __init__(self, address: str, **options: Any) -> None:
         self._files = RemoteFiles(RemoteOptions.named(options))
         self._found: dict[str, RemoteFile] = {}
-        self._query, base = "", address.rstrip("/")
-        if is_http(address):
-            check_host(address)
-            query = urllib.parse.urlsplit(address).query
-            self._query = f"?{query}" if query else ""
+        self._query, self._is_quoted = "", address.lower().startswith(("http://", "https://"))
+        base = address.rstrip("/")
+        if self._is_quoted:
+            try:
+                parts = urllib.parse.urlsplit(address)
+                _ = parts.port  # raises where it is no number
+            except ValueError as error:
+                raise RemoteError(f"{address!r} is not an address: {error}") from error
+            if not parts.hostname:
+                raise RemoteError(f"{address!r} is not an http or https address: it names no host")
+            self._query = f"?{parts.query}" if parts.query else ""
             base = address.partition("#")[0].partition("?")[0].rstrip("/")
-        self._is_quoted = is_http(address)
         self.file: str | None = None
         """The one file that the address names; None where it names a folder."""
         if base.endswith(".safetensors"):
@@ -54,7 +57,7 @@ class RemoteFolder:
 
     def read(self, file: str) -> bytes | None:
         """See `FileFolder.read`."""
-        return self._files.read_small(self._url(file), _LONGEST_SMALL_FILE_BYTES)
+        return self._files.read_small(self._url(file))
 
     def place(self, layout: RowLayout) -> RowLayout:
         """Mark the addresses in a layout with the versions of the files that were opened here.
@@ -65,16 +68,12 @@ class RemoteFolder:
             dataclasses.replace(
                 part,
                 extents=tuple(
-                    dataclasses.replace(extent, file=versioned(self._found[extent.file])) for extent in part.extents
+                    dataclasses.replace(extent, file=self._found[extent.file].marked) for extent in part.extents
                 ),
             )
             for part in layout.parts
         )
         return dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._files.close()
 
     def _url(self, file: str) -> str:
         return f"{self.name}/{urllib.parse.quote(file) if self._is_quoted else file}{self._query}"
@@ -90,4 +89,4 @@ class _RemoteSource:
     def read(self, start: int, stop: int) -> bytes:
         """See `ByteSource.read`."""
         stop = min(stop, self.size)
-        return self._files.read_part(self._file, start, stop) if start < stop else b""
+        return self._files.read([(self._file, start, stop)])[0] if start < stop else b""
