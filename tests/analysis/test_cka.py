@@ -11,8 +11,7 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import Analysis, find_subject, read_text
-from engram_lm.analysis.cka.cka import Cka, centered_gram
-from engram_lm.analysis.cka.maps import CkaMap, soft_alignment
+from engram_lm.analysis.cka.cka import Cka, CkaMap, centered_gram, soft_alignment
 from engram_lm.analysis.protocol import NotApplicable
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError

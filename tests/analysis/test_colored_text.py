@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from engram_lm.analysis import GateTrace, colored_gates, colored_html
-from engram_lm.analysis.gates.colored_text import gates_to_show
+from engram_lm.analysis.gates.trace import gates_to_show
 from engram_lm.analysis.token_text import visible_text
 from engram_lm.errors import ConfigError
 

@@ -8,7 +8,7 @@ import torch
 
 import engram_lm
 from engram_lm.analysis import GateTrace, gate_trace, strongest
-from engram_lm.analysis.gates.scores import score_parts
+from engram_lm.analysis.recording import score_parts
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import Segments
 from engram_lm.memory.gate import signed_sqrt

@@ -12,7 +12,7 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import find_subject, read_text
-from engram_lm.analysis.lens.lens import LensCurve, LogitLens
+from engram_lm.analysis.lens import LensCurve, LogitLens
 from engram_lm.analysis.positions import thinned
 from engram_lm.analysis.protocol import NotApplicable
 from engram_lm.analysis.subject import find_subjects, group_by_tokenizer
@@ -157,7 +157,7 @@ def test_results_do_not_depend_on_the_budget_nor_on_what_is_computed_together(mo
     together = read(16).to_dict()["models"]["LlamaForCausalLM"]
     chunks = []
     predict = type(subject).predict
-    monkeypatch.setattr("engram_lm.analysis.lens.lens._CHUNK_BYTES", 0)
+    monkeypatch.setattr("engram_lm.analysis.lens._CHUNK_BYTES", 0)
     monkeypatch.setattr(
         type(subject), "predict", lambda self, hidden: chunks.append(len(hidden)) or predict(self, hidden)
     )

@@ -11,8 +11,7 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import Analysis, NotApplicable, find_subject, read_text
-from engram_lm.analysis.budget import bytes_per_token, choose_batch_size
-from engram_lm.analysis.reading import visible_tokens
+from engram_lm.analysis.reading import bytes_per_token, choose_batch_size, visible_tokens
 from engram_lm.analysis.recording import not_finite, recording
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError

@@ -14,7 +14,7 @@ from tests.small_model import BACKBONE, MEMORY
 import engram_lm
 from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text
 from engram_lm.analysis.rows.collisions import ngram_collisions
-from engram_lm.analysis.rows.hits import HitCounter, RowHits, log_ranks, zipf_exponent
+from engram_lm.analysis.rows.usage import HitCounter, RowHits, log_ranks, zipf_exponent
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec, Segments, TokenMap

@@ -11,7 +11,7 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
-from engram_lm.analysis.suppression.effect import Condition, conditions, suppressed, suppression_effect
+from engram_lm.analysis.suppression import Condition, conditions, suppressed, suppression_effect
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem

@@ -273,7 +273,6 @@ def test_a_cache_over_any_tier_returns_the_same_rows_and_keeps_the_reason(tmp_pa
 OPEN_LARGE = """
 import os, resource, sys, time
 import torch
-from engram_lm.tables import open_table
 rows = torch.tensor([0, 1, 191_999_999, 384_006_167])
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

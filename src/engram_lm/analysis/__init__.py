@@ -1,17 +1,23 @@
 """Weights → findings: when the memory fires, on what, and what it does to the layers behind it.
 
-Reading order: ``subject.py`` (one view of any model), ``recording.py`` and ``reading.py`` (one pass over a text for all
-analyses), then a folder for each analysis: ``gates/``, ``lens/``, ``cka/``, ``suppression/`` and ``rows/``. The
-``part.py`` in each says how its findings are summarized, drawn and shown; ``registry.py`` lists them, and ``run.py``
-runs them all.
+Reading order: ``subject.py`` (one view of any model), ``protocol.py``, ``recording.py`` and ``reading.py`` (one pass
+over a text for all analyses), then the analyses: ``gates/``, ``lens.py``, ``cka/``, ``suppression.py`` and ``rows/``.
+Each has a ``Part``, which says how its findings are summarized, drawn and shown. ``registry.py`` lists the parts, and
+``run.py`` runs them all.
 """
 
-from engram_lm.analysis.cka.cka import Cka
-from engram_lm.analysis.cka.maps import CkaFindings, CkaMap, soft_alignment
+from engram_lm.analysis.cka.cka import Cka, CkaFindings, CkaMap, soft_alignment
 from engram_lm.analysis.gates.averages import GateAverages, GateFindings, GateStatistics
-from engram_lm.analysis.gates.colored_text import colored_gates, colored_html
-from engram_lm.analysis.gates.trace import GateTrace, Ngram, NgramGate, gate_trace, strongest
-from engram_lm.analysis.lens.lens import LensCurve, LensFindings, LogitLens
+from engram_lm.analysis.gates.trace import (
+    GateTrace,
+    Ngram,
+    NgramGate,
+    colored_gates,
+    colored_html,
+    gate_trace,
+    strongest,
+)
+from engram_lm.analysis.lens import LensCurve, LensFindings, LogitLens
 from engram_lm.analysis.part import AnalyzeOptions
 from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
 from engram_lm.analysis.reading import look, read_text
@@ -20,7 +26,7 @@ from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams, neare
 from engram_lm.analysis.rows.usage import RowFindings, RowUsage, RowUse
 from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
-from engram_lm.analysis.suppression.effect import Condition, SuppressionEffect, suppressed, suppression_effect
+from engram_lm.analysis.suppression import Condition, SuppressionEffect, suppressed, suppression_effect
 
 __all__ = [
     "Analysis",

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.budget import bytes_needed, bytes_per_token
 from engram_lm.analysis.part import AnalyzeOptions, Entry, Work, load_parts
 from engram_lm.analysis.protocol import Analysis
-from engram_lm.analysis.reading import read_text
+from engram_lm.analysis.reading import bytes_needed, bytes_per_token, read_text
 from engram_lm.analysis.subject import Subject, group_by_tokenizer
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.training.data.documents import Document, tokenize

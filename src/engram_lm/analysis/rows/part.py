@@ -7,9 +7,8 @@ from typing import Any
 
 from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.protocol import Analysis
-from engram_lm.analysis.rows.collisions import CollisionStudy, collision_study
+from engram_lm.analysis.rows.collisions import CollisionStudy, TextNgrams, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
-from engram_lm.analysis.rows.text_ngrams import TextNgrams
 from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, visible_text

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from engram_lm.analysis.cka.cka import Cka
-from engram_lm.analysis.cka.maps import CkaFindings
-from engram_lm.analysis.lens.lens import LogitLens
+from engram_lm.analysis.cka.cka import Cka, CkaFindings
+from engram_lm.analysis.lens import LogitLens
 from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
 from engram_lm.analysis.subject import find_subject
 from engram_lm.errors import ConfigError

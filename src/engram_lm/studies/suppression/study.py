@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from engram_lm.analysis.suppression.effect import Condition, suppression_effect
+from engram_lm.analysis.suppression import Condition, suppression_effect
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import read_tasks, write_tasks

@@ -1,1 +1,0 @@
-"""Suppression: what a model loses when its memory is silenced or shuffled."""
