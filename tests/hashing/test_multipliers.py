@@ -2,8 +2,7 @@
 
 import pytest
 
-from engram_lm.hashing.multipliers import multiplier_bound, pcg64_multipliers, splitmix64_multipliers
-from engram_lm.hashing.splitmix64 import splitmix64
+from engram_lm.hashing.multipliers import multiplier_bound, pcg64_multipliers, splitmix64, splitmix64_multipliers
 
 V41_LAYER_1 = (76632096046245, 4839876093313, 35959672319349, 73987337458391)
 

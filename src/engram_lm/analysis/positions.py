@@ -11,7 +11,7 @@ from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import token_texts
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
-from engram_lm.hashing.splitmix64 import splitmix64
+from engram_lm.hashing.multipliers import splitmix64
 
 __all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.hashing.codes import look_back
+from engram_lm.hashing.multipliers import splitmix64
 from engram_lm.hashing.spec import HashSpec
-from engram_lm.hashing.splitmix64 import splitmix64
 
 __all__ = [
     "FrequentNgrams",

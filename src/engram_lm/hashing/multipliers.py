@@ -3,12 +3,14 @@
 Both bound the draw so that ``canonical token * multiplier`` stays below 2**63.
 """
 
+from typing import Any
+
 import numpy as np
 
-from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
+__all__ = ["GAMMA", "multiplier_bound", "pcg64_multipliers", "splitmix64", "splitmix64_multipliers"]
 
-__all__ = ["multiplier_bound", "pcg64_multipliers", "splitmix64_multipliers"]
-
+GAMMA = 0x9E3779B97F4A7C15
+"""The generator's increment: odd, the golden ratio as a fraction of 2**64."""
 _LAYER_STRIDE = 10007
 _MASK = 2**64 - 1
 
@@ -36,6 +38,24 @@ def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) ->
         0, multiplier_bound(vocab_size), size=count, dtype=np.int64
     )
     return tuple(2 * int(draw) + 1 for draw in draws)
+
+
+def splitmix64(values: Any) -> np.ndarray:
+    """Spread every bit of each value over all others: one step of the generator, its increment included.
+
+    Args:
+        values: uint64 of any shape, or one integer below 2**64.
+
+    Returns:
+        uint64 of the same shape; different values give different results.
+
+    Source: Steele, Lea and Flood, “Fast Splittable Pseudorandom Number Generators”, 2014.
+    """
+    with np.errstate(over="ignore"):  # everything is meant modulo 2**64
+        mixed = np.asarray(values, np.uint64) + np.uint64(GAMMA)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int) -> tuple[int, ...]:

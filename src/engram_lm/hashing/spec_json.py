@@ -56,13 +56,11 @@ def _plain(value: Any) -> Any:
 def _typed(name: str, value: Any) -> Any:
     """Undo `_plain` for the field of that name, and refuse what it cannot have made."""
     if name in ("primes", "multipliers"):
-        return tuple(tuple(_integer(name, item) for item in _list(name, row)) for row in _list(name, value))
+        return tuple(_integers(name, row) for row in _list(name, value))
     if name in ("layers", "orders", "padded_rows", "end_tokens", "dead_tokens"):
-        return tuple(_integer(name, item) for item in _list(name, value))
-    if name in ("fill", "pad_token_id"):
-        return None if value is None else _integer(name, value)
-    if name in ("layer_base", "num_heads", "vocab_size", "num_tokens", "seed"):
-        return _integer(name, value)
+        return _integers(name, value)
+    if name in ("layer_base", "num_heads", "vocab_size", "num_tokens", "seed", "fill", "pad_token_id"):
+        return None if value is None and name in ("fill", "pad_token_id") else _integers(name, [value])[0]
     if name == "segments":
         if not isinstance(value, Mapping):
             raise ConfigError(f"hash spec: segments is a dictionary, got {value!r}")
@@ -85,9 +83,9 @@ def _list(name: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def _integer(name: str, value: Any) -> int:
-    if type(value) is int:
-        return value
-    if isinstance(value, str) and len(value) < 32 and value.removeprefix("-").isdecimal():
-        return int(value)
-    raise ConfigError(f"hash spec: {name} holds integers (large ones as strings), got {value!r}")
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    for value in _list(name, values):
+        digits = isinstance(value, str) and len(value) < 32 and value.removeprefix("-").isdecimal()
+        if type(value) is not int and not digits:
+            raise ConfigError(f"hash spec: {name} holds integers (large ones as strings), got {value!r}")
+    return tuple(map(int, values))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.hashing.splitmix64 import GAMMA, splitmix64
+from engram_lm.hashing.multipliers import GAMMA, splitmix64
 from engram_lm.training.data.shards import TokenShards
 
 __all__ = ["Batch", "Batches", "restarting_positions", "shuffled"]
