@@ -16,7 +16,7 @@ from engram_lm.errors import MismatchError, TokenError
 from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.token_map import TokenMap, check_tokens, is_torch, on_device
 
-__all__ = ["Encoder", "encode_reference", "look_back", "look_back_reference"]
+__all__ = ["Encoder", "encode_reference", "look_back", "look_back_reference", "module_of"]
 
 
 class Encoder:
@@ -49,11 +49,11 @@ class Encoder:
         """Turn tokens into codes without checks; see `HashSpec.encode_unchecked`."""
         num_tokens = self.token_map.num_tokens
         known = (tokens >= 0) & (tokens < num_tokens)
-        tokens = _module_of(tokens).where(known, tokens, num_tokens)
+        tokens = module_of(tokens).where(known, tokens, num_tokens)
         return self._codes(tokens, attention_mask, position_ids if self.segments.positions else None)
 
     def _codes(self, tokens: Any, mask: Any, positions: Any) -> Any:
-        module = _module_of(tokens)
+        module = module_of(tokens)
         table = on_device(self._tensors, "codes", self._table, tokens.device) if is_torch(tokens) else self._table
         codes = table[tokens]
         if positions is not None:
@@ -75,7 +75,7 @@ def look_back(codes: Any, context: Any = None, *, width: int, fill: int, positio
     Returns:
         For the distances 0, 1, … W: canonical tokens, or the fill, int64 ``[B, L]``.
     """
-    where, length = _module_of(codes).where, codes.shape[1]
+    where, length = module_of(codes).where, codes.shape[1]
     codes = _joined(codes, context, width)
     tokens, stops = codes >> 2, (codes[:, :-1] & 2) != 0
     if positions:
@@ -138,7 +138,7 @@ def _joined(codes: Any, context: Any, width: int) -> Any:
     return np.concatenate([context.cpu().numpy() if is_torch(context) else context, codes], axis=1)
 
 
-def _module_of(values: Any) -> Any:
+def module_of(values: Any) -> Any:
     """The array library of some values: torch or NumPy, which name `where` and `concatenate` alike."""
     if is_torch(values):
         import torch

@@ -1,29 +1,26 @@
 """Hash rules: how row numbers follow from the tokens that a position sees.
 
-A rule is a class. It draws its own numbers for a new model, checks them, and computes rows in three ways: in plain
-Python, which says what is meant (`HashRule.rows_reference`), in NumPy and in torch. `RULES` names the rule of each
-published variant; a new rule is one class and one line there.
+A rule is a class. It draws its own numbers for a new model, checks them, and computes rows in two ways: in plain
+Python, which says what is meant (`HashRule.rows_reference`), and fast, in NumPy or torch. `RULES` names the rule of
+each published variant; a new rule is one class and one line there.
 """
 
 # Dimension key: B batch, L length, W context (highest order - 1), G memory layers, O orders, K heads of one, H = O * K.
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, chain, repeat
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from itertools import accumulate, chain
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from engram_lm.errors import ConfigError
-from engram_lm.hashing.codes import look_back_reference
+from engram_lm.hashing.codes import look_back_reference, module_of
 from engram_lm.hashing.multipliers import pcg64_multipliers, splitmix64_multipliers
 from engram_lm.hashing.primes import longcat_moduli, prime_tables
 from engram_lm.hashing.token_map import is_torch
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["RULES", "HashRule", "PolynomialRule", "QwenRule", "XorRule", "check_layers", "find_rule"]
 
@@ -98,16 +95,12 @@ class HashRule(abc.ABC):
         """Compute the number whose remainder by the column's prime is the row, in plain Python."""
 
     @abc.abstractmethod
-    def _numpy_mixes(self, seen: Sequence[np.ndarray], place: int) -> Iterator[np.ndarray]:
-        """Yield the same number for each column in turn, [B, L]."""
-
-    @abc.abstractmethod
-    def _torch_mixes(self, seen: Sequence["torch.Tensor"], factors: "torch.Tensor") -> list["torch.Tensor"]:
-        """Return it for each order, [G, B, L, K], or [G, B, L, 1] where all heads share it."""
+    def _mixes(self, seen: Sequence[Any], factors: Any) -> list[Any]:
+        """Compute it for each order in NumPy or torch, [G, B, L, K], or [G, B, L, 1] where all heads share it."""
 
     @abc.abstractmethod
     def _factors(self, place: int) -> Sequence[Any]:
-        """Return what `_torch_mixes` multiplies with in one layer, as nested sequences of integers."""
+        """Return what `_mixes` multiplies with in one layer, as nested sequences of integers."""
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
@@ -125,17 +118,21 @@ class HashRule(abc.ABC):
 
         Returns:
             For each of the layers, int64 [B, L, H], offsets included, contiguous.
+
+        Cost: one 64-bit remainder per row, which is nearly all of the time; torch waits for nothing. Multiplying by a
+        reciprocal in float64 and correcting the result was measured on CPU and loses: its six passes over the rows cost
+        more than the division.
         """
-        if is_torch(seen[0]):
-            return self._torch_rows(seen, tuple(places))
-        results = []
-        for place in places:
-            rows_BLH = np.empty((*seen[0].shape, len(self.primes[place])), np.int64)
-            columns = zip(self._numpy_mixes(seen, place), self.primes[place], self.offsets[place], strict=True)
-            for column, (mix_BL, prime, offset) in enumerate(columns):
-                rows_BLH[..., column] = mix_BL % prime + offset
-            results.append(rows_BLH)
-        return results
+        primes, offsets_GH, factors = self._numbers(seen[0], tuple(places))
+        mix = module_of(seen[0]).stack(self._mixes(seen, factors), -2)  # [G, B, L, O, K or 1]
+        shape = (*mix.shape[:3], offsets_GH.shape[1])
+        if is_torch(mix):
+            # Spelling the heads out, in place of a division that broadcasts, is a quarter faster on CPU (measured).
+            mix, primes = mix.expand(*mix.shape[:-1], self.num_heads).reshape(shape), primes.flatten(1)
+        # One division over everything, because it takes nearly all the time: one launch on a GPU.
+        rows_GBLH = (mix % primes[:, None, None]).reshape(shape)
+        rows_GBLH += offsets_GH[:, None, None]
+        return [rows_GBLH[index] for index in range(len(rows_GBLH))]
 
     def rows_reference(
         self, tokens: Sequence[int | None], starts: Sequence[bool], place: int, fill: int
@@ -162,40 +159,26 @@ class HashRule(abc.ABC):
             sequence.append(rows)
         return sequence
 
-    def _torch_rows(self, seen: Sequence["torch.Tensor"], places: tuple[int, ...]) -> list["torch.Tensor"]:
-        """Compute rows on the device of the tokens, all layers at once. Nothing waits for the host.
-
-        Cost: one 64-bit remainder per row, which is nearly all of the time. Multiplying by a reciprocal in float64 and
-        correcting the result was measured on CPU and loses: its six passes over the rows cost more than the division.
-        """
-        import torch
-
-        primes_GH, offsets_GH, factors = self._tensors(seen[0].device, places)
-        mixes = self._torch_mixes(seen, factors)
-        # One division over everything: it takes nearly all the time, so it is one launch on a GPU. Spelling
-        # the heads out first, in place of a division that broadcasts, is a quarter faster on CPU (measured).
-        mix_GBLOK = torch.stack(mixes, dim=-2).expand(*(-1,) * 4, self.num_heads)
-        rows_GBLH = mix_GBLOK.flatten(-2).remainder(primes_GH[:, None, None])
-        rows_GBLH += offsets_GH[:, None, None]
-        return list(rows_GBLH.unbind(0))
-
-    def _tensors(
-        self, device: "torch.device", places: tuple[int, ...]
-    ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-        """Primes [G, H], offsets [G, H] and factors of some layers on a device, copied there once; int64."""
-        import torch
-
-        key = (device.type, device.index, places)
+    def _numbers(self, like: Any, places: tuple[int, ...]) -> tuple[Any, Any, Any]:
+        """Primes [G, O, K], offsets [G, H] and factors of some layers, int64, on the device of a tensor or in NumPy."""
+        key = (like.device.type, like.device.index, places) if is_torch(like) else places
         found = self._constants.get(key)
         if found is None:
-            found = (
-                torch.tensor([self.primes[place] for place in places], device=device),
-                torch.tensor([self.offsets[place] for place in places], device=device),
-                torch.tensor([self._factors(place) for place in places], device=device),
+            grid = (len(places), len(self.orders), self.num_heads)
+            arrays = (
+                np.array([self.primes[place] for place in places]).reshape(grid),
+                np.array([self.offsets[place] for place in places]),
+                np.array([self._factors(place) for place in places]),
             )
-            # Under torch.compile the tensors are constants of the graph; keeping one would leak it out of the trace.
-            if not torch.compiler.is_compiling():
-                self._constants[key] = found
+            found = arrays
+            if is_torch(like):
+                import torch
+
+                found = tuple(torch.as_tensor(values, device=like.device) for values in arrays)
+                if torch.compiler.is_compiling():
+                    # The tensors are constants of the graph; keeping one would leak it out of the trace.
+                    return found
+            self._constants[key] = found
         return found
 
 
@@ -244,21 +227,11 @@ class XorRule(HashRule):
             mix ^= token * multiplier
         return mix
 
-    # Each order's mix is that of the order before it and more products; its heads share it and differ in the prime.
-
-    def _numpy_mixes(self, seen: Sequence[np.ndarray], place: int) -> Iterator[np.ndarray]:
-        multipliers = self.multipliers[place]
-        mix_BL, distance = seen[0] * multipliers[0], 1
-        for order in self.orders:
-            for s in range(distance, order):
-                mix_BL = mix_BL ^ (seen[s] * multipliers[s])
-            distance = order
-            yield from repeat(mix_BL, self.num_heads)
-
-    def _torch_mixes(self, seen: Sequence["torch.Tensor"], factors: "torch.Tensor") -> list["torch.Tensor"]:
+    def _mixes(self, seen: Sequence[Any], factors: Any) -> list[Any]:
         mixes = []
         mix_GBL, distance = seen[0][None] * factors[:, None, None, 0], 1
         for order in self.orders:
+            # Each order is the one before it and more products; its heads share the mix and differ in the prime.
             for s in range(distance, order):
                 mix_GBL = mix_GBL ^ (seen[s][None] * factors[:, None, None, s])
             distance = order
@@ -314,21 +287,11 @@ class PolynomialRule(HashRule):
     def _mix_reference(self, seen: Sequence[int], place: int, column: int) -> int:
         return sum(token * self.vocab_size**s for s, token in enumerate(seen))
 
-    # Every column has its own powers; all sums stay far below 2**63 (see above).
-
-    def _numpy_mixes(self, seen: Sequence[np.ndarray], place: int) -> Iterator[np.ndarray]:
-        powers = self._factors(place)
-        for place_of_order, order in enumerate(self.orders):
-            for head in range(self.num_heads):
-                mix_BL = seen[0]
-                for s in range(1, order):
-                    mix_BL = mix_BL + seen[s] * powers[s][place_of_order][head]
-                yield mix_BL
-
-    def _torch_mixes(self, seen: Sequence["torch.Tensor"], factors: "torch.Tensor") -> list["torch.Tensor"]:
+    def _mixes(self, seen: Sequence[Any], factors: Any) -> list[Any]:
         mixes = []
         for place, order in enumerate(self.orders):
-            mix_GBLK = seen[0][None, ..., None].expand(len(factors), *seen[0].shape, self.num_heads)
+            # Every column has its own powers; all sums stay far below 2**63 (see above).
+            mix_GBLK = seen[0][None, ..., None]
             for s in range(1, order):
                 mix_GBLK = mix_GBLK + seen[s][None, ..., None] * factors[:, None, None, s, place]
             mixes.append(mix_GBLK)
