@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram_lm.analysis.gates.trace import GateTrace, strongest
-from engram_lm.page.figure import line_legend
-from engram_lm.page.frame import escape, plain_text, render_page, section, table
+from engram_lm.page.figure import Picture, line_legend
+from engram_lm.page.frame import Html, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text
-from engram_lm.studies.curves import curve_svg, describe_curves, smooth
+from engram_lm.studies.curves import curve_svg, describe_curves, draw_curves, smooth
 from engram_lm.studies.page import facts_section, page_footer
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
-__all__ = ["render_report"]
+__all__ = ["curve_pictures", "render_report"]
 
 _RUN_COLUMNS = ("Model", "Seed", "Tokens", "Held-out loss", "Perplexity", "Bits per byte", "Tokens/s", "Minutes")
 _KEY_COLUMNS = {"Held-out loss", "Perplexity", "Gain over twin"}
@@ -35,18 +35,14 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
     """
     own = importlib.resources.files(__package__)
     script = own.joinpath("report.js").read_text(encoding="utf-8")
-    sections = [
-        _arms(result),
-        _curves(result),
-        _gates(gate_texts),
-        _ngrams(gate_texts),
-        _samples(result),
-        _facts(result),
-    ]
     return render_page(
         title=f"{headline(result).title} · engram-lm quickstart",
         header=_header(result),
-        sections=sections,
+        sections=[
+            *(render(result) for render in (_arms, _curves)),
+            *(render(gate_texts) for render in (_gates, _ngrams) if gate_texts),
+            *(render(result) for render in (_samples, _facts)),
+        ],
         footer=page_footer(result),
         colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],
         style=own.joinpath("report.css").read_text(encoding="utf-8"),
@@ -113,21 +109,42 @@ def _arms(result: Mapping[str, Any]) -> str:
     )
 
 
+_CURVES = (("held_out_curve", "Held-out loss", True), ("train_curve", "Training loss, smoothed", False))
+"""Key of a run, title, and whether its points are marked."""
+
+
+def _curves_of(result: Mapping[str, Any], kind: str) -> dict[str, list[list[tuple[float, float]]]]:
+    return {
+        name: [smooth(run.get(kind) or ()) for run in arm.get("runs") or ()] for name, arm in result["arms"].items()
+    }
+
+
+def curve_pictures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw held-out and training loss of all arms side by side, for those who would rather paste than open a page.
+
+    Args:
+        result: A result in the format ``engram.quickstart.1``.
+    """
+    titles = {name: str(arm["title"]) for name, arm in result["arms"].items()}
+
+    def draw(figure: Any) -> None:
+        for axes, (kind, title, markers) in zip(figure.subplots(1, 2), _CURVES, strict=True):
+            draw_curves(axes, _curves_of(result, kind), on_page=False, markers=markers, titles=titles)
+            axes.set(title=title, xlabel="training tokens", ylabel="nats per token")
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+    return [Picture(name="curves", title="Loss while training", size=(10, 4), draw=draw)]
+
+
 def _curves(result: Mapping[str, Any]) -> str:
-    arms = result["arms"]
-    titles = {name: str(arm["title"]) for name, arm in arms.items()}
-    held_out, training = (
-        {name: [smooth(run.get(kind) or ()) for run in arm.get("runs") or ()] for name, arm in arms.items()}
-        for kind in ("held_out_curve", "train_curve")
-    )
+    titles = {name: str(arm["title"]) for name, arm in result["arms"].items()}
     figures = []
-    for kind, title, curves, markers in (
-        ("held-out", "Held-out loss", held_out, True),
-        ("training", "Training loss, smoothed", training, False),
-    ):
+    for kind, title, markers in _CURVES:
+        curves = _curves_of(result, kind)
         if any(run for runs in curves.values() for run in runs):
-            label = f"{title}. {describe_curves(curves, titles)}"
-            svg = curve_svg(curves, name=kind, label=escape(label), markers=markers)
+            label = escape(f"{title}. {describe_curves(curves, titles)}")
+            svg = curve_svg(curves, name=kind, label=label, markers=markers)
             figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
     if not figures:
         return ""
@@ -142,8 +159,6 @@ def _curves(result: Mapping[str, Any]) -> str:
 
 
 def _gates(traces: Sequence[GateTrace]) -> str:
-    if not traces:
-        return ""
     first = traces[0]
     controls = _choice("block", "Block", [str(block) for block in first.blocks])
     if first.num_streams > 1:
@@ -193,21 +208,22 @@ def _choice(name: str, label: str, values: Sequence[str]) -> str:
 
 
 def _ngrams(traces: Sequence[GateTrace]) -> str:
-    if not traces:
-        return ""
     min_count = 2 if sum(len(trace.tokens) for trace in traces) >= _ENOUGH_POSITIONS else 1
     tables = []
     for block in traces[0].blocks:
         ranked = strongest(traces, block, _NUM_NGRAMS, min_count=min_count)
-        rows = "\n".join(
-            f'<tr><td><span class="ngram">{_visible(item.text)}</span></td><td>{item.order}</td>'
-            f"<td>{item.mean_gate:.2f}</td><td>{item.num_positions}</td></tr>"
-            for item in ranked
-        )
+        rows = [
+            (
+                Html(f'<span class="ngram">{_visible(one.text)}</span>'),
+                str(one.order),
+                f"{one.mean_gate:.2f}",
+                str(one.num_positions),
+            )
+            for one in ranked
+        ]
+        columns, label = ("N-gram", "Order", "Mean gate", "Times"), f"N-grams of block {block}"
         tables.append(
-            f'<div><h3>Block {block}</h3><div class="scroll"><table class="ngrams"><thead><tr><th scope="col">N-gram'
-            '</th><th scope="col">Order</th><th scope="col">Mean gate</th><th scope="col">Times</th></tr></thead>\n'
-            f"<tbody>{rows}</tbody></table></div></div>"
+            f"<div><h3>Block {block}</h3>{table(columns, rows, label=label, kind='ngrams', row_headings=False)}</div>"
         )
     times = "more than once" if min_count > 1 else "at least once"
     return section(

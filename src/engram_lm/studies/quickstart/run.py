@@ -20,8 +20,7 @@ from engram_lm.studies.budget import check_budget
 from engram_lm.studies.command import plain_flags
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN, quickstart_study
-from engram_lm.studies.quickstart.curves import curves
-from engram_lm.studies.quickstart.report import render_report
+from engram_lm.studies.quickstart.report import curve_pictures, render_report
 from engram_lm.studies.quickstart.result import (
     data_facts,
     gate_texts,
@@ -155,7 +154,7 @@ class Quickstart(SmallModelFlags):
         }
         _write_metrics(out / "metrics.jsonl", seeds)
         write_atomically(out / "report.html", render_report(result, gate_texts(models, documents)))
-        save_pictures(curves(result), out)
+        save_pictures(curve_pictures(result), out)
         write_atomically(out / "samples.txt", _samples_text(result))
         write_atomically(out / "result.json", to_json(result))
         shutil.rmtree(work)

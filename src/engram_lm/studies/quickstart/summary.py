@@ -1,12 +1,13 @@
 """The result of a quickstart in words and rows, for the terminal and for the page."""
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_of, spread_text
+from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_text
+from engram_lm.studies.quickstart.arms import MEMORY, TWIN
+from engram_lm.studies.summary import ENOUGH_SEEDS, paired_difference
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +29,6 @@ COLUMNS = (
 )
 """What is said of every arm, in order; `arm_rows` gives a cell for each. Loss and gain are in nats per token."""
 
-_TWIN, _MEMORY = "twin", "memory"
-
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
@@ -47,15 +46,14 @@ def headline(result: Mapping[str, Any]) -> Headline:
     Args:
         result: A result in the format ``engram.quickstart.1``.
     """
-    arms = result["arms"]
-    difference = result.get("difference")
-    if not difference or difference.get("mean") is None or not {_MEMORY, _TWIN} <= arms.keys():
-        losses = [f"{arm['title']}: {_spread(arm['loss'])} nats per token" for arm in arms.values() if _runs(arm)]
+    arms, difference = result["arms"], result.get("difference") or {}
+    mean, spread = difference.get("mean"), difference.get("std")
+    if mean is None or not {MEMORY, TWIN} <= arms.keys():
+        known = {arm["title"]: spread_text(arm["loss"]["mean"], arm["loss"]["std"]) for arm in arms.values()}
+        losses = [f"{title}: {loss} nats per token" for title, loss in known.items()]
         return Headline("No comparison yet", "; ".join(losses) or "No model was evaluated.")
-    per_seed = [value for value in difference.get("per_seed") or [difference["mean"]] if value is not None]
-    mean = difference["mean"]
     amount = f"{abs(mean):.3f} nats per token"
-    wins, seeds = sum(value > 0 for value in per_seed), len(per_seed)
+    wins, seeds = sum(value > 0 for value in difference["per_seed"]), len(difference["per_seed"])
     if amount.startswith("0.000"):
         title = "Memory made no difference to the held-out loss"
     elif 0 < wins < seeds:
@@ -64,15 +62,17 @@ def headline(result: Mapping[str, Any]) -> Headline:
         title = f"Memory lowers the held-out loss by {amount}"
     else:
         title = f"Memory did not help: it raises the held-out loss by {amount}"
-    perplexities = [mean_of(run.get("perplexity") for run in _runs(arms[name])) for name in (_MEMORY, _TWIN)]
-    detail = f"Perplexity {number_text(perplexities[0])} with memory, {number_text(perplexities[1])} without. "
-    spread = difference.get("std")
-    if seeds > 1:
-        detail += f"Twin minus memory is {signed_text(mean)}"
-        detail += f" ± {spread:.3f} nats per token (mean ± standard deviation over {seeds} seeds)."
-    else:
-        detail += "One seed, so how much of this is chance is not known."
-    return Headline(title, detail)
+    ours, theirs = (number_text(_mean(arms[name], "perplexity")) for name in (MEMORY, TWIN))
+    detail = f"Perplexity {ours} with memory, {theirs} without. "
+    if spread is None:
+        return Headline(title, detail + "One seed, so how much of this is chance is not known.")
+    detail += f"Twin minus memory is {signed_text(mean)} ± {spread:.3f} nats per token (mean ± standard deviation over "
+    return Headline(title, f"{detail}{seeds} seeds{_p_value(difference)}).")
+
+
+def _p_value(difference: Mapping[str, Any]) -> str:
+    p_value, seeds = difference.get("p_value"), len(difference["per_seed"])
+    return "" if p_value is None or seeds < ENOUGH_SEEDS else f"; p = {p_value:.2g}, paired t-test"
 
 
 def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -80,21 +80,18 @@ def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
     Losses are means over the seeds, with their standard deviation where there are several.
     """
-    arms = result["arms"]
-    twin_losses = _losses(arms.get(_TWIN, {}))
+    twin = _losses(result["arms"].get(TWIN, {}))
     rows = []
-    for name, arm in arms.items():
-        parameters, runs, losses = arm["parameters"], _runs(arm), _losses(arm)
-        gains = [twin_losses[seed] - losses[seed] for seed in losses if seed in twin_losses]
-        minutes = mean_of(run.get("seconds") for run in runs)
+    for name, arm in result["arms"].items():
+        gain, minutes = paired_difference(twin, _losses(arm)), _mean(arm, "seconds")
         kinds = ("backbone", "vocabulary", "memory_layers", "memory_tables", "total")
         cells = [
-            _spread(arm["loss"]),
-            number_text(mean_of(run.get("perplexity") for run in runs)),
-            NOTHING if name == _TWIN else _gain(gains),
-            *(count_text(parameters.get(kind)) for kind in kinds),
+            spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
+            number_text(_mean(arm, "perplexity")),
+            NOTHING if name == TWIN else spread_text(gain["mean"], gain["std"], signed=True),
+            *(count_text(arm["parameters"].get(kind)) for kind in kinds),
             count_text(arm.get("flops_per_token")),
-            count_text(mean_of(run.get("tokens_per_second") for run in runs)),
+            count_text(_mean(arm, "tokens_per_second")),
             number_text(None if minutes is None else minutes / 60),
         ]
         rows.append((str(arm["title"]), cells))
@@ -154,7 +151,7 @@ def last_words(result: Mapping[str, Any], out: Path) -> str:
     spread = "" if std is None else f" ± {std:.3f} over {len(result['seeds'])} seeds"
     stopped = ""
     if result["interrupted"]:
-        whole = result["arms"][_MEMORY]["runs"][0]["num_steps"] == result["settings"]["num_steps"]
+        whole = result["arms"][MEMORY]["runs"][0]["num_steps"] == result["settings"]["num_steps"]
         stopped = f"only {len(result['seeds'])} seeds" if whole else "both models stopped at the same step"
         stopped = f" (interrupted: {stopped})"
     return (
@@ -170,15 +167,9 @@ def _runs(arm: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return arm.get("runs") or ()
 
 
-def _losses(arm: Mapping[str, Any]) -> dict[int, float]:
-    return {run["seed"]: run["loss"] for run in _runs(arm) if run.get("loss") is not None}
+def _losses(arm: Mapping[str, Any]) -> dict[int, float | None]:
+    return {run["seed"]: run.get("loss") for run in _runs(arm)}
 
 
-def _gain(gains: Sequence[float]) -> str:
-    if not gains:
-        return NOTHING
-    return spread_text(statistics.fmean(gains), spread_of(gains), signed=True)
-
-
-def _spread(loss: Mapping[str, Any]) -> str:
-    return spread_text(loss.get("mean"), loss.get("std"))
+def _mean(arm: Mapping[str, Any], key: str) -> float | None:
+    return mean_of(run.get(key) for run in _runs(arm))
