@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from engram_lm.errors import EngramError, suggestion
-from engram_lm.studies.registry import STUDIES
 
 __all__ = ["VERBS", "main"]
 
@@ -21,6 +20,11 @@ _TABLE_VERBS = {
     "inspect": ("engram_lm.tables.files.command:Inspect", "geometry, codec, bytes and origin of a packed table"),
     "bench": ("engram_lm.serving.bench.tables:Bench", "rows per second of a table by tier, cold and warm"),
     "simulate": ("engram_lm.serving.bench.simulate:Simulate", "row reuse and cache hit rates of a text or a trace"),
+}
+
+_STUDIES = {
+    "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
+    "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
 }
 
 VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
@@ -37,7 +41,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "plan": ("engram_lm.planning.command:Plan", "parameters, bytes, FLOPs and traffic of a model, without building it"),
     "hash": ("engram_lm.hashing.command:Hash", "row numbers of a text under any published config"),
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
-    "study": (STUDIES, "ask one of the paper's questions of small models, by one command"),
+    "study": (_STUDIES, "ask one of the paper's questions of small models, by one command"),
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engram_lm
 from engram_lm.cli import main
-from engram_lm.studies import text as text_module
+from engram_lm.studies import small_models
 from engram_lm.studies.quickstart import run as run_module
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.studies.study import with_seed
@@ -131,7 +131,7 @@ def test_every_seed_has_its_own_order_of_batches(corpus, tmp_path, monkeypatch):
 def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_path, monkeypatch):
     seen, packed = [], []
     monkeypatch.setattr(
-        text_module, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
+        small_models, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
     )
     batches = job_module.Batches
 

@@ -1,9 +1,10 @@
 """What the arms of a study cost, and whether they share the budget that the study says they share."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
+from rich import box
+from rich.table import Table
 
 from engram_lm.errors import ConfigError
 from engram_lm.page.number_text import count_text
@@ -14,9 +15,6 @@ from engram_lm.training.dry_run import priced_config
 from engram_lm.training.flops import peak_flops
 from engram_lm.training.loop import best_dtype
 from engram_lm.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["Cost", "check_budget", "cost_table", "estimated_seconds", "price"]
 
@@ -38,8 +36,6 @@ class Cost:
     """Bytes of the weights, as they are trained."""
     flops: int
     """Operations of the whole training."""
-    flops_per_token: int
-    """Operations of a forward pass, per token."""
     tokens: int
     """Tokens trained on."""
 
@@ -57,7 +53,6 @@ def price(recipe: Recipe) -> Cost:
         active=sizes.active,
         bytes=_WEIGHT_BYTES * sizes.total,
         flops=3 * sizes.flops_per_token * tokens,
-        flops_per_token=sizes.flops_per_token,
         tokens=tokens,
     )
 
@@ -98,11 +93,8 @@ def estimated_seconds(study: Study) -> float | None:
     return study.seeds * sum(price(arm.recipe).flops for arm in study.arms) / (peak * _UTILIZATION)
 
 
-def cost_table(study: Study) -> "Table":
+def cost_table(study: Study) -> Table:
     """Lay out what each arm costs with one seed, a line for each."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Arm", no_wrap=True)
     for title in ("Parameters", "Active", "Bytes", "Tokens", "FLOPs"):

@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.files import write_atomically
+from engram_lm.errors import MismatchError, RunFolderError
+from engram_lm.files import read_json, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
 from engram_lm.studies.page import Finding, print_finding, render_study
@@ -20,12 +21,12 @@ from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.result import study_finding, study_result
 from engram_lm.studies.runner import Mode, Runner
 from engram_lm.studies.study import Study, TrainedArm
-from engram_lm.studies.study_folder import take_folder
 from engram_lm.training.interrupts import Interrupt
-from engram_lm.training.run_folder import command_line, commit, run_facts, to_json
+from engram_lm.training.run_folder import command_line, commit, hold_folder, run_facts, to_json
 
 __all__ = ["StudyCommand", "plain_flags"]
 
+_MARK = "study.json"
 _LONG_SECONDS = 60.0
 """Estimated time from which arms are trained in parallel processes unless another mode is asked for."""
 
@@ -123,8 +124,8 @@ class StudyCommand:
         started, made_at = time.time(), commit()
         progress = StudyProgress(Console(stderr=True))
         out, settings = self.folder, self.settings()
-        may_change = [name for name in self.free if name in settings]
-        with take_folder(out, settings, resume=self.resume, may_change=may_change, decided_by=self.decided_by):
+        with hold_folder(out, _MARK, kind="a study", work="at work") as known:
+            self._check_earlier(known, settings)
             try:
                 with Interrupt() as interrupt:
                     self.prepare(out)
@@ -147,6 +148,23 @@ class StudyCommand:
     def folder(self) -> Path:
         """The folder of the study, absolute."""
         return (self.out or Path("runs") / self.name).expanduser().resolve()
+
+    def _check_earlier(self, known: bool, settings: dict[str, Any]) -> None:
+        """Compare with the study that the folder holds, if it does, and mark it as this one's."""
+        mark = self.folder / _MARK
+        if known and not self.resume:
+            raise RunFolderError(
+                f"{self.folder} holds a study already; go on with it with --resume, or name another folder with --out"
+            )
+        if known:
+            earlier = read_json(mark, error=RunFolderError, advice="name another folder with --out")
+            now = json.loads(json.dumps(settings))
+            if earlier | {name: now[name] for name in self.free if name in now} != now:
+                raise MismatchError(
+                    f"{self.folder} was begun with other {self.decided_by} (see {_MARK} there); give the same ones, or "
+                    "name another folder with --out"
+                )
+        write_atomically(mark, to_json(settings))
 
     def _mode(self, study: Study) -> Mode:
         if self.mode != "auto":

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import ConfigError
+from engram_lm.files import new_folder
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.text import HELD_OUT_SHARE
+from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.data.tokenizer import train_tokenizer
+from engram_lm.training.export import TOKENIZER
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import (
     CheckpointOptions,
@@ -25,6 +28,8 @@ from engram_lm.training.recipe import (
 __all__ = ["SmallModelFlags", "like"]
 
 _HEAD_WIDTH = 32
+_HELD_OUT_SHARE = 0.03
+"""Share of the documents that models are compared on and not trained on."""
 _ALL_TOKENS = 1 << 40
 _CURVE_TOKENS = 16_384
 """Held-out tokens for a point along the way; the final figure uses all."""
@@ -150,6 +155,26 @@ class SmallModelFlags:
         """Channels that the feed-forward of every block grows by to spend some operations more per token."""
         return round(flops / (6 * self.hidden_size * self.blocks))
 
+    def prepare_tokenizer(self, study: Path) -> list[str]:
+        """Train the tokenizer of a study on the documents that its models are trained on, unless there is one.
+
+        Args:
+            study: The folder of the study; the tokenizer is kept where `Runner` looks for it.
+
+        Returns:
+            Names of the documents that are held out, in order; empty where the tokenizer is there already.
+
+        Raises:
+            DataError: There is no text, or too little.
+        """
+        if (study / TOKENIZER).is_dir():
+            return []
+        train, held_out = split_documents(read_documents(self.data, max_bytes=self.max_bytes), _HELD_OUT_SHARE)
+        tokenizer = train_tokenizer((document.text for document in train), self.vocab_size)
+        with new_folder(study / TOKENIZER) as aside:
+            tokenizer.save_pretrained(aside)
+        return [document.name for document in held_out]
+
     def recipe(self, model: ModelOptions, *, curve_points: int = 0) -> Recipe:
         """Write the recipe of a model.
 
@@ -164,7 +189,7 @@ class SmallModelFlags:
                 sources=tuple(TextSource(path=str(path)) for path in self.data),
                 max_bytes=self.max_bytes,
                 sequence_length=self.sequence_length,
-                held_out=HELD_OUT_SHARE,
+                held_out=_HELD_OUT_SHARE,
             ),
             train=RunOptions(
                 num_steps=self.num_steps,

@@ -19,7 +19,6 @@ from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.small_models import SmallModelFlags, like
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
-from engram_lm.studies.text import prepare_tokenizer
 from engram_lm.training.loop import find_device
 from engram_lm.training.recipe import ModelOptions
 
@@ -162,7 +161,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
     def prepare(self, out: Path) -> None:
         """Read the text, and train its tokenizer."""
         find_device(self.device)
-        prepare_tokenizer(out, self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes)
+        self.prepare_tokenizer(out)
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Compare the losses; look at the layers of every seed's models."""

@@ -32,7 +32,6 @@ from engram_lm.studies.quickstart.summary import last_words, terminal_table
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.small_models import SmallModelFlags
 from engram_lm.studies.study import Study, TrainedArm
-from engram_lm.studies.text import prepare_tokenizer
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
@@ -123,7 +122,7 @@ class Quickstart(SmallModelFlags):
         started, made_at = time.time(), commit()  # now: the tree may change under a long run
         work = out / _WORK
         progress.note("reading text and training a tokenizer")
-        names = prepare_tokenizer(work, self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes)
+        names = self.prepare_tokenizer(work)
         study = self.study()
         check_budget(study)
         runner = Runner(study, work, mode="interleaved", progress=progress, interrupt=interrupt, keep_unfinished=True)

@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_text
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN
 from engram_lm.studies.summary import ENOUGH_SEEDS, paired_difference
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "last_words", "run_rows", "terminal_table"]
 
@@ -116,7 +117,7 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def terminal_table(result: Mapping[str, Any]) -> "Table":
+def terminal_table(result: Mapping[str, Any]) -> Table:
     """Lay the arms side by side, a line for each of `COLUMNS`, which fits a terminal of 80 columns.
 
     Args:
@@ -125,10 +126,6 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     Returns:
         A table to print with ``rich``.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, title=Text(headline(result).title, style="bold"), title_justify="left")
     table.add_column("")
     rows = arm_rows(result)
