@@ -87,7 +87,7 @@ class AdaptedBase:
         return adapter
 
     def prepare(self, text: TrainingText) -> None:
-        """Let rows begin as hidden states of the base, where the recipe says so; once, before training."""
+        """Let rows begin as hidden states of the base, if the recipe says so. Called once, before training."""
         options, recipe = self._recipe.adapter, self._recipe
         if self.adapter is not None and options.initialization == "transfer":
             transfer_rows(
@@ -114,11 +114,11 @@ class AdaptedBase:
         return training_flops_per_token(self.module, self._recipe.data.sequence_length)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must be of: the base, by a fingerprint of its weights, and the hash of the memory."""
+        """Say what must be the same in a checkpoint: the base's weights, by a fingerprint, and the memory's hash."""
         return {"base": self._fingerprint, SPEC_DIGEST: None if self.adapter is None else self.adapter.spec.digest}
 
     def facts(self) -> dict[str, Any]:
-        """What stands beside the tensors of a checkpoint."""
+        """Say what is written beside the tensors of a checkpoint."""
         return self.identity()
 
     def tensors(self, optimizer: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A recipe's own model made real: configuration, first weights, and its tables divided over the processes."""
+"""Builds the model of a recipe: its configuration, its first weights, and its tables divided over the processes."""
 
 import dataclasses
 import shutil
@@ -49,7 +49,7 @@ class OwnModel:
     """Whether `write` takes the model out of a checkpoint."""
 
     def prepare(self, text: TrainingText) -> None:
-        """Nothing is taken from the text before training."""
+        """Do nothing: only a model with a base takes something from the text before training."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -62,11 +62,11 @@ class OwnModel:
         return 3 * self._costs.flops_per_token
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must be of: the hash of the memory."""
+        """Say what must be the same in a checkpoint: the hash of the memory."""
         return {SPEC_DIGEST: self.facts()[SPEC_DIGEST]}
 
     def facts(self) -> dict[str, Any]:
-        """What stands beside the tensors of a checkpoint."""
+        """Say what is written beside the tensors of a checkpoint."""
         return model_facts(self.module)
 
     def tensors(self, optimizer: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A run under way: model, text, optimizer and checkpoints of a recipe, moved forward one step at a time."""
+"""A run under way: the model, text, optimizer and checkpoints of a recipe, which take one step at a time."""
 
 import contextlib
 import dataclasses
@@ -47,12 +47,12 @@ class Job:
         out: The run folder.
         ranks: The processes.
         progress: What people see.
-        resume: Whether to say so where there is no checkpoint to go on from.
+        resume: Whether to tell people if there is no checkpoint to go on from.
         last_step: The step to stop at.
 
     Raises:
-        CheckpointError: The newest checkpoint is damaged, or is not of a run.
-        MismatchError: The newest checkpoint is of another text or another hash.
+        CheckpointError: The newest checkpoint is damaged, or was not made by a run.
+        MismatchError: The newest checkpoint was made with another text, another hash or another base.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Job:
         with agree(ranks):
             kind = OwnModel if recipe.model.base is None else AdaptedBase
             self.trained: OwnModel | AdaptedBase = kind(recipe, self.tokenizer, ranks)
-            """The model, and what is particular about it."""
+            """The model, and how it is saved."""
             batches = Batches(
                 self.text.train,
                 recipe.train.batch_size,
@@ -162,19 +162,18 @@ class Job:
         if number % recipe.log.every == 0 or details or values.keys() & {"held_out", "texts"}:
             self._write(values)
         last = number == self.last_step
-        unused = number == recipe.train.num_steps and not (recipe.checkpoint.keep_last or self.trained.needs_checkpoint)
-        if unused:
-            pass  # it would be removed at once
-        elif last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0):
+        due = last or (recipe.checkpoint.every and number % recipe.checkpoint.every == 0)
+        # After the last step of a run that keeps no checkpoint, one is needed only to take the model out of it.
+        if due and (number < recipe.train.num_steps or recipe.checkpoint.keep_last or self.trained.needs_checkpoint):
             self.save(wait=last)
         return record, values
 
     def save(self, *, wait: bool) -> None:
-        """Save a checkpoint of the last step, unless there is one already.
+        """Save a checkpoint of the step just taken, unless there is one already.
 
         Args:
-            wait: Whether to return only when it is written; otherwise it is written in the background, if the recipe
-                says so.
+            wait: Whether to return only when it is written. Otherwise the recipe decides whether it is written in the
+                background.
         """
         if self._saved_step != self.num_steps_done:
             facts = {
@@ -194,9 +193,9 @@ class Job:
             self._checkpoints.wait()
 
     def close(self) -> None:
-        """Wait for what is being written, and close the metrics; called by `Run.open`.
+        """Wait for a checkpoint that is being written, and close the metrics; called by `Run.open`.
 
-        Also after a step that failed: what is being written in the background is an earlier step's, and whole.
+        This is right after a failed step too: the checkpoint being written is that of an earlier step.
         """
         try:
             self._checkpoints.wait()
@@ -206,14 +205,14 @@ class Job:
                 self._metrics = None
 
     def finish(self) -> dict[str, Any]:
-        """Write the model and the result, if the last step has been taken, and draw the losses.
+        """Write the model, the result and a plot of the losses, if the last step has been taken.
 
         Returns:
-            What ``result.json`` holds; ``interrupted`` says that steps are left.
+            The contents of ``result.json``; ``interrupted`` says whether steps are left.
         """
         self.close()
         result = self._result()
-        # The other processes do not wait: writing a large model may take longer than any is waited for.
+        # The other processes do not wait for this: writing a large model may take longer than their time limit.
         if self.done and self.ranks.rank == 0:
             ended = self._ended_before(self._first) if self.num_steps_done == self._first else None
             if ended is not None:
@@ -289,7 +288,7 @@ class Job:
         )
 
     def _ended_before(self, step: int) -> dict[str, Any] | None:
-        """What ``result.json`` says, where the run had ended with this step and its model is there."""
+        """Read ``result.json``, if the run had ended with this step and its model is there."""
         try:
             result = json.loads((self.out / RESULT).read_bytes())
             written = not self.recipe.checkpoint.write_model or self.trained.is_written(self.out)
@@ -299,7 +298,7 @@ class Job:
         return {**result, "out": str(self.out)} if good else None
 
     def _dtype(self) -> Literal["float32", "bfloat16"]:
-        """Type of products; on a machine that chooses otherwise, a run goes on as it was begun."""
+        """Choose the type of matrix products; a resumed run keeps its own, whatever this machine would choose."""
         chosen = self.recipe.train.dtype
         if chosen != "auto":
             return chosen
@@ -373,7 +372,7 @@ class Job:
 
 
 def _check_facts(checkpoint: Path, corpus: str) -> None:
-    """Refuse a checkpoint that no run has made, or one whose text was another."""
+    """Refuse a checkpoint that was not made by a run, or was made with another text."""
     facts = read_facts(checkpoint)
     if not all(type(facts.get(name)) is int for name in ("step", "num_skipped")):
         raise CheckpointError(
@@ -387,13 +386,13 @@ def _check_facts(checkpoint: Path, corpus: str) -> None:
 
 
 def sequences_at_once(recipe: Recipe, ranks: Ranks) -> int:
-    """Sequences that all processes together compute at a time in training."""
+    """Number of sequences that all processes together compute at a time in training."""
     own = -(-recipe.train.batch_size // ranks.world_size)
     return min(own, recipe.train.micro_batch_size or own) * ranks.world_size
 
 
 def _curve(metrics: Path) -> list[list[Any]]:
-    """Held-out loss by tokens trained on, as far as a run has come."""
+    """Pair the tokens trained on with the held-out loss, for every measurement of a run."""
     lines = [line for line in read_metrics(metrics) if "held_out" in line]
     return [[line["num_tokens"], line.get("curve_loss", line["held_out"]["loss"])] for line in lines]
 

@@ -1,4 +1,4 @@
-"""A training run: from a recipe to a folder that holds the trained model, and back to work after a stop."""
+"""A training run: from a recipe to a folder with the trained model, also after an interruption."""
 
 import contextlib
 import shutil
@@ -34,13 +34,13 @@ class Run:
     Args:
         recipe: What to do.
         out: The run folder. It may hold a run only where ``resume`` says so.
-        ranks: The processes, all of which run the same; this one alone, on the CPU, where None.
-        resume: Whether to go on from the last complete checkpoint, or from the start where there is none yet.
+        ranks: The processes, which all do the same; None means this one alone, on the CPU.
+        resume: Whether to go on from the last complete checkpoint, or from the start if there is none yet.
         stop_after: Step to stop at, with a checkpoint, before the schedule's end; None goes to the end.
-        progress: What people see; nothing where None.
+        progress: What people see; None shows nothing.
 
     Raises:
-        RunFolderError: The folder holds something that is not to be lost.
+        RunFolderError: The folder holds something that must not be lost.
         MismatchError: It was begun with another recipe.
     """
 
@@ -61,7 +61,7 @@ class Run:
         self.last_step = min(recipe.train.num_steps, stop_after or recipe.train.num_steps)
 
     def execute(self) -> dict[str, Any]:
-        """Train to the end, or until a signal comes, which leaves a checkpoint.
+        """Train to the end, or until a signal arrives; then a checkpoint is left.
 
         Returns:
             What ``result.json`` holds; ``interrupted`` says whether a signal ended it early.
@@ -117,7 +117,7 @@ class Run:
             ) from error
 
     def _check_earlier(self, recipe: Recipe) -> None:
-        """Compare with the recipe that the folder holds, if anything was trained by it."""
+        """Compare this recipe with the one in the folder, if anything was trained by that one."""
         if (self.out / METRICS).exists() or latest_checkpoint(self.out / CHECKPOINTS) is not None:
             if not self.resume:
                 raise RunFolderError(
@@ -125,5 +125,5 @@ class Run:
                 )
             self.recipe.check_resumable(recipe.to_dict())
         elif recipe != self.recipe and (self.out / TOKENIZER).is_dir():
-            # It ended before its first step, over a mistake that is mended now perhaps: there is nothing to lose.
+            # That run ended before its first step, perhaps by a mistake that is now corrected. Nothing can be lost.
             shutil.rmtree(self.out / TOKENIZER)

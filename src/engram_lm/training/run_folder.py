@@ -1,4 +1,4 @@
-"""The folder a run leaves behind: written aside, put in place when whole; what was there before is kept."""
+"""Folders of runs and studies: held by one process at a time, or put in place only when they are complete."""
 
 import contextlib
 import datetime
@@ -128,7 +128,7 @@ class RunFolder:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Give files the permissions that new files have here; some of the libraries that write them keep them private."""
+    """Give files the permissions that new files have here; some libraries write them for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
@@ -136,11 +136,11 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def run_facts(started: float, commit: str | None) -> dict[str, Any]:
-    """What every result says of how it was made.
+    """Collect what every result says about how it was made.
 
     Args:
-        started: When, in seconds since 1970.
-        commit: `commit`, as it was then: the tree may change under a long run.
+        started: When it was started, in seconds since 1970.
+        commit: What `commit` gave then; the tree may change during a long run.
     """
     return {
         "command": command_line(),
@@ -153,7 +153,7 @@ def run_facts(started: float, commit: str | None) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, as it would be typed."""
+    """Give the command that started this process, as one would type it."""
     name = Path(sys.argv[0]).name
     return (
         shlex.join(["engram-lm" if name == "__main__.py" else name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
@@ -161,7 +161,7 @@ def command_line() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What this machine is, without names or paths of it."""
+    """Describe this machine, without its names or paths."""
     import torch
 
     facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -181,7 +181,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides results."""
+    """List the versions of the software that decides results."""
     names = ("engram-lm", "torch", "transformers", "tokenizers", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
@@ -193,7 +193,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, marked where files differ; None where it is installed."""
+    """Find the commit of the source tree that this package runs from, marked if files differ; None if installed."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -209,5 +209,5 @@ def commit() -> str | None:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON; file names that are no UTF-8 lose what is not."""
+    """Write indented JSON. File names that are not UTF-8 lose the characters that are not."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
