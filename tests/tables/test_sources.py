@@ -178,7 +178,7 @@ def test_a_packed_file_on_a_server_is_found_by_its_header_and_checked_like_a_loc
             path.write_bytes(data)
             with pytest.raises(CheckpointError, match=message):
                 table_layouts(address)
-        with pytest.raises(RemoteError, match=r"layer-8\.safetensors: .*404"):
+        with pytest.raises(RemoteError, match=r"layer-8\.safetensors cannot be read: .*404"):
             table_layouts(f"{server.address}/layer-8.safetensors")
 
 

@@ -50,6 +50,14 @@ class Files(BaseHTTPRequestHandler):
             return self.answer(404, {}, b"none")
         return self.send_file(path)
 
+    def do_HEAD(self):
+        path = self.server.folder / urllib.parse.unquote(self.path).lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        if path.is_file():
+            self.send_header("ETag", self.tag(path))
+            self.send_header("Content-Length", str(path.stat().st_size))
+        self.end_headers()
+
     def send_file(self, path):
         size, tag = path.stat().st_size, self.tag(path)
         span = self.headers.get("Range")

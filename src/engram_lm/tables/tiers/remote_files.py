@@ -207,4 +207,6 @@ def _refusal(url: str, error: BaseException) -> RemoteError:
     if isinstance(error, RemoteError):
         return error
     reason = error.__cause__ or error  # over http every failure is a file that is not found
-    return RemoteError(f"{url} cannot be read: {type(reason).__name__}: {reason}; check the address and the server")
+    return RemoteError(
+        f"{url} cannot be read: {type(reason).__name__}: {reason}; check the address and that its server is running"
+    )
