@@ -209,10 +209,9 @@ def _codes(subject: Subject, tokens: Tensor) -> Tensor | None:
     spec = subject.spec
     if spec is None:
         return None
-    # An attached memory treats ids that no tokenizer produces as dead.
-    known = tokens < spec.num_tokens
+    # An attached memory treats ids that no tokenizer produces as dead, as this does.
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    codes: Tensor = spec.encode(tokens.masked_fill(~known, 0), attention_mask=known, position_ids=positions)
+    codes: Tensor = spec.encode_unchecked(tokens, position_ids=positions)
     return codes
 
 
