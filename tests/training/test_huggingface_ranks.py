@@ -47,7 +47,7 @@ def averaged(rank, accumulate):
             table.add_(rank)
     share_tables(model)
     wrapped = DistributedDataParallel(model)
-    with pytest.raises(ConfigError, match=r"call share_tables.*first"):
+    with pytest.raises(ConfigError, match=r"call share_tables.*before"):
         share_tables(wrapped)
     mine = joint_batch()[rank * 2 : rank * 2 + 2]
     parts = mine.split(1) if accumulate else [mine]
