@@ -457,7 +457,7 @@ def test_of_one_document_the_end_is_held_out(cache, tmp_path):
     result = run(tmp_path / "run", sections)
     recipe = Recipe.from_dict(sections)
     text = open_text(recipe, find_tokenizer(recipe, tmp_path / "run" / "tokenizer"))
-    whole = text.train.slice(0, text.train.num_tokens)
+    whole = text.train[:]
     assert text.num_tokens + len(text.held_out) == len(whole) and "held out" in text.about
     assert (whole[text.num_tokens :] == text.held_out).all() and list(text.held_out_ends) == [len(text.held_out)]
     # What is held out is in no sequence, however long one trains.

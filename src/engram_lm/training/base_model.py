@@ -92,7 +92,7 @@ class AdaptedBase:
         if self.adapter is not None and options.initialization == "transfer":
             transfer_rows(
                 self.adapter,
-                text.train.slice(0, min(text.num_tokens, options.transfer_tokens)),
+                text.train[: min(text.num_tokens, options.transfer_tokens)],
                 num_ngrams=options.rows_per_head,
                 source=options.transfer_source,
                 length=recipe.data.sequence_length,

@@ -259,7 +259,7 @@ def test_damaged_shards_are_refused(tmp_path, tokenizer, source):
         pack_to_shards([source], tokenizer, tmp_path / "cache", held_out=0.1)
     path.write_bytes(whole.replace(b"U16", b"I16"))
     with pytest.raises(DataError, match=r"I16.* where uint16 .* was expected for tokens"):
-        TokenShards.open(folder).slice(0, 1)
+        TokenShards.open(folder)[0:1]
     path.unlink()
     with pytest.raises(DataError, match=r"is missing"):
         TokenShards.open(folder)
@@ -296,10 +296,8 @@ def test_many_files_read_as_one_array(tmp_path, vocab_size, monkeypatch):
     assert (len(read), read.num_documents, read.dtype) == (16, 6, dtype)
     for start in range(17):
         for stop in range(start, 17):
-            assert read.slice(start, stop).tolist() == whole[start:stop].tolist()
+            assert read[start:stop].tolist() == whole[start:stop].tolist()
             assert (
                 read.document_ends(start, stop).tolist() == all_ends[(all_ends > start) & (all_ends <= stop)].tolist()
             )
-    assert read[3:-2].tolist() == whole[3:-2].tolist() and read.slice(0, 4).dtype == np.int64
-    with pytest.raises(IndexError):
-        read.slice(0, 17)
+    assert read[3:-2].tolist() == whole[3:-2].tolist() and read[0:4].dtype == np.int64

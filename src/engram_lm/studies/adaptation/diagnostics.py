@@ -47,7 +47,7 @@ def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
     shuffled = _losses(job)
     adapter.row_map = own_map
     if own_map is None and not counted:
-        tokens = job.text.train.slice(0, min(job.text.num_tokens, _COUNTED_TOKENS))
+        tokens = job.text.train[: min(job.text.num_tokens, _COUNTED_TOKENS)]
         # As in training, where no N-gram reaches back over the start of a sequence.
         counted |= collisions(adapter, tokens[: len(tokens) // length * length].reshape(-1, length))
     return {

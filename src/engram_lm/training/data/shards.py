@@ -1,12 +1,11 @@
 """Packed tokens on disk, memory-mapped: many files that are read as one long array."""
 
 import bisect
-import collections
+import functools
 import hashlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Shard]) ->
 
 
 class TokenShards:
-    """Tokens of a folder of shards, read where they lie; made by `open`.
+    """Tokens of a folder of shards, memory-mapped; made by `open`.
 
     Slicing (``shards[a:b]``) and ``len`` work as for an array. Reading is safe from several threads, and a copy or a
     pickle opens the same folder again.
@@ -137,8 +136,8 @@ class TokenShards:
         """Tokens in all files."""
         self.num_documents: int = sum(shard["num_documents"] for shard in self.shards)
         """Documents in all files."""
-        self._maps: collections.OrderedDict[int, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        # A mapping is closed when it falls out of the cache and its last reader lets go of it.
+        self._map = functools.lru_cache(_OPEN_AT_ONCE)(self._open_map)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> "TokenShards":
@@ -153,74 +152,52 @@ class TokenShards:
             MismatchError: The shards were made with another tokenizer.
         """
         folder = Path(folder)
-        index = _read_index(folder)
+        path = folder / INDEX_NAME
+        if not path.is_file():
+            raise DataError(f"{folder} holds no finished token shards: there is no {path}; pack the text first")
+        index = read_json(path, error=DataError, advice=_again(folder))
+        if index.get("format") != _FORMAT:
+            raise DataError(f"{path} has the format {index.get('format')!r:.100}, expected {_FORMAT!r}")
         try:
             shards = cls(folder, index)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{folder / INDEX_NAME} is malformed ({error!r:.200}); {_again(folder)}") from error
-        if tokenizer is not None:
-            shards.check_tokenizer(tokenizer)
+            raise DataError(f"{path} is malformed ({error!r:.200}); {_again(folder)}") from error
+        given = tokenizer if isinstance(tokenizer, str | None) else tokenizer_digest(tokenizer)
+        if given not in (None, shards.tokenizer_digest):
+            raise MismatchError(
+                f"{folder} holds tokens of the tokenizer {shards.tokenizer_digest}, this one is {given}; use the "
+                "tokenizer they were made with, or pack the text again with this one"
+            )
         for shard in shards.shards:
-            path = folder / shard["file"]
-            try:
-                found = path.stat().st_size
-            except OSError as error:
-                raise DataError(f"{path} is missing ({error.strerror}); {_again(folder)}") from error
-            if found != shard["file_bytes"]:
-                raise DataError(f"{path} has {found} bytes, expected {shard['file_bytes']}; {_again(folder)}")
+            file = folder / shard["file"]
+            if not file.is_file():
+                raise DataError(f"{file} is missing; {_again(folder)}")
+            if file.stat().st_size != shard["file_bytes"]:
+                raise DataError(
+                    f"{file} has {file.stat().st_size} bytes, expected {shard['file_bytes']}; {_again(folder)}"
+                )
         return shards
 
     def __len__(self) -> int:
         return self.num_tokens
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """Tokens of a slice without a step, int64."""
-        if not isinstance(part, slice) or part.step not in (None, 1):
-            raise TypeError(f"token shards are read by slices without a step, got {part!r}")
-        start, stop, _ = part.indices(self.num_tokens)
-        return self.slice(start, max(start, stop))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenShards.open, (self.folder,)
 
-    def __repr__(self) -> str:
-        return f"TokenShards({self.num_tokens:,} tokens, {self.num_documents:,} documents, in {self.folder})"
-
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer other than the one these tokens were made with.
-
-        Args:
-            tokenizer: A fast tokenizer, or its `tokenizer_digest`.
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Read the tokens of a slice without a step, int64; a copy, whichever files they are in.
 
         Raises:
-            MismatchError: It is another tokenizer.
-        """
-        given = tokenizer if isinstance(tokenizer, str) else tokenizer_digest(tokenizer)
-        if given != self.tokenizer_digest:
-            raise MismatchError(
-                f"{self.folder} holds tokens of the tokenizer {self.tokenizer_digest}, this one is {given}; use the "
-                "tokenizer they were made with, or pack the text again with this one"
-            )
-
-    def slice(self, start: int, stop: int) -> np.ndarray:
-        """Read tokens [start, stop), int64; a copy, whichever files they are in.
-
-        Raises:
-            IndexError: Not within [0, num_tokens].
             DataError: A file cannot be read, or does not hold what its index says.
         """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        result = np.empty(stop - start, dtype=np.int64)
+        start, stop, _ = part.indices(self.num_tokens)
+        found = [np.empty(0, dtype=np.int64)]
         number = bisect.bisect_right(self._firsts, start) - 1
-        done = start
-        while done < stop:
-            first, last = self._firsts[number], min(stop, self._firsts[number + 1])
-            if last > done:  # not a shard without tokens
-                result[done - start : last - start] = self._map(number)[0][done - first : last - first]
-                done = last
+        while number < len(self.shards) and self._firsts[number] < stop:
+            first = self._firsts[number]
+            found.append(self._map(number)[0][max(0, start - first) : stop - first])
             number += 1
-        return result
+        return np.concatenate(found)
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
         """Find where documents end: every e, one past a document's last token, with start < e <= stop; int64.
@@ -237,20 +214,9 @@ class TokenShards:
             number += 1
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-    def _map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Map the tokens and document ends of a shard; the mappings used last stay open."""
-        with self._lock:
-            found = self._maps.get(number)
-            if found is not None:
-                self._maps.move_to_end(number)
-                return found
-            found = self._open_map(self.shards[number])
-            self._maps[number] = found
-            if len(self._maps) > _OPEN_AT_ONCE:
-                self._maps.popitem(last=False)  # closed when the last reader lets go of it
-            return found
-
-    def _open_map(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    def _open_map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Map the tokens and document ends of a shard."""
+        shard = self.shards[number]
         path, arrays = self.folder / shard["file"], []
         expected = [("tokens", self.dtype, shard["num_tokens"]), ("document_ends", _ENDS, shard["num_documents"])]
         try:
@@ -268,13 +234,3 @@ class TokenShards:
 
 def _again(folder: Path) -> str:
     return f"remove {folder.parent if folder.name in ('train', 'held_out') else folder} to pack the text again"
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        raise DataError(f"{folder} holds no finished token shards: there is no {path}; pack the text first")
-    index = read_json(path, error=DataError, advice=_again(folder))
-    if index.get("format") != _FORMAT:
-        raise DataError(f"{path} has the format {index.get('format')!r:.100}, expected {_FORMAT!r}")
-    return index

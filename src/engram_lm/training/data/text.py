@@ -155,7 +155,7 @@ def prepare_text(
         stop = min(apart.num_tokens, middle + max_held_out_tokens + 1)
         if stop - middle < 2:
             raise DataError("the held-out text gives less than 2 tokens; give more, or data.held_out = 0 for none")
-        tokens, ends = apart.slice(middle, stop), apart.document_ends(middle, stop) - middle
+        tokens, ends = apart[middle:stop], apart.document_ends(middle, stop) - middle
     for text in texts:
         try:
             packed = pack(text.sources, text.held_out)
@@ -204,7 +204,7 @@ def _packed(pack: Callable[[float], PackedCorpus], share: float) -> PackedCorpus
 
 
 def _held_out_text(where: str, shards: TokenShards, start: int, stop: int, most: int, tokenizer: Any) -> HeldOutText:
-    tokens = shards.slice(start, min(stop, start + most + 1))
+    tokens = shards[start : min(stop, start + most + 1)]
     if len(tokens) < 2:
         raise DataError(f"{where} gives {len(tokens)} tokens, 2 are needed; give more text, or a larger share of it")
     return HeldOutText(tokens, _num_bytes(tokens, tokenizer))
