@@ -12,17 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from engram_lm.adapt.decoder import Decoder, argument_names, find_decoder
 from engram_lm.adapt.folder import BaseModel, read_adapter, write_adapter
-from engram_lm.adapt.forward_pass import ForwardPass, table_name
+from engram_lm.adapt.forward_pass import ForwardPass
 from engram_lm.adapt.hub import files_of, push_folder
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.registry import build_layer
-from engram_lm.model.table_place import TablePlace, TableSource
+from engram_lm.model.table_place import TablePlace, TableSource, table_name
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy
 
-__all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "set_adapters", "table_name"]
+__all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "set_adapters"]
 
 CONTAINER = "engram_adapters"
 """Name of the module that holds a model's adapters, and so what their names in its state dict begin with."""
@@ -58,9 +58,7 @@ class MemoryAdapter(ForwardPass):
             {key: table for key, table in tables.items() if isinstance(table, nn.Module)}
         )
         # A table of another tier is neither moved, counted nor saved with the modules.
-        self.__dict__["_tables_apart"] = {
-            key: table for key, table in tables.items() if not isinstance(table, nn.Module)
-        }
+        self._tables_apart = {key: table for key, table in tables.items() if not isinstance(table, nn.Module)}
         self.layers = nn.ModuleDict(
             {str(block): build_layer(config, tables[table_name(spec, block)]) for block in spec.blocks}
         )
@@ -103,7 +101,7 @@ class MemoryAdapter(ForwardPass):
     def close(self) -> None:
         """Detach, and close the tables that are not parameters."""
         self.detach()
-        for table in self.__dict__["_tables_apart"].values():
+        for table in self._tables_apart.values():
             table.close()
 
     def save_pretrained(

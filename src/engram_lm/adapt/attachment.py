@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from engram_lm.adapt.adapter import MemoryAdapter, check_free, home, table_name
+from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
 from engram_lm.adapt.decoder import Decoder, find_decoder
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.memory.config import EngramConfig
+from engram_lm.model.table_place import wanted_tables
 from engram_lm.tables import ParameterTable, Table
 
 __all__ = ["adapter_spec", "attach"]
@@ -73,23 +74,21 @@ def attach(
     own = _floating_type(decoder)
     device = home(decoder.layers[spec.blocks[0]])
     tables: dict[str, Table] = {}
-    for block, layer in zip(spec.blocks, spec.layers, strict=True):
-        if table_name(spec, block) not in tables:
-            try:
-                table = ParameterTable(
-                    spec.num_rows(layer),
-                    config.head_dim,
-                    gradient=config.table_gradient,
-                    std=config.table_std,
-                    device=device,
-                    dtype=dtype or own,
-                )
-            except RuntimeError as error:  # of no class of its own where the host's memory is at an end
-                raise ConfigError(
-                    f"there is no room on {device} for a table of {spec.num_rows(layer):,} rows of {config.head_dim} "
-                    f"numbers ({str(error).splitlines()[0]:.200}); choose fewer rows_per_head, or a smaller memory_dim"
-                ) from error
-            tables[table_name(spec, block)] = table
+    for key, wanted in wanted_tables(spec, config.head_dim).items():
+        try:
+            tables[key] = ParameterTable(
+                wanted.num_rows,
+                wanted.width,
+                gradient=config.table_gradient,
+                std=config.table_std,
+                device=device,
+                dtype=dtype or own,
+            )
+        except RuntimeError as error:  # There is no class for a host whose memory is at an end.
+            raise ConfigError(
+                f"there is no room on {device} for a table of {wanted.num_rows:,} rows of {wanted.width} numbers "
+                f"({str(error).splitlines()[0]:.200}); choose fewer rows_per_head, or a smaller memory_dim"
+            ) from error
     adapter = MemoryAdapter(config, spec, tables, name=name, base=BaseModel.of(model, decoder))
     adapter.layers.to(dtype=dtype or own)
     adapter._attach(model, decoder)

@@ -23,7 +23,7 @@ from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.registry import build_layer
-from engram_lm.model.table_place import Located, TablePlace, WantedTable
+from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
 from engram_lm.tables import MooncakeTable, ParameterTable, RemoteTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
@@ -272,7 +272,7 @@ class StoredAdapter:
             MismatchError: A table is not the one that the hash addresses.
             RemoteError: The tables' source does not answer.
         """
-        wanted = self._wanted()
+        wanted = wanted_tables(self.spec, self.config.head_dim)
         located: dict[str, Located | StoredTensor] = dict(place.locate(wanted))
         if wanted.keys() - located.keys():
             located = {**self._stored(wanted), **located}
@@ -296,14 +296,6 @@ class StoredAdapter:
         )
         table.weight = nn.Parameter(place.load(layout, wanted, dtype or stored))
         return table
-
-    def _wanted(self) -> dict[str, WantedTable]:
-        spec, wanted = self.spec, {}
-        for block, layer in zip(spec.blocks, spec.layers, strict=True):
-            name = "shared" if spec.shared_table else str(block)
-            blocks = spec.blocks if spec.shared_table else (block,)
-            wanted[name] = WantedTable(name, blocks, spec.num_rows(layer), self.config.head_dim, spec.digest)
-        return wanted
 
     def _stored(self, wanted: Mapping[str, WantedTable]) -> dict[str, StoredTensor]:
         numbers = sum(table.num_rows * table.width for table in wanted.values())

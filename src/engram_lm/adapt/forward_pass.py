@@ -18,11 +18,9 @@ from engram_lm.memory.step import MemoryStep, RowMap, begin_step
 from engram_lm.model.cache import follow_cache, start_state
 from engram_lm.tables import Table
 
-__all__ = ["ForwardPass", "table_name"]
+__all__ = ["ForwardPass"]
 
 # Dimension key: B batch, L length, D hidden, H heads of all orders.
-
-_SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +46,7 @@ class ForwardPass(nn.Module):
 
     layers: nn.ModuleDict
     memory_tables: nn.ModuleDict
+    _tables_apart: dict[str, Table]
 
     def __init__(self, config: EngramConfig, spec: HashSpec, name: str) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class ForwardPass(nn.Module):
     @property
     def tables(self) -> dict[str, Table]:
         """The tables by the block that reads them, or one called ``shared``."""
-        return {**dict(self.memory_tables.items()), **self.__dict__["_tables_apart"]}
+        return {**self.memory_tables, **self._tables_apart}  # type: ignore[dict-item]
 
     def _before_outer(self, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Remember the tokens: a multimodal wrapper hands on embeddings, and not what they were made of."""
@@ -164,11 +163,6 @@ class ForwardPass(nn.Module):
     def _layer(self, block: int) -> MemoryLayer:
         layer: MemoryLayer = self.layers[str(block)]  # type: ignore[assignment]
         return layer
-
-
-def table_name(spec: HashSpec, block: int) -> str:
-    """Name of the table that a block reads."""
-    return _SHARED if spec.shared_table else str(block)
 
 
 def _find_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters, table_name
+from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.layer import EngramLayer
+from engram_lm.model.table_place import table_name
 from engram_lm.tables import ParameterTable, Table
 
 __all__ = ["PatchableMemory", "patchable_memory", "trainable_tables"]

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.adapt.adapter import table_name
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_change import Fact, RowChange, bits
 from engram_lm.errors import ConfigError
 from engram_lm.hashing.collisions import row_collisions
+from engram_lm.model.table_place import table_name
 
 __all__ = ["FitOptions", "addressed_rows", "fit_rows", "read_facts", "reference_tokens", "score_fact"]
 

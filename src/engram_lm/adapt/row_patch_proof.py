@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.adapt.adapter import table_name
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_change import Fact, RowChange, same_bits
 from engram_lm.adapt.row_patch_fit import score_fact
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing.collisions import row_collisions
+from engram_lm.model.table_place import table_name
 
 __all__ = ["FactProof", "PatchedRow", "RowPatchProof", "prove"]
 

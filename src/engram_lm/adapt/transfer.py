@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engram_lm.adapt.adapter import MemoryAdapter, home, table_name
+from engram_lm.adapt.adapter import MemoryAdapter, home
 from engram_lm.adapt.decoder import Decoder, find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import trainable_tables
@@ -18,6 +18,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows, seen_ngrams
 from engram_lm.memory.layer import row_signs
+from engram_lm.model.table_place import table_name
 from engram_lm.tables import ParameterTable
 
 __all__ = ["NgramStates", "Source", "TransferReport", "mean_states", "transfer_rows"]

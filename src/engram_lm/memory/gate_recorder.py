@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.interface import MemoryLayer
 
 __all__ = ["record_gates"]
 
@@ -17,7 +17,7 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def record_gates(layers: Mapping[int, EngramLayer], on_gates: Callable[[int, Tensor], None]) -> Iterator[None]:
+def record_gates(layers: Mapping[int, MemoryLayer], on_gates: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Watch the gates of memory layers while the context is open.
 
     What the layers return to their callers does not change: whoever did not ask for gates receives the update alone.
@@ -43,7 +43,7 @@ def record_gates(layers: Mapping[int, EngramLayer], on_gates: Callable[[int, Ten
         yield
 
 
-def _before(asked: _Asked, layer: EngramLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before(asked: _Asked, layer: MemoryLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return None if kwargs.get("return_gates") else (args, {**kwargs, "return_gates": asked})
 
 
@@ -51,7 +51,7 @@ def _after(
     asked: _Asked,
     block: int,
     on_gates: Callable[[int, Tensor], None],
-    layer: EngramLayer,
+    layer: MemoryLayer,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,

@@ -2,7 +2,7 @@
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
-keeps), ``read_ahead.py`` (rows asked for early, and recorded), ``pretrained.py``, ``table_place.py`` and
+keeps), ``read_ahead.py`` (which rows are read, recorded), ``pretrained.py``, ``table_place.py``, ``tables_apart.py`` and
 ``checkpoint.py`` (loading, placing tables, saving).
 """
 

@@ -1,4 +1,4 @@
-"""What is on disk before a model is loaded from it: files that are whole, tensors that are there, tables left in place.
+"""What is on disk before a model is loaded from it: files that are whole, tensors that are there.
 
 transformers loads what it finds: a missing tensor becomes random numbers and a warning. Here it is an error.
 """
@@ -7,31 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from engram_lm.errors import CheckpointError
-from engram_lm.model.table_place import TablePlace
 from engram_lm.tables import StoredTensor, TensorFolder
 from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
-__all__ = [
-    "CHOSEN_BY_SIZE",
-    "TABLES",
-    "check_files",
-    "check_index",
-    "check_missing",
-    "map_tensor",
-    "split_device_map",
-    "table_place",
-]
+__all__ = ["TABLES", "check_files", "check_index", "check_missing"]
 
 TABLES = "memory_tables"
 """Name of the model's module that holds the tables."""
 
-CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps that transformers fills in by what fits."""
 _NAMES_SHOWN = 8
 
 
@@ -99,44 +83,3 @@ def check_missing(missing: Iterable[str], tied: Mapping[str, str], prefix: str, 
             f"{'say with table_source= where its tables lie, or ' if elsewhere else ''}pass "
             "ignore_mismatched_sizes=True to begin with random ones instead"
         )
-
-
-def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Take the tables out of a device map, so that nothing moves them from where they were put.
-
-    Args:
-        device_map: What ``from_pretrained`` was given.
-
-    Returns:
-        What is left for the backbone, and where the tables go, by name; None where they are loaded with the rest
-        because all is on one device.
-    """
-    if isinstance(device_map, str) and device_map in CHOSEN_BY_SIZE:
-        # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.
-        return device_map, {"": "cpu"}
-    if not isinstance(device_map, Mapping):
-        return device_map, None
-    devices = {str(device) for device in device_map.values()}
-    if len(devices) == 1 and "disk" not in devices:
-        return device_map, None
-    rest = {name: device for name, device in device_map.items() if TABLES not in name.split(".")}
-    return rest or None, dict(device_map)
-
-
-def table_place(places: Mapping[str, Any], name: str) -> Any:
-    """Where a table goes: what the device map says of it or of the innermost module around it; else the host.
-
-    Returns:
-        A device that holds it as a parameter, or the `TablePlace` that it is read from: ``"disk"`` is the mapped files.
-    """
-    parts = name.split(".")
-    around = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
-    place = next((places[module] for module in around if module in places), "cpu")
-    return TablePlace("mmap") if place == "disk" else place
-
-
-def map_tensor(stored: StoredTensor) -> Tensor:
-    """Map a tensor without reading it: its pages come when they are looked at."""
-    # Copy on write, because torch warns of memory it must not write to; nothing is written.
-    data: np.ndarray = np.memmap(stored.file, np.uint8, mode="c", offset=stored.start_bytes, shape=(stored.num_bytes,))
-    return torch.from_numpy(data).view(stored.torch_dtype).view(stored.shape)

@@ -25,14 +25,14 @@ from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
 from engram_lm.model.streams import StreamHead
+from engram_lm.model.table_place import table_name, wanted_tables
+from engram_lm.model.tables_apart import TablesApart
 from engram_lm.tables import ParameterTable
 
 __all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
 
 # Dimension key: B batch, L length, D hidden, H heads of all orders, S streams, V vocabulary,
 # E routed experts, K of them chosen per token.
-
-_SHARED = "shared"
 
 
 @dataclasses.dataclass
@@ -85,27 +85,23 @@ class EngramModel(EngramPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         memory, spec = config.memory_config, config.spec
-        # A table that stands apart is neither moved, counted nor given hooks with the modules.
-        self.__dict__["_tables_apart"], self.__dict__["_places"] = {}, places
-        self.__dict__["_stored_tables"] = {}
+        self.tables_apart = TablesApart(places)
         self.memory_tables = nn.ModuleDict()
-        tables = self.memory_tables if places is None else self.__dict__["_tables_apart"]
+        tables: Any = self.memory_tables if places is None else self.tables_apart.tables
         if memory is not None and spec is not None:
-            for block, layer in zip(spec.blocks, spec.layers, strict=True):
-                name = _SHARED if spec.shared_table else str(block)
-                if name not in tables:
-                    tables[name] = ParameterTable(
-                        spec.num_rows(layer),
-                        memory.head_dim,
-                        gradient=memory.table_gradient,
-                        std=memory.table_std,
-                        device=table_device,
-                    )
+            for name, wanted in wanted_tables(spec, memory.head_dim).items():
+                tables[name] = ParameterTable(
+                    wanted.num_rows,
+                    wanted.width,
+                    gradient=memory.table_gradient,
+                    std=memory.table_std,
+                    device=table_device,
+                )
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
         self.layers = nn.ModuleList(
             [
-                EngramBlock(config, block, self.tables.get(self._table_name(block)))
+                EngramBlock(config, block, None if spec is None else self.tables.get(table_name(spec, block)))
                 for block in range(config.num_hidden_layers)
             ]
         )
@@ -114,7 +110,7 @@ class EngramModel(EngramPreTrainedModel):
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.__dict__["_spec"] = None
+        self.bound_spec: HashSpec | None = None
         self.register_load_state_dict_post_hook(_forget_spec)
         self.post_init()
         if spec is not None and not self.token_map.is_meta:
@@ -222,9 +218,8 @@ class EngramModel(EngramPreTrainedModel):
         )
 
     def _bound_spec(self) -> HashSpec:
-        spec = self.__dict__["_spec"]
-        if spec is not None:
-            return spec
+        if self.bound_spec is not None:
+            return self.bound_spec
         unbound = self.config.spec
         if unbound is None:
             raise TokenMapError("this model has no memory, so it has no HashSpec")
@@ -235,11 +230,8 @@ class EngramModel(EngramPreTrainedModel):
                 "call model.bind_tokenizer(tokenizer), or load a checkpoint with from_pretrained"
             )
         spec = unbound.bind(TokenMap(canonical, vocabulary_digest=unbound.vocabulary_digest))
-        self.__dict__["_spec"] = spec
+        self.bound_spec = spec
         return spec
-
-    def _table_name(self, block: int) -> str:
-        return _SHARED if _SHARED in self.tables else str(block)
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
@@ -342,6 +334,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         )
 
 
-def _forget_spec(module: nn.Module, incompatible_keys: Any) -> None:
+def _forget_spec(module: Any, incompatible_keys: Any) -> None:
     # The token map may have been replaced by the loaded one.
-    module.__dict__["_spec"] = None
+    module.bound_spec = None

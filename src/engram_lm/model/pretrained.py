@@ -16,28 +16,17 @@ from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.interface import MemoryLayer
 from engram_lm.model.block import EngramBlock
-from engram_lm.model.checkpoint import (
-    CHOSEN_BY_SIZE,
-    TABLES,
-    check_files,
-    check_index,
-    check_missing,
-    map_tensor,
-    split_device_map,
-    table_place,
-)
+from engram_lm.model.checkpoint import TABLES, check_files, check_index, check_missing
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
-from engram_lm.model.table_place import Located, TablePlace, TableSource, WantedTable
-from engram_lm.tables import ParameterTable, RowLayout, StoredTensor, Table
+from engram_lm.model.table_place import TablePlace, TableSource, WantedTable, table_name, wanted_tables
+from engram_lm.model.tables_apart import one_device, split_device_map, stored_table
+from engram_lm.tables import ParameterTable, Table
 from engram_lm.tables.around.cache import Policy
 from engram_lm.tables.around.staged import StagedTable
 
 __all__ = ["EngramPreTrainedModel"]
-
-# Where the base model keeps what its tables of another source were opened from.
-_ELSEWHERE = "_tables_elsewhere"
 
 
 class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -84,7 +73,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Each is a `ParameterTable`, or a table of the tier from which ``from_pretrained`` was told to read it.
         """
         base = self.base_model
-        return {**base._modules[TABLES], **base.__dict__["_tables_apart"]}
+        return {**base.memory_tables, **base.tables_apart.tables}
 
     @property
     def hash_spec(self) -> HashSpec:
@@ -110,7 +99,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             return
         spec = base.config.spec.bind(tokenizer)
         base.token_map.copy_(torch.from_numpy(spec.token_map.canonical.copy()))
-        base.__dict__["_spec"] = spec
+        base.bound_spec = spec
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the model's memory was trained with.
@@ -185,7 +174,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             cache_policy=table_cache_policy,
             pinned=table_pinned,
             source=table_source,
-            device=_one_device(kwargs.get("device_map")),
+            device=one_device(kwargs.get("device_map")),
         )
         source = pretrained_model_name_or_path
         if source is not None:
@@ -216,7 +205,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 if tokenizer is not None:
                     model.check_tokenizer(tokenizer)
         except BaseException:
-            _close_tables(model)
+            model.base_model.tables_apart.close()
             raise
         return result
 
@@ -233,18 +222,10 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Raises:
             ConfigError: The folder holds the very files that tables are being read from.
         """
-        mapped: dict[str, StoredTensor] = self.base_model.__dict__["_stored_tables"]
-        elsewhere: dict[str, Located] = self.base_model.__dict__.get(_ELSEWHERE, {})
-        read = {Path(stored.file) for stored in mapped.values()}
-        for located in elsewhere.values():
-            read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
-        for written in Path(save_directory).glob("*.safetensors"):
-            if any(path.exists() and path.samefile(written) for path in read):
-                raise ConfigError(
-                    f"{written} is being read by this model and cannot be written over; save it into another folder"
-                )
-        if mapped and len(args) < 2 and kwargs.get("state_dict") is None:
-            tables = {f"{self._base_prefix}{TABLES}.{name}.weight": map_tensor(s) for name, s in mapped.items()}
+        apart = self.base_model.tables_apart
+        apart.check_folder(Path(save_directory))
+        if apart.stored and len(args) < 2 and kwargs.get("state_dict") is None:
+            tables = {f"{self._base_prefix}{TABLES}.{name}.weight": table for name, table in apart.mapped().items()}
             kwargs["state_dict"] = {**self.state_dict(), **tables}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -305,136 +286,48 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
         stored = check_files(checkpoint_files, load_config.sharded_metadata)
+        apart, wanted = model.base_model.tables_apart, model._wanted_tables()
         # First: that nobody answers at an address should not be found out about after the weights were loaded.
-        elsewhere = model._locate_tables()
+        elsewhere = apart.locate(wanted)
         if not load_config.ignore_mismatched_sizes:
-            for name, wanted in model._wanted_tables().items():
-                if name not in elsewhere and (source := model._stored_table(stored, name)) is not None:
-                    wanted.check(str(source), source.shape)
+            for name, table in wanted.items():
+                if name not in elsewhere and (source := stored_table(stored, name)) is not None:
+                    table.check(str(source), source.shape)
         info, offloaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
         try:
-            missing = info.missing_keys | model._load_tables(stored, elsewhere, info.unexpected_keys, load_config.dtype)
+            missing = info.missing_keys | apart.load(
+                wanted, stored, elsewhere, info.unexpected_keys, load_config.dtype, model._base_prefix
+            )
             if not load_config.ignore_mismatched_sizes:
                 check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
         except BaseException:
-            _close_tables(model)
+            apart.close()
             raise
         return info, offloaded
 
     def _wanted_tables(self) -> dict[str, WantedTable]:
         """The tables that the configuration describes, by name."""
-        config, base = self.config, self.base_model
-        spec, memory = config.spec, config.memory_config
-        if spec is None or memory is None:
-            return {}
-        blocks: dict[str, list[int]] = {}
-        for block in spec.blocks:
-            blocks.setdefault(base._table_name(block), []).append(block)
-        rows = {
-            base._table_name(block): spec.num_rows(layer) for block, layer in zip(spec.blocks, spec.layers, strict=True)
-        }
-        return {
-            name: WantedTable(name, tuple(blocks[name]), rows[name], memory.head_dim, spec.digest) for name in blocks
-        }
-
-    def _locate_tables(self) -> dict[str, Located]:
-        """Find the tables that do not come from the checkpoint, by name; see `TablePlace.locate`."""
-        place = (self.base_model.__dict__["_places"] or {}).get("")
-        return place.locate(self._wanted_tables()) if isinstance(place, TablePlace) else {}
-
-    def _stored_table(self, stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-        """The tensor of a table in the checkpoint, of a whole model or of its base; None where it has none."""
-        own = f"{TABLES}.{name}.weight"
-        return stored.get(f"{self.base_model_prefix}.{own}") or stored.get(own)
-
-    def _load_tables(
-        self,
-        stored: Mapping[str, StoredTensor],
-        elsewhere: Mapping[str, Located],
-        unexpected: set[str],
-        dtype: torch.dtype,
-    ) -> set[str]:
-        """Load the tables that stand apart, strike their names from the unexpected ones and return those missing."""
-        base, missing = self.base_model, set()
-        apart, wanted = base.__dict__["_tables_apart"], self._wanted_tables()
-        if not stored and apart.keys() - elsewhere.keys():
-            raise CheckpointError(
-                "tables are put on another device or tier than the rest, or left on disk, out of safetensors files "
-                "only; load the model without a device_map or table_tier and save it once"
-            )
-        for name, table in apart.items():
-            own = f"{TABLES}.{name}.weight"
-            place = table_place(base.__dict__["_places"], f"{self._base_prefix}{own}")
-            # "device" makes parameters, as a device in a device map does.
-            device = place.device if isinstance(place, TablePlace) else place
-            resident = not isinstance(place, TablePlace) or place.tier == "device"
-            source = self._stored_table(stored, name)
-            if name in elsewhere:
-                # The checkpoint may have the table too; it is not what was asked for.
-                unexpected.difference_update((f"{self.base_model_prefix}.{own}", own))
-                base.__dict__.setdefault(_ELSEWHERE, {})[name] = elsewhere[name]
-                if resident:
-                    table.weight = nn.Parameter(place.load(elsewhere[name], wanted[name], dtype))
-                else:
-                    apart[name] = place.open(elsewhere[name], wanted[name], dtype)
-                continue
-            if source is None:
-                if not resident:
-                    raise CheckpointError(
-                        f"{own} is to be read from disk, and the checkpoint does not have it; say with table_source= "
-                        "where it lies, or download the checkpoint again"
-                    )
-                missing.add(f"{self._base_prefix}{own}")
-                table.to_empty(device=device).reset_parameters()
-                continue
-            unexpected.discard(source.name)
-            wanted[name].check(str(source), source.shape)
-            if resident:
-                table.weight = nn.Parameter(source.load().to(device=device, dtype=dtype))
-            else:
-                apart[name] = place.open(source, wanted[name], dtype)
-                base.__dict__["_stored_tables"][name] = source
-        return missing
+        spec, memory = self.config.spec, self.config.memory_config
+        return {} if spec is None or memory is None else wanted_tables(spec, memory.head_dim)
 
     def _adopt_tables(self, device_map: Any) -> None:
         """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
-        base = self.base_model
-        apart, places = base.__dict__["_tables_apart"], base.__dict__["_places"]
+        base, spec = self.base_model, self.config.spec
         # What other tools ask when they want to know whether a model may be moved or compiled.
         if not hasattr(self, "hf_device_map"):
             self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
-        for name, table in list(apart.items()):
-            place = table_place(places, f"{self._base_prefix}{TABLES}.{name}.weight")
-            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = (
-                place.device_map_name if isinstance(place, TablePlace) else place
-            )
-            for layer in base.layers:
-                if layer.memory is not None and base._table_name(layer.layer_idx) == name:
-                    layer.memory.table = table
+        for name, table, place in base.tables_apart.adopted(self._base_prefix):
+            self.hf_device_map[f"{self._base_prefix}{TABLES}.{name}"] = place
+            for block in self.config.memory_layers:
+                if spec is not None and table_name(spec, block) == name:
+                    base.layers[block].memory.table = table
             if isinstance(table, ParameterTable):
-                base._modules[TABLES][name] = apart.pop(name).train(self.training)
-                # Its rows are the model's own now, and are saved with it.
-                base.__dict__.get(_ELSEWHERE, {}).pop(name, None)
+                base.memory_tables[name] = table.train(self.training)
 
     @property
     def _base_prefix(self) -> str:
         """What the names of the base model begin with."""
         return "" if self.base_model is self else f"{self.base_model_prefix}."
-
-
-def _one_device(device_map: Any) -> str | int | torch.device:
-    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
-    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *CHOSEN_BY_SIZE):
-        return "cpu"
-    return device
-
-
-def _close_tables(model: Any) -> None:
-    """Close what was opened for a model that could not be loaded: threads, connections, processes."""
-    for table in model.base_model.__dict__["_tables_apart"].values():
-        if not isinstance(table, ParameterTable):
-            table.close()
 
 
 def _digest_of(source: Any) -> str:

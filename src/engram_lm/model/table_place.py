@@ -32,7 +32,7 @@ from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
 from engram_lm.tables.tiers.remote_folder import RemoteFolder
 
-__all__ = ["Located", "TablePlace", "TableSource", "WantedTable"]
+__all__ = ["Located", "TablePlace", "TableSource", "WantedTable", "table_name", "wanted_tables"]
 
 TableSource = str | os.PathLike[str] | RowLayout | Mapping[Any, str | os.PathLike[str] | RowLayout]
 """What ``table_source`` takes: one source for all tables, or table name → source."""
@@ -40,6 +40,7 @@ TableSource = str | os.PathLike[str] | RowLayout | Mapping[Any, str | os.PathLik
 Located = RowLayout | str
 """One table, found and not opened: where its rows lie, or its ``mooncake://`` address."""
 
+_SHARED = "shared"
 _NAME = "{table}"
 _MOONCAKE = "mooncake://"
 # Rows copied at a time while a whole table is loaded.
@@ -86,6 +87,26 @@ class WantedTable:
                 f"{self.spec_digest}: the same row means another N-gram there; name the table that was made of this "
                 "model's checkpoint"
             )
+
+
+def table_name(spec: HashSpec, block: int) -> str:
+    """Name of the table that a block reads: its number as text, or ``shared``."""
+    return _SHARED if spec.shared_table else str(block)
+
+
+def wanted_tables(spec: HashSpec, width: int) -> dict[str, WantedTable]:
+    """Describe the tables that a hash addresses, by name.
+
+    Args:
+        spec: The hash.
+        width: Numbers in a row.
+    """
+    wanted = {}
+    for block, layer in zip(spec.blocks, spec.layers, strict=True):
+        name = table_name(spec, block)
+        blocks = spec.blocks if spec.shared_table else (block,)
+        wanted[name] = WantedTable(name, blocks, spec.num_rows(layer), width, spec.digest)
+    return wanted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
