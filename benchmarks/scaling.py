@@ -190,7 +190,7 @@ def run_rank(name: str, world_size: int, deduplicate: bool, steps: int, corpus: 
     import torch.distributed as dist
 
     from engram_lm.model import EngramForCausalLM
-    from engram_lm.model.read_ahead import record_rows
+    from engram_lm.model.row_recorder import record_rows
     from engram_lm.tables.tiers.sharded import block_of
     from engram_lm.training.distribution import LossModule, start, wrap_backbone
     from engram_lm.training.loss import language_model_loss

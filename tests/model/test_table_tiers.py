@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.model.read_ahead import record_rows
+from engram_lm.model.row_recorder import record_rows
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
 from engram_lm.tables.choose import TIERS

@@ -15,7 +15,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.model.read_ahead import record_rows
+from engram_lm.model.row_recorder import record_rows
 from engram_lm.serving.bench.simulate import Simulate
 from engram_lm.tables.around.reuse import HitCurve, lru_distances
 from engram_lm.training.data.tokenizer import train_tokenizer

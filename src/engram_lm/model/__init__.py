@@ -2,7 +2,7 @@
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
-keeps), ``read_ahead.py`` (which rows are read, recorded), ``pretrained.py``, ``table_place.py``, ``tables_apart.py`` and
+keeps), ``row_recorder.py`` (which rows are read), ``pretrained.py``, ``table_place.py``, ``tables_apart.py`` and
 ``checkpoint.py`` (loading, placing tables, saving).
 """
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engram_lm.model.config import EngramLMConfig
     from engram_lm.model.experts import balance_experts, expert_load
     from engram_lm.model.modeling import EngramForCausalLM, EngramModel
-    from engram_lm.model.read_ahead import record_rows
+    from engram_lm.model.row_recorder import record_rows
 
 __all__ = [
     "EngramForCausalLM",
@@ -31,7 +31,7 @@ _MODULES = {
     "EngramModel": "engram_lm.model.modeling",
     "balance_experts": "engram_lm.model.experts",
     "expert_load": "engram_lm.model.experts",
-    "record_rows": "engram_lm.model.read_ahead",
+    "record_rows": "engram_lm.model.row_recorder",
 }
 
 
