@@ -1,10 +1,9 @@
 """A table read where it lies, by positional reads: a file that is cut gives an error, never SIGBUS."""
 
 import contextlib
-import itertools
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -21,8 +20,6 @@ __all__ = ["FileTable"]
 
 # Direct reads begin, end and land on multiples of this many bytes: 4 KiB satisfies every common disk.
 _BLOCK_BYTES = 4096
-# The most that one direct read may take, and the most that all buffers of one gather may take together.
-_LARGEST_READ_BYTES, _LARGEST_BUFFER_BYTES = 1 << 20, 32 << 20
 # The fewest rows that one task of the pool reads: handing over a task costs as much as reading tens of rows.
 _ROWS_PER_TASK = 64
 
@@ -109,10 +106,7 @@ class FileTable(RecordTable):
             not asks or request_missing(file.descriptor, offsets, out.shape[1]) for file, offsets, _, out in plans
         ]
         for (file, offsets, places, out), is_missing in zip(plans, missing, strict=True):
-            if self.direct:
-                self._read_direct(file, offsets, places, out)
-            else:
-                self._read_rows(file, offsets, places, out, self.num_threads if is_missing else 1)
+            self._read_rows(file, offsets, places, out, self.num_threads if is_missing else 1)
         for file in dict.fromkeys(plan[0] for plan in plans):
             # Rows that are still there are refused too: a file that shrinks is being written to.
             file.refuse_cut()
@@ -121,47 +115,25 @@ class FileTable(RecordTable):
     def _read_rows(
         self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray, most_tasks: int
     ) -> None:
-        """Read each row straight into its place."""
+        """Read each row into its place: straight, or from the whole blocks that direct reads take."""
         size = out.shape[1]
         target, stride = _flat(out)
 
         def read(piece: slice) -> None:
             begins = (places[piece] * stride).tolist()
+            # Anonymous memory is aligned to pages, as direct reads require.
+            buffer = memoryview(mmap.mmap(-1, ((size - 1) // _BLOCK_BYTES + 2) * _BLOCK_BYTES if self.direct else 1))
             for begin, offset in zip(begins, offsets[piece].tolist(), strict=True):
-                file.read_into(target[begin : begin + size], offset)
+                if not self.direct:
+                    file.read_into(target[begin : begin + size], offset)
+                    continue
+                skipped = offset % _BLOCK_BYTES
+                file.read_into(buffer, offset - skipped, skipped + size)
+                target[begin : begin + size] = buffer[skipped : skipped + size]
 
         # Tasks take turns row by row: neighbouring rows in one task would be read one after another.
         num_tasks = min(most_tasks, -(-len(offsets) // _ROWS_PER_TASK))
         file.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
-
-    def _read_direct(self, file: "_OpenFile", offsets: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
-        """Read the blocks that rows lie on, each once, and pick the rows out of them."""
-        size = out.shape[1]
-        per_row = (size - 1) // _BLOCK_BYTES + 2
-        at_once = max(1, _LARGEST_BUFFER_BYTES // (per_row * _BLOCK_BYTES))
-        order = np.argsort(offsets, kind="stable")
-        for start in range(0, len(order), at_once):
-            chosen = order[start : start + at_once]
-            begins = offsets[chosen]
-            spans = np.unique(begins // _BLOCK_BYTES)[:, None] + np.arange(per_row)
-            last = (begins + size - 1) // _BLOCK_BYTES
-            blocks = np.unique(spans)
-            # A block is needed where a row reaches into it; only rows that begin before its end can.
-            reach = last[np.searchsorted(begins, (blocks + 1) * _BLOCK_BYTES) - 1]
-            blocks = blocks[blocks <= reach]
-            # Anonymous memory is aligned to pages, as direct reads require.
-            buffer = np.frombuffer(mmap.mmap(-1, len(blocks) * _BLOCK_BYTES), np.uint8)
-            target = memoryview(buffer)  # type: ignore[arg-type]  # an array is a buffer
-
-            def read(run: tuple[int, int], blocks: np.ndarray = blocks, target: memoryview = target) -> None:
-                low, high, begin = run[0] * _BLOCK_BYTES, run[1] * _BLOCK_BYTES, int(blocks[run[0]]) * _BLOCK_BYTES
-                # The last block of a file may be shorter than a block.
-                file.read_into(target[low:high], begin, min(high - low, file.end_bytes - begin))
-
-            file.run(read, list(_runs(blocks)))
-            inside = np.searchsorted(blocks, begins // _BLOCK_BYTES) * _BLOCK_BYTES + begins % _BLOCK_BYTES
-            windows = np.lib.stride_tricks.as_strided(buffer, (len(buffer) - size + 1, size), (1, 1), writeable=False)
-            out[places[chosen]] = windows[inside]
 
     def load_records(self, start: int, stop: int) -> Tensor:
         """See `RecordTable.load_records`; one long read for each file."""
@@ -276,12 +248,3 @@ def _flat(out: np.ndarray) -> tuple[memoryview, int]:
     stride = out.strides[0]
     flat = np.lib.stride_tricks.as_strided(out, ((rows - 1) * stride + size,), (1,))
     return memoryview(flat), stride  # type: ignore[arg-type]  # an array is a buffer
-
-
-def _runs(blocks: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut sorted blocks into runs of neighbours, none longer than one read may be."""
-    longest = _LARGEST_READ_BYTES // _BLOCK_BYTES
-    bounds = [0, *(np.flatnonzero(np.diff(blocks) > 1) + 1).tolist(), len(blocks)]
-    for low, high in itertools.pairwise(bounds):
-        for start in range(low, high, longest):
-            yield start, min(start + longest, high)

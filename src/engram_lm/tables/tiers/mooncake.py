@@ -3,7 +3,6 @@
 import functools
 import itertools
 import time
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, RemoteError, TableClosedError
 from engram_lm.tables.tiers.mooncake_client import LEASE_EXPIRED, MooncakeClient
-from engram_lm.tables.tiers.mooncake_store import BATCH_BYTES, checksum_key, key_of, load_manifest
+from engram_lm.tables.tiers.mooncake_store import key_of, load_manifest
 from engram_lm.tables.tiers.record_table import RecordTable
 
 __all__ = ["MooncakeTable"]
@@ -34,8 +33,6 @@ class MooncakeTable(RecordTable):
         name: What `publish_to_mooncake` returned.
         dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
         timeout_seconds: Deadline of a `gather`.
-        verify: Whether to read whole blocks and compare their checksums: for unreliable memory and for tests, at the
-            price of reading a block for every row.
         buffer_bytes: Most bytes under way at a time, from 1 MiB to 1 GiB and at least a block.
         metadata: See `MooncakeClient`.
 
@@ -52,15 +49,14 @@ class MooncakeTable(RecordTable):
         dtype: torch.dtype | None = None,
         *,
         timeout_seconds: float = 10.0,
-        verify: bool = False,
         buffer_bytes: int = 32 << 20,
         metadata: str = "P2PHANDSHAKE",
     ) -> None:
         self._opened = (address, name, dtype)
         self._options: dict[str, Any] = {
-            "timeout_seconds": timeout_seconds, "verify": verify, "buffer_bytes": buffer_bytes, "metadata": metadata
+            "timeout_seconds": timeout_seconds, "buffer_bytes": buffer_bytes, "metadata": metadata
         }  # fmt: skip
-        self.name, self.verify = name, verify
+        self.name = name
         self._client: MooncakeClient | None = None
         if not 1 << 20 <= buffer_bytes <= 1 << 30:
             raise ConfigError(f"buffer_bytes is {buffer_bytes}, expected 1 MiB to 1 GiB")
@@ -78,7 +74,6 @@ class MooncakeTable(RecordTable):
                 )
             super().__init__(manifest.codec, manifest.num_rows, dtype)
             self.manifest = manifest
-            self._checksums = self._load_checksums(client) if verify else None
         except BaseException:
             client.close()
             raise
@@ -116,19 +111,12 @@ class MooncakeTable(RecordTable):
 
         Returns int64 ``[n, 4]``: first and last + 1 position in ``wanted``, first and last + 1 row.
         """
-        blocks = wanted // self.manifest.block_rows
         new = np.ones(len(wanted), dtype=bool)
-        gap_rows = 1 + (0 if self.verify else _GAP_BYTES // self.codec.record_bytes)
-        new[1:] = blocks[1:] != blocks[:-1]
-        if not self.verify:
-            new[1:] |= np.diff(wanted) > gap_rows
+        new[1:] = np.diff(wanted // self.manifest.block_rows) > 0
+        new[1:] |= np.diff(wanted) > 1 + _GAP_BYTES // self.codec.record_bytes
         firsts = np.flatnonzero(new)
         lasts = np.append(firsts[1:], len(wanted))
-        rows, ends = wanted[firsts], wanted[lasts - 1] + 1
-        if self.verify:
-            rows = blocks[firsts] * self.manifest.block_rows
-            ends = np.minimum(rows + self.manifest.block_rows, self.num_rows)
-        return np.stack([firsts, lasts, rows, ends], axis=1)
+        return np.stack([firsts, lasts, wanted[firsts], wanted[lasts - 1] + 1], axis=1)
 
     def _batches(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
         """Divide ranges so that each part fits into the buffer."""
@@ -175,29 +163,12 @@ class MooncakeTable(RecordTable):
             if code != sum(asked):
                 raise RemoteError(f"{key} gave {code} bytes, expected {sum(asked)}; publish it again")
             self._received_bytes += code
-        if self._checksums is not None:
-            for key, (block, start, size) in zip(
-                keys, zip(blocks.tolist(), starts.tolist(), sizes.tolist(), strict=True), strict=True
-            ):
-                if zlib.crc32(client.buffer[start : start + size].data) != self._checksums[block]:
-                    raise RemoteError(
-                        f"{key} is not what was published: its checksum differs; remove and publish it again"
-                    )
         # The buffer holds whole records, and the distance from a row's number to its place is the same within a range.
         first, last = int(ranges[0, 0]), int(ranges[-1, 1])
         shift = np.repeat(starts // record_bytes - ranges[:, 2], ranges[:, 1] - ranges[:, 0])
         arrived = client.buffer[: int(starts[-1] + sizes[-1])].reshape(-1, record_bytes)
         arrived.take(wanted[first:last] + shift, axis=0, out=found[first:last], mode="clip")
         return True
-
-    def _load_checksums(self, client: MooncakeClient) -> np.ndarray:
-        num_bytes, pieces = 4 * self.manifest.num_blocks, []
-        for start in range(0, num_bytes, BATCH_BYTES):
-            size = min(BATCH_BYTES, num_bytes - start)
-            if size > client.buffer.nbytes:
-                raise ConfigError(f"buffer_bytes is {client.buffer.nbytes}, verifying needs {size}")
-            pieces.append(client.get(checksum_key(self.name, start), size))
-        return np.frombuffer(b"".join(pieces), "<u4")
 
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds the requests and ranges asked for and the bytes that came."""

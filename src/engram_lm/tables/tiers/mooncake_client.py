@@ -53,7 +53,6 @@ class MooncakeClient:
         buffer_bytes: Size of the buffer, bound of all values of one call.
         metadata: Mooncake's metadata server: ``"P2PHANDSHAKE"`` for none, or ``"http://host:port/metadata"``. The same
             for all that use a store.
-        protocol: Mooncake's transport, ``"tcp"`` or ``"rdma"``.
 
     Raises:
         ConfigError: Not an address.
@@ -68,7 +67,6 @@ class MooncakeClient:
         timeout_seconds: float = 10.0,
         buffer_bytes: int = 32 << 20,
         metadata: str = "P2PHANDSHAKE",
-        protocol: str = "tcp",
     ) -> None:
         self.master = address.removeprefix("mooncake://").rstrip("/")
         found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})", self.master)
@@ -82,7 +80,7 @@ class MooncakeClient:
                 "tables on Mooncake Store need Mooncake: install the extra with `pip install 'engram-lm[mooncake]'`, "
                 "and the libraries it needs: apt-get install libibverbs1 libnuma1 libcurl4"
             )
-        self.timeout_seconds, self.metadata, self.protocol = timeout_seconds, metadata, protocol
+        self.timeout_seconds, self.metadata = timeout_seconds, metadata
         self.lock = threading.RLock()
         memory = os.memfd_create("engram-mooncake")
         os.ftruncate(memory, buffer_bytes)
@@ -170,7 +168,7 @@ class MooncakeClient:
             )
         self._stopped = weakref.finalize(self, _stop, self._process, self._peer, self._owner)
         self._receive(deadline)
-        setup = {"host": host, "metadata": self.metadata, "master": self.master, "protocol": self.protocol}
+        setup = {"host": host, "metadata": self.metadata, "master": self.master}
         code = self._ask({"call": "setup", **setup}, deadline)[0]
         if code:
             self.close()

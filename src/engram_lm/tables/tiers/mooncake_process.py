@@ -60,8 +60,8 @@ class _Client:
         # A table without some of its blocks is no table: its blocks are not the master's to evict.
         self._pinned.with_hard_pin = True
 
-    def setup(self, host: str, metadata: str, master: str, protocol: str) -> list[int]:
-        code = self._store.setup(host, metadata, 0, 0, protocol, "", master)
+    def setup(self, host: str, metadata: str, master: str) -> list[int]:
+        code = self._store.setup(host, metadata, 0, 0, "tcp", "", master)
         if code == 0:
             code = self._store.register_buffer(self._address, self._buffer_bytes)
         return [code]

@@ -4,7 +4,6 @@ A key for each row would cost a question to the master and a transfer for each. 
 a request asks for all of its blocks at once, and for the bytes of its rows within them:
 
 - ``engram/<name>/<block>``: the records of rows ``block * block_rows`` and following, one after another;
-- ``engram/<name>/checksums``: CRC-32 of every block, 4 bytes each, little endian;
 - ``engram/<name>/manifest``: JSON, written last; without it there is no table.
 """
 
@@ -12,7 +11,6 @@ import dataclasses
 import json
 import re
 import time
-import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,10 +20,10 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.mooncake_client import MISSING, MooncakeClient
 
-__all__ = ["BATCH_BYTES", "Manifest", "checksum_key", "key_of", "load_manifest", "publish_to_mooncake"]
+__all__ = ["Manifest", "key_of", "load_manifest", "publish_to_mooncake"]
 
-BATCH_BYTES = 16 << 20
-"""Bytes that are put or compared at a time, and of checksums under one key."""
+_BATCH_BYTES = 16 << 20
+"""Bytes that are put or compared at a time."""
 _FORMAT = "engram-mooncake-1"
 _BLOCK_BYTES = 256 << 10
 _LARGEST_BLOCK_BYTES = 16 << 20
@@ -140,7 +138,7 @@ def publish_to_mooncake(
         raise ConfigError(f"blocks of {block_rows} rows; 1 to {_LARGEST_BLOCK_BYTES // record_bytes} are possible here")
     manifest = Manifest(layout.identity, layout.codec, layout.num_rows, block_rows, layout.spec_digest)
     name = layout.identity if name is None else name
-    buffer_bytes = BATCH_BYTES + manifest.block_bytes
+    buffer_bytes = _BATCH_BYTES + manifest.block_bytes
     client = MooncakeClient(address, timeout_seconds=timeout_seconds, buffer_bytes=buffer_bytes, metadata=metadata)
     try:
         there = load_manifest(client, name)
@@ -149,21 +147,17 @@ def publish_to_mooncake(
                 f"{client.master} has another table of the name {name!r}: found {there}, expected {manifest}; publish "
                 "under another name"
             )
-        checksums, done_rows = np.empty(manifest.num_blocks, dtype="<u4"), 0
-        step = max(1, BATCH_BYTES // manifest.block_bytes)
+        done_rows = 0
+        step = max(1, _BATCH_BYTES // manifest.block_bytes)
         for first in range(0, manifest.num_blocks, step):
             blocks = range(first, min(first + step, manifest.num_blocks))
             stop = min(blocks.stop * block_rows, layout.num_rows)
             data = layout.load_records(done_rows, stop).numpy().reshape(-1)
             pieces = [data[start : start + manifest.block_bytes] for start in range(0, len(data), manifest.block_bytes)]
-            checksums[first : blocks.stop] = [zlib.crc32(piece.data) for piece in pieces]
             _publish(client, [key_of(name, block) for block in blocks], pieces)
             done_rows = stop
             if progress is not None:
                 progress(done_rows * record_bytes, layout.stored_bytes)
-        for start in range(0, checksums.nbytes, BATCH_BYTES):
-            piece = checksums.view(np.uint8)[start : start + BATCH_BYTES]
-            _publish(client, [checksum_key(name, start)], [piece])
         _publish(client, [key_of(name, "manifest")], [np.frombuffer(manifest.to_bytes(), np.uint8)])
     finally:
         client.close()
@@ -173,11 +167,6 @@ def publish_to_mooncake(
 def key_of(name: str, what: int | str) -> str:
     """The key of a block, by its number, or of another part of a table."""
     return f"engram/{name}/{what}"
-
-
-def checksum_key(name: str, start_bytes: int) -> str:
-    """The key of the checksums from a byte on, a multiple of `BATCH_BYTES`."""
-    return key_of(name, "checksums" if start_bytes == 0 else f"checksums-{start_bytes // BATCH_BYTES}")
 
 
 def load_manifest(client: MooncakeClient, name: str) -> Manifest | None:
