@@ -200,6 +200,13 @@ def test_a_model_begins_with_the_numbers_of_another_and_its_tables_can_be_frozen
         run(tmp_path / "none", sections)
 
 
+def test_a_run_that_keeps_no_checkpoint_leaves_its_model(text, cache, tmp_path):
+    sections = table(text, cache, train__num_steps=2, checkpoint__keep_last=0)
+    result = run(tmp_path / "run", sections)
+    assert weights(tmp_path / "run") and not (tmp_path / "run" / "checkpoints").exists()
+    assert run(tmp_path / "run", sections, resume=True) == result
+
+
 SCRIPT = """
 import sys, pathlib, json
 from tests.training.test_run import run

@@ -35,6 +35,8 @@ __all__ = [
 
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
 """How ``--keys`` shows a key that takes text: as paths, because a flag's help cannot show the tables it also takes."""
+TABLES = tyro.conf.arg(constructor=tuple[str, ...], metavar="[{KEY = VALUE, ...} ...]")
+"""How ``--keys`` shows a key that takes a list of tables."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,10 @@ class ModelOptions(ArchitectureOptions):
     """Path of the base's decoder layers, such as ``model.layers``, where structure does not tell."""
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type that the base's weights are loaded in; auto is as stored."""
-    like: Annotated[tuple[LikeOptions, ...], PATHS] = ()
-    """Models that the first weights are taken from, in order, in place of this model's own. Of a larger matrix the part
-    that the smaller one has is taken. Arms of a study so begin with the same numbers wherever they can."""
+    like: Annotated[tuple[LikeOptions, ...], TABLES] = ()
+    """Models whose first weights this one takes over, in order, in place of its own: tables of ``preset``, ``config``,
+    ``backbone``, ``memory`` and ``part``. From a larger matrix the part that the smaller one has is taken. So arms of a
+    study begin with the same numbers wherever they can."""
     frozen_tables: bool = False
     """Whether the rows of memory stay as they are at first."""
 
@@ -198,8 +201,9 @@ class EvaluationOptions:
     curve_tokens: int | None = None
     """Held-out tokens used for each measurement before the last one, at least 2; ``max_tokens`` where None. The last
     point of the curve is then also of these tokens, and the loss of the result is of ``max_tokens``."""
-    texts: Annotated[tuple[EvaluationText, ...], PATHS] = ()
-    """Other texts that the model is evaluated on after the last step, such as one that it should not forget."""
+    texts: Annotated[tuple[EvaluationText, ...], TABLES] = ()
+    """Other texts that the model is evaluated on after the last step, such as one that it should not forget: tables of
+    ``name``, ``sources``, ``held_out`` and ``max_tokens``."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.max_tokens < 2:
