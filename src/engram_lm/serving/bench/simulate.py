@@ -19,10 +19,7 @@ from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.reuse import (
     PAGE_BYTES,
     HitCurve,
-    PageRule,
-    batch_starts,
     count_in_batches,
-    frequency_ranks,
     lfu_ranks,
     lru_distances,
     pinned_ranks,
@@ -224,7 +221,7 @@ class Simulate:
             "lru": lambda: lru_distances(rows, previous)[cut:],
             "lfu": lambda: lfu_ranks(rows, previous, earlier)[cut:],
             "pinned": lambda: pinned_ranks(rows[:cut], rows[cut:]),
-            "ideal": lambda: frequency_ranks(rows[cut:]),
+            "ideal": lambda: pinned_ranks(rows[cut:], rows[cut:]),
         }
         return {
             "block": trace.block,
@@ -265,15 +262,19 @@ class Simulate:
         """Distinct rows and pages of batches of every size, and of the steps where they were recorded."""
         num_reads = len(trace.rows)
         batches: dict[int | None, np.ndarray] = {
-            tokens: batch_starts(num_reads, tokens * trace.rows_per_token) for tokens in self._batch_sizes
+            tokens: np.arange(0, num_reads, tokens * trace.rows_per_token) for tokens in self._batch_sizes
         }
         if trace.starts is not None:
             batches[None] = trace.starts
+        # Where rows may lie: as bytes of their parts, each in a file of its own. Pages hold rows of the whole table.
+        layouts: dict[str, tuple[int, ...]] = {} if trace.order is not None else {"side_by_side": (record_bytes,)}
+        if layouts and self.scale_bytes:
+            layouts["scales_apart"] = (record_bytes - self.scale_bytes, self.scale_bytes)
         pages: dict[str, list[int]] = {}
-        for name, rules in self._layouts(trace, record_bytes).items():
+        for name, parts in layouts.items():
             totals = np.zeros(len(batches), np.int64)
-            for rule in rules:  # one at a time: what is found for one is as long as the trace
-                places, most = previous_pages(trace.rows, rule)
+            for row_bytes in parts:  # one at a time: what is found for one is as long as the trace
+                places, most = previous_pages(trace.rows, row_bytes)
                 totals += [count_in_batches(places, starts * most).sum() for starts in batches.values()]
             pages[name] = totals.tolist()
         results: list[dict[str, Any]] = []
@@ -292,16 +293,6 @@ class Simulate:
                 }
             )
         return results
-
-    def _layouts(self, trace: _Trace, record_bytes: int) -> dict[str, list[PageRule]]:
-        """The ways in which rows may lie in files; none for one order, as pages hold rows of the whole table."""
-        if trace.order is not None:
-            return {}
-        layouts = {"side_by_side": [PageRule(record_bytes, record_bytes)]}
-        if self.scale_bytes:
-            numbers = record_bytes - self.scale_bytes
-            layouts["scales_apart"] = [PageRule(numbers, numbers), PageRule(self.scale_bytes, self.scale_bytes)]
-        return layouts
 
 
 def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:

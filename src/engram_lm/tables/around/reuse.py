@@ -1,23 +1,18 @@
 """How often rows are read again: what a trace of row numbers says about caches, batches and pages.
 
 A *trace* is the row numbers of a table in the order they were read. Everything here is exact and counts in
-O(n log n), so that traces of tens of millions of reads take seconds; what it means is said by the simulations in the
-tests, which keep a cache in a dictionary and read row by row.
+O(n log n), so that traces of tens of millions of reads take seconds. The tests compare it with plain simulations, which
+keep a cache in a dictionary and read row by row.
 """
 
 import dataclasses
 
 import numpy as np
 
-from engram_lm.errors import ConfigError
-
 __all__ = [
     "HitCurve",
-    "PageRule",
     "RowReuse",
-    "batch_starts",
     "count_in_batches",
-    "frequency_ranks",
     "lfu_ranks",
     "lru_distances",
     "pinned_ranks",
@@ -39,9 +34,9 @@ class RowReuse:
     num_rows: int
     """Distinct rows among them."""
     num_read_once: int
-    """Rows that were read once only: no cache helps them."""
+    """Rows that were read only once, which no cache helps."""
     rows_by_reads: tuple[tuple[int, int], ...]
-    """How many rows were read from 2**k to 2**(k+1) - 1 times, as (2**k, rows), without the empty ones."""
+    """How many rows were read from 2**k to 2**(k+1) - 1 times, as (2**k, rows), for every k with such rows."""
     coverage: tuple[tuple[int, float], ...]
     """Share of the reads that went to the most-read rows, as (rows, share), for 1, 10, 100, … and all rows."""
 
@@ -52,7 +47,7 @@ def row_reuse(rows: np.ndarray) -> RowReuse:
     Args:
         rows: The trace, int64 ``[n]``.
     """
-    counts = np.sort(_counts(rows)[1])[::-1]
+    counts = np.sort(np.unique(rows, return_counts=True)[1])[::-1]
     exponents = np.bincount(np.frexp(counts.astype(np.float64))[1] - 1) if len(counts) else np.empty(0, np.int64)
     total = np.cumsum(counts)
     steps = [10**power for power in range(19) if 10**power < len(counts)] + [len(counts)] * bool(len(counts))
@@ -70,17 +65,17 @@ class HitCurve:
     """How many reads a cache answers, for every size it could have."""
 
     hits: np.ndarray
-    """Reads that a cache of c rows answers, int64 ``[largest useful size + 1]``, growing."""
+    """Reads that a cache of c rows answers, for every c: int64 ``[largest useful size + 1]``, never decreasing."""
     num_reads: int
-    """Reads it was asked for."""
+    """Reads that the cache was asked for."""
 
     @classmethod
     def from_sizes(cls, sizes: np.ndarray) -> "HitCurve":
         """Make the curve from the rank of every read.
 
         Args:
-            sizes: For every read, the rows that are ahead of its row in the cache, so that a cache of more rows than
-                that answers it; -1 where none does. Integers ``[n]``.
+            sizes: For every read, the number of rows ahead of its row in the cache: a larger cache answers the read.
+                -1 where no cache does. Integers ``[n]``.
         """
         found = sizes[sizes >= 0]
         hits = np.concatenate([[0], np.cumsum(np.bincount(found))]) if len(found) else np.zeros(1, np.int64)
@@ -88,11 +83,11 @@ class HitCurve:
 
     @property
     def highest(self) -> float:
-        """Hit rate of a cache that never has to forget: the rest are rows read for the first time."""
+        """Hit rate of a cache that keeps every row: the other reads are the first ones of their rows."""
         return float(self.hits[-1] / max(1, self.num_reads))
 
     def hit_rate(self, cache_rows: int) -> float:
-        """Share of the reads that a cache of so many rows answers."""
+        """Share of the reads that a cache of ``cache_rows`` rows answers."""
         return float(self.hits[min(max(cache_rows, 0), len(self.hits) - 1)] / max(1, self.num_reads))
 
     def rows_for(self, hit_rate: float) -> int | None:
@@ -114,7 +109,7 @@ def previous_reads(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for traces below 2**31 reads.
     """
     size = len(rows)
-    kind = _small_int(size)
+    kind = np.int32 if size < 2**31 else np.int64
     order = np.argsort(rows, kind="stable").astype(kind)
     ordered = rows[order]
     same = np.zeros(size, bool)
@@ -160,9 +155,9 @@ def lru_distances(rows: np.ndarray, previous: np.ndarray | None = None) -> np.nd
 def lfu_ranks(rows: np.ndarray, previous: np.ndarray | None = None, earlier: np.ndarray | None = None) -> np.ndarray:
     """Count for every read the rows that had been read more often, or as often and more recently.
 
-    A cache of c rows that keeps the c rows read most often so far (its counters remember rows it has dropped, a row
-    that is not among them is not let in) answers a read exactly if that number is below c. Such a row is never
-    fetched but by its own read: nobody else's read moves it forward.
+    A cache of c rows that keeps the c rows read most often so far answers a read exactly if that number is below c.
+    Such a cache also counts the reads of rows that it does not hold, and lets no other row in. Only its own reads move
+    a row forward.
 
     Args:
         rows: The trace, int64 ``[n]``.
@@ -202,26 +197,12 @@ def lfu_ranks(rows: np.ndarray, previous: np.ndarray | None = None, earlier: np.
     return result
 
 
-def frequency_ranks(rows: np.ndarray) -> np.ndarray:
-    """Rank the row of every read by how often the trace reads it, from 0.
-
-    Of all sets of c rows that are held from the beginning and never change, those of the ranks below c answer the
-    most reads. Nobody knows them ahead: this is the bound that a pinned set can be compared with.
-
-    Args:
-        rows: The trace, int64 ``[n]``.
-
-    Returns:
-        int64 ``[n]``.
-    """
-    return pinned_ranks(rows, rows)
-
-
 def pinned_ranks(trained: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rank the row of every read by how often another trace read it.
 
     A cache that holds the c rows which ``trained`` read most, and never others, answers the ranks below c. Among rows
-    read equally often the lower number comes first.
+    read equally often the lower number comes first. With ``trained`` the same trace, this is the best that any set
+    fixed from the beginning can do, which nobody can know ahead: the bound for a pinned set.
 
     Args:
         trained: The trace that decides, int64 ``[m]``.
@@ -230,20 +211,13 @@ def pinned_ranks(trained: np.ndarray, rows: np.ndarray) -> np.ndarray:
     Returns:
         int64 ``[n]``; -1 for rows that ``trained`` never read.
     """
-    known, counts = _counts(trained)
+    known, counts = np.unique(trained, return_counts=True)
     ranks = np.empty(len(known), np.int64)
     ranks[np.argsort(-counts, kind="stable")] = np.arange(len(known))
     if not len(known):
         return np.full(len(rows), -1, np.int64)
     places = np.minimum(np.searchsorted(known, rows), len(known) - 1)
     return np.where(known[places] == rows, ranks[places], -1)
-
-
-def batch_starts(num_reads: int, batch_reads: int) -> np.ndarray:
-    """First read of each batch, where batches are equally long; int64."""
-    if batch_reads < 1:
-        raise ConfigError(f"a batch has at least one read, not {batch_reads}")
-    return np.arange(0, num_reads, batch_reads, dtype=np.int64)
 
 
 def count_in_batches(previous: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -263,53 +237,21 @@ def count_in_batches(previous: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.add.reduceat(new, starts, dtype=np.int64)
 
 
-@dataclasses.dataclass(frozen=True)
-class PageRule:
-    """Where the bytes of row r lie, from the beginning of a file's page."""
-
-    row_bytes: int
-    """Bytes of a row."""
-    stride_bytes: int
-    """Bytes from the beginning of one row to that of the next; at least ``row_bytes``."""
-    start_bytes: int = 0
-    """First byte of row 0, 0 or more."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.row_bytes <= self.stride_bytes or self.start_bytes < 0:
-            raise ConfigError(
-                f"rows of {self.row_bytes} bytes every {self.stride_bytes} from byte {self.start_bytes} cannot be laid "
-                "out; a row has at least one byte and ends before the next begins"
-            )
-
-    def pages(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First and last page of each row, int64 ``[n]`` both."""
-        first = rows * self.stride_bytes + self.start_bytes
-        return first // PAGE_BYTES, (first + self.row_bytes - 1) // PAGE_BYTES
-
-
-def previous_pages(rows: np.ndarray, rule: PageRule) -> tuple[np.ndarray, int]:
+def previous_pages(rows: np.ndarray, row_bytes: int) -> tuple[np.ndarray, int]:
     """Find for every touch of a page the one before it, as `previous_reads` does for rows.
 
     Args:
         rows: The trace, int64 ``[n]``.
-        rule: Where rows lie.
+        row_bytes: Bytes of a row; rows follow each other from the beginning of a page.
 
     Returns:
-        Places ``[n * most]`` for `count_in_batches`, and ``most``: the pages that the row with most of them lies on.
+        Places ``[n * most]`` for `count_in_batches`, and ``most``: the largest number of pages that a row lies on.
         Rows on fewer pages touch their last one again, which counts nothing.
     """
-    first, last = rule.pages(rows)
+    first, last = rows * row_bytes // PAGE_BYTES, (rows * row_bytes + row_bytes - 1) // PAGE_BYTES
     most = int((last - first).max(initial=0)) + 1
     touched = first if most == 1 else np.minimum(first[:, None] + np.arange(most), last[:, None]).reshape(-1)
     return previous_reads(touched)[0], most
-
-
-def _counts(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.unique(rows, return_counts=True)
-
-
-def _small_int(size: int) -> type[np.signedinteger]:
-    return np.int32 if size < 2**31 else np.int64
 
 
 def _ranks(values: np.ndarray, bound: int) -> np.ndarray:
