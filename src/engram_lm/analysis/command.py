@@ -105,12 +105,21 @@ class Analyze(ModelFlags):
                 batch_size=self.batch_size,
                 items=tuple(read_tasks(self.tasks)) if self.tasks else (),
             )
-            subjects = self._subjects()
+            subjects: list[Subject] = []
+            for path, name in zip(self.models, _names(self.models, adapter=self.adapter is not None), strict=True):
+                flags, adapter = (None, None) if subjects else (self, self.adapter)  # these are for the first model
+                model, tokenizer = load_model(path, device=self.device, tables=flags, adapter=adapter)
+                subjects.append(find_subject(model, tokenizer, name=name))
             findings = self._analyze(subjects, corpus, options, console)
             result = {
                 "format": "engram.analysis.1",
                 **run_facts(started, made_at),
-                "settings": self._settings(options),
+                "settings": {
+                    **{key: value for key, value in vars(options).items() if key != "items"},
+                    "num_questions": len(options.items),
+                    "device": self.device,
+                    "adapter": self.adapter,
+                },
                 "data": {"source": corpus.source, "files": len(corpus.documents), "skipped": corpus.skipped},
                 "models": [_described(subject, path) for subject, path in zip(subjects, self.models, strict=True)],
                 "texts": findings.texts,
@@ -134,17 +143,6 @@ class Analyze(ModelFlags):
                 print(f"  {out / name}")
         return 0
 
-    def _subjects(self) -> list[Subject]:
-        subjects: list[Subject] = []
-        names = _names(self.models, adapter=self.adapter is not None)
-        for index, (path, name) in enumerate(zip(self.models, names, strict=True)):
-            first = index == 0
-            model, tokenizer = load_model(
-                path, device=self.device, tables=self if first else None, adapter=self.adapter if first else None
-            )
-            subjects.append(find_subject(model, tokenizer, name=name))
-        return subjects
-
     def _analyze(self, subjects: list[Subject], corpus: Corpus, options: AnalyzeOptions, console: Console) -> Findings:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -160,10 +158,6 @@ class Analyze(ModelFlags):
                 on_stage=begin,
                 on_progress=lambda done: progress.advance(current[-1], done),
             )
-
-    def _settings(self, options: AnalyzeOptions) -> dict[str, Any]:
-        settings = {key: value for key, value in vars(options).items() if key != "items"}
-        return {**settings, "num_questions": len(options.items), "device": self.device, "adapter": self.adapter}
 
 
 def _names(paths: tuple[Path, ...], *, adapter: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """The logit lens: what the model's head makes of every layer's hidden state, and how far that is from what it says."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from engram_lm.analysis.positions import thinned
 from engram_lm.analysis.protocol import Analysis, Reading
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, check_whole
-from engram_lm.page.figure import INK, MARKERS, Picture, line_legend, line_style, page_figure
+from engram_lm.page.figure import INK, MARKERS, Panels, Picture, line_style
 from engram_lm.page.frame import section, table
 from engram_lm.page.number_text import count_text, number_text
 
@@ -272,31 +273,18 @@ class LensPart(Part):
     def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw divergence and agreement side by side."""
         curves = self.by_model(result)
-
-        def draw(figure: Any) -> None:
-            for axes, key in zip(figure.subplots(1, 2), _FIGURES, strict=True):
-                _draw(axes, curves, key, on_page=False)
-                axes.grid(axis="y", color="0.9")
-            axes.legend(frameon=False, fontsize=8)
-
-        return self.drawn(9.6, 3.8, draw) if curves else None
+        return self.drawn(9.6, 3.8, _panels(curves).in_picture) if curves else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return the curves by layer, all models together."""
         curves = {name: curve for name, curve in self.by_model(result).items() if curve["num_positions"]}
         if not curves:
             return ""
-        figures = [
-            page_figure(
-                title,
-                name=f"lens-{key}",
-                words="by layer. "
-                + "; ".join(f"{name}: {', '.join(map(number_text, curve[key]))}" for name, curve in curves.items()),
-                num_arms=len(curves),
-                draw=lambda axes, key=key: _draw(axes, curves, key, on_page=True),  # type: ignore[misc]
-            )
-            for key, (title, _) in _FIGURES.items()
-        ]
+
+        def words(key: str) -> str:
+            values = (f"{name}: {', '.join(map(number_text, curve[key]))}" for name, curve in curves.items())
+            return f"By layer. {'; '.join(values)}"
+
         rows = [
             [
                 name,
@@ -317,21 +305,19 @@ class LensPart(Part):
             "<p>The model’s own head is applied to the hidden state behind every layer; the curves show how far that "
             "prediction is from the final one. Layer 0 is the embedding. If a curve falls early, the model has its "
             "answer ready early. Large points are layers that read memory.</p>"
-            f'{line_legend({name: name for name in curves})}<div class="curves">{"".join(figures)}</div>'
+            f"{_panels(curves).on_page(words)}"
             f"{table(columns, rows, label='The logit lens in numbers')}"
             '<p class="note">Divergence is KL(final‖layer) in nats. Depths are counted in layers.</p>',
         )
 
 
-def _draw(axes: Any, curves: Mapping[str, Mapping[str, Any]], key: str, *, on_page: bool) -> None:
-    """Draw a value of the logit lens against depth; layers that read memory have a large point.
+def _panels(curves: Mapping[str, Mapping[str, Any]]) -> Panels:
+    titles = {key: title for key, (title, _) in _FIGURES.items()}
+    return Panels(name="lens", titles=titles, arms=list(curves), draw=functools.partial(_draw, curves))
 
-    Args:
-        axes: Of matplotlib.
-        curves: By model, a `LensCurve` as plain values.
-        key: Of `_FIGURES`.
-        on_page: Whether the page sets the colors of lines.
-    """
+
+def _draw(curves: Mapping[str, Mapping[str, Any]], axes: Any, *, key: str, on_page: bool) -> None:
+    """Draw a value of the logit lens against depth; layers that read memory have a large point."""
     from matplotlib.ticker import MaxNLocator
 
     ink = INK if on_page else "black"

@@ -61,7 +61,9 @@ def analyze(
     groups = group_by_tokenizer(subjects)
     for group in groups:
         tokens, whole = _tokens(documents, group[0].tokenizer, options.max_tokens)
-        length = min(options.length or _trained_length(group), len(tokens))
+        trained = [getattr(subject.model.config, "max_position_embeddings", None) for subject in group]
+        limits = [limit for limit in (*trained, *(subject.max_length for subject in group)) if limit]
+        length = min(options.length or min(_LONGEST, *map(int, limits), _LONGEST), len(tokens))
         work = Work(
             subjects=group, tokens=tokens, options=options, length=length, on_stage=on_stage, on_progress=on_progress
         )
@@ -109,13 +111,6 @@ def _window(work: Work, analyses: Sequence[Analysis]) -> int:
             "models"
         )
     return length
-
-
-def _trained_length(group: Sequence[Subject]) -> int:
-    """Find how many tokens all models were trained to see at once, at most 512."""
-    lengths = [subject.max_length or _LONGEST for subject in group]
-    lengths += [int(getattr(subject.model.config, "max_position_embeddings", None) or _LONGEST) for subject in group]
-    return min(_LONGEST, *lengths)
 
 
 def _tokens(documents: Sequence[Document], tokenizer: Any, max_tokens: int | None) -> tuple[np.ndarray, bool]:

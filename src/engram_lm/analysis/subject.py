@@ -113,7 +113,9 @@ class Subject:
             )
         if self.head is None:
             raise MismatchError(f"{self.name} has no output head, so nothing can be predicted from its layers")
-        state = hidden.squeeze(-2) if self.collapse is None else self._collapsed(hidden)
+        state = hidden.squeeze(-2)
+        if self.collapse is not None:
+            state = self.collapse(hidden.reshape(1, -1, *hidden.shape[-2:])).reshape(*hidden.shape[:-2], -1)
         logits: Tensor = self.head(state if self.norm is None else self.norm(state))
         config = self.model.config.get_text_config(decoder=True)
         for name, apply in _SCALES.items():
@@ -121,12 +123,6 @@ class Subject:
             if value is not None:
                 logits = apply(logits, value)
         return logits
-
-    def _collapsed(self, hidden: Tensor) -> Tensor:
-        assert self.collapse is not None
-        shape = hidden.shape
-        result: Tensor = self.collapse(hidden.reshape(1, -1, *shape[-2:]))
-        return result.reshape(*shape[:-2], shape[-1])
 
 
 _SCALES = {

@@ -1,9 +1,10 @@
 """Matplotlib figures: as elements of a page, which take their colors and font from it, and as PNG files."""
 
 import dataclasses
+import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "FAINT",
     "INK",
     "MARKERS",
+    "Panels",
     "Picture",
     "arm_color",
     "line_legend",
@@ -143,6 +145,37 @@ def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Calla
         draw(axes)
         svg = page_svg(axes.figure, name=name, label=escape(f"{title}. {words}"), num_arms=num_arms)
     return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panels:
+    """Figures side by side with the same lines, one for each arm: for a page, or as a picture."""
+
+    name: str
+    """Prefix of the ids in the SVG, so that several can stand in one page."""
+    titles: Mapping[str, str]
+    """The title of each figure, as plain text, by a key that tells what it shows."""
+    arms: Sequence[str]
+    """Names of the lines, as plain text."""
+    draw: Callable[..., None]
+    """Draws one figure: called with axes, the key, and whether it is ``on_page``; see `line_style`."""
+
+    def on_page(self, words: Callable[[str], str]) -> str:
+        """Return a legend and the figures as HTML; ``words`` say what each shows, for those who cannot see it."""
+        figures = []
+        for key, title in self.titles.items():
+            draw = functools.partial(self.draw, key=key, on_page=True)
+            figures.append(
+                page_figure(title, name=f"{self.name}-{key}", words=words(key), num_arms=len(self.arms), draw=draw)
+            )
+        return f'{line_legend({name: name for name in self.arms})}<div class="curves">{"".join(figures)}</div>'
+
+    def in_picture(self, figure: Any) -> None:
+        """Draw in a matplotlib figure."""
+        for axes, key in zip(figure.subplots(1, len(self.titles)), self.titles, strict=True):
+            self.draw(axes, key=key, on_page=False)
+            axes.grid(axis="y", color="0.9")
+        axes.legend(frameon=False, fontsize=8)
 
 
 def save_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:

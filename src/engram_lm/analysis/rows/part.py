@@ -1,6 +1,7 @@
 """The rows' part of an analysis: how full the tables are, how hot the hottest rows are, collisions, and neighbours."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, visible_text
 from engram_lm.errors import ConfigError
-from engram_lm.page.figure import INK, Picture, line_legend, line_style, page_figure
+from engram_lm.page.figure import INK, Panels, Picture, line_style
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, mean_of
 
@@ -60,26 +61,19 @@ class RowsPart(Part):
 
     def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw reads by rank, and what a cache would answer, side by side."""
-        curves = _curves(self.by_model(result))
-
-        def draw(figure: Any) -> None:
-            for axes, key in zip(figure.subplots(1, 2), _FIGURES, strict=True):
-                _draw(axes, curves, key, on_page=False)
-                axes.grid(axis="y", color="0.9")
-            axes.legend(frameon=False, fontsize=8)
-
-        return self.drawn(9.6, 3.8, draw) if curves else None
+        usages = self.by_model(result)
+        return self.drawn(9.6, 3.8, _panels(_curves(usages)).in_picture) if usages else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return occupancy, how often the hottest rows are read, collisions, and neighbours."""
         results, usages = self.results(result), self.by_model(result)
         if not usages:
             return ""
-        several = len(usages) > 1
+        several, curves = len(usages) > 1, _curves(usages)
         body = [
             "<p>Which rows the text reads. N&#8209;grams are distributed as words are: a few rows are read most of the "
             "time, and a cache of the hottest rows answers most reads.</p>",
-            _zipf(_curves(usages)),
+            _panels(curves).on_page(lambda key: "; ".join(f"{name}: {one['words']}" for name, one in curves.items())),
             *(_usage(name, usage, several) for name, usage in usages.items()),
             *(_compression(found["compression"]) for found in results),
             *(
@@ -146,7 +140,12 @@ def _curves(usages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return curves
 
 
-def _draw(axes: Any, curves: Mapping[str, Mapping[str, Any]], key: str, *, on_page: bool) -> None:
+def _panels(curves: Mapping[str, Mapping[str, Any]]) -> Panels:
+    titles = {key: title for key, (title, _) in _FIGURES.items()}
+    return Panels(name="rows", titles=titles, arms=list(curves), draw=functools.partial(_draw, curves))
+
+
+def _draw(curves: Mapping[str, Mapping[str, Any]], axes: Any, *, key: str, on_page: bool) -> None:
     """Draw how often rows are read, or what the hottest ones answer, against their rank."""
     from matplotlib.ticker import LogLocator
 
@@ -163,20 +162,6 @@ def _draw(axes: Any, curves: Mapping[str, Mapping[str, Any]], key: str, *, on_pa
     axes.minorticks_off()
     axes.set_xlabel("rank of the row, hottest first", color=ink)
     axes.set_ylabel(_FIGURES[key][1], color=ink)
-
-
-def _zipf(curves: Mapping[str, Mapping[str, Any]]) -> str:
-    figures = [
-        page_figure(
-            title,
-            name=f"rows-{key}",
-            words="; ".join(f"{name}: {curve['words']}" for name, curve in curves.items()),
-            num_arms=len(curves),
-            draw=lambda axes, key=key: _draw(axes, curves, key, on_page=True),  # type: ignore[misc]
-        )
-        for key, (title, _) in _FIGURES.items()
-    ]
-    return f'{line_legend({name: name for name in curves})}<div class="curves">{"".join(figures)}</div>'
 
 
 def _usage(name: str, usage: Mapping[str, Any], several: bool) -> str:
