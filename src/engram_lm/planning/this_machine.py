@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-import mmap
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.available_memory import available_bytes, is_on_network, read_meminfo
+from engram_lm.tables.codec import RowCodec
+from engram_lm.tables.layout import Extent, Part, RowLayout
+from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.page_cache import drop_from_memory
 
 __all__ = ["DISK_THREADS", "PAGE_BYTES", "DiskRate", "ThisMachine", "measure_disk", "read_machine"]
@@ -111,8 +113,6 @@ def read_machine(
 
 def _device() -> dict[str, Any]:
     """What torch says of the accelerator; nothing where it has none."""
-    import torch
-
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -131,21 +131,16 @@ def _device() -> dict[str, Any]:
 
 def _sample_memory(row_bytes: int) -> tuple[float, float, float]:
     """Bytes a second of copying, FLOPs a second of a product, seconds of a row among many; about 50 ms in all."""
-    import torch
-
     source = np.zeros(64 << 20, np.uint8)
     target = np.empty_like(source)
     copied = min(_timed(lambda: np.copyto(target, source)) for _ in range(3))
     rows = source[: len(source) // row_bytes * row_bytes].reshape(-1, row_bytes)
+    some_rows = np.random.default_rng(0).integers(0, len(rows), (3, 8192))
     # Other rows each time, because those of the time before are in the processor's cache.
-    taken = min(_timed(functools.partial(np.take, rows, numbers, axis=0)) for numbers in _some_rows(len(rows)))
+    taken = min(_timed(functools.partial(np.take, rows, numbers, axis=0)) for numbers in some_rows)
     left = torch.ones(512, 512)
     multiplied = min(_timed(lambda: left @ left) for _ in range(3))
     return 2 * len(source) / copied, 2 * 512**3 / multiplied, max(taken / 8192, LEAST_ROW_SECONDS)
-
-
-def _some_rows(num_rows: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, num_rows, (3, 8192))
 
 
 def _timed(work: Any) -> float:
@@ -169,32 +164,31 @@ def measure_disk(folder: Path, *, seconds: float = 2 * _SAMPLE_SECONDS) -> DiskR
             pages.
     """
     path, size = _largest_file(folder)
-    direct = getattr(os, "O_DIRECT", 0)
-    method = "O_DIRECT"
+    part = Part(PAGE_BYTES, (Extent(str(path), 0, size // PAGE_BYTES, PAGE_BYTES),))
+    layout, method = RowLayout(RowCodec(PAGE_BYTES // 4, torch.float32), (part,)), "O_DIRECT"
     try:
-        descriptor = os.open(path, os.O_RDONLY | direct)
-        with mmap.mmap(-1, PAGE_BYTES) as buffer:
-            os.preadv(descriptor, [buffer], 0)
-        if not direct:
-            raise OSError("this system has no O_DIRECT")
-    except OSError:
-        descriptor, method = os.open(path, os.O_RDONLY), "after posix_fadvise(POSIX_FADV_DONTNEED)"
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        left = drop_from_memory(path)
+        table = FileTable(layout, direct=True, num_threads=DISK_THREADS)
+    except ConfigError:
+        table = FileTable(layout, read_ahead=False, num_threads=DISK_THREADS)
+        method, left = "after posix_fadvise(POSIX_FADV_DONTNEED)", drop_from_memory(path)
         if left is None or left > 0.1:
-            os.close(descriptor)
             raise ConfigError(
                 f"{path} lies on a file system that neither reads past its cache nor drops it, so its disk cannot be "
                 "measured; say its rate with --disk-iops"
             ) from None
-    try:
-        serial = _random_reads(descriptor, size, 1, seconds / 2)
-        parallel = _random_reads(descriptor, size, DISK_THREADS, seconds / 2)
-    finally:
-        os.close(descriptor)
+    serial, parallel = (_reads_per_second(table, count, seconds / 2) for count in (1, 64 * DISK_THREADS))
+    table.close()
     said = f"{method}, {seconds:.1f} s of reads from {path} ({size:,} bytes), 1 and {DISK_THREADS} threads"
     return DiskRate(serial, max(serial, parallel), said, is_on_network(path))
+
+
+def _reads_per_second(table: FileTable, count: int, seconds: float) -> float:
+    """Random pages that are read in a second, ``count`` at a time."""
+    done, started = 0, time.perf_counter()
+    while not done or time.perf_counter() < started + seconds:
+        table.read_records(torch.randint(table.num_rows, (count,)))
+        done += count
+    return done / (time.perf_counter() - started)
 
 
 def _largest_file(folder: Path) -> tuple[Path, int]:
@@ -214,30 +208,3 @@ def _largest_file(folder: Path) -> tuple[Path, int]:
             "of the tables, or say the disk's rate with --disk-iops"
         )
     return largest, size
-
-
-def _random_reads(descriptor: int, size: int, num_threads: int, seconds: float) -> float:
-    counts, errors = [0] * num_threads, []
-    end = time.perf_counter() + seconds
-
-    def read(index: int) -> None:
-        places = np.random.default_rng((time.perf_counter_ns(), index)).integers(0, size // PAGE_BYTES, 1 << 16)
-        try:
-            with mmap.mmap(-1, PAGE_BYTES) as buffer:  # direct reads need an aligned buffer
-                for place in (places * PAGE_BYTES).tolist():
-                    if time.perf_counter() >= end:
-                        return
-                    os.preadv(descriptor, [buffer], place)
-                    counts[index] += 1
-        except OSError as error:
-            errors.append(error)
-
-    started = time.perf_counter()
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return max(1, sum(counts)) / (time.perf_counter() - started)

@@ -128,7 +128,8 @@ class FileTable(RecordTable):
                     file.read_into(target[begin : begin + size], offset)
                     continue
                 skipped = offset % _BLOCK_BYTES
-                file.read_into(buffer, offset - skipped, skipped + size)
+                whole = -(-(skipped + size) // _BLOCK_BYTES) * _BLOCK_BYTES
+                file.read_into(buffer[:whole], offset - skipped, skipped + size)
                 target[begin : begin + size] = buffer[skipped : skipped + size]
 
         # Tasks take turns row by row: neighbouring rows in one task would be read one after another.
