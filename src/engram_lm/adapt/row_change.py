@@ -24,6 +24,15 @@ from engram_lm.tables.files.safetensors_writer import TensorWriter
 
 __all__ = ["Fact", "RowChange", "bits", "read_patch", "same_bits", "write_patch"]
 
+_FORMAT = "engram.row_patch.1"
+_PARTS = ("rows", "before", "after")
+_NUMBER, _TOKENS = (int, float), (list,)
+_FACT: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("prompt", "target"), ((str,), "a text")),
+    **dict.fromkeys(("prompt_tokens", "target_tokens"), (_TOKENS, "a list of tokens")),
+    **dict.fromkeys(("loss_before", "loss_after"), (_NUMBER, "a finite number")),
+    "is_greedy": ((bool,), "true or false"),
+}
 # The types that the numbers of a trainable table can have.
 _ROW_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -109,20 +118,6 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return (first.dtype, first.shape) == (second.dtype, second.shape) and torch.equal(bits(first), bits(second))
 
 
-_FORMAT = "engram.row_patch.1"
-_PARTS = ("rows", "before", "after")
-# A patch takes kilobytes. A larger file is of another kind, and is refused before it is read.
-_LARGEST_FILE_BYTES = 1 << 30
-_MOST_FACTS, _MOST_TOKENS = 10_000, 1_000_000
-_NUMBER, _TOKENS = (int, float), (list,)
-_FACT: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("prompt", "target"), ((str,), "a text")),
-    **dict.fromkeys(("prompt_tokens", "target_tokens"), (_TOKENS, "a list of tokens")),
-    **dict.fromkeys(("loss_before", "loss_after"), (_NUMBER, "a finite number")),
-    "is_greedy": ((bool,), "true or false"),
-}
-
-
 def write_patch(
     path: str | os.PathLike[str],
     *,
@@ -149,18 +144,12 @@ def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a patch's file, check everything in it, and return the fields of a `RowPatch`.
 
     Raises:
-        CheckpointError: The file is missing, larger than a patch may be, malformed, truncated or of another format; or
-            its tensors have names, types or shapes that a patch does not have, rows out of order, or numbers that are
-            not finite.
+        CheckpointError: The file is missing, malformed, truncated or of another format; or its tensors have names,
+            types or shapes that a patch does not have, rows out of order, or numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; a row patch is a file as RowPatch.save writes it")
-    if (size := path.stat().st_size) > _LARGEST_FILE_BYTES:
-        raise CheckpointError(
-            f"{path} has {size} bytes, a row patch has at most {_LARGEST_FILE_BYTES}; name the file that RowPatch.save "
-            "wrote"
-        )
     whole = local_header(path)
     metadata, header = whole.metadata, whole.tensors
     if (found := metadata.get("format")) != _FORMAT:
@@ -201,7 +190,7 @@ def _read_change(path: Path, name: str, header: Mapping[str, StoredTensor]) -> R
 def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:
     try:
         values = json.loads(text)
-        if not isinstance(values, list) or len(values) > _MOST_FACTS:
+        if not isinstance(values, list):
             raise ValueError("not a list of facts")
         return tuple(_fact(value) for value in values)
     except (ValueError, RecursionError) as error:
@@ -215,7 +204,7 @@ def _fact(value: Any) -> Fact:
         found = value[name]
         good = type(found) in kind
         if good and kind == _TOKENS:
-            good = 0 < len(found) <= _MOST_TOKENS and all(type(token) is int and 0 <= token < 2**31 for token in found)
+            good = len(found) > 0 and all(type(token) is int and 0 <= token < 2**31 for token in found)
             value[name] = tuple(found)
         if not good or (kind == _NUMBER and not math.isfinite(found)):
             raise ValueError(f"{name} is {found!r:.100}, expected {what}")
