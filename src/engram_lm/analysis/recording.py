@@ -140,14 +140,7 @@ def _before_memory(
 
 
 def not_finite(tensor: Tensor) -> Tensor:
-    """Find positions that hold a NaN or an infinity.
-
-    Args:
-        tensor: ``[B, L, ...]``.
-
-    Returns:
-        Bool ``[B, L]``.
-    """
+    """Find the positions of a tensor ``[B, L, ...]`` that hold a NaN or an infinity, bool ``[B, L]``."""
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
     # The largest magnitude is not finite exactly if one of the values is not, and this makes no copy of the tensor.

@@ -153,7 +153,7 @@ def _map(found: Mapping[str, Any]) -> str:
     said = (
         ""
         if ahead is None
-        else f"On average, layers correspond to layers that lie {abs(ahead):.2f} {_AHEAD[ahead >= 0]}."
+        else f"On average, layers correspond to layers that lie {abs(ahead):.2f} layers {_AHEAD[ahead >= 0]}."
     )
     label = f"{what}, {num_rows} by {num_columns} layers; walk through it with the arrow keys"
     axes = _ticks(num_rows, num_columns, font)

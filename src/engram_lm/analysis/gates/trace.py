@@ -333,17 +333,8 @@ def colored_gates(trace: GateTrace, block: int | None = None, stream: int | None
 def colored_html(trace: GateTrace, block: int | None = None, stream: int | None = None) -> str:
     """Lay the gates behind a text as HTML, for a notebook or a page; it needs no style sheet.
 
-    Every token is a ``span`` whose title is its gate, inside one ``div`` that keeps line breaks.
-
-    Args:
-        trace: From `engram_lm.analysis.gate_trace`.
-        block: A block that reads memory; None means the mean over all of them.
-        stream: A residual stream; None means the mean over all of them.
-
-    Raises:
-        ConfigError: There is no such block or stream.
-
-    Source: paper, Figure 7.
+    Every token is a ``span`` whose title is its gate, inside one ``div`` that keeps line breaks. Arguments and errors
+    are those of `colored_gates`.
     """
     spans = []
     for spelled, gate in zip(trace.texts, gates_to_show(trace, block, stream).tolist(), strict=True):

@@ -10,7 +10,7 @@ from engram_lm.analysis.plain_values import PlainResult
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, check_whole
-from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 
 __all__ = ["CollisionStudy", "NgramCollisions", "TextNgrams", "collision_study", "ngram_collisions"]
@@ -174,10 +174,6 @@ def collision_study(
     heads: Sequence[int] = (1, 2, 4, 8),
     compression: Sequence[bool] = (True, False),
     min_count: int = 2,
-    max_ngrams: int = 1 << 16,
-    pad_token_id: int | None = None,
-    segments: Segments | None = None,
-    seed: int = 0,
 ) -> CollisionStudy:
     """Measure on a text what token compression and the number of heads do to collisions, at one budget of rows.
 
@@ -189,10 +185,6 @@ def collision_study(
         heads: Numbers of heads per order to compare.
         compression: Whether to hash canonical tokens (True), raw tokens (False), or one after the other.
         min_count: Compare N-grams that occur at this many positions or more.
-        max_ngrams: N-grams of each order to compare, at most; the most frequent ones are taken.
-        pad_token_id: Raw id that stands for what precedes the text; None means the tokenizer's, or 0.
-        segments: Where look-backs stop, besides the start of the text.
-        seed: Seed of the multipliers.
 
     Raises:
         ConfigError: There are fewer rows than two for each head, or another number is impossible.
@@ -217,23 +209,20 @@ def collision_study(
         if mapped:
             raise ConfigError("a TokenMap does not tokenize text; pass the tokenizer, or token ids")
         text = text_tokens(tokenizer, text)
-    ngrams = text if isinstance(text, TextNgrams) else TextNgrams(text, max_ngrams=max_ngrams)
-    if pad_token_id is None:
-        given = None if mapped else getattr(tokenizer, "pad_token_id", None)
-        pad_token_id = 0 if given is None else given
+    ngrams = text if isinstance(text, TextNgrams) else TextNgrams(text)
     token_map = tokenizer if mapped else TokenMap.from_tokenizer(tokenizer)
     maps = [token_map if compressed else TokenMap.identity(token_map.num_tokens) for compressed in compression]
     found: list[list[NgramCollisions]] = []
     for used in maps:
         specs = [
             HashSpec.build(
-                used, layers=(0,), orders=orders, heads=number, rows_per_head=rows_per_order // number, seed=seed,
-                pad_token_id=pad_token_id, segments=segments,
+                used, layers=(0,), orders=orders, heads=number, rows_per_head=rows_per_order // number,
+                pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
             )
             for number in heads
         ]  # fmt: skip
         # What an N-gram is does not depend on the heads.
-        counted = ngrams.frequent(specs[0], max_ngrams)
+        counted = ngrams.frequent(specs[0])
         found.append([ngram_collisions(spec, counted, min_count=min_count) for spec in specs])
 
     def of_maps(name: str) -> np.ndarray:

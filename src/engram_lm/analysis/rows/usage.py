@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.protocol import Analysis, Reading, applicable
@@ -173,7 +172,7 @@ class RowUsage(PlainResult):
     """Share of all reads that go to the rows up to a rank, float64 ``[T, R]``: what a cache with that number of rows
     would answer at best."""
     zipf_exponent: np.ndarray
-    """s in hits ~ rank**-s, fitted to `hits`; see `engram_lm.analysis.rows.hits.zipf_exponent`; float64 ``[T]``."""
+    """s in hits ~ rank**-s, fitted to `hits`; see `zipf_exponent`; float64 ``[T]``."""
     zipf_exponent_by_order: np.ndarray
     """The same for one order, float64 ``[T, O]``."""
     collisions: NgramCollisions | None
@@ -219,8 +218,7 @@ class RowUse(Analysis):
             They are needed only for the collisions, which belong to the whole text and not to single windows.
         min_count: The least number of positions at which a frequent N-gram occurs.
         max_ngrams: N-grams of each order to compare, at most; the most frequent ones are taken.
-        max_bytes: Budget of all counts together, in equal parts for each block of each model; see
-            `engram_lm.analysis.rows.hits.HitCounter`.
+        max_bytes: Budget of all counts together, in equal parts for each block of each model; see `HitCounter`.
 
     Raises:
         ConfigError: A number is below 1.
@@ -286,7 +284,10 @@ class _Counts:
         self.num_positions += int(reading.active.sum())
         self.num_dead += int((~reading.active).sum())
         for block in self.blocks:
-            rows = _rows(reading, self.spec, block, self.layers[block])
+            rows = reading.rows.get(block)
+            if rows is None:
+                # The model was given memory vectors; the rows behind them follow from the tokens.
+                rows = self.spec.rows_for_layers(reading.codes)[self.layers[block]]
             self.counters[block].add(rows[reading.active.to(rows.device)].flatten().cpu().numpy())
 
     def usage(self, collisions: NgramCollisions | None) -> RowUsage:
@@ -302,6 +303,10 @@ class _Counts:
             ]
             for table, rows in zip(self.tables, of_table, strict=True)
         ]
+        by_column = [
+            [hits[block].between(first, end).num_rows_hit for first, end in itertools.pairwise(starts[block])]
+            for block in self.blocks
+        ]
         ranks = log_ranks(max(rows.num_rows_hit for rows in of_table))
         curves = [rows.at_ranks(ranks) for rows in of_table]
         by_order = np.array([[rows.at_ranks(ranks)[0] for rows in orders] for orders in of_order])
@@ -314,7 +319,7 @@ class _Counts:
             num_dead=self.num_dead,
             row_share=min(rows.share for rows in of_table),
             num_rows=np.array([primes[block] for block in self.blocks]).reshape(-1, *grid),
-            num_rows_hit=np.array([_by_column(hits[block], starts[block]) for block in self.blocks]).reshape(-1, *grid),
+            num_rows_hit=np.array(by_column).reshape(-1, *grid),
             num_table_rows=np.array([sum(primes[table[0]]) for table in self.tables]),
             num_table_rows_hit=np.array([rows.num_rows_hit for rows in of_table]),
             ranks=ranks,
@@ -325,16 +330,3 @@ class _Counts:
             zipf_exponent_by_order=np.array([[zipf_exponent(ranks, hits) for hits in orders] for orders in by_order]),
             collisions=collisions,
         )
-
-
-def _rows(reading: Reading, spec: HashSpec, block: int, layer: int) -> Tensor:
-    """Rows that a block read, int64 [B, L, H]."""
-    if block in reading.rows:
-        return reading.rows[block]
-    # The model was handed memory vectors; the rows behind them follow from the tokens.
-    rows: Tensor = spec.rows_for_layers(reading.codes)[layer]
-    return rows
-
-
-def _by_column(hits: RowHits, starts: Sequence[int]) -> list[float]:
-    return [hits.between(first, end).num_rows_hit for first, end in itertools.pairwise(starts)]
