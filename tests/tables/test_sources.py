@@ -241,7 +241,7 @@ def test_impossible_requests_are_refused(tmp_path):
     layout = table_layouts(folder)[1]
     for source, options, message in (
         (folder, {"tier": "disk"}, "tier is one of auto"),
-        (folder, {"tier": "remote"}, "is none"),
+        (folder, {"tier": "remote"}, "is not an address"),
         (folder, {"cache_bytes": -1}, "cache_bytes"),
         (folder, {"tier": "file", "num_thread": 3}, "no option num_thread; it has direct, num_threads, read_ahead"),
         (folder, {"tier": "file", "num_threads": 0}, "num_threads"),
@@ -273,6 +273,7 @@ def test_a_cache_over_any_tier_returns_the_same_rows_and_keeps_the_reason(tmp_pa
 OPEN_LARGE = """
 import os, resource, sys, time
 import torch
+from engram_lm.tables import open_table
 rows = torch.tensor([0, 1, 191_999_999, 384_006_167])
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

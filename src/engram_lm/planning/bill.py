@@ -23,7 +23,7 @@ class TableTraffic:
     """What the exchange of rows sends, per rank and step, in bytes. What stays on its rank is not counted."""
 
     counts: int
-    """Four int64 to every other rank for each gather: how many rows are asked of it, and whether all is well."""
+    """Four int64 to every other rank for each gather: how many rows are asked of it, and any error."""
     places: int
     """Requests: an int32 for each row that another rank owns (int64 where a rank has more than 2^31 rows)."""
     rows: int
@@ -70,7 +70,7 @@ class Bill:
     """What one rank holds, computes and sends in one step. Whole numbers; bytes unless the name says otherwise."""
 
     shape: TrainingShape
-    """What was asked."""
+    """How the step is divided, kept and sent."""
     parameters: dict[str, int]
     """``backbone`` (memory's projections with it), ``tables``, ``total``, and ``active`` per token (paper's P_act)."""
     flops: dict[str, int]
@@ -91,9 +91,9 @@ class Bill:
     """Per rank and step: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``muon_gather`` (matrices that no
     rank has whole, and what each has made of its share), ``total``."""
     tables_sent: TableTraffic
-    """As the shape says."""
+    """What the exchanges of rows send under this shape."""
     tables_sent_with_duplicates: TableTraffic
-    """As if every lookup were asked for and sent on its own."""
+    """The same if every lookup were asked for and sent on its own."""
     memory_blocks: tuple[int, ...]
     """Blocks that read memory, from 0: what a prefetch can hide behind."""
     num_blocks: int
@@ -277,7 +277,7 @@ def _backbone_sent(config: EngramLMConfig, sizes: ModelSizes, shape: TrainingSha
         gathered = shape.num_micro_batches * (2 * blocks + sizes.vocabulary)
         sent["all_gather"] = round(others * gathered * ITEM_BYTES[shape.gather_dtype])
         sent["reduce_scatter"] = round(others * dense * 4 * shape.num_micro_batches)
-        if muon:  # stacks of experts are divided between matrices; the others within: brought together, and shared out
+        if muon:  # FSDP2 divides stacks of experts between matrices; others are divided within, so they are gathered
             sent["muon_gather"] = round(2 * others * (muon - sizes.routed_experts) * ITEM_BYTES[shape.dtype])
     return {**sent, "total": sum(sent.values())}
 

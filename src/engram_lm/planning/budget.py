@@ -114,7 +114,7 @@ def allocate(
             f"a sparse budget of {sparse_parameters:,} leaves no expert beyond the {chosen} that a token visits; one "
             f"expert has {per_expert:,} parameters over all blocks"
         )
-    # The model of experts alone has what this one's own memory cost in its dense blocks, if they may change.
+    # The model of experts alone has the dense width that this model gave up for its memory, if widths may change.
     width = _width(config, None, most, sizes.active) if own is not None and narrow_dense else config.intermediate_size
     reference = _backbone(config, most, width)
     moe_total, moe_active = reference.without_vocabulary, reference.active

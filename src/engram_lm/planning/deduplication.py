@@ -10,7 +10,7 @@ __all__ = ["CURVES", "DistinctCurve", "distinct_rows"]
 
 @dataclasses.dataclass(frozen=True)
 class DistinctCurve:
-    """How many distinct N-grams of each order stand in so many tokens of a shuffled batch.
+    """How many distinct N-grams of each order a number of tokens of a shuffled batch holds.
 
     Heaps' law with an exponent that falls as text grows: ``ln D = a + b ln T + c (ln T)^2``. Within the tokens that
     were measured it is a fit. Beyond them the last exponent is held, which is an upper bound because exponents fall;
@@ -21,7 +21,7 @@ class DistinctCurve:
     """Tokens in a sequence, to order, to (a, b, c). Short sequences repeat less: they are of more documents. Between
     the lengths measured ``ln D`` is interpolated over the logarithm of the length; outside, the nearest counts."""
     tokens_to: int
-    """Most tokens measured. The fewest are those of one sequence; fewer are counted by the share of these."""
+    """Most tokens that were measured. The fewest were one sequence; fewer tokens are counted in proportion to it."""
     source: str
     """Text and tokenizer."""
 
@@ -82,7 +82,7 @@ Source: ``benchmarks/scaling.py``, ``benchmarks/results/scaling.json``."""
 
 
 def distinct_rows(num_ngrams: float, num_rows: int) -> float:
-    """Expected distinct rows that so many distinct N-grams fall on in one hash head: ``R (1 - (1 - 1/R)^n)``."""
+    """Expected distinct rows of one hash head that distinct N-grams fall on: ``R (1 - (1 - 1/R)^n)``."""
     if num_rows < 2:
         return min(float(num_rows), num_ngrams)
     return -num_rows * math.expm1(num_ngrams * math.log1p(-1.0 / num_rows))

@@ -11,10 +11,10 @@ __all__ = ["MACHINES", "Machine", "Prediction", "predict"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What of a cluster decides the time of a step; rates are per accelerator, bandwidths one way."""
+    """What decides the time of a step on a cluster; rates are per accelerator, bandwidths one way."""
 
     name: str
-    """For people."""
+    """Its name, for people."""
     accelerators_per_node: int
     """Accelerators that the faster network joins."""
     flops_per_second: float
@@ -22,15 +22,15 @@ class Machine:
     memory_bytes: float
     """Memory of one accelerator."""
     memory_bytes_per_second: float
-    """Reading and writing it."""
+    """Bytes of that memory that are read or written in a second."""
     intra_bytes_per_second: float
-    """To other accelerators of the node."""
+    """Bytes a second to other accelerators of the node."""
     inter_bytes_per_second: float
-    """To other nodes."""
+    """Bytes a second to other nodes."""
     latency_seconds: float = 20e-6
-    """Of a collective, whatever it sends. An assumption."""
+    """Seconds of a collective however little it sends. An assumption."""
     message_seconds: float = 1e-6
-    """Of each of the W - 1 messages of an all-to-all. An assumption."""
+    """Seconds of each of the W - 1 messages of an all-to-all. An assumption."""
     efficiency: float = 0.4
     """Share of ``flops_per_second`` that training reaches. An assumption."""
     bandwidth_efficiency: float = 0.8
@@ -50,7 +50,7 @@ class Machine:
                 raise ConfigError(f"{name} is a share above 0, at most 1, not {getattr(self, name)!r}")
 
     def all_to_all_seconds(self, sent_bytes: float, world_size: int) -> float:
-        """Time in which every rank sends so many bytes, evenly to all others; both networks at the same time."""
+        """Seconds in which every rank sends ``sent_bytes``, evenly to all others, over both networks at once."""
         if world_size == 1:
             return 0.0
         inside = (min(world_size, self.accelerators_per_node) - 1) / (world_size - 1)
@@ -61,7 +61,7 @@ class Machine:
         return max(links) / self.bandwidth_efficiency + self.latency_seconds + self.message_seconds * (world_size - 1)
 
     def ring_seconds(self, sent_bytes: float, world_size: int) -> float:
-        """Time of an all-gather or reduce-scatter in which every rank sends so many bytes.
+        """Seconds of an all-gather or reduce-scatter in which every rank sends ``sent_bytes``.
 
         The accelerators of a node share the work of bringing everything to the other nodes once.
         """
@@ -126,28 +126,28 @@ the machine that the results were measured on."""
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds of one step: computing, updating, and of what is sent what computing does not hide (“exposed”)."""
+    """Seconds of one step: computing, updating, and the part of sending that computing does not hide (“exposed”)."""
 
     compute_seconds: float
-    """Forward and backward."""
+    """Seconds of forward and backward."""
     update_seconds: float
     """Optimizers: memory traffic, and the orthogonalization of Muon."""
     backbone_seconds: float
-    """Collectives of the backbone, alone."""
+    """Seconds of the backbone's collectives by themselves."""
     backbone_exposed_seconds: float
-    """Of these, what computing does not cover."""
+    """Seconds of these that computing does not hide."""
     exchange_seconds: float
-    """All exchanges of tables, alone."""
+    """Seconds of all exchanges of tables by themselves."""
     exchange_exposed_seconds: float
-    """Of these, what is waited for: counts, requests, gradients, and `rows_exposed_seconds`."""
+    """Seconds of these that are waited for: counts, requests, gradients, and `rows_exposed_seconds`."""
     rows_exposed_seconds: float
     """Time by which rows come later than the memory layers want them; 0 as long as they hide."""
     step_seconds: float
-    """All together, overlapped as the library does it."""
+    """Seconds of everything, overlapped as the library does it."""
     serial_seconds: float
-    """All together, nothing overlapped."""
+    """Seconds of everything with nothing overlapped."""
     tokens_per_second: float
-    """Of all ranks."""
+    """Tokens that all ranks train on in a second."""
     memory_share: float
     """Memory of the bill over that of an accelerator; above about 0.9 it does not fit."""
 
@@ -189,7 +189,7 @@ def predict(found: Bill, machine: Machine) -> Prediction:
         for block in found.memory_blocks:
             ready += rows
             computed = forward * block / found.num_blocks
-            # What earlier layers waited moves this one's start back.
+            # The waits of earlier layers move this layer's start back.
             late = max(late, ready - computed)
         late *= passes
     exposed = late + gathers * (asking + gradients)

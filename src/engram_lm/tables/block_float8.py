@@ -56,7 +56,7 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bo
 def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
     """Round numbers to E4M3 under the smallest power of two per block that lets its largest number fit.
 
-    What `dequantize` returned (within its range) comes back with equal values: a smaller scale than the original one
+    Quantizing what `dequantize` returned (within its range) gives equal values: a smaller scale than the original one
     only leaves room for more bits.
 
     Args:

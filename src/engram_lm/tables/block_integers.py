@@ -36,14 +36,14 @@ LARGEST = {torch.int8: 127, INT4: 7}
 SCALE_BYTES = 2
 """Bytes of a scale."""
 
-# Normal numbers only: under them bfloat16 has too few bits for what `dequantize_integers` gave to come back unchanged.
+# Normal numbers only: smaller ones have too few bits in bfloat16 to return unchanged from `dequantize_integers`.
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
 def quantize_integers(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round numbers to integers under one scale per 32 columns.
 
-    What `dequantize_integers` gave as float32 comes back with the same integers. A block of zeros has the scale 1;
+    Quantizing what `dequantize_integers` returned as float32 gives the same integers. A block of zeros has the scale 1;
     numbers under 2 ** -127 become 0.
 
     Args:

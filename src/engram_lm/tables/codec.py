@@ -172,7 +172,7 @@ class RowCodec:
         return values.to(dtype)
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Turn rows into records; what `decode` gave comes back with equal values.
+        """Turn rows into records; encoding what `decode` returned gives records of equal values.
 
         Args:
             rows: ``[n, width]``, any floating type.
@@ -202,7 +202,7 @@ class RowCodec:
         return stored.contiguous().view(torch.uint8).view(len(rows), self.record_bytes)
 
     def reencode(self, records: Tensor, codec: "RowCodec") -> Tensor:
-        """Turn records of another codec into records of this one; records of this one are returned as they are.
+        """Turn records of another codec into records of this codec, whose own records are returned as they are.
 
         Args:
             records: uint8 ``[n, codec.record_bytes]``.

@@ -93,19 +93,19 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """A table in files, not opened: what its rows mean and where their bytes are.
+    """A table in files that is not opened: what its rows mean and where their bytes are.
 
-    All tiers that read files are made from one of these, so they read the same bytes.
+    All tiers that read files are made from a layout, so they read the same bytes.
     """
 
     codec: RowCodec
     """What a record means."""
     parts: tuple[Part, ...]
-    """Where its bytes lie; laid one after another, the parts of a row are its record."""
+    """Where the bytes of records lie; the parts of a row, one after another, are its record."""
     tensors: tuple[StoredTensor, ...] = ()
     """The tensors of numbers, where the rows lie in safetensors files."""
     scale_tensors: tuple[StoredTensor, ...] = ()
-    """The tensors of scales, likewise."""
+    """The tensors of scales, where the rows lie in safetensors files and have such tensors."""
     spec_digest: str | None = None
     """Digest of the HashSpec that addresses the rows, where the source says it."""
 
@@ -116,7 +116,7 @@ class RowLayout:
             )
         counts = {sum(extent.num_rows for extent in part.extents) for part in self.parts}
         if len(counts) != 1 or min(counts) < 1:
-            raise ConfigError(f"the parts of a table have as many rows as each other and at least one, not {counts}")
+            raise ConfigError(f"the parts of a table have equal numbers of rows, at least one,, not {counts}")
 
     @property
     def num_rows(self) -> int:
@@ -207,7 +207,7 @@ def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
 
 
 def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:
-    """Describe a table that lies in one tensor of a safetensors file, or in several laid one after another.
+    """Describe a table that lies in one tensor of a safetensors file, or in several that follow each other.
 
     Args:
         shards: Tensors ``[rows, width]`` of one width and type, in the order of their rows. Each has as many rows as

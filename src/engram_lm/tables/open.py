@@ -48,7 +48,7 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
         options: Fields of `RemoteOptions`, for addresses.
 
     Returns:
-        Block number (from 0), or the table's name where it is none → where the rows lie, in ascending order.
+        Block number (from 0), or the table's name without a number → where the rows lie, in ascending order.
 
     Raises:
         CheckpointError: As `find_tables`.
@@ -60,7 +60,7 @@ def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | 
         folder = RemoteFolder(str(source), **options)
         return {key: folder.place(layout) for key, layout in find_tables(folder, folder.file).items()}
     if options:
-        raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, {source} is none")
+        raise ConfigError(f"the options {', '.join(sorted(options))} are for addresses, and {source} is not an address")
     return find_tables(source)
 
 
@@ -80,7 +80,7 @@ def open_table(
         layer: Which of the source's tables: a block number or name; may be left out where there is one.
         tier: Where rows are kept and read:
 
-            - ``"device"``: decoded, in the memory of an accelerator (option ``device``; the CPU where there is none).
+            - ``"device"``: decoded, in the memory of an accelerator (option ``device``; without one, the CPU).
             - ``"host"``: in this process's memory, as stored.
             - ``"mmap"``: in their files, mapped; the fastest where the page cache holds them. All processes of a
               machine share that one copy.
@@ -141,7 +141,7 @@ def _open(
     choice = _choose(layout, is_remote) if tier == "auto" else TierChoice(tier, "asked for")
     if choice.tier == "remote" and not is_remote:
         where = "the layout" if isinstance(source, RowLayout) else source
-        raise ConfigError(f"tier='remote' reads addresses; {where} is none")
+        raise ConfigError(f"tier='remote' reads addresses, and {where} is not an address")
     if not is_remote or choice.tier == "remote":
         return _made(choice.tier, layout, dtype, options), choice.reason
     if choice.tier in ("mmap", "file"):

@@ -117,7 +117,7 @@ class ReadAheadTable(Table):
         return ticket
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Table.gather`. Rows come back on the CPU, or in ``out``.
+        """See `Table.gather`. Rows are returned on the CPU, or in ``out``.
 
         Raises:
             EngramError: What the table below raises, here or while it read ahead.

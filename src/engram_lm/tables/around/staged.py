@@ -103,7 +103,7 @@ class StagedTable(Table):
             torch.cuda.current_stream(self.device).wait_event(self._copied)
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Table.gather`. Rows come back on the device of their numbers.
+        """See `Table.gather`. Rows are returned on the device of their numbers.
 
         Rows that were staged are valid until the next ``prefetch``; where gradients are recorded they are copied.
         """

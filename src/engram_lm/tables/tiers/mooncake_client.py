@@ -44,7 +44,7 @@ _ENVIRONMENT = {"MC_STORE_CLIENT_SETUP_RETRIES": "2", "MC_LOG_LEVEL": "ERROR", "
 class MooncakeClient:
     """Puts and gets of many values at once, through a buffer of fixed size.
 
-    After a failure the process is gone and the next call starts another, so a store that comes back is found again.
+    After a failure the process ends and the next call starts another, so a store that was restarted is found again.
     Not safe for several threads; the caller takes `lock` around filling or reading the buffer and the call.
 
     Args:
@@ -105,8 +105,8 @@ class MooncakeClient:
             Mooncake's codes, one per key; negative ones are failures (see `explain`).
 
         Raises:
-            RemoteError: No answer in time, or the client ended: the process is gone then. Or this is a fork of the
-                process that made the client.
+            RemoteError: No answer came in time, or the client ended, whose process is ended then; or this is a fork
+                of the process that made the client.
         """
         if os.getpid() != self._owner:
             raise RemoteError(
@@ -144,7 +144,7 @@ class MooncakeClient:
 
     def _start(self, deadline: float) -> None:
         try:
-            # Asked first because this is told apart and over in a moment; Mooncake would try for minutes.
+            # Tried first, because this fails at once where nobody answers; Mooncake would try for minutes.
             probe = socket.create_connection((self._host, self._port), max(deadline - time.monotonic(), 0.001))
             with probe:
                 host = probe.getsockname()[0]
@@ -217,6 +217,6 @@ class MooncakeClient:
 def _stop(process: "subprocess.Popen[bytes]", peer: socket.socket, owner: int) -> None:
     peer.close()
     if os.getpid() != owner:
-        return  # a fork's copy of this object has gone; the process is its parent's
+        return  # this object is a fork's copy, and the process belongs to its parent
     process.kill()
     process.wait()

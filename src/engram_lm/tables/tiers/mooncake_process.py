@@ -19,7 +19,7 @@ LONGEST_FRAME_BYTES = 1 << 28
 
 
 def receive(peer: socket.socket) -> dict[str, Any] | None:
-    """Read one frame; None where the other side is gone."""
+    """Read one frame; None after the other side has ended."""
     head = _receive_bytes(peer, 4)
     if head is None:
         return None
@@ -97,7 +97,7 @@ class _Client:
 
 
 def _end_with(peer: socket.socket) -> None:
-    """End this process when the other side is gone, even during a call that hangs."""
+    """End this process when the other side ends, even during a call that hangs."""
     waiting = select.poll()
     waiting.register(peer, select.POLLRDHUP)
     waiting.poll()
@@ -105,7 +105,7 @@ def _end_with(peer: socket.socket) -> None:
 
 
 def main() -> None:
-    """Answer until the other side is gone."""
+    """Answer until the other side ends."""
     peer = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(peer,), daemon=True).start()
     try:
@@ -120,7 +120,7 @@ def main() -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         send(peer, answer)
-    # At once: the library's own end may take seconds, or hang where the master is gone.
+    # At once, because the library's own end may take seconds, or hang if the master has ended.
     os._exit(0)
 
 

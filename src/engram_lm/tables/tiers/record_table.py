@@ -17,12 +17,12 @@ __all__ = ["RecordTable"]
 
 
 class RecordTable(Table):
-    """A table that fetches records and decodes them. A tier says only where records come from: `_read`.
+    """A table that fetches records and decodes them. A tier says only where records come from, in `_read`.
 
     Args:
         codec: What a record means.
         num_rows: Rows in the table.
-        dtype: Type of the rows that `gather` returns; what loses nothing where None.
+        dtype: Type of the rows that `gather` returns; where None, the type that loses nothing.
 
     Raises:
         ConfigError: An impossible ``dtype``.
@@ -37,7 +37,7 @@ class RecordTable(Table):
         renew_when_forked(self)
 
     def _renew(self) -> None:
-        """Take nothing over from threads of the process that this one was forked from, see `renew_when_forked`."""
+        """Start anew in a forked process, which has none of the other threads; see `renew_when_forked`."""
         self._count_lock = threading.Lock()
 
     @property
@@ -46,7 +46,7 @@ class RecordTable(Table):
         return self._dtype
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Table.gather`. Rows come back on the CPU, or in ``out``."""
+        """See `Table.gather`. Rows are returned on the CPU, or in ``out``."""
         records = self.read_records(rows)
         # The usual case first: a small request costs microseconds, and each call into torch is one of them.
         result = records.view(self._dtype) if self._is_stored_so else self.codec.decode(records, self._dtype)

@@ -129,7 +129,7 @@ class RemoteFiles:
         ) from reason
 
     def read_small(self, url: str) -> bytes | None:
-        """Read a whole small file; None where there is none.
+        """Read a whole small file; None if there is no such file.
 
         Raises:
             RemoteError: Nobody answers.

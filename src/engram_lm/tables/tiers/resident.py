@@ -58,7 +58,7 @@ def load_resident(
     Args:
         source: Where the rows lie, or an open table to load from, which stays open and is not kept.
         dtype: Type of the rows; the stored one where None, bfloat16 for 8-bit rows.
-        device: The device; the accelerator where None, or the CPU where there is none.
+        device: The device; where None, the accelerator, or the CPU without an accelerator.
 
     Raises:
         CheckpointError: A file is missing, or has been cut since its layout was made.
@@ -127,8 +127,8 @@ class ParameterTable(nn.Module, Table):
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Read rows, differentiably. See `Table.gather`.
 
-        Rows come back on the device of their numbers: where the table is on the host and the model is not, the numbers
-        travel one way and the rows read the other.
+        Rows are returned on the device of their numbers: if the table is on the host and the model is not, the numbers
+        travel one way and their rows the other.
 
         On an accelerator the range is checked by the device itself, which ends the process with an assertion: no
         host synchronization is spent on it here.

@@ -75,7 +75,7 @@ def in_order(rows: Tensor, deduplicate: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RowExchange:
-    """One request of this rank, what the others ask of it at the same time, and the rows on their way."""
+    """One request of this rank, what other ranks ask of it at the same time, and the rows that are being sent."""
 
     @torch.no_grad()
     def __init__(self, share: RankShare, rows: Tensor) -> None:
@@ -101,7 +101,7 @@ class RowExchange:
         else:
             ordered, number, self._inverse = in_order(flat, share.deduplicate)
         owner = (ordered // block).clamp_(0, world_size - 1)
-        # A row that stands there several times has one number; whoever comes last writes what the others wrote.
+        # Repeats of a row have one number, so all of them write the same place with the same value.
         places = torch.empty_like(ordered).scatter_(0, number, ordered - owner * block)
         owners = torch.full_like(ordered, world_size).scatter_(0, number, owner)
         asked = torch.zeros(world_size + 1, dtype=torch.int64, device=weight.device)

@@ -140,7 +140,7 @@ class ShardedTable(nn.Module, Table):
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Read rows, differentiably; collective. See `Table.gather`.
 
-        Rows come back on the device of their numbers.
+        Rows are returned on the device of their numbers.
 
         Raises:
             RowRangeError: A row number of any rank is bad. All ranks raise it, with the same words.
@@ -257,9 +257,9 @@ class ShardedTable(nn.Module, Table):
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds what this rank asked for and what went over the wire, since `reset_stats`.
 
-        ``requested_rows`` were asked for, ``distinct_rows`` of them differ, ``remote_rows`` of these belong to others.
-        Bytes leave out what a rank sends to itself: ``message_bytes`` are the counts, both ways; ``place_bytes``,
-        ``row_bytes`` and ``gradient_bytes`` are what was ``_sent`` and ``_received`` of each.
+        ``requested_rows`` were asked for; ``distinct_rows`` of them differ, and ``remote_rows`` of those are on other
+        ranks. Bytes leave out what a rank sends to itself: ``message_bytes`` are the counts, in both directions;
+        ``place_bytes``, ``row_bytes`` and ``gradient_bytes`` are what was ``_sent`` and ``_received`` of each.
         """
         own = {"own_rows": self.weight.shape[0], "first_row": self.first_row, "world_size": self.world_size}
         return {**super().stats(), **own, **self._counts}
