@@ -787,6 +787,8 @@ def test_a_kill_while_a_table_is_written_leaves_no_checkpoint(tmp_path):
     program = """
 import os, signal, sys, torch
 from tests.own_memory import own_memory
+from engram_lm.memory import write_memory
+from engram_lm.tables import ResidentTable
 
 class Deadly(ResidentTable):
     def gather(self, rows, out=None):

@@ -162,6 +162,7 @@ CHUNK_BYTES = 4194304 // 264 * 264
 
 KILLED = """
 import os, signal, sys
+from engram_lm.tables.files.convert import convert
 def progress(layer, done, total):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -337,6 +337,7 @@ def test_a_rank_that_never_comes_is_reported_in_time(tmp_path):
 
 SCRIPT = """
 import os, sys, torch
+from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.distribution import agree, start
 with start("cpu", timeout_seconds=60) as ranks:
     table = ShardedTable(10, 2)

@@ -410,6 +410,8 @@ def test_details_are_written_in_steps_of_their_own_and_few_lines_are_plotted(tex
 def test_a_full_disk_is_said_once_and_the_lines_before_it_stay(tmp_path):
     code = """
 import resource, signal, sys, pathlib
+from engram_lm.errors import RunFolderError
+from engram_lm.training.metrics import Metrics
 path = pathlib.Path(sys.argv[1])
 metrics = Metrics(path)
 metrics.write({"step": 1, "loss": 1.0})

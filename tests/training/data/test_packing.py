@@ -149,6 +149,7 @@ def test_a_special_token_spelled_in_a_text_is_text(tmp_path, tokenizer):
 
 KILLS = """
 import os, signal, sys
+from engram_lm.training.data import packing
 from transformers import AutoTokenizer
 
 packing._BATCH_PIECES = 16
