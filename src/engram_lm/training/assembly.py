@@ -14,7 +14,7 @@ from engram_lm.training.data.text import TrainingText, beginning, cache_folder, 
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["find_tokenizer", "open_text"]
+__all__ = ["find_tokenizer", "load_tokenizer", "local_or_hub", "open_text"]
 
 
 def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
@@ -31,7 +31,7 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
         DataError: There is no text to train one on.
     """
     model = recipe.model
-    for key, given in (("weights", model.weights), ("base", model.base and Path(model.base))):
+    for key, given in (("weights", model.weights), ("base", model.base and Path(model.base).expanduser())):
         if given and not (given / "config.json").is_file() and (given / "model").is_dir():
             raise ConfigError(f"{given} is a run; its model is in {given / 'model'}: give that as model.{key}")
     source = recipe.tokenizer.path or model.base or (None if model.weights is None else str(model.weights))
@@ -43,15 +43,26 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
                 texts = beginning(data.sources, cache, length, max_bytes=data.max_bytes)
                 tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
             else:
-                tokenizer = _load_tokenizer(source, None if recipe.tokenizer.path else model.revision)
+                tokenizer = load_tokenizer(source, None if recipe.tokenizer.path else model.revision)
             with new_folder(folder) as aside:
                 tokenizer.save_pretrained(aside)
-    return _load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
-def _load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+def local_or_hub(source: str | Path) -> str:
+    """Say where a model or a tokenizer is: in a folder of that name if there is one, otherwise on the Hub."""
+    folder = Path(source).expanduser()
+    return str(folder) if folder.is_dir() else str(source)
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """Load a tokenizer from a folder or from the Hub.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(local_or_hub(source), revision=revision)
     except Exception as error:  # tokenizers raises a bare Exception where its file is damaged
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

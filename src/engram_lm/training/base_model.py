@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import engram_lm.model  # noqa: F401 - AutoModelForCausalLM then knows the project's own models
@@ -19,6 +19,7 @@ from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
 from engram_lm.training.adapter_options import LoraOptions
+from engram_lm.training.assembly import local_or_hub
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
@@ -51,7 +52,7 @@ class AdaptedBase:
         options = recipe.model
         assert options.base is not None
         self._recipe = recipe
-        self.module: Any = load_base(options.base, options.revision, options.base_dtype)[0]
+        self.module: Any = load_base(options.base, options.revision, options.base_dtype)
         """The base, in which everything else is put."""
         self._fingerprint = fingerprint(self.module)
         self.module.to(ranks.device).eval()
@@ -143,8 +144,8 @@ class AdaptedBase:
         return all((out / name).is_dir() for name in self._parts or ["model"])
 
 
-def load_base(source: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
-    """Load a pretrained model and its tokenizer.
+def load_base(source: str, revision: str | None, dtype: str) -> Any:
+    """Load a pretrained causal language model.
 
     Args:
         source: A folder, or a name on the Hub.
@@ -152,14 +153,11 @@ def load_base(source: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
         dtype: Type its weights are loaded in; ``auto`` is as stored.
 
     Raises:
-        ConfigError: They cannot be loaded; with what transformers says.
+        ConfigError: It cannot be loaded; the message repeats what transformers says.
     """
-    folder = Path(source).expanduser()
-    place = str(folder) if folder.is_dir() else source
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=kind)
+        return AutoModelForCausalLM.from_pretrained(local_or_hub(source), revision=revision, dtype=kind)
     except EngramError:
         raise
     except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own
@@ -169,7 +167,6 @@ def load_base(source: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
             f"cannot load the base model {source}: {why}; a base is a folder that save_pretrained wrote, or a name on "
             "the Hub. `engram-lm train recipes/base-cpu.toml` trains a small one in runs/base-cpu/model"
         ) from error
-    return model, tokenizer
 
 
 def lora_targets(model: Any, targets: tuple[str, ...], layer_list: str | None = None) -> list[str]:

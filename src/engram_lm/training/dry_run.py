@@ -70,12 +70,11 @@ def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def _bill_of_base(recipe: Recipe) -> dict[str, Any]:
     """Parameters and operations of a recipe that starts from a pretrained model, which is loaded for that."""
-    from engram_lm.training.base_model import AdaptedBase, load_base
+    from engram_lm.training.assembly import load_tokenizer
+    from engram_lm.training.base_model import AdaptedBase
     from engram_lm.training.distribution import Ranks
 
-    model = recipe.model
-    assert model.base is not None
-    tokenizer = load_base(model.base, model.revision, model.base_dtype)[1]
+    tokenizer = load_tokenizer(recipe.tokenizer.path or recipe.model.base or "", recipe.model.revision)
     built = AdaptedBase(recipe, tokenizer, Ranks())
     return {"parameters": built.sizes, "flops": {"training_per_token": built.training_flops_per_token()}}
 

@@ -13,7 +13,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.adaptation.arms import ARMS, RETAINED, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
-from engram_lm.training.assembly import open_text
+from engram_lm.training.assembly import load_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
@@ -66,7 +66,8 @@ class Bench:
         self.recipe, base = recipe, recipe.base
         self.ranks = Ranks(device=find_device(_device(recipe.train.device)))
         progress.note(f"loading {base.model}")
-        model, self.tokenizer = load_base(base.model, base.revision, base.dtype)
+        model = load_base(base.model, base.revision, base.dtype)
+        self.tokenizer = load_tokenizer(base.model, base.revision)
         self.fingerprint = fingerprint(model)
         """Digest of the base's weights."""
         model.to(self.ranks.device).eval()
