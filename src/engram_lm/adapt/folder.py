@@ -52,6 +52,10 @@ TABLE_PREFIX = "memory_tables."
 _PIECE_BYTES = 16 << 20
 # A spec lists its primes and multipliers; the largest that can be built takes a few megabytes.
 _LONGEST_CONFIG_BYTES = 64 << 20
+# Of the widest type that safetensors has.
+_BYTES_PER_NUMBER = 8
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class AdapterFiles(Protocol):
@@ -235,12 +239,6 @@ def _innermost(table: Table) -> Table:
     while isinstance(inner := getattr(table, "table", None), Table):
         table = inner
     return table
-
-
-# Of the widest type that safetensors has.
-_BYTES_PER_NUMBER = 8
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -107,8 +107,7 @@ class RowPatchProof:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
         shares = {name: getattr(self, name) for name in ("holds", "touched_share", "num_other_ngrams")}
-        values = dataclasses.asdict(self)
-        return {**values, "rows": list(values["rows"]), "facts": list(values["facts"]), **shares}
+        return {**dataclasses.asdict(self), **shares}
 
     def __str__(self) -> str:
         """Return the proof as text, a line for each statement."""
