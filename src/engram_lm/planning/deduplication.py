@@ -37,11 +37,6 @@ class DistinctCurve:
         place = float(np.interp(math.log(sequence_length), [math.log(length) for length in lengths], logs))
         return min(math.exp(place), float(num_tokens))
 
-    def bounds(self, order: int, num_tokens: float, sequence_length: int = 2048) -> tuple[float, float]:
-        """Lowest and highest count that the measurement leaves open; equal where it was measured."""
-        high = self.ngrams(order, num_tokens, sequence_length)
-        return (min(high, self.ngrams(order, min(num_tokens, self.tokens_to), sequence_length)), high)
-
     def _of_length(self, length: int, order: int, num_tokens: float) -> float:
         a, b, c = self.coefficients[length][order]
         x = math.log(min(max(num_tokens, length), self.tokens_to))
