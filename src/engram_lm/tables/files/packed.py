@@ -202,16 +202,18 @@ def parse_packed_header(header: TensorHeader, file: str) -> PackedHeader:
         )
     try:
         return _parse(header, file, checksums_crc)
-    except (ConfigError, KeyError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{file}: the header of this packed table cannot be right: {error!s:.400}") from error
 
 
 def _parse(header: TensorHeader, file: str, checksums_crc: int) -> PackedHeader:
     metadata, tensors = header.metadata, header.tensors
+    if missing := {"codec", "provenance"} - metadata.keys():
+        raise ConfigError(f"its metadata lacks {sorted(missing)}")
     objects = {
         name: parse_json(metadata[name], f"{name} of {file}", advice="copy the file again")
         for name in ("codec", "provenance", "hash_spec")
-        if name != "hash_spec" or name in metadata
+        if name in metadata
     }
     if tensors.keys() != {"records", "crc32"}:
         raise ConfigError(f"it holds the tensors {sorted(tensors)!s:.200}, expected crc32 and records")
