@@ -3,18 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.figure import DASHES, MARKERS, Picture
+from engram_lm.page.figure import Picture
 
-__all__ = ["Figures", "loss_bars", "style_of", "sweep"]
+__all__ = ["Figures", "loss_bars", "sweep"]
 
 
 Figures = Callable[[Mapping[str, Any]], Sequence[Picture]]
 """Chooses the pictures of a result."""
-
-
-def style_of(index: int) -> dict[str, Any]:
-    """Color, dashes and marker of the n-th arm, as keyword arguments of matplotlib's ``plot``."""
-    return {"color": f"C{index}", "linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def loss_bars(result: Mapping[str, Any]) -> Sequence[Picture]:

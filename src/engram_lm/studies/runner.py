@@ -87,6 +87,9 @@ class Runner:
     All arms of a seed come before the next seed. An arm that is finished is not trained again, one that was stopped
     goes on from its last checkpoint, and one that diverged is a result like any other.
 
+    Parallel processes of one thread are faster than one process of several threads, which small models do not keep
+    busy: six of them took 97 s and 54 s of computing on two busy cores, against 407 s and 154 s on two threads.
+
     Args:
         study: What to train.
         out: The folder of the study.

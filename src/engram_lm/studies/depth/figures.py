@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.figure import Picture
+from engram_lm.page.figure import MARKERS, Picture, line_style
 from engram_lm.studies.depth.summary import BASELINE
-from engram_lm.studies.figures import style_of
 
 __all__ = ["figures"]
 
@@ -68,7 +67,7 @@ def _draw_lens(axes: Any, curves: Mapping[str, Any]) -> None:
         values = _numbers(curve["kl"])
         reading = [block + 1 for block in curve["memory_blocks"]]
         # The first has no color of its own, because other pictures leave it out.
-        style = style_of(index) | {"color": f"C{index - 1}" if index else "0.2"}
+        style = _style(index) | ({} if index else {"color": "0.2"})
         axes.plot(range(len(values)), values, **style, markevery=reading, label=title)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
@@ -91,14 +90,17 @@ def _draw_cka(figure: Any, arms: Mapping[str, Any], maps: Mapping[str, Any], bes
     left.legend(loc="lower right", fontsize=8)
     figure.colorbar(image, ax=left, label="CKA")
     for index, (name, one) in enumerate(maps.items(), 1):  # styles as in the lens, which draws one more
-        style = style_of(index) | {"color": f"C{index - 1}", "markersize": 4}
-        right.plot(entries, _numbers(one["gain"]), **style, label=arms[name]["title"])
+        right.plot(entries, _numbers(one["gain"]), **_style(index), label=arms[name]["title"])
     right.axhline(0, color="0.3", linewidth=0.8)
     right.set_xlabel("layers behind")
     right.locator_params(axis="x", integer=True)
     right.set_ylabel("layers ahead of no memory")
     right.grid(axis="y", color="0.9")
     right.legend(frameon=False, fontsize=8)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return line_style(index, on_page=False) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 
 def _numbers(values: Any) -> list[float]:

@@ -85,7 +85,8 @@ def depth_finding(result: Mapping[str, Any]) -> Finding:
         best = summary["arms"][summary["best"]]
         gain = best["gain"]["mean"]
         headline = f"Of single modules, {best['title']} is best"
-        headline += "" if gain is None else f", {signed_text(gain)} nats per token over no memory"
+        if gain is not None:
+            headline += f": {abs(gain):.3f} nats per token {'better' if gain > 0 else 'worse'} than no memory"
     seeds = len(result["seeds"])
     table = Table(title=f"Memory by depth, {seeds} seed{'s' * (seeds > 1)}", columns=_COLUMNS, rows=rows, note=_ABOUT)
     return Finding(headline=headline, detail=seeds_note(seeds), tables=[table])
