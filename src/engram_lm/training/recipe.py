@@ -158,7 +158,7 @@ class DataOptions:
                 f"and {self.held_out}"
             )
         if self.validation and self.held_out_sources:
-            raise ConfigError("validation is a share of sources, and held_out_sources stand in place of such shares")
+            raise ConfigError("validation is a share of sources; with held_out_sources there are no such shares")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

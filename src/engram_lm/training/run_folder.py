@@ -74,7 +74,7 @@ class RunFolder:
     """A folder that appears under its name only when it is complete.
 
     Args:
-        path: Where the results shall be. An earlier run there is kept beside it under a numbered name.
+        path: Where to put the results. An earlier run there is kept beside it, under a numbered name.
         mark: File in a run by which it is known as one.
 
     Raises:

@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, recipe: AdaptationRecipe, progress: RunProgress) -> None:
         if not recipe.data.domain:
             raise ConfigError(
-                "data.domain is not given: name the text that the model shall learn, files or folders, such as "
+                "data.domain is not given: name the text that the model should learn, files or folders, such as "
                 "--data.domain '[\"my-text/\"]'"
             )
         self.recipe, base = recipe, recipe.base

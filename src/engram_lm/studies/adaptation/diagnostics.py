@@ -1,4 +1,4 @@
-"""What a memory does, in numbers: which rows are in use, how many N-grams share them, how far the gates open."""
+"""What a trained memory does: which rows are in use, how many N-grams share them, and how far the gates open."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,11 +25,11 @@ _COUNTED_TOKENS = 1 << 20
 
 
 def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
-    """Measure a trained arm with its memory off and with its rows exchanged, and what the memory does.
+    """Measure a trained arm with its memory off and with its rows exchanged, and look at what the memory does.
 
     Args:
         job: The run of the arm, after its last step.
-        counted: Where collisions are kept for other arms and seeds, whose hash and text are the same.
+        counted: A place to keep collisions for the other arms and seeds, which have the same hash and text.
 
     Returns:
         ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each None without memory.
@@ -75,7 +75,7 @@ def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def occupancy(adapter: MemoryAdapter, touched: dict[str, Tensor]) -> dict[str, float] | None:
-    """Say which share of the rows that each block can read some step has trained.
+    """Find the share of the rows that each block can read which training has updated.
 
     Args:
         adapter: The memory.
@@ -123,7 +123,7 @@ def collisions(adapter: MemoryAdapter, tokens: np.ndarray) -> dict[str, dict[str
 def gate_statistics(
     model: Any, adapter: MemoryAdapter, tokens: np.ndarray, *, length: int, dtype: str
 ) -> dict[str, dict[str, float]]:
-    """Look at the gates on text that was not trained on.
+    """Describe how far the gates open on text that was not trained on.
 
     Args:
         model: The model with the memory.

@@ -81,7 +81,7 @@ class AdaptationFolder:
             )
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What a run found, where it is finished.
+        """Read what a run found, if it is finished.
 
         Raises:
             CheckpointError: Its file is damaged.
