@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.checkpoints.saved_state import SavedState, SavedTensor
 from engram_lm.training.checkpoints.storage import StateReader
-from engram_lm.training.optimizers import plain_name
+from engram_lm.training.optimizers import CombinedOptimizer, plain_name
 
-__all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "NamedState", "export_model", "model_facts", "training_tensors"]
+__all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "export_model", "model_facts", "training_tensors"]
 
 MODEL_CONFIG = "model_config"
 """The fact that holds a model's ``config.json``, from which `export_model` makes the model's folder."""
@@ -30,16 +30,6 @@ SPEC_DIGEST = "spec_digest"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _LARGEST_FILE_BYTES = 5 * 10**9
 """Size at which transformers splits its files."""
-
-
-class NamedState(Protocol):
-    """An optimizer whose state can be saved by name, such as `engram_lm.training.optimizers.CombinedOptimizer`."""
-
-    def allocate_state(self) -> None:
-        """Make all state as it is before the first step."""
-
-    def named_state(self) -> dict[str, Tensor]:
-        """The live tensors by ``parameter name/state name``."""
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def training_tensors(
-    model: nn.Module, optimizer: NamedState | None = None, *, only_trained: bool = False
+    model: nn.Module, optimizer: CombinedOptimizer | None = None, *, only_trained: bool = False
 ) -> dict[str, Tensor]:
     """Name every tensor that training changes, for `Checkpoints`, which reads them and fills them in place.
 
@@ -157,7 +147,8 @@ def export_model(
     trained = {kind for name, kind in target.items() if kind.is_floating_point and not set(name.split(".")) & set(kept)}
     config.dtype = max(trained, key=lambda kind: kind.itemsize) if trained else None
     config.architectures = [EngramForCausalLM.__name__]
-    reader = StateReader(checkpoint, SavedState(state.step, {}, state.files, _with_prefix(saved)))
+    named = {_MODEL + name: tensor for name, tensor in saved.items()}
+    reader = StateReader(checkpoint, SavedState(state.step, {}, state.files, named))
     reader.verify()
     with new_folder(out) as aside:
         files = _divided(saved, target)
@@ -205,10 +196,6 @@ def _model_tensors(checkpoint: Path, state: SavedState, config: EngramLMConfig) 
             f"{shapes.get(name, 'of nothing (it is missing)')}, expected {expected.get(name, 'no such tensor')}"
         )
     return found
-
-
-def _with_prefix(tensors: Mapping[str, SavedTensor]) -> dict[str, SavedTensor]:
-    return {_MODEL + name: tensor for name, tensor in tensors.items()}
 
 
 def _divided(saved: Mapping[str, SavedTensor], target: Mapping[str, torch.dtype]) -> dict[str, list[str]]:

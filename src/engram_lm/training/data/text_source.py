@@ -45,11 +45,8 @@ class TextSource:
             raise ConfigError(f"path of a data source is a file, a folder or hf://owner/name, got {self.path!r}")
         if self.kind not in get_args(Kind):
             raise ConfigError(f"kind of {self.path} is one of {', '.join(get_args(Kind))}, got {self.kind!r}")
-        for option in ("field", "split"):
-            if not isinstance(getattr(self, option), str) or not getattr(self, option):
-                raise ConfigError(f"{option} of {self.path} is a name, got {getattr(self, option)!r}")
-        if not isinstance(self.streaming, bool):
-            raise ConfigError(f"streaming of {self.path} is true or false, got {self.streaming!r}")
+        if not self.field or not self.split:
+            raise ConfigError(f"field and split of {self.path} are names, got {self.field!r} and {self.split!r}")
         if self.path.startswith(HUB) and self.kind not in ("auto", "dataset"):
             raise ConfigError(f"{self.path} is a dataset of the hub, so its kind is dataset, not {self.kind}")
         if self.path == STANDARD_LIBRARY and self.kind not in ("auto", "text"):
