@@ -1,6 +1,7 @@
 """Ranks that train together do what one process does; where one fails, all fail alike; nobody waits for ever."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -299,8 +300,16 @@ def test_a_batch_smaller_than_the_ranks_is_refused():
         share(2, Ranks(0, 3))
 
 
-def test_without_torchrun_a_process_is_alone():
-    with start("cpu", environment={}) as ranks:
+def set_environment(monkeypatch, environment):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    set_environment(monkeypatch, {})
+    with start("cpu") as ranks:
         assert ranks == Ranks() and ranks.group is None and ranks.is_first
     stop(ranks)
 
@@ -316,22 +325,29 @@ def test_without_torchrun_a_process_is_alone():
     ],
     ids=str,
 )
-def test_an_environment_that_contradicts_itself_is_refused(environment, message):
+def test_an_environment_that_contradicts_itself_is_refused(environment, message, monkeypatch):
     whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **environment} if len(environment) > 1 else environment
+    set_environment(monkeypatch, whole)
     with pytest.raises(ConfigError, match=message):
-        start("cpu", environment=whole)
+        start("cpu")
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(device):
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
+    set_environment(monkeypatch, {})
     with pytest.raises(ConfigError, match=r"device|GPU|cpu or cuda"):
-        start(device, environment={})
+        start(device)
 
 
-def test_a_rank_that_never_comes_is_reported_in_time(tmp_path):
-    environment, began = {"RANK": "0", "WORLD_SIZE": "2"}, time.monotonic()
+def test_a_rank_that_never_comes_is_reported_in_time(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    set_environment(monkeypatch, environment)
+    began = time.monotonic()
     with pytest.raises(ConfigError, match=r"rank 0 of 2 could not join the others .* within 2 s"):
-        start("cpu", environment=environment, init_method=f"file://{tmp_path}/meet", timeout_seconds=2)
+        start("cpu", timeout_seconds=2)
     assert time.monotonic() - began < 20 and not dist.is_initialized()
 
 

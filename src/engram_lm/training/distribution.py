@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -92,62 +92,46 @@ class Ranks:
         stop(self)
 
 
-def start(
-    device: str | torch.device | None = None,
-    *,
-    timeout_seconds: float = 600.0,
-    environment: Mapping[str, str] | None = None,
-    init_method: str | None = None,
-) -> Ranks:
+def start(device: str | torch.device | None = None, *, timeout_seconds: float = 600.0) -> Ranks:
     """Join the other processes that ``torchrun`` started; without torchrun, be alone.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``; CUDA where None and there is a GPU for this process. Tensors on a GPU travel by
             NCCL, those of the host by gloo.
         timeout_seconds: How long a rank waits for the others, here and in each exchange, before it fails.
-        environment: Where torchrun's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are; that of the process
-            where None.
-        init_method: Where ranks meet, as a URL of ``torch.distributed``; MASTER_ADDR and MASTER_PORT where None.
 
     Raises:
         ConfigError: The environment contradicts itself, there is no such device, or other ranks did not come in time.
     """
-    given = os.environ if environment is None else environment
+    given = os.environ
     if "RANK" not in given and "WORLD_SIZE" not in given:
         return Ranks(device=_device(device, 0))
-    needed = ("RANK", "WORLD_SIZE") + (("MASTER_ADDR", "MASTER_PORT") if init_method is None else ())
-    missing = [name for name in needed if not given.get(name)]
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not given.get(name)]
     if missing:
         raise ConfigError(f"the environment says RANK or WORLD_SIZE but not {', '.join(missing)}; start with torchrun")
-    rank, world_size = _number(given, "RANK"), _number(given, "WORLD_SIZE")
-    local_rank = _number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else 0
-    if not 0 <= rank < world_size:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    for name in names:
+        if not given.get(name, "0").isdecimal():
+            raise ConfigError(f"{name} in the environment must be a whole number from 0, not {given[name]!r}")
+    rank, world_size, local_rank, _ = (int(given.get(name, "0")) for name in names)
+    if not rank < world_size:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world_size}; ranks go from 0 to WORLD_SIZE - 1")
-    if not timeout_seconds > 0:
-        raise ConfigError(f"timeout_seconds must be above 0, not {timeout_seconds}")
     if dist.is_initialized():
         raise ConfigError("torch.distributed was started in this process before; stop() it first")
     place = _device(device, local_rank)
-    if init_method is None:
-        init_method = f"tcp://{given['MASTER_ADDR']}:{_number(given, 'MASTER_PORT')}"
     options: dict[str, Any] = {"backend": "gloo"}
     if place.type == "cuda":
         torch.cuda.set_device(place)
         # One group for both kinds of tensors; objects and errors go over the host's.
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": place}
     try:
-        dist.init_process_group(
-            **options,
-            init_method=init_method,
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-        )
+        dist.init_process_group(**options, timeout=datetime.timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+        where = f"{given['MASTER_ADDR']}:{given['MASTER_PORT']}"
         raise ConfigError(
-            f"rank {rank} of {world_size} could not join the others at {init_method} within {timeout_seconds:g} s "
+            f"rank {rank} of {world_size} could not join the others at {where} within {timeout_seconds:g} s "
             f"({str(error).splitlines()[0]}); see that all ranks were started and reach that address"
         ) from error
     return Ranks(rank, world_size, local_rank, place, dist.group.WORLD)
@@ -157,16 +141,6 @@ def stop(ranks: Ranks) -> None:
     """Leave the other processes. Does nothing where `start` found none, or when called a second time."""
     if ranks.group is not None and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    try:
-        number = int(environment[name])
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ConfigError(f"{name} in the environment must be a whole number from 0, not {environment[name]!r}")
-    return number
 
 
 def _device(name: str | torch.device | None, local_rank: int) -> torch.device:
