@@ -12,10 +12,10 @@ from tests.raw_safetensors import write_raw
 
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
-from engram_lm.serving.bench.tables import Bench, draw_rows, drop, synthetic_table
+from engram_lm.serving.bench.tables import Bench, draw_rows, synthetic_table
 from engram_lm.tables import MappedTable, packed_layout, tensor_layout
 from engram_lm.tables.files.safetensors_file import read_header
-from engram_lm.tables.tiers.page_cache import resident_share
+from engram_lm.tables.tiers.page_cache import drop_from_memory, resident_share
 
 PAGE, NAME = mmap.PAGESIZE, "model.memory_tables.1.weight"
 
@@ -64,9 +64,9 @@ def test_pages_that_are_mapped_are_not_called_cold(table_file):
     header = read_header(table_file)
     table = MappedTable(tensor_layout([header[NAME]]))
     table.gather(torch.arange(1 << 15))
-    assert drop((str(table_file),)) > 0.9
+    assert drop_from_memory(table_file) > 0.9
     table.close()
-    left = drop((str(table_file),))
+    left = drop_from_memory(table_file)
     assert left < 0.001 or not can_be_dropped(table_file)
 
 

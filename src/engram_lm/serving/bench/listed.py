@@ -8,14 +8,7 @@ __all__ = ["listed"]
 
 
 def listed(text: str, flag: str, kind: type, low: int, high: int | None = None) -> list[Any]:
-    """Read the numbers of a flag, each once, in the order given.
-
-    Args:
-        text: Numbers separated by commas or spaces.
-        flag: What messages call the flag, such as ``--rows``.
-        kind: ``int`` or ``float``.
-        low: The smallest number that is allowed.
-        high: The largest; 2 ** 62 where None.
+    """Read the numbers of a flag such as ``--rows``, from ``low`` to ``high``, each once and in the order given.
 
     Raises:
         ConfigError: No numbers, something else, or a number out of range.

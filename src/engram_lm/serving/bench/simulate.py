@@ -163,7 +163,7 @@ class Simulate:
             print(f"engram-lm table simulate: {trace.name}, {len(trace.rows):,} reads", file=sys.stderr)
             found["traces"].append(self._simulate(trace, record_bytes))
         if self.plot is not None:
-            save_plot(found["traces"], self.plot)
+            _save_plot(found["traces"], self.plot)
         if self.json:
             print(json_module.dumps(found))
         else:
@@ -310,13 +310,8 @@ def _model_row_bytes(folder: Path) -> int:
     return memory.head_dim * 2
 
 
-def save_plot(traces: list[dict[str, Any]], path: Path) -> None:
-    """Draw hit rate against cache size: a row of panels for each block, a panel for each order where they are known.
-
-    Args:
-        traces: As in the JSON output.
-        path: A ``.png`` or ``.svg``, replaced when the picture is whole.
-    """
+def _save_plot(traces: list[dict[str, Any]], path: Path) -> None:
+    """Draw hit rate against cache size: a row of panels for each block, a panel for each order where they are known."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 

@@ -189,7 +189,7 @@ class Bench:
             plain.gather(rows)
             warm = {"warm_seconds": _seconds(lambda: plain.gather(rows))}
             return {**warm, **_prefetched(tier.kept, rows, "warm")} if self.prefetch else warm
-        left = drop(tier.files)
+        left = _drop(tier.files)
         cold = _is_cold(left)
         values: dict[str, Any] = {"resident_share_before_cold": left}
         with contextlib.closing(tier.opener()) as table:
@@ -201,10 +201,10 @@ class Bench:
             return values
         with contextlib.closing(_ahead(tier.opener())) as table:
             values.update(_prefetched(table, rows, "warm"))
-        if cold and _is_cold(drop(tier.files)):
+        if cold and _is_cold(_drop(tier.files)):
             with contextlib.closing(_ahead(tier.opener())) as table:
                 values.update(_prefetched(table, rows, "cold"))
-        if cold and _is_cold(drop(tier.files)):
+        if cold and _is_cold(_drop(tier.files)):
             with contextlib.closing(_ahead(tier.opener())) as table:
                 _start_threads(table)
                 table.prefetch(rows)
@@ -259,31 +259,17 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def drop(files: tuple[str, ...]) -> float | None:
-    """Drop files from the page cache.
-
-    Args:
-        files: Paths. No mapping of them may be open in this process: mapped pages are not dropped.
-
-    Returns:
-        Largest share of a file that is still there; None where the system does not say.
-    """
+def _drop(files: tuple[str, ...]) -> float | None:
+    """Drop files from the page cache; return the largest share that is left of one, None where nobody can say."""
     left = [drop_from_memory(file) for file in files]
     return None if None in left else max(left, default=None)  # type: ignore[type-var]  # none of them is None
 
 
 def draw_rows(distribution: Distribution, num_rows: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """Draw row numbers.
+    """Draw row numbers of a table of ``num_rows`` rows, int64 ``[count]``.
 
-    Args:
-        distribution: ``"uniform"``, or ``"zipf"``: the k-th most popular row is drawn in proportion to log(1 + 1/k),
-            which is 1/k but for the first few. Popular rows are spread over the table, as hashing spreads them.
-        num_rows: Rows in the table.
-        count: How many numbers.
-        random: Where chance comes from.
-
-    Returns:
-        int64 ``[count]``.
+    With ``"zipf"`` the k-th most popular row is drawn in proportion to log(1 + 1/k), which is 1/k except for the first
+    few. Popular rows are spread over the table, as hashing spreads them.
     """
     if distribution == "uniform":
         return random.integers(0, num_rows, count)
@@ -297,20 +283,7 @@ def draw_rows(distribution: Distribution, num_rows: int, count: int, random: np.
 
 @contextlib.contextmanager
 def synthetic_table(num_rows: int, width: int, folder: Path | None) -> Iterator[Path]:
-    """Write a table of random bfloat16 rows, and remove it in the end.
-
-    Args:
-        num_rows: Rows.
-        width: Numbers in a row.
-        folder: Where; the system's folder for temporary files where None.
-
-    Yields:
-        The file, a packed table.
-
-    Raises:
-        ConfigError: There is no such folder.
-        OSError: It cannot be written, or the disk has less room than the table takes.
-    """
+    """Write a packed table of random bfloat16 rows, and remove it in the end."""
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {folder} is no folder")
     with tempfile.TemporaryDirectory(prefix="engram-bench-", dir=folder) as place:

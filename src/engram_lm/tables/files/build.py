@@ -49,14 +49,7 @@ def build_packed(
 
 
 def provenance_of(layout: RowLayout, source: object, verb: str, **more: Any) -> dict[str, Any]:
-    """Return what the header of a packed table says of where its rows came from.
-
-    Args:
-        layout: The table that it is made from.
-        source: The checkpoint that holds it.
-        verb: The verb of ``engram-lm table`` that makes it.
-        more: Further values.
-    """
+    """Return what the header of a packed table that a verb of ``engram-lm table`` makes says of its origin."""
     return {
         "made_by": f"engram-lm table {verb}",
         "source": str(source),
