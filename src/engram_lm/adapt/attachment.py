@@ -11,8 +11,8 @@ from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
 from engram_lm.adapt.decoder import Decoder, find_decoder
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.hashing import HashSpec, Segments, TokenMap
-from engram_lm.memory.config import EngramConfig
+from engram_lm.hashing import HashSpec, Segments
+from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.table_place import wanted_tables
 from engram_lm.tables import ParameterTable, Table
 
@@ -116,8 +116,14 @@ def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segment
         TokenMapError: The tokenizer has no Rust backend.
     """
     _check_geometry(config, decoder)
-    token_map, pad, segments = _read_tokenizer(tokenizer, decoder, segments)
-    spec = config.hash_spec(token_map, pad_token_id=pad, segments=segments)
+    check_tokenizer_kind(tokenizer)
+    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
+    if len(tokenizer) < decoder.vocab_size - max(256, decoder.vocab_size // 32):
+        raise MismatchError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
+            "that belongs to the model"
+        )
+    spec = config.hash_spec_for(tokenizer, segments=segments)
     check_vocabulary(spec.num_tokens, decoder)
     return spec
 
@@ -134,32 +140,6 @@ def _check_geometry(config: EngramConfig, decoder: Decoder) -> None:
         raise ConfigError(
             f"layers {config.layers} are asked for; {decoder.name} has {len(decoder.layers)}, counted from 0"
         )
-
-
-def _read_tokenizer(tokenizer: Any, decoder: Decoder, segments: Segments | None) -> tuple[TokenMap, int, Segments]:
-    """Canonical tokens, the token that stands for nothing, and where N-grams stop."""
-    if not hasattr(tokenizer, "pad_token_id"):
-        raise ConfigError(
-            f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "
-            f"{type(tokenizer).__name__}"
-        )
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    if pad is None:
-        raise ConfigError(
-            "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the positions "
-            "before the start of a text; set tokenizer.pad_token first"
-        )
-    size = len(tokenizer)
-    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
-    if size < decoder.vocab_size - max(256, decoder.vocab_size // 32):
-        raise MismatchError(
-            f"the tokenizer has {size} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer that belongs "
-            "to the model"
-        )
-    if segments is None:
-        segments = Segments(end_tokens=() if end is None else (end,))
-    return TokenMap.from_tokenizer(tokenizer), pad, segments
 
 
 def _floating_type(decoder: Decoder) -> torch.dtype:

@@ -79,15 +79,8 @@ class TokenHistory(RollingWindow):
         """Return a copy of the state: tensors, integers and the spec's digest."""
         return {"digest": self.spec.digest, **super().snapshot()}
 
-    def restore(self, snapshot: Mapping[str, Any], *, resize: bool = False) -> Self:
+    def restore(self, snapshot: Mapping[str, Any]) -> Self:
         """Return, in place, to what `snapshot` saw.
-
-        Args:
-            snapshot: Of this history or of another one of the same hash.
-            resize: Also take the snapshot's batch size.
-
-        Returns:
-            The history itself.
 
         Raises:
             HistoryError: The snapshot is of another hash, batch size or kind of history.
@@ -96,4 +89,4 @@ class TokenHistory(RollingWindow):
             raise HistoryError(
                 f"the snapshot belongs to the hash {snapshot.get('digest')}, this history to {self.spec.digest}"
             )
-        return super().restore(snapshot, resize=resize)
+        return super().restore(snapshot)

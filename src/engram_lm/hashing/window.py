@@ -249,18 +249,11 @@ class RollingWindow:
         }
 
     @torch.no_grad()
-    def restore(self, snapshot: Mapping[str, Any], *, resize: bool = False) -> Self:
+    def restore(self, snapshot: Mapping[str, Any]) -> Self:
         """Return, in place, to what `snapshot` saw.
 
-        Args:
-            snapshot: Of this window or of one with the same width, items and ``max_rollback``.
-            resize: Also take the snapshot's batch size. Otherwise it must be this window's.
-
-        Returns:
-            The window itself.
-
         Raises:
-            HistoryError: The snapshot is of another kind of window.
+            HistoryError: The snapshot is of a window of another kind, or of another number of sequences.
         """
         buffer, held = snapshot.get("buffer"), snapshot.get("held")
         if not isinstance(buffer, Tensor) or not isinstance(held, Tensor):
@@ -269,7 +262,7 @@ class RollingWindow:
         theirs = (snapshot.get("width"), snapshot.get("max_rollback"), tuple(buffer.shape[2:]))
         if ours != theirs:
             raise HistoryError(f"the snapshot has (width, max_rollback, item shape) {theirs}, this window {ours}")
-        if not resize and buffer.shape[0] != self.batch_size:
+        if buffer.shape[0] != self.batch_size:
             raise HistoryError(f"the snapshot holds {buffer.shape[0]} sequences, this window {self.batch_size}")
         self._replace(buffer.to(self._buffer, copy=True), held.to(self._held, copy=True))
         return self

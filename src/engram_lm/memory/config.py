@@ -13,7 +13,7 @@ from engram_lm.memory.registry import check_layer, layer_class
 if TYPE_CHECKING:
     from engram_lm.hashing import HashSpec, Segments, TokenMap
 
-__all__ = ["EngramConfig"]
+__all__ = ["EngramConfig", "check_tokenizer_kind"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,37 @@ class EngramConfig:
             shared_table=self.tables == "shared",
         )
 
+    def hash_spec_for(
+        self, tokenizer: Any, *, token_map: "TokenMap | None" = None, segments: "Segments | None" = None
+    ) -> "HashSpec":
+        """Build the hash that addresses these tables for a Hugging Face tokenizer.
+
+        Args:
+            tokenizer: A fast tokenizer. Its pad token, or else its end-of-text token, stands for everything before the
+                start of a segment.
+            token_map: Canonical tokens; computed from the tokenizer by the published normalization where None.
+            segments: Which look-backs are blocked; by default N-grams do not cross an end-of-text token.
+
+        Raises:
+            ConfigError: It is no Hugging Face tokenizer, or has neither a pad nor an end-of-text token.
+            TokenMapError: The tokenizer has no Rust backend.
+        """
+        from engram_lm.hashing import Segments, TokenMap
+
+        check_tokenizer_kind(tokenizer)
+        end = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+        if pad is None:
+            raise ConfigError(
+                "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the "
+                "positions before the start of a text; set tokenizer.pad_token first"
+            )
+        return self.hash_spec(
+            TokenMap.from_tokenizer(tokenizer) if token_map is None else token_map,
+            pad_token_id=pad,
+            segments=Segments(end_tokens=() if end is None else (end,)) if segments is None else segments,
+        )
+
     # What it costs -------------------------------------------------------------------------------------------------
 
     def num_table_rows(self) -> tuple[int, ...]:
@@ -219,6 +250,19 @@ class EngramConfig:
     @property
     def _num_tables(self) -> int:
         return 1 if self.tables == "shared" else len(self.layers)
+
+
+def check_tokenizer_kind(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer of transformers.
+
+    Raises:
+        ConfigError: As said.
+    """
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise ConfigError(
+            f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "
+            f"{type(tokenizer).__name__}"
+        )
 
 
 def _whole(name: str, value: object, *, at_least: int) -> None:

@@ -98,20 +98,10 @@ class EngramLayer(MemoryLayer):
         lengths: Tensor | list[int] | None = None,
         return_gates: bool = False,
     ) -> Tensor | EngramOutput:
-        """Compute the update of the hidden state.
+        """Compute the update of the hidden state; see `MemoryLayer.forward`.
 
-        Args:
-            hidden_states: ``[B, L, S, D]``, or ``[B, L, D]`` where there is one stream.
-            memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``.
-            state: What the convolution remembers: a window, which is read first and then moved past these positions in
-                place; or the positions before these, ``[B, W, S * D]`` of `convolution_input`, which are only read.
-            active: Bool ``[B, L]``; where False (padding, dead tokens) the gate is 0 and the update is 0.
-            lengths: Positions of each sequence that are real, for chunks padded on the right to unequal lengths. Only
-                the state needs to know.
-            return_gates: Whether to return the gates too.
-
-        Returns:
-            The update, in the hidden state's shape and type; with ``return_gates`` an `EngramOutput`.
+        Where ``active`` is False (padding, dead tokens) the gate is 0 too. A ``state`` that is a tensor holds what
+        `convolution_input` gave for the positions before, ``[B, W, S * D]``.
 
         Raises:
             HistoryError: The state holds another number of sequences.
@@ -130,11 +120,6 @@ class EngramLayer(MemoryLayer):
 
         The two are all that the convolution of later positions depends on, and fewer numbers than its input: an engine
         that keeps its own state may store them and call `convolution_input` when it reads.
-
-        Args:
-            hidden_states: As for `forward`.
-            memory: As for `forward`.
-            active: As for `forward`.
 
         Returns:
             Values ``[B, L, D]`` and gates, float32 ``[B, L, S]``.

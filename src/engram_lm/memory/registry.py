@@ -17,35 +17,18 @@ LAYERS: dict[str, str] = {"engram": "engram_lm.memory.layer.EngramLayer"}
 
 
 def check_layer(name: object) -> None:
-    """Refuse a name that no layer has.
-
-    Raises:
-        ConfigError: As said, with the nearest name.
-    """
+    """Refuse a name that no layer has, by a ConfigError with the nearest one."""
     if not isinstance(name, str) or name not in LAYERS:
         raise ConfigError(f"there is no memory layer {name!r}; {suggestion(name, LAYERS)}")
 
 
 def layer_class(name: str) -> "type[MemoryLayer]":
-    """Return the class of a layer.
-
-    Raises:
-        ConfigError: No layer has this name; the nearest is given.
-    """
-    check_layer(name)
+    """Return the class of a layer."""
     module, _, attribute = LAYERS[name].rpartition(".")
     found: type[MemoryLayer] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 def build_layer(config: "EngramConfig", table: "Table | None" = None) -> "MemoryLayer":
-    """Build the layer that a configuration names.
-
-    Args:
-        config: Geometry and options.
-        table: Where its rows are read from.
-
-    Raises:
-        ConfigError: The table's rows are not as wide as the configuration says.
-    """
+    """Build the layer that a configuration names; the arguments are those of `MemoryLayer`."""
     return layer_class(config.layer)(config, table)

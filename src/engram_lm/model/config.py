@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
-from engram_lm.memory.config import EngramConfig
+from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.presets import CANONICAL_DEEPSEEK, preset_fields
 
 __all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
@@ -179,27 +179,13 @@ class EngramLMConfig(DeepseekV3Config):
         Returns:
             A configuration that carries the token map to the model built from it.
         """
-        if not hasattr(tokenizer, "pad_token_id"):
-            raise ConfigError(
-                f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "
-                f"{type(tokenizer).__name__}"
-            )
+        check_tokenizer_kind(tokenizer)
         backbone.setdefault("vocab_size", len(tokenizer))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             backbone.setdefault(name, getattr(tokenizer, name))
         if memory is None:
             return cls(**backbone)
-        token_map = TokenMap.from_tokenizer(tokenizer) if token_map is None else token_map
-        end = tokenizer.eos_token_id
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-        if pad is None:
-            raise ConfigError(
-                "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the "
-                "positions before the start of a text; set tokenizer.pad_token first"
-            )
-        if segments is None:
-            segments = Segments(end_tokens=() if end is None else (end,))
-        spec = memory.hash_spec(token_map, pad_token_id=pad, segments=segments)
+        spec = memory.hash_spec_for(tokenizer, token_map=token_map, segments=segments)
         config = cls(memory=memory.to_dict(), hash_spec=spec.to_dict(), **backbone)
         config._keep("hash_spec", spec)
         return config

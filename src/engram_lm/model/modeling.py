@@ -36,9 +36,7 @@ __all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramMo
 
 
 @dataclasses.dataclass
-class EngramModelOutput(BaseModelOutputWithPast):
-    """Output of `EngramModel`."""
-
+class _Recorded:
     gates: tuple[Tensor, ...] | None = None
     """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
     router_logits: tuple[Tensor, ...] | None = None
@@ -48,15 +46,14 @@ class EngramModelOutput(BaseModelOutputWithPast):
 
 
 @dataclasses.dataclass
-class EngramCausalLMOutput(CausalLMOutputWithPast):
+class EngramModelOutput(_Recorded, BaseModelOutputWithPast):
+    """Output of `EngramModel`."""
+
+
+@dataclasses.dataclass
+class EngramCausalLMOutput(_Recorded, CausalLMOutputWithPast):
     """Output of `EngramForCausalLM`."""
 
-    gates: tuple[Tensor, ...] | None = None
-    """With ``output_gates=True``: one float32 ``[B, L, S]`` per block with memory, in order of depth."""
-    router_logits: tuple[Tensor, ...] | None = None
-    """With ``output_router_logits=True``: one float32 ``[B * L, E]`` per mixture of experts."""
-    chosen_experts: tuple[Tensor, ...] | None = None
-    """With ``output_chosen_experts=True``: one int64 ``[B * L, K]`` per mixture of experts."""
     balance_loss: Tensor | None = None
     """The sequence-wise balance loss that ``loss`` contains, times its weight; None where the weight is 0."""
 
@@ -113,13 +110,8 @@ class EngramModel(EngramPreTrainedModel):
         self.bound_spec: HashSpec | None = None
         self.register_load_state_dict_post_hook(_forget_spec)
         self.post_init()
-        if spec is not None and not self.token_map.is_meta:
-            token_map = spec.token_map
-            if token_map is None:
-                raw = TokenMap.identity(spec.num_tokens)
-                token_map = raw if raw.digest == spec.token_map_digest else None  # Raw tokens need no tokenizer.
-            if token_map is not None:
-                self.bind_tokenizer(token_map)
+        if spec is not None and spec.token_map is not None and not self.token_map.is_meta:
+            self.bind_tokenizer(spec.token_map)
 
     @merge_with_config_defaults
     @capture_outputs

@@ -65,15 +65,10 @@ class WantedTable:
     """Digest of the HashSpec."""
 
     def check(self, where: str, shape: tuple[int, ...], spec_digest: str | None = None) -> None:
-        """Refuse a table of another size, or one that was made for another hash.
-
-        Args:
-            where: What messages call the table that was found.
-            shape: Its rows and width.
-            spec_digest: Digest of the HashSpec it was made for, where it says so.
+        """Refuse a table of another size (rows, width), or one that says it was made for another hash.
 
         Raises:
-            MismatchError: As said.
+            MismatchError: As said; ``where`` is what the message calls the table.
         """
         if shape != (self.num_rows, self.width):
             raise MismatchError(
@@ -162,9 +157,6 @@ class TablePlace:
         or address that holds a table of each name, or a text with ``{table}`` in it, which the names replace. What
         holds a single table may call it what it likes, where it is clear whose it is.
 
-        Args:
-            wanted: The model's tables by name.
-
         Returns:
             Table name to where it is, for those that the source is for; empty without a source.
 
@@ -211,12 +203,9 @@ class TablePlace:
             dtype: Type of the rows that the model reads.
 
         Raises:
-            CheckpointError: The file has changed, or its rows cannot be read.
             ConfigError: The tier has no room for it, or the cache none for a row.
             DataError: The trace cannot be read, or lacks a block.
-            MismatchError: A store's table is not the one that is wanted.
-            RemoteError: Nobody answers, or there is no such table.
-            RowRangeError: The trace has rows that the table has not.
+            EngramError: What `open_table` raises.
         """
         tier: Any = self.tier
         source = tensor_layout([located]) if isinstance(located, StoredTensor) else located
@@ -238,13 +227,7 @@ class TablePlace:
             raise
 
     def load(self, located: Located, wanted: WantedTable, dtype: torch.dtype) -> Tensor:
-        """Load a whole table as numbers, ``[rows, width]`` on `device`.
-
-        Raises:
-            CheckpointError: A file has changed, or its rows cannot be read.
-            MismatchError: A store's table is not the one that is wanted.
-            RemoteError: Nobody answers, or there is no such table.
-        """
+        """Load a whole table as numbers, ``[rows, width]`` on `device`. Raises what `open` raises."""
         remote = isinstance(located, str) or any(map(is_address, located.files))
         table = open_table(located, tier="remote" if remote else "file", dtype=dtype)
         try:

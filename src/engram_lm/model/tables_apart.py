@@ -62,10 +62,6 @@ class TablesApart:
 
         Returns:
             Names of tables that are nowhere; they were made anew.
-
-        Raises:
-            CheckpointError: A table is to be read from disk, and the checkpoint does not have it.
-            MismatchError: A table is not the one that is wanted.
         """
         if not stored and self.tables.keys() - elsewhere.keys():
             raise CheckpointError(
@@ -108,14 +104,7 @@ class TablesApart:
         return missing
 
     def adopted(self, prefix: str) -> Iterator[tuple[str, Table, Any]]:
-        """Give each table to whoever iterates, now that nothing will move it any more; parameters leave for good.
-
-        Args:
-            prefix: What the names of the base model begin with.
-
-        Returns:
-            Name, table, and what a device map calls the place where it is.
-        """
+        """Give name, table and what a device map calls its place, now that nothing will move it; parameters leave."""
         for name, table in list(self.tables.items()):
             place = self._place(name, prefix)
             if isinstance(table, ParameterTable):
@@ -129,11 +118,7 @@ class TablesApart:
         return {name: _map(stored) for name, stored in self.stored.items()}
 
     def check_folder(self, folder: Path) -> None:
-        """Refuse a folder whose files tables are being read from.
-
-        Raises:
-            ConfigError: As said.
-        """
+        """Refuse a folder whose files tables are being read from."""
         read = {Path(stored.file) for stored in self.stored.values()}
         for located in self.elsewhere.values():
             read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
@@ -168,14 +153,9 @@ def stored_table(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor 
 
 
 def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Take the tables out of a device map, so that nothing moves them from where they were put.
+    """Divide a device map: what is left for the backbone, and where the tables go, which nothing may move from there.
 
-    Args:
-        device_map: What ``from_pretrained`` was given.
-
-    Returns:
-        What is left for the backbone, and where the tables go, by name; None where they are loaded with the rest
-        because all is on one device.
+    The latter is None where all is on one device, and tables are loaded with the rest.
     """
     if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
         # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.

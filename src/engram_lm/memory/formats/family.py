@@ -50,17 +50,13 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def read_config(self, keys: Mapping[str, Any], spec: HashSpec) -> EngramConfig:
-        """Read geometry and options from a ``config.json``.
-
-        Raises:
-            ConfigError: A key is missing or impossible.
-        """
+        """Read geometry and options from a ``config.json``; raises ConfigError where a key is missing or impossible."""
 
     @abc.abstractmethod
     def locate(
         self, tensors: TensorFolder, stem: str, config: EngramConfig, spec: HashSpec, index: int
     ) -> dict[str, StoredTensor]:
-        """Find the weights of a layer besides its table, and check their types and shapes.
+        """Find the weights of a layer besides its table, and compare types, shapes and constants with the config.
 
         Args:
             tensors: The checkpoint.
@@ -68,10 +64,6 @@ class Family(abc.ABC):
             config: Geometry and options.
             spec: The hash.
             index: Place of the layer among the layers of the hash.
-
-        Raises:
-            CheckpointError: A tensor is missing, or of another type or shape than the config says.
-            MismatchError: Constants of the hash are not those of the config.
         """
 
     @abc.abstractmethod
@@ -81,11 +73,7 @@ class Family(abc.ABC):
         """Load what `locate` found, as the state dict of an `EngramLayer`."""
 
     def check_options(self, config: EngramConfig) -> None:
-        """Refuse options that the format has no place for.
-
-        Raises:
-            ConfigError: As said, with the reason.
-        """
+        """Refuse options that the format has no place for, by a ConfigError with the reason."""
         for name, (held, why) in self.held.items():
             if getattr(config, name) != held:
                 raise ConfigError(f"{self.variant} cannot hold {name}={getattr(config, name)!r}, only {held!r}: {why}")
@@ -100,24 +88,11 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def weights(self, layer: EngramLayer, names: Mapping[str, str], spec: HashSpec, index: int) -> dict[str, Tensor]:
-        """Return everything of a layer but its table, by our names of `names`.
-
-        Args:
-            layer: The layer.
-            names: Our names → the full names in the checkpoint, for messages.
-            spec: The hash.
-            index: Place of the layer among the layers of the hash.
-        """
+        """Return everything of a layer but its table, by our names; messages call tensors by their full ``names``."""
 
     @abc.abstractmethod
     def plan_table(self, table: Table, names: Mapping[str, str], num_shards: int) -> Plan:
-        """Say which tensors a table becomes.
-
-        Args:
-            table: The table.
-            names: Our names → the full names in the checkpoint.
-            num_shards: How many tensors it is divided into.
-        """
+        """Say which tensors a table becomes, by their full ``names``; ``num_shards`` is for formats that split it."""
 
     @abc.abstractmethod
     def write_table(self, writer: TensorWriter, table: Table, names: Mapping[str, str], num_shards: int) -> None:
@@ -125,11 +100,7 @@ class Family(abc.ABC):
 
 
 def lookup(keys: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """Look a key up under ``text_config``, then at the top.
-
-    Raises:
-        ConfigError: It is missing, and there is no default.
-    """
+    """Look a key up under ``text_config``, then at the top; without a default it must be there."""
     text = keys.get("text_config")
     for place in (text if isinstance(text, Mapping) else {}, keys):
         for name in names:
@@ -141,11 +112,7 @@ def lookup(keys: Mapping[str, Any], *names: str, default: Any = None) -> Any:
 
 
 def expect(tensor: StoredTensor, shape: tuple[int, ...], types: tuple[str, ...]) -> StoredTensor:
-    """Refuse a tensor of another shape or type than the config asks for.
-
-    Raises:
-        CheckpointError: As said.
-    """
+    """Refuse a tensor of another shape or type than the config asks for."""
     if tensor.shape != shape or tensor.dtype not in types:
         raise CheckpointError(
             f"{tensor}: expected {' or '.join(types)} {list(shape)} from config.json; the folder holds weights of "
@@ -155,11 +122,7 @@ def expect(tensor: StoredTensor, shape: tuple[int, ...], types: tuple[str, ...])
 
 
 def rounded(values: Tensor, name: str, *, square: bool = False) -> tuple[Tensor, Tensor]:
-    """Round to 8 bits; see `quantize`.
-
-    Raises:
-        CheckpointError: The tensor of this name holds infinite numbers or NaN.
-    """
+    """Round to 8 bits as `quantize` does, and name the tensor that cannot be."""
     try:
         return quantize(values, square=square)
     except CheckpointError as error:
