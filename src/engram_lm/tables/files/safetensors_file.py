@@ -151,13 +151,7 @@ class TensorHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read which tensors a safetensors file of this machine holds, and check that all of their bytes are there.
-
-    Args:
-        path: A ``.safetensors`` file.
-
-    Returns:
-        Name to place, in the order of the file.
+    """Read which tensors a safetensors file of this machine holds: name to place, in the order of the file.
 
     Raises:
         CheckpointError: The file is missing, or what `parse_header` refuses.
@@ -197,7 +191,7 @@ def parse_header(source: ByteSource) -> TensorHeader:
         )
     text = source.read(8, 8 + length) if length else b""
     header = parse_json(text, source.name, advice="download it again")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{source.name}: the header's metadata holds values that are not text; download it again")
     data_start = 8 + length
@@ -306,14 +300,17 @@ class TensorFolder:
         """Read a whole small tensor; a large one of this machine is read faster by `StoredTensor.load`.
 
         Raises:
-            CheckpointError: As `find`; or the type of the tensor is unknown here.
+            CheckpointError: As `find`; or the type of the tensor is unknown here, or its file has been cut.
             RemoteError: The file lies on a server that does not answer, or has changed.
         """
         tensor = self.find(name)
         dtype, stop = tensor.torch_dtype, tensor.start_bytes + tensor.num_bytes
         if not tensor.num_bytes:
             return torch.empty(tensor.shape, dtype=dtype)
-        data = bytearray(self._sources[self._files[name]].read(tensor.start_bytes, stop))
+        with _reading(tensor.file):
+            data = bytearray(self._sources[self._files[name]].read(tensor.start_bytes, stop))
+        if len(data) != tensor.num_bytes:
+            raise CheckpointError(f"{tensor.file} was cut after it was opened: {tensor} is not whole any more")
         return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
 
     def _header(self, file: str) -> TensorHeader:
