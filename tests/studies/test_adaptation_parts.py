@@ -155,7 +155,7 @@ def test_the_parts_of_few_documents_do_not_meet(tmp_path):
     words = [f"w{number}" for number in range(2000)]
     (folder / "one.txt").write_text(" ".join(words))
     text = _opened(folder, held_out=0.2, validation=0.1)
-    train = text.train.slice(0, text.num_tokens)
+    train = text.train[: text.num_tokens]
     parts = [TOKENIZER.decode(tokens.tolist()) for tokens in (train, text.texts["validation"].tokens, text.held_out)]
     found = [{word for word in words if f" {word} " in f" {part} "} for part in parts]
     assert all(found) and not (found[0] & found[1] or found[0] & found[2])
@@ -171,7 +171,7 @@ def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
         (folder / f"{number}.txt").write_text(f"document {number} of many. " * 5)
     more = {"held_out": 0.2, "validation": 0.05, "retained": [str(folder)]}
     text = _opened(folder, **more, retained_held_out=0.25, retained_tokens=100_000)
-    train = TOKENIZER.decode(text.train.slice(0, text.num_tokens).tolist())
+    train = TOKENIZER.decode(text.train[: text.num_tokens].tolist())
     retained = TOKENIZER.decode(text.texts[RETAINED].tokens.tolist())
     trained = {number for number in range(200) if f"document {number} of" in train}
     kept = {number for number in range(200) if f"document {number} of" in retained}
