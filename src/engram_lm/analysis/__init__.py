@@ -7,7 +7,7 @@ Each has a ``Part``, which says how its findings are summarized, drawn and shown
 """
 
 from engram_lm.analysis.cka.cka import Cka, CkaFindings, CkaMap, soft_alignment
-from engram_lm.analysis.gates.averages import GateAverages, GateFindings, GateStatistics
+from engram_lm.analysis.gates.averages import GateAverages, GateStatistics
 from engram_lm.analysis.gates.trace import (
     GateTrace,
     Ngram,
@@ -17,13 +17,13 @@ from engram_lm.analysis.gates.trace import (
     gate_trace,
     strongest,
 )
-from engram_lm.analysis.lens import LensCurve, LensFindings, LogitLens
+from engram_lm.analysis.lens import LensCurve, LogitLens
 from engram_lm.analysis.part import AnalyzeOptions
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.protocol import Analysis, ModelFindings, NotApplicable, Reading
 from engram_lm.analysis.reading import look, read_text
 from engram_lm.analysis.rows.collisions import CollisionStudy, NgramCollisions, collision_study
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams, nearest_rows
-from engram_lm.analysis.rows.usage import RowFindings, RowUsage, RowUse
+from engram_lm.analysis.rows.usage import RowUsage, RowUse
 from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
 from engram_lm.analysis.suppression import Condition, SuppressionEffect, suppressed, suppression_effect
@@ -38,19 +38,17 @@ __all__ = [
     "Condition",
     "Findings",
     "GateAverages",
-    "GateFindings",
     "GateStatistics",
     "GateTrace",
     "LensCurve",
-    "LensFindings",
     "LogitLens",
+    "ModelFindings",
     "Neighbours",
     "Ngram",
     "NgramCollisions",
     "NgramGate",
     "NotApplicable",
     "Reading",
-    "RowFindings",
     "RowUsage",
     "RowUse",
     "Subject",

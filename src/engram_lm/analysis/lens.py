@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from engram_lm.analysis.part import Part, Work
-from engram_lm.analysis.plain_values import PlainResult, plain
 from engram_lm.analysis.positions import thinned
-from engram_lm.analysis.protocol import Analysis, Reading
+from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, plain
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.page.figure import INK, MARKERS, Panels, Picture, line_style
 from engram_lm.page.frame import section, table
 from engram_lm.page.number_text import count_text, number_text
 
-__all__ = ["LensCurve", "LensFindings", "LensPart", "LogitLens"]
+__all__ = ["LensCurve", "LensPart", "LogitLens"]
 
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
@@ -110,14 +109,6 @@ class LensCurve(PlainResult):
         return {**super().to_dict(), "kl_depth": plain(self.kl_depth())}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LensFindings(PlainResult):
-    """Several models seen through the lens."""
-
-    models: Mapping[str, LensCurve]
-    """The curve of each model, by its name."""
-
-
 class LogitLens(Analysis):
     """Sends every layer's hidden state through the model's own head. Feed it with `engram_lm.analysis.read_text`.
 
@@ -160,9 +151,9 @@ class LogitLens(Analysis):
         for reading in readings:
             self._sums[reading.subject.name].add(reading, self.one_in)
 
-    def result(self) -> LensFindings:
+    def result(self) -> ModelFindings[LensCurve]:
         """Return the curves of what was read."""
-        return LensFindings({name: sums.curve() for name, sums in self._sums.items()})
+        return ModelFindings({name: sums.curve() for name, sums in self._sums.items()})
 
 
 class _Sums:

@@ -12,7 +12,7 @@ import numpy as np
 from engram_lm.analysis.protocol import Analysis, NotApplicable
 from engram_lm.analysis.registry import PARTS
 from engram_lm.analysis.subject import Subject
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.page.figure import Picture
 
@@ -48,10 +48,8 @@ class AnalyzeOptions:
         if unknown or not self.parts:
             what = f"{unknown[0]!r} is not one of them" if unknown else "name at least one"
             raise ConfigError(f"the parts of an analysis are {', '.join(PARTS)}; {what}")
-        for name in ("length", "max_tokens", "suppression_tokens", "budget_bytes", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+        names = ("length", "max_tokens", "suppression_tokens", "budget_bytes", "batch_size")
+        check_whole(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     @property
     def window_bytes(self) -> int:

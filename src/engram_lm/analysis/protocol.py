@@ -1,17 +1,48 @@
 """What an analysis is: what it asks for, what it sees of a text, and what it returns."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from engram_lm.analysis.subject import Subject
 
-__all__ = ["WANTS", "Analysis", "NotApplicable", "Reading", "applicable"]
+__all__ = ["WANTS", "Analysis", "ModelFindings", "NotApplicable", "PlainResult", "Reading", "applicable", "plain"]
+
+
+class PlainResult:
+    """Gives a frozen dataclass a `to_dict` for JSON."""
+
+    also: ClassVar[tuple[str, ...]] = ()
+    """Properties and class attributes that belong to the plain values besides the fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; NaN becomes None."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: plain(getattr(self, name)) for name in (*names, *self.also)}
+
+
+def plain(value: Any) -> Any:
+    """Turn arrays, tuples, mappings and results into lists, dictionaries and numbers, and NaN or infinity into None."""
+    if isinstance(value, PlainResult):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 # Dimension key: B windows at a time, L length, S streams, D hidden, V vocabulary, H heads of all orders, O orders.
 
+Finding = TypeVar("Finding", bound=PlainResult)
 WANTS = frozenset({"hidden", "logits", "predict", "gates", "order_scores"})
 
 
@@ -97,6 +128,23 @@ class NotApplicable:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {"not_applicable": self.reason}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFindings(Generic[Finding]):
+    """What an analysis found about each of several models."""
+
+    models: Mapping[str, Finding]
+    """The finding about each model, by its name."""
+    left_out: Mapping[str, str] | None = None
+    """Models to which the analysis does not apply, and why; None if it applies to every model."""
+    ngrams: Any = None
+    """The N-grams that were counted, for more questions about them; they are not among the plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        left_out = {} if self.left_out is None else {"left_out": dict(self.left_out)}
+        return {"models": plain(self.models), **left_out}
 
 
 def applicable(left_out: Mapping[str, str], subjects: Sequence[Subject]) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
 from engram_lm.analysis.part import Entry, Part, Work
-from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.protocol import PlainResult
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.evaluation.task_scores import score_tasks

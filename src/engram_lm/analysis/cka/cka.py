@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.plain_values import plain
 from engram_lm.analysis.positions import PositionChoice, Positions
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading, plain
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 

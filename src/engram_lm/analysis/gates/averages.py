@@ -2,20 +2,19 @@
 
 import dataclasses
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from engram_lm.analysis.gates.trace import NgramGate
-from engram_lm.analysis.plain_values import PlainResult, plain
-from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, applicable
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import REPLACEMENT, spelled
 from engram_lm.errors import check_whole
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
-__all__ = ["FREQUENCY_CLASSES", "TOKEN_CLASSES", "GateAverages", "GateFindings", "GateStatistics", "token_classes"]
+__all__ = ["FREQUENCY_CLASSES", "TOKEN_CLASSES", "GateAverages", "GateStatistics", "token_classes"]
 
 # Dimension key: G blocks with memory, S streams, O orders, F classes of frequency, K classes of tokens, V vocabulary.
 
@@ -88,25 +87,6 @@ class GateAverages(PlainResult):
     N-grams than could be held; they are then a random sample, and the numbers of each one are still exact."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GateFindings:
-    """Gates of several models over one text."""
-
-    models: Mapping[str, GateAverages]
-    """The averages of each model, by its name."""
-    left_out: Mapping[str, str]
-    """Models that have no gates, and why."""
-    ngrams: Mapping[str, NgramEntries]
-    """The N-grams that were counted for each model; they are not among the plain values. ``first`` holds ``orders``
-    (int64 ``[N]``) and ``tokens`` (raw tokens, oldest first, -1 where nothing was visible, int32 ``[N, highest
-    order]``); ``sums`` holds ``counts`` (positions at which it was looked up), ``fired`` (positions at which it added
-    most to the gate's score, int64 ``[N, G]``) and ``gate_sums`` (the gates at those, float64 ``[N, G, S]``)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {"models": plain(self.models), "left_out": plain(self.left_out)}
-
-
 class GateStatistics(Analysis):
     """Averages the gates of all models that have gates. Feed it with `engram_lm.analysis.read_text`.
 
@@ -148,11 +128,17 @@ class GateStatistics(Analysis):
             if reading.subject.name in self._sums:
                 self._sums[reading.subject.name].add(reading)
 
-    def result(self) -> GateFindings:
-        """Return the averages of what was read."""
+    def result(self) -> ModelFindings[GateAverages]:
+        """Return the averages of what was read, and the N-grams of each model, a `NgramEntries`.
+
+        Their ``first`` holds ``orders`` (int64 ``[N]``) and ``tokens`` (raw tokens, oldest first, -1 where nothing was
+        visible, int32 ``[N, highest order]``); ``sums`` holds ``counts`` (positions at which each was looked up),
+        ``fired`` (positions at which it added most to the gate's score, int64 ``[N, G]``) and ``gate_sums`` (the gates
+        at those, float64 ``[N, G, S]``).
+        """
         ngrams = {name: sums.ngrams.entries() for name, sums in self._sums.items()}
         models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self._sums.items()}
-        return GateFindings(models, dict(self._left_out), ngrams)
+        return ModelFindings(models, dict(self._left_out), ngrams)
 
 
 class _Sums:

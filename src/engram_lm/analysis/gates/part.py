@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engram_lm.analysis.gates.averages import GateFindings, GateStatistics
+from engram_lm.analysis.gates.averages import GateStatistics
 from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
 from engram_lm.analysis.part import Part, Work
-from engram_lm.analysis.protocol import Analysis
+from engram_lm.analysis.protocol import Analysis, ModelFindings
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import REPLACEMENT, spelled, visible_text
 from engram_lm.hashing.counting import NgramEntries
@@ -67,7 +67,7 @@ class GatesPart(Part):
     def page_only(self, work: Work, found: Mapping[str, Any]) -> dict[str, GateView]:
         """Return passages and frequent N-grams of each model with gates."""
         findings = found[self.name]
-        if not isinstance(findings, GateFindings):
+        if not isinstance(findings, ModelFindings):
             return {}
         return {
             subject.name: GateView(

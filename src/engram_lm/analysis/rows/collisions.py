@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.protocol import PlainResult
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, check_whole

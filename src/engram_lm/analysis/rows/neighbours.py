@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.plain_values import PlainResult
+from engram_lm.analysis.protocol import PlainResult
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens

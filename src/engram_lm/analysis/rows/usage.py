@@ -2,20 +2,19 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.plain_values import PlainResult, plain
-from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, applicable
 from engram_lm.analysis.rows.collisions import NgramCollisions, TextNgrams, ngram_collisions
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import TokenError, check_whole
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, scattered
 
-__all__ = ["HitCounter", "RowFindings", "RowHits", "RowUsage", "RowUse", "log_ranks", "zipf_exponent"]
+__all__ = ["HitCounter", "RowHits", "RowUsage", "RowUse", "log_ranks", "zipf_exponent"]
 
 # Dimension key: N rows, P rows that are read at once, R ranks, G blocks with memory, O orders, K heads of one order,
 # T tables.
@@ -192,22 +191,6 @@ class RowUsage(PlainResult):
         return occupancy
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowFindings:
-    """The rows that several models read in one text."""
-
-    models: Mapping[str, RowUsage]
-    """The usage of each model, by its name."""
-    left_out: Mapping[str, str]
-    """Models that read no rows, and why."""
-    ngrams: TextNgrams | None
-    """The text's N-grams, for more questions about them; not among the plain values."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {"models": plain(self.models), "left_out": plain(self.left_out)}
-
-
 class RowUse(Analysis):
     """Counts the rows that models with memory read. Feed it with `engram_lm.analysis.read_text`.
 
@@ -254,10 +237,10 @@ class RowUse(Analysis):
             if reading.subject.name in self._counts:
                 self._counts[reading.subject.name].add(reading)
 
-    def result(self) -> RowFindings:
-        """Return what was counted."""
+    def result(self) -> ModelFindings[RowUsage]:
+        """Return what was counted, and the text's N-grams, a `TextNgrams`."""
         models = {name: counts.usage(self._collisions(counts.spec)) for name, counts in self._counts.items()}
-        return RowFindings(models, dict(self._left_out), self.ngrams)
+        return ModelFindings(models, dict(self._left_out), self.ngrams)
 
     def _collisions(self, spec: HashSpec) -> NgramCollisions | None:
         if self.ngrams is None:
