@@ -134,7 +134,7 @@ def test_a_study_is_gone_on_with_and_trains_nothing_twice(study, capsys):
     before = (out / "seed-0/run/model/model.safetensors").stat()
     first = json.loads((out / "result.json").read_text())
     assert main(call) == 1
-    assert "go on with it with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert main([*call, "--people", "21", "--resume"]) == 1
     assert "begun with other options" in capsys.readouterr().err
     status = main([*call, "--twin", "--resume", "--json"])

@@ -43,7 +43,7 @@ class StudyCommand:
     result_format: ClassVar[str] = "engram.study.1"
     """Format of ``result.json``."""
     free: ClassVar[tuple[str, ...]] = ()
-    """Flags of its own that may change when the study goes on, because no trained model depends on them."""
+    """Flags of its own that may change when the study is continued, because no trained model depends on them."""
     decided_by: ClassVar[str] = "options"
     """Where the settings come from, for the message that says they differ."""
 
@@ -55,7 +55,7 @@ class StudyCommand:
     """How to divide the work: all arms of a seed in turn, step by step; one arm after the other; or parallel processes
     of one thread each, which is the fastest. auto takes processes for what lasts longer than about a minute."""
     resume: bool = False
-    """Go on with the study in the folder; what is trained is not trained again."""
+    """Continue the study in the folder; what is trained is not trained again."""
     dry_run: bool = False
     """Say what the study costs and check its budget, and train nothing."""
     json: bool = False
@@ -107,7 +107,7 @@ class StudyCommand:
         """Do all of it.
 
         Returns:
-            Exit status: 0, or 130 after an interruption (``--resume`` goes on then).
+            Exit status: 0, or 130 after an interruption (``--resume`` continues then).
 
         Raises:
             ConfigError: An arm is impossible, or the arms do not share the budget.
@@ -137,7 +137,7 @@ class StudyCommand:
             except KeyboardInterrupt:
                 again = command_line()
                 again += "" if "--resume" in shlex.split(again) else " --resume"
-                progress.note(f"interrupted; go on with: {again}")
+                progress.note(f"interrupted; continue with: {again}")
                 return 130
             free = {name: value for name, value in plain_flags(self).items() if name in ("seeds", *self.free)}
             facts = {"format": self.result_format, **run_facts(started, made_at)}
@@ -154,7 +154,7 @@ class StudyCommand:
         mark = self.folder / _MARK
         if known and not self.resume:
             raise RunFolderError(
-                f"{self.folder} holds a study already; go on with it with --resume, or name another folder with --out"
+                f"{self.folder} holds a study already; continue it with --resume, or name another folder with --out"
             )
         if known:
             earlier = read_json(mark, error=RunFolderError, advice="name another folder with --out")

@@ -236,7 +236,9 @@ class Runner:
                 if job.text.held_out is not None:
                     results[one]["held_out"] = job.evaluate(job.text.held_out).to_dict()
         return {
-            one.arm.name: TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result=results[one]) for one in jobs
+            one.arm.name: one.finished()
+            or TrainedArm(arm=one.arm, seed=one.seed, folder=one.folder, result=results[one])
+            for one in group
         }
 
     def _in_processes(self, pending: Sequence[_Planned]) -> None:

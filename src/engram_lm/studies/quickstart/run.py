@@ -121,10 +121,10 @@ class Quickstart(SmallModelFlags):
         """Train and compare the arms; write everything into a folder."""
         started, made_at = time.time(), commit()  # now: the tree may change under a long run
         work = out / _WORK
-        progress.note("reading text and training a tokenizer")
-        names = self.prepare_tokenizer(work)
         study = self.study()
         check_budget(study)
+        progress.note("reading text and training a tokenizer")
+        names = self.prepare_tokenizer(work)
         runner = Runner(study, work, mode="interleaved", progress=progress, interrupt=interrupt, keep_unfinished=True)
         text = runner.text(study.arms[0].recipe)
         outcome = runner.run()
