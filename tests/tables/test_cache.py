@@ -28,14 +28,10 @@ class CountedTable(RecordTable):
 
     def __init__(self, weight=WEIGHT):
         super().__init__(RowCodec(weight.shape[1], weight.dtype), len(weight))
-        self.weight, self.reads, self.failing, self.shut = weight, [], None, False
-        self.asked = []
+        self.weight, self.reads, self.failing, self.asked = weight, [], None, []
+        self._held, self.tier = weight, "counted"
 
-    @property
-    def _closed(self):
-        return self.shut
-
-    def _read(self, numbers):
+    def _read_from(self, held, numbers):
         if self.failing is not None:
             raise self.failing
         self.reads.append(numbers.copy())
@@ -44,9 +40,6 @@ class CountedTable(RecordTable):
     def prefetch(self, rows):
         self.asked.append(rows.tolist())
         return super().prefetch(rows)
-
-    def close(self):
-        self.shut = True
 
     def __reduce__(self):
         return CountedTable, (self.weight,)
@@ -222,7 +215,7 @@ def test_rows_outside_the_table_a_closed_table_and_impossible_caches_are_refused
         with pytest.raises(ConfigError, match=message):
             CachedTable(table, **options)
     cache.close()
-    assert table.shut
+    assert table._closed
     for use in (lambda: cache.gather(torch.tensor([0])), lambda: cache.prefetch(torch.tensor([0]))):
         with pytest.raises(TableClosedError):
             use()

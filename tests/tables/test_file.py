@@ -151,5 +151,5 @@ def test_rows_in_memory_are_read_here_and_others_by_the_pool(tmp_path, monkeypat
         monkeypatch.setattr(module, "request_missing", lambda *_, missing=missing: missing)
         table = FileTable(layout, num_threads=3, read_ahead=read_ahead, direct=direct)
         assert torch.equal(table.gather(numbers), rows[numbers])
-        assert (len(next(iter(table._opened.values())).pool._threads) > 0) == by_pool
+        assert (len(next(iter(table._held.values())).pool._threads) > 0) == by_pool
         table.close()

@@ -40,7 +40,7 @@ KINDS = {
 
 def held(table):
     """The locks of a table, and of those below it."""
-    owners = [table, getattr(table, "table", None), getattr(table, "_pool", None), getattr(table, "_files", None)]
+    owners = [table, getattr(table, "table", None), getattr(table, "_pool", None)]
     return [lock for owner in owners for name in ("_lock", "_count_lock") if (lock := getattr(owner, name, None))]
 
 

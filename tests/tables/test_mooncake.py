@@ -73,7 +73,7 @@ def read_elsewhere(address, names, answers):
     for name in names:
         table = MooncakeTable(address, name)
         answers.put((rows.tolist(), bits(table.gather(rows)).numpy().tobytes()))
-    answers.put(table._client._process.pid)
+    answers.put(table._held._process.pid)
     time.sleep(600)
 
 
@@ -126,7 +126,7 @@ def test_any_rows_in_any_order_come_in_few_requests(store, tmp_path):
     assert stats["requests"] == before + 1, "all blocks are asked for at once"
     assert stats["tier"] == "remote"
     again = pickle.loads(pickle.dumps(table))
-    pid = table._client._process.pid
+    pid = table._held._process.pid
     table.close()
     table.close()
     assert not os.path.exists(f"/proc/{pid}")
@@ -190,12 +190,12 @@ def test_a_storage_process_that_dies_is_an_error_in_time(own_store, tmp_path):
 def test_a_client_that_is_killed_or_frozen_is_an_error_and_the_next_read_connects_anew(store, tmp_path):
     layout = float8(tmp_path)
     table = MooncakeTable(store.address, publish_to_mooncake(layout, store.address), timeout_seconds=2)
-    os.kill(table._client._process.pid, signal.SIGKILL)
+    os.kill(table._held._process.pid, signal.SIGKILL)
     with pytest.raises(RemoteError, match=r"ended"):
         table.gather(WHOLE)
     expected = bits(MappedTable(layout).gather(WHOLE))
     assert torch.equal(bits(table.gather(WHOLE)), expected)
-    os.kill(table._client._process.pid, signal.SIGSTOP)
+    os.kill(table._held._process.pid, signal.SIGSTOP)
     with within(4), pytest.raises(RemoteError, match="did not answer within 2 seconds"):
         table.gather(WHOLE)
     assert torch.equal(bits(table.gather(WHOLE)), expected)

@@ -310,7 +310,7 @@ def test_no_thread_stays_after_a_table_is_closed(folder):
     deadline = time.monotonic() + 2
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_credentials_and_headers_travel_as_fsspec_takes_them(folder):

@@ -60,7 +60,7 @@ class CachedTable(RecordTable):
         super().__init__(table.codec, table.num_rows, table.dtype)
         if policy not in get_args(Policy):
             raise ConfigError(f"a cache's policy is one of {', '.join(get_args(Policy))}, not {policy!r}")
-        self.table, self.capacity_bytes, self.policy = table, capacity_bytes, policy
+        self.table, self.capacity_bytes, self.policy, self._held = table, capacity_bytes, policy, table
         record_bytes = table.codec.record_bytes
         self._pinned_rows = np.unique(np.asarray([] if pinned_rows is None else pinned_rows, dtype=np.int64))
         pinned_bytes = len(self._pinned_rows) * (record_bytes + 8)
@@ -87,10 +87,6 @@ class CachedTable(RecordTable):
         self._lock = threading.Lock()
         self._hits = self._misses = self._read_below = self._evictions = self._num_kept = 0
 
-    @property
-    def _closed(self) -> bool:
-        return self.table._closed
-
     def _renew(self) -> None:
         super()._renew()
         if self._lock.locked():
@@ -99,7 +95,7 @@ class CachedTable(RecordTable):
             self._num_kept = 0
         self._lock = threading.Lock()
 
-    def _read(self, numbers: np.ndarray) -> Tensor:
+    def _read_from(self, held: RecordTable, numbers: np.ndarray) -> Tensor:
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         out = records.numpy()
         missing = self._take_pinned(numbers, out)
@@ -111,7 +107,7 @@ class CachedTable(RecordTable):
                 return records
         wanted, positions = np.unique(numbers[missing], return_inverse=True)
         # Without the lock, so that other threads find their rows while this one waits. If it fails, nothing is kept.
-        found = self.table._read(wanted).numpy()
+        found = held._read(wanted).numpy()
         out[missing] = found[positions]
         with self._lock:
             self._keep(wanted, found)
@@ -169,6 +165,7 @@ class CachedTable(RecordTable):
 
     def close(self) -> None:
         """Close the table below too."""
+        super().close()
         self.table.close()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -51,6 +51,8 @@ class FileTable(RecordTable):
         ConfigError: An impossible ``dtype`` or ``num_threads``, or a file system that refuses direct reads.
     """
 
+    tier = "file"
+
     def __init__(
         self,
         layout: RowLayout,
@@ -64,11 +66,12 @@ class FileTable(RecordTable):
         if type(num_threads) is not int or not 1 <= num_threads <= 1024:
             raise ConfigError(f"num_threads is between 1 and 1024, not {num_threads!r}")
         self.layout, self.num_threads, self.direct, self.read_ahead = layout, num_threads, direct, read_ahead
+        self._remade_from = (layout,), {"num_threads": num_threads, "direct": direct, "read_ahead": read_ahead}
         ends: dict[str, int] = {}
         for extent in (extent for part in layout.parts for extent in part.extents):
             ends[extent.file] = max(ends.get(extent.file, 0), extent.end_bytes)
         pool = self._new_pool()
-        self._opened: dict[str, _OpenFile] | None = {
+        self._held: dict[str, _OpenFile] | None = {
             path: _OpenFile(path, end, direct, pool) for path, end in ends.items()
         }
 
@@ -76,21 +79,13 @@ class FileTable(RecordTable):
         # Starts its threads when they are first needed, and ends them when nobody holds it any more.
         return ThreadPoolExecutor(self.num_threads, thread_name_prefix="engram-file")
 
-    @property
-    def _closed(self) -> bool:
-        return self._opened is None
-
     def _renew(self) -> None:
         super()._renew()
         pool = self._new_pool()
-        for file in (self._opened or {}).values():
+        for file in (self._held or {}).values():
             file.pool = pool
 
-    def _read(self, numbers: np.ndarray) -> Tensor:
-        # Held until this read ends, so that another thread that closes the table closes no file under it.
-        opened = self._opened
-        self._refuse_closed(opened is None)
-        assert opened is not None
+    def _read_from(self, held: dict[str, "_OpenFile"], numbers: np.ndarray) -> Tensor:
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         data, column = records.numpy(), 0
         plans = []
@@ -98,7 +93,7 @@ class FileTable(RecordTable):
             out = data[:, column : column + part.row_bytes]
             for extent, where, offsets in part.divide(numbers):
                 places = np.arange(len(numbers)) if isinstance(where, slice) else where
-                plans.append((opened[extent.file], offsets, places, out))
+                plans.append((held[extent.file], offsets, places, out))
             column += part.row_bytes
         # All parts are asked for before the first of them is waited for.
         asks = self.read_ahead and not self.direct
@@ -145,24 +140,11 @@ class FileTable(RecordTable):
         """See `Table.stats`; adds how the files are read."""
         return {
             **super().stats(),
-            "tier": "file",
             "num_files": len(self.layout.files),
             "num_threads": self.num_threads,
             "direct": self.direct,
             "read_ahead": self.read_ahead and not self.direct,
         }
-
-    def close(self) -> None:
-        """Close the files. A gather that another thread has begun still completes."""
-        self._opened = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by opening the files again."""
-        return _open_again, (self.layout, self._dtype, self.num_threads, self.direct, self.read_ahead)
-
-
-def _open_again(layout: RowLayout, dtype: torch.dtype, num_threads: int, direct: bool, read_ahead: bool) -> FileTable:
-    return FileTable(layout, dtype, num_threads=num_threads, direct=direct, read_ahead=read_ahead)
 
 
 class _OpenFile:

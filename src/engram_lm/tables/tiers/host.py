@@ -34,12 +34,15 @@ class HostTable(RecordTable):
             without an accelerator.
     """
 
+    tier = "host"
+
     def __init__(
         self, source: RowLayout | RecordTable, dtype: torch.dtype | None = None, *, pinned: bool = False
     ) -> None:
         super().__init__(source.codec, source.num_rows, dtype)
         self.layout = source if isinstance(source, RowLayout) else None
         self.pinned = pinned
+        self._remade_from = (source,), {"pinned": pinned}
         if pinned and not torch.cuda.is_available():
             raise ConfigError("pinned memory needs an accelerator, and torch finds none here; use pinned=False")
         size, available = source.num_rows * source.codec.record_bytes, available_bytes()
@@ -50,36 +53,21 @@ class HostTable(RecordTable):
             )
         records = torch.empty(self.num_rows, self.codec.record_bytes, dtype=torch.uint8, pin_memory=pinned)
         load_in_pieces(source, records.__setitem__)
-        self._records: Tensor | None = records
+        self._held: Tensor | None = records
 
-    @property
-    def _closed(self) -> bool:
-        return self._records is None
-
-    def _read(self, numbers: np.ndarray) -> Tensor:
-        records = self._records
-        self._refuse_closed(records is None)
-        assert records is not None
+    def _read_from(self, held: Tensor, numbers: np.ndarray) -> Tensor:
         # Copies whole rows; indexing would copy byte by byte.
-        return torch.index_select(records, 0, torch.from_numpy(numbers))
+        return torch.index_select(held, 0, torch.from_numpy(numbers))
 
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds what kind of memory it is."""
-        return {**super().stats(), "tier": "host", "pinned": self.pinned}
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._records = None
+        return {**super().stats(), "pinned": self.pinned}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by loading the files again; a table without files copies none of its rows by accident."""
         if self.layout is None:
             raise ConfigError("a host table that was loaded from another table cannot be copied; load it again")
-        return _load_again, (self.layout, self._dtype, self.pinned)
-
-
-def _load_again(layout: RowLayout, dtype: torch.dtype, pinned: bool) -> HostTable:
-    return HostTable(layout, dtype, pinned=pinned)
+        return super().__reduce__()
 
 
 def load_in_pieces(source: RowLayout | RecordTable, store: Any) -> None:

@@ -36,13 +36,16 @@ class MappedTable(RecordTable):
         ConfigError: An impossible ``dtype``, or the system does not let this process lock that much memory.
     """
 
+    tier = "mmap"
+
     def __init__(
         self, layout: RowLayout, dtype: torch.dtype | None = None, *, populate: bool = False, lock: bool = False
     ) -> None:
         super().__init__(layout.codec, layout.num_rows, dtype)
         self.layout, self.populate, self.lock = layout, populate, lock
+        self._remade_from = (layout,), {"populate": populate, "lock": lock}
         files = {file: _map(file) for file in layout.files}
-        self._parts: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
+        self._held: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
         if populate or lock:
             for part in layout.parts:
                 for extent in part.extents:
@@ -51,22 +54,15 @@ class MappedTable(RecordTable):
         self._is_simple = [len(part.extents) for part in layout.parts] == [1]
         self._descriptors = {file: Descriptor(file) for file in layout.files}
 
-    @property
-    def _closed(self) -> bool:
-        return self._parts is None
-
-    def _read(self, numbers: np.ndarray) -> Tensor:
-        mapped = self._parts
-        self._refuse_closed(mapped is None)
-        assert mapped is not None
+    def _read_from(self, held: list[list[np.ndarray]], numbers: np.ndarray) -> Tensor:
         self._request(numbers)
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         if self._is_simple:
             # The numbers are checked already, so nothing is clipped; any other mode would copy everything twice.
-            mapped[0][0].take(numbers, axis=0, out=records.numpy(), mode="clip")
+            held[0][0].take(numbers, axis=0, out=records.numpy(), mode="clip")
             return records
         data, first = records.numpy(), 0
-        for part, views in zip(self.layout.parts, mapped, strict=True):
+        for part, views in zip(self.layout.parts, held, strict=True):
             for index, where, inside in part.split(numbers):
                 data[where, first : first + part.row_bytes] = views[index][inside]
             first += part.row_bytes
@@ -89,19 +85,12 @@ class MappedTable(RecordTable):
 
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds how many files the table lies in and whether its rows are locked in memory."""
-        return {**super().stats(), "tier": "mmap", "num_files": len(self.layout.files), "locked": self.lock}
+        return {**super().stats(), "num_files": len(self.layout.files), "locked": self.lock}
 
     def close(self) -> None:
-        """Give the mapping back. A gather that another thread has begun still completes."""
-        self._parts, self._descriptors = None, {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by opening the files again."""
-        return _map_again, (self.layout, self._dtype, self.populate, self.lock)
-
-
-def _map_again(layout: RowLayout, dtype: torch.dtype, populate: bool, lock: bool) -> MappedTable:
-    return MappedTable(layout, dtype, populate=populate, lock=lock)
+        """See `RecordTable.close`."""
+        super().close()
+        self._descriptors = {}
 
 
 def _map(file: str) -> mmap.mmap:

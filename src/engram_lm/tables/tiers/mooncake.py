@@ -1,6 +1,5 @@
 """A table on Mooncake Store, in the memory of other machines, read by row; see ``mooncake_store.py``."""
 
-import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -42,6 +41,8 @@ class MooncakeTable(RecordTable):
         MissingExtraError: Mooncake is not installed.
     """
 
+    tier = "remote"
+
     def __init__(
         self,
         address: str,
@@ -52,12 +53,9 @@ class MooncakeTable(RecordTable):
         buffer_bytes: int = 32 << 20,
         metadata: str = "P2PHANDSHAKE",
     ) -> None:
-        self._opened = (address, name, dtype)
-        self._options: dict[str, Any] = {
-            "timeout_seconds": timeout_seconds, "buffer_bytes": buffer_bytes, "metadata": metadata
-        }  # fmt: skip
+        options = {"timeout_seconds": timeout_seconds, "buffer_bytes": buffer_bytes, "metadata": metadata}
+        self._remade_from = (address, name), options
         self.name = name
-        self._client: MooncakeClient | None = None
         if not 1 << 20 <= buffer_bytes <= 1 << 30:
             raise ConfigError(f"buffer_bytes is {buffer_bytes}, expected 1 MiB to 1 GiB")
         client = MooncakeClient(address, timeout_seconds=timeout_seconds, buffer_bytes=buffer_bytes, metadata=metadata)
@@ -77,29 +75,22 @@ class MooncakeTable(RecordTable):
         except BaseException:
             client.close()
             raise
-        self._client = client
+        self._held: MooncakeClient | None = client
         self._most_bytes = buffer_bytes
         self._requests = self._ranges = self._received_bytes = 0
 
-    @property
-    def _closed(self) -> bool:
-        return self._client is None
-
-    def _read(self, numbers: np.ndarray) -> Tensor:
+    def _read_from(self, held: MooncakeClient, numbers: np.ndarray) -> Tensor:
         wanted, positions = np.unique(numbers, return_inverse=True)
         found = np.empty((len(wanted), self.codec.record_bytes), dtype=np.uint8)
-        client = self._client
-        self._refuse_closed(client is None)
-        assert client is not None
-        deadline = time.monotonic() + client.timeout_seconds
+        deadline = time.monotonic() + held.timeout_seconds
         pending = [self._ranges_of(wanted)]
         while pending:
             ranges = pending.pop()
             for batch in self._batches(ranges):
-                with client.lock:
+                with held.lock:
                     if self._closed:
                         raise TableClosedError("this table was closed while it was read")
-                    if self._fetch(client, batch, wanted, found, deadline):
+                    if self._fetch(held, batch, wanted, found, deadline):
                         continue
                 # The read outlived the master's lease: read in halves, which take half the time.
                 half = len(batch) // 2
@@ -174,7 +165,6 @@ class MooncakeTable(RecordTable):
         """See `Table.stats`; adds the requests and ranges asked for and the bytes that came."""
         return {
             **super().stats(),
-            "tier": "remote",
             "requests": self._requests,
             "ranges": self._ranges,
             "received_bytes": self._received_bytes,
@@ -182,10 +172,6 @@ class MooncakeTable(RecordTable):
 
     def close(self) -> None:
         """End the client after the request that is under way; a gather of another thread fails at its next one."""
-        client, self._client = self._client, None
+        client, self._held = self._held, None
         if client is not None:
             client.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by connecting anew."""
-        return functools.partial(MooncakeTable, **self._options), self._opened

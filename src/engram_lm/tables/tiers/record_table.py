@@ -1,8 +1,9 @@
 """What all tables have in common whose rows are kept as records: check the numbers, fetch the bytes, decode them."""
 
 import abc
+import functools
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ __all__ = ["RecordTable"]
 
 
 class RecordTable(Table):
-    """A table that fetches records and decodes them. A tier says only where records come from, in `_read`.
+    """A table that fetches records and decodes them. A tier says only where records come from, in `_read_from`.
+
+    A tier sets `_held` when it is open and `_remade_from`, with which copies and pickles open the table again.
 
     Args:
         codec: What a record means.
@@ -27,6 +30,13 @@ class RecordTable(Table):
     Raises:
         ConfigError: An impossible ``dtype``.
     """
+
+    tier: ClassVar[str]
+    """Name of the tier, for `stats`."""
+    _held: Any = None
+    """What rows are read from; None when the table is closed. A read keeps it, so closing harms no read under way."""
+    _remade_from: tuple[tuple[Any, ...], dict[str, Any]]
+    """Arguments of the class that open the same table again, those by position without the ``dtype``."""
 
     def __init__(self, codec: RowCodec, num_rows: int, dtype: torch.dtype | None = None) -> None:
         self.codec, self.num_rows, self.width = codec, num_rows, codec.width
@@ -94,19 +104,34 @@ class RecordTable(Table):
         """
         return self.read_records(torch.arange(start, stop))
 
-    @abc.abstractmethod
     def _read(self, numbers: np.ndarray) -> Tensor:
         """Fetch the records of checked row numbers, int64 ``[n]``, n > 0: uint8 ``[n, record_bytes]``, contiguous."""
+        held = self._held
+        self._refuse_closed(held is None)
+        return self._read_from(held, numbers)
+
+    @abc.abstractmethod
+    def _read_from(self, held: Any, numbers: np.ndarray) -> Tensor:
+        """Do what `_read` does, from what the open table holds."""
 
     @property
-    @abc.abstractmethod
     def _closed(self) -> bool:
-        """Whether the table has been closed."""
+        return self._held is None
+
+    def close(self) -> None:
+        """Let go of what rows are read from. A gather that another thread has begun still completes."""
+        self._held = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by opening the table again."""
+        arguments, options = self._remade_from
+        return functools.partial(type(self), **options), (*arguments, self._dtype)
 
     def stats(self) -> dict[str, Any]:
-        """See `Table.stats`; adds what rows take where they are stored, and how often they were asked for."""
+        """See `Table.stats`; adds the tier, what rows take where they are stored, and how often they were asked for."""
         return {
             **super().stats(),
+            "tier": self.tier,
             "record_bytes": self.codec.record_bytes,
             "stored_bytes": self.num_rows * self.codec.record_bytes,
             "num_gathers": self._num_gathers,

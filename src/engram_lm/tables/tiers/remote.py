@@ -1,6 +1,5 @@
 """A table on a server, read by ranges through fsspec: nothing is downloaded before it is read."""
 
-import dataclasses
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -36,25 +35,21 @@ class RemoteTable(RecordTable):
         MissingExtraError: fsspec, or its package for this kind of address, is not installed.
     """
 
+    tier = "remote"
+
     def __init__(self, layout: RowLayout, dtype: torch.dtype | None = None, **options: Any) -> None:
         super().__init__(layout.codec, layout.num_rows, dtype)
         self.layout, self.options = layout, RemoteOptions.named(options)
         files = RemoteFiles(self.options)
-        self._files: RemoteFiles | None = files
+        self._held: RemoteFiles | None = files
+        self._remade_from = (layout,), options
         self._num_requests = self._num_bytes = 0
         self._found = {file: files.look(file.partition(VERSION_MARK)[0]) for file in layout.files}
         for part in layout.parts:
             for extent in part.extents:
                 _check(self._found[extent.file], extent.file, extent.end_bytes)
 
-    @property
-    def _closed(self) -> bool:
-        return self._files is None
-
-    def _read(self, numbers: np.ndarray) -> Tensor:
-        files = self._files
-        self._refuse_closed(files is None)
-        assert files is not None
+    def _read_from(self, held: RemoteFiles, numbers: np.ndarray) -> Tensor:
         # Each row is read once, however often it is asked for.
         unique, inverse = np.unique(numbers, return_inverse=True)
         data, column = np.empty((len(unique), self.codec.record_bytes), np.uint8), 0
@@ -70,7 +65,7 @@ class RemoteTable(RecordTable):
                     targets.append((out, places[run], offsets[run] - start))
             column += part.row_bytes
 
-        for (out, places, offsets), found in zip(targets, files.read(wanted), strict=True):
+        for (out, places, offsets), found in zip(targets, held.read(wanted), strict=True):
             body, size = np.frombuffer(found, np.uint8), out.shape[1]
             windows = np.lib.stride_tricks.as_strided(body, (len(body) - size + 1, size), (1, 1), writeable=False)
             out[places] = windows[offsets]
@@ -95,24 +90,10 @@ class RemoteTable(RecordTable):
         """See `Table.stats`; adds what rows took from the server, without what the opening took."""
         return {
             **super().stats(),
-            "tier": "remote",
             "num_files": len(self.layout.files),
             "num_requests": self._num_requests,
             "received_bytes": self._num_bytes,
         }
-
-    def close(self) -> None:
-        """Let go of the files; fsspec keeps connections for a while."""
-        self._files = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by opening the addresses again."""
-        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
-        return _open_again, (self.layout, self._dtype, options)
-
-
-def _open_again(layout: RowLayout, dtype: torch.dtype, options: dict[str, Any]) -> RemoteTable:
-    return RemoteTable(layout, dtype, **options)
 
 
 def _check(found: RemoteFile, file: str, end: int) -> None:
