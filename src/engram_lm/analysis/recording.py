@@ -71,7 +71,7 @@ class Recording:
         self.clear()
 
     def clear(self) -> None:
-        """Drop everything, so that nothing of this pass is alive during the next."""
+        """Drop everything, so that no tensor of this pass is alive during the next one."""
         self.hidden: list[Tensor] = []  # [B, L, S, D]: what enters the first layer, then each layer's output
         self.rows: dict[int, Tensor] = {}  # block -> [B, L, H]
         self.gates: dict[int, Tensor] = {}  # block -> [B, L, S]

@@ -23,7 +23,7 @@ __all__ = ["Subject", "find_subject", "find_subjects", "group_by_tokenizer"]
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Subject:
-    """A model that is analyzed. `find_subject` makes it; nothing of the model is copied or changed."""
+    """A model that is analyzed. It is made by `find_subject`; no part of the model is copied or changed."""
 
     name: str
     """What people call it; unique among the models of one analysis."""
@@ -196,7 +196,7 @@ def find_subjects(models: Any, tokenizer: Any, *, adapter: str | None = None) ->
     if not isinstance(models, Mapping):
         return [models if isinstance(models, Subject) else find_subject(models, tokenizer, adapter=adapter)]
     if not models:
-        raise ConfigError("there is no model to look at; pass at least one")
+        raise ConfigError("there is no model to analyze; pass at least one")
     subjects = []
     for name, model in models.items():
         if isinstance(model, Subject):

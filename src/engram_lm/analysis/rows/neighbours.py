@@ -139,7 +139,7 @@ class Neighbours(PlainResult):
 
     @property
     def shared_heads(self) -> np.ndarray:
-        """Heads in which an entry reads the very row of the query, int64 ``[Q]``: it is near because of a collision."""
+        """Heads in which an entry reads the same row as the query, int64 ``[Q]``: there it is near by a collision."""
         shared: np.ndarray = (self.rows == self.rows[:1]).sum(1)
         return shared
 
@@ -154,7 +154,7 @@ class Neighbours(PlainResult):
             found.add_column(name, justify="right" if place < 2 else "left")
         for place, cosine in enumerate(self.cosines.tolist()):
             own = self.shared_heads[place] if self.head is None else self.rows[place, 0]
-            # Written as Python writes it, text steers no terminal and shows its spaces; inside `Text` it is no markup.
+            # `repr` keeps text from steering the terminal and shows its spaces; inside `Text` it is not read as markup.
             ngrams = ", ".join(f"{ngram.text!r} ×{ngram.num_positions}" for ngram in self.ngrams[place])
             more = int(self.num_ngrams[place]) - len(self.ngrams[place])
             ngrams += f" and {more} more" if more > 0 else ""
@@ -189,7 +189,7 @@ def nearest_rows(
         among: ``"head"`` compares all rows of the head, which reads that part of the table once; ``"text"`` only those
             that the text's frequent N-grams read, which suits a table that is far away.
         num_ngrams: N-grams to name for each row.
-        num_promoted: Tokens to name for each row; 0 runs nothing of the model.
+        num_promoted: Tokens to name for each row; 0 names none and does not run the model.
         budget_bytes: Rows are read in pieces that stay below this.
 
     Raises:
@@ -251,7 +251,7 @@ def nearest_ngrams(
         block: A block that reads memory, counted from 0; None means the first one.
         k: Neighbours to find.
         min_count: Compare N-grams that occur at this many positions or more.
-        num_promoted: Tokens to name for each N-gram; 0 runs nothing of the model.
+        num_promoted: Tokens to name for each N-gram; 0 names none and does not run the model.
         max_ngrams: N-grams to compare, at most; the most frequent ones are taken.
         budget_bytes: Rows are read in pieces that stay below this.
 
