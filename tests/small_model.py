@@ -1,9 +1,11 @@
 """The geometry of a model small enough for tests, and a text its tokenizer is trained on."""
 
+import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from hypothesis import strategies as st
 
 BACKBONE = {
     "num_hidden_layers": 3,
@@ -70,3 +72,39 @@ def threads_get_what_one_gets(model):
             assert list(threads.map(answer, prompts)) == expected
     finally:
         sys.setswitchinterval(before)
+
+
+def any_interleaving_equals_the_whole(model, cache, data, *, resets):
+    """Step, crop, reorder, repeat, copy and perhaps reset a cache; each step gives what the whole forward gives."""
+    seen, last = torch.empty(2, 0, dtype=torch.int64), 0
+    operations = ["step", "step", "crop", "reorder", "repeat", "copy", *["reset"] * resets]
+    for _ in range(data.draw(st.integers(2, 7))):
+        operation = data.draw(st.sampled_from(operations))
+        if operation == "step":
+            generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+            new = torch.randint(2, 280, (seen.shape[0], data.draw(st.integers(1, 9))), generator=generator)
+            seen, last = torch.cat([seen, new], dim=1), new.shape[1]
+            with torch.no_grad():
+                logits = model(new, past_key_values=cache, use_cache=True).logits
+                expected = model(input_ids=seen, use_cache=False).logits[:, -last:]
+            torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-4)
+        elif operation == "crop" and last:
+            n = data.draw(st.integers(0, last))  # what was added since the last crop can be taken back
+            cache.crop(-n)
+            seen, last = seen[:, : seen.shape[1] - n], 0
+        elif operation == "reorder" and seen.shape[1]:
+            order = torch.tensor([data.draw(st.integers(0, seen.shape[0] - 1)) for _ in range(seen.shape[0])])
+            cache.reorder_cache(order)
+            seen = seen[order]
+        elif operation == "repeat" and seen.shape[1] and seen.shape[0] < 5:
+            cache.batch_repeat_interleave(2)
+            seen = seen.repeat_interleave(2, dim=0)
+            keep = torch.arange(0, seen.shape[0], 2)
+            if data.draw(st.booleans()):
+                cache.batch_select_indices(keep)
+                seen = seen[keep]
+        elif operation == "copy":
+            cache = copy.deepcopy(cache)
+        elif operation == "reset":
+            cache.reset()
+            seen, last = torch.empty(data.draw(st.integers(1, 3)), 0, dtype=torch.int64), 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import CONFIGS, TOKENIZER, small_model
-from tests.small_model import threads_get_what_one_gets
+from tests.small_model import any_interleaving_equals_the_whole, threads_get_what_one_gets
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import engram_lm
@@ -169,35 +169,7 @@ def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(nam
     cache = DynamicCache(config=model.config)
     if data.draw(st.booleans()) or name == "gemma3":  # sliding windows take nothing back that was not recorded
         cache.activate_past_recording()
-    seen, last = torch.empty(2, 0, dtype=torch.int64), 0
-    for _ in range(data.draw(st.integers(2, 7))):
-        operation = data.draw(st.sampled_from(["step", "step", "crop", "reorder", "repeat", "copy", "reset"]))
-        if operation == "step":
-            new = tokens(seen.shape[0], data.draw(st.integers(1, 9)), seed=data.draw(st.integers(0, 10**6)))
-            seen, last = torch.cat([seen, new], dim=1), new.shape[1]
-            with torch.no_grad():
-                logits = model(new, past_key_values=cache, use_cache=True).logits
-            torch.testing.assert_close(logits, whole(model, seen)[:, -last:], atol=5e-5, rtol=1e-4)
-        elif operation == "crop" and last:
-            n = data.draw(st.integers(0, last))  # what was added since the last crop can be taken back
-            cache.crop(-n)
-            seen, last = seen[:, : seen.shape[1] - n], 0
-        elif operation == "reorder" and seen.shape[1]:
-            order = torch.tensor([data.draw(st.integers(0, seen.shape[0] - 1)) for _ in range(seen.shape[0])])
-            cache.reorder_cache(order)
-            seen = seen[order]
-        elif operation == "repeat" and seen.shape[1] and seen.shape[0] < 5:
-            cache.batch_repeat_interleave(2)
-            seen = seen.repeat_interleave(2, dim=0)
-            keep = torch.arange(0, seen.shape[0], 2)
-            if data.draw(st.booleans()):
-                cache.batch_select_indices(keep)
-                seen = seen[keep]
-        elif operation == "copy":
-            cache = copy.deepcopy(cache)
-        elif operation == "reset" and name != "gemma3":
-            cache.reset()
-            seen, last = torch.empty(data.draw(st.integers(1, 3)), 0, dtype=torch.int64), 0
+    any_interleaving_equals_the_whole(model, cache, data, resets=name != "gemma3")
 
 
 @torch.no_grad()

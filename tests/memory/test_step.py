@@ -38,7 +38,9 @@ def test_tokens_of_ragged_requests_side_by_side_read_what_whole_requests_read(op
     for tokens, states in zip(requests, hidden, strict=True):
         step = begin_step(spec, {1: table}, tokens)
         expected.append(layer(states, step.rows[1], active=step.active)[0])
-        value, gates = layer.weigh(states, step.rows[1], step.active)  # what an engine stores for each token
+        value, gates = layer.weigh(
+            states, layer.read(step.rows[1]), step.active
+        )  # what an engine stores for each token
         kept.append(layer.convolution_input(gates.unsqueeze(-1) * value.unsqueeze(-2))[0])
         codes.append(step.codes[0])
     # One batch of single tokens, out of any order, each with what came before it.

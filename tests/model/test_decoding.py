@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.small_model import VARIANTS, threads_get_what_one_gets
+from tests.small_model import VARIANTS, any_interleaving_equals_the_whole, threads_get_what_one_gets
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from engram_lm.errors import HistoryError, MismatchError
@@ -161,31 +161,7 @@ def test_any_interleaving_of_steps_rollbacks_and_beam_moves_equals_the_whole(nam
     model = _interleaved_model(name)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    seen = torch.empty(2, 0, dtype=torch.int64)
-    for _ in range(data.draw(st.integers(2, 7))):
-        operation = data.draw(st.sampled_from(["step", "step", "crop", "reorder", "repeat"]))
-        if operation == "step":
-            new = tokens(seen.shape[0], data.draw(st.integers(1, 9)), seed=data.draw(st.integers(0, 10**6)))
-            seen = torch.cat([seen, new], dim=1)
-            with torch.no_grad():
-                logits = model(new, past_key_values=cache, use_cache=True).logits
-            torch.testing.assert_close(logits, whole(model, seen)[:, -new.shape[1] :], atol=5e-5, rtol=1e-4)
-            last = new.shape[1]
-        elif operation == "crop" and seen.shape[1] and last:
-            n = data.draw(st.integers(0, last))  # what was added since the last crop can be taken back
-            cache.crop(-n)
-            seen, last = seen[:, : seen.shape[1] - n], 0
-        elif operation == "reorder" and seen.shape[1]:
-            order = torch.tensor([data.draw(st.integers(0, seen.shape[0] - 1)) for _ in range(seen.shape[0])])
-            cache.reorder_cache(order)
-            seen = seen[order]
-        elif operation == "repeat" and seen.shape[1] and seen.shape[0] < 5:
-            cache.batch_repeat_interleave(2)
-            seen = seen.repeat_interleave(2, dim=0)
-            keep = torch.arange(0, seen.shape[0], 2)
-            if data.draw(st.booleans()):
-                cache.batch_select_indices(keep)
-                seen = seen[keep]
+    any_interleaving_equals_the_whole(model, cache, data, resets=True)
 
 
 _MODELS = {}

@@ -35,15 +35,15 @@ class PlainSum(MemoryLayer):
     def count_flops(cls, config):
         return 2 * cls.count_parameters(config)
 
-    def forward(self, hidden_states, memory, state=None, *, active=None, lengths=None, return_gates=False):
-        value = self.value(memory if memory.is_floating_point() else self.read(memory))
+    def respond(self, hidden_states, vectors, state, active, lengths):
+        value = self.value(vectors)
         before = torch.zeros_like(value[:, :1])
         if state is not None:
             window = state.open(value, 1)
             before = window.values.clone()
             window.advance(value, lengths)
         update = (value + torch.cat([before, value[:, :-1]], 1)) / 2
-        return EngramOutput(update, torch.ones(*value.shape[:2], 1)) if return_gates else update
+        return EngramOutput(update, torch.ones(*value.shape[:2], 1))
 
 
 @pytest.fixture

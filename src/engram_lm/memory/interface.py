@@ -12,7 +12,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.decode_state import LayerWindow
 from engram_lm.tables.table import Table
 
-__all__ = ["EngramOutput", "MemoryLayer", "row_signs"]
+__all__ = ["EngramOutput", "Lengths", "MemoryLayer", "State", "row_signs"]
 
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
 
@@ -24,6 +24,13 @@ class EngramOutput(NamedTuple):
     """To be added to the hidden state; its shape."""
     gates: Tensor
     """Gate of every token and stream, float32 ``[B, L, S]``; 0 at inactive positions, 1 where there is no gate."""
+
+
+State = RollingWindow | LayerWindow | Tensor | None
+"""What a layer may be given of the positions before."""
+
+Lengths = Tensor | list[int] | None
+"""Real positions of each sequence in a chunk; None where all are."""
 
 
 class MemoryLayer(nn.Module, abc.ABC):
@@ -56,15 +63,14 @@ class MemoryLayer(nn.Module, abc.ABC):
         else:
             super().__setattr__(name, value)
 
-    @abc.abstractmethod
     def forward(
         self,
         hidden_states: Tensor,
         memory: Tensor,
-        state: RollingWindow | LayerWindow | Tensor | None = None,
+        state: State = None,
         *,
         active: Tensor | None = None,
-        lengths: Tensor | list[int] | None = None,
+        lengths: Lengths = None,
         return_gates: bool = False,
     ) -> Tensor | EngramOutput:
         """Compute the update of the hidden state.
@@ -74,13 +80,28 @@ class MemoryLayer(nn.Module, abc.ABC):
             memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``.
             state: What the layer remembers of the positions before: a window, which is read first and then moved past
                 these positions in place; or the contents of one, ``[B, *window_shape]``, which are only read.
-            active: Bool ``[B, L]``; where False (padding, dead tokens) the update is 0.
-            lengths: Positions of each sequence that are real, for chunks padded on the right to unequal lengths.
+            active: Bool ``[B, L]``; where False (padding, dead tokens) the update is 0, and so is the gate.
+            lengths: Positions of each sequence that are real, for chunks padded on the right to unequal lengths. Only
+                the state needs to know.
             return_gates: Whether to return the gates too.
 
         Returns:
             The update, in the hidden state's shape and type; with ``return_gates`` an `EngramOutput`.
+
+        Raises:
+            HistoryError: The state holds another number of sequences.
+            MismatchError: Shapes that do not fit the configuration.
+            RowRangeError: A row number outside the table.
         """
+        vectors = memory if memory.is_floating_point() else self.read(memory)
+        output = self.respond(hidden_states, vectors, state, active, lengths)
+        return output if return_gates else output.update
+
+    @abc.abstractmethod
+    def respond(
+        self, hidden_states: Tensor, vectors: Tensor, state: State, active: Tensor | None, lengths: Lengths
+    ) -> EngramOutput:
+        """Do the work of `forward` with memory vectors ``[B, L, M]``."""
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:

@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram_lm.errors import MismatchError
-from engram_lm.hashing.window import RollingWindow
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.convolution import causal_convolution
-from engram_lm.memory.decode_state import LayerWindow
 from engram_lm.memory.gate import gate_values
-from engram_lm.memory.interface import EngramOutput, MemoryLayer, row_signs
+from engram_lm.memory.interface import EngramOutput, Lengths, MemoryLayer, State, row_signs
 from engram_lm.tables.table import Table
 
 __all__ = ["EngramLayer", "EngramOutput", "row_signs"]
@@ -88,57 +86,43 @@ class EngramLayer(MemoryLayer):
         convolution = wide * (2 * config.kernel_size + 4) if config.kernel_size else 0  # taps, norm, residual
         return projection + gate + convolution
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        memory: Tensor,
-        state: RollingWindow | LayerWindow | Tensor | None = None,
-        *,
-        active: Tensor | None = None,
-        lengths: Tensor | list[int] | None = None,
-        return_gates: bool = False,
-    ) -> Tensor | EngramOutput:
-        """Compute the update of the hidden state; see `MemoryLayer.forward`.
-
-        Where ``active`` is False (padding, dead tokens) the gate is 0 too. A ``state`` that is a tensor holds what
-        `convolution_input` gave for the positions before, ``[B, W, S * D]``.
-
-        Raises:
-            HistoryError: The state holds another number of sequences.
-            MismatchError: Shapes that do not fit the configuration.
-            RowRangeError: A row number outside the table.
-        """
-        value, gates_BLS = self.weigh(hidden_states, memory, active)
+    def respond(
+        self, hidden_states: Tensor, vectors: Tensor, state: State, active: Tensor | None, lengths: Lengths
+    ) -> EngramOutput:
+        """Weigh the vectors and refine them; a tensor as ``state`` holds what `convolution_input` gave before."""
+        value, gates_BLS = self.weigh(hidden_states, vectors, active)
         update = gates_BLS.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)
         if self.config.kernel_size:
             update = update + self._convolve(update, state, active, lengths)
-        update = update.reshape(hidden_states.shape).to(hidden_states.dtype)
-        return EngramOutput(update, gates_BLS) if return_gates else update
+        return EngramOutput(update.reshape(hidden_states.shape).to(hidden_states.dtype), gates_BLS)
 
-    def weigh(self, hidden_states: Tensor, memory: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weigh(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute what a token reads, and how much of it each stream takes.
 
         The two are all that the convolution of later positions depends on, and fewer numbers than its input: an engine
         that keeps its own state may store them and call `convolution_input` when it reads.
+
+        Args:
+            hidden_states: As for `forward`.
+            vectors: Memory vectors ``[B, L, M]``, as `read` gives them.
+            active: As for `forward`.
 
         Returns:
             Values ``[B, L, D]`` and gates, float32 ``[B, L, S]``.
 
         Raises:
             MismatchError: Shapes that do not fit the configuration.
-            RowRangeError: A row number outside the table.
         """
         config = self.config
         hidden_BLSD = self.split_streams(hidden_states)
-        embeddings_BLM = memory if memory.is_floating_point() else self.read(memory)
-        if embeddings_BLM.shape != (*hidden_BLSD.shape[:2], config.memory_dim):
+        if vectors.shape != (*hidden_BLSD.shape[:2], config.memory_dim):
             raise MismatchError(
-                f"memory is {tuple(embeddings_BLM.shape)} for hidden states {tuple(hidden_states.shape)}; expected "
+                f"memory is {tuple(vectors.shape)} for hidden states {tuple(hidden_states.shape)}; expected "
                 f"{(*hidden_BLSD.shape[:2], config.memory_dim)}"
             )
         # Rows may come from another device; where weights are offloaded, only the hidden states know where to compute.
-        embeddings_BLM = embeddings_BLM.to(device=hidden_states.device, dtype=self.key_value.weight.dtype)
-        projected = self.key_value(embeddings_BLM)
+        vectors_BLM = vectors.to(device=hidden_states.device, dtype=self.key_value.weight.dtype)
+        projected = self.key_value(vectors_BLM)
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
         if config.gate == "none":
             gates_BLS = torch.ones(hidden_BLSD.shape[:3], device=hidden_BLSD.device)
@@ -192,13 +176,7 @@ class EngramLayer(MemoryLayer):
         config = self.config
         return f"orders={config.orders}, heads={config.num_heads}, rows of {config.head_dim}, gate={config.gate!r}"
 
-    def _convolve(
-        self,
-        gated: Tensor,
-        state: RollingWindow | LayerWindow | Tensor | None,
-        active: Tensor | None,
-        lengths: Tensor | list[int] | None,
-    ) -> Tensor:
+    def _convolve(self, gated: Tensor, state: State, active: Tensor | None, lengths: Lengths) -> Tensor:
         config = self.config
         normed = self.convolution_input(gated)
         context = window = None
