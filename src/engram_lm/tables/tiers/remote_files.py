@@ -77,7 +77,7 @@ class RemoteFile:
 
 
 class RemoteFiles:
-    """Reads parts of files through fsspec. Safe to use from several threads.
+    """Reads parts of files through fsspec. Safe to use from several threads, and in forked processes.
 
     Args:
         options: How patiently and how widely servers are asked.
@@ -110,7 +110,7 @@ class RemoteFiles:
             wanted: File, first byte and one past the last byte of each part.
 
         Raises:
-            RemoteError: Nobody answers, a file has changed its size, or an answer is not the bytes asked for.
+            RemoteError: Nobody answers, a file has changed, or an answer is not the bytes asked for.
         """
         found: list[Any] = [None] * len(wanted)
         missing = list(range(len(wanted)))
@@ -147,14 +147,12 @@ class RemoteFiles:
         """The bytes of each part, or the exception that it met."""
         from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
-        system, options = (
-            self._system(parts[0][0].url),
-            {"batch_size": self.options.num_connections, "on_error": "return"},
-        )
+        system = self._system(parts[0][0].url)
+        options: dict[str, Any] = {"batch_size": self.options.num_connections, "on_error": "return"}
         urls = [file.marked if system.protocol[0] == "http" else file.url for file, _, _ in parts]
         starts, ends = [start for _, start, _ in parts], [stop for _, _, stop in parts]
         if not system.async_impl:
-            # Its ranges would be read one after another, and its files megabytes ahead, which is for nothing here.
+            # Such a system reads ranges one after another, and megabytes ahead of each, for nothing.
             system, options["cache_type"] = AsyncFileSystemWrapper(system, asynchronous=False), "none"
         return system.cat_ranges(urls, starts, ends, **options)
 
