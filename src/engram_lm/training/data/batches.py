@@ -126,7 +126,8 @@ class Batches:
     def _positions(self, firsts: np.ndarray) -> np.ndarray:
         assert isinstance(self.tokens, TokenShards)
         ends = (self.tokens.document_ends(first, first + self.length - 1) - first for first in firsts.tolist())
-        return np.array([restarting_positions(self.length, some) for some in ends]).reshape(len(firsts), self.length)
+        rows = [restarting_positions(self.length, some) for some in ends]
+        return np.array(rows, dtype=np.int64).reshape(len(firsts), self.length)
 
 
 def restarting_positions(length: int, document_ends: np.ndarray) -> np.ndarray:

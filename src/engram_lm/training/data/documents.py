@@ -92,30 +92,30 @@ def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Co
 
 
 def draw(digest: bytes, seed: int = 0) -> float:
-    """Draw a number in [0, 1) for a document; it is held out where the number is below the share to hold out.
+    """Draw a number in [0, 1) for a document, which is held out if the number is below the share to hold out.
 
     Args:
         digest: SHA-256 of its text.
-        seed: Another one draws other numbers.
+        seed: Another seed draws other numbers.
     """
     number = hashlib.sha256(f"{seed}:".encode() + digest).digest()
     return int.from_bytes(number[:6], "big") / 2**48
 
 
 def is_balanced(num_held_out: int, num_all: int, share: float) -> bool:
-    """Whether what fell aside is between half and twice the share that was asked for, and something is left."""
+    """Whether between half and twice the given share is held out, and something is left to train on."""
     return share * num_all / 2 <= num_held_out <= share * num_all * 2 and 0 < num_held_out < num_all
 
 
 def split_documents(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """Set documents aside for evaluation: whole ones, chosen by their contents alone, the same as in training.
+    """Hold out whole documents for evaluation, chosen by their contents alone, the same ones as in training.
 
-    Where less than half or more than twice the share of the text falls aside (a few large documents), the end of the
-    largest document is set aside instead, from a line break if there is one near.
+    If that holds out less than half or more than twice the share of the text (a few large documents), the end of the
+    largest document is held out instead, from a line break if one is near.
 
     Args:
         corpus: What to split.
-        held_out: Share of the documents to set aside.
+        held_out: Share of the documents to hold out.
 
     Returns:
         Training documents and held-out documents.
