@@ -20,12 +20,7 @@ __all__ = ["Encoder", "encode_reference", "look_back", "look_back_reference", "m
 
 
 class Encoder:
-    """Turns raw tokens into codes: one look-up applies the token map and the rules about segments.
-
-    Args:
-        token_map: The map to canonical tokens.
-        segments: Where look-backs stop.
-    """
+    """Turns raw tokens into codes: one look-up applies the token map and the rules about segments."""
 
     def __init__(self, token_map: TokenMap, segments: Segments):
         self.token_map, self.segments = token_map, segments
@@ -63,17 +58,11 @@ class Encoder:
 
 
 def look_back(codes: Any, context: Any = None, *, width: int, fill: int, positions: bool) -> list[Any]:
-    """Find the canonical tokens that each position sees at every distance, in NumPy or torch.
+    """Find the canonical tokens that each position sees at the distances 0, 1, … ``width``, in NumPy or torch.
 
-    Args:
-        codes: From `Encoder.encode`, int64 ``[B, L]``.
-        context: Codes of what came before, int64 ``[B, W]``; None at the start of a text.
-        width: The largest distance, W.
-        fill: What stands for a token that cannot be seen.
-        positions: Whether codes may hold segment starts taken from ``position_ids``.
-
-    Returns:
-        For the distances 0, 1, … W: canonical tokens, or the fill, int64 ``[B, L]``.
+    Takes codes ``[B, L]`` and the codes before them ``[B, W]`` (None at the start of a text), int64. Each result is
+    int64 ``[B, L]`` and holds ``fill`` where nothing can be seen. ``positions`` tells whether codes may hold starts of
+    segments taken from ``position_ids``.
     """
     where, length = module_of(codes).where, codes.shape[1]
     codes = _joined(codes, context, width)
@@ -96,11 +85,7 @@ def encode_reference(
     attention_mask: Sequence[int] | None = None,
     position_ids: Sequence[int] | None = None,
 ) -> tuple[list[int | None], list[bool]]:
-    """Map one sequence of raw tokens to canonical tokens and find its segments, in plain Python.
-
-    Returns:
-        The canonical token of each position, None where it is dead; and whether a segment starts at it.
-    """
+    """Map raw tokens to canonical tokens (None where dead) and tell where a segment starts, in plain Python."""
     canonical: list[int | None] = []
     starts = []
     for t, token in enumerate(tokens):

@@ -1,7 +1,6 @@
 """Which N-grams of a text share a row: exact counts for the rows of a layer.
 
-Two N-grams *collide* in a column (one order, one head) if they differ and read the same row. What an N-gram is, and
-what tells two of them apart, is said in `engram_lm.hashing.counting`.
+Two N-grams *collide* in a column (one order, one head) if they differ and read the same row.
 """
 
 # Dimension key: B batch, L length, P positions that are text, N rows, H heads of all orders.
@@ -40,21 +39,13 @@ def row_collisions(
 ) -> RowCollisions:
     """Count, for each row of a layer, the distinct N-grams and the positions of a text that read it.
 
-    Args:
-        spec: The hash, with its token map.
-        layer: The layer's published id.
-        tokens: The text, integers ``[num_tokens]`` or ``[B, L]``; each of the B sequences starts anew.
-        rows: The rows to count for, integers ``[N]`` in any order; None for all rows that the text reads, ascending.
-        besides: Texts of tokens, integers ``[num_tokens]`` each, whose N-grams are not counted, so that only the
-            *other* N-grams remain.
-
-    Returns:
-        The counts, an entry for each of the rows.
+    The text is raw tokens ``[num_tokens]``, or ``[B, L]``, where each of the B sequences starts anew. The counts are
+    for the given ``rows``, integers ``[N]`` in any order, or for all rows that the text reads, ascending. N-grams of
+    the texts in ``besides`` are not counted, so that only the *other* N-grams remain.
 
     Raises:
         ConfigError: The layer has no memory.
         RowRangeError: A row is outside the layer's table.
-        TokenMapError: No token map is bound.
         TokenError: A token is outside the vocabulary.
     """
     offsets = np.array(spec.offsets(layer))

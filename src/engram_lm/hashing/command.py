@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from engram_lm.errors import ConfigError, TokenError, TokenMapError
 from engram_lm.hashing.spec import HashSpec
@@ -69,15 +72,10 @@ class Hash:
         tokens = self._tokens(tokenizer)
         rows = {layer: spec.rows(tokens, layer) for layer in spec.layers}
         if self.json:
+            multipliers = spec.multipliers or ((),) * len(spec.layers)
             layers = {
-                str(layer): {
-                    "primes": list(spec.primes[index]),
-                    "multipliers": [str(multiplier) for multiplier in spec.multipliers[index]]
-                    if spec.multipliers
-                    else [],
-                    "rows": rows[layer].tolist(),
-                }
-                for index, layer in enumerate(spec.layers)
+                str(layer): {"primes": primes, "multipliers": list(map(str, drawn)), "rows": rows[layer].tolist()}
+                for layer, primes, drawn in zip(spec.layers, spec.primes, multipliers, strict=True)
             }
             output = {"variant": spec.variant, "digest": spec.digest, "ids": tokens.tolist(), "layers": layers}
             print(json_module.dumps(output))
@@ -100,10 +98,6 @@ class Hash:
         return np.array([tokens], dtype=np.int64)
 
     def _print_rows(self, spec: HashSpec, tokenizer: Any, tokens: np.ndarray, rows: dict[int, np.ndarray]) -> None:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
         console = Console()
         console.print(f"{spec.variant}, orders {spec.orders}, {spec.num_heads} heads each, digest {spec.digest}")
         for layer in spec.layers:
@@ -113,11 +107,9 @@ class Hash:
             for order in spec.orders:
                 table.add_column(f"rows of the {order}-gram", overflow="fold")
             for position, token in enumerate(tokens[0]):
-                text = (
-                    "" if tokenizer is None else repr(tokenizer.decode([int(token)], skip_special_tokens=False))[1:-1]
-                )
+                shown = tokenizer and repr(tokenizer.decode([int(token)], skip_special_tokens=False))[1:-1]
                 heads = rows[layer][0, position].reshape(len(spec.orders), spec.num_heads)
-                table.add_row(str(token), Text(text), *(" ".join(map(str, order)) for order in heads))
+                table.add_row(str(token), Text(shown or ""), *(" ".join(map(str, order)) for order in heads))
             console.print(table)
 
     def _print_stats(self) -> int:
@@ -134,13 +126,8 @@ class Hash:
             }
             print(json_module.dumps(values, ensure_ascii=False))
             return 0
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="largest merged groups", title_justify="left")
-        for name in ("canonical", "tokens", "among them"):
-            table.add_column(name, justify="right" if name == "tokens" else "left")
+        columns = ("canonical", Column("tokens", justify="right"), "among them")
+        table = Table(*columns, title="largest merged groups", title_justify="left")
         for text, count, tokens in groups:
             table.add_row(Text(repr(text)), str(count), Text(" ".join(map(repr, tokens))))
         console = Console()

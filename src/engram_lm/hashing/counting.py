@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, DataError, TokenError
+from engram_lm.errors import DataError, TokenError, check_whole
 from engram_lm.hashing.codes import look_back
 from engram_lm.hashing.multipliers import splitmix64
 from engram_lm.hashing.spec import HashSpec
@@ -37,32 +37,27 @@ _MERGE_AT = 1 << 16
 # What an N-gram is ----------------------------------------------------------------------------------------------------
 
 
-def ngrams_of(spec: HashSpec, codes: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
+def ngrams_of(
+    spec: HashSpec, codes: np.ndarray, context: np.ndarray | None = None, *, fill: int | None = None
+) -> np.ndarray:
     """Return the N-gram of the highest order at each position; one of a lower order is its last columns.
 
-    Args:
-        spec: The hash, with its token map.
-        codes: From `HashSpec.encode`, int64 ``[B, L]``.
-        context: Codes of the ``spec.context`` positions before, int64 ``[B, W]``; None at the start of a text.
-
-    Returns:
-        Canonical tokens, oldest first, the fill where nothing is seen, int64 ``[B, L, spec.orders[-1]]``. At dead
-        positions (code -1) they mean nothing.
+    Takes codes ``[B, L]`` and the codes before them, as `look_back` does. Returns canonical tokens, oldest first,
+    ``fill`` (by default the spec's) where nothing is seen, int64 ``[B, L, spec.orders[-1]]``. At dead positions they
+    mean nothing.
     """
-    assert spec.fill is not None
-    return _look_back(spec, codes, context, spec.fill)
+    fill = spec.fill if fill is None else fill
+    assert fill is not None
+    seen = look_back(codes, context, width=spec.context, fill=fill, positions=spec.segments.positions)
+    return np.stack(seen[::-1], axis=-1)
 
 
 def ngram_keys(ngrams: np.ndarray, vocab_size: int) -> np.ndarray:
     """Pack each N-gram into one value that NumPy can sort: equal for equal N-grams, and only for those.
 
-    Args:
-        ngrams: Canonical tokens, oldest first, int64 ``[..., O]``. To compare N-grams of several orders, give all of
-            them the width of the longest and write -1 into the columns that a shorter one lacks.
-        vocab_size: Number of canonical tokens.
-
-    Returns:
-        ``[...]``: uint64 where 64 bits hold all tokens, otherwise bytes of a fixed length.
+    Takes canonical tokens, oldest first, int64 ``[..., O]``. To compare N-grams of several orders, give all of them the
+    width of the longest and write -1 into the columns that a shorter one lacks. Returns ``[...]``: uint64 where 64 bits
+    hold all tokens, otherwise bytes of a fixed length.
     """
     num_bits = vocab_size.bit_length()  # the tokens and -1
     in_word = min(64 // num_bits, ngrams.shape[-1])
@@ -88,21 +83,9 @@ def scattered(keys: np.ndarray) -> np.ndarray:
 
 
 def seen_ngrams(spec: HashSpec, tokens: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the N-grams at some positions of a text.
+    """Find the N-grams at the positions ``start`` to ``stop`` (exclusive) of a text, raw tokens ``[N]``.
 
-    Args:
-        spec: The hash, with its token map.
-        tokens: Raw tokens of the whole text, integers ``[N]``.
-        start: First position asked for.
-        stop: One past the last.
-
-    Returns:
-        N-grams as from `ngrams_of`, int64 ``[stop - start, highest order]``; and whether each position is alive, bool
-        ``[stop - start]``.
-
-    Raises:
-        TokenError: A token is outside the vocabulary.
-        TokenMapError: No token map is bound.
+    Returns N-grams as from `ngrams_of`, int64 ``[stop - start, highest order]``, and whether each position is alive.
     """
     codes, context = _codes(spec, tokens, np.array([start]), stop - start)
     return ngrams_of(spec, codes, context)[0], codes[0] >= 0
@@ -113,11 +96,6 @@ def _codes(spec: HashSpec, tokens: np.ndarray, starts: np.ndarray, length: int) 
     places = starts[:, None] + np.arange(-spec.context, length)
     codes = np.where(places < 0, -1, spec.encode(np.asarray(tokens[places.clip(min=0)])))
     return codes[:, spec.context :], codes[:, : spec.context]
-
-
-def _look_back(spec: HashSpec, codes: np.ndarray, context: np.ndarray | None, fill: int) -> np.ndarray:
-    seen = look_back(codes, context, width=spec.context, fill=fill, positions=spec.looks_at_positions)
-    return np.stack(seen[::-1], axis=-1)
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -169,14 +147,11 @@ class NgramEntries:
 class NgramCounter:
     """Counts N-grams as they come, and adds up whatever is given with them.
 
-    At most ``max_distinct`` distinct N-grams are held. When there are more, half of them are dropped: those whose
-    scattered key has one more leading bit set. What stays is a random sample of the N-grams, chosen by their keys
-    alone, and everything about each N-gram in it is exact, as if none had been dropped.
-
-    Args:
-        max_distinct: Distinct N-grams held at most; while they are merged there can be three times as many in memory.
-        part: Which N-grams to count: those whose scattered key starts with certain bits, given as the number of bits
-            and their value. By default all of them.
+    At most ``max_distinct`` distinct N-grams are held (three times as many in memory while they are merged). When there
+    are more, half of them are dropped: those whose scattered key has one more leading bit set. What stays is a random
+    sample of the N-grams, chosen by their keys alone, and everything about each N-gram in it is exact, as if none had
+    been dropped. ``part`` restricts a counter to the keys whose scattered form starts with certain bits, given as the
+    number of bits and their value.
 
     Source: distinct sampling, Gibbons, “Distinct Sampling for Highly-Accurate Answers to Distinct Values Queries and
     Event Reports”, VLDB 2001.
@@ -202,12 +177,10 @@ class NgramCounter:
         first: Mapping[str, np.ndarray] | None = None,
         sums: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Take in one occurrence for each key, in the order of the text.
+        """Take in one occurrence for each key ``[N]``, in the order of the text.
 
-        Args:
-            keys: From `ngram_keys`, ``[N]``.
-            first: Arrays ``[N, ...]`` of which the first occurrence of each N-gram is kept.
-            sums: Arrays ``[N, ...]`` that are added up for each N-gram. Every call gives the same names.
+        Of the arrays in ``first``, ``[N, ...]``, the entry of each N-gram's first occurrence is kept; those in ``sums``
+        are added up for each N-gram. Every call gives the same names.
         """
         added = NgramEntries(keys, first or {}, {"counts": np.ones(len(keys), np.int64), **(sums or {})})
         self._waiting.append(NgramEntries.joined([self._sampled(added)]))
@@ -261,23 +234,12 @@ class FrequentNgrams:
         return float(self.counts.sum()) / max(self.num_positions, 1)
 
     def first(self, number: int) -> "FrequentNgrams":
-        """Return the most frequent of these N-grams.
-
-        Args:
-            number: How many to return, at most.
-        """
+        """Return the most frequent of these N-grams, at most ``number``."""
         columns = {name: getattr(self, name)[:number] for name in ("canonical", "tokens", "counts")}
         return dataclasses.replace(self, **columns)
 
     def find(self, ngrams: np.ndarray) -> np.ndarray:
-        """Look N-grams up.
-
-        Args:
-            ngrams: Canonical tokens, oldest first, int64 ``[n, order]``.
-
-        Returns:
-            The place of each among these, -1 where it is none of them; int64 ``[n]``.
-        """
+        """Return the place among these of each N-gram ``[n, order]``, -1 where it is none of them; int64 ``[n]``."""
         keys, places = self._sorted_keys
         wanted = ngram_keys(ngrams, self.vocab_size)
         if not len(keys):
@@ -300,34 +262,22 @@ def frequent_ngrams(
     max_distinct: int = 1 << 22,
     on_progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> dict[int, FrequentNgrams]:
-    """Count the N-grams of a text, for each order of a hash, and keep the most frequent.
+    """Count the N-grams of a text, raw tokens ``[N]``, and return the most frequent of each order.
 
-    Of equally frequent N-grams the one that occurs first comes first, so the result depends on the text alone.
-
-    Args:
-        spec: The hash, with its token map.
-        tokens: Raw tokens of the text, integers ``[N]``; they are read in pieces, so a memory-mapped array will do.
-        num_ngrams: How many to keep of each order.
-        max_distinct: Distinct N-grams held at a time. If there are more, the text is read again for the others,
-            about once for every ``max_distinct`` distinct N-grams; the counts are exact all the same.
-        on_progress: Called with the number of tokens just read; all orders and readings together come to at least
-            ``N * len(spec.orders)``.
-
-    Returns:
-        Order to N-grams.
+    Of equally frequent N-grams the one that occurs first comes first, so the result depends on the text alone. The text
+    is read in pieces, so it may be memory-mapped; if it has more than ``max_distinct`` distinct N-grams, it is read
+    again for the others, and the counts are exact all the same. ``on_progress`` is called with the number of tokens
+    just read, which come to at least ``N * len(spec.orders)``.
 
     Raises:
         ConfigError: A number is not positive.
         DataError: There are no tokens.
         TokenError: A token is outside the vocabulary, or ``tokens`` is not one row of integers.
-        TokenMapError: No token map is bound.
 
     Memory: three times ``max_distinct`` entries of a key, a count and a place (24 bytes, and 8 more for each further
     eight bytes that an N-gram's canonical tokens need), and a piece of 262,144 tokens.
     """
-    for name, value in (("num_ngrams", num_ngrams), ("max_distinct", max_distinct)):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is a whole number from 1, got {value!r}")
+    check_whole(num_ngrams=num_ngrams, max_distinct=max_distinct)
     tokens = np.asanyarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise TokenError(f"a text is one row of token ids [num_tokens], got {tokens.dtype} {list(tokens.shape)}")
@@ -361,7 +311,7 @@ def _frequent(
     places = best[0].first["place"]
     codes, context = _codes(spec, tokens, places, 1)
     raw = tokens[(places[:, None] + np.arange(1 - order, 1)).clip(min=0)].astype(np.int64)
-    unseen = _look_back(spec, codes, context, -1)[:, 0, -order:] < 0
+    unseen = ngrams_of(spec, codes, context, fill=-1)[:, 0, -order:] < 0
     return FrequentNgrams(
         order=order,
         vocab_size=spec.vocab_size,
@@ -382,15 +332,7 @@ def _pieces(spec: HashSpec, tokens: np.ndarray, order: int) -> Iterator[tuple[np
 
 
 def ngram_rows(spec: HashSpec, ngrams: FrequentNgrams, layer: int) -> np.ndarray:
-    """Find the rows that N-grams read, wherever they occur.
-
-    Args:
-        spec: The hash that they were counted with.
-        ngrams: N-grams of one of its orders.
-        layer: The layer's published id.
-
-    Returns:
-        Row numbers in the layer's table, one for each head of the order, int64 ``[K, heads]``.
+    """Find the rows that N-grams read in a layer, one for each head of their order, int64 ``[K, heads]``.
 
     Raises:
         ConfigError: The layer has no memory.

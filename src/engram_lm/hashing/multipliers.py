@@ -21,16 +21,9 @@ def multiplier_bound(vocab_size: int) -> int:
 
 
 def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) -> tuple[int, ...]:
-    """Draw the multipliers of one layer as the demo and DeepSeek-V4.1 do, from NumPy's PCG64 stream.
+    """Draw the multipliers of the layer with this *id* as the demo and DeepSeek-V4.1 do, from NumPy's PCG64 stream.
 
-    Args:
-        vocab_size: Number of canonical tokens.
-        count: Look-back distances, the current token included: the highest order.
-        layer: The layer's *id* (not its place in the list).
-        seed: Base seed; 0 in both published models.
-
-    Returns:
-        ``count`` odd integers; a shorter draw is a prefix of a longer one.
+    There is one for each look-back distance, the current token included; a shorter draw is a prefix of a longer one.
 
     Source: deepseek-ai/Engram ``engram_demo_v1.py``; deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``.
     """
@@ -41,15 +34,10 @@ def pcg64_multipliers(vocab_size: int, count: int, layer: int, seed: int = 0) ->
 
 
 def splitmix64(values: Any) -> np.ndarray:
-    """Spread every bit of each value over all others: one step of the generator, its increment included.
+    """Spread every bit of each uint64 over all others: one step of the generator, its increment included.
 
-    Args:
-        values: uint64 of any shape, or one integer below 2**64.
-
-    Returns:
-        uint64 of the same shape; different values give different results.
-
-    Source: Steele, Lea and Flood, “Fast Splittable Pseudorandom Number Generators”, 2014.
+    Different values give different results. Source: Steele, Lea and Flood, “Fast Splittable Pseudorandom Number
+    Generators”, 2014.
     """
     with np.errstate(over="ignore"):  # everything is meant modulo 2**64
         mixed = np.asarray(values, np.uint64) + np.uint64(GAMMA)
@@ -59,16 +47,7 @@ def splitmix64(values: Any) -> np.ndarray:
 
 
 def splitmix64_multipliers(vocab_size: int, count: int, ordinal: int, seed: int) -> tuple[int, ...]:
-    """Draw the multipliers of one layer as Qwen's PLE does.
-
-    Args:
-        vocab_size: Number of raw tokens.
-        count: Look-back distances, the current token included: the highest order.
-        ordinal: The layer's *place* in the list of memory layers, from 0 (not its id).
-        seed: The config's ``seed``; 1234 in the published model.
-
-    Returns:
-        ``count`` odd integers.
+    """Draw the multipliers of the layer at this *place* in the list of memory layers, from 0, as Qwen's PLE does.
 
     Source: transformers ``models/qwen4_exp/modeling_qwen4_exp.py``.
     """

@@ -63,14 +63,7 @@ def distinct_primes(bases: Sequence[int], count: int, used: set[int]) -> tuple[i
     """Take, for each base in turn, the next ``count`` primes at or above it that nobody has taken yet.
 
     The search restarts at every base and skips what is in ``used``, so equal bases continue where the last one ended.
-
-    Args:
-        bases: Rows asked for per head, one per order.
-        count: Heads per order.
-        used: Primes already taken, by earlier orders and layers. The ones taken here are added **in place**.
-
-    Returns:
-        ``len(bases) * count`` primes, order by order.
+    The primes that are taken are added to ``used`` in place.
 
     Raises:
         ConfigError: A prime would be 2**63 or more.

@@ -19,17 +19,7 @@ OURS = "hash_spec"
 
 
 def read_published(config: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Any]:
-    """Recognize a published config and read the fields of its `HashSpec`.
-
-    Args:
-        config: The whole config; a nested ``text_config`` is looked into.
-        tokenizer: The model's tokenizer or `TokenMap`, as for `HashSpec.from_config`.
-
-    Raises:
-        ConfigError: The config is of no known kind, or lacks or contradicts a key, which the message names.
-        TokenMapError: The tokenizer is missing where one is needed, or gives another canonical vocabulary.
-        MismatchError: A `TokenMap` that merges tokens was given for a format that hashes raw ids.
-    """
+    """Recognize a published config, and read the fields of its spec; the errors are those of `HashSpec.from_config`."""
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     for marks, reader in _READERS:

@@ -68,11 +68,7 @@ class HashRule(abc.ABC):
         seed: int = 0,
         shared_table: bool = False,
     ) -> Self:
-        """Draw the numbers of a new model; the arguments are those of `HashSpec.build`.
-
-        Raises:
-            ConfigError: A value is impossible.
-        """
+        """Draw the numbers of a new model; arguments and errors are those of `HashSpec.build`."""
         check_layers(layers)
         _check_geometry(orders, num_heads)
         bases = (rows_per_head,) * len(orders) if isinstance(rows_per_head, int) else tuple(rows_per_head)
@@ -108,16 +104,11 @@ class HashRule(abc.ABC):
         return tuple(tuple(accumulate(row[:-1], initial=0)) for row in self.primes)
 
     def rows(self, seen: Sequence[Any], places: Sequence[int], hidden_states: Sequence[Any] | None = None) -> list[Any]:
-        """Compute the rows of some layers, in NumPy or torch, whichever the tokens are.
+        """Compute the rows of some layers, given by their places in the spec's list, in NumPy or torch.
 
-        Args:
-            seen: As from `look_back`: what each position sees at the distances 0, 1, … W, int64 [B, L].
-            places: Which layers, as places in the spec's list.
-            hidden_states: For each of them the hidden states that go into the layer, [B, L, D]. Only rules that do not
-                read ahead look at them.
-
-        Returns:
-            For each of the layers, int64 [B, L, H], offsets included, contiguous.
+        Takes what each position sees at the distances 0, 1, … W, int64 [B, L] each, and, for rules that do not read
+        ahead, the hidden states [B, L, D] that go into each layer. Returns a contiguous int64 [B, L, H] for each layer,
+        offsets included.
 
         Cost: one 64-bit remainder per row, which is nearly all of the time; torch waits for nothing. Multiplying by a
         reciprocal in float64 and correcting the result was measured on CPU and loses: its six passes over the rows cost
@@ -137,16 +128,9 @@ class HashRule(abc.ABC):
     def rows_reference(
         self, tokens: Sequence[int | None], starts: Sequence[bool], place: int, fill: int
     ) -> list[list[int]]:
-        """Compute the rows of one whole sequence in one layer, in plain Python.
+        """Compute the rows of one whole sequence in one layer, in plain Python: at each position one row per column.
 
-        Args:
-            tokens: Canonical tokens, None where a position is dead.
-            starts: Whether a segment starts at each position.
-            place: Place of the layer in the spec's list.
-            fill: What stands for a token that cannot be seen.
-
-        Returns:
-            Per position, one row per column, offsets included.
+        Takes canonical tokens, None where a position is dead, and whether a segment starts at each position.
         """
         sequence = []
         for t in range(len(tokens)):
@@ -317,22 +301,14 @@ RULES: Mapping[str, type[HashRule]] = {
 
 
 def find_rule(variant: str) -> type[HashRule]:
-    """Look a variant's rule up.
-
-    Raises:
-        ConfigError: There is no such variant.
-    """
+    """Look a variant's rule up, or raise a `ConfigError`."""
     if variant not in RULES:
         raise ConfigError(f"variant is one of {', '.join(RULES)}, got {variant!r}")
     return RULES[variant]
 
 
 def check_layers(layers: tuple[int, ...]) -> None:
-    """Refuse impossible layer ids.
-
-    Raises:
-        ConfigError: There are none, one is negative, or two are equal.
-    """
+    """Refuse impossible layer ids with a `ConfigError`."""
     if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
         raise ConfigError(f"layers are one or more ids from 0, got {layers!r}")
     if len(set(layers)) != len(layers):

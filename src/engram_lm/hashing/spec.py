@@ -17,8 +17,7 @@ from engram_lm.hashing.codes import Encoder, look_back
 from engram_lm.hashing.published import OURS, read_published
 from engram_lm.hashing.rules import HashRule, find_rule
 from engram_lm.hashing.segments import Segments
-from engram_lm.hashing.spec_fields import check_fields, matching_map, rule_fields
-from engram_lm.hashing.spec_json import fields_from_json, fields_to_json
+from engram_lm.hashing.spec_fields import check_fields, fields_from_json, fields_to_json, matching_map, rule_fields
 from engram_lm.hashing.token_map import TokenMap, is_torch
 
 if TYPE_CHECKING:
@@ -182,11 +181,6 @@ class HashSpec:
     def context(self) -> int:
         """How many earlier positions a row depends on: the highest order minus one."""
         return self.orders[-1] - 1
-
-    @property
-    def looks_at_positions(self) -> bool:
-        """Whether codes may hold segment starts taken from ``position_ids``."""
-        return self.segments.positions
 
     def offsets(self, layer: int) -> tuple[int, ...]:
         """Return the first row of each column of a layer.
@@ -367,7 +361,7 @@ class HashSpec:
                 f"the history holds {list(context.shape)} codes, the tokens need {list(shape)} "
                 "([batch, context]); give each sequence of the batch its history"
             )
-        return look_back(codes, context, width=self.context, fill=self.fill, positions=self.looks_at_positions)
+        return look_back(codes, context, width=self.context, fill=self.fill, positions=self.segments.positions)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values. Multipliers, and integers from 2**53 on, are strings: doubles lose them."""

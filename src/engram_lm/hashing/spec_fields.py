@@ -1,16 +1,23 @@
-"""The fields of a hash specification: filled in from a rule, and checked."""
+"""The fields of a hash specification: filled in from a rule, checked, and as JSON values."""
 
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, MismatchError, TokenMapError
+from engram_lm.errors import ConfigError, MismatchError, TokenMapError, suggestion
 from engram_lm.hashing.rules import HashRule, check_layers
 from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.token_map import TokenMap
 
-__all__ = ["check_fields", "matching_map", "rule_fields"]
+__all__ = ["FORMAT", "check_fields", "fields_from_json", "fields_to_json", "matching_map", "rule_fields"]
 
+FORMAT = "engram.hash_spec.1"
+"""The value of the key ``format``."""
+
+# JSON readers that go through a double lose integers from here on.
+_EXACT = 2**53
 _INT64 = 2**63
 
 
@@ -29,17 +36,8 @@ def rule_fields(
 ) -> dict[str, Any]:
     """Fill in the fields of the spec of a rule.
 
-    Args:
-        rule: The rule with the model's numbers.
-        variant: The rule's published name.
-        layers: Published ids of its layers.
-        token_map: The token map; None if only the tables are known so far.
-        segments: Where look-backs stop.
-        pad_token_id: Raw id that stands for what cannot be seen, for rules that have such an id.
-        num_tokens: Number of raw ids, if there is no map.
-        seed: Seed that the multipliers were drawn with.
-        shared_table: Whether all layers read one table.
-        row_multiple: Each table's rows are rounded up to a multiple of this.
+    Without a token map only the tables are known, and ``num_tokens`` raw ids. Each table's rows are rounded up to a
+    multiple of ``row_multiple``.
     """
     fill = None if rule.has_fill else 0
     if rule.has_fill and token_map is not None:
@@ -67,12 +65,7 @@ def rule_fields(
 
 
 def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
-    """Return a tokenizer's map of the kind that a `HashSpec` has, if it is the one that the spec was made for.
-
-    Raises:
-        MismatchError: The map, or the vocabulary behind it, is another one.
-        TokenMapError: The map has another number of canonical tokens.
-    """
+    """Return a tokenizer's map if it is the one that the spec was made for; the errors are those of `HashSpec.bind`."""
     if isinstance(tokenizer, TokenMap):
         token_map = tokenizer
     elif spec.vocab_size == spec.num_tokens:
@@ -96,11 +89,7 @@ def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
 
 
 def check_fields(spec: Any) -> None:
-    """Refuse a `HashSpec` whose fields are impossible or contradict one another.
-
-    Raises:
-        ConfigError: Naming the field.
-    """
+    """Refuse a `HashSpec` whose fields are impossible or contradict one another, with a `ConfigError`."""
     check_layers(spec.layers)
     for name, low in (("vocab_size", 1), ("num_tokens", 1), ("seed", None)):
         value = getattr(spec, name)
@@ -152,3 +141,70 @@ def _check_tables(
                 f"layer {layer} needs {sum(row)} rows and its table has {padded}; "
                 "a table has at least the rows that are hashed to, and fewer than 2**63: row numbers are int64"
             )
+
+
+def fields_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the fields of a `HashSpec` into JSON values; multipliers, and integers from 2**53 on, become strings."""
+    values = {"format": FORMAT, **{name: _plain(value) for name, value in fields.items()}}
+    values["multipliers"] = [[str(multiplier) for multiplier in row] for row in fields["multipliers"]]
+    return values
+
+
+def fields_from_json(values: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Undo `fields_to_json`; keys that are missing, unknown or of the wrong kind raise a `ConfigError`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a hash spec is a dictionary, got {type(values).__name__}")
+    if values.get("format") != FORMAT:
+        raise ConfigError(f"hash spec: expected format {FORMAT!r}, got {values.get('format')!r}")
+    values = {name: value for name, value in values.items() if name != "format"}
+    names = list(names)
+    _refuse_unknown(values, names, "hash spec")
+    if missing := sorted(set(names) - set(values)):
+        raise ConfigError(f"hash spec: the key {missing[0]!r} is missing")
+    return {name: _typed(name, value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Segments):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if type(value) is int and abs(value) >= _EXACT else value
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Undo `_plain` for the field of that name, and refuse what it cannot have made."""
+    if name in ("primes", "multipliers"):
+        return tuple(_integers(name, row) for row in _list(name, value))
+    if name in ("layers", "orders", "padded_rows", "end_tokens", "dead_tokens"):
+        return _integers(name, value)
+    if name in ("layer_base", "num_heads", "vocab_size", "num_tokens", "seed", "fill", "pad_token_id"):
+        return None if value is None and name in ("fill", "pad_token_id") else _integers(name, [value])[0]
+    if name == "segments":
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"hash spec: segments is a dictionary, got {value!r}")
+        _refuse_unknown(value, [field.name for field in dataclasses.fields(Segments)], "hash spec segments")
+        return Segments(**{key: _typed(key, item) for key, item in value.items()})
+    if name in ("shared_table", "positions") and not isinstance(value, bool):
+        raise ConfigError(f"hash spec: {name} is true or false, got {value!r}")
+    return value
+
+
+def _refuse_unknown(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key {key!r}; {suggestion(key, sorted(names))}")
+
+
+def _list(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"hash spec: {name} is a list, got {value!r}")
+    return value
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    for value in _list(name, values):
+        digits = isinstance(value, str) and len(value) < 32 and value.removeprefix("-").isdecimal()
+        if type(value) is not int and not digits:
+            raise ConfigError(f"hash spec: {name} holds integers (large ones as strings), got {value!r}")
+    return tuple(map(int, values))

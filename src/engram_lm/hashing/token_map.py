@@ -257,14 +257,10 @@ def is_torch(value: Any) -> bool:
 
 
 def check_tokens(tokens: Any, num_tokens: int) -> Any:
-    """Check raw ids against a vocabulary, and return them as int64.
+    """Check raw ids of any shape against a vocabulary, and return them as int64 of the same kind.
 
     On an accelerator and inside ``torch.compile`` the check is an assertion on the device, which ends the process,
     because nothing there may wait for the host. An id is never clamped.
-
-    Args:
-        tokens: Integers of any shape; a NumPy array, anything that becomes one, or a torch tensor.
-        num_tokens: Size of the vocabulary.
 
     Raises:
         TokenError: The values are not integers, or one is outside [0, num_tokens); the message names the worst one.
@@ -318,11 +314,7 @@ def _sealed(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def load_tokenizer(tokenizer: Any) -> Any:
-    """Find the ``tokenizers.Tokenizer`` behind what `TokenMap.from_tokenizer` accepts.
-
-    Raises:
-        TokenMapError: There is none, or it cannot be read.
-    """
+    """Find the ``tokenizers.Tokenizer`` behind what `TokenMap.from_tokenizer` accepts, or raise a `TokenMapError`."""
     if isinstance(tokenizer, str | os.PathLike):
         from tokenizers import Tokenizer
 
