@@ -81,6 +81,23 @@ def fixed_seeds():
 
 
 @pytest.fixture(scope="session")
+def rank_pools(tmp_path_factory):
+    """Processes of one group by their number, started when a test first asks and shared by all files."""
+    from tests.ranks import Processes
+
+    made = {}
+
+    def pool(world_size):
+        if world_size not in made:
+            made[world_size] = Processes(world_size, tmp_path_factory.mktemp("ranks"))
+        return made[world_size]
+
+    yield pool
+    for processes in made.values():
+        processes.close()
+
+
+@pytest.fixture(scope="session")
 def other_tokenizer():
     """A tokenizer of the same size as the small model's, trained on another text."""
     from engram_lm.training.data.tokenizer import train_tokenizer

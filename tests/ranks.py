@@ -9,14 +9,13 @@ import torch.distributed as dist
 
 
 class Processes:
-    """Ranks that run functions of test files, all at once, until closed.
+    """Ranks that run functions of test files, all at once, until closed."""
 
-    Each calls ``function(*arguments)``; with ``numbered`` it is told its rank first.
-    """
-
-    def __init__(self, world_size, folder, *, context=None, numbered=True):
-        context = context or multiprocessing.get_context("spawn")
-        self.world_size, self.numbered, self.results = world_size, numbered, context.Queue()
+    def __init__(self, world_size, folder):
+        # They begin where the imports below have been made, which would take most of their time otherwise.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.small_model", "engram_lm.training.run", "engram_lm.adapt"])
+        self.world_size, self.results = world_size, context.Queue()
         self.jobs = [context.SimpleQueue() for _ in range(world_size)]
         self.processes = [
             context.Process(target=_serve, args=(rank, world_size, str(folder), self.jobs[rank], self.results))
@@ -25,10 +24,13 @@ class Processes:
         for process in self.processes:
             process.start()
 
-    def run(self, function, *arguments):
-        """What the function returned, by rank; fails with what it raised."""
+    def run(self, function, *arguments, numbered=True):
+        """What ``function(rank, *arguments)`` returned, by rank; fails with what it raised.
+
+        Where it is not ``numbered``, the function is not told its rank.
+        """
         for rank, jobs in enumerate(self.jobs):
-            jobs.put((function, (rank, *arguments) if self.numbered else arguments))
+            jobs.put((function, (rank, *arguments) if numbered else arguments))
         found = dict(self.results.get(timeout=100) for _ in self.jobs)
         found = [torch.load(io.BytesIO(found[rank]), weights_only=False) for rank in range(self.world_size)]
         problems = [one for one in found if isinstance(one, str) and one.startswith("Traceback")]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from tests.small_model import BACKBONE
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -121,9 +120,8 @@ def test_the_configuration_s_speed_is_the_default_and_zero_leaves_the_bias_alone
         assert (float(bias.abs().max()) > 0.2) == (speed > 0)
 
 
-def _rank(rank, folder):
-    """What one of two processes finds, written to the folder."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank):
+    """What one of two processes finds."""
     alone = [torch.distributed.new_group([other]) for other in range(2)][rank]
     found = {}
     for name, group in (("all", None), ("alone", alone)):
@@ -139,16 +137,13 @@ def _rank(rank, folder):
     counts = torch.stack([torch.bincount(chosen.flatten(), minlength=8) for chosen in output.chosen_experts])
     biases = torch.stack([module.e_score_correction_bias for module in model.modules() if isinstance(module, Router)])
     found["wrapped"] = torch.stack(list(load.values())), biases, counts
-    torch.save(found, f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(rank_pools):
     """What two processes with different data found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / str(rank)) for rank in range(2)]
+    return rank_pools(2).run(_rank)
 
 
 def test_ranks_with_different_data_move_the_bias_alike(ranks):

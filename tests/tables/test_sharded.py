@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ranks import Processes
 from torch.distributed.tensor import DTensor
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
@@ -19,10 +18,8 @@ WIDTH = 5
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def processes(request, tmp_path_factory):
-    made = Processes(request.param, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
+def processes(request, rank_pools):
+    return rank_pools(request.param)
 
 
 def whole(num_rows, dtype=torch.float32):

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from tests.ranks import Processes
 from tests.small_model import BACKBONE, MEMORY, TEXT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -46,22 +45,15 @@ def fresh_processes():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Runs a function of this file on so many ranks, at once; on one, here."""
-    made = {}
+def ranks(rank_pools):
+    """Runs a function of this file on that many ranks, at once; on one, here."""
 
     def run(world_size, function, *arguments):
         if world_size == 1:
             return [function(*arguments)]
-        if world_size not in made:
-            made[world_size] = Processes(
-                world_size, tmp_path_factory.mktemp("ranks"), context=fresh_processes(), numbered=False
-            )
-        return made[world_size].run(function, *arguments)
+        return rank_pools(world_size).run(function, *arguments, numbered=False)
 
-    yield run
-    for processes in made.values():
-        processes.close()
+    return run
 
 
 def rank_and_size():

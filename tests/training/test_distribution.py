@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ranks import Processes
 from tests.small_model import BACKBONE, MEMORY, TEXT
 from torch.distributed.tensor import DTensor
 
@@ -48,10 +47,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def processes(request, tmp_path_factory):
-    made = Processes(request.param, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
+def processes(request, rank_pools):
+    return rank_pools(request.param)
 
 
 def ranks_here():

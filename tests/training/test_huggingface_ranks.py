@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from tests.ranks import Processes
 from tests.training.test_huggingface import (
     IDS,
     Watch,
@@ -25,10 +24,8 @@ WORLD = 2
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    made = Processes(WORLD, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
+def processes(rank_pools):
+    return rank_pools(WORLD)
 
 
 def gradients(model):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -102,13 +101,12 @@ def counted(model, group):
     return seen
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank):
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     model = Model()
     fully_shard(model, mesh=mesh)
     first, last = ((0, CUT), (CUT, NUM_ROWS))[rank]
-    found = {
+    return {
         "trained": train(model),
         "copies": train(Model(), torch.distributed.group.WORLD),
         "orthogonalized": counted(Model(), torch.distributed.group.WORLD),
@@ -116,16 +114,12 @@ def _rank(rank, folder):
         "clipped": clip(first, last, True),
         "columns": columns(mesh),
     }
-    torch.save(found, f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(rank_pools):
     """What two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / str(rank)) for rank in range(2)]
+    return rank_pools(2).run(_rank)
 
 
 def test_a_model_divided_by_fsdp2_trains_as_a_whole_one(ranks):

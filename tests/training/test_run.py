@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from tests.small_model import TEXT
 
@@ -66,9 +68,9 @@ def table(text, cache, **changes):
     return sections
 
 
-def run(out, sections, **options):
+def run(out, sections, ranks=None, **options):
     progress = RunProgress(Console(stderr=True), silent=True)
-    return Run(Recipe.from_dict(sections), out, Ranks(), progress=progress, **options).execute()
+    return Run(Recipe.from_dict(sections), out, ranks or Ranks(), progress=progress, **options).execute()
 
 
 def measured(out):
@@ -334,17 +336,24 @@ def torchrun(num_ranks, arguments):
     )
 
 
-@pytest.mark.timeout(400)
+def run_on_rank(rank, out, sections, options):
+    """What `run` does, as one of the processes of a group."""
+    ranks = Ranks(rank, dist.get_world_size(), 0, torch.device("cpu"), dist.group.WORLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The command leaves this one out as well.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        return run(Path(out), sections, ranks=ranks, **options)
+
+
 @pytest.mark.parametrize("backbone", ["ddp", "fsdp2"])
-def test_several_processes_train_the_model_that_one_does(backbone, whole, text, cache, tmp_path):
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text(write_toml(table(text, cache, parallel__backbone=backbone)))
-    two = torchrun(2, [recipe, "--out", tmp_path / "run", "--max-steps", 5])
-    assert two.returncode == 0, two.stderr
+def test_several_processes_train_the_model_that_one_does(backbone, whole, text, cache, rank_pools, tmp_path):
+    sections = table(text, cache, parallel__backbone=backbone)
+    out = str(tmp_path / "run")
+    rank_pools(2).run(run_on_rank, out, sections, {"stop_after": 5})
     # 4 sequences over 3 processes: one has two of them.
-    three = torchrun(3, [recipe, "--out", tmp_path / "run", "--resume", "--max-steps", 9])
-    assert three.returncode == 0, three.stderr
-    run(tmp_path / "run", table(text, cache, parallel__backbone=backbone), resume=True)
+    rank_pools(3).run(run_on_rank, out, sections, {"resume": True, "stop_after": 9})
+    run(tmp_path / "run", sections, resume=True)
     found, expected = measured(tmp_path / "run"), measured(whole)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=2e-3)
@@ -429,16 +438,14 @@ except RunFolderError:
 
 
 @pytest.mark.timeout(200)
-def test_what_every_process_has_a_copy_of_counts_once_and_all_of_their_choices_count(text, cache, tmp_path):
+def test_what_every_process_has_a_copy_of_counts_once_and_all_of_their_choices_count(text, cache, rank_pools, tmp_path):
     sections = table(text, cache, log__details_every=1)
     sections["model"] = {**sections["model"], "memory": {**sections["model"]["memory"], "table_gradient": "dense"}}
     run(tmp_path / "one", sections, stop_after=1)
     (expected,) = measured(tmp_path / "one")
     for backbone in ("ddp", "fsdp2"):
-        recipe = tmp_path / f"{backbone}.toml"
-        recipe.write_text(write_toml({**sections, "parallel": {"backbone": backbone}}))
-        ended = torchrun(2, [recipe, "--out", tmp_path / backbone, "--max-steps", 1])
-        assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
+        divided = {**sections, "parallel": {"backbone": backbone}}
+        rank_pools(2).run(run_on_rank, str(tmp_path / backbone), divided, {"stop_after": 1})
         (found,) = measured(tmp_path / backbone)
         assert found["tables"]["1"]["occupancy"] == expected["tables"]["1"]["occupancy"]
         # The first step's choices are of the same first weights.
