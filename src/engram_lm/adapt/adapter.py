@@ -1,4 +1,4 @@
-"""The memory of one name on one model: attached, detached, switched, saved and loaded."""
+"""One memory adapter of a model: attached, detached, switched on and off, saved and loaded."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ CONTAINER = "engram_adapters"
 
 
 class MemoryAdapter(ForwardPass):
-    """Memory of one name on one model. `engram_lm.attach` and `from_pretrained` make it.
+    """One memory attached to one model, under a name. `engram_lm.attach` and `from_pretrained` make it.
 
     It is a module of the model it is attached to, so ``model.parameters()``, ``.to()``, ``.train()`` and
     ``.state_dict()`` reach it; its names there begin with ``engram_adapters.NAME.``. So a checkpoint of the model as
@@ -44,7 +44,7 @@ class MemoryAdapter(ForwardPass):
         spec: The hash, with its token map.
         tables: A table for each block (by its number as text), or one called ``shared``.
         name: Which adapter of the model this is.
-        base: What the model is that it was made for.
+        base: The model that the memory was made for.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class MemoryAdapter(ForwardPass):
             self.enabled = before
 
     def detach(self) -> None:
-        """Take the memory off the model, which then is exactly what it was. The adapter keeps its weights.
+        """Take the memory off the model, which is then exactly what it was. The adapter keeps its weights.
 
-        A model that was compiled with the memory has to be compiled anew. Detaching twice is fine.
+        A model that was compiled with the memory has to be compiled again. Detaching twice does no harm.
         """
         for handle in self._handles:
             handle.remove()
@@ -159,7 +159,7 @@ class MemoryAdapter(ForwardPass):
         The folder is first written beside other temporary files (``TMPDIR``), so its tables must have room there.
 
         Args:
-            repo_id: ``"owner/name"``, or a name of one's own.
+            repo_id: ``"owner/name"``, or just a name for a repository of your own.
             tables: As for `save_pretrained`.
             private: Whether a repository that is made is private; the owner's default where None.
             token: What grants access; that of ``hf auth login`` where None.
@@ -338,10 +338,10 @@ def set_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def check_free(model: nn.Module, name: str) -> None:
-    """Refuse a name that an adapter of the model has.
+    """Refuse a name that an adapter of the model already has.
 
     Raises:
-        ConfigError: As said.
+        ConfigError: The name is taken.
     """
     if name in attached_adapters(model):
         raise ConfigError(

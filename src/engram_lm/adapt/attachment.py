@@ -1,4 +1,4 @@
-"""Adding memory to a pretrained model somebody else trained."""
+"""Adding memory to a pretrained model."""
 
 import dataclasses
 from collections.abc import Sequence

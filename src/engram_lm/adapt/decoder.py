@@ -1,4 +1,4 @@
-"""Where the decoder layers of somebody else's model are, found by structure."""
+"""Finds the decoder layers of any causal language model by its structure."""
 
 import dataclasses
 import inspect
@@ -56,7 +56,7 @@ def find_decoder(model: nn.Module, layer_list: str | None = None) -> Decoder:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
-            f"memory is attached to a transformers causal language model (AutoModelForCausalLM); {kind} is none"
+            f"memory is attached to a transformers causal language model (AutoModelForCausalLM), and {kind} is not one"
         )
     text = config.get_text_config(decoder=True)
     name = _chosen(model, text) if layer_list is None else layer_list

@@ -35,8 +35,8 @@ class _Call:
 class ForwardPass(nn.Module):
     """The hooks of `engram_lm.MemoryAdapter`, and what they hand each other.
 
-    Hooks cannot pass values down through the code of somebody else's model. So what belongs to one call is kept where
-    only the thread that makes the call sees it, from the beginning of the call to its end.
+    Hooks cannot pass values down through the code of another library's model. So what belongs to one call is kept where
+    only the thread that makes the call can see it, from the beginning of the call to its end.
 
     Args:
         config: Geometry and options.

@@ -175,7 +175,7 @@ class EngramConfig:
             segments: Which look-backs are blocked; by default N-grams do not cross an end-of-text token.
 
         Raises:
-            ConfigError: It is no Hugging Face tokenizer, or has neither a pad nor an end-of-text token.
+            ConfigError: It is not a Hugging Face tokenizer, or has neither a pad nor an end-of-text token.
             TokenMapError: The tokenizer has no Rust backend.
         """
         from engram_lm.hashing import Segments, TokenMap
@@ -253,10 +253,10 @@ class EngramConfig:
 
 
 def check_tokenizer_kind(tokenizer: Any) -> None:
-    """Refuse what is no tokenizer of transformers.
+    """Refuse what is not a tokenizer of transformers.
 
     Raises:
-        ConfigError: As said.
+        ConfigError: It has no ``pad_token_id``.
     """
     if not hasattr(tokenizer, "pad_token_id"):
         raise ConfigError(

@@ -53,7 +53,7 @@ class DecodeState:
         """Move the history past a step's codes, int64 ``[B, L]``. Layers move their windows themselves, after this."""
         self.history.advance(codes)
         if torch.compiler.is_compiling():
-            self.seen = None  # A number that changes with every step would be compiled anew for each.
+            self.seen = None  # A number that changes with every step would cause a new compilation each time.
         elif self.seen is not None:
             self.seen += codes.shape[1]
 
@@ -64,10 +64,10 @@ class DecodeState:
             window.record()
 
     def check_rollback(self, count: int) -> None:
-        """Refuse to take back more tokens than are held.
+        """Check that this many tokens can be taken back.
 
         Raises:
-            HistoryError: As said.
+            HistoryError: Fewer tokens are held.
         """
         if self.seen is not None and count >= self.seen:
             return  # Nothing that would have to be known is left.

@@ -23,7 +23,7 @@ def check_index(folder: Path) -> None:
     """Refuse the index of a local checkpoint that cannot be read or points out of its folder.
 
     Raises:
-        CheckpointError: As said. A folder without an index is fine here.
+        CheckpointError: The index is malformed, or names files outside the folder. A folder needs no index.
     """
     if (folder / INDEX_NAME).is_file() and not (folder / "model.safetensors").is_file():
         TensorFolder(folder)

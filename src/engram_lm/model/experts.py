@@ -105,7 +105,7 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
 def balance_experts(
     model: nn.Module, speed: float | None = None, *, group: "dist.ProcessGroup | None" = None
 ) -> dict[str, Tensor]:
-    """Move every selection bias one step towards an even load, and start counting anew: no auxiliary loss.
+    """Move every selection bias one step towards an even load, and restart the counts; there is no auxiliary loss.
 
     Call it once per optimizer step. Under data parallelism the counts of all ranks are added first, so every rank must
     call it.

@@ -49,7 +49,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         "feed_forward_streams",
         "stream_head",
     ]
-    # The one tensor of the model itself: device maps that divide it by modules do not name it, and must not have to.
+    # The only tensor outside the modules; device maps that list modules need not name it.
     _no_placement_params = ["token_map"]
     _keys_to_ignore_on_load_unexpected = None
 
@@ -126,9 +126,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     ) -> Any:
         """Load a model as ``transformers`` does, and check that the checkpoint is whole and fits its hash.
 
-        With ``device_map="auto"`` (and its kin) the tables stay on the host: rows are read there, and only rows read
-        travel. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves them in the
-        checkpoint's safetensors files, where rows are read in place and not trained.
+        With ``device_map="auto"`` (and similar ones) the tables stay on the host: rows are read there, and only these
+        rows are copied. A map of several devices places them by the name ``model.memory_tables``; ``"disk"`` leaves
+        them in the checkpoint's safetensors files, where rows are read in place and not trained.
 
         With ``table_tier`` all tables are read from one tier, whatever a device map says of them. Logits are the same
         to the bit. Such tables are no parameters: they are neither trained, counted nor moved, and the rest of the
@@ -165,7 +165,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             DataError: The trace cannot be read, or is of other blocks.
             MismatchError: The checkpoint's token map, its tables, those of the source, or the tokenizer do not fit its
                 HashSpec.
-            RemoteError: Nobody answers at an address, or there is no such table.
+            RemoteError: A server does not answer, or has no such table.
         """
         place = TablePlace(
             tier=table_tier or ("device" if table_source is None else "auto"),
@@ -287,7 +287,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             )
         stored = check_files(checkpoint_files, load_config.sharded_metadata)
         apart, wanted = model.base_model.tables_apart, model._wanted_tables()
-        # First: that nobody answers at an address should not be found out about after the weights were loaded.
+        # Before the weights are loaded, because a server may not answer.
         elsewhere = apart.locate(wanted)
         if not load_config.ignore_mismatched_sizes:
             for name, table in wanted.items():
@@ -313,7 +313,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     def _adopt_tables(self, device_map: Any) -> None:
         """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
         base, spec = self.base_model, self.config.spec
-        # What other tools ask when they want to know whether a model may be moved or compiled.
+        # Other libraries look at this attribute to learn whether a model may be moved or compiled.
         if not hasattr(self, "hf_device_map"):
             self.hf_device_map = dict(device_map) if isinstance(device_map, Mapping) else {"": str(self.device)}
         for name, table, place in base.tables_apart.adopted(self._base_prefix):

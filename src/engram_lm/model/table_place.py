@@ -68,7 +68,7 @@ class WantedTable:
         """Refuse a table of another size (rows, width), or one that says it was made for another hash.
 
         Raises:
-            MismatchError: As said; ``where`` is what the message calls the table.
+            MismatchError: The table is another one; the message calls it by ``where``.
         """
         if shape != (self.num_rows, self.width):
             raise MismatchError(
@@ -164,7 +164,7 @@ class TablePlace:
             CheckpointError: A source is missing, malformed or holds no table.
             ConfigError: A name that the model or the source does not have, or one address for several tables.
             MismatchError: Rows, width or HashSpec of a table are not the model's.
-            RemoteError: Nobody answers at an address.
+            RemoteError: A server does not answer.
         """
         if self.source is None:
             return {}

@@ -61,7 +61,7 @@ class TablesApart:
             prefix: What the names of the base model begin with.
 
         Returns:
-            Names of tables that are nowhere; they were made anew.
+            Names of tables that were found nowhere; they have new random rows.
         """
         if not stored and self.tables.keys() - elsewhere.keys():
             raise CheckpointError(
@@ -153,9 +153,9 @@ def stored_table(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor 
 
 
 def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Divide a device map: what is left for the backbone, and where the tables go, which nothing may move from there.
+    """Divide a device map into the backbone's part and the tables' part, so that nothing moves the tables later.
 
-    The latter is None where all is on one device, and tables are loaded with the rest.
+    The tables' part is None where everything is on one device and tables are loaded with the rest.
     """
     if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
         # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.

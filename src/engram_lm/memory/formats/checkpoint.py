@@ -128,7 +128,7 @@ def write_memory(
 
     Args:
         folder: The folder to create; it must not exist, or be empty.
-        memory: What `read_memory` returned, or a memory of one's own in the same dataclass.
+        memory: What `read_memory` returned, or your own memory in the same dataclass.
         variant: The format; the memory's own where None. ``qwen_ple`` keeps the types of weights and rows.
             ``deepseek_v41`` rounds projections and rows to 8-bit floats (exact for what was read from that format) and
             keeps the types of the norms.
@@ -269,7 +269,7 @@ def _check_hash(config: Mapping[str, Any], spec: HashSpec, variant: str) -> None
         back = HashSpec.from_config(config, spec.token_map)
     except ValueError as error:
         raise ConfigError(f"{variant} cannot hold this hash: its config would be refused ({error})") from error
-    # Without the token map nobody knows the canonical id of the pad token.
+    # Without the token map the canonical id of the pad token is unknown.
     for name in (*_HASH_FIELDS, "fill") if spec.token_map is not None else _HASH_FIELDS:
         if getattr(back, name) != getattr(spec, name):
             raise ConfigError(

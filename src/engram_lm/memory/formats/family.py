@@ -1,4 +1,4 @@
-"""What a published format of memory is: how its reader finds the weights, and how its writer lays them out."""
+"""The interface of a published format: how its reader finds the weights, and how its writer lays them out."""
 
 import abc
 from collections.abc import Iterator, Mapping
