@@ -37,8 +37,8 @@ class RowTrace:
         path = Path(path)
         if not self.rows or path.suffix != ".npz":
             raise ConfigError(
-                f"{path} cannot hold a trace of {len(self.rows)} blocks; a trace has at least one block, and its file's "
-                "name ends in .npz"
+                f"{path} cannot hold a trace of {len(self.rows)} blocks; a trace has at least one block, and its file "
+                "is called NAME.npz"
             )
         arrays: dict[str, Any] = {f"rows_{block}": np.concatenate(pieces) for block, pieces in self.rows.items()}
         with replacing(path) as aside, open(aside, "wb") as file:
