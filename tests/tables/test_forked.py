@@ -24,7 +24,7 @@ def remote(layout, folder):
         parts = tuple(
             dataclasses.replace(part, extents=tuple(some)) for part, some in zip(layout.parts, extents, strict=True)
         )
-        there = dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
+        there = dataclasses.replace(layout, parts=parts, tensors=())
         with contextlib.closing(RemoteTable(there)) as table:
             yield table
 

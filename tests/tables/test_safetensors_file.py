@@ -102,7 +102,7 @@ def test_a_file_cut_after_its_header_was_read_is_refused_when_it_is_loaded(tmp_p
     write_raw(tmp_path / "file", {"a": ("F32", (100,), b"\1" * 400)})
     place = read_header(tmp_path / "file")["a"]
     os.truncate(tmp_path / "file", place.start_bytes + 10)
-    with pytest.raises(CheckpointError, match=r"400 bytes of a were expected .* 10 were there"):
+    with pytest.raises(CheckpointError, match=r"expected 400 bytes of a from byte .*, found 10"):
         place.load()
 
 

@@ -192,7 +192,7 @@ def _remote(layout, dtype):
             ))
             for part in layout.parts
         )  # fmt: skip
-        there = dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
+        there = dataclasses.replace(layout, parts=parts, tensors=())
         with _opened(RemoteTable(there, dtype, gap_bytes=50, longest_range_bytes=2000, num_connections=3)) as table:
             yield table
 

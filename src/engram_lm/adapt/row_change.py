@@ -19,8 +19,9 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import replacing
-from engram_lm.tables.files.safetensors_file import StoredTensor, local_header
+from engram_lm.tables.files.safetensors_file import local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.stored_tensor import StoredTensor
 
 __all__ = ["Fact", "RowChange", "bits", "read_patch", "same_bits", "write_patch"]
 

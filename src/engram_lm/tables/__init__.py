@@ -12,10 +12,11 @@ from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.packed_writer import write_packed
-from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder
+from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.files.verify import verify_packed
 from engram_lm.tables.layout import RowLayout, tensor_layout
 from engram_lm.tables.open import open_table, table_layouts
+from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable

@@ -14,9 +14,12 @@ import torch
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError
 from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.safetensors_file import StoredTensor
+from engram_lm.tables.stored_tensor import StoredTensor, read_into
 
-__all__ = ["Extent", "Part", "RowLayout", "tensor_layout"]
+__all__ = ["VERSION_MARK", "Extent", "Part", "RowLayout", "tensor_layout"]
+
+VERSION_MARK = "#engram-version="
+"""Stands behind the address of a file in a layout, before the version that the file must have."""
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _FLOAT8 = "F8_E4M3"
@@ -104,8 +107,6 @@ class RowLayout:
     """Where the bytes of records lie; the parts of a row, one after another, are its record."""
     tensors: tuple[StoredTensor, ...] = ()
     """The tensors of numbers, where the rows lie in safetensors files."""
-    scale_tensors: tuple[StoredTensor, ...] = ()
-    """The tensors of scales, where the rows lie in safetensors files and have such tensors."""
     spec_digest: str | None = None
     """Digest of the HashSpec that addresses the rows, where the source says it."""
 
@@ -116,7 +117,7 @@ class RowLayout:
             )
         counts = {sum(extent.num_rows for extent in part.extents) for part in self.parts}
         if len(counts) != 1 or min(counts) < 1:
-            raise ConfigError(f"the parts of a table have equal numbers of rows, at least one,, not {counts}")
+            raise ConfigError(f"the parts of a table have equal numbers of rows, at least one, not {counts}")
 
     @property
     def num_rows(self) -> int:
@@ -158,7 +159,13 @@ class RowLayout:
                 low, high = max(start - first, 0), min(stop - first, extent.num_rows)
                 if low < high:
                     out = data[first + low - start : first + high - start, column : column + part.row_bytes]
-                    _read_run(extent, low, high, out)
+                    # Straight into the result where its rows follow each other: a second copy would cost as much as
+                    # the read.
+                    straight = out.flags.c_contiguous
+                    buffer = out if straight else np.empty(out.shape, np.uint8)
+                    read_into(buffer.data.cast("B"), extent.file, extent.start_bytes + low * extent.row_bytes, "rows")
+                    if not straight:
+                        out[...] = buffer
             column += part.row_bytes
         return records
 
@@ -179,31 +186,6 @@ class RowLayout:
         parts = [dataclasses.asdict(part) for part in self.parts]
         values = [self.codec.to_dict(), parts, files, self.spec_digest]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _read_run(extent: Extent, low: int, high: int, out: np.ndarray) -> None:
-    """Copy rows ``low`` to ``high`` of an extent into ``out``, bytes ``[high - low, row_bytes]``."""
-    start, size = extent.start_bytes + low * extent.row_bytes, (high - low) * extent.row_bytes
-    # Straight into the result where its rows follow each other; a second copy would cost as much as the read.
-    buffer = out.reshape(-1) if out.flags.c_contiguous else np.empty(size, np.uint8)
-    try:
-        with open(extent.file, "rb", buffering=0) as file:
-            file.seek(start)
-            found = 0
-            while found < size:
-                count = file.readinto(buffer[found:])  # type: ignore[arg-type]  # an array is a buffer
-                if not count:
-                    break
-                found += count
-    except OSError as error:
-        raise CheckpointError(f"cannot read {extent.file}: {error.strerror}") from error
-    if found != size:
-        raise CheckpointError(
-            f"{extent.file} was cut after its header was read: expected at least {start + size} bytes, found "
-            f"{start + found}"
-        )
-    if not out.flags.c_contiguous:
-        out[...] = buffer.reshape(out.shape)
 
 
 def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTensor] | float | None = None) -> RowLayout:
@@ -247,7 +229,7 @@ def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTens
     parts = [_part(shards, codec.value_bytes)]
     if scale_tensors:
         parts.append(_part(scale_tensors, codec.scale_bytes))
-    return RowLayout(codec, tuple(parts), shards, scale_tensors)
+    return RowLayout(codec, tuple(parts), shards)
 
 
 def _part(tensors: tuple[StoredTensor, ...], row_bytes: int) -> Part:

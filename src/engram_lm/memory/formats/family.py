@@ -12,9 +12,10 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.tables.block_float8 import quantize
-from engram_lm.tables.files.safetensors_file import StoredTensor, TensorFolder
+from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.files.sources import PublishedKind
+from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table
 
 __all__ = ["FLOATS", "Family", "Plan", "expect", "gather", "lookup", "pieces", "rounded"]

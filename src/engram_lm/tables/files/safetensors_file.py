@@ -18,13 +18,12 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, EngramError
 from engram_lm.files import parse_json
 from engram_lm.tables.files.byte_source import ByteSource, FileFolder, LocalFile, LocalFolder
+from engram_lm.tables.stored_tensor import DTYPES, StoredTensor
 
 __all__ = [
-    "DTYPES",
     "INDEX_NAME",
     "LONGEST_HEADER_BYTES",
     "PACKED_FAMILY",
-    "StoredTensor",
     "TensorFolder",
     "TensorHeader",
     "local_header",
@@ -35,24 +34,6 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 """Name of the file that says which of several files holds which tensor."""
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U32": torch.uint32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The format's type names that can be read and written here. Tensors of other types may lie beside them."""
-
 PACKED_FAMILY = "engram.packed_table."
 """What the metadata's ``format`` of packed tables begins with, see ``packed.py``; the version follows."""
 
@@ -62,75 +43,6 @@ _HIGHEST_RANK = 16
 # What packed tables began with before they were safetensors files.
 _OLD_PACKED = b"\x89ENGRAM\n"
 _LONGEST_FILE_NAME = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in one file: where its bytes are, not the bytes."""
-
-    name: str
-    """Its name in the file."""
-    file: str
-    """Path or address of the file."""
-    dtype: str
-    """Its type as the format spells it, such as ``"BF16"``; a key of `DTYPES` where it can be read."""
-    shape: tuple[int, ...]
-    """Its shape."""
-    start_bytes: int
-    """Its first byte in the file."""
-    num_bytes: int
-    """Bytes of the tensor."""
-
-    def __str__(self) -> str:
-        """Name, type, shape and file, for messages."""
-        return f"{self.name} ({self.dtype} {list(self.shape)}, in {self.file})"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Its type in torch.
-
-        Raises:
-            CheckpointError: The type is unknown here.
-        """
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"{self} has a type that cannot be read; known are {', '.join(DTYPES)}")
-        return DTYPES[self.dtype]
-
-    def load(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read the tensor, or a part of it along the first dimension, into memory.
-
-        Args:
-            start: First index along the first dimension.
-            stop: One past the last; the end where None.
-
-        Returns:
-            Its own copy in `torch_dtype`, ``[stop - start, *shape[1:]]`` (a scalar stays a scalar).
-
-        Raises:
-            CheckpointError: The file is missing or has been cut since its header was read, or the type is unknown.
-        """
-        dtype = self.torch_dtype
-        if not self.shape:
-            shape, skipped = self.shape, 0
-        else:
-            stop = self.shape[0] if stop is None else stop
-            if not 0 <= start <= stop <= self.shape[0]:
-                raise IndexError(f"{self} has no part from {start} to {stop}")
-            shape = (stop - start, *self.shape[1:])
-            skipped = start * math.prod(self.shape[1:]) * dtype.itemsize
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        try:
-            with open(self.file, "rb") as file:
-                file.seek(self.start_bytes + skipped)
-                found = file.readinto(data.numpy().data)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self}: {error.strerror}") from error
-        if found != data.numel():
-            raise CheckpointError(
-                f"{self.file} was cut after it was opened: {data.numel()} bytes of {self.name} were expected from byte "
-                f"{self.start_bytes + skipped}, {found} were there"
-            )
-        return data.view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.tables.files.safetensors_file import DTYPES
+from engram_lm.tables.stored_tensor import DTYPES
 
 __all__ = ["TensorWriter", "encode_header"]
 

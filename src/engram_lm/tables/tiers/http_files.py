@@ -6,7 +6,7 @@ from typing import Any
 from fsspec.implementations.http import HTTPFileSystem
 
 from engram_lm.errors import RemoteError
-from engram_lm.tables.tiers.remote_files import VERSION_MARK
+from engram_lm.tables.layout import VERSION_MARK
 
 __all__ = ["HttpFiles", "refuse_whole_file"]
 

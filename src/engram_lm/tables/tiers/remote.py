@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import RemoteError
-from engram_lm.tables.layout import RowLayout
+from engram_lm.tables.layout import VERSION_MARK, RowLayout
 from engram_lm.tables.tiers.record_table import RecordTable
-from engram_lm.tables.tiers.remote_files import VERSION_MARK, RemoteFile, RemoteFiles, RemoteOptions
+from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions
 
 __all__ = ["RemoteTable"]
 

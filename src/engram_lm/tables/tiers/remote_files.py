@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError, RemoteError, check_whole
+from engram_lm.tables.layout import VERSION_MARK
 
-__all__ = ["VERSION_MARK", "RemoteFile", "RemoteFiles", "RemoteOptions"]
-
-VERSION_MARK = "#engram-version="
-"""Stands behind the address of a file and before the version that it must have."""
+__all__ = ["RemoteFile", "RemoteFiles", "RemoteOptions"]
 
 _FIRST_PAUSE_SECONDS = 0.1
 # What file systems call the version of a file, in the order of preference.

@@ -73,7 +73,7 @@ class RemoteFolder:
             )
             for part in layout.parts
         )
-        return dataclasses.replace(layout, parts=parts, tensors=(), scale_tensors=())
+        return dataclasses.replace(layout, parts=parts, tensors=())
 
     def _url(self, file: str) -> str:
         return f"{self.name}/{urllib.parse.quote(file) if self._is_quoted else file}{self._query}"

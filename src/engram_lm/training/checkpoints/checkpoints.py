@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
-from engram_lm.tables.files.safetensors_file import DTYPES
+from engram_lm.tables.stored_tensor import DTYPES
 from engram_lm.training.checkpoints.saved_state import SavedState, complete_checkpoints
 from engram_lm.training.checkpoints.storage import StateReader, StateWriter
 from engram_lm.training.distribution import Ranks, agree

@@ -33,8 +33,9 @@ from torch.futures import Future
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import flush, write_atomically
-from engram_lm.tables.files.safetensors_file import DTYPES, StoredTensor, read_header
+from engram_lm.tables.files.safetensors_file import read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.stored_tensor import DTYPES, StoredTensor
 from engram_lm.training.checkpoints.saved_state import (
     FOLDER_NAME,
     REPLACED,

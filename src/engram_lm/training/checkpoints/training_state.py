@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import new_folder, write_atomically
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.tables.files.safetensors_file import DTYPES, INDEX_NAME
+from engram_lm.tables.files.safetensors_file import INDEX_NAME
 from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.stored_tensor import DTYPES
 from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.checkpoints.saved_state import SavedState, SavedTensor
 from engram_lm.training.checkpoints.storage import StateReader
