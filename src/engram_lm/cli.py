@@ -47,14 +47,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb.
-
-    Args:
-        arguments: What follows ``engram-lm``; the process's own arguments where None.
-
-    Returns:
-        The exit status.
-    """
+    """Run a verb by what follows ``engram-lm`` (by default the process's own arguments), and return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in ("-V", "--version"):
         from engram_lm import __version__

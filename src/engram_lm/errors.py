@@ -101,16 +101,7 @@ class MissingExtraError(EngramError, ImportError):
 
 
 def closest(name: object, known: Iterable[object], *, cutoff: float = 0.6) -> str | None:
-    """Find the known name that an unknown one is most like.
-
-    Args:
-        name: What was given.
-        known: What could have been given.
-        cutoff: How alike the two must be at least, from 0 to 1.
-
-    Returns:
-        The nearest name, or None if none is near.
-    """
+    """Find the known name that an unknown one is most like, at least by ``cutoff`` (0 to 1); None if there is none."""
     import difflib
 
     near = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=cutoff)
@@ -120,13 +111,7 @@ def closest(name: object, known: Iterable[object], *, cutoff: float = 0.6) -> st
 def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> str:
     """Say what an unknown name may have meant, for the end of an error's message.
 
-    Args:
-        name: What was given.
-        known: What could have been given.
-        prefix: What stands before the known names in the suggestion, such as the section of a key.
-
-    Returns:
-        ``did you mean 'train'?``, or ``there are train, eval, …`` if no name is near.
+    It is ``did you mean 'train'?``, with a prefix such as the section of a key, or ``there are train, eval, …``.
     """
     names = [str(one) for one in known]
     near = closest(name, names)
@@ -134,15 +119,7 @@ def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> st
 
 
 def check_whole(*, at_least: int = 1, **numbers: int) -> None:
-    """Refuse numbers that are not whole, or too small.
-
-    Args:
-        at_least: The smallest number that is allowed.
-        **numbers: The numbers, by name.
-
-    Raises:
-        ConfigError: Naming the first one that is not allowed.
-    """
+    """Raise a `ConfigError` that names the first number that is not whole, or smaller than ``at_least``."""
     for name, value in numbers.items():
         if type(value) is not int or value < at_least:
             raise ConfigError(f"{name} is a whole number from {at_least}, got {value!r}")

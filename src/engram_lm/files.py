@@ -33,15 +33,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The contents reach the disk before the rename, so a crash leaves the old file or the new one. When the block raises,
     the temporary file is removed and ``path`` stays as it was. Missing parent folders are created.
-
-    Args:
-        path: The file to replace or create.
-
-    Yields:
-        The temporary path, in the same folder (a rename is atomic only within one file system).
-
-    Raises:
-        OSError: The folder cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +50,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Bring a file that was written beside ``path`` to the disk, and give it that name.
-
-    Raises:
-        OSError: The file cannot be brought to the disk, or the folder cannot be written.
-    """
+    """Bring a file that was written beside ``path`` to the disk, and give it that name."""
     flush(aside)
     os.replace(aside, path)
     with contextlib.suppress(OSError):
@@ -76,17 +63,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path`` and give it that name when the block ends well.
 
     What was written reaches the disk before the rename, so a crash leaves no folder of that name or a whole one. When
-    the block raises, the temporary folder is removed. Missing parent folders are created.
-
-    Args:
-        path: The folder to create. It may exist already if it is empty.
-
-    Yields:
-        The temporary folder, in the same parent.
-
-    Raises:
-        FileExistsError: ``path`` is a file or a folder with something in it.
-        OSError: The parent cannot be written.
+    the block raises, the temporary folder is removed. Missing parent folders are created. A ``path`` that exists
+    already must be an empty folder, else this is a `FileExistsError`.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -112,18 +90,8 @@ def replacing_folder(path: str | os.PathLike[str], check: Callable[[Path], None]
 
     The two change places in one step where the file system can do that (local ones on Linux can), so a crash at any
     point leaves the old folder or the new one. Elsewhere the old folder has another name beside it for a moment.
-    Programs that have files of the old folder open can still read them. Missing parent folders are created.
-
-    Args:
-        path: The folder to replace or create.
-        check: Called with the existing folder if it holds something; raises where that must not be replaced.
-
-    Yields:
-        The temporary folder, in the same parent.
-
-    Raises:
-        FileExistsError: ``path`` is a file.
-        OSError: The parent cannot be written.
+    Programs that have files of the old folder open can still read them. Missing parent folders are created. ``check``
+    is called with an existing folder that holds something, and raises where that must not be replaced.
     """
     path = Path(path).resolve()  # a link stays one
     if not (path.is_dir() and any(path.iterdir())):
@@ -144,15 +112,7 @@ def replacing_folder(path: str | os.PathLike[str], check: Callable[[Path], None]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a whole file, atomically; text is encoded as UTF-8.
-
-    Args:
-        path: The file to replace or create. Missing parent folders are created.
-        data: Its whole contents.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
+    """Write a whole file, atomically, as `replacing` does; text is encoded as UTF-8."""
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -162,17 +122,8 @@ def read_json(
 ) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
-    Args:
-        path: The file.
-        error: What to raise.
-        advice: What the user can do about a bad file; the end of the error's message.
-
-    Returns:
-        The object.
-
-    Raises:
-        EngramError: Of the type ``error``: the file cannot be read, is not JSON, names something twice, or holds
-            something else.
+    If it cannot be read, is not JSON, names something twice or holds something else, this raises the ``error``, whose
+    message ends in the ``advice``.
     """
     try:
         text = Path(path).read_bytes()
@@ -206,11 +157,7 @@ def parse_json(
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk.
-
-    Raises:
-        OSError: It cannot be opened, or the file system cannot flush it (some cannot flush folders).
-    """
+    """Bring a file, or the names in a folder, to the disk. Some file systems cannot flush folders: an `OSError`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -70,11 +70,7 @@ def _call_after_loading(loader: Any) -> None:
 
 
 def _register_stand_in(auto: ModuleType) -> None:
-    """Register a configuration class that turns into ``EngramLMConfig`` when it is used.
-
-    Args:
-        auto: transformers' module of ``AutoConfig``, loaded.
-    """
+    """Register, in the module of ``AutoConfig``, a class that turns into ``EngramLMConfig`` when it is used."""
     if MODEL_TYPE in auto.CONFIG_MAPPING:
         return
 

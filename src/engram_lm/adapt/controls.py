@@ -1,35 +1,25 @@
 """Controls for a gain: as many rows are read at the same cost, but they cannot mean the same thing."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engram_lm.hashing import HashSpec
+from engram_lm.memory.step import RowMap
 
-__all__ = ["RowMap", "permuted_hash", "shuffled_rows"]
+__all__ = ["permuted_hash", "shuffled_rows"]
 
 # Dimension key: B batch, L length, H heads of all orders.
-
-RowMap = Callable[[int, Tensor], Tensor]
-"""Called with a block and the rows it is about to read, int64 ``[B, L, H]``; gives rows of the same shape."""
 
 _STRIDE = 1_000_003
 """How far a position moves a row; larger than few tables and prime, so that neighboring positions are far apart."""
 
 
 def permuted_hash(spec: HashSpec) -> RowMap:
-    """Let an N-gram read other rows at every position of a sequence.
+    """Make a ``row_map`` for an adapter by which an N-gram reads other rows at every position of a sequence.
 
     As many rows of the same tables are read at the same cost, but what a row has learned at one position says nothing
-    about the N-gram at another. A gain that remains does not come from knowing N-grams.
-
-    Args:
-        spec: The hash.
-
-    Returns:
-        A map for the adapter's ``row_map``. It counts positions from the start of the forward pass, so it is for
-        training and evaluation on whole sequences, not for decoding.
+    about the N-gram at another. A gain that remains does not come from knowing N-grams. Positions are counted from the
+    start of the forward pass, so the map is for training and evaluation on whole sequences, not for decoding.
     """
     sizes, offsets = _segments(spec)
 
@@ -44,14 +34,9 @@ def permuted_hash(spec: HashSpec) -> RowMap:
 
 
 def shuffled_rows(spec: HashSpec, seed: int = 0) -> RowMap:
-    """Exchange the rows of each head by a fixed permutation, so that what the memory has learned is addressed wrongly.
+    """Make a ``row_map`` that exchanges the rows of each head by a fixed permutation, which ``seed`` decides.
 
-    Args:
-        spec: The hash.
-        seed: Decides the permutation.
-
-    Returns:
-        A map for the adapter's ``row_map``.
+    What the memory has learned is then addressed wrongly.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes, offsets = _segments(spec)

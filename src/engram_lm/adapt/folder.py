@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lm.adapt.decoder import Decoder
-from engram_lm.adapt.model_card import check_license, model_card
+from engram_lm.adapt.model_card import model_card
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec, TokenMap
@@ -139,13 +139,8 @@ def write_adapter(
 ) -> None:
     """Write an adapter's folder, which appears whole or not at all and replaces an earlier one.
 
-    The arguments are those of `MemoryAdapter.save_pretrained`; ``base`` is the model that the adapter was made for,
-    ``layers`` the state dict of its layers, ``extra`` Markdown for the end of the card.
-
-    Raises:
-        ConfigError: A table is on another machine, or the license is not an identifier.
-        FileExistsError: The folder holds something else, or tables that would be lost.
-        OSError: The folder cannot be written.
+    The arguments and errors are those of `MemoryAdapter.save_pretrained`; ``base`` is the model that the adapter was
+    made for, ``layers`` the state dict of its layers.
     """
     for name, table in tables.items():
         if tables_inside and isinstance(_innermost(table), RemoteTable | MooncakeTable):
@@ -153,7 +148,6 @@ def write_adapter(
                 f"the table {name} is read from another machine and is not copied from there; save with tables=False "
                 "and load with the same table_source, or load the adapter with another table_tier first"
             )
-    check_license(license)
     assert spec.token_map is not None
     values = {
         "format": _FORMAT,
@@ -182,12 +176,7 @@ def write_adapter(
 
 
 def check_adapter(files: AdapterFiles) -> dict[str, Any]:
-    """Read ``config.json``, and refuse it if it does not describe an adapter.
-
-    Raises:
-        CheckpointError: It is missing, not readable JSON, or not an adapter's.
-        RemoteError: It cannot be reached.
-    """
+    """Read ``config.json``, and refuse it with a `CheckpointError` if it does not describe an adapter."""
     path = files.fetch(CONFIG, _LONGEST_CONFIG_BYTES)
     if path is None:
         raise CheckpointError(
@@ -262,14 +251,7 @@ class StoredAdapter:
         return next(iter(self.layers.values())).dtype
 
     def open_tables(self, place: TablePlace, dtype: torch.dtype | None) -> dict[str, Table]:
-        """Load the tables as parameters, or open them where they lie. See `MemoryAdapter.from_pretrained`.
-
-        Raises:
-            CheckpointError: A table is missing or malformed.
-            ConfigError: The tier or source is impossible.
-            MismatchError: A table is not the one that the hash addresses.
-            RemoteError: The tables' source does not answer.
-        """
+        """Load the tables as parameters, or open them where they lie; errors as for `MemoryAdapter.from_pretrained`."""
         wanted = wanted_tables(self.spec, self.config.head_dim)
         located: dict[str, Located | StoredTensor] = dict(place.locate(wanted))
         if wanted.keys() - located.keys():
@@ -378,11 +360,7 @@ def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, 
 
 
 def check_vocabulary(num_tokens: int, decoder: Decoder) -> None:
-    """Refuse a tokenizer with tokens for which the model has no embedding.
-
-    Raises:
-        MismatchError: There are such tokens; the message has both numbers.
-    """
+    """Refuse, with a `MismatchError`, a tokenizer with tokens for which the model has no embedding."""
     if num_tokens > decoder.vocab_size:
         raise MismatchError(
             f"the tokenizer has {num_tokens} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "

@@ -19,11 +19,8 @@ _ACCESS = "log in with `hf auth login`, or pass token="
 class HubFiles:
     """Files of a repository, downloaded into the cache that all Hugging Face libraries share.
 
-    Args:
-        repo_id: ``"owner/name"``.
-        revision: Branch, tag or commit; None is the main branch. All files come from the commit that it names when the
-            first one is fetched.
-        options: ``token``, ``cache_dir`` and ``local_files_only``, as for `huggingface_hub.hf_hub_download`.
+    All files come from the commit that the revision names when the first one is fetched. The options are ``token``,
+    ``cache_dir`` and ``local_files_only``, as for `huggingface_hub.hf_hub_download`.
     """
 
     def __init__(self, repo_id: str, *, revision: str | None, **options: Any) -> None:
@@ -31,12 +28,7 @@ class HubFiles:
         self._options: dict[str, Any] = {"repo_id": repo_id, "revision": revision, **options}
 
     def fetch(self, name: str, most_bytes: int) -> Path | None:
-        """Download a file unless it is in the cache, and return its path; None if the repository has no such file.
-
-        Raises:
-            CheckpointError: There is no such repository or revision, or the file is larger than ``most_bytes``.
-            RemoteError: The Hub cannot be reached, or its answer makes no sense.
-        """
+        """Download a file unless it is in the cache; see `AdapterFiles.fetch`."""
         from huggingface_hub import errors, hf_hub_download
 
         revision = self._options["revision"]

@@ -9,7 +9,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import Table
 
-__all__ = ["REPOSITORY", "check_license", "model_card"]
+__all__ = ["REPOSITORY", "model_card"]
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 """Names that the Hugging Face Hub accepts for a repository; none of them means anything to YAML, Markdown or Python."""
@@ -68,16 +68,6 @@ _TABLES_ELSEWHERE = (
 )
 
 
-def check_license(license: str | None) -> None:
-    """Refuse a text that is not the identifier of a license.
-
-    Raises:
-        ConfigError: The text is not an identifier.
-    """
-    if license is not None and not _WORD.fullmatch(license):
-        raise ConfigError(f"license is an identifier such as 'apache-2.0' or 'other', not {license!r:.100}")
-
-
 def model_card(
     *,
     config: EngramConfig,
@@ -93,11 +83,9 @@ def model_card(
 
     Names that come from other people's files are shown only if they look like names; a path on the author's machine, or
     a text that would act as markup, is left out. ``extra`` is the author's own Markdown and is put at the end as it is.
-
-    Raises:
-        ConfigError: The license is not an identifier.
     """
-    check_license(license)
+    if license is not None and not _WORD.fullmatch(license):
+        raise ConfigError(f"license is an identifier such as 'apache-2.0' or 'other', not {license!r:.100}")
     base = base_name if REPOSITORY.fullmatch(base_name) and not Path(base_name).exists() else None
     kind = model_type if _WORD.fullmatch(model_type) else "transformers"
     # Quoted: a repository may be called 1e3 or null.

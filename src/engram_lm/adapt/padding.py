@@ -15,22 +15,14 @@ __all__ = ["real_positions"]
 
 
 def real_positions(mask: Any, tokens: Tensor, cache: Cache | None) -> Tensor | None:
-    """Find the positions that are not padding.
+    """Find the positions that are not padding, bool ``[B, L]``; None where every position is real.
 
-    ``generate`` hands over ``[B, past + L]`` with a growing cache, but a mask of pairs ``[B, 1, L, K]`` with a static
-    one, or several of them by kind of attention. In those a real position sees itself, and padding does not.
-
-    Args:
-        mask: As the model is given it: None, ``[B, past + L]``, pairs (bool, or floating and added), or a mapping of
-            such masks.
-        tokens: ``[B, L]``.
-        cache: What was computed before this pass; says which column of a mask of pairs a position has.
-
-    Returns:
-        Bool ``[B, L]``; None where every position is real.
+    ``generate`` hands over ``[B, past + L]`` with a growing cache, but a mask of pairs ``[B, 1, L, K]`` (bool, or
+    floating and added) with a static one, or several of them by kind of attention. In those a real position sees
+    itself, and padding does not. The cache says which column of a mask of pairs a position has.
 
     Raises:
-        MismatchError: A mask of another kind, or of another size than the tokens.
+        MismatchError: A mask of another kind, or of another size than the tokens ``[B, L]``.
     """
     sliding = None
     if isinstance(mask, Mapping):

@@ -46,12 +46,7 @@ class PatchableMemory:
         return [layer for block, layer in pairs if table_name(self.spec, block) == table]
 
     def check_rows(self, table: str, rows: Tensor) -> None:
-        """Refuse a table that this memory does not have, and row numbers outside it.
-
-        Raises:
-            MismatchError: There is no such table.
-            RowRangeError: A row is outside the table.
-        """
+        """Refuse a table that this memory does not have (`MismatchError`) and rows outside it (`RowRangeError`)."""
         if table not in self.tables:
             raise MismatchError(f"this memory has no table {table!r}; its tables are {', '.join(self.tables)}")
         num_rows = self.tables[table].num_rows
@@ -77,8 +72,7 @@ class PatchableMemory:
     def logits(self, tokens: np.ndarray | Sequence[int]) -> Tensor:
         """Compute the logits of one sequence ``[L]``, or of a batch of sequences of one length ``[B, L]``.
 
-        Returns:
-            ``[L, V]`` or ``[B, L, V]``, in the model's type, on its device.
+        They are ``[L, V]`` or ``[B, L, V]``, in the model's type, on its device.
         """
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
         device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -89,9 +83,8 @@ class PatchableMemory:
     def reading(self, rows: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the layers read some rows from separate tensors, with gradient, inside a ``with`` block.
 
-        Args:
-            rows: Table to row numbers, ascending, int64 ``[N]``.
-            values: Table to the numbers that are read instead, ``[N, E]``; rounded to the table's type when read.
+        ``rows`` names them by table, ascending, int64 ``[N]``; ``values`` holds the numbers that are read instead,
+        ``[N, E]``, rounded to the table's type when they are read.
         """
         before = {block: layer.table for block, layer in self.layers.items()}
         try:
@@ -132,10 +125,7 @@ class _RowsApart(Table):
 
 
 def patchable_memory(target: Any) -> PatchableMemory:
-    """Find the memory that a row patch is for.
-
-    Args:
-        target: A `MemoryAdapter`, a model with one adapter, or an `EngramForCausalLM`.
+    """Find the memory of what `RowPatch.fit` accepts.
 
     Raises:
         ConfigError: There is no memory or more than one, the adapter is detached or disabled, or a table is not a
@@ -171,11 +161,7 @@ def patchable_memory(target: Any) -> PatchableMemory:
 
 
 def trainable_tables(tables: Mapping[str, Table]) -> dict[str, ParameterTable]:
-    """Return the tables if all of them are parameters, whose rows can be changed.
-
-    Raises:
-        ConfigError: A table is read from somewhere else, or its weights are not loaded.
-    """
+    """Return the tables if all are parameters in memory, whose rows can be changed, or raise a `ConfigError`."""
     for name, table in tables.items():
         if not isinstance(table, ParameterTable):
             raise ConfigError(

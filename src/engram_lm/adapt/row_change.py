@@ -127,11 +127,7 @@ def write_patch(
     title: str,
     facts: tuple[Fact, ...],
 ) -> None:
-    """Write a patch's file, atomically.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write a patch's file, atomically."""
     values = [dataclasses.asdict(fact) for fact in facts]
     metadata = {"format": _FORMAT, "hash_spec_digest": spec_digest, "title": title, "facts": json.dumps(values)}
     tensors = {f"{name}.{part}": getattr(change, part) for name, change in tables.items() for part in _PARTS}
@@ -142,12 +138,7 @@ def write_patch(
 
 
 def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a patch's file, check everything in it, and return the fields of a `RowPatch`.
-
-    Raises:
-        CheckpointError: The file is missing, malformed, truncated or of another format; or its tensors have names,
-            types or shapes that a patch does not have, rows out of order, or numbers that are not finite.
-    """
+    """Read a patch's file, check everything in it, and return the fields of a `RowPatch`, as `RowPatch.load` says."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; a row patch is a file as RowPatch.save writes it")

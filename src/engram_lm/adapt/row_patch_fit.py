@@ -14,7 +14,7 @@ from torch import Tensor
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_change import Fact, RowChange, bits
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.model.table_place import table_name
 
@@ -48,10 +48,9 @@ class FitOptions:
             raise ConfigError(f"positions is 'target' or 'all', got {self.positions!r}")
         if self.orders is not None and (not isinstance(self.orders, tuple) or not self.orders):
             raise ConfigError(f"orders is a tuple such as (3,), or None for the highest, got {self.orders!r}")
-        for name, low in (("max_steps", 1), ("max_collisions", 0)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < low):
-                raise ConfigError(f"{name} is a whole number from {low}, got {value!r}")
+        check_whole(max_steps=self.max_steps)
+        if self.max_collisions is not None:
+            check_whole(at_least=0, max_collisions=self.max_collisions)
         for name in ("learning_rate", "margin"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
@@ -78,11 +77,7 @@ def _read_text(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
 
 
 def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
-    """Turn facts into tokens.
-
-    Raises:
-        ConfigError: There are no facts, or one has no prompt or no target.
-    """
+    """Turn facts, pairs (prompt, target) of texts, into tokens."""
     found = []
     for pair in facts:
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -101,11 +96,7 @@ def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
 
 
 def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
-    """Return a reference text as raw tokens, int64 ``[num_tokens]``.
-
-    Raises:
-        ConfigError: A text comes without a tokenizer, or the tokens are not one row of integers.
-    """
+    """Return a reference, a text or raw tokens, as raw tokens, int64 ``[num_tokens]``."""
     if isinstance(reference, str):
         if tokenizer is None:
             raise ConfigError("the reference is a text; pass tokenizer= beside it, or its tokens")
@@ -119,11 +110,7 @@ def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
 def addressed_rows(
     memory: PatchableMemory, facts: Sequence[Fact], options: FitOptions, reference: np.ndarray | None = None
 ) -> dict[str, Tensor]:
-    """Find the rows that a fit may change: table to row numbers, different and ascending, int64 ``[N]``.
-
-    Raises:
-        ConfigError: The hash has no such order, ``max_collisions`` comes without a reference, or no rows remain.
-    """
+    """Find the rows that a fit may change: table to row numbers, different and ascending, int64 ``[N]``."""
     spec = memory.spec
     orders = spec.orders[-1:] if options.orders is None else options.orders
     if not set(orders) <= set(spec.orders):
@@ -181,13 +168,8 @@ def fit_rows(
     """Find new numbers for rows, so that the facts' targets become the most likely continuations.
 
     The model is left as it was, with its weights, gradients, ``requires_grad`` and training mode. Nothing is random.
-
-    Returns:
-        The rows whose bits changed, by table, and the facts with their losses. If ``margin`` was not reached, these are
-        the rows with which the least certain target token did best.
-
-    Raises:
-        ConfigError: The rows have no effect, the facts hold already, or the loss is not finite.
+    Returns the rows whose bits changed, by table, and the facts with their losses. If ``margin`` was not reached, these
+    are the rows with which the least certain target token did best.
     """
     _check_projections(memory)
     # The caller may have switched gradients off.

@@ -14,7 +14,7 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_change import Fact, RowChange, same_bits
 from engram_lm.adapt.row_patch_fit import score_fact
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import DataError, check_whole
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.model.table_place import table_name
 
@@ -110,7 +110,6 @@ class RowPatchProof:
         return {**dataclasses.asdict(self), **shares}
 
     def __str__(self) -> str:
-        """Return the proof as text, a line for each statement."""
         crowded = sum(row.num_other_ngrams > 0 for row in self.rows)
         if self.num_windows_changed:
             verdict = f"{self.num_windows_changed} CHANGED, by up to {self.max_difference_apart:.3g}"
@@ -151,17 +150,9 @@ def prove(
     window_tokens: int,
     max_windows: int,
 ) -> RowPatchProof:
-    """Compute the proof of `RowPatch.proof`.
-
-    The rows before and after are written into the tables; the caller restores what was there.
-
-    Raises:
-        ConfigError: A size is impossible.
-        DataError: The reference has fewer than two tokens.
-    """
-    for name, value, low in (("window_tokens", window_tokens, 2), ("max_windows", max_windows, 1)):
-        if type(value) is not int or value < low:
-            raise ConfigError(f"{name} is a whole number from {low}, got {value!r}")
+    """Compute the proof of `RowPatch.proof`. It writes rows; the caller restores what was there."""
+    check_whole(at_least=2, window_tokens=window_tokens)
+    check_whole(max_windows=max_windows)
     if len(reference) < 2:
         raise DataError(f"a reference text needs at least 2 tokens, this one has {len(reference)}")
     length = min(window_tokens, len(reference))

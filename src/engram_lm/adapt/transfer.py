@@ -14,7 +14,7 @@ from engram_lm.adapt.adapter import MemoryAdapter, home
 from engram_lm.adapt.decoder import Decoder, find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import trainable_tables
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, check_whole
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows, seen_ngrams
 from engram_lm.memory.layer import row_signs
@@ -60,20 +60,21 @@ def mean_states(
 
     The text is cut into windows of equal length that overlap by an eighth, because the first positions of a window have
     little context, and many models have an enormous hidden state at the very first. Every other position counts once.
-    Only the decoder runs, without the model's head, so no logits are computed. The arguments are those of
+    Only the decoder runs, without the model's head, so no logits are computed. Arguments and errors are those of
     `transfer_rows`.
-
-    Raises:
-        ConfigError: A number is impossible, the sums do not fit ``max_bytes``, or hidden states are not finite.
-        DataError: The text is too short.
     """
-    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} is a whole number from {least}, got {value!r}")
+    check_whole(at_least=2, length=length)
+    check_whole(batch_size=batch_size)
     if source not in ("last", "block"):
         raise ConfigError(f"source is 'last' or 'block', got {source!r}")
     places = (_LAST,) if source == "last" else spec.blocks
-    _check_size(sum(len(found.counts) for found in ngrams.values()), len(places), decoder.hidden_size, max_bytes)
+    num_ngrams = sum(len(found.counts) for found in ngrams.values())
+    ngram_bytes = len(places) * decoder.hidden_size * 4
+    if num_ngrams * ngram_bytes > max_bytes:
+        raise ConfigError(
+            f"the hidden states of {num_ngrams:,} N-grams (all orders) take {num_ngrams * ngram_bytes:,} bytes, "
+            f"{max_bytes:,} are allowed; {max_bytes // ngram_bytes:,} N-grams fit: lower num_ngrams, or raise max_bytes"
+        )
     sums = {
         (place, order): torch.zeros(len(found.counts), decoder.hidden_size)
         for place in places
@@ -127,16 +128,6 @@ def _windows(num_tokens: int, length: int) -> list[tuple[int, int]]:
         raise DataError(f"the text has {num_tokens} tokens, of which the first {overlap} only give context; pass more")
     stops = [*range(min(length, num_tokens), num_tokens, length - overlap), num_tokens]
     return list(zip([overlap, *stops[:-1]], stops, strict=True))
-
-
-def _check_size(num_ngrams: int, num_places: int, hidden_size: int, max_bytes: int) -> None:
-    needed = num_ngrams * num_places * hidden_size * 4
-    if needed > max_bytes:
-        fits = max_bytes // (num_places * hidden_size * 4)
-        raise ConfigError(
-            f"the hidden states of {num_ngrams:,} N-grams (all orders) take {needed:,} bytes, {max_bytes:,} are "
-            f"allowed; {fits:,} N-grams fit: lower num_ngrams, or raise max_bytes"
-        )
 
 
 @contextlib.contextmanager
@@ -309,17 +300,11 @@ def _pieces(
 
 
 def reduced(means: Tensor, met: Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Keep the strongest directions of some vectors, scaled to equal variance and spread evenly over the result.
+    """Keep the ``width`` strongest directions of the vectors ``[K, D]`` that ``met``, bool ``[K]``, chooses.
 
-    Args:
-        means: The vectors, float32 ``[K, D]``.
-        met: Which of them count, bool ``[K]``.
-        width: How many numbers to keep, P.
-        generator: Draws the rotation.
-
-    Returns:
-        float32 ``[K, P]`` with variance 1 over the vectors that count, and 0 for the others; and the share of the
-        variance that lay in the directions kept, from 0 to 1.
+    They are scaled to equal variance and spread evenly by a rotation. Returns float32 ``[K, width]`` with variance 1
+    over the chosen vectors and 0 for the others, and the share of the variance that lay in the directions kept, from 0
+    to 1.
     """
     vectors = means[met]
     result = torch.zeros(len(means), width)

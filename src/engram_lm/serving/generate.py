@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.serving.load import ModelFlags, load_model
 
@@ -74,19 +75,13 @@ def continue_text(
     top_k: int = 0,
     seed: int = 0,
 ) -> str:
-    """Generate the continuation of a prompt.
+    """Generate the continuation of a prompt by a causal language model of transformers, and return the new text only.
 
-    Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
-        prompt: What to continue; an end-of-text token stands in for an empty one.
-        max_new_tokens: Tokens to add at most.
-        temperature: 0 for the likeliest token each time.
-        top_k: Choose among this many of the likeliest tokens; 0 for all.
-        seed: Seed of the choices; torch's global random state is left as it was.
+    An end-of-text token stands in for an empty prompt. A temperature of 0 takes the likeliest token each time, and
+    ``top_k`` 0 chooses among all. torch's global random state is left as it was.
 
-    Returns:
-        The new text only.
+    Raises:
+        DataError: The prompt is empty and the tokenizer has no end-of-text token.
     """
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():
@@ -97,9 +92,7 @@ def continue_text(
     choices = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k or None} if temperature else {"do_sample": False}
     )
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with evaluating(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
             tokens,
@@ -108,5 +101,4 @@ def continue_text(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **choices,
         )
-    model.train(was_training)
     return str(tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True))

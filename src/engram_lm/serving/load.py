@@ -73,17 +73,10 @@ class ModelFlags:
 def load_model(
     path: str | Path, *, device: str = "cpu", tables: ModelFlags | None = None, adapter: str | Path | None = None
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer from a local folder.
+    """Load a causal language model, in evaluation mode, and its tokenizer from a folder of transformers.
 
-    Args:
-        path: A folder as ``save_pretrained`` writes it.
-        device: Where to put the model.
-        tables: Where its memory tables are read from; loaded with the model where None. With an ``adapter`` these are
-            the adapter's tables.
-        adapter: Folder or repository of a `MemoryAdapter` to attach.
-
-    Returns:
-        The model, in evaluation mode, and the tokenizer.
+    ``tables`` says where its memory tables are read from, or, with an ``adapter`` (folder or repository of a
+    `MemoryAdapter`), those of the adapter.
 
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.

@@ -8,11 +8,7 @@ __all__ = ["listed"]
 
 
 def listed(text: str, flag: str, kind: type, low: int, high: int | None = None) -> list[Any]:
-    """Read the numbers of a flag such as ``--rows``, from ``low`` to ``high``, each once and in the order given.
-
-    Raises:
-        ConfigError: No numbers, something else, or a number out of range.
-    """
+    """Read the numbers of a flag such as ``--rows``, from ``low`` to ``high``, each once and in the order given."""
     try:
         numbers = [kind(part) for part in text.replace(",", " ").split()]
     except ValueError:
