@@ -9,6 +9,7 @@ from engram_lm.errors import DataError
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.documents import Document, pack, read_documents, split_documents
 from engram_lm.training.data.packing import pack_to_shards
+from engram_lm.training.data.text import prepare_text
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 
@@ -76,9 +77,22 @@ def test_a_large_file_among_small_ones_is_cut_rather_than_held_out_whole(tmp_pat
         (tmp_path / f"small{number}").write_text(f"small file {number}\n")
     corpus = read_documents([tmp_path])
     train, held_out = split_documents(corpus, 0.05)
-    assert [document.name for document in held_out] == ["big (end)"]
-    assert len(held_out[0].text) == pytest.approx(0.05 * corpus.num_bytes, rel=0.02)
-    assert len(train) == 4
+    assert [document.name for document in train] == ["big (beginning)"]
+    assert [document.name for document in held_out] == ["big (end)", "small0", "small1", "small2"]
+    assert sum(len(document.text) for document in held_out) == pytest.approx(0.05 * corpus.num_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("ending", ["0123456789 9876543210\n", "the same words again and again\n"])
+def test_a_tokenizer_of_the_training_documents_sees_nothing_that_training_holds_out(tmp_path, ending):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a").write_text("größer als the same words, 1234567890\n" * 500)
+    (tmp_path / "text" / "b").write_text(ending * 500)
+    train, held_out = split_documents(read_documents([tmp_path / "text"]), 0.2)
+    tokenizer = train_tokenizer([document.text for document in train], 300)
+    text = prepare_text([tmp_path / "text"], tokenizer, tmp_path / "cache", sequence_length=8, held_out=0.2)
+    aside = tokenizer.decode(text.held_out.tolist(), skip_special_tokens=True)
+    whole = "".join(document.text for document in held_out)
+    assert text.about and whole.endswith(aside) and len(aside) > 0.3 * len(whole)
 
 
 def test_one_huge_line_is_cut_where_it_must_be(tmp_path):

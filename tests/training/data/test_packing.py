@@ -261,6 +261,9 @@ def test_damaged_shards_are_refused(tmp_path, tokenizer, source):
     path.write_bytes(whole.replace(b"U16", b"I16"))
     with pytest.raises(DataError, match=r"I16.* where uint16 .* was expected for tokens"):
         TokenShards.open(folder)[0:1]
+    path.write_bytes(whole[:-8] + b"\1" + whole[-7:])
+    with pytest.raises(DataError, match=r"has changed since it was written: its SHA-256 is .*; remove .* to pack"):
+        pack_to_shards([source], tokenizer, tmp_path / "cache", held_out=0.1).train[0:1]
     path.unlink()
     with pytest.raises(DataError, match=r"is missing"):
         TokenShards.open(folder)

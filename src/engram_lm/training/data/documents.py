@@ -111,7 +111,7 @@ def split_documents(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Docum
     """Hold out whole documents for evaluation, chosen by their contents alone, the same ones as in training.
 
     If that holds out less than half or more than twice the share of the text (a few large documents), the end of the
-    largest document is held out instead, from a line break if one is near.
+    text is held out instead, from a line break if one is near. All that training holds out is in it.
 
     Args:
         corpus: What to split.
@@ -125,31 +125,25 @@ def split_documents(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Docum
     """
     documents = corpus.documents
     is_aside = [draw(document.digest) < held_out for document in documents]
-    train, aside = (
-        tuple(document for document, there in zip(documents, is_aside, strict=True) if there == side)
-        for side in (False, True)
-    )
-    total = sum(len(document.text) for document in documents)
-    if is_balanced(sum(len(document.text) for document in aside), total, held_out):
-        return train, aside
-    largest = max(documents, key=lambda document: len(document.text))
-    beginning, end = _cut(largest.text, len(largest.text) - round(held_out * total))
-    if not beginning.strip() or not end.strip():
-        raise DataError(f"{largest.name} is one short piece of text; nothing could be held out of it")
-    start = Document(f"{largest.name} (beginning)", beginning)
-    return (
-        tuple(start if document is largest else document for document in documents),
-        (Document(f"{largest.name} (end)", end),),
-    )
-
-
-def _cut(text: str, place: int) -> tuple[str, str]:
-    """Cut a text in two, at the last line break before the place unless that is far from it."""
-    place = max(place, 0)
-    line = text.rfind("\n", 0, place) + 1
-    if place - line <= (len(text) - place) / 2:
-        place = line
-    return text[:place], text[place:]
+    sizes = [len(document.text.encode()) for document in documents]
+    if is_balanced(sum(itertools.compress(sizes, is_aside)), sum(sizes), held_out):
+        is_train = [not aside for aside in is_aside]
+        return tuple(itertools.compress(documents, is_train)), tuple(itertools.compress(documents, is_aside))
+    train, aside, left = list(documents), list[Document](), round(held_out * sum(sizes))
+    while train and left > 0:
+        document, size = train.pop(), sizes.pop()
+        if size > left:
+            text = document.text
+            place = len(text.encode()[: size - left].decode(errors="ignore"))
+            line = text.rfind("\n", 0, place) + 1
+            place = line if place - line <= (len(text) - place) / 2 else place
+            train.append(Document(f"{document.name} (beginning)", text[:place]))
+            document = Document(f"{document.name} (end)", text[place:])
+        aside.insert(0, document)
+        left -= size
+    if not all(any(document.text.strip() for document in side) for side in (train, aside)):
+        raise DataError(f"the text of {corpus.source} is too short; nothing could be held out of it")
+    return tuple(train), tuple(aside)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -29,7 +29,8 @@ _OPEN_AT_ONCE = 128
 """Every mapping holds a file descriptor, of which a process often has 1,024."""
 
 Shard = dict[str, Any]
-"""What the index says about a file: ``file``, ``num_tokens``, ``num_documents`` (that end in it), ``file_bytes``."""
+"""What the index says about a file: ``file``, ``num_tokens``, ``num_documents`` (that end in it), ``file_bytes``,
+``sha256``."""
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -78,7 +79,7 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
     try:
         with replacing(path) as aside:
             safetensors.numpy.save_file(tensors, aside)
-            num_bytes = aside.stat().st_size
+            num_bytes, digest = aside.stat().st_size, _digest(aside)
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"cannot write {path} ({8 * len(ends) + joined.nbytes} bytes): {error}; make room and start again, the "
@@ -89,6 +90,7 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
         "num_tokens": len(joined),
         "num_documents": len(ends),
         "file_bytes": num_bytes,
+        "sha256": digest,
     }
 
 
@@ -131,6 +133,7 @@ class TokenShards:
         """Type on disk."""
         self.shards: tuple[Shard, ...] = tuple(index["shards"])
         """The files, in order."""
+        self._unread = {shard["file"]: shard["sha256"] for shard in self.shards}
         self._firsts = [0, *itertools.accumulate(shard["num_tokens"] for shard in self.shards)]
         self.num_tokens: int = self._firsts[-1]
         """Tokens in all files."""
@@ -215,7 +218,7 @@ class TokenShards:
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
     def _open_map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Map the tokens and document ends of a shard."""
+        """Map the tokens and document ends of a shard, whose checksum is compared the first time."""
         shard = self.shards[number]
         path, arrays = self.folder / shard["file"], []
         expected = [("tokens", self.dtype, shard["num_tokens"]), ("document_ends", _ENDS, shard["num_documents"])]
@@ -227,9 +230,19 @@ class TokenShards:
                     raise DataError(f"{path} holds {tensor} where {dtype} [{length}] was expected for {name}")
                 mapped = np.memmap(path, dtype, "r", tensor.start_bytes, (length,)) if length else np.empty(0, dtype)
                 arrays.append(mapped.view(np.ndarray))
+            if shard["file"] in self._unread and (found := _digest(path)) != shard["sha256"]:
+                raise DataError(
+                    f"{path} has changed since it was written: its SHA-256 is {found}, expected {shard['sha256']}"
+                )
+            self._unread.pop(shard["file"], None)
         except (OSError, CheckpointError, DataError) as error:
             raise DataError(f"{error}; {_again(self.folder)}") from error
         return arrays[0], arrays[1]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _again(folder: Path) -> str:

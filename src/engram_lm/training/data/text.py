@@ -101,7 +101,7 @@ def prepare_text(
 
     Documents are held out by their contents: neither their order nor their names matter, and copies of a document are
     on the same side. Where that holds out less than half or more than twice the share asked for (a few large
-    documents), that share of the tokens is held out instead, from the end.
+    documents), that share of the text is held out instead, from the end.
 
     Args:
         sources: Where text comes from; the Python standard library's own sources where empty.
@@ -136,7 +136,7 @@ def prepare_text(
         apart, digest = other.train, f"{digest}, {other.digest}"
     elif apart is None and share:
         apart = corpus.train
-        num_tokens = first = apart.num_tokens - max(round(share * apart.num_tokens), 2)
+        num_tokens = first = _beginning_of_end(apart, share, tokenizer)
         digest = f"{digest}, the first {num_tokens}"
         about = f"few documents: the last {apart.num_tokens - first:,} tokens are held out"
     if num_tokens < sequence_length + 1:
@@ -197,10 +197,27 @@ def _packed(pack: Callable[[float], PackedCorpus], share: float) -> PackedCorpus
         except OneSidedError:
             return pack(0.0)
         assert corpus.held_out is not None
-        apart = corpus.held_out.num_tokens
-        if is_balanced(apart, corpus.train.num_tokens + apart, share):
+        apart = corpus.held_out.num_text_bytes
+        if is_balanced(apart, corpus.train.num_text_bytes + apart, share):
             return corpus
     return pack(0.0)
+
+
+def _beginning_of_end(shards: TokenShards, share: float, tokenizer: Any) -> int:
+    """Find where the end of the text begins that has a share of the tokens, and no larger share of the bytes.
+
+    `split_documents` leaves that share of the bytes to it, so that a study's tokenizer never sees held-out text.
+    """
+    first, left = shards.num_tokens, round(share * shards.num_text_bytes)
+    count = round(share * first)
+    lowest, piece = first - count, max(1, count // 64)
+    while first > lowest:
+        start = max(lowest, first - piece)
+        left -= _num_bytes(shards[start:first], tokenizer)
+        if left < 0:
+            break
+        first = start
+    return min(first, shards.num_tokens - 2)
 
 
 def _held_out_text(where: str, shards: TokenShards, start: int, stop: int, most: int, tokenizer: Any) -> HeldOutText:
