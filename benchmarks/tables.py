@@ -204,7 +204,7 @@ def analysis() -> str:
 
 def adaptation() -> str:
     """The arms of the committed adaptation."""
-    from engram_lm.studies.adaptation.summary import markdown_table
+    from engram_lm.studies.adaptation.finding import markdown_table
 
     result = load("adaptation")["results"]
     machine, data = result["machine"], result["data"]

@@ -118,8 +118,11 @@ def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> st
     return f"did you mean {prefix + near!r}?" if near else f"there are {', '.join(names)}"
 
 
-def check_whole(*, at_least: int = 1, **numbers: int) -> None:
-    """Raise a `ConfigError` that names the first number that is not whole, or smaller than ``at_least``."""
+def check_whole(*, at_least: int = 1, **numbers: int | None) -> None:
+    """Raise a `ConfigError` that names the first number that is not whole, or smaller than ``at_least``.
+
+    None stands for a number that was not given.
+    """
     for name, value in numbers.items():
-        if type(value) is not int or value < at_least:
+        if value is not None and (type(value) is not int or value < at_least):
             raise ConfigError(f"{name} is a whole number from {at_least}, got {value!r}")

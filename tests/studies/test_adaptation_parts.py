@@ -22,7 +22,7 @@ from engram_lm.training.assembly import open_text
 from engram_lm.training.base_model import AdaptedBase, lora_targets
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks
-from engram_lm.training.flops import training_flops_per_token
+from engram_lm.training.flops import flops_per_token
 from engram_lm.training.loop import Trainer, TrainOptions
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions
@@ -72,11 +72,11 @@ def test_operations_are_those_of_the_formula():
     head = model.lm_head.weight.numel()
     attention = 3 * 2 * 2 * length * 32  # of each layer: products of all pairs, forward and twice back
     everything = 6 * (sum(layers) + head) + 3 * attention
-    assert training_flops_per_token(model, length) == pytest.approx(everything)
+    assert flops_per_token(model, length, training=True) == pytest.approx(everything)
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     # Forward through all of it, and back to the head alone.
-    assert training_flops_per_token(model, length) == pytest.approx(2 * sum(layers) + attention + 4 * head)
+    assert flops_per_token(model, length, training=True) == pytest.approx(2 * sum(layers) + attention + 4 * head)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -7,9 +7,15 @@ import pytest
 import rich.console
 from tests.page_reading import HOSTILE, Page, contrast, hostile
 
-from engram_lm.studies.adaptation.finding import compare, headline
+from engram_lm.studies.adaptation.finding import (
+    COLUMNS,
+    arm_rows,
+    compare,
+    headline,
+    markdown_table,
+    terminal_table,
+)
 from engram_lm.studies.adaptation.report import render_report
-from engram_lm.studies.adaptation.summary import COLUMNS, arm_rows, markdown_table, terminal_table
 
 ARMS = {
     # By arm: title, domain loss, rise of the loss on the old text, trainable outside tables, FLOPs per token.

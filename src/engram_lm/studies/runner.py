@@ -148,10 +148,7 @@ class Runner:
         key = (recipe.data, recipe.evaluation)
         if key not in self._texts:
             tokenizer = find_tokenizer(recipe, Path(recipe.tokenizer.path or self.out / TOKENIZER))
-            with self.progress.packing() as advance:
-                self._texts[key] = text = open_text(recipe, tokenizer, advance)
-            if text.about is not None:
-                self.progress.note(text.about)
+            self._texts[key] = open_text(recipe, tokenizer, self.progress)
         return self._texts[key]
 
     def complete(self, recipe: Recipe) -> Recipe:

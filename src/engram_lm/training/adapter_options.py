@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.memory import EngramConfig
 
 __all__ = ["AdapterOptions", "LoraOptions"]
@@ -47,8 +47,7 @@ class AdapterOptions:
     """Seed of the hash multipliers."""
 
     def __post_init__(self) -> None:
-        if self.transfer_tokens < 2:
-            raise ConfigError(f"transfer_tokens is at least 2, not {self.transfer_tokens}")
+        check_whole(at_least=2, transfer_tokens=self.transfer_tokens)
         if self.layers:
             self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be
 
@@ -59,9 +58,8 @@ class AdapterOptions:
             ConfigError: An impossible memory.
         """
         heads = self.num_heads * len(self.orders)
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("initialization", "transfer_tokens", "transfer_source", "permuted_hash"):
-            del values[name]
+        own = ("initialization", "transfer_tokens", "transfer_source", "permuted_hash")
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in own}
         if heads and self.memory_dim is None:
             values["memory_dim"] = max(1, round(hidden_size / heads)) * heads
         return EngramConfig(hidden_size=hidden_size, value_init="zero", **values)
@@ -90,5 +88,4 @@ class LoraOptions:
             )
 
     def _check_rank(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"rank is at least 0, not {self.rank}")
+        check_whole(at_least=0, rank=self.rank)

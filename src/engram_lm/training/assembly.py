@@ -2,29 +2,27 @@
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError
 from engram_lm.files import new_folder
 from engram_lm.training.data.text import TrainingText, beginning, cache_folder, prepare_text
 from engram_lm.training.data.tokenizer import train_tokenizer
+from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 
 __all__ = ["find_tokenizer", "load_tokenizer", "local_or_hub", "open_text"]
 
 
 def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
-    """Load the recipe's tokenizer, or train it once and keep it in ``folder``.
+    """Load the tokenizer in ``folder``; if there is none, put the recipe's there, or train it once and keep it there.
 
     Several processes may call this at a time; one of them trains.
-
-    Args:
-        recipe: What to train on.
-        folder: Where the tokenizer is kept; one that is there already is used.
 
     Raises:
         ConfigError: The tokenizer cannot be loaded.
@@ -71,26 +69,26 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
         ) from error
 
 
-def open_text(
-    recipe: Recipe,
-    tokenizer: Any,
-    on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
-) -> TrainingText:
-    """Tokenize the recipe's text into shards and divide it; see `prepare_text`."""
-    data = recipe.data
-    return prepare_text(
-        data.sources,
-        tokenizer,
-        cache_folder(data.cache),
-        sequence_length=data.sequence_length,
-        held_out=data.held_out,
-        validation=data.validation,
-        held_out_sources=data.held_out_sources,
-        max_held_out_tokens=recipe.evaluation.max_tokens,
-        max_bytes=data.max_bytes,
-        texts=recipe.evaluation.texts,
-        on_progress=on_progress,
-    )
+def open_text(recipe: Recipe, tokenizer: Any, progress: RunProgress | None = None) -> TrainingText:
+    """Tokenize the recipe's text into shards, divide it, and show how far that is; see `prepare_text`."""
+    data, progress = recipe.data, progress or RunProgress(Console(stderr=True), silent=True)
+    with progress.packing() as advance:
+        text = prepare_text(
+            data.sources,
+            tokenizer,
+            cache_folder(data.cache),
+            sequence_length=data.sequence_length,
+            held_out=data.held_out,
+            validation=data.validation,
+            held_out_sources=data.held_out_sources,
+            max_held_out_tokens=recipe.evaluation.max_tokens,
+            max_bytes=data.max_bytes,
+            texts=recipe.evaluation.texts,
+            on_progress=advance,
+        )
+    if text.about is not None:
+        progress.note(text.about)
+    return text
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from engram_lm.training.assembly import local_or_hub
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
-from engram_lm.training.flops import training_flops_per_token
+from engram_lm.training.flops import flops_per_token
 from engram_lm.training.recipe import Recipe
 
 __all__ = ["AdaptedBase", "fingerprint", "load_base", "lora_targets"]
@@ -112,7 +112,7 @@ class AdaptedBase:
 
     def training_flops_per_token(self) -> float:
         """Operations that training on one token takes, without those of hidden states that rows are made of."""
-        return training_flops_per_token(self.module, self._recipe.data.sequence_length)
+        return flops_per_token(self.module, self._recipe.data.sequence_length, training=True)
 
     def identity(self) -> dict[str, Any]:
         """Say what must be the same in a checkpoint: the base's weights, by a fingerprint, and the memory's hash."""

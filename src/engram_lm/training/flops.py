@@ -1,9 +1,7 @@
 """Floating-point operations: how many a model needs per token, and how many a device can do per second at best."""
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["forward_flops_per_token", "peak_flops", "training_flops_per_token"]
+__all__ = ["flops_per_token", "peak_flops"]
 
 # Dense matrix products without sparsity, 10^12 operations a second (float32 with TF32, bfloat16); vendors' data sheets.
 _ACCELERATORS = {
@@ -31,62 +29,39 @@ _ACCELERATORS = {
 _SIZE, _REPEATS = 1024, 5
 
 
-def training_flops_per_token(model: Any, length: int) -> float:
-    """Count the operations that training on one token takes, for the model as it stands, with what is frozen in it.
+def flops_per_token(model: Any, length: int, *, training: bool) -> float:
+    """Count the operations that a token of a sequence of ``length`` takes, for the model as it stands.
 
-    One sequence goes forward and back while torch counts the matrix products, including those of attention. A
-    multiplication and an addition are two operations. Gradients of frozen weights are not computed and so not counted,
-    nor are those of activations below the first trainable weight. Reading rows, norms, gates and the optimizer are left
-    out. In the usual symbols the count is 4N for N weights behind the first trainable one, 2N for those before it, and
-    2 more for each trainable weight.
-
-    Args:
-        model: A causal language model; its gradients are cleared.
-        length: Tokens in the sequence.
+    One sequence goes forward, and back for training, while torch counts the matrix products, including those of
+    attention. A multiplication and an addition are two operations. Gradients of frozen weights are not computed and so
+    not counted, nor are those of activations below the first trainable weight. Reading rows, norms, gates and the
+    optimizer are left out. In the usual symbols training takes 4N for N weights behind the first trainable one, 2N for
+    those before it, and 2 more for each trainable weight. The model's gradients are cleared.
     """
-    was_training = model.training
-    model.train()
-    try:
-        flops = _count(model, length, backward=True)
-    finally:
-        model.train(was_training)
-        model.zero_grad(set_to_none=True)
-    return flops
-
-
-@torch.no_grad()
-def forward_flops_per_token(model: Any, length: int) -> float:
-    """Count the operations of a forward pass on one token, in the same way.
-
-    Args:
-        model: A causal language model.
-        length: Tokens in the sequence.
-    """
-    return _count(model, length, backward=False)
-
-
-def _count(model: Any, length: int, *, backward: bool) -> float:
     tokens = torch.zeros(1, length, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    config, was_training = model.config.get_text_config(), model.training
+    experts = getattr(config, "_experts_implementation", None)
     # The plain paths: the fast ones of attention and experts are not known to the counter.
-    with _plain_experts(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = model(input_ids=tokens, use_cache=False).logits
-        if backward:
-            F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
-    return counter.get_total_flops() / length
-
-
-@contextlib.contextmanager
-def _plain_experts(model: Any) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before = getattr(config, "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    config._experts_implementation = "eager"
+    if experts is not None:
+        config._experts_implementation = "eager"
+    if training:
+        model.train()
     try:
-        yield
+        with (
+            torch.set_grad_enabled(training),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            logits = model(input_ids=tokens, use_cache=False).logits
+            if training:
+                F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
     finally:
-        config._experts_implementation = before
+        if experts is not None:
+            config._experts_implementation = experts
+        if training:
+            model.train(was_training)
+            model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / length
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -67,11 +67,9 @@ class Job:
             check_installed(tensorboard=recipe.log.tensorboard, wandb=recipe.log.wandb)
             progress.note("finding the tokenizer")
             self.tokenizer = find_tokenizer(recipe, out / TOKENIZER)
-        with agree(ranks), progress.packing() as advance:
-            self.text: TrainingText = open_text(recipe, self.tokenizer, advance)
+        with agree(ranks):
+            self.text: TrainingText = open_text(recipe, self.tokenizer, progress)
             """What is trained and evaluated on."""
-        if self.text.about is not None:
-            progress.note(self.text.about)
         with agree(ranks):
             kind = OwnModel if recipe.model.base is None else AdaptedBase
             self.trained: OwnModel | AdaptedBase = kind(recipe, self.tokenizer, ranks)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError, DataError, DivergedError
+from engram_lm.errors import ConfigError, DataError, DivergedError, check_whole
 from engram_lm.model.experts import Router, balance_experts
 from engram_lm.training.data.batches import Batch, Batches
 from engram_lm.training.diagnostics import TableUse, gradient_norms, update_norms
@@ -55,8 +55,7 @@ class TrainOptions:
                 f"training needs num_steps >= 1, max_grad_norm > 0 and max_skipped_steps >= 0, not {self.num_steps}, "
                 f"{self.max_grad_norm} and {self.max_skipped_steps}"
             )
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size is at least 1, not {self.micro_batch_size}")
+        check_whole(micro_batch_size=self.micro_batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

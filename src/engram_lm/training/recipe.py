@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text import EvaluationText
 from engram_lm.training.data.text_source import TextSource
@@ -112,11 +112,8 @@ class TokenizerOptions:
     """Text that it is trained on, in bytes, from the beginning of the sources."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 258 or self.train_bytes < 1:
-            raise ConfigError(
-                f"vocab_size is at least 258 (all bytes and two special tokens) and train_bytes at least 1, not "
-                f"{self.vocab_size} and {self.train_bytes}"
-            )
+        check_whole(at_least=258, vocab_size=self.vocab_size)  # all bytes and two special tokens
+        check_whole(train_bytes=self.train_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,13 +142,10 @@ class DataOptions:
     memory does not: it reads up to nine tokens of the previous document."""
 
     def __post_init__(self) -> None:
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"max_bytes is at least 1, not {self.max_bytes}")
-        if self.sequence_length < 2 or not 0 <= self.held_out < 1:
-            raise ConfigError(
-                f"sequence_length is at least 2 and held_out a share from 0 and below 1, not {self.sequence_length} "
-                f"and {self.held_out}"
-            )
+        check_whole(max_bytes=self.max_bytes)
+        check_whole(at_least=2, sequence_length=self.sequence_length)
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out is a share from 0 and below 1, not {self.held_out}")
         if self.validation and not (self.validation > 0 and self.held_out > 0 and self.held_out + self.validation < 1):
             raise ConfigError(
                 f"validation is a share beside held_out, and both leave something to train on; not {self.validation} "
@@ -206,12 +200,8 @@ class EvaluationOptions:
     ``name``, ``sources``, ``held_out`` and ``max_tokens``."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.max_tokens < 2:
-            raise ConfigError(f"every is at least 0 and max_tokens at least 2, not {self.every} and {self.max_tokens}")
-        if (self.points or 0) < 0 or (self.curve_tokens is not None and self.curve_tokens < 2):
-            raise ConfigError(
-                f"points is at least 0 and curve_tokens at least 2, not {self.points} and {self.curve_tokens}"
-            )
+        check_whole(at_least=0, every=self.every, points=self.points)
+        check_whole(at_least=2, max_tokens=self.max_tokens, curve_tokens=self.curve_tokens)
         if len({text.name for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts need different names, not {[text.name for text in self.texts]}")
 
@@ -238,8 +228,7 @@ class CheckpointOptions:
     """Whether what was trained is written into the run folder at the end."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep_last < 0:
-            raise ConfigError(f"every and keep_last are at least 0, not {self.every} and {self.keep_last}")
+        check_whole(at_least=0, every=self.every, keep_last=self.keep_last)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,10 +258,8 @@ class LogOptions:
     accelerator."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.details_every < 0:
-            raise ConfigError(
-                f"every is at least 1 and details_every at least 0, not {self.every} and {self.details_every}"
-            )
+        check_whole(every=self.every)
+        check_whole(at_least=0, details_every=self.details_every)
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops is a finite number above 0, not {self.peak_tflops}")
 

@@ -1,7 +1,7 @@
 """What does memory add to a pretrained model in a new domain, and what does the model forget? With controls.
 
 Reading order: ``recipe.py`` (what is asked), ``arms.py`` (each arm as a training recipe), ``bench.py`` (the base before
-training, and what makes the comparison fair), ``diagnostics.py`` (what the memory does), ``folder.py`` and ``run.py``
-(all arms and seeds, and going on after a stop), ``command.py`` (``engram-lm adapt``); then ``finding.py``,
-``summary.py``, ``figures.py``, ``diagnostics_section.py`` and ``report.py`` (what came out, as a page).
+training, and what makes the comparison fair), ``diagnostics.py`` (what the memory does), ``run.py`` (all arms and
+seeds, and going on after a stop), ``command.py`` (``engram-lm adapt``); then ``finding.py`` (what came out, in words
+and tables), ``figures.py`` and ``report.py`` (the page).
 """

@@ -99,14 +99,7 @@ def arm_recipe(
 ) -> Recipe:
     """Write down one run of an arm as a recipe, which ``engram-lm train`` can read.
 
-    Args:
-        recipe: The adaptation.
-        name: Which arm.
-        lora_rank: Rank of its low-rank matrices, if it has any.
-        dtype: Type of matrix products.
-        seed: Decides its first numbers and the order of the text.
-        rate: Peak learning rate.
-        num_steps: Steps, with which the schedule ends.
+    ``rate`` is the peak learning rate, and ``lora_rank`` matters to arms with low-rank matrices alone.
     """
     kind, base, data, train = ARMS[name], recipe.base, recipe.data, recipe.train
     adapter, lora = AdapterOptions(), LoraOptions()

@@ -17,7 +17,7 @@ from engram_lm.training.assembly import load_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
-from engram_lm.training.flops import forward_flops_per_token
+from engram_lm.training.flops import flops_per_token
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.job import sequences_at_once
 from engram_lm.training.loop import best_dtype, find_device
@@ -46,10 +46,6 @@ class ArmCost:
 class Bench:
     """The base and the text as they are before training, and the arms' costs.
 
-    Args:
-        recipe: What is asked.
-        progress: What people see.
-
     Raises:
         ConfigError: No domain is named, the base cannot be loaded or has no recognizable layer list, or the memory is
             none for it.
@@ -64,7 +60,10 @@ class Bench:
                 "--data.domain '[\"my-text/\"]'"
             )
         self.recipe, base = recipe, recipe.base
-        self.ranks = Ranks(device=find_device(_device(recipe.train.device)))
+        device = recipe.train.device
+        if device == "auto":
+            device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        self.ranks = Ranks(device=find_device(device))
         progress.note(f"loading {base.model}")
         model = load_base(base.model, base.revision, base.dtype)
         self.tokenizer = load_tokenizer(base.model, base.revision)
@@ -89,11 +88,8 @@ class Bench:
         self.spec = adapter_spec(decoder, self.tokenizer, self.memory)  # refuses a tokenizer that is not the model's
         """The hash that the memory will have."""
         # Last, because it may be many gigabytes.
-        with progress.packing() as advance:
-            self.text: TrainingText = open_text(self.arm_recipe("memory"), self.tokenizer, advance)
-            """What is trained and measured on."""
-        if self.text.about is not None:
-            progress.note(self.text.about)
+        self.text: TrainingText = open_text(self.arm_recipe("memory"), self.tokenizer, progress)
+        """What is trained and measured on."""
         progress.note("measuring the base")
         self.before: dict[str, dict[str, Any] | None] = self._measure(model)
         """Losses of the base, by text."""
@@ -142,18 +138,18 @@ class Bench:
             num_trainable=sizes["trained"],
             num_trainable_outside_tables=sizes["trained"] - in_tables,
             flops_per_token=trained.training_flops_per_token(),
-            preparation_flops=transferred * forward_flops_per_token(trained.module, recipe.data.sequence_length),
+            preparation_flops=transferred
+            * flops_per_token(trained.module, recipe.data.sequence_length, training=False),
             lora_rank=self.lora_rank if ARMS[name].lora else None,
         )
 
     def _measure(self, model: Any) -> dict[str, dict[str, Any] | None]:
-        recipe = self.arm_recipe("memory")
+        recipe, text = self.arm_recipe("memory"), self.text
+        assert text.held_out is not None
+        texts: dict[str, tuple[Any, int | None]] = {"domain": (text.held_out, text.held_out_bytes)}
+        if RETAINED in text.texts:
+            texts[RETAINED] = text.texts[RETAINED].tokens, text.texts[RETAINED].num_bytes
         found: dict[str, dict[str, Any] | None] = {"domain": None, RETAINED: None}
-        assert self.text.held_out is not None
-        texts = {"domain": (self.text.held_out, self.text.held_out_bytes)}
-        if RETAINED in self.text.texts:
-            retained = self.text.texts[RETAINED]
-            texts[RETAINED] = retained.tokens, retained.num_bytes
         for name, (tokens, num_bytes) in texts.items():
             measured = held_out_loss(
                 model,
@@ -168,23 +164,10 @@ class Bench:
 
 
 def matched_rank(model: Any, targets: list[str], memory: EngramConfig) -> int:
-    """Choose the LoRA rank whose matrices hold as many weights, and so cost as many operations, as the memory's.
+    """Choose the LoRA rank, at least 1, whose matrices on ``targets`` hold as many weights as the memory's.
 
-    Args:
-        model: The base model.
-        targets: Names of the matrices that get low-rank ones, from `lora_targets`.
-        memory: Geometry of the memory; its tables are read and not multiplied, so they count as none.
-
-    Returns:
-        The nearest whole rank, at least 1.
+    They then cost as many operations. Tables are read and not multiplied, so they count as none.
     """
     per_rank = sum(sum(model.get_submodule(name).weight.shape) for name in targets)
     wanted = len(memory.layers) * memory.memory_dim * (memory.num_streams + 1) * memory.hidden_size
     return max(1, round(wanted / per_rank))
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else str(found)

@@ -35,7 +35,8 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
     """Also train three controls: rows that stay random, rows that change with position, and LoRA of equal compute."""
 
     def execute(self, recipe: AdaptationRecipe, out: Path) -> int:
-        """Adapt."""
+        """Adapt, and say what came out."""
+        from engram_lm.studies.adaptation.finding import terminal_table
         from engram_lm.studies.adaptation.run import Adaptation
         from engram_lm.training.progress import RunProgress
 
@@ -44,8 +45,6 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
         if self.json:
             print(to_json(result), end="")
         else:
-            from engram_lm.studies.adaptation.summary import terminal_table
-
             Console().print(terminal_table(result))
             Console().print(_last_words(result), highlight=False, soft_wrap=True)
         return 130 if result["interrupted"] else 0

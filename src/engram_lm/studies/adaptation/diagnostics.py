@@ -27,12 +27,8 @@ _COUNTED_TOKENS = 1 << 20
 def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
     """Measure a trained arm with its memory off and with its rows exchanged, and look at what the memory does.
 
-    Args:
-        job: The run of the arm, after its last step.
-        counted: A place to keep collisions for the other arms and seeds, which have the same hash and text.
-
-    Returns:
-        ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each None without memory.
+    Collisions are kept in ``counted`` for the other arms and seeds, which have the same hash and text. The result has
+    ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each is None without memory.
     """
     adapter = job.trained.adapter if isinstance(job.trained, AdaptedBase) else None
     if adapter is None:
@@ -75,14 +71,9 @@ def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def occupancy(adapter: MemoryAdapter, touched: dict[str, Tensor]) -> dict[str, float] | None:
-    """Find the share of the rows that each block can read which training has updated.
+    """Find, by block, the share of the rows that it can read which training has updated; None without training.
 
-    Args:
-        adapter: The memory.
-        touched: By table, 1 for each such row: `TableUse.touched`.
-
-    Returns:
-        By block; None where the tables were not trained.
+    ``touched`` is `TableUse.touched`: by table, 1 for each such row.
     """
     found = {}
     for block in adapter.spec.blocks:
@@ -95,21 +86,15 @@ def occupancy(adapter: MemoryAdapter, touched: dict[str, Tensor]) -> dict[str, f
 
 
 def collisions(adapter: MemoryAdapter, tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    """Count how many distinct N-grams of the domain meet in a row.
+    """Count how many distinct N-grams of ``tokens [num_sequences, length]`` meet in a row.
 
-    Args:
-        adapter: The memory.
-        tokens: Of the domain, integers ``[num_sequences, length]``.
-
-    Returns:
-        By block: ``num_tokens`` looked at, ``rows_hit``, ``ngrams_per_row`` (mean over the rows hit), ``shared`` (share
-        of the rows hit by two N-grams or more) and ``shared_positions`` (share of the reads that go to such a row).
+    By block: ``num_tokens`` looked at, ``rows_hit``, ``ngrams_per_row`` (mean over the rows hit), ``shared`` (share of
+    the rows hit by two N-grams or more) and ``shared_positions`` (share of the reads that go to such a row).
     """
     spec, found = adapter.spec, {}
     for block, layer in zip(spec.blocks, spec.layers, strict=True):
         counted = row_collisions(spec, layer, tokens)
-        hit = counted.num_ngrams > 0
-        several = counted.num_ngrams > 1
+        hit, several = counted.num_ngrams > 0, counted.num_ngrams > 1
         found[str(block)] = {
             "num_tokens": tokens.size,
             "rows_hit": int(hit.sum()),
@@ -123,17 +108,9 @@ def collisions(adapter: MemoryAdapter, tokens: np.ndarray) -> dict[str, dict[str
 def gate_statistics(
     model: Any, adapter: MemoryAdapter, tokens: np.ndarray, *, length: int, dtype: str
 ) -> dict[str, dict[str, float]]:
-    """Describe how far the gates open on text that was not trained on.
+    """Describe how far the gates open on held-out ``tokens [num_tokens]``, of which the first 16,384 are looked at.
 
-    Args:
-        model: The model with the memory.
-        adapter: The memory.
-        tokens: Held-out tokens ``[num_tokens]``; the first 16,384 are looked at.
-        length: Tokens in a sequence.
-        dtype: Type of matrix products.
-
-    Returns:
-        By block: ``mean``, ``p10``, ``p50``, ``p90`` and ``share_above_half``.
+    By block: ``mean``, ``p10``, ``p50``, ``p90`` and ``share_above_half``.
     """
     layers: dict[int, Any] = {int(block): layer for block, layer in adapter.layers.items()}
     gates: dict[int, list[Tensor]] = {block: [] for block in layers}
@@ -142,12 +119,9 @@ def gate_statistics(
     found = {}
     for block, parts in gates.items():
         values = torch.cat(parts)
-        low, middle, high = torch.quantile(values, values.new_tensor([0.1, 0.5, 0.9])).tolist()
         found[str(block)] = {
             "mean": float(values.mean()),
-            "p10": low,
-            "p50": middle,
-            "p90": high,
+            **{f"p{percent}": float(torch.quantile(values, percent / 100)) for percent in (10, 50, 90)},
             "share_above_half": float((values > 0.5).float().mean()),
         }
     return found

@@ -5,7 +5,7 @@ from typing import Any
 
 from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_legend, page_figure
 from engram_lm.page.frame import escape
-from engram_lm.studies.adaptation.finding import arm_title, finite_loss, forgetting, losses
+from engram_lm.studies.adaptation.finding import arm_runs, arm_title, forgetting, loss_before, losses
 from engram_lm.studies.curves import curve_svg, describe_curves, finite_points
 
 __all__ = ["curve_figures", "forgetting_figures"]
@@ -20,27 +20,23 @@ Points = Mapping[str, Sequence[tuple[float, float]]]
 def forgetting_figures(result: Mapping[str, Any]) -> str:
     """Draw domain loss against forgetting: every seed of every arm, and the base; closer too, where runs crowd.
 
-    Args:
-        result: A result in the format ``engram.adaptation.1``.
-
-    Returns:
-        HTML; nothing where no run has both numbers.
+    The HTML is empty where no run has both numbers.
     """
     arms = result.get("arms") or {}
+    titles = {name: arm_title(arm, name) for name, arm in arms.items()}
     points: dict[str, list[tuple[float, float]]] = {}
     for name, arm in arms.items():
         learned, changes = losses(arm), forgetting(result, arm)
         points[name] = [(changes[seed], loss) for seed, loss in learned.items() if seed in changes]
     drawn = [point for seeds in points.values() for point in seeds]
-    before = finite_loss((result.get("before") or {}).get("domain"))
     if not drawn:
         return ""
-    titles = {name: arm_title(arm, name) for name, arm in arms.items()}
     words = "; ".join(
         f"{titles[name]}: " + ", ".join(f"{change:+.3f} and {loss:.3f}" for change, loss in seeds)
         for name, seeds in points.items()
         if seeds
     )
+    before = loss_before(result, "domain")
     base = None if before is None else (0.0, before)
     figures = []
     if base:
@@ -56,23 +52,17 @@ def forgetting_figures(result: Mapping[str, Any]) -> str:
 def curve_figures(result: Mapping[str, Any]) -> str:
     """Draw domain loss while training, by tokens and, where arms differ in cost, by compute.
 
-    Args:
-        result: A result in the format ``engram.adaptation.1``.
-
-    Returns:
-        HTML; nothing where no curve has two points.
+    The HTML is empty where no curve has two points.
     """
     arms = result.get("arms") or {}
     titles = {name: arm_title(arm, name) for name, arm in arms.items()}
     costs = {name: arm.get("flops_per_token") for name, arm in arms.items()}
-    before = {name: arm.get("preparation_flops") or 0.0 for name, arm in arms.items()}
-    curves = {
-        name: [finite_points(run.get("curve") or ()) for run in arm.get("runs") or ()] for name, arm in arms.items()
-    }
+    curves = {name: [finite_points(run.get("curve") or ()) for run in arm_runs(arm)] for name, arm in arms.items()}
     if not any(len(run) > 1 for runs in curves.values() for run in runs):
         return ""
     pictures = [("By tokens", "by-tokens", "training tokens", "tokens", curves)]
     if all(costs.values()) and len(set(costs.values())) > 1:
+        before = {name: arm.get("preparation_flops") or 0.0 for name, arm in arms.items()}
         by_compute = {
             name: [[(before[name] + tokens * costs[name], loss) for tokens, loss in run] for run in runs]
             for name, runs in curves.items()
@@ -104,10 +94,8 @@ def _scatter(title: str, points: Points, base: tuple[float, float] | None, *, na
 
 
 def _crowded(points: Sequence[tuple[float, float]], base: tuple[float, float]) -> bool:
-    for axis in (0, 1):
-        values = [point[axis] for point in points]
-        whole = [*values, base[axis]]
-        reach, extent = max(values) - min(values), max(whole) - min(whole)
-        if len(points) > 1 and extent > 0 and reach < _CLOSER * extent:
+    for values, origin in zip(zip(*points, strict=True), base, strict=True):
+        extent = max(*values, origin) - min(*values, origin)
+        if len(points) > 1 and extent > 0 and max(values) - min(values) < _CLOSER * extent:
             return True
     return False

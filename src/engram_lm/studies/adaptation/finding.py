@@ -1,16 +1,26 @@
-"""What an adaptation found: losses seed by seed, differences that are more than chance, and one sentence."""
+"""What an adaptation found: losses seed by seed, differences that are more than chance, one sentence, and tables.
+
+A result is one in the format ``engram.adaptation.1``, in which arms, numbers and texts may be missing or not finite.
+"""
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from engram_lm.page.number_text import NOTHING, spread_of, spread_text
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, spread_of, spread_text
+from engram_lm.studies.summary import paired_difference
 
 __all__ = [
+    "COLUMNS",
+    "RUN_COLUMNS",
     "Difference",
     "Headline",
+    "arm_rows",
     "arm_runs",
     "arm_title",
     "compare",
@@ -19,9 +29,46 @@ __all__ = [
     "headline",
     "loss_before",
     "losses",
-    "values_text",
+    "markdown_table",
+    "run_rows",
+    "terminal_table",
 ]
 
+COLUMNS = (
+    "Model",
+    "Domain loss",
+    "Change on old text",
+    "Domain loss, memory off",
+    "Domain loss, rows shuffled",
+    "Trainable outside tables",
+    "Trainable in tables",
+    "Tokens",
+    "Training FLOPs",
+)
+"""What is said of the base and of every arm, in order. Losses are in nats per token."""
+
+RUN_COLUMNS = (
+    "Model",
+    "Seed",
+    "Learning rate",
+    "Domain loss",
+    "Perplexity",
+    "Bits per byte",
+    "Old text loss",
+    "Minutes",
+)
+"""What is said of every run, in order."""
+
+_TERMINAL_COLUMNS = {
+    "Domain loss": "Domain loss",
+    "Change on old text": "On old text",
+    "Domain loss, memory off": "Memory off",
+    "Domain loss, rows shuffled": "Rows shuffled",
+    "Trainable outside tables": "Trainable",
+    "Trainable in tables": "In tables",
+}
+"""Columns of a terminal, and what they are called there."""
+_ONLY_MEANS = ("Domain loss, memory off", "Domain loss, rows shuffled")
 _MEMORY = "memory"
 # What memory has to beat, the most telling first: the same compute without memory, then memory that cannot learn.
 _RIVALS = {
@@ -34,12 +81,11 @@ _SPREADS = 2.0
 """Standard deviations over seeds that a difference must exceed to be called one."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Headline:
-    """What came out, as a title and a few sentences."""
+class Headline(NamedTuple):
+    """What came out."""
 
     title: str
-    """The finding."""
+    """The finding, in a sentence."""
     detail: str
     """The numbers behind it."""
 
@@ -70,15 +116,17 @@ class Difference:
         return spread_text(self.mean, self.spread, signed=True)
 
 
-def losses(arm: Mapping[str, Any], text: str = "domain") -> dict[Any, float]:
-    """Final loss of every seed of an arm, in nats per token; a seed without a finite loss is left out.
+def losses(arm: Mapping[str, Any], text: str = "domain", *, kind: str | None = None) -> dict[Any, float]:
+    """Final loss of an arm on ``"domain"`` or ``"retained"`` text in nats per token, for every seed that has one.
 
-    Args:
-        arm: An entry of ``arms`` of a result.
-        text: ``"domain"`` or ``"retained"``.
+    ``kind`` names another measurement of the trained model, such as ``"memory_off"``.
     """
-    found = {run.get("seed"): finite_loss(run.get(text)) for run in arm_runs(arm)}
-    return {seed: loss for seed, loss in found.items() if loss is not None}
+    found = {}
+    for run in arm_runs(arm):
+        loss = finite_loss((run if kind is None else run.get(kind) or {}).get(text))
+        if loss is not None:
+            found[run.get("seed")] = loss
+    return found
 
 
 def forgetting(result: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[Any, float]:
@@ -88,33 +136,21 @@ def forgetting(result: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[Any, f
 
 
 def compare(result: Mapping[str, Any], name: str, other: str, text: str = "domain") -> Difference | None:
-    """Loss of one arm minus that of another, seed by seed; None where no seed has both.
-
-    Args:
-        result: A result in the format ``engram.adaptation.1``.
-        name: An arm.
-        other: Another one, or ``"base"`` for the model before training.
-        text: ``"domain"`` or ``"retained"``.
-    """
+    """Loss of one arm minus that of another, or of ``"base"``, seed by seed; None where no seed has both."""
     arms = result.get("arms") or {}
-    own, before = losses(arms.get(name) or {}, text), loss_before(result, text)
+    own = losses(arms.get(name) or {}, text)
     if other == "base":
-        theirs = dict.fromkeys(own, before) if before is not None else {}
+        theirs = dict.fromkeys(own, loss_before(result, text))
     else:
         theirs = dict(losses(arms.get(other) or {}, text))
-    differences = [loss - theirs[seed] for seed, loss in own.items() if theirs.get(seed) is not None]
-    if not differences:
-        return None
-    return Difference(statistics.fmean(differences), spread_of(differences), len(differences))
+    found = paired_difference(own, theirs)
+    return None if found["mean"] is None else Difference(found["mean"], found["std"], len(found["per_seed"]))
 
 
 def headline(result: Mapping[str, Any]) -> Headline:
     """Say whether memory learned the domain, better or worse than what, and what was forgotten.
 
     A difference counts as one where it is more than twice its standard deviation over the seeds.
-
-    Args:
-        result: A result in the format ``engram.adaptation.1``.
     """
     arms = result.get("arms") or {}
     if not arm_runs(arms.get(_MEMORY) or {}):
@@ -147,12 +183,10 @@ def _finding(result: Mapping[str, Any], gain: Difference, rival: str | None) -> 
     if gain.mean > 0:
         verb = "raises" if gain.verdict == "higher" else "raised, in the one seed run,"
         return f"Memory did not help: it {verb} the domain loss by {amount}" + _changed(result)
-    if rival is None:
+    against = None if rival is None else compare(result, _MEMORY, rival)
+    if rival is None or against is None:
         return f"Memory lowers the domain loss by {amount}" + _changed(result)
-    title = _RIVALS[rival]
-    against = compare(result, _MEMORY, rival)
-    assert against is not None
-    word = "lower" if against.mean < 0 else "higher"
+    title, word = _RIVALS[rival], "lower" if against.mean < 0 else "higher"
     said = {
         "lower": f"Memory learns the domain better than {title}",
         "higher": f"Memory learns the domain worse than {title}",
@@ -195,9 +229,9 @@ def _numbers(result: Mapping[str, Any], names: Sequence[str]) -> str:
     arms, sentences = result.get("arms") or {}, []
     for text, what in (("domain", "Domain loss"), ("retained", "Loss on the old text")):
         before = loss_before(result, text)
-        found = {name: list(losses(arms[name], text).values()) for name in names}
+        found = {name: losses(arms[name], text) for name in names}
         parts = [] if before is None else [f"before {before:.3f}"]
-        parts += [f"{arm_title(arms[name], name)} {values_text(values)}" for name, values in found.items() if values]
+        parts += [f"{arm_title(arms[name], name)} {_values_text(values)}" for name, values in found.items() if values]
         if parts:
             sentences.append(f"{what}: {', '.join(parts)}.")
     return " ".join(sentences) + " In nats per token." if sentences else "No model was evaluated."
@@ -225,6 +259,86 @@ def loss_before(result: Mapping[str, Any], text: str) -> float | None:
     return finite_loss((result.get("before") or {}).get(text))
 
 
-def values_text(values: Sequence[float], *, signed: bool = False) -> str:
+def _values_text(by_seed: Mapping[Any, float], *, signed: bool = False) -> str:
     """Write the mean of a value over seeds, with its standard deviation where there are several."""
-    return spread_text(statistics.fmean(values), spread_of(values), signed=signed) if values else NOTHING
+    values = list(by_seed.values())
+    return spread_text(mean_of(values), spread_of(values), signed=signed)
+
+
+def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Describe the base and every arm: a cell for each of `COLUMNS`, means over seeds with their standard deviation."""
+    unchanged = NOTHING if loss_before(result, "retained") is None else "0.000"
+    base = number_text(loss_before(result, "domain"), 3)
+    rows = [["Base, untouched", base, unchanged, NOTHING, NOTHING, "0", "0", "0", "0"]]
+    for name, arm in (result.get("arms") or {}).items():
+        runs, found = arm_runs(arm), losses(arm)
+        domain = _values_text(found)
+        if not found:
+            domain = "no finite loss" if runs else "not run"
+        elif len(found) < len(runs):
+            domain += f" ({len(found)} of {len(runs)} seeds)"
+        trainable, outside = arm.get("num_trainable"), arm.get("num_trainable_outside_tables")
+        counts = [
+            outside,
+            None if trainable is None or outside is None else trainable - outside,
+            arm.get("num_tokens"),
+            arm.get("training_flops"),  # with those of the hidden states that rows were made of
+        ]
+        change = _values_text(forgetting(result, arm), signed=True)
+        without = [_values_text(losses(arm, kind=kind)) for kind in ("memory_off", "rows_shuffled")]
+        rows.append([arm_title(arm, name), domain, change, *without, *map(count_text, counts)])
+    return rows
+
+
+def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Describe every run: a cell for each of `RUN_COLUMNS`."""
+    rows = []
+    for name, arm in (result.get("arms") or {}).items():
+        for run in arm_runs(arm):
+            domain, seconds, rate = run.get("domain") or {}, run.get("seconds"), run.get("lr", arm.get("lr"))
+            rows.append(
+                [
+                    arm_title(arm, name),
+                    str(run.get("seed")),
+                    NOTHING if rate is None else f"{rate:.3g}",
+                    number_text(domain.get("loss"), 4),
+                    number_text(domain.get("perplexity")),
+                    number_text(domain.get("bits_per_byte"), 4),
+                    number_text((run.get("retained") or {}).get("loss"), 4),
+                    number_text(None if seconds is None else seconds / 60),
+                ]
+            )
+    return rows
+
+
+def terminal_table(result: Mapping[str, Any]) -> Table:
+    """Lay the arms out, a line each, so that it fits a terminal of 80 columns.
+
+    Tokens and FLOPs are left to `markdown_table` and the page, and columns that no arm fills are left out.
+    """
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in arm_rows(result)]
+    columns = [column for column in _TERMINAL_COLUMNS if any(row[column] != NOTHING for row in rows)]
+    title = Text(headline(result).title, style="bold")
+    # A space between columns is the box's own.
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for column in columns:
+        # Headings may break between words, numbers may not.
+        table.add_column(_TERMINAL_COLUMNS[column].replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row[column].partition(" ±")[0] if column in _ONLY_MEANS else row[column] for column in columns]
+        # Text, not markup: titles come from a file.
+        table.add_row(*map(Text, [row["Model"], *cells]))
+    return table
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """Write all of `COLUMNS` for the base and every arm as a Markdown table, ending in a line break."""
+    lines: list[Sequence[str]] = [COLUMNS, (":--", *["--:"] * (len(COLUMNS) - 1)), *arm_rows(result)]
+    return "".join(f"| {' | '.join(map(_markdown, line))} |\n" for line in lines)
+
+
+def _markdown(cell: str) -> str:
+    # A title comes from a file: neither a cell of its own, nor a line, nor markup.
+    text = " ".join(cell.split())
+    return "".join(f"\\{sign}" if sign in "\\|`*_<>[]" and cell not in (":--", "--:") else sign for sign in text)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.recipe import PATHS
@@ -72,9 +72,12 @@ class DomainOptions:
     """Folder of token shards, which runs share; where None, ``engram-lm/shards`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
 
     def __post_init__(self) -> None:
-        for name in ("held_out_tokens", "retained_tokens", "sequence_length"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name} is at least 2, not {getattr(self, name)}")
+        check_whole(
+            at_least=2,
+            held_out_tokens=self.held_out_tokens,
+            retained_tokens=self.retained_tokens,
+            sequence_length=self.sequence_length,
+        )
         if not (0 < self.held_out < 1 and 0 <= self.validation < 1 and self.held_out + self.validation < 1):
             raise ConfigError(
                 f"held_out is a share above 0, validation one from 0, and both leave something to train on; not "
@@ -143,15 +146,12 @@ class StepOptions:
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.epochs is None):
             raise ConfigError("give either num_steps or epochs")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"num_steps is at least 1, not {self.num_steps}")
+        check_whole(num_steps=self.num_steps, seeds=self.seeds)
+        check_whole(batch_size=self.batch_size, micro_batch_size=self.micro_batch_size)
+        check_whole(at_least=0, curve_points=self.curve_points)
+        check_whole(at_least=2, curve_tokens=self.curve_tokens)
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs is a finite number above 0, not {self.epochs}")
-        for name, least in (("seeds", 1), ("batch_size", 1), ("curve_points", 0), ("curve_tokens", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is at least {least}, not {getattr(self, name)}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size is at least 1, not {self.micro_batch_size}")
         if not 0 < self.max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm is a finite number above 0, not {self.max_grad_norm}")
 

@@ -2,21 +2,25 @@
 
 import importlib.resources
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.frame import escape, plain_text, render_page, section, table
+from engram_lm.page.frame import Html, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text, mean_of, number_text
-from engram_lm.studies.adaptation.diagnostics_section import diagnostics_section
 from engram_lm.studies.adaptation.figures import curve_figures, forgetting_figures
 from engram_lm.studies.adaptation.finding import (
+    COLUMNS,
+    RUN_COLUMNS,
+    arm_rows,
+    arm_runs,
     arm_title,
     compare,
-    finite_loss,
     headline,
+    loss_before,
     losses,
+    run_rows,
 )
-from engram_lm.studies.adaptation.summary import COLUMNS, RUN_COLUMNS, arm_rows, run_rows
 from engram_lm.studies.page import facts_section, page_footer
 
 __all__ = ["render_report"]
@@ -53,15 +57,27 @@ _CONTROLS = {
     ),
 }
 
+_COLLISIONS = {
+    "num_tokens": "Tokens counted",
+    "rows_hit": "Rows read",
+    "ngrams_per_row": "N-grams per row read",
+    "shared": "Rows shared",
+    "shared_positions": "Reads of shared rows",
+}
+_GATES = {
+    "mean": "Mean",
+    "p10": "10th percentile",
+    "p50": "Median",
+    "p90": "90th percentile",
+    "share_above_half": "Above a half",
+}
+
 
 def render_report(result: Mapping[str, Any]) -> str:
-    """Render the whole report.
+    """Render the whole report as an HTML page with its styles and pictures inside, and without scripts.
 
     Args:
         result: A result in the format ``engram.adaptation.1``; arms, numbers and texts may be missing or not finite.
-
-    Returns:
-        An HTML page with its styles and pictures inside, and without scripts.
     """
     style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     return render_page(
@@ -72,7 +88,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             _arms(result),
             _curves(result),
             _controls(result),
-            diagnostics_section(result),
+            _inside(result),
             _use(result),
             _facts(result),
         ],
@@ -80,9 +96,6 @@ def render_report(result: Mapping[str, Any]) -> str:
         colors=[name if name in _ARM_COLORS else "other" for name in _arms_of(result)],
         style=style,
     )
-
-
-# Sections, from top to bottom --------------------------------------------------------------------------------------
 
 
 def _header(result: Mapping[str, Any]) -> str:
@@ -130,13 +143,13 @@ def _forgetting(result: Mapping[str, Any]) -> str:
 
 def _arms(result: Mapping[str, Any]) -> str:
     arms = _arms_of(result)
-    if not arms and finite_loss((result.get("before") or {}).get("domain")) is None:
+    if not arms and loss_before(result, "domain") is None:
         return ""
-    about = "\n".join(
-        f"<li><strong>{escape(arm_title(arm, name))}</strong>: {escape(arm['about'])}{_rank(arm)}</li>"
-        for name, arm in arms.items()
-        if arm.get("about")
-    )
+    about = ""
+    for name, arm in arms.items():
+        if arm.get("about"):
+            rank = f"; LoRA of rank {escape(arm['lora_rank'])}" if arm.get("lora_rank") else ""
+            about += f"<li><strong>{escape(arm_title(arm, name))}</strong>: {escape(arm['about'])}{rank}</li>\n"
     note = "Loss and change are in nats per token, on held-out text; a positive change is something forgotten."
     if max((len(arm.get("runs") or ()) for arm in arms.values()), default=0) > 1:
         note += " Values are means over seeds, ± the standard deviation."
@@ -145,11 +158,8 @@ def _arms(result: Mapping[str, Any]) -> str:
         "N&#8209;grams in their place."
     )
     models = table(COLUMNS, arm_rows(result), label="The models, a wide table", kind="arms", key_columns=_KEY_COLUMNS)
-    return section(
-        "arms",
-        "The models",
-        f'{models}<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else ""),
-    )
+    notes = f'<p class="note">{note}</p>' + (f'<ul class="note">{about}</ul>' if about else "")
+    return section("arms", "The models", models + notes)
 
 
 def _curves(result: Mapping[str, Any]) -> str:
@@ -216,15 +226,43 @@ def _against_memory(result: Mapping[str, Any], name: str) -> str:
 def _without_memory(arm: Mapping[str, Any], kind: str) -> str:
     """How far the domain loss rises without what memory holds, seed by seed."""
     kept = losses(arm)
-    rises = [
-        loss - kept[run.get("seed")]
-        for run in arm.get("runs") or ()
-        if (loss := finite_loss((run.get(kind) or {}).get("domain"))) is not None and run.get("seed") in kept
-    ]
-    mean = mean_of(rises)
+    mean = mean_of(loss - kept[seed] for seed, loss in losses(arm, kind=kind).items() if seed in kept)
     if mean is None:
         return ""
     return escape(f"The domain loss {'rises' if mean >= 0 else 'falls'} by {abs(mean):.3f} nats per token.")
+
+
+def _inside(result: Mapping[str, Any]) -> str:
+    """Occupancy, collisions and gates of every arm with memory, by block."""
+    use, gates = [], []
+    for name, arm in (result.get("arms") or {}).items():
+        title, runs = arm_title(arm, name), arm_runs(arm)
+        for block in _blocks(runs, "occupancy", "collisions"):
+            share = mean_of(_number((run.get("occupancy") or {}).get(block)) for run in runs)
+            counted = {key: _mean_in_block(runs, "collisions", block, key) for key in _COLLISIONS}
+            cells = [_percent(value) if key.startswith("shared") else _amount(value) for key, value in counted.items()]
+            use.append([title, block, _percent(share), *cells])
+        for block in _blocks(runs, "gates"):
+            gate = {key: _mean_in_block(runs, "gates", block, key) for key in _GATES}
+            cells = [_percent(value) if key.startswith("share") else number_text(value) for key, value in gate.items()]
+            gates.append([title, block, *cells, _gate_range(gate)])
+    tables = []
+    if use:
+        columns = ("Rows", "Block", "Occupancy", *_COLLISIONS.values())
+        tables.append(table(columns, use, label="Use of rows by block", kind="arms"))
+    if gates:
+        columns = ("Gates", "Block", *_GATES.values(), "From 0 to 1")
+        tables.append(table(columns, gates, label="Gates by block", kind="arms"))
+    if not tables:
+        return ""
+    return section(
+        "diagnostics",
+        "Inside the memory",
+        "<p>Means over seeds. <em>Occupancy</em> is the share of rows that training has touched; rows are "
+        "<em>shared</em> where two N&#8209;grams of the domain or more read them. A gate of 0 lets nothing of what was "
+        "looked up into the model, 1 all of it; the bar goes from the 10th to the 90th percentile over held-out text, "
+        "with a mark at the median. Blocks are counted from 0.</p>" + "\n".join(tables),
+    )
 
 
 def _use(result: Mapping[str, Any]) -> str:
@@ -276,9 +314,6 @@ def _facts(result: Mapping[str, Any]) -> str:
     return facts_section(result, groups, f"<details><summary>Every run</summary>{every}</details>" if runs else "")
 
 
-# Pieces ------------------------------------------------------------------------------------------------------------
-
-
 def _arms_of(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return result.get("arms") or {}
 
@@ -287,5 +322,33 @@ def _has_old_text(result: Mapping[str, Any]) -> bool:
     return bool((result.get("before") or {}).get("retained"))
 
 
-def _rank(arm: Mapping[str, Any]) -> str:
-    return f"; LoRA of rank {escape(arm['lora_rank'])}" if arm.get("lora_rank") else ""
+def _gate_range(gate: Mapping[str, float | None]) -> Html:
+    """A bar from the 10th to the 90th percentile of a gate, between 0 and 1, with a mark at the median."""
+    low, middle, high = (min(1.0, max(0.0, gate.get(name) or 0.0)) * 100 for name in ("p10", "p50", "p90"))
+    return Html(
+        '<svg class="gate-range" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        '<path d="M0 5H100" stroke="var(--line)" stroke-width="2"/>'
+        f'<path d="M{low:.1f} 5H{high:.1f}" stroke="currentColor" stroke-width="4"/>'
+        f'<path d="M{middle:.1f} 0V10" stroke="var(--ink)" stroke-width="1"/></svg>'
+    )
+
+
+def _blocks(runs: Sequence[Mapping[str, Any]], *kinds: str) -> list[str]:
+    found = {block for run in runs for kind in kinds for block in run.get(kind) or {}}
+    return sorted(found, key=lambda block: (len(str(block)), str(block)))
+
+
+def _mean_in_block(runs: Sequence[Mapping[str, Any]], kind: str, block: str, key: str) -> float | None:
+    return mean_of(_number(((run.get(kind) or {}).get(block) or {}).get(key)) for run in runs)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _percent(share: float | None) -> str:
+    return number_text(None) if share is None else f"{number_text(share * 100, 1)} %"
+
+
+def _amount(value: float | None) -> str:
+    return number_text(value) if isinstance(value, float) and value < 1000 and value % 1 else count_text(value)

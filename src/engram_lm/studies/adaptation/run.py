@@ -1,48 +1,52 @@
-"""All arms and seeds of an adaptation, one after the other, and the result."""
+"""All arms and seeds of an adaptation, one after the other, in a folder where what is finished stays finished."""
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError, DataError, DivergedError
+from engram_lm.errors import ConfigError, DataError, DivergedError, MismatchError, RunFolderError
+from engram_lm.files import read_json, replacing_folder, write_atomically
 from engram_lm.studies.adaptation.arms import ARMS, RETAINED
 from engram_lm.studies.adaptation.bench import ArmCost, Bench
 from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values
-from engram_lm.studies.adaptation.folder import AdaptationFolder
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.summary import spread
 from engram_lm.training.data.text_source import name_sources
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run import Run
-from engram_lm.training.run_folder import commit, run_facts
+from engram_lm.training.run_folder import commit, hold_folder, run_facts, to_json
 
 __all__ = ["Adaptation"]
+
+_RECIPE, _ORIGIN = "recipe.toml", "before.json"
+_DELETE = "delete it, and its run is done again"
 
 _Entry = dict[str, Any]
 """An entry of ``arms.NAME.runs`` in ``result.json``."""
 
 
 class Adaptation:
-    """One ``engram-lm adapt``, in its folder (see `AdaptationFolder`).
+    """One ``engram-lm adapt`` in its folder.
 
     Arms are ordinary training runs. They are trained one after the other, because the learning rate of some is known
     only when another is finished.
 
-    Args:
-        recipe: What is asked.
-        out: The run folder.
-        resume: Whether to go on with the first run that is not finished.
-        progress: What people see.
+    The folder holds ``recipe.toml`` (every key, resolved), ``before.json`` (which base, text and hash it was begun
+    with), ``runs/ARM-SEED.json`` for every run that is finished, with the training run itself in ``runs/ARM-SEED/``,
+    and at the end ``result.json``, ``report.html`` and ``adapter/``. Where a seed tries several learning rates, its
+    runs are called ``ARM-SEED-RATE``.
     """
 
     def __init__(self, recipe: AdaptationRecipe, out: Path, *, resume: bool = False, progress: RunProgress) -> None:
-        self.recipe, self.progress = recipe, progress
-        self.folder = AdaptationFolder(out, resume=resume)
+        self.recipe, self.progress, self._resume = recipe, progress, resume
+        self.out = out.expanduser().resolve()
         self._started, self._commit = time.time(), commit()
         self._counted: dict[str, Any] = {}
         self._runs: dict[ArmName, list[_Entry]] = {name: [] for name in recipe.arms.names}
@@ -55,24 +59,62 @@ class Adaptation:
             What ``result.json`` holds; ``interrupted`` says whether a signal ended it early.
 
         Raises:
-            RunFolderError: The folder cannot be used.
+            RunFolderError: The folder holds something else or a run that is not to be resumed, cannot be written, or
+                another process works in it.
             MismatchError: The run was begun with another recipe, base or text.
         """
-        with self.folder.own(self.recipe):
+        from engram_lm.studies.adaptation.report import render_report
+
+        with hold_folder(self.out, _RECIPE, kind="an adaptation", work="at work"):
+            self._check_earlier()
             bench = Bench(self.recipe, self.progress)
-            self.folder.check_origin({"base": bench.fingerprint, "text": bench.text.digest, "hash": bench.spec.digest})
+            self._check_origin({"base": bench.fingerprint, "text": bench.text.digest, "hash": bench.spec.digest})
             plan = bench.plan()
             with Interrupt() as interrupt:
                 interrupted = not all(
                     self._train(bench, name, seed, plan[name][1], interrupt) for name, seed in self._order()
                 )
             result = self._result(bench, plan, interrupted)
-            useful = [name for name, runs in self._runs.items() if runs and ARMS[name].memory and ARMS[name].is_kept]
-            if useful and not interrupted:
-                rate, several = self._runs[useful[0]][0]["lr"], len(self._tried[useful[0]]) > 1
-                self.folder.publish_adapter(_label(useful[0], 0, rate if several else None))
-            self.folder.write(result)
-        return {**result, "out": str(self.folder.path)}
+            if not interrupted:
+                self._publish_adapter()
+            write_atomically(self.out / "result.json", to_json(result))
+            write_atomically(self.out / "report.html", render_report(result))
+        return {**result, "out": str(self.out)}
+
+    def _check_earlier(self) -> None:
+        """Compare the recipe with the one in the folder, if anything was trained by that one, and write it there."""
+        if any(self.out.glob("runs/*")):
+            if not self._resume:
+                raise RunFolderError(
+                    f"{self.out} holds a run already; go on with it with --resume, or name another folder with --out"
+                )
+            self.recipe.check_resumable(AdaptationRecipe.read(self.out / _RECIPE).to_dict())
+        else:
+            (self.out / _ORIGIN).unlink(missing_ok=True)
+        write_atomically(self.out / _RECIPE, write_toml(self.recipe.to_dict()))
+
+    def _check_origin(self, origin: dict[str, str]) -> None:
+        """Write down digests of the base, the text and the hash, or compare them with what they were."""
+        path = self.out / _ORIGIN
+        if not path.is_file():
+            write_atomically(path, to_json(origin))
+        known = read_json(path, advice=_DELETE)
+        changed = {key: now for key, now in origin.items() if now != known.get(key)}
+        if changed:
+            different = "; ".join(f"the {key} is {now}, was {known.get(key)}" for key, now in changed.items())
+            raise MismatchError(
+                f"the base model or the text is not what the run in {self.out} was begun with: {different}. Put it "
+                "back as it was, or begin a new run with another --out"
+            )
+
+    def _publish_adapter(self) -> None:
+        """Copy the memory of the first arm that is no control to ``adapter/``."""
+        useful = [name for name, runs in self._runs.items() if runs and ARMS[name].memory and ARMS[name].is_kept]
+        if useful:
+            rate, several = self._runs[useful[0]][0]["lr"], len(self._tried[useful[0]]) > 1
+            source = self.out / "runs" / _label(useful[0], 0, rate if several else None) / "memory"
+            with replacing_folder(self.out / "adapter", lambda folder: None) as aside:
+                shutil.copytree(source, aside, dirs_exist_ok=True)
 
     def _order(self) -> Iterator[tuple[ArmName, int]]:
         """All arms of a seed before the next seed, so that a run that is stopped has compared them."""
@@ -82,11 +124,7 @@ class Adaptation:
                 yield name, seed
 
     def _train(self, bench: Bench, name: ArmName, seed: int, num_steps: int, interrupt: Interrupt) -> bool:
-        """Train an arm with a seed; with the first one at each of its learning rates.
-
-        Returns:
-            Whether it was finished before a signal came.
-        """
+        """Train an arm with a seed, with the first one at each of its learning rates; False if a signal came first."""
         rates = self._rates(name) if seed == 0 else (_best(self._tried[name])["lr"],)
         several = len(rates) > 1
         if several and not self.recipe.data.validation:
@@ -105,7 +143,7 @@ class Adaptation:
                     raise
                 self.progress.note(f"{ARMS[name].title}, seed {seed}, learning rate {rate:g}: {error}")
                 entry = {"seed": seed, "lr": rate, "failed": str(error), "domain": None, "retained": None}
-                self.folder.finish(label, entry)
+                self._write_entry(label, entry)
             if entry is None:
                 return False
             found.append(entry if several else {**entry, "validation": None})
@@ -123,14 +161,20 @@ class Adaptation:
     def _run(self, bench: Bench, recipe: Recipe, name: ArmName, label: str, interrupt: Interrupt) -> _Entry | None:
         """Do one run, or read what it found before; None where a signal came first."""
         seed, rate = recipe.train.seed, recipe.optimizer.lr
-        done = self.folder.finished(label)
-        if done is not None and done["lr"] == rate:  # arms may have been added, and with them another rate chosen
-            return done
+        folder = self.out / "runs" / label
+        done = folder.with_name(f"{label}.json")
+        if done.is_file() and (earlier := read_json(done, advice=_DELETE))["lr"] == rate:
+            return earlier  # another rate where arms were added, and by them another one chosen
         if interrupt.asked:
             return None
+        try:
+            if (folder / _RECIPE).is_file():
+                recipe.check_resumable(Recipe.read(folder / _RECIPE).to_dict())
+        except (MismatchError, ConfigError):
+            shutil.rmtree(folder)  # its learning rate was another
         title = ARMS[name].title
         self.progress.note(f"{title}, seed {seed}, learning rate {rate:g}")
-        with Run(recipe, self.folder.place(label, recipe), bench.ranks, resume=True).open() as job:
+        with Run(recipe, folder, bench.ranks, resume=True).open() as job:
             with self.progress.training(job.num_steps_done, job.last_step) as show:
                 while not job.done:
                     show(job.step()[0], None)
@@ -156,15 +200,19 @@ class Adaptation:
             "num_steps": result["num_steps"],
             "seconds": result["seconds"],
         }
-        self.folder.finish(label, found)
+        self._write_entry(label, found)
         knew = "" if found["retained"] is None else f", {found['retained']['loss']:.3f} on what it knew"
         self.progress.note(
             f"{title}, seed {seed}: {loss:.3f} nats per token on the domain{knew}, {found['seconds']:.0f} s"
         )
         return found
 
+    def _write_entry(self, label: str, found: _Entry) -> None:
+        """Write what a run found. It counts as finished from here on."""
+        write_atomically(self.out / "runs" / f"{label}.json", to_json(found))
+
     def _result(self, bench: Bench, plan: Mapping[ArmName, tuple[ArmCost, int]], interrupted: bool) -> dict[str, Any]:
-        text, recipe = bench.text, self.recipe
+        text, recipe, memory = bench.text, self.recipe, bench.memory
         retained = text.texts.get(RETAINED)
         tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
         arms = {}
@@ -182,7 +230,6 @@ class Adaptation:
                 "runs": runs,
                 "summary": _summary(runs, bench.before),
             }
-        memory = bench.memory
         return {
             "format": "engram.adaptation.1",
             **run_facts(self._started, self._commit),
@@ -215,11 +262,7 @@ def _label(name: ArmName, seed: int, rate: float | None) -> str:
 
 
 def _best(trials: Sequence[_Entry]) -> _Entry:
-    """The run with the lowest validation loss, or the only one.
-
-    Raises:
-        DataError: Every rate diverged.
-    """
+    """The run with the lowest validation loss, or the only one; a DataError if every rate diverged."""
     good = [run for run in trials if "failed" not in run]
     if not good:
         raise DataError(f"no learning rate of {[run['lr'] for run in trials]} trains: {trials[-1]['failed']}")
