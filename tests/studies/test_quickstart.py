@@ -117,6 +117,16 @@ def test_seeds_differ_in_their_weights_and_in_their_batches(run):
     assert not torch.equal(*(built(study, seed)["twin"].lm_head.weight for seed in (0, 1)))
 
 
+def test_minutes_decide_how_many_tokens_are_trained_on(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "estimated_seconds", lambda study: 600.0)
+    options = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "6000", *SMALL, "--json"]
+    assert main(["quickstart", *options, "--minutes", "2"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["tokens"], settings["num_steps"]) == (1200, 5)
+    assert main(["quickstart", "--minutes", "0"]) == 2
+    assert "--minutes must be more than 0" in capsys.readouterr().err
+
+
 def test_every_seed_has_its_own_order_of_batches(corpus, tmp_path, monkeypatch):
     seeds = []
     batches = job_module.Batches

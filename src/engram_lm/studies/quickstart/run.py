@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
 from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import save_pictures
-from engram_lm.studies.budget import check_budget
+from engram_lm.studies.budget import check_budget, estimated_seconds
 from engram_lm.studies.command import plain_flags
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.arms import MEMORY, TWIN, quickstart_study
@@ -59,6 +60,9 @@ class Quickstart(SmallModelFlags):
     """Run folder. An earlier run there is kept under a numbered name."""
     seeds: int = 1
     """Repetitions with other weights and another order of batches; gives mean and standard deviation."""
+    minutes: float | None = None
+    """Train for about this many minutes, all models and seeds together, in place of --tokens. The speed is estimated
+    from this machine's CPU, and is right within a factor of about two."""
     controls: bool = False
     """Also train with a table that stays random, and with the table's bytes in a wider feed-forward (slow)."""
     json: bool = False
@@ -72,6 +76,8 @@ class Quickstart(SmallModelFlags):
             object.__setattr__(self, "memory_layers", tuple(range(min(len(_FIRST_BLOCKS), self.blocks))))
         if self.seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, not {self.seeds}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError(f"--minutes must be more than 0, not {self.minutes}")
         self.memory()  # refuses what cannot be
         if max(self.memory_layers) >= self.blocks:
             raise ConfigError(f"--memory-layers {self.memory_layers} reach past the {self.blocks} blocks")
@@ -90,6 +96,8 @@ class Quickstart(SmallModelFlags):
         Returns:
             Exit status: 0, or 130 after an interruption (what was trained is saved then too).
         """
+        if self.minutes is not None:
+            return dataclasses.replace(self, minutes=None, tokens=self._tokens_in(self.minutes)).run()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         progress = StudyProgress(Console(stderr=True))
@@ -116,6 +124,13 @@ class Quickstart(SmallModelFlags):
             Console().print(terminal_table(result))
             Console().print(last_words(result, self.out), highlight=False)
         return 130 if result["interrupted"] else 0
+
+    def _tokens_in(self, minutes: float) -> int:
+        """Estimate how many tokens each model can be trained on in some minutes."""
+        seconds = estimated_seconds(self.study())
+        if seconds is None:
+            raise ConfigError(f"--minutes estimates the speed of a CPU, not of {self.device}; give --tokens instead")
+        return max(self.batch_size * self.sequence_length, round(self.tokens * 60 * minutes / seconds))
 
     def _compare(self, out: Path, dtype: str, progress: StudyProgress, interrupt: Interrupt) -> dict[str, Any]:
         """Train and compare the arms; write everything into a folder."""
