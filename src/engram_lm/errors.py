@@ -1,22 +1,5 @@
 """Every error the library raises on purpose, one tree.
 
-::
-
-    EngramError
-    ├── ConfigError (ValueError)          a configuration that cannot be: missing, contradictory or impossible values
-    ├── TokenError (ValueError)           a token id the vocabulary does not hold
-    ├── TokenMapError (ValueError)        a tokenizer that does not give the canonical vocabulary that was promised
-    ├── MismatchError (ValueError)        two things built for different hashes, tokenizers or geometries
-    ├── RowRangeError (IndexError)        a row number outside its table
-    ├── HistoryError (RuntimeError)       decode state asked for something it no longer holds
-    ├── TableClosedError (RuntimeError)   a table used after ``close()``
-    ├── DataError (ValueError)            text that cannot be trained or evaluated on
-    │   └── DivergedError                 training whose loss or gradient is not finite any more
-    ├── CheckpointError (ValueError)      weights on disk that are missing, truncated or of unexpected names or shapes
-    ├── RunFolderError (OSError)          a run folder that cannot be written or read
-    ├── RemoteError (OSError)             a remote table that does not answer, or answers something else
-    └── MissingExtraError (ImportError)   an optional dependency that is not installed
-
 Each message says what was expected, what was given and what to do. ``except EngramError`` catches all of them; the
 second base class is what a caller who does not know this library would catch.
 """

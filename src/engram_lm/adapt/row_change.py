@@ -152,9 +152,15 @@ def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
     digest = metadata.get("hash_spec_digest")
     if digest is None or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise CheckpointError(f"{path} names no hash: hash_spec_digest is {digest!r:.100}; download it again")
+    tables = {}
+    for name in _table_names(path, header):
+        try:
+            tables[name] = RowChange(*(header[f"{name}.{part}"].load() for part in _PARTS))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}, table {name}: {error}; download it again") from error
     return {
         "spec_digest": digest,
-        "tables": {name: _read_change(path, name, header) for name in _table_names(path, header)},
+        "tables": tables,
         "title": metadata.get("title", ""),
         "facts": _read_facts(path, metadata.get("facts", "[]")),
     }
@@ -170,13 +176,6 @@ def _table_names(path: Path, header: Mapping[str, StoredTensor]) -> list[str]:
             f"{sorted(header)[:8]!s:.400}; download it again"
         )
     return names
-
-
-def _read_change(path: Path, name: str, header: Mapping[str, StoredTensor]) -> RowChange:
-    try:
-        return RowChange(*(header[f"{name}.{part}"].load() for part in _PARTS))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}, table {name}: {error}; download it again") from error
 
 
 def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:

@@ -202,7 +202,6 @@ def transfer_rows(
     batch_size: int = 16,
     seed: int = 0,
     max_bytes: int = 2 << 30,
-    layer_list: str | None = None,
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_tokens, total: None,
 ) -> TransferReport:
     """Write into an adapter's tables what the model makes of the most frequent N-grams of a text.
@@ -230,7 +229,6 @@ def transfer_rows(
         max_bytes: The most bytes that the sums of hidden states may take on the host: 4 bytes for each N-gram and
             number of a hidden state, times the blocks with memory if ``source`` is ``"block"``. Finding directions
             takes as much again for one order.
-        layer_list: As for `attach`.
         on_progress: Called with a task (``"counting"`` or ``"measuring"``), the number of tokens just done, and the
             number to do in all (None if it is not known).
 
@@ -247,7 +245,7 @@ def transfer_rows(
     if adapter.model is None:
         raise ConfigError("this adapter is detached, so there are no hidden states to take; attach it to a model first")
     spec, tables = adapter.spec, trainable_tables(adapter.tables)
-    decoder = find_decoder(adapter.model, layer_list)
+    decoder = find_decoder(adapter.model, adapter.layer_list)
     tokens = np.asanyarray(tokens)
     ngrams = frequent_ngrams(
         spec, tokens, num_ngrams=num_ngrams, on_progress=lambda number: on_progress("counting", number, None)

@@ -98,7 +98,6 @@ class AdaptedBase:
                 source=options.transfer_source,
                 length=recipe.data.sequence_length,
                 seed=recipe.train.seed,
-                layer_list=recipe.model.layer_list,
             )
 
     @property
