@@ -25,6 +25,11 @@ def test_every_folder_of_tests_mirrors_a_folder_of_the_package():
     assert [folder for folder in folders if not (PACKAGE / folder).is_dir()] == []
 
 
+def test_every_file_is_read_in_one_sitting():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [path for path, count in lines.items() if count > 450] == []
+
+
 def test_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
