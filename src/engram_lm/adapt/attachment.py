@@ -9,6 +9,7 @@ from torch import nn
 
 from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
 from engram_lm.adapt.decoder import Decoder, find_decoder
+from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, Segments
@@ -156,20 +157,14 @@ def _check_identity(model: nn.Module, adapter: MemoryAdapter) -> None:
         raise ConfigError("the model has no weights yet (its device is meta); load them first, or pass check=False")
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     tokens = (torch.arange(1, _CHECKED_TOKENS + 1, device=device) * 7919 % size)[None]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    for module in model.modules():
-        # bitsandbytes packs weights of 4 bits for the processor in an evaluation, and then has no gradients any more.
-        # What a linear layer computes does not depend on this otherwise.
-        module.training = type(module).__name__ == "Linear4bit"
-    try:
+    with evaluating(model):
+        for module in model.modules():
+            # bitsandbytes packs weights of 4 bits for the processor in evaluation mode, and then has no gradients any
+            # more. What such a layer computes does not depend on the mode otherwise.
+            module.training = type(module).__name__ == "Linear4bit"
         found = model(input_ids=tokens, use_cache=False)[0]
         with adapter.disabled():
             expected = model(input_ids=tokens, use_cache=False)[0]
-    finally:
-        model.eval()
-        for module in training:
-            module.training = True
     if not bool(((found == expected) | (found.isnan() & expected.isnan())).all()):
         worst = (found.float() - expected.float()).abs().max().item()
         raise MismatchError(

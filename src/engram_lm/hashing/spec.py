@@ -154,7 +154,10 @@ class HashSpec:
     def __post_init__(self) -> None:
         find_rule(self.variant)
         check_fields(self)
-        assert self.rule  # which checks its own numbers
+        # The rule checks its own numbers. What is cached is made now, because torch.compile cannot trace its lock.
+        _ = self.rule.offsets
+        if self.token_map is not None:
+            _ = self._encoder
 
     @cached_property
     def rule(self) -> HashRule:

@@ -231,8 +231,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     Args:
         config: Backbone and memory.
-        places: As in `EngramModel`.
-        table_device: As in `EngramModel`.
+        *args: As in `EngramModel`.
+        **kwargs: As in `EngramModel`.
 
     Example:
         >>> model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory))  # doctest: +SKIP
@@ -241,15 +241,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(
-        self,
-        config: EngramLMConfig,
-        places: Mapping[str, Any] | None = None,
-        *,
-        table_device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: EngramLMConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config)
-        self.model = EngramModel(config, places, table_device=table_device)
+        self.model = EngramModel(config, *args, **kwargs)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -267,18 +261,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> EngramCausalLMOutput:
-        """Run the model; see `EngramModel.forward`.
+        """Run the model; the arguments are those of `EngramModel.forward` and two more.
 
-        Args:
-            input_ids: Tokens ``[B, L]``.
-            attention_mask: ``[B, past + L]``.
-            position_ids: ``[B, L]``.
-            past_key_values: State of the tokens before.
-            inputs_embeds: ``[B, L, D]``.
-            labels: Tokens ``[B, L]``, shifted by the loss itself; -100 is not counted.
-            use_cache: Whether to return a cache.
-            logits_to_keep: Positions from the end to compute logits for; 0 is all.
-            **kwargs: As in `EngramModel.forward`.
+        ``labels`` are tokens ``[B, L]``, which the loss shifts itself; -100 is not counted. ``logits_to_keep`` says how
+        many positions from the end get logits (0 means all), or which ones.
         """
         balance = (
             self.config.sequence_balance if labels is not None and self.training and self.config.has_experts else 0.0
