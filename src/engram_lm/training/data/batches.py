@@ -61,11 +61,9 @@ class Batches:
     """Tokens to use, from the start; all where None."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"Batches.{name} must be at least 1, not {getattr(self, name)}")
-        if self.seed < 0:
-            raise ConfigError(f"Batches.seed must be at least 0, not {self.seed}")
+        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"Batches.{name} must be at least {least}, not {getattr(self, name)}")
         if self.restart_documents and not isinstance(self.tokens, TokenShards):
             raise ConfigError(
                 "restart_documents needs to know where documents end, and an array of tokens does not say; pack the "
@@ -94,10 +92,7 @@ class Batches:
     def part(self, step: int, start: int, stop: int) -> Batch:
         """Make samples [start, stop) of a step; the parts of any division together make up the batch.
 
-        Args:
-            step: Counted from 0, without end: after the last sequence, all sequences come again in another order.
-            start: First sample, at least 0.
-            stop: One past the last, at most ``batch_size``; equal to ``start`` for an empty part.
+        Steps count without end: after the last sequence, all sequences come again in another order.
 
         Raises:
             IndexError: A negative step, or samples outside the batch.
@@ -131,15 +126,7 @@ class Batches:
 
 
 def restarting_positions(length: int, document_ends: np.ndarray) -> np.ndarray:
-    """Count positions from the start of the document or of the sequence, whichever is nearer.
-
-    Args:
-        length: Tokens in the sequence.
-        document_ends: Where documents end inside the sequence: one past their last tokens, from 0 to ``length - 1``.
-
-    Returns:
-        Position of each token, int64 ``[length]``.
-    """
+    """Count positions, int64 ``[length]``, anew from every document end (from 0 to ``length - 1``)."""
     starts = np.zeros(length, dtype=np.int64)
     starts[document_ends] = document_ends
     positions: np.ndarray = np.arange(length) - np.maximum.accumulate(starts)
@@ -147,18 +134,11 @@ def restarting_positions(length: int, document_ends: np.ndarray) -> np.ndarray:
 
 
 def shuffled(places: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
-    """Look up places in a random order of 0 to ``count - 1``, without making the order.
+    """Look up places, int64 ``[n]``, in a random order of 0 to ``count - 1``, without making the order.
 
     A Feistel network permutes the numbers below the next power of 4; a result that is not below ``count`` is put in
-    again until it is, which takes fewer than 4 turns on average and keeps it a permutation.
-
-    Args:
-        places: Places in the order, int64 ``[n]``, each in [0, count).
-        count: How many numbers are ordered, at least 1.
-        key: Integers from 0 that choose the order.
-
-    Returns:
-        int64 ``[n]``; all places together give every number once.
+    again until it is, which takes fewer than 4 turns on average and keeps it a permutation. The integers of ``key``,
+    from 0, choose the order.
 
     Source: Black and Rogaway, “Ciphers with Arbitrary Finite Domains” (2002), cycle walking.
     """

@@ -62,11 +62,7 @@ class Corpus:
 
 
 def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Corpus:
-    """Read the documents of sources into memory.
-
-    Args:
-        sources: Paths, tables, or `TextSource`s; the Python standard library's own sources where empty.
-        max_bytes: Of more files than this, read some; see `open_sources`.
+    """Read the documents of sources into memory: paths, tables, or `TextSource`s; see `open_sources`.
 
     Raises:
         DataError: As `open_sources`, or every document is blank.
@@ -92,12 +88,7 @@ def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Co
 
 
 def draw(digest: bytes, seed: int = 0) -> float:
-    """Draw a number in [0, 1) for a document, which is held out if the number is below the share to hold out.
-
-    Args:
-        digest: SHA-256 of its text.
-        seed: Another seed draws other numbers.
-    """
+    """Draw a document's number in [0, 1) by its SHA-256. It is held out if that is below the share to hold out."""
     number = hashlib.sha256(f"{seed}:".encode() + digest).digest()
     return int.from_bytes(number[:6], "big") / 2**48
 
@@ -108,14 +99,10 @@ def is_balanced(num_held_out: int, num_all: int, share: float) -> bool:
 
 
 def split_documents(corpus: Corpus, held_out: float = 0.03) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """Hold out whole documents for evaluation, chosen by their contents alone, the same ones as in training.
+    """Hold out a share of the documents for evaluation, chosen by their contents alone, the same ones as in training.
 
     If that holds out less than half or more than twice the share of the text (a few large documents), the end of the
     text is held out instead, from a line break if one is near. All that training holds out is in it.
-
-    Args:
-        corpus: What to split.
-        held_out: Share of the documents to hold out.
 
     Returns:
         Training documents and held-out documents.
@@ -163,16 +150,14 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """Tokenize documents as `pack_to_shards` does, an end-of-text token after each if the tokenizer has one.
 
-    Args:
-        documents: What to tokenize.
-        tokenizer: A fast tokenizer.
-        on_progress: Called with the number of characters done since the last call.
+    ``on_progress`` is called with the number of characters done since the last call.
 
     Yields:
         Tokens of a document, or of a piece of a long one, int32 ``[num_tokens]``.
     """
     encoder, end = text_encoder(tokenizer), tokenizer.eos_token_id
-    pieces = (piece for document in documents for piece in _marked(cut_text(document.text)))
+    cut = ([*cut_text(document.text)] for document in documents)
+    pieces = ((text, number == len(texts)) for texts in cut for number, text in enumerate(texts, start=1))
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         encodings = encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
         for (_, is_last), encoding in zip(batch, encodings, strict=True):
@@ -186,17 +171,6 @@ def pack(
     *,
     on_progress: Callable[[int], None] = lambda num_characters: None,
 ) -> np.ndarray:
-    """Lay the tokens of documents end to end; see `tokenize`.
-
-    Returns:
-        Tokens, int32 ``[num_tokens]``.
-    """
+    """Lay the tokens of documents end to end, int32 ``[num_tokens]``; see `tokenize`."""
     tokens = list(tokenize(documents, tokenizer, on_progress=on_progress))
     return np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
-
-
-def _marked(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Pieces of a document, each with whether it is the last."""
-    *first, last = pieces
-    yield from ((piece, False) for piece in first)
-    yield last, True

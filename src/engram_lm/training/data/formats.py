@@ -53,20 +53,14 @@ class Piece:
 
 
 def cut_text(text: str, longest: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text where tokenizers cut it too.
+    """Cut a long text where tokenizers cut it too, into pieces of at most ``longest`` characters, itself at least 2.
 
     A cut follows a line break that stands between two characters that are not white space. The pre-tokenizers of GPT-2,
     of cl100k and of their successors (Llama 3, Qwen, DeepSeek, those trained here) separate tokens there whatever
     surrounds it, so the tokens of the pieces are the tokens of the whole. Where there is no such line break in the
     second half of a piece, the cut follows another line break, precedes a space, or lies anywhere, and the tokens next
-    to it may differ. They may also differ with tokenizers that mark the beginning of a text (SentencePiece).
-
-    Args:
-        text: Anything.
-        longest: Characters in a piece, at least 2.
-
-    Yields:
-        The text, in one or more pieces; one empty piece for an empty text.
+    to it may differ. They may also differ with tokenizers that mark the beginning of a text (SentencePiece). An empty
+    text gives one empty piece.
     """
     start = 0
     while len(text) - start > longest:
@@ -95,11 +89,9 @@ def _place_to_cut(text: str, start: int, stop: int) -> int:
 
 
 def inspect_text(path: Path) -> str:
-    """Compute the SHA-256 of a plain text file, as it will be read.
+    """Compute the SHA-256 of a text file as it will be read.
 
-    Raises:
-        NoTextError: It is binary (a NUL byte), not UTF-8, or blank.
-        DataError: It is a broken gzip file.
+    `NoTextError` says that it is binary, not UTF-8, or blank.
     """
     digest, blank = hashlib.sha256(), True
     for text, _ in _decoded(path):
@@ -111,12 +103,7 @@ def inspect_text(path: Path) -> str:
 
 
 def read_text(path: Path, digest: str) -> Iterator[Piece]:
-    """Read the document that is a plain text file.
-
-    Args:
-        path: The file.
-        digest: What `inspect_text` found.
-    """
+    """Read the document that is a plain text file, whose digest is what `inspect_text` found."""
     done, text, position = 0, "", 0
     try:
         for more, position in _decoded(path):
@@ -164,11 +151,7 @@ def _broken_gzip(path: Path, error: Exception) -> DataError:
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
-    """Read the documents of a file of JSON lines.
-
-    Raises:
-        DataError: A line is broken or lacks the field; the message names the line.
-    """
+    """Read the documents of a file of JSON lines; an error names the line."""
     file, raw = _open_bytes(path)
     done, number = 0, 0
     with raw, file:
@@ -202,11 +185,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Piece]:
-    """Read the documents of a Parquet file.
-
-    Raises:
-        DataError: It is broken (the message names the row) or lacks the column.
-    """
+    """Read the documents of a Parquet file; an error names the row."""
     import pyarrow
     from pyarrow import parquet
 
@@ -230,16 +209,7 @@ def read_parquet(path: Path, field: str) -> Iterator[Piece]:
 
 
 def read_dataset(data: Any, name: str, field: str) -> Iterator[Piece]:
-    """Read the documents of an open dataset of the ``datasets`` package.
-
-    Args:
-        data: The dataset, streaming or not.
-        name: What messages call it.
-        field: The column that holds the text.
-
-    Raises:
-        DataError: It cannot be read (the message names the row) or lacks the column.
-    """
+    """Read the documents of an open dataset of the ``datasets`` package; an error names it and the row."""
     row = 0
     batches = iter(data.select_columns([field]).iter(batch_size=_ROWS_AT_ONCE))
     while True:
@@ -286,11 +256,7 @@ def no_field(where: str, field: str, present: Iterable[str]) -> str:
 
 
 def need(package: str) -> None:
-    """Check that a package of the extra ``data`` is installed.
-
-    Raises:
-        MissingExtraError: It is not.
-    """
+    """Check that a package of the extra ``data`` is installed."""
     if importlib.util.find_spec(package) is None:
         raise MissingExtraError(
             f"this data source is read with {package}, which is not installed; install the extra with "

@@ -99,8 +99,7 @@ def pack_to_shards(
     reuses its work.
 
     Args:
-        sources: Paths, tables, or `TextSource`s, in the order in which they are packed; the Python standard library's
-            own sources where empty.
+        sources: What to pack, in this order; the Python standard library's own sources where empty.
         tokenizer: A fast tokenizer.
         cache_folder: Where packed corpora are kept; made if missing.
         held_out: Share of the documents to hold out, in [0, 1). A document's side depends on its text and ``seed``
@@ -110,9 +109,6 @@ def pack_to_shards(
         shard_tokens: A shard ends with the batch that brings it to this many tokens.
         on_progress: Called with a task (``"reading"`` or ``"tokenizing"``), the source bytes just done, and all source
             bytes (None where a dataset does not say). If it raises, packing stops; complete shards stay.
-
-    Returns:
-        The shards of both sides.
 
     Raises:
         DataError: A source is missing, empty or broken, or changes while it is read; no document fell on one side;
@@ -165,13 +161,7 @@ def open_remembered(
     max_bytes: int | None = None,
     on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
 ) -> OpenSources:
-    """Open sources; all runs that share a cache folder compute the digest of a file once.
-
-    Raises:
-        ConfigError: The cache folder is inside a source.
-        RunFolderError: The cache folder cannot be written.
-        DataError: As `open_sources`; `MissingExtraError` likewise.
-    """
+    """Open sources; all runs that share a cache folder compute the digest of a file once."""
     given = [TextSource.of(source) for source in sources]
     for source in given:
         if cache.resolve().is_relative_to(Path(source.path).resolve()):
@@ -336,7 +326,20 @@ class _Packing:
             raise DataError("the sources hold no text: every document is blank; name sources that hold some")
         for name, side in self.sides.items():
             if not side.num_tokens:
-                raise OneSidedError(self._empty(name))
+                documents, share = self.facts["num_documents"], self.options["held_out"]
+                if documents == 1:
+                    raise OneSidedError(
+                        "the sources hold a single document, so none could be held out; give more documents, cut it "
+                        "into several files, or pass held_out=0"
+                    )
+                if name == "train":
+                    raise OneSidedError(
+                        f"all {documents} documents fell on the held-out side (held_out={share}); give a smaller share"
+                    )
+                raise OneSidedError(
+                    f"none of {documents} documents fell on the held-out side (held_out={share}); give more documents, "
+                    f"or a share of at least {self.facts['lowest'] * 1.001 + 1e-6:.6f}, which would hold one out"
+                )
         if any(side.tokens for side in self.sides.values()):
             self._write_shards()
         for name, side in self.sides.items():
@@ -349,17 +352,3 @@ class _Packing:
             write_index(self.folder / name, shared, side.shards)
         write_atomically(self.folder / INDEX_NAME, json.dumps({"format": _FORMAT, "options": self.options}, indent=1))
         (self.folder / _STATE_NAME).unlink(missing_ok=True)
-
-    def _empty(self, side: str) -> str:
-        documents, share = self.facts["num_documents"], self.options["held_out"]
-        if documents == 1:
-            return (
-                "the sources hold a single document, so none could be held out; give more documents, cut it into "
-                "several files, or pass held_out=0"
-            )
-        if side == "train":
-            return f"all {documents} documents fell on the held-out side (held_out={share}); give a smaller share"
-        return (
-            f"none of {documents} documents fell on the held-out side (held_out={share}); give more documents, or "
-            f"a share of at least {self.facts['lowest'] * 1.001 + 1e-6:.6f}, which would hold one out"
-        )

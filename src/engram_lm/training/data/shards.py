@@ -34,14 +34,7 @@ Shard = dict[str, Any]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Compute a digest of everything that decides which tokens a text becomes.
-
-    Args:
-        tokenizer: A fast Hugging Face tokenizer. Truncation, padding, post-processing and decoding do not count.
-
-    Raises:
-        ConfigError: It has no fast backend.
-    """
+    """Compute a digest of everything in a fast tokenizer that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(f"packing needs a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
@@ -60,20 +53,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], dtype: np.dtype[Any]) -> Shard:
-    """Write one file, atomically.
-
-    Args:
-        path: The file.
-        tokens: Tokens, in pieces.
-        ends: One past the last token of each document that ends in this file, counted from its beginning.
-        dtype: Result of `token_dtype`.
-
-    Returns:
-        Its entry for the index.
-
-    Raises:
-        RunFolderError: The disk is full, or the folder cannot be written. What was there stays as it was.
-    """
+    """Write one file atomically: tokens, and ends of documents counted from its beginning. Returns its index entry."""
     joined = np.concatenate([np.empty(0, dtype), *tokens])
     tensors = {"document_ends": np.array(ends, dtype=_ENDS), "tokens": joined}
     try:
@@ -97,13 +77,7 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
 def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Shard]) -> None:
     """Complete a folder of shards.
 
-    Args:
-        folder: Where the shards lie.
-        facts: ``vocab_size``, ``tokenizer`` (its digest), ``end_token`` (or None), ``num_text_bytes``.
-        shards: What `write_shard` returned, in order.
-
-    Raises:
-        RunFolderError: The folder cannot be written.
+    Facts: ``vocab_size``, ``tokenizer`` (its digest), ``end_token``, ``num_text_bytes``.
     """
     try:
         write_atomically(folder / INDEX_NAME, json.dumps({"format": _FORMAT, **facts, "shards": shards}, indent=1))
@@ -151,7 +125,8 @@ class TokenShards:
             tokenizer: The tokenizer that must have made them, or its `tokenizer_digest`; any where None.
 
         Raises:
-            DataError: The folder or a file is missing, unfinished, truncated or malformed.
+            DataError: The folder or a file is missing, unfinished, truncated or malformed. That the contents of a file
+                have changed is found, and raised, when they are first read.
             MismatchError: The shards were made with another tokenizer.
         """
         folder = Path(folder)
@@ -188,11 +163,7 @@ class TokenShards:
         return TokenShards.open, (self.folder,)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Read the tokens of a slice without a step, int64; a copy, whichever files they are in.
-
-        Raises:
-            DataError: A file cannot be read, or does not hold what its index says.
-        """
+        """Read the tokens of a slice without a step, int64; a copy, whichever files they are in."""
         start, stop, _ = part.indices(self.num_tokens)
         found = [np.empty(0, dtype=np.int64)]
         number = bisect.bisect_right(self._firsts, start) - 1
@@ -203,11 +174,7 @@ class TokenShards:
         return np.concatenate(found)
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
-        """Find where documents end: every e, one past a document's last token, with start < e <= stop; int64.
-
-        Raises:
-            DataError: A file cannot be read, or does not hold what its index says.
-        """
+        """Find where documents end: every e, one past a document's last token, with start < e <= stop; int64."""
         found = []
         number = max(0, bisect.bisect_left(self._firsts, start + 1) - 1)
         while number < len(self.shards) and self._firsts[number] <= stop:

@@ -60,11 +60,7 @@ class SourceItem:
     """The files that must not change, as they were when the identity was taken."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Read it from the beginning.
-
-        Raises:
-            DataError: It is broken (the message names the line or row), lacks the field, or has changed.
-        """
+        """Read it from the beginning; an error says whether it is broken, lacks the field, or has changed."""
         self.check_unchanged()
         try:
             yield from self.read()
@@ -76,11 +72,7 @@ class SourceItem:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Check that its files have not changed since they were opened.
-
-        Raises:
-            DataError: One has changed or no longer exists.
-        """
+        """Check that its files have not changed since they were opened."""
         for stamp in self.stamps:
             if _stamp(stamp.path) != stamp:
                 raise DataError(
@@ -361,12 +353,7 @@ class _Digests:
                 self.known = known if isinstance(known, dict) else {}
 
     def inspect(self, path: Path, *, text: bool, empty: bool = False) -> tuple[_Stamp, str]:
-        """Stamp and digest of a file: of its text where it is read as such, otherwise of its bytes.
-
-        Raises:
-            NoTextError: It holds no text, or nothing, unless it may be ``empty``.
-            DataError: It cannot be read, or changes.
-        """
+        """Stamp and digest of a file: of its text where it is read as such, otherwise of its bytes."""
         path = path.absolute()
         stamp, key = _stamp(path), f"{'text' if text else 'bytes'}:{path}"
         entry = self.known.get(key)

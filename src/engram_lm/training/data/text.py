@@ -234,17 +234,7 @@ def _num_bytes(tokens: np.ndarray, tokenizer: Any) -> int:
 
 
 def beginning(sources: Sources, cache: Path, num_characters: int, *, max_bytes: int | None = None) -> Iterator[str]:
-    """Read the beginning of the text, as what a tokenizer is trained on.
-
-    Args:
-        sources: Where text comes from; the Python standard library's own sources where empty.
-        cache: Where the digests of files are remembered.
-        num_characters: Where to stop.
-        max_bytes: Of more files than this, read some; see `open_sources`.
-
-    Yields:
-        Documents, long ones in pieces.
-    """
+    """Read the first characters of the text, to train a tokenizer on: documents, long ones in pieces."""
     left = num_characters
     for piece in open_remembered(sources, cache, max_bytes=max_bytes).pieces():
         if left <= 0:

@@ -60,11 +60,7 @@ class TextSource:
 
     @classmethod
     def of(cls, value: "str | os.PathLike[str] | Mapping[str, Any] | TextSource") -> "TextSource":
-        """Make a source from what a recipe holds: a path, or a table of fields.
-
-        Raises:
-            ConfigError: An unknown field (the message suggests one), or an impossible value.
-        """
+        """Make a source from what a recipe holds: a path, or a table of fields, none of which may be unknown."""
         if isinstance(value, TextSource):
             return value
         if isinstance(value, str | os.PathLike):

@@ -16,12 +16,8 @@ PAD = "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; deterministic for the same texts in the same order.
 
-    Args:
-        texts: Documents.
-        vocab_size: Tokens, at least 258 (every byte and two special tokens).
-
-    Returns:
-        A tokenizer with an end-of-text token and a pad token, which pads on the left, as generation needs.
+    It has at least 258 tokens: every byte, one for the end of a text, and one for padding, on the left as generation
+    needs.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
