@@ -12,7 +12,7 @@ __all__ = ["ITEM_BYTES", "TABLE_STATE_BYTES", "BackboneOptimizer", "TableOptimiz
 BackboneOptimizer = Literal["muon", "adamw"]
 """Optimizers of the matrices of hidden layers."""
 TableOptimizer = Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"]
-"""Optimizers of tables; `engram_lm.training.optimizers.registry` has their classes."""
+"""Optimizers of tables; `engram_lm.training.optimizers.combined` has their classes."""
 TABLE_STATE_BYTES: dict[TableOptimizer, Callable[[int], int]] = {
     "row_adam": lambda width: 8 * width,
     "row_wise_adam": lambda width: 4 * width + 4,

@@ -30,27 +30,16 @@ _NAMES_SHOWN = 8
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest complete checkpoint, without any communication.
+    """Find the newest complete checkpoint below a folder, without any communication; None where there is none.
 
-    Args:
-        folder: The folder of all checkpoints; it need not exist.
-
-    Returns:
-        Its folder; None where there is none. A checkpoint is complete if ``state.json`` is undamaged and every file
-        that it names exists and has the right size. Checksums are compared on loading.
+    A checkpoint is complete if ``state.json`` is undamaged and every file that it names exists and has the right size.
+    Checksums are compared on loading.
     """
     return next((path for _, path in complete_checkpoints(Path(folder))), None)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read the facts of a checkpoint, from which the model can be built that its tensors belong to.
-
-    Args:
-        path: The folder of one checkpoint.
-
-    Raises:
-        CheckpointError: It is not complete.
-    """
+    """Read the facts of a checkpoint's folder, from which the model can be built; raises as `SavedState.read`."""
     return SavedState.read(Path(path)).facts
 
 
@@ -103,8 +92,7 @@ class Checkpoints:
         Args:
             step: Optimizer steps done.
             tensors: By name; see `engram_lm.training.checkpoints.training_state.training_tensors`.
-            facts: JSON that is written beside the tensors; rank 0's counts. Keys that other code relies on are in
-                `engram_lm.training.checkpoints.training_state`.
+            facts: JSON that is written beside the tensors; rank 0's counts.
             asynchronous: Return as soon as the tensors are copied to host memory, so that they may change, and write in
                 the background. At most one save runs at a time: the next one waits for it. An error in the background
                 is raised by the next `save`, `load` or `wait`, on all ranks.
@@ -137,12 +125,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            CheckpointError: The save in the background failed.
-            ConfigError: It was given something that cannot be saved.
-        """
+        """Wait until nothing is being written, and raise the error of a save in the background."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -102,10 +102,9 @@ class SavedState:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read ``state.json`` and compare the sizes of the files with it. Reads no tensors.
+        """Read ``state.json`` and compare the sizes of the files with it; `CheckpointError` where they differ.
 
-        Raises:
-            CheckpointError: There is none, it is damaged, or a file is missing or of another size.
+        Reads no tensors.
         """
         path = folder / STATE_NAME
         try:
@@ -182,11 +181,7 @@ def _canonical(values: Mapping[str, Any]) -> str:
 
 
 def plain_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn facts into what JSON gives back: tuples become lists and keys become text.
-
-    Raises:
-        ConfigError: They are not JSON.
-    """
+    """Turn facts into what JSON gives back: tuples become lists and keys become text."""
     try:
         plain: dict[str, Any] = json.loads(_canonical(dict(facts)).encode())
     except (TypeError, ValueError, RecursionError) as error:

@@ -64,14 +64,8 @@ class StateWriter(StorageWriter):
     Rank 0 alone makes, renames and removes folders: DCP calls `prepare_global_plan` and `finish` there only, the first
     before any rank writes and the second after all have written. Only one run at a time may save into a folder.
 
-    Args:
-        folder: The folder of all checkpoints.
-        step: Optimizer steps done.
-        facts: JSON; rank 0's is written.
-        keep_last: How many complete checkpoints, up to this step, stay.
-        staging: Keeps copies of the tensors, from which they are written, and is reused by later saves; None to write
-            from the tensors themselves.
-        on_staged: Called when the tensors are no longer needed.
+    With ``staging``, tensors are copied into it and written from there, and later saves use it again. ``on_staged`` is
+    called when the tensors are no longer needed. Up to this step, ``keep_last`` complete checkpoints stay.
     """
 
     def __init__(
@@ -102,11 +96,7 @@ class StateWriter(StorageWriter):
         """Do nothing: everything needed is known."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Check what this rank is going to write, here, where DCP passes on an error of one rank to all.
-
-        Raises:
-            ConfigError: Something is not a tensor, or has a type that safetensors cannot hold; the facts are not JSON.
-        """
+        """Check what this rank is going to write, here, where DCP passes on an error of one rank to all."""
         self.facts = plain_json(self.facts)
         for item in plan.items:
             if item.tensor_data is None:
@@ -117,11 +107,7 @@ class StateWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Remove what a killed save left behind, make the folder and name each rank's file.
-
-        Raises:
-            OSError: The folder cannot be written.
-        """
+        """Remove what a killed save left behind, make the folder and name each rank's file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"*{PARTIAL}"):
             if FOLDER_NAME.fullmatch(left.name.removesuffix(PARTIAL)):
@@ -174,12 +160,7 @@ class StateWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write ``state.json``, give the folder its name, then remove older checkpoints beyond ``keep_last``.
-
-        Raises:
-            CheckpointError: The checkpoint is complete, but an earlier one cannot be removed.
-            OSError: Something cannot be written.
-        """
+        """Write ``state.json``, give the folder its name, then remove older checkpoints beyond ``keep_last``."""
         chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
         files: dict[str, int] = {}
         for result in (result for of_rank in results for result in of_rank):
@@ -232,12 +213,7 @@ class StateWriter(StorageWriter):
 
 
 class StateReader(StorageReader):
-    """Reads parts of a checkpoint, by ordinary reads of bounded size.
-
-    Args:
-        folder: The checkpoint.
-        state: What its ``state.json`` says.
-    """
+    """Reads parts of a checkpoint, by ordinary reads of bounded size."""
 
     def __init__(self, folder: Path, state: SavedState) -> None:
         self.folder, self.state = folder, state
@@ -294,11 +270,7 @@ class StateReader(StorageReader):
         return future
 
     def stored(self, name: str, chunk: Chunk) -> StoredTensor:
-        """Find a chunk's bytes.
-
-        Raises:
-            CheckpointError: The file's own header disagrees with ``state.json``.
-        """
+        """Find a chunk's bytes, and check that the file's own header agrees with ``state.json``."""
         if chunk.file not in self._headers:
             self._headers[chunk.file] = read_header(self.folder / chunk.file)
         tensor = self.state.tensors[name]
@@ -311,22 +283,12 @@ class StateReader(StorageReader):
         return stored
 
     def pieces(self, name: str, chunk: Chunk) -> Iterator[Tensor]:
-        """Yield a chunk in row-major order, in pieces of whole rows.
-
-        Raises:
-            CheckpointError: As `stored`, or the file is too short.
-        """
+        """Yield a chunk in row-major order, in pieces of whole rows."""
         for _, piece in _pieces(self.stored(name, chunk)):
             yield piece
 
     def verify(self, share: int = 0, num_shares: int = 1) -> None:
-        """Compare every ``num_shares``-th chunk with its checksum.
-
-        Raises:
-            CheckpointError: A chunk is damaged.
-
-        Cost: reads those chunks once, at up to 1.65 GiB/s.
-        """
+        """Compare every ``num_shares``-th chunk with its checksum. Reads those chunks once, at up to 1.65 GiB/s."""
         chunks = [(name, chunk) for name, tensor in self.state.tensors.items() for chunk in tensor.chunks]
         for name, chunk in chunks[share::num_shares]:
             checksum = 0

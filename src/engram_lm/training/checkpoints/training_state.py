@@ -34,11 +34,7 @@ _LARGEST_FILE_BYTES = 5 * 10**9
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Collect the facts with which a model can be built and exported again: its configuration and hash digest.
-
-    Args:
-        model: An `EngramForCausalLM`.
-    """
+    """Collect facts from which an `EngramForCausalLM` can be built and exported again: configuration and digest."""
     spec = model.config.spec
     config = json.loads(model.config.to_json_string(use_diff=False))
     return {MODEL_CONFIG: config, SPEC_DIGEST: None if spec is None else spec.digest}

@@ -2,8 +2,8 @@
 
 Reading order: ``options.py`` (what a recipe says), ``exact_state.py`` (what all of ours share), ``rows.py`` (what all
 row optimizers share, and Adam on touched rows), ``row_wise.py`` (one second moment per row), ``sinkhorn.py`` (the
-balanced momentum of DeepSeek-V4.1), ``registry.py`` (row optimizers by name), ``muon.py`` (matrices), ``groups.py``
-(which parameter is trained how), ``combined.py`` (all of them as one optimizer), ``clipping.py`` (the global norm).
+balanced momentum of DeepSeek-V4.1), ``muon.py`` (matrices), ``groups.py`` (which parameter is trained how),
+``combined.py`` (all of them as one optimizer, by the names of a recipe), ``clipping.py`` (the global norm).
 """
 
 from engram_lm.training.optimizers.clipping import clip_gradients

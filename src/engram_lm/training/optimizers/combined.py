@@ -13,8 +13,9 @@ from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
 from engram_lm.training.optimizers.groups import sort_parameters
 from engram_lm.training.optimizers.muon import Muon
 from engram_lm.training.optimizers.options import OptimizerOptions
-from engram_lm.training.optimizers.registry import TABLE_OPTIMIZERS
-from engram_lm.training.optimizers.rows import Sharing
+from engram_lm.training.optimizers.row_wise import RowWiseAdagrad, RowWiseAdam
+from engram_lm.training.optimizers.rows import RowAdam, RowOptimizer, Sharing
+from engram_lm.training.optimizers.sinkhorn import SinkhornMomentum
 
 __all__ = ["CombinedOptimizer", "build_optimizer"]
 
@@ -163,9 +164,26 @@ def build_optimizer(
     ]:
         optimizers.append(torch.optim.AdamW(found, lr=options.lr, betas=options.betas, eps=options.eps, fused=True))
     if found := named("tables", kinds.tables, **table):
-        made = TABLE_OPTIMIZERS[options.tables].from_options(found, options, Sharing(kinds.num_sharded > 0, group))
-        optimizers.append(made)
+        optimizers.append(_row_optimizer(found, options, Sharing(kinds.num_sharded > 0, group)))
     return CombinedOptimizer(optimizers)
+
+
+def _row_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> RowOptimizer:
+    """Make the optimizer of tables that ``options.tables`` names; what each keeps is in `TABLE_STATE_BYTES`."""
+    moments: dict[str, Any] = {
+        "betas": options.betas,
+        "eps": options.eps,
+        "bias_correction": options.table_bias_correction,
+    }
+    match options.tables:
+        case "row_adam":
+            return RowAdam(groups, **moments)
+        case "row_wise_adam":
+            return RowWiseAdam(groups, first_moment=options.table_first_moment, **moments)
+        case "row_wise_adagrad":
+            return RowWiseAdagrad(groups)
+        case "sinkhorn":
+            return SinkhornMomentum(groups, momentum=options.momentum, update_rms=options.update_rms, sharing=sharing)
 
 
 def _allocate_adamw(optimizer: torch.optim.AdamW) -> None:

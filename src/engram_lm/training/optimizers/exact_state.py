@@ -19,11 +19,7 @@ class ExactStateOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; a closure is called once, before it.
-
-        Raises:
-            ConfigError: A gradient is sparse where it must be dense, or dense where it must be sparse.
-        """
+        """Take one step; a closure is called once, before it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -45,11 +45,7 @@ def plain_name(name: str) -> str:
 
 
 def sort_parameters(model: nn.Module) -> SortedParameters:
-    """Sort a model's trainable parameters by how they are trained. Tied ones count once, by their first name.
-
-    Args:
-        model: Any model, wrapped or not.
-    """
+    """Sort any model's trainable parameters by how they are trained. Tied ones count once, by their first name."""
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     plain: set[int] = set()

@@ -45,12 +45,9 @@ class OptimizerOptions:
     """First moment of ``row_wise_adam``: as large as the table, or none."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("backbone", self.backbone, get_args(BackboneOptimizer)),
-            ("tables", self.tables, get_args(TableOptimizer)),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        for name, kind in (("backbone", BackboneOptimizer), ("tables", TableOptimizer)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if len(self.betas) != 2:
             raise ConfigError(f"betas are two numbers, not {self.betas}")
         check_options(
@@ -68,11 +65,7 @@ class OptimizerOptions:
 
 
 def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: float) -> None:
-    """Check options of an optimizer.
-
-    Raises:
-        ConfigError: One of ``options`` is negative or not a number, or a beta is outside [0, 1).
-    """
+    """Check that options are numbers from 0, and betas in [0, 1)."""
     betas = tuple(betas)
     if not all(value >= 0 for value in options.values()) or not all(0 <= beta < 1 for beta in betas):
         given = ", ".join([*(f"{name}={value}" for name, value in options.items()), *(["betas"] if betas else [])])
@@ -81,10 +74,6 @@ def check_options(optimizer: str, *, betas: Iterable[float] = (), **options: flo
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:
-    """Check that a value is one of the values of a ``Literal``.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Check that a value is one of the values of a ``Literal``."""
     if value not in get_args(kind):
         raise ConfigError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, not {value!r}")

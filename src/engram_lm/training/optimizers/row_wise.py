@@ -1,7 +1,7 @@
 """Optimizers of tables with one second moment per row: a state of half the table, or of next to nothing."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +9,11 @@ from torch import Tensor
 from engram_lm.training.optimizers.options import (
     BiasCorrection,
     FirstMoment,
-    OptimizerOptions,
     check_choice,
     check_options,
 )
 from engram_lm.training.optimizers.rows import (
     RowOptimizer,
-    Sharing,
     add_to_rows,
     bias_sizes,
     chunks,
@@ -30,21 +28,12 @@ class RowWiseAdam(RowOptimizer):
     """Adam with one second moment per row, the mean over the row of what Adam would keep for each number.
 
     ``v <- beta2 v + (1 - beta2) mean(g^2)``, one number per row; ``w <- w - lr m / (sqrt(v) + eps)`` with the bias of
-    both moments corrected as in `RowAdam`. Rows without a gradient keep weights and state.
-
-    Args:
-        params: Tables, or groups of them.
-        lr: Learning rate.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment, before its bias is corrected.
-        weight_decay: Decoupled and lazy, see `RowOptimizer`.
-        first_moment: ``"full"``, as large as the table, or ``"none"``: the gradient itself, as if ``beta1`` were 0.
-        bias_correction: By the optimizer's steps, or by the touches of each row.
+    both moments corrected as in `RowAdam`, whose other options it has. ``first_moment`` is ``"full"``, as large as the
+    table, or ``"none"``: the gradient itself, as if ``beta1`` were 0.
 
     State per table: ``step``; ``exp_avg_sq``, float32 ``[num_rows]``; with ``"full"`` ``exp_avg``, float32
     ``[num_rows, width]``; with ``"row"`` ``row_steps``, int32 ``[num_rows]``.
 
-    Cost: sorting the touched row numbers, and reading and writing their rows and state.
     Source: FBGEMM's ``PARTIAL_ROWWISE_ADAM`` (first moment full).
     """
 
@@ -64,17 +53,6 @@ class RowWiseAdam(RowOptimizer):
         check_choice("first_moment", first_moment, FirstMoment)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "first_moment": first_moment, "bias_correction": bias_correction})
-
-    @classmethod
-    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
-        """See `RowOptimizer.from_options`."""
-        return cls(
-            groups,
-            betas=options.betas,
-            eps=options.eps,
-            first_moment=options.table_first_moment,
-            bias_correction=options.table_bias_correction,
-        )
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         first = {"exp_avg": zeros_like_table(parameter)} if group["first_moment"] == "full" else {}
@@ -100,17 +78,11 @@ class RowWiseAdam(RowOptimizer):
 class RowWiseAdagrad(RowOptimizer):
     """Adagrad with one sum of squares per row: 4 bytes of state per row.
 
-    ``s <- s + mean(g^2)``; ``w <- w - lr g / (sqrt(s) + eps)``. Rows without a gradient keep weights and state.
-
-    Args:
-        params: Tables, or groups of them.
-        lr: Learning rate. A row's first move has a root mean square of ``lr``, its n-th of about ``lr / sqrt(n)``.
-        eps: Added to the root of the sum.
-        weight_decay: Decoupled and lazy, see `RowOptimizer`.
+    ``s <- s + mean(g^2)``; ``w <- w - lr g / (sqrt(s) + eps)``. The first move of a row has a root mean square of
+    ``lr``, its n-th of about ``lr / sqrt(n)``. Weight decay is that of `RowOptimizer`.
 
     State per table: ``step``; ``sum``, float32 ``[num_rows]``.
 
-    Cost: sorting the touched row numbers, and reading and writing their rows.
     Source: FBGEMM's ``EXACT_ROWWISE_ADAGRAD``.
     """
 
@@ -119,11 +91,6 @@ class RowWiseAdagrad(RowOptimizer):
     ) -> None:
         check_options("RowWiseAdagrad", lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-
-    @classmethod
-    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
-        """See `RowOptimizer.from_options`."""
-        return cls(groups)
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"sum": zeros_per_row(parameter)}

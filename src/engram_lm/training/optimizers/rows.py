@@ -1,7 +1,7 @@
 """Optimizers of tables: what all of them share, and Adam on the rows a step touched."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
-from engram_lm.training.optimizers.options import BiasCorrection, OptimizerOptions, check_choice, check_options
+from engram_lm.training.optimizers.options import BiasCorrection, check_choice, check_options
 
 __all__ = ["RowAdam", "RowOptimizer", "Sharing", "merge_rows"]
 
@@ -29,9 +29,7 @@ def merge_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Distinct rows, int64 ascending ``[n]``, and their gradients ``[n, width]``, in the gradient's type. Entries of
-        bfloat16 are added in float32.
-
-    Cost: sorting the row numbers and reading the entries once; a quarter of the time of ``Tensor.coalesce`` on a CPU.
+        bfloat16 are added in float32. Takes a quarter of the time of ``Tensor.coalesce`` on a CPU.
     """
     rows, values = gradient._indices()[0], gradient._values()
     if gradient.is_coalesced() or not len(rows):
@@ -69,17 +67,6 @@ class RowOptimizer(ExactStateOptimizer):
     ``weight_decay`` of a group is decoupled as in AdamW, and lazy: a row is multiplied by ``1 - lr * weight_decay`` in
     the steps that touch it, and only in those. Rows that are read rarely therefore decay rarely.
     """
-
-    @classmethod
-    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
-        """Make the optimizer that a recipe asks for.
-
-        Args:
-            groups: Groups of tables, with their ``lr`` and ``weight_decay``.
-            options: What the recipe says.
-            sharing: Which ranks hold the tables together.
-        """
-        raise NotImplementedError
 
     def _step(self) -> None:
         for group in self.param_groups:
@@ -125,15 +112,9 @@ def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def add_to_rows(
     weight: Tensor, rows: Tensor, update: Tensor, size: float, group: dict[str, Any], scale: Tensor | None = None
 ) -> None:
-    """Move rows: ``w <- w * (1 - lr * weight_decay) - size * scale * update``.
+    """Move distinct rows ``[n]`` of a table: ``w <- w * (1 - lr * weight_decay) - size * scale * update``.
 
-    Args:
-        weight: ``[num_rows, width]``.
-        rows: Distinct, ``[n]``.
-        update: float32 ``[n, width]``.
-        size: Size of the step.
-        group: Holds ``lr`` and ``weight_decay``.
-        scale: One factor per row, float32 ``[n, 1]``.
+    The update is float32 ``[n, width]``, the scale one factor per row, float32 ``[n, 1]``.
     """
     now = weight.index_select(0, rows).float()
     decay = group["lr"] * group["weight_decay"]
@@ -146,11 +127,8 @@ def add_to_rows(
 def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tuple[float, Tensor | None]:
     """Correct the bias of two moments that began at zero: ``sqrt(1 - beta2^t) / (1 - beta1^t)``.
 
-    With ``"row"`` this also counts the touches of the rows.
-
-    Returns:
-        The learning rate times the correction if it is the same for all rows, and otherwise the learning rate and the
-        correction of each row, float32 ``[n, 1]``.
+    Returns the learning rate times the correction if that is the same for all rows. Otherwise counts the touches of the
+    rows, and returns the learning rate and the correction of each row, float32 ``[n, 1]``.
     """
     beta1, beta2 = group["betas"]
     beta1 = 0.0 if group.get("first_moment") == "none" else beta1
@@ -185,8 +163,6 @@ class RowAdam(RowOptimizer):
     training uses here. With ``bias_correction="row"`` each row counts its own touches: it is trained as if it were a
     separate parameter that Adam saw in those steps only, and its first move is ``lr``.
 
-    Gradients must be sparse (``ParameterTable(gradient="sparse")``).
-
     Args:
         params: Tables, or groups of them.
         lr: Learning rate. The paper multiplies the backbone's by 5.
@@ -198,7 +174,6 @@ class RowAdam(RowOptimizer):
     State per table: ``step``; ``exp_avg`` and ``exp_avg_sq``, float32 ``[num_rows, width]``; with ``"row"``
     ``row_steps``, int32 ``[num_rows]``.
 
-    Cost: sorting the touched row numbers, and reading and writing their rows and two moments.
     Source: paper, Table 5 (Adam, learning rate x5, no weight decay).
     """
 
@@ -216,11 +191,6 @@ class RowAdam(RowOptimizer):
         check_choice("bias_correction", bias_correction, BiasCorrection)
         defaults = {"lr": lr, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "bias_correction": bias_correction})
-
-    @classmethod
-    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
-        """See `RowOptimizer.from_options`."""
-        return cls(groups, betas=options.betas, eps=options.eps, bias_correction=options.table_bias_correction)
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"exp_avg": zeros_like_table(parameter), "exp_avg_sq": zeros_like_table(parameter)}

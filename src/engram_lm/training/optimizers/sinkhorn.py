@@ -1,14 +1,14 @@
 """The table optimizer published with DeepSeek-V4.1: momentum whose rows and columns are balanced."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engram_lm.errors import ConfigError
-from engram_lm.training.optimizers.options import OptimizerOptions, check_options
+from engram_lm.training.optimizers.options import check_options
 from engram_lm.training.optimizers.rows import (
     RowOptimizer,
     Sharing,
@@ -93,11 +93,6 @@ class SinkhornMomentum(RowOptimizer):
             params, {**defaults, "num_normalizations": num_normalizations, "eps": eps, "weight_decay": weight_decay}
         )
 
-    @classmethod
-    def from_options(cls, groups: list[dict[str, Any]], options: OptimizerOptions, sharing: Sharing) -> Self:
-        """See `RowOptimizer.from_options`."""
-        return cls(groups, momentum=options.momentum, update_rms=options.update_rms, sharing=sharing)
-
     def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum": zeros_like_table(parameter), "last_step": zeros_per_row(parameter, torch.int32)}
 
@@ -114,14 +109,10 @@ class SinkhornMomentum(RowOptimizer):
         add_to_rows(weight, rows, balanced, group["lr"] * group["update_rms"] * weight.shape[1] ** 0.5, group)
 
     def _balance(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
-        """Mask and balance a matrix in place.
+        """Mask and balance a matrix, float32 ``[n, width]``, in place.
 
         Dividing by norms in turn only multiplies rows and columns by factors. So the squares of the factors are
         iterated and the matrix of squares is read, instead of writing the matrix K times.
-
-        Args:
-            matrix: float32 ``[n, width]``.
-            group: Holds the constants.
         """
         eps = group["eps"]
         norms = torch.linalg.vector_norm(matrix, dim=1)
