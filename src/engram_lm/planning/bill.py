@@ -40,14 +40,7 @@ class TableTraffic:
 
     @classmethod
     def of_requests(cls, requests: np.ndarray, row_bytes: int, num_gathers: int, rows_per_rank: int) -> "TableTraffic":
-        """Count what given requests send, exactly but for rounding the mean over ranks.
-
-        Args:
-            requests: ``[W, W]``: rows that rank i asks of owner j, over all gathers.
-            row_bytes: Bytes of one row.
-            num_gathers: Gathers of each rank.
-            rows_per_rank: Rows in a block.
-        """
+        """Count, but for rounding the mean exactly, what is sent for ``[W, W]`` rows that rank i asks of owner j."""
         away, world = requests - np.diag(np.diag(requests)), len(requests)
         return cls._of_ranks(away.sum() / world, away.sum(0).max(), row_bytes, num_gathers, world, rows_per_rank)
 
@@ -114,11 +107,7 @@ class Bill:
 
 
 def bill(config: EngramLMConfig, shape: TrainingShape) -> Bill:
-    """Price a step of training.
-
-    Args:
-        config: Any configuration, with or without memory.
-        shape: How it is trained.
+    """Price a step of training a configuration.
 
     Example:
         >>> found = bill(EngramLMConfig.preset("engram-27b"), TrainingShape(world_size=64, batch_size=1280,

@@ -179,9 +179,7 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
         batch_size: Sequences that are decoded at a time; decode state is given for one and for all of them.
 
     Returns:
-        Plain values for JSON with the keys ``context_tokens``, ``batch_size``, ``parameters``, ``weights_bytes``,
-        ``table``, ``flops_per_token``, ``reads_per_token``, ``decode``, ``optimizer_bytes`` and ``build``. Bytes and
-        FLOPs are whole numbers.
+        Plain values for JSON. Bytes and FLOPs are whole numbers.
     """
     context = config.max_position_embeddings if context is None else context
     sizes, memory = model_sizes(config, context=context), config.memory_config
@@ -291,11 +289,7 @@ def _initial_values_per_second() -> float:
 
 
 def _check_names(values: dict[str, Any]) -> None:
-    """Refuse a misspelled field, which transformers would keep as an attribute that nothing reads.
-
-    Raises:
-        ConfigError: A name near to a field's, or no sizes at all.
-    """
+    """Refuse a misspelled field, which transformers would keep as an attribute that nothing reads."""
     missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if name not in values]
     known = set(EngramLMConfig().to_dict()) | {field.name for field in dataclasses.fields(EngramLMConfig)}
     unknown = []

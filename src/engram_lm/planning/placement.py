@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from engram_lm.errors import ConfigError
 from engram_lm.planning.this_machine import PAGE_BYTES, ThisMachine
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.tables.choose import MEMORY_SHARE, choose_tier, spare_bytes
@@ -79,12 +78,7 @@ def place(
 
     Returns:
         Plain values for JSON.
-
-    Raises:
-        ConfigError: The model has no tables.
     """
-    if found["table"] is None:
-        raise ConfigError("this model has no memory, so there are no tables to place; leave --placement out")
     batch, table_bytes = found["batch_size"], found["table"]["bytes"][dtype]
     num_rows, parameters = batch * found["reads_per_token"]["rows"], found["parameters"]
     row_bytes = found["reads_per_token"]["bytes"][dtype] / found["reads_per_token"]["rows"]
@@ -155,15 +149,7 @@ def _has_link(machine: ThisMachine) -> bool:
 
 
 def _row_seconds(tier: str, machine: ThisMachine, layer_rows: float, row_bytes: float, missed: float) -> float | None:
-    """Seconds of one row of many; None where the tier is not there or its disk unknown.
-
-    Args:
-        tier: One of `_TIERS`.
-        machine: Its rates.
-        layer_rows: Rows that a layer gathers at once.
-        row_bytes: Bytes of a row.
-        missed: Share of the rows that memory has no room for.
-    """
+    """Seconds of one row, where memory has no room for the share missed; None where the tier or its disk is unknown."""
     if tier == "device":
         # A row is a few transactions of 32 bytes; scattered ones cost about twice its bytes.
         return 2 * row_bytes / machine.bytes_per_second if machine.device_bytes else None

@@ -105,9 +105,6 @@ def matrices(config: EngramLMConfig) -> list[Matrix]:
 
     Routers and stream mixers, the vocabulary, norms, biases and taps are not among them, nor are the tables; see
     `engram_lm.training.optimizers.sort_parameters`.
-
-    Args:
-        config: Any configuration.
     """
     hidden, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     keys, values = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), heads * (config.v_head_dim or 0)
@@ -141,11 +138,7 @@ def muon_parameters(config: EngramLMConfig) -> int:
 
 
 def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
-    """Count parameters and operations from the configuration.
-
-    Args:
-        config: Any configuration.
-        context: Tokens in a sequence; a token attends to half of it on average.
+    """Count parameters and operations for sequences of ``context`` tokens; a token attends to half on average.
 
     Source: paper, section 3.1 (what counts as active and as sparse).
     """

@@ -81,13 +81,9 @@ class ThisMachine:
 def read_machine(
     *, ram_gib: float | None = None, device_gib: float | None = None, disk: DiskRate | None = None, row_bytes: int = 256
 ) -> ThisMachine:
-    """Look at this machine.
+    """Look at this machine. Sizes in GiB that are given replace what is found, and container limits then do not count.
 
-    Args:
-        ram_gib: Available memory in GiB, in place of what is found; container limits then do not count.
-        device_gib: Memory of the accelerator in GiB, likewise; 0 for none.
-        disk: What `measure_disk` found.
-        row_bytes: Bytes of a row, for timing the memory.
+    Rows of ``row_bytes`` are read to time the memory; a ``device_gib`` of 0 stands for no accelerator.
     """
     memory = read_meminfo(Path("/proc/meminfo"))
     total = memory.get("MemTotal", 0)
@@ -150,14 +146,7 @@ def _timed(work: Any) -> float:
 
 
 def measure_disk(folder: Path, *, seconds: float = 2 * _SAMPLE_SECONDS) -> DiskRate:
-    """Time random reads of the largest file below a folder, past the page cache.
-
-    Args:
-        folder: A folder, or a file.
-        seconds: How long to read, in all.
-
-    Returns:
-        Reads a second one by one and by `DISK_THREADS` threads.
+    """Time random reads of the largest file below a folder (or of a file), past the page cache.
 
     Raises:
         ConfigError: There is no file of at least 16 MiB, or it can be read neither with ``O_DIRECT`` nor from dropped
