@@ -20,7 +20,7 @@ from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.presets import NAMES
 from engram_lm.planning.budget import allocate
 from engram_lm.planning.shape import ITEM_BYTES
-from engram_lm.planning.sizes import ModelSizes, model_sizes, muon_parameters
+from engram_lm.planning.sizes import model_sizes, muon_parameters
 from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.byte_size import byte_size
 
@@ -183,16 +183,42 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
     """
     context = config.max_position_embeddings if context is None else context
     sizes, memory = model_sizes(config, context=context), config.memory_config
-    values = {
+    rows, width = (0, 0) if memory is None else (len(memory.layers) * memory.num_heads_total, memory.head_dim)
+    rest, muon = sizes.total - sizes.memory_tables, muon_parameters(config)
+    own = (
+        "attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams", "norms",
+        "memory_layers", "active", "sparse",
+    )  # fmt: skip
+    values: dict[str, Any] = {
         "context_tokens": context,
         "batch_size": batch_size,
-        "parameters": _parameters(sizes),
+        "parameters": {
+            "total": sizes.paper_total,
+            "memory": sizes.memory_tables,
+            "vocabulary": sizes.vocabulary_matrix,
+            "stored": sizes.total,
+            **{name: getattr(sizes, name) for name in own},
+        },
         "weights_bytes": {name: sizes.total * each for name, each in ITEM_BYTES.items()},
-        "table": None if memory is None else _table(memory),
+        "table": None
+        if memory is None
+        else {
+            "rows": list(memory.num_table_rows()),
+            "row_width": width,
+            "rows_per_head": memory.rows_per_head,
+            "heads": memory.num_heads_total,
+            "bytes": _row_bytes(width, sum(memory.num_table_rows())),
+        },
         "flops_per_token": {"inference": sizes.flops_per_token, "training": 3 * sizes.flops_per_token},
-        "reads_per_token": _reads(memory),
+        "reads_per_token": {"rows": rows, "bytes": _row_bytes(width, rows)},
         "decode": _decode(config, memory, context, batch_size),
-        "optimizer_bytes": _optimizer_bytes(config, sizes),
+        # In float32: two moments (Adam, RowAdam), or one for what Muon updates.
+        "optimizer_bytes": {
+            "backbone_adamw": 8 * rest,
+            "backbone_muon": 4 * muon + 8 * (rest - muon),
+            "tables_adam": 8 * sizes.memory_tables,
+            "total_adamw": 8 * sizes.total,
+        },
     }
     hash_seconds = 0.0
     if config.spec is not None and memory is not None:
@@ -210,39 +236,10 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
     return values
 
 
-def _parameters(sizes: ModelSizes) -> dict[str, int]:
-    own = (
-        "attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams", "norms",
-        "memory_layers", "active", "sparse",
-    )  # fmt: skip
-    return {
-        "total": sizes.paper_total,
-        "memory": sizes.memory_tables,
-        "vocabulary": sizes.vocabulary_matrix,
-        "stored": sizes.total,
-        **{name: getattr(sizes, name) for name in own},
-    }
-
-
 def _row_bytes(width: int, num_rows: int = 1) -> dict[str, int]:
     """Bytes of rows by type: plain, and FP8 with a scale byte per 32 columns."""
     plain = {name: num_rows * width * each for name, each in ITEM_BYTES.items()}
     return {**plain, "float8_e4m3": num_rows * (width + num_blocks(width))}
-
-
-def _table(memory: EngramConfig) -> dict[str, Any]:
-    return {
-        "rows": list(memory.num_table_rows()),
-        "row_width": memory.head_dim,
-        "rows_per_head": memory.rows_per_head,
-        "heads": memory.num_heads_total,
-        "bytes": _row_bytes(memory.head_dim, sum(memory.num_table_rows())),
-    }
-
-
-def _reads(memory: EngramConfig | None) -> dict[str, Any]:
-    rows, width = (0, 0) if memory is None else (len(memory.layers) * memory.num_heads_total, memory.head_dim)
-    return {"rows": rows, "bytes": _row_bytes(width, rows)}
 
 
 def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, batch_size: int) -> dict[str, int]:
@@ -259,17 +256,6 @@ def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, b
         "memory_state_bytes_per_sequence": state,
         "bytes_per_sequence": per_sequence,
         "bytes_of_batch": per_sequence * batch_size,
-    }
-
-
-def _optimizer_bytes(config: EngramLMConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Optimizer state in float32: two moments (Adam, RowAdam), or one for what Muon updates."""
-    rest, muon = sizes.total - sizes.memory_tables, muon_parameters(config)
-    return {
-        "backbone_adamw": 8 * rest,
-        "backbone_muon": 4 * muon + 8 * (rest - muon),
-        "tables_adam": 8 * sizes.memory_tables,
-        "total_adamw": 8 * sizes.total,
     }
 
 

@@ -48,8 +48,7 @@ class Checkpoints:
 
     A checkpoint is written under a name that ends in ``.partial``, flushed, and renamed by rank 0 once every rank has
     finished. A kill at any moment leaves all earlier checkpoints intact; the next save removes what it left behind. An
-    error on one rank (a full disk) raises the same error on all of them and removes what was written; a rank that dies
-    makes the others fail.
+    error on one rank (a full disk) raises the same error on all of them and removes what was written.
 
     Each rank writes the parts that it alone holds and its share of those that all hold, and reads what it needs: a
     checkpoint of 2 ranks loads on 1 or 3. Tensors that are divided over ranks are ``DTensor``; a plain tensor either
@@ -57,18 +56,11 @@ class Checkpoints:
 
     All ranks call the constructor and every method but `latest` together. The constructor makes a process group of its
     own (gloo), so that writing in the background does not mix with what training communicates. Only one run at a time
-    may save into a folder; `engram_lm.training.run.Run` sees to that.
+    may save into a folder, which all ranks see and the first save makes. An asynchronous save keeps one copy of what
+    this rank writes in host memory, pinned if it comes from a GPU.
 
-    Args:
-        folder: Where checkpoints are kept, on a file system that all ranks see; made by the first save.
-        keep_last: How many complete checkpoints to keep. Older ones are removed once a newer one is in place; those of
-            later steps, left by a run that was then resumed from an earlier step, are not touched.
-
-    Raises:
-        ConfigError: ``keep_last`` is less than 1.
-
-    Cost: an asynchronous save keeps one copy of what this rank writes in host memory, pinned if it comes from a GPU,
-        from the first save on. Checksums cost one pass over what is written and one over what is read.
+    Of the checkpoints up to the newest, ``keep_last`` (at least 1) are kept. Those of later steps, left by a run that
+    was then resumed from an earlier step, are not touched.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
@@ -134,7 +126,7 @@ class Checkpoints:
             raise error
 
     def latest(self) -> Path | None:
-        """Find the newest complete checkpoint, without any communication; see `latest_checkpoint`."""
+        """Find the newest complete checkpoint, without any communication."""
         return latest_checkpoint(self.folder)
 
     def load(
@@ -154,7 +146,8 @@ class Checkpoints:
             path: The folder of one checkpoint; the same on all ranks.
             tensors: What to fill, by name, in place.
             optional: Prefixes of names that may be missing on either side; such a tensor is left as it is. Random
-                states of ranks are optional, as there may now be more or fewer ranks.
+            states of
+                ranks are optional, as there may now be more or fewer ranks.
             expected: Facts that the checkpoint must have, such as ``{"spec_digest": ...}``.
 
         Returns:

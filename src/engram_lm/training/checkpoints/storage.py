@@ -1,12 +1,10 @@
 """Writes and reads one checkpoint: a safetensors file per rank, then ``state.json``.
 
 `StateWriter` and `StateReader` are the storage of ``torch.distributed.checkpoint`` (DCP): DCP plans who writes and
-reads what, they decide where. DCP's own storages have flaws. ``FileSystemWriter`` keeps its metadata as a pickle, which
-can run code when it is loaded. ``HuggingFaceStorageWriter`` keeps no metadata, so its reader takes whatever files it
-finds as the whole: after the loss of a file, parts of tensors keep their old numbers and no error is raised. It also
-builds a rank's file in memory beside the tensors, and verifies no bytes. Here tensors of any size are written in pieces
-of `PIECE_BYTES`, types and shapes are in JSON, and a CRC-32 covers every byte (measured on one core: 1.65 GiB/s, where
-SHA-256 reaches 0.74).
+reads what, they decide where. DCP's own storages keep their metadata as a pickle, which can run code when it is loaded,
+or keep none, so that the loss of a file goes unnoticed; they also build a rank's file in memory and verify no bytes.
+Here tensors of any size are written in pieces of `PIECE_BYTES`, types and shapes are in JSON, and a CRC-32 covers every
+byte (1.65 GiB/s on one core, where SHA-256 reaches 0.74).
 """
 
 import contextlib

@@ -59,8 +59,7 @@ def training_tensors(
         ``optimizer/PARAMETER/STATE`` for the optimizer's state. They share memory with what they name.
 
     Raises:
-        ConfigError: The optimizer belongs to another model, or the state of a divided table has neither one entry per
-            row nor a single entry.
+        ConfigError: The optimizer belongs to another model, or the state of a divided table is not by row.
     """
     tensors: dict[str, Tensor] = {}
     tables = {id(module.weight): module for module in model.modules() if isinstance(module, ShardedTable)}
@@ -108,10 +107,8 @@ def export_model(
     Args:
         checkpoint: The folder of one checkpoint, with the facts of `model_facts`.
         out: The folder to make.
-        tokenizer: The tokenizer to save beside the model, or a folder to load one from. It must be the one that the
-            model's memory was made with.
-        dtype: Type of floating-point weights; the type they were trained in where None. Weights that the model keeps
-            in float32 stay in float32.
+        tokenizer: The tokenizer to save beside the model, which its memory was made with, or a folder to load it from.
+        dtype: Type of floating-point weights, except those that the model keeps in float32; as trained where None.
 
     Returns:
         ``out``.

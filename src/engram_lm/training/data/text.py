@@ -108,18 +108,13 @@ def prepare_text(
         tokenizer: A fast tokenizer.
         cache: Where token shards are kept.
         sequence_length: Tokens in a sequence; there must be text for at least one.
-        held_out: Share of the documents to hold out, in [0, 1); 0 holds nothing out.
+        held_out: Share of the documents to hold out, in [0, 1).
         validation: Share to hold out beside it, as the text ``validation``.
         held_out_sources: Where text to evaluate on comes from, in place of such shares.
         max_held_out_tokens: Evaluate on this many tokens at most, from the start, and on half as many for validation.
         max_bytes: Of more files than this, read some; see `open_sources`.
         texts: Other texts to evaluate on.
-        on_progress: See `pack_to_shards`.
-
-    Raises:
-        DataError: There is no text, too little of it, or it cannot be read.
-        ConfigError: Impossible options or sources.
-        RunFolderError: The cache folder cannot be written.
+        on_progress: See `pack_to_shards`, whose errors are raised too.
     """
     sources, held_out_sources = list(sources), list(held_out_sources)
 

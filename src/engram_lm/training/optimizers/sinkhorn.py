@@ -36,8 +36,7 @@ class SinkhornMomentum(RowOptimizer):
     exactly the dense one: its decay in the steps that did not touch it is made up for. The difference is that rows not
     touched in this step do not move by what is left of their momentum (in the dense form a row touched once keeps
     moving by whole steps until ``beta^n`` falls below ``threshold``, for 135 steps), and do not count in the mean norm
-    and the column norms. Where every step touches every row, the two forms are equal. Rarely read rows move less here
-    for the same ``lr``.
+    and the column norms. Where every step touches every row, the two forms are equal.
 
     Args:
         params: Tables, or groups of them.
@@ -49,14 +48,12 @@ class SinkhornMomentum(RowOptimizer):
         eps: Lower bound of the square of a norm.
         weight_decay: Decoupled and lazy, see `RowOptimizer`. Published without.
         sharing: Where the tables hold this rank's rows of larger ones (`engram_lm.tables.tiers.sharded`), sums over
-            rows are added over the ranks, ``(num_normalizations + 1) / 2`` times a table of ``width`` numbers, so that
-            an update does not depend on the number of ranks. Every rank must step the same tables in the same order.
+            rows are added over the ranks, so that an update does not depend on their number. Every rank must step the
+            same tables in the same order.
 
     State per table: ``step``; ``momentum``, float32 ``[num_rows, width]``; ``last_step``, int32 ``[num_rows]``, the
     step that touched the row last.
 
-    Cost: sorting the touched row numbers, reading and writing their rows and momentum, and ``num_normalizations``
-    products of a matrix of that size with a vector.
     Source: DeepSeek-V4.1 technical report, section 2.4.2.
     """
 
