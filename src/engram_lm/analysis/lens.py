@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.positions import thinned
-from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, plain
+from engram_lm.analysis.protocol import Analysis, ModelAnalysis, ModelFindings, PlainResult, Reading, plain
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.page.figure import INK, MARKERS, Panels, Picture, line_style
@@ -82,19 +82,11 @@ class LensCurve(PlainResult):
         return np.arange(self.num_layers + 1) / max(self.num_layers, 1)
 
     def kl_depth(self, share: float = 0.5) -> float:
-        """Find how many layers it takes until only a share of the divergence is left.
+        """Find how many layers it takes until only a share of the divergence, in (0, 1], is left.
 
         This is where the curve of `kl`, drawn with straight lines between entries, first falls to ``share`` times its
-        value at the embedding. The smaller it is, the earlier the model is ready to predict.
-
-        Args:
-            share: The share that is left, in (0, 1].
-
-        Returns:
-            Layers, from 0 to `num_layers`; NaN if there are no positions.
-
-        Raises:
-            ConfigError: The share is impossible.
+        value at the embedding, from 0 to `num_layers`; NaN if there are no positions. The smaller it is, the earlier
+        the model is ready to predict. Raises `ConfigError` for an impossible share.
         """
         if not 0 < share <= 1:
             raise ConfigError(f"share is the part of the divergence that is left, above 0 and at most 1, not {share}")
@@ -109,7 +101,7 @@ class LensCurve(PlainResult):
         return {**super().to_dict(), "kl_depth": plain(self.kl_depth())}
 
 
-class LogitLens(Analysis):
+class LogitLens(ModelAnalysis):
     """Sends every layer's hidden state through the model's own head. Feed it with `engram_lm.analysis.read_text`.
 
     Streams are combined as before the model's head (`Subject.predict`); the paper does not say how it does that. The
@@ -131,12 +123,10 @@ class LogitLens(Analysis):
     def __init__(self, *, one_in: int = 1) -> None:
         check_whole(one_in=one_in)
         self.one_in = one_in
-        self._sums: dict[str, _Sums] = {}
 
-    def start(self, subjects: Sequence[Subject]) -> str | None:
-        """Apply to all models."""
-        self._sums = {subject.name: _Sums(subject) for subject in subjects}
-        return None
+    def sums_for(self, subject: Subject, applied: Sequence[Subject]) -> "_Sums":
+        """Return empty sums."""
+        return _Sums(subject, self.one_in)
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
         """Return the bytes of three numbers for every entry, and as much again while they are added up."""
@@ -146,21 +136,16 @@ class LogitLens(Analysis):
         """Return what the positions that are computed at once take; the models come one after the other."""
         return max(_NUM_COPIES * 4 * _chunk(subject) * subject.vocab_size for subject in subjects)
 
-    def update(self, readings: Sequence[Reading]) -> None:
-        """Add some windows."""
-        for reading in readings:
-            self._sums[reading.subject.name].add(reading, self.one_in)
-
     def result(self) -> ModelFindings[LensCurve]:
         """Return the curves of what was read."""
-        return ModelFindings({name: sums.curve() for name, sums in self._sums.items()})
+        return ModelFindings({name: sums.curve() for name, sums in self.sums.items()})
 
 
 class _Sums:
     """What is added up for one model."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, one_in: int) -> None:
+        self.subject, self.one_in = subject, one_in
         entries = subject.num_layers + 1
         self.totals = np.zeros((3, entries))  # divergence, entropy, agreement
         self.depth = 0.0
@@ -168,14 +153,15 @@ class _Sums:
         # For the standard error of a ratio of sums over windows: squares and products of a window's two sums.
         self.squares, self.products, self.count_squares = np.zeros(entries), np.zeros(entries), 0
 
-    def add(self, reading: Reading, one_in: int) -> None:
+    def add(self, reading: Reading) -> None:
         num_windows, length = reading.tokens.shape
-        chosen = np.flatnonzero(thinned(reading.start + np.arange(num_windows * length), one_in))
+        chosen = np.flatnonzero(thinned(reading.start + np.arange(num_windows * length), self.one_in))
         finite = reading.finite.flatten().cpu().numpy()[chosen]
         places = chosen[finite]
-        values = np.concatenate(
-            [np.zeros((3, self.subject.num_layers + 1, 0)), *self._measured(reading, places)], axis=-1
-        )
+        step = _chunk(self.subject)
+        parts = [torch.from_numpy(places[begin : begin + step]) for begin in range(0, len(places), step)]
+        measured = [_measure(reading, part).cpu().numpy() for part in parts]
+        values = np.concatenate([np.zeros((3, self.subject.num_layers + 1, 0)), *measured], axis=-1)
         # A layer in the middle may overflow in half precision although the model itself does not.
         good = np.isfinite(values).all((0, 1))
         values, places = values[..., good], places[good]
@@ -191,12 +177,6 @@ class _Sums:
         self.squares += np.square(sums).sum(1)
         self.products += (sums * counts).sum(1)
         self.count_squares += int(np.square(counts).sum())
-
-    def _measured(self, reading: Reading, places: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield divergence, entropy and agreement, float64 ``[3, E, P]``, for some positions at a time."""
-        step = _chunk(self.subject)
-        for begin in range(0, len(places), step):
-            yield _measure(reading, torch.from_numpy(places[begin : begin + step])).cpu().numpy()
 
     def curve(self) -> LensCurve:
         count, windows = self.num_positions, self.num_windows

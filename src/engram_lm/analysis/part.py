@@ -89,16 +89,13 @@ class Part(abc.ABC):
 
     The methods that tell something get ``result``, the whole analysis in the format ``engram.analysis.1``, of which
     `results` and `by_model` give what this part found. A file ``page.js`` beside the part is the script of its section.
-
-    Args:
-        name: Its name in the registry.
     """
 
     title: ClassVar[str]
     """What people call it, in remarks and in the summary."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = name  # its name in the registry
 
     # Measuring
 
@@ -107,12 +104,7 @@ class Part(abc.ABC):
         return {}
 
     def conclude(self, work: Work, found: Mapping[str, Any]) -> Iterable[Entry]:
-        """Return what was found about the models.
-
-        Args:
-            work: What was looked at.
-            found: The result of each of `analyses`, under its name.
-        """
+        """Return what was found about the models, given the result of each of `analyses` under its name."""
         result = found[self.name]
         if isinstance(result, NotApplicable):
             return [work.entry(not_applicable=result.reason)]
@@ -162,12 +154,7 @@ class Part(abc.ABC):
 
     @abc.abstractmethod
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
-        """Return its sections of the page as HTML; empty if there is nothing to show.
-
-        Args:
-            result: The whole analysis.
-            page_only: From the method of this name, for all models.
-        """
+        """Return its sections of the page as HTML, empty if there is nothing to show; see `page_only`."""
 
     def script_data(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> Iterable[Any]:
         """Return what the page's script reads, as plain values."""
@@ -194,15 +181,7 @@ class Part(abc.ABC):
 
 
 def load_parts(names: Iterable[str]) -> list[Part]:
-    """Make parts of the registry, in its order.
-
-    Args:
-        names: Keys of `PARTS`.
-    """
+    """Make the parts of the registry that are named, in its order."""
     wanted = set(names)
-    made = []
-    for name, place in PARTS.items():
-        if name in wanted:
-            module, _, kind = place.partition(":")
-            made.append(getattr(importlib.import_module(module), kind)(name))
-    return made
+    classes = {name: place.split(":") for name, place in PARTS.items() if name in wanted}
+    return [getattr(importlib.import_module(module), kind)(name) for name, (module, kind) in classes.items()]

@@ -1,5 +1,6 @@
 """What an analysis is: what it asks for, what it sees of a text, and what it returns."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engram_lm.analysis.subject import Subject
 
-__all__ = ["WANTS", "Analysis", "ModelFindings", "NotApplicable", "PlainResult", "Reading", "applicable", "plain"]
+__all__ = ["WANTS", "Analysis", "ModelAnalysis", "ModelFindings", "NotApplicable", "PlainResult", "Reading", "plain"]
 
 
 class PlainResult:
@@ -125,10 +126,6 @@ class NotApplicable:
     reason: str
     """Why the analysis does not apply."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {"not_applicable": self.reason}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelFindings(Generic[Finding]):
@@ -147,13 +144,37 @@ class ModelFindings(Generic[Finding]):
         return {"models": plain(self.models), **left_out}
 
 
-def applicable(left_out: Mapping[str, str], subjects: Sequence[Subject]) -> str | None:
-    """Say why an analysis applies to none of the models, for `Analysis.start`; None if it applies to some.
+class ModelAnalysis(Analysis):
+    """An analysis that looks at each model by itself, and adds up its windows in an object of its own."""
 
-    ``left_out`` are the models to which it does not apply, with the reasons.
-    """
-    if len(left_out) < len(subjects):
+    sums: dict[str, Any]
+    """What adds up the windows of each model, by its name."""
+    left_out: dict[str, str]
+    """The models to which the analysis does not apply, and why."""
+
+    def why_not(self, subject: Subject) -> str | None:
+        """Say why the analysis does not apply to a model; None if it does."""
         return None
-    reasons = set(left_out.values())
-    # If one reason holds for all of them, there is no need to say for which.
-    return reasons.pop() if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in left_out.items())
+
+    @abc.abstractmethod
+    def sums_for(self, subject: Subject, applied: Sequence[Subject]) -> Any:
+        """Return an object whose ``add(reading)`` takes in windows of a model, one of those that are looked at."""
+
+    def start(self, subjects: Sequence[Subject]) -> str | None:
+        """Apply to the models for which `why_not` has no reason."""
+        self.left_out = {subject.name: why for subject in subjects if (why := self.why_not(subject))}
+        applied = [subject for subject in subjects if subject.name not in self.left_out]
+        self.sums = {subject.name: self.sums_for(subject, applied) for subject in applied}
+        if applied:
+            return None
+        reasons = set(self.left_out.values())
+        # If one reason holds for all of them, there is no need to say for which.
+        return (
+            reasons.pop() if len(reasons) == 1 else "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+        )
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        """Add the windows of each model."""
+        for reading in readings:
+            if reading.subject.name in self.sums:
+                self.sums[reading.subject.name].add(reading)

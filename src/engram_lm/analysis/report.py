@@ -3,7 +3,7 @@
 import importlib.resources
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from engram_lm.analysis.part import load_parts
 from engram_lm.page.frame import definitions, escape, plain_text, render_page, section, table
@@ -12,28 +12,19 @@ from engram_lm.page.number_text import count_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Headline", "headline", "print_summary", "remarks", "render_report"]
+__all__ = ["headline", "print_summary", "remarks", "render_report"]
 
 _COLORS = ("memory", "twin", "random_table", "wide", "other")
 
 
-class Headline(NamedTuple):
-    """What should be read first."""
-
-    title: str
-    """The main finding, in a sentence."""
-    detail: str
-    """A few more sentences; may be empty."""
-
-
-def headline(result: Mapping[str, Any]) -> Headline:
-    """Say what was found, starting with the first part that has a headline."""
+def headline(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the main finding, from the first part that has a headline, and a few more sentences, or none."""
     parts = load_parts(result["parts"])
     names = [model["name"] for model in result["models"]]
     details = [_read(text) for text in result["texts"]] + [said for part in parts for said in part.details(result)]
     titles = filter(None, (part.headline(result) for part in parts))
     title = next(titles, f"What {', '.join(names)} {'does' if len(names) == 1 else 'do'} with a text")
-    return Headline(title, " ".join(details))
+    return title, " ".join(details)
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
@@ -67,14 +58,9 @@ def _read(text: Mapping[str, Any]) -> str:
 
 
 def render_report(result: Mapping[str, Any], page_only: Mapping[str, Mapping[str, Any]]) -> str:
-    """Render the whole report.
+    """Render the report of a result in the format ``engram.analysis.1`` as one HTML page with everything inside.
 
-    Args:
-        result: In the format ``engram.analysis.1``; parts may be missing or not applicable.
-        page_only: For each part what it shows on the page alone; see `engram_lm.analysis.run.Findings`.
-
-    Returns:
-        An HTML page with its styles, scripts and pictures inside.
+    Parts may be missing or not applicable; ``page_only`` holds for each part what it shows on the page alone.
     """
     parts = load_parts(result["parts"])
     # There is a curve for each model, or for each memory. After five colors they start again, with other dashes.
@@ -94,13 +80,13 @@ def render_report(result: Mapping[str, Any], page_only: Mapping[str, Mapping[str
 
 
 def _header(result: Mapping[str, Any]) -> str:
-    said = headline(result)
+    title, detail = headline(result)
     notices = "".join(f"<li>{escape(remark)}</li>" for remark in remarks(result))
     return "\n".join(
         [
             '<p class="eyebrow">engram-lm analyze</p>',
-            f"<h1>{escape(said.title)}</h1>",
-            f'<p class="lead">{escape(said.detail)}</p>' if said.detail else "",
+            f"<h1>{escape(title)}</h1>",
+            f'<p class="lead">{escape(detail)}</p>' if detail else "",
             f'<ul class="notice">{notices}</ul>' if notices else "",
         ]
     )

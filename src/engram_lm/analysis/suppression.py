@@ -348,11 +348,7 @@ class SuppressionPart(Part):
         if not effects:
             return None
         num_bars = sum(len(effect["conditions"]) - 1 for effect in effects.values())
-        return self.drawn(
-            7.2,
-            1.0 + 0.36 * num_bars,
-            lambda figure: _draw(figure.subplots(), effects),
-        )
+        return self.drawn(7.2, 1.0 + 0.36 * num_bars, lambda figure: _draw(figure.subplots(), effects))
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return bars of the loss that each way of suppressing adds, and a table of the questions."""

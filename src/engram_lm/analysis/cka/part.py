@@ -9,7 +9,7 @@ from engram_lm.analysis.protocol import Analysis
 from engram_lm.analysis.subject import Subject
 from engram_lm.page.figure import Picture
 from engram_lm.page.frame import escape, section
-from engram_lm.page.number_text import count_text, number_text
+from engram_lm.page.number_text import count_text, mean_of, number_text
 
 __all__ = ["CkaPart"]
 
@@ -50,7 +50,7 @@ class CkaPart(Part):
         for found in self._maps(result):
             if found["row_model"] == found["column_model"]:
                 continue
-            ahead = _mean_gain(found)
+            ahead = mean_of(found["gain"])
             yield (
                 f"layers of {found['column_model']} and {found['row_model']} cannot be aligned"
                 if ahead is None
@@ -61,15 +61,7 @@ class CkaPart(Part):
     def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw the maps side by side."""
         maps = self._maps(result)
-        return (
-            self.drawn(
-                4.8 * len(maps),
-                4.4,
-                lambda figure: _draw_maps(figure, maps),
-            )
-            if maps
-            else None
-        )
+        return self.drawn(4.8 * len(maps), 4.4, lambda figure: _draw_maps(figure, maps)) if maps else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, Any]) -> str:
         """Return a map for each pair of models, with the line of the layers that correspond to each other."""
@@ -92,11 +84,6 @@ class CkaPart(Part):
 
     def _maps(self, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [found for one in self.results(result) for found in one["maps"]]
-
-
-def _mean_gain(found: Mapping[str, Any]) -> float | None:
-    gains = [value for value in found["gain"] if value is not None]
-    return sum(gains) / len(gains) if gains else None
 
 
 def _draw_maps(figure: Any, maps: Sequence[Mapping[str, Any]]) -> None:
@@ -149,7 +136,7 @@ def _map(found: Mapping[str, Any]) -> str:
                 )
     lines = _path(found["control"], num_rows, "control") + ("" if own else _path(found["alignment"], num_rows, "soft"))
     what = f"CKA of {row_model} with itself" if own else f"CKA of {row_model} with {column_model}"
-    ahead = None if own else _mean_gain(found)
+    ahead = None if own else mean_of(found["gain"])
     said = (
         ""
         if ahead is None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from engram_lm.analysis.gates.trace import NgramGate
-from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, applicable
+from engram_lm.analysis.protocol import ModelAnalysis, ModelFindings, PlainResult, Reading
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import REPLACEMENT, spelled
 from engram_lm.errors import check_whole
@@ -87,7 +87,7 @@ class GateAverages(PlainResult):
     N-grams than could be held; they are then a random sample, and the numbers of each one are still exact."""
 
 
-class GateStatistics(Analysis):
+class GateStatistics(ModelAnalysis):
     """Averages the gates of all models that have gates. Feed it with `engram_lm.analysis.read_text`.
 
     Args:
@@ -109,24 +109,23 @@ class GateStatistics(Analysis):
         check_whole(at_least=0, num_ngrams=num_ngrams)
         check_whole(min_count=1 if min_count is None else min_count, max_ngrams=max_ngrams)
         self.num_ngrams, self.min_count, self.max_ngrams = num_ngrams, min_count, max_ngrams
-        self._sums: dict[str, _Sums] = {}
-        self._left_out: dict[str, str] = {}
 
-    def start(self, subjects: Sequence[Subject]) -> str | None:
+    def why_not(self, subject: Subject) -> str | None:
         """Apply to the models with gated memory."""
-        self._sums = {subject.name: _Sums(subject, self.max_ngrams) for subject in subjects if subject.gated}
-        self._left_out = {subject.name: subject.ungated for subject in subjects if subject.ungated}
-        return applicable(self._left_out, subjects)
+        return subject.ungated
+
+    def sums_for(self, subject: Subject, applied: Sequence[Subject]) -> "_Sums":
+        """Return empty sums."""
+        return _Sums(subject, self.max_ngrams)
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
         """Return what adding up one position takes."""
-        return max((_Sums.bytes_per_token(subject) for subject in subjects), default=0)
-
-    def update(self, readings: Sequence[Reading]) -> None:
-        """Add some windows."""
-        for reading in readings:
-            if reading.subject.name in self._sums:
-                self._sums[reading.subject.name].add(reading)
+        needed = [0]
+        for subject in subjects:
+            if subject.spec is not None and subject.gated:
+                gates = len(subject.memories) * _num_streams(subject)
+                needed.append(len(subject.spec.orders) * (64 + 12 * subject.spec.orders[-1] + 24 * gates))
+        return max(needed)
 
     def result(self) -> ModelFindings[GateAverages]:
         """Return the averages of what was read, and the N-grams of each model, a `NgramEntries`.
@@ -136,9 +135,13 @@ class GateStatistics(Analysis):
         ``fired`` (positions at which it added most to the gate's score, int64 ``[N, G]``) and ``gate_sums`` (the gates
         at those, float64 ``[N, G, S]``).
         """
-        ngrams = {name: sums.ngrams.entries() for name, sums in self._sums.items()}
-        models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self._sums.items()}
-        return ModelFindings(models, dict(self._left_out), ngrams)
+        ngrams = {name: sums.ngrams.entries() for name, sums in self.sums.items()}
+        models = {name: sums.averages(self.num_ngrams, self.min_count) for name, sums in self.sums.items()}
+        return ModelFindings(models, self.left_out, ngrams)
+
+
+def _num_streams(subject: Subject) -> int:
+    return next(iter(subject.memories.values())).config.num_streams
 
 
 class _Sums:
@@ -146,9 +149,9 @@ class _Sums:
 
     def __init__(self, subject: Subject, max_ngrams: int) -> None:
         assert subject.spec is not None
-        self.subject, self.spec, self.orders = subject, subject.spec, subject.spec.orders
-        self.blocks = tuple(subject.memories)
-        num_streams = next(iter(subject.memories.values())).config.num_streams
+        self.subject, self.spec, self.blocks = subject, subject.spec, tuple(subject.memories)
+        self.orders = self.spec.orders
+        num_streams = _num_streams(subject)
         gates = (len(self.blocks), num_streams)
         self.num_dead = self.num_not_finite = self.num_positions = 0
         self.total, self.squares = np.zeros(gates), np.zeros(gates)
@@ -158,13 +161,6 @@ class _Sums:
         self.token_total = np.zeros((*gates, subject.vocab_size))
         self.token_counts = np.zeros(subject.vocab_size, np.int64)
         self.ngrams = NgramCounter(max_ngrams)
-
-    @staticmethod
-    def bytes_per_token(subject: Subject) -> int:
-        if not subject.gated or subject.spec is None:
-            return 0
-        gates = len(subject.memories) * next(iter(subject.memories.values())).config.num_streams
-        return len(subject.spec.orders) * (64 + 12 * subject.spec.orders[-1] + 24 * gates)
 
     def add(self, reading: Reading) -> None:
         alive = reading.visible.cpu().numpy() > 0

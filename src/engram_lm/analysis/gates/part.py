@@ -1,6 +1,8 @@
 """The gates' part of an analysis: passages colored by gate, typed text, N-grams to sort, and averages."""
 
+import importlib.resources
 import math
+import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,26 +98,23 @@ class GatesPart(Part):
     def picture(self, result: Mapping[str, Any]) -> Picture | None:
         """Draw a histogram for each block."""
         models = self.by_model(result)
-        return (
-            self.drawn(
-                6.4,
-                3.6,
-                lambda figure: _draw_histograms(figure.subplots(), models),
-            )
-            if models
-            else None
-        )
+        return self.drawn(6.4, 3.6, lambda figure: _draw_histograms(figure.subplots(), models)) if models else None
 
     def section(self, result: Mapping[str, Any], page_only: Mapping[str, GateView]) -> str:
         """Return the passages, the N-grams and the averages."""
-        ngrams = _ngram_section() if any(view.phrases for view in page_only.values()) else ""
-        return "\n".join(filter(None, (_passage_section(list(page_only)), ngrams, self._average_section(result))))
-
-    def _average_section(self, result: Mapping[str, Any]) -> str:
+        passages = ngrams = averages = ""
+        if page_only:
+            passages = section(
+                "gates", "Where the memory fires", _html("passages", model=_model_choice(list(page_only)))
+            )
+        if any(view.phrases for view in page_only.values()):
+            ngrams = section("ngrams", "N-grams", _html("ngrams"))
         models = self.by_model(result)
         several = len(models) > 1 or len(result["parts"].get(self.name) or ()) > 1
         parts = [(f"<h3>{escape(name)}</h3>" if several else "") + _averages(found) for name, found in models.items()]
-        return section("averages", "Gates on average", "\n".join(parts)) if parts else ""
+        if parts:
+            averages = section("averages", "Gates on average", "\n".join(parts))
+        return "\n".join(filter(None, (passages, ngrams, averages)))
 
     def script_data(self, result: Mapping[str, Any], page_only: Mapping[str, GateView]) -> Iterable[dict[str, Any]]:
         """Return passages and N-grams of each model: gates in thousandths, None where a value is not finite."""
@@ -190,63 +189,17 @@ def _draw_histograms(axes: Any, models: Mapping[str, Mapping[str, Any]]) -> None
     axes.legend(frameon=False, fontsize=8)
 
 
-def _passage_section(names: Sequence[str]) -> str:
-    """Lay out the passages, their controls, and the box for typed text; the script fills them."""
-    if not names:
+def _model_choice(names: Sequence[str]) -> str:
+    if len(names) == 1:
         return ""
     models = "".join(f'<option value="{index}">{escape(name)}</option>' for index, name in enumerate(names))
-    model = f'<label class="choice">Model <select id="model">{models}</select></label>' if len(names) > 1 else ""
-    return section(
-        "gates",
-        "Where the memory fires",
-        "<p>Passages of the analyzed text. Each token is colored by its gate: it is clear at 0, where the memory is "
-        "ignored, and full at 1, where all of it is let in. The memory looks up the N&#8209;gram that <em>ends</em> at "
-        "a token, so the color marks the token that completes a phrase. Point at a token, or press Tab and then the "
-        "arrow keys, to read its values.</p>"
-        "<noscript><p class='notice'>Colors and tables of N-grams need JavaScript; the curves and tables below do "
-        "not.</p></noscript>"
-        f'<div class="controls">{model}'
-        '<label class="choice">Passage <select id="passage"></select></label>'
-        '<span class="choice"><span id="blocks-name">Blocks</span>'
-        '<span class="buttons" id="blocks" role="group" aria-labelledby="blocks-name"></span></span>'
-        '<span class="choice"><span id="streams-name">Stream</span>'
-        '<span class="buttons" id="streams" role="group" aria-labelledby="streams-name"></span></span>'
-        '<button type="button" class="alone" id="numbers" aria-pressed="false">Show numbers</button>'
-        '<span class="scale"><span>gate 0</span><span class="ramp"></span><span>1</span></span></div>'
-        '<div class="text" id="passage-text" role="group" aria-label="Passage"></div>'
-        '<div class="line" id="passage-line" role="status"></div>'
-        '<h3><label for="typed">Your own text</label></h3>'
-        '<p class="note" id="typed-note">No model runs here. What you type is looked up among the N&#8209;grams of the '
-        "analyzed text: the longest known N&#8209;gram that ends at a word gives the word its mean gate. Words without "
-        "a value were not among the N&#8209;grams. In a real forward pass the gate also depends on the context.</p>"
-        '<textarea id="typed" rows="3" maxlength="2000" spellcheck="false" autocomplete="off" '
-        'aria-describedby="typed-note"></textarea>'
-        '<div class="text" id="typed-text" role="group" aria-label="Your text, colored" hidden></div>'
-        '<div class="line" id="typed-line" role="status"></div>',
-    )
+    return f'<label class="choice">Model <select id="model">{models}</select></label>'
 
 
-def _ngram_section() -> str:
-    """Lay out the table of N-grams; the script fills and sorts it."""
-    columns = (("text", "N-gram"), ("gate", "Mean gate"), ("count", "Times"), ("fired", "Fired"), ("order", "Order"))
-    heads = "".join(
-        f'<th scope="col" data-key="{key}"><button type="button" class="sort">{name}<i aria-hidden="true"></i></button>'
-        "</th>"
-        for key, name in columns
-    )
-    least = "".join(f'<option value="{number}">{number}</option>' for number in (1, 2, 5, 10, 100))
-    return section(
-        "ngrams",
-        "N-grams",
-        "<p>An N-gram has <em>fired</em> where it adds more to a gate’s score than the N-grams of the other orders. "
-        "Click a heading to sort by it. The blocks and streams are those chosen above. ␣ is a space, ↵ a line break."
-        "</p>"
-        f'<div class="controls"><label class="choice">Fired at least <select id="least">{least}</select> times</label>'
-        '<label class="choice">Find <input id="find" type="search" maxlength="80" autocomplete="off"></label>'
-        '<span class="muted" id="ngram-count" role="status"></span></div>'
-        '<div class="scroll tall" role="region" aria-label="N-grams, a long table" tabindex="0">'
-        f'<table class="ngrams"><thead><tr>{heads}</tr></thead><tbody id="ngram-rows"></tbody></table></div>',
-    )
+def _html(name: str, **values: str) -> str:
+    """Read a section that stands beside this file; the script fills it."""
+    text = importlib.resources.files(__package__).joinpath(f"{name}.html").read_text(encoding="utf-8")
+    return string.Template(text).substitute(values)
 
 
 def _averages(found: Mapping[str, Any]) -> str:
@@ -294,15 +247,9 @@ def _titled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -
     return f"<div><h3>{title}</h3>{table(columns, rows, label=title)}</div>"
 
 
-def _some(traces: Sequence[GateTrace]) -> list[GateTrace]:
-    kept: list[GateTrace] = []
-    held = 0
-    for trace in traces:
-        held += trace.gates.size + trace.order_scores.size
-        if kept and held > _MOST_VALUES:
-            break
-        kept.append(trace)
-    return kept
+def _some(traces: Sequence[GateTrace]) -> Sequence[GateTrace]:
+    held = np.cumsum([trace.gates.size + trace.order_scores.size for trace in traces])
+    return traces[: max(1, int((held <= _MOST_VALUES).sum()))]
 
 
 def _passage(trace: GateTrace) -> dict[str, Any]:

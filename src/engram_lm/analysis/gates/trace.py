@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from engram_lm.analysis.protocol import Analysis, Reading, applicable
+from engram_lm.analysis.protocol import ModelAnalysis, Reading
 from engram_lm.analysis.reading import look
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import text_tokens, token_texts, visible_text
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 # Dimension key: L length, S streams, O orders.
+
+_PASSAGE_TOKENS = 160
 
 
 class Ngram(NamedTuple):
@@ -96,16 +98,8 @@ class GateTrace:
     def fired(self, block: int, position: int, stream: int | None = None) -> Ngram | None:
         """Find the N-gram that contributed most to the score at a position.
 
-        Args:
-            block: A block that reads memory, counted from 0.
-            position: A place in the text, counted from 0.
-            stream: A residual stream; None means the sum over all of them.
-
-        Returns:
-            The N-gram that ends at the position, cut at the start of its segment; None at a dead position.
-
-        Raises:
-            ConfigError: The block reads no memory.
+        The N-gram is cut at the start of its segment; there is none at a dead position. ``stream`` is a residual
+        stream; None means the sum over all of them. Raises `ConfigError` if the block reads no memory.
         """
         if not self.visible[position]:
             return None
@@ -122,11 +116,7 @@ class GateTrace:
         )
 
     def place_of(self, block: int) -> int:
-        """Find the place of a block among `blocks`.
-
-        Raises:
-            ConfigError: The block reads no memory.
-        """
+        """Find the place of a block among `blocks`; raises `ConfigError` if it reads no memory."""
         if block not in self.blocks:
             raise ConfigError(f"block {block} reads no memory; those that do are {', '.join(map(str, self.blocks))}")
         return self.blocks.index(block)
@@ -190,101 +180,95 @@ def strongest(
     Raises:
         ConfigError: The block reads no memory.
     """
-    found: dict[tuple[int, ...], list[float]] = {}
-    names: dict[tuple[int, ...], tuple[str, int]] = {}
+    found: dict[tuple[int, ...], tuple[str, list[float]]] = {}
     for trace in [traces] if isinstance(traces, GateTrace) else traces:
         gates = trace.gates[trace.place_of(block)].mean(-1)
         for position, gate in enumerate(gates.tolist()):
             ngram = trace.fired(block, position)
             if ngram is not None:
-                key = (ngram.order, *ngram.tokens)
-                found.setdefault(key, []).append(gate)
-                names.setdefault(key, (ngram.text, ngram.order))
+                found.setdefault((ngram.order, *ngram.tokens), (ngram.text, []))[1].append(gate)
     ranked = [
-        NgramGate(*names[key], sum(gates) / len(gates), len(gates))
-        for key, gates in found.items()
+        NgramGate(text, key[0], sum(gates) / len(gates), len(gates))
+        for key, (text, gates) in found.items()
         if len(gates) >= min_count
     ]
     return sorted(ranked, key=lambda item: (-item.mean_gate, -item.num_positions, item.text, item.order))[:k]
 
 
-class TraceKeeper(Analysis):
+class TraceKeeper(ModelAnalysis):
     """Keeps all gates of a text, or those of passages spread evenly over it. Feed it with `read_text`.
 
     A passage begins where a window begins, because only there it holds every token that its N-grams see.
 
     Args:
-        num_tokens: Tokens of the text, for passages; None keeps the whole text as one.
+        num_tokens: Tokens of the text, for passages of 160 tokens at most; None keeps the whole text as one.
         num_passages: Passages to keep, at most one for each window.
-        passage_tokens: Tokens of each passage, at most.
     """
 
     wants = frozenset({"gates", "order_scores"})
 
-    def __init__(self, num_tokens: int | None = None, *, num_passages: int = 6, passage_tokens: int = 160) -> None:
-        self.num_tokens, self.num_passages, self.passage_tokens = num_tokens, num_passages, passage_tokens
+    def __init__(self, num_tokens: int | None = None, *, num_passages: int = 6) -> None:
+        self.num_tokens, self.num_passages = num_tokens, num_passages
 
-    def start(self, subjects: Sequence[Subject]) -> str | None:
+    def why_not(self, subject: Subject) -> str | None:
         """Apply to the models with gated memory."""
-        self._kept = {subject.name: dict[int, list[dict[str, np.ndarray]]]() for subject in subjects if subject.gated}
-        self._subjects = {subject.name: subject for subject in subjects}
-        return applicable({subject.name: subject.ungated for subject in subjects if subject.ungated}, subjects)
+        return subject.ungated
 
-    def update(self, readings: Sequence[Reading]) -> None:
-        """Keep what belongs to a passage."""
-        first, (num_windows, length) = readings[0].start, readings[0].tokens.shape
-        if first == 0:
-            self._starts, self._length = self._places(length)
-        for start in self._starts:
-            begin, end = max(start - first, 0), min(start - first + self._length, num_windows * length)
-            if begin < end:
-                for reading in readings:
-                    if reading.subject.name in self._kept:
-                        piece = _piece(reading, slice(begin, end))
-                        self._kept[reading.subject.name].setdefault(start, []).append(piece)
+    def sums_for(self, subject: Subject, applied: Sequence[Subject]) -> "_Passages":
+        """Return passages of which nothing has been read yet."""
+        return _Passages(subject, self)
 
     def result(self) -> dict[str, tuple[GateTrace, ...]]:
         """Return a trace for each passage, by model."""
-        return {
-            name: tuple(_joined(self._subjects[name], pieces) for pieces in kept.values())
-            for name, kept in self._kept.items()
-        }
+        return {name: passages.traces() for name, passages in self.sums.items()}
 
-    def _places(self, length: int) -> tuple[list[int], int]:
+    def places(self, length: int) -> tuple[list[int], int]:
         """Find where passages begin, and how long they are, once the length of a window is known."""
         if self.num_tokens is None:
             return [0], sys.maxsize
         # The last window may be a stub of a few tokens; it is taken only if it is all there is.
         num_windows = max(1, self.num_tokens // length)
         places = np.linspace(0, num_windows - 1, min(self.num_passages, num_windows)).round().astype(int)
-        return [int(place) * length for place in places], min(self.passage_tokens, length)
+        return [int(place) * length for place in places], min(_PASSAGE_TOKENS, length)
 
 
-def _piece(reading: Reading, places: slice) -> dict[str, np.ndarray]:
-    """Copy what a trace holds of some positions, counted from the start of the reading."""
-    memories = reading.subject.memories
-    return {
-        "tokens": reading.tokens.flatten()[places].cpu().numpy(),
-        "visible": reading.visible.flatten()[places].cpu().numpy(),
-        **{
-            name: np.stack([values[block].flatten(0, 1)[places].float().cpu().numpy() for block in memories])
-            for name, values in (
-                ("gates", reading.gates),
-                ("order_scores", reading.order_scores),
-                ("bias_scores", reading.bias_scores),
-            )
-        },
-    }
+class _Passages:
+    """The passages of one model: by their starts, what was read of each, piece by piece."""
 
+    def __init__(self, subject: Subject, keeper: TraceKeeper) -> None:
+        self.subject, self.keeper = subject, keeper
+        self.kept: dict[int, list[dict[str, np.ndarray]]] = {}
 
-def _joined(subject: Subject, pieces: list[dict[str, np.ndarray]]) -> GateTrace:
-    assert subject.spec is not None
-    whole = {
-        name: np.concatenate([piece[name] for piece in pieces], axis=0 if name in ("tokens", "visible") else 1)
-        for name in pieces[0]
-    }
-    texts = tuple(token_texts(subject.tokenizer, whole["tokens"].tolist()))
-    return GateTrace(texts=texts, blocks=tuple(subject.memories), orders=subject.spec.orders, **whole)
+    def add(self, reading: Reading) -> None:
+        first, (num_windows, length) = reading.start, reading.tokens.shape
+        if first == 0:
+            self.starts, self.length = self.keeper.places(length)
+        for start in self.starts:
+            begin, end = max(start - first, 0), min(start - first + self.length, num_windows * length)
+            if begin < end:
+                self.kept.setdefault(start, []).append(self._piece(reading, slice(begin, end)))
+
+    def _piece(self, reading: Reading, places: slice) -> dict[str, np.ndarray]:
+        """Copy what a trace holds of some positions, counted from the start of the reading."""
+        piece = {name: getattr(reading, name).flatten()[places].cpu().numpy() for name in ("tokens", "visible")}
+        for name in ("gates", "order_scores", "bias_scores"):
+            values = getattr(reading, name)
+            blocks = [values[block].flatten(0, 1)[places].float().cpu().numpy() for block in self.subject.memories]
+            piece[name] = np.stack(blocks)
+        return piece
+
+    def traces(self) -> tuple[GateTrace, ...]:
+        assert self.subject.spec is not None
+        blocks, orders = tuple(self.subject.memories), self.subject.spec.orders
+        traces = []
+        for pieces in self.kept.values():
+            whole = {
+                name: np.concatenate([piece[name] for piece in pieces], axis=0 if name in ("tokens", "visible") else 1)
+                for name in pieces[0]
+            }
+            texts = tuple(token_texts(self.subject.tokenizer, whole["tokens"].tolist()))
+            traces.append(GateTrace(texts=texts, blocks=blocks, orders=orders, **whole))
+        return tuple(traces)
 
 
 _RED = (227, 26, 28)
@@ -292,17 +276,12 @@ _RED = (227, 26, 28)
 
 
 def gates_to_show(trace: GateTrace, block: int | None = None, stream: int | None = None) -> np.ndarray:
-    """Choose one gate for each token, float32 ``[length]``; None means the mean over blocks or streams.
-
-    Raises:
-        ConfigError: There is no such block or stream.
-    """
+    """Choose one gate for each token, float32 ``[length]``; None means the mean over blocks or streams."""
     gates = trace.gates if block is None else trace.gates[[trace.place_of(block)]]
     if stream is not None and not 0 <= stream < trace.num_streams:
         raise ConfigError(f"there is no stream {stream}; the memory has {trace.num_streams}, counted from 0")
     gates = gates if stream is None else gates[:, :, [stream]]
-    mean: np.ndarray = gates.mean(axis=(0, 2))
-    return mean
+    return np.asarray(gates.mean(axis=(0, 2)))
 
 
 def colored_gates(trace: GateTrace, block: int | None = None, stream: int | None = None) -> "Text":

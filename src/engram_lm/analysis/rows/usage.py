@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.analysis.protocol import Analysis, ModelFindings, PlainResult, Reading, applicable
+from engram_lm.analysis.protocol import ModelAnalysis, ModelFindings, PlainResult, Reading
 from engram_lm.analysis.rows.collisions import NgramCollisions, TextNgrams, ngram_collisions
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import TokenError, check_whole
@@ -61,14 +61,10 @@ class RowHits:
         return entries.chosen(scattered(keys) >> np.uint64(64 - num_bits) == 0) if num_bits else entries
 
     def at_ranks(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find how hot the hottest rows are.
+        """Find how hot the rows of some ranks are, 1 for the row that is read most often, int64 ``[R]``.
 
-        Args:
-            ranks: Ranks, 1 for the row that is read most often, int64 ``[R]``.
-
-        Returns:
-            How often the row of each rank is read, 0 beyond the last row that is, int64 ``[R]``; and the share of all
-            reads that go to the rows up to that rank, NaN without any read, float64 ``[R]``.
+        Returns how often the row of each rank is read, 0 beyond the last row that is, int64 ``[R]``; and the share of
+        all reads that go to the rows up to that rank, NaN without any read, float64 ``[R]``.
         """
         if not len(self.counts):
             return np.zeros(len(ranks), np.int64), np.full(len(ranks), np.nan)
@@ -84,10 +80,6 @@ class HitCounter:
     If all counts of a table fit into the budget, 8 bytes a row, they are one array. Of a larger table only the rows
     that were read are held, 16 bytes each and three times that while merging. If even those are too many, a random half
     of the rows is dropped, and so on; the counts of the rows that stay are still exact (see `NgramCounter`).
-
-    Args:
-        num_rows: Rows of the table.
-        max_bytes: The budget.
     """
 
     def __init__(self, num_rows: int, max_bytes: int) -> None:
@@ -117,14 +109,10 @@ def log_ranks(num_ranks: float, points: int = 64) -> np.ndarray:
 
 
 def zipf_exponent(ranks: np.ndarray, hits: np.ndarray) -> float:
-    """Fit s in hits ~ rank**-s, by least squares of logarithms over ranks that are spread evenly on that axis.
+    """Fit s in hits ~ rank**-s, by least squares of logarithms over the ranks of `log_ranks`, int64 ``[R]``.
 
-    Args:
-        ranks: From `log_ranks`, int64 ``[R]``.
-        hits: How often the row of each rank is read, int64 ``[R]``; ranks with fewer than 5 reads do not count.
-
-    Returns:
-        The exponent; NaN if fewer than 5 ranks count.
+    ``hits`` are how often the row of each rank is read, int64 ``[R]``. Ranks with fewer than 5 reads do not count; NaN
+    if fewer than 5 ranks do.
     """
     counted = hits >= _LEAST_HITS
     if counted.sum() < _LEAST_RANKS:
@@ -181,17 +169,15 @@ class RowUsage(PlainResult):
     @property
     def occupancy(self) -> np.ndarray:
         """Share of each head's rows that was read, float64 ``[G, O, K]``."""
-        occupancy: np.ndarray = self.num_rows_hit / self.num_rows
-        return occupancy
+        return np.asarray(self.num_rows_hit / self.num_rows)
 
     @property
     def occupancy_by_block(self) -> np.ndarray:
         """Share of the rows of all heads that the block read, float64 ``[G]``."""
-        occupancy: np.ndarray = self.num_rows_hit.sum((1, 2)) / self.num_rows.sum((1, 2))
-        return occupancy
+        return np.asarray(self.num_rows_hit.sum((1, 2)) / self.num_rows.sum((1, 2)))
 
 
-class RowUse(Analysis):
+class RowUse(ModelAnalysis):
     """Counts the rows that models with memory read. Feed it with `engram_lm.analysis.read_text`.
 
     Every living position counts, whether its values are finite or not: which rows are read depends on the tokens alone.
@@ -216,31 +202,23 @@ class RowUse(Analysis):
         self.min_count, self.max_bytes = min_count, max_bytes
         known = tokens is None or isinstance(tokens, TextNgrams)
         self.ngrams = tokens if known else TextNgrams(tokens, max_ngrams=max_ngrams)
-        self._counts: dict[str, _Counts] = {}
-        self._left_out: dict[str, str] = {}
 
-    def start(self, subjects: Sequence[Subject]) -> str | None:
+    def why_not(self, subject: Subject) -> str | None:
         """Apply to the models with memory."""
-        readers = [subject for subject in subjects if subject.memories]
-        num_counters = sum(len(subject.memories) for subject in readers)
-        self._counts = {subject.name: _Counts(subject, self.max_bytes // num_counters) for subject in readers}
-        self._left_out = {subject.name: "it has no memory" for subject in subjects if not subject.memories}
-        return applicable(self._left_out, subjects)
+        return None if subject.memories else "it has no memory"
+
+    def sums_for(self, subject: Subject, applied: Sequence[Subject]) -> "_Counts":
+        """Return counts of zero, with an equal part of the budget for each block of each model."""
+        return _Counts(subject, self.max_bytes // sum(len(one.memories) for one in applied))
 
     def scratch_bytes_per_token(self, subjects: Sequence[Subject]) -> int:
         """Return what counting the rows of one position and block takes."""
         return max((32 * subject.spec.num_heads_total for subject in subjects if subject.spec), default=0)
 
-    def update(self, readings: Sequence[Reading]) -> None:
-        """Count the rows of some windows."""
-        for reading in readings:
-            if reading.subject.name in self._counts:
-                self._counts[reading.subject.name].add(reading)
-
     def result(self) -> ModelFindings[RowUsage]:
         """Return what was counted, and the text's N-grams, a `TextNgrams`."""
-        models = {name: counts.usage(self._collisions(counts.spec)) for name, counts in self._counts.items()}
-        return ModelFindings(models, dict(self._left_out), self.ngrams)
+        models = {name: counts.usage(self._collisions(counts.spec)) for name, counts in self.sums.items()}
+        return ModelFindings(models, self.left_out, self.ngrams)
 
     def _collisions(self, spec: HashSpec) -> NgramCollisions | None:
         if self.ngrams is None:

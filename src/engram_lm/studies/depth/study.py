@@ -203,7 +203,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         found: dict[str, Any] = {}
         for part, result in read.items():
             if isinstance(result, NotApplicable):
-                runner.progress.note(f"{part} does not apply: {result.to_dict()['not_applicable']}")
+                runner.progress.note(f"{part} does not apply: {result.reason}")
                 found[part] = result.to_dict()
             elif isinstance(result, CkaFindings):
                 found[part] = {one.column_model: one.to_dict(self.top_k) for one in result.maps}
