@@ -9,7 +9,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -149,11 +149,7 @@ def suppressed(
 
 
 def conditions(subject: Any, how: Sequence[How] = ("zero", "shuffle")) -> tuple[Condition, ...]:
-    """List what can be suppressed: nothing; then, in each way, all memory, and that of each block by itself.
-
-    Raises:
-        MismatchError: There is no memory.
-    """
+    """List what can be suppressed: nothing; then, in each way, all memory, and that of each block by itself."""
     blocks = tuple(_memories(subject))
     parts = [blocks, *((block,) for block in blocks if len(blocks) > 1)]
     return (Condition(), *(Condition(part, way) for way in how for part in parts))
@@ -212,8 +208,7 @@ def suppression_effect(
                 stack.enter_context(suppressed(model, condition.blocks, condition.how, seed=seed))
             if families:
                 scores = score_tasks(inner, tokenizer, items, batch_size=batch_size)
-                for column, name in enumerate(families):
-                    family = scores.families[name]
+                for column, family in enumerate(map(scores.families.__getitem__, families)):
                     for measure, array in values.items():
                         array[row, column] = getattr(family, measure)  # None becomes NaN
                     chance[column], counts[column] = family.chance, family.num_items
@@ -253,18 +248,12 @@ def _zero(layer: Any, args: tuple[Any, ...], output: Tensor | EngramOutput) -> T
     return torch.zeros_like(output)
 
 
-class _RowMaps(NamedTuple):
-    """A bijection of rows for each head: row -> (factor * row + shift) mod count, counted from the head's first row."""
+def _row_maps(spec: HashSpec, block: int, seed: int) -> Tensor:
+    """Draw a bijection of rows for each head; a permutation written out would be as long as the table.
 
-    offsets: Tensor
-    factors: Tensor
-    shifts: Tensor
-    counts: Tensor
-    """All int64 ``[H]``."""
-
-
-def _row_maps(spec: HashSpec, block: int, seed: int) -> _RowMaps:
-    """Draw the bijections. A permutation written out would be as long as the table."""
+    It is row -> (factor * row + shift) mod count, counted from the head's first row. Returns the offsets, factors,
+    shifts and counts of the heads, int64 ``[4, H]``.
+    """
     index = spec.blocks.index(block)
     # The seed is a string, because `random` turns a string into the same number in every process.
     chance = random.Random(f"{seed} {block}")
@@ -275,15 +264,14 @@ def _row_maps(spec: HashSpec, block: int, seed: int) -> _RowMaps:
         candidates = (chance.randrange(2, bound) for _ in range(1000)) if bound > 3 else iter(())
         factors.append(next((factor for factor in candidates if math.gcd(factor, count) == 1), 1))
         shifts.append(chance.randrange(1, count) if count > 1 else 0)
-    columns = (spec.offsets_at(index), factors, shifts, spec.primes[index])
-    return _RowMaps(*(torch.tensor(column, dtype=torch.int64) for column in columns))
+    return torch.tensor([list(spec.offsets_at(index)), factors, shifts, list(spec.primes[index])], dtype=torch.int64)
 
 
-def _shuffle(maps: _RowMaps, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _shuffle(maps: Tensor, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden, memory, *rest = args
     if memory.is_floating_point():
         raise MismatchError("rows cannot be shuffled where memory vectors are passed in place of row numbers")
-    offsets, factors, shifts, counts = (part.to(memory.device) for part in maps)
+    offsets, factors, shifts, counts = maps.to(memory.device)
     shuffled = offsets + (factors * (memory - offsets) + shifts) % counts
     return hidden, shuffled, *rest
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.analysis.positions import PositionChoice, Positions
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading, plain
+from engram_lm.analysis.protocol import Analysis, NotApplicable, PlainResult, Reading, plain
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 
@@ -45,7 +45,7 @@ def soft_alignment(similarity: np.ndarray, top_k: int = 5) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CkaMap:
+class CkaMap(PlainResult):
     """CKA between all layers of two models.
 
     Axes R and C have one entry more than the models have layers: entry 0 is what enters the first layer (the token
@@ -72,16 +72,12 @@ class CkaMap:
         return soft_alignment(self.similarity, top_k)
 
     def control(self, top_k: int = 5) -> np.ndarray:
-        """Align the baseline with itself in the same way, and take the result at the relative depth of each column.
+        """Align the baseline with itself, and take the result at the relative depth of each column, float64 ``[C]``.
 
         This is not the diagonal, because a centroid of k layers saturates near both ends.
-
-        Returns:
-            Float64 ``[C]``, in layers of the baseline.
         """
         rows, columns = self.similarity.shape
-        depths = np.linspace(0, rows - 1, columns)
-        return np.interp(depths, np.arange(rows), soft_alignment(self.within_rows, top_k))
+        return np.interp(np.linspace(0, rows - 1, columns), np.arange(rows), soft_alignment(self.within_rows, top_k))
 
     def gain(self, top_k: int = 5) -> np.ndarray:
         """Compute how many layers of the baseline the column model is ahead: `alignment` - `control`, ``[C]``.
@@ -96,15 +92,15 @@ class CkaMap:
         if top_k is None:
             # In a small model the centroid of all layers would be the same for every column.
             top_k = min(5, -(-len(self.similarity) // 3))
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"top_k": top_k, "alignment": self.alignment(top_k), "control": self.control(top_k)}
-        return {name: plain(value) for name, value in {**values, "gain": self.gain(top_k)}.items()}
+        aligned = {"alignment": self.alignment(top_k), "control": self.control(top_k), "gain": self.gain(top_k)}
+        return {**super().to_dict(), "top_k": top_k, **plain(aligned)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CkaFindings:
+class CkaFindings(PlainResult):
     """CKA of a baseline with each of the other models, at the same positions of one text."""
 
+    also = ("streams",)
     streams: ClassVar[str] = "concatenated"
     """How residual streams were compared."""
 
@@ -122,11 +118,6 @@ class CkaFindings:
     """Number of minibatches."""
     num_not_finite: int
     """Positions left out because a value of a model is NaN or infinite there."""
-
-    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
-        """Return plain values for JSON; see `CkaMap.to_dict`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "streams": self.streams, "maps": [found.to_dict(top_k) for found in self.maps]}
 
 
 # Dimension key: n positions of a minibatch, W width of what is compared, E entries (1 + layers) of a model,
@@ -212,11 +203,7 @@ class Cka(Analysis):
         self._choice = PositionChoice(positions, min_count=min_count, one_in=one_in)
 
     def start(self, subjects: Sequence[Subject]) -> str | None:
-        """Compare the baseline with the others, or with itself if it is alone.
-
-        Raises:
-            ConfigError: No model has the baseline's name.
-        """
+        """Compare the baseline with the others, or with itself; `ConfigError` if no model has its name."""
         by_name = {subject.name: subject for subject in subjects}
         plain = [subject.name for subject in subjects if not subject.memories]
         self._baseline = self.baseline or (plain or list(by_name))[0]

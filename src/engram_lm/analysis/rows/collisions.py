@@ -36,15 +36,10 @@ class TextNgrams:
         return cls(text_tokens(subject.tokenizer, text) if isinstance(text, str) else text, max_ngrams=max_ngrams)
 
     def frequent(self, spec: HashSpec, num_ngrams: int | None = None) -> Mapping[int, FrequentNgrams]:
-        """Return the most frequent N-grams of each order.
+        """Return the most frequent N-grams of each order, ``num_ngrams`` or all that are kept.
 
-        Args:
-            spec: The hash. Two hashes that see the same N-grams and differ only in their rows share one count.
-            num_ngrams: N-grams of each order, at most; None means all that are kept.
-
-        Raises:
-            DataError: The text has no tokens.
-            TokenError: A token is outside the vocabulary.
+        Two hashes that see the same N-grams and differ only in their rows share one count. Raises `DataError` if the
+        text has no tokens, and `TokenError` if one is outside the vocabulary.
         """
         key = (spec.orders, spec.token_map_digest, spec.fill, spec.segments)
         if key not in self._counted:
@@ -124,33 +119,25 @@ class CollisionStudy(PlainResult):
 
 
 def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, min_count: int = 2) -> NgramCollisions:
-    """Count the collisions among frequent N-grams.
+    """Count the collisions among N-grams that occur at ``min_count`` positions or more.
 
-    Args:
-        spec: The hash.
-        ngrams: N-grams by order, from `engram_lm.hashing.counting.frequent_ngrams` with a hash of the same orders,
-            token map and segments. No others are compared.
-        min_count: Compare those that occur at this many positions or more.
-
-    Raises:
-        ConfigError: ``min_count`` is below 1.
+    The N-grams, by order, come from `engram_lm.hashing.counting.frequent_ngrams` with a hash of the same orders, token
+    map and segments. No others are compared.
     """
     check_whole(min_count=min_count)
     frequent = [ngrams[order].first(int((ngrams[order].counts >= min_count).sum())) for order in spec.orders]
     shape = (len(spec.layers), len(spec.orders), spec.num_heads)
-    by_head, expected_by_head = np.full(shape, np.nan), np.full(shape, np.nan)
-    all_heads, expected_all_heads = np.full(shape[:2], np.nan), np.full(shape[:2], np.nan)
+    heads = {name: np.full(shape, np.nan) for name in ("by_head", "expected_by_head")}
+    whole = {name: np.full(shape[:2], np.nan) for name in ("all_heads", "expected_all_heads")}
     for index, layer in enumerate(spec.layers):
         for place, some in enumerate(frequent):
-            number = len(some.counts)
-            if not number:
-                continue
-            rows, first = ngram_rows(spec, some, layer), place * spec.num_heads
-            primes = np.array(spec.primes[index][first : first + spec.num_heads], np.float64)
-            by_head[index, place] = [_met(column) for column in rows.T]
-            all_heads[index, place] = _met(rows)
-            expected_by_head[index, place] = [_expected(number, np.log(prime)) for prime in primes]
-            expected_all_heads[index, place] = _expected(number, float(np.log(primes).sum()))
+            if number := len(some.counts):
+                rows, first = ngram_rows(spec, some, layer), place * spec.num_heads
+                log_primes = np.log(np.array(spec.primes[index][first : first + spec.num_heads], np.float64))
+                heads["by_head"][index, place] = [_met(column) for column in rows.T]
+                heads["expected_by_head"][index, place] = [_expected(number, one) for one in log_primes]
+                whole["all_heads"][index, place] = _met(rows)
+                whole["expected_all_heads"][index, place] = _expected(number, float(log_primes.sum()))
     return NgramCollisions(
         blocks=spec.blocks,
         orders=spec.orders,
@@ -158,10 +145,8 @@ def ngram_collisions(spec: HashSpec, ngrams: Mapping[int, FrequentNgrams], *, mi
         num_ngrams=np.array([len(some.counts) for some in frequent]),
         num_distinct=np.array([some.num_distinct for some in frequent]),
         covered=np.array([some.covered for some in frequent]),
-        by_head=by_head,
-        expected_by_head=expected_by_head,
-        all_heads=all_heads,
-        expected_all_heads=expected_all_heads,
+        **heads,
+        **whole,
     )
 
 
@@ -204,13 +189,12 @@ def collision_study(
         raise ConfigError(
             f"rows_per_order is a whole number, at least two for each of {max(heads)} heads, got {rows_per_order!r}"
         )
-    mapped = isinstance(tokenizer, TokenMap)
     if isinstance(text, str):
-        if mapped:
+        if isinstance(tokenizer, TokenMap):
             raise ConfigError("a TokenMap does not tokenize text; pass the tokenizer, or token ids")
         text = text_tokens(tokenizer, text)
     ngrams = text if isinstance(text, TextNgrams) else TextNgrams(text)
-    token_map = tokenizer if mapped else TokenMap.from_tokenizer(tokenizer)
+    token_map = tokenizer if isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
     maps = [token_map if compressed else TokenMap.identity(token_map.num_tokens) for compressed in compression]
     found: list[list[NgramCollisions]] = []
     for used in maps:
@@ -225,13 +209,16 @@ def collision_study(
         counted = ngrams.frequent(specs[0])
         found.append([ngram_collisions(spec, counted, min_count=min_count) for spec in specs])
 
-    def of_maps(name: str) -> np.ndarray:
-        return np.array([getattr(choices[0], name) for choices in found])
-
-    def of_heads(name: str) -> np.ndarray:
-        values = ([getattr(one, name)[0] for one in choices] for choices in found)
-        return np.array([[value.mean(-1) if value.ndim == 2 else value for value in choices] for choices in values])
-
+    measures = {"one_head": "by_head", "all_heads": "all_heads"}
+    measures |= {f"expected_{name}": f"expected_{measure}" for name, measure in measures.items()}
+    by_heads = {
+        # The mean over the heads of an order; what belongs to all of them has no such axis.
+        name: np.array([[getattr(one, of)[0].reshape(len(orders), -1).mean(-1) for one in row] for row in found])
+        for name, of in measures.items()
+    }
+    by_map = {
+        name: np.array([getattr(row[0], name) for row in found]) for name in ("num_distinct", "num_ngrams", "covered")
+    }
     return CollisionStudy(
         orders=tuple(orders),
         heads=tuple(heads),
@@ -240,13 +227,8 @@ def collision_study(
         min_count=min_count,
         num_tokens=len(ngrams.tokens),
         vocab_size=np.array([len(used) for used in maps]),
-        num_distinct=of_maps("num_distinct"),
-        num_ngrams=of_maps("num_ngrams"),
-        covered=of_maps("covered"),
-        one_head=of_heads("by_head"),
-        expected_one_head=of_heads("expected_by_head"),
-        all_heads=of_heads("all_heads"),
-        expected_all_heads=of_heads("expected_all_heads"),
+        **by_map,
+        **by_heads,
     )
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.analysis.protocol import PlainResult
+from engram_lm.analysis.lens import LogitLens
+from engram_lm.analysis.protocol import NotApplicable, PlainResult
+from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens
@@ -18,9 +20,6 @@ from engram_lm.memory.layer import EngramLayer, row_signs
 
 if TYPE_CHECKING:
     from rich.table import Table
-from engram_lm.analysis.lens import LogitLens
-from engram_lm.analysis.protocol import NotApplicable
-from engram_lm.analysis.reading import read_text
 
 __all__ = ["Neighbours", "Promoted", "TextNgram", "nearest_ngrams", "nearest_rows", "promoted_tokens"]
 
@@ -55,40 +54,31 @@ def promoted_tokens(
 
     Source: direct logit attribution, Elhage et al., “A Mathematical Framework for Transformer Circuits”, 2021.
     """
-    nothing: tuple[tuple[Promoted, ...], ...] = ((),) * len(vectors)
-    few = np.arange(min(4, len(subject.tokenizer), subject.vocab_size))
+    num_tokens = min(len(subject.tokenizer), subject.vocab_size)
+    few = np.arange(min(4, num_tokens))
     if number < 1 or isinstance(
         read_text([subject], few, {"lens": LogitLens()}, length=len(few))["lens"], NotApplicable
     ):
-        return nothing
-    values = _values(layer, vectors, channels, subject.device)
-    # All streams hold the value, as they do behind the memory, except for their gates.
-    states = values.to(subject.dtype).unsqueeze(-2).expand(-1, subject.num_streams, -1)
-    num_tokens = min(len(subject.tokenizer), subject.vocab_size)
-    logits = subject.predict(torch.cat([states, torch.zeros_like(states[:1])]))[..., :num_tokens].float().cpu()
-    raised = logits[:-1] - logits[-1:]
-    says = (values.abs().amax(-1) > 0).cpu() & raised.isfinite().all(-1)
-    best = raised.topk(min(number, num_tokens))
-    return tuple(
-        tuple(
-            Promoted(token, spelled(subject.tokenizer, [token]), logit)
-            for token, logit in zip(tokens, found, strict=True)
-        )
-        if speaks
-        else ()
-        for tokens, found, speaks in zip(best.indices.tolist(), best.values.tolist(), says.tolist(), strict=True)
-    )
-
-
-def _values(layer: EngramLayer, vectors: Tensor, channels: slice, device: torch.device) -> Tensor:
-    """Apply the value projection without its bias, [N, D]. Quantized and offloaded ones must be called as modules."""
+        return ((),) * len(vectors)
+    # The value projection without its bias. Quantized and offloaded ones must be called as modules.
     weight = layer.key_value.weight
     memory = torch.zeros(len(vectors) + 1, layer.config.memory_dim)
     memory[:-1, channels] = vectors
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    projected = layer.key_value(memory.to(device if weight.is_meta else weight.device, dtype))
+    projected = layer.key_value(memory.to(subject.device if weight.is_meta else weight.device, dtype))
     values = projected[..., -layer.config.hidden_size :].float()
-    return (values[:-1] - values[-1:]).to(device)
+    values = (values[:-1] - values[-1:]).to(subject.device)
+    # All streams hold the value, as they do behind the memory, except for their gates.
+    states = values.to(subject.dtype).unsqueeze(-2).expand(-1, subject.num_streams, -1)
+    logits = subject.predict(torch.cat([states, torch.zeros_like(states[:1])]))[..., :num_tokens].float().cpu()
+    raised = logits[:-1] - logits[-1:]
+    says = (values.abs().amax(-1) > 0).cpu() & raised.isfinite().all(-1)
+    promoted = []
+    for place, best in enumerate(raised):
+        top = best.topk(min(number, num_tokens) if says[place] else 0)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        promoted.append(tuple(Promoted(token, spelled(subject.tokenizer, [token]), logit) for token, logit in pairs))
+    return tuple(promoted)
 
 
 class TextNgram(NamedTuple):
@@ -140,8 +130,7 @@ class Neighbours(PlainResult):
     @property
     def shared_heads(self) -> np.ndarray:
         """Heads in which an entry reads the same row as the query, int64 ``[Q]``: there it is near by a collision."""
-        shared: np.ndarray = (self.rows == self.rows[:1]).sum(1)
-        return shared
+        return np.asarray((self.rows == self.rows[:1]).sum(1))
 
     def __rich__(self) -> "Table":
         from rich.table import Table
@@ -214,18 +203,21 @@ def nearest_rows(
     known = None if text is None else TextNgrams.of(subject, text).frequent(spec)[order]
     readers = _Readers(memory, head, known)
     searched = range(offsets[column], offsets[column] + primes[column]) if among == "head" else readers.rows
-    best = _Best(memory.gather(np.array([row]))[0], k)
-    best.search(searched, row, memory.gather, budget_bytes // memory.row_bytes)
-    rows = np.array([row, *best.places])
-    promoted = promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted)
-    return best.found(
+    nearest = _nearest(
+        memory.gather(np.array([row]))[0], searched, row, memory.gather, k, budget_bytes // memory.row_bytes
+    )
+    rows = np.array([row, *nearest.places])
+    return Neighbours(
         block=memory.block,
         order=order,
         head=head,
         rows=rows[:, None],
         ngrams=tuple(readers.first(one, num_ngrams) for one in rows.tolist()),
         num_ngrams=np.array([len(readers.entries(one)) for one in rows.tolist()]),
-        promoted=promoted,
+        promoted=promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted),
+        cosines=nearest.cosines,
+        num_searched=nearest.num_searched,
+        num_left_out=nearest.num_left_out,
     )
 
 
@@ -285,21 +277,25 @@ def nearest_ngrams(
     assert spec.token_map is not None
     place = int(counted.find(spec.token_map.apply(tokens)[None])[0])
     searched, at_once = np.flatnonzero(counted.counts >= min_count), budget_bytes // (spec.num_heads * memory.row_bytes)
-    best = _Best(memory.vectors(own[None])[0], k)
-    best.search(searched, place, lambda places: memory.vectors(rows[places]), at_once)
-    found = np.concatenate([own[None], rows[best.places]])
+    nearest = _nearest(
+        memory.vectors(own[None])[0], searched, place, lambda places: memory.vectors(rows[places]), k, at_once
+    )
+    found = np.concatenate([own[None], rows[nearest.places]])
     channels = memory.channels(first, spec.num_heads)
     query = TextNgram(
         spelled(subject.tokenizer, tokens), order, counted.counts[place] if place >= 0 else 0, memory.block
     )
-    return best.found(
+    return Neighbours(
         block=memory.block,
         order=order,
         head=None,
         rows=found,
-        ngrams=((query,), *((memory.describe(counted, one),) for one in best.places.tolist())),
+        ngrams=((query,), *((memory.describe(counted, one),) for one in nearest.places.tolist())),
         num_ngrams=np.ones(len(found), np.int64),
         promoted=promoted_tokens(subject, memory.layer, memory.vectors(found), channels, num_promoted),
+        cosines=nearest.cosines,
+        num_searched=nearest.num_searched,
+        num_left_out=nearest.num_left_out,
     )
 
 
@@ -376,47 +372,43 @@ class _Readers:
         return tuple(self._memory.describe(counted, place, self._blocks[block]) for place, block in ranked)
 
 
-class _Best:
-    """The vectors nearest to a query, among those that were compared with it."""
+class _Nearest(NamedTuple):
+    """The vectors nearest to a query; ``cosines`` begin with the query's own, 1."""
 
-    def __init__(self, query: Tensor, k: int) -> None:
-        norm = query.norm()
-        if not norm.isfinite() or norm == 0:
-            raise ConfigError(
-                "there is nothing near it: the row, or the memory of the N-gram, is all zero, or holds a NaN or an "
-                "infinity, so it has no direction; ask for another one"
-            )
-        self._query, self._k = query / norm, k
-        self.places, self.cosines = np.zeros(0, np.int64), np.zeros(0, np.float64)
-        self.num_searched = self.num_left_out = 0
+    places: np.ndarray
+    cosines: np.ndarray
+    num_searched: int
+    num_left_out: int
 
-    def search(
-        self, places: range | np.ndarray, own: int, vectors_of: Callable[[np.ndarray], Tensor], at_once: int
-    ) -> None:
-        """Compare the vectors at some places with the query, piece by piece and except for its own."""
-        for start in range(0, len(places), max(1, at_once)):
-            piece = places[start : start + max(1, at_once)]
-            piece = np.arange(piece.start, piece.stop) if isinstance(piece, range) else piece
-            piece = piece[piece != own]
-            self._add(vectors_of(piece), piece)
 
-    def _add(self, vectors: Tensor, places: np.ndarray) -> None:
+def _nearest(
+    query: Tensor,
+    places: range | np.ndarray,
+    own: int,
+    vectors_of: Callable[[np.ndarray], Tensor],
+    k: int,
+    at_once: int,
+) -> _Nearest:
+    """Compare the vectors at some places with the query, ``at_once`` of them at a time and except for its own."""
+    norm = query.norm()
+    if not norm.isfinite() or norm == 0:
+        raise ConfigError(
+            "there is nothing near it: the row, or the memory of the N-gram, is all zero, or holds a NaN or an "
+            "infinity, so it has no direction; ask for another one"
+        )
+    best, best_cosines = np.zeros(0, np.int64), np.zeros(0, np.float64)
+    num_searched = num_left_out = 0
+    for start in range(0, len(places), max(1, at_once)):
+        piece = np.asarray(places[start : start + max(1, at_once)], np.int64)
+        piece = piece[piece != own]
+        vectors = vectors_of(piece)
         norms = vectors.norm(dim=1)
         usable = (norms > 0) & norms.isfinite()
-        cosines = ((vectors[usable] @ self._query) / norms[usable]).numpy().astype(np.float64)
-        self.num_searched += len(cosines)
-        self.num_left_out += len(places) - len(cosines)
-        cosines = np.concatenate([self.cosines, cosines])
-        places = np.concatenate([self.places, places[usable.numpy()]])
+        cosines = ((vectors[usable] @ (query / norm)) / norms[usable]).numpy().astype(np.float64)
+        num_searched += len(cosines)
+        num_left_out += len(piece) - len(cosines)
+        best, best_cosines = np.append(best, piece[usable.numpy()]), np.append(best_cosines, cosines)
         # Among equals the lower place comes first.
-        nearest = np.lexsort([places, -cosines])[: self._k]
-        self.cosines, self.places = cosines[nearest], places[nearest]
-
-    def found(self, **values: Any) -> Neighbours:
-        """Return the neighbours, with what else is known of them."""
-        return Neighbours(
-            cosines=np.array([1.0, *self.cosines]),
-            num_searched=self.num_searched,
-            num_left_out=self.num_left_out,
-            **values,
-        )
+        nearest = np.lexsort([best, -best_cosines])[:k]
+        best, best_cosines = best[nearest], best_cosines[nearest]
+    return _Nearest(best, np.append(1.0, best_cosines), num_searched, num_left_out)

@@ -204,7 +204,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         for part, result in read.items():
             if isinstance(result, NotApplicable):
                 runner.progress.note(f"{part} does not apply: {result.reason}")
-                found[part] = result.to_dict()
+                found[part] = {"not_applicable": result.reason}
             elif isinstance(result, CkaFindings):
                 found[part] = {one.column_model: one.to_dict(self.top_k) for one in result.maps}
             else:
