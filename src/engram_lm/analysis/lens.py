@@ -18,7 +18,7 @@ from engram_lm.page.figure import INK, MARKERS, Panels, Picture, line_style
 from engram_lm.page.frame import section, table
 from engram_lm.page.number_text import count_text, number_text
 
-__all__ = ["LensCurve", "LensPart", "LogitLens"]
+__all__ = ["LensCurve", "LensPart", "LogitLens", "draw_lens"]
 
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
@@ -284,10 +284,10 @@ class LensPart(Part):
 
 def _panels(curves: Mapping[str, Mapping[str, Any]]) -> Panels:
     titles = {key: title for key, (title, _) in _FIGURES.items()}
-    return Panels(name="lens", titles=titles, arms=list(curves), draw=functools.partial(_draw, curves))
+    return Panels(name="lens", titles=titles, arms=list(curves), draw=functools.partial(draw_lens, curves))
 
 
-def _draw(curves: Mapping[str, Mapping[str, Any]], axes: Any, *, key: str, on_page: bool) -> None:
+def draw_lens(curves: Mapping[str, Mapping[str, Any]], axes: Any, *, key: str, on_page: bool) -> None:
     """Draw a value of the logit lens against depth; layers that read memory have a large point."""
     from matplotlib.ticker import MaxNLocator
 

@@ -12,19 +12,19 @@ import tyro
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.errors import MismatchError, RunFolderError
+from engram_lm.errors import MismatchError, RunFolderError, check_whole
 from engram_lm.files import read_json, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
-from engram_lm.studies.page import Finding, print_finding, render_study
+from engram_lm.studies.page import print_finding, render_study
 from engram_lm.studies.progress import StudyProgress
-from engram_lm.studies.result import study_finding, study_result
+from engram_lm.studies.result import study_result
 from engram_lm.studies.runner import Mode, Runner
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.run_folder import command_line, commit, hold_folder, run_facts, to_json
 
-__all__ = ["StudyCommand", "plain_flags"]
+__all__ = ["StudyCommand", "check_flags", "plain_flags"]
 
 _MARK = "study.json"
 _LONG_SECONDS = 60.0
@@ -86,28 +86,16 @@ class StudyCommand:
         return {name: value for name, value in plain_flags(self).items() if name not in free}
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
-        """Measure what was trained.
+        """Make the result, but for the facts of the run and the settings, from the arms of each seed by name.
 
-        Args:
-            seeds: For each seed, its arms by name.
-            runner: What trained them; it has the study and its text.
-
-        Returns:
-            The result without the facts of the run and the settings.
+        The runner that trained them has the study and its text.
         """
         return study_result(runner.study, seeds)
-
-    def finding(self, result: Mapping[str, Any]) -> Finding:
-        """Say what came out, for the terminal and for the page."""
-        return study_finding(result)
 
     # What all studies do ---------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Do all of it.
-
-        Returns:
-            Exit status: 0, or 130 after an interruption (``--resume`` continues then).
+        """Do all of it; return the exit status: 0, or 130 after an interruption (``--resume`` continues then).
 
         Raises:
             ConfigError: An arm is impossible, or the arms do not share the budget.
@@ -174,7 +162,7 @@ class StudyCommand:
 
     def _publish(self, result: dict[str, Any], study: Study) -> None:
         """Write pictures, the page and then the result, each of them whole, and print what came out."""
-        out, pictures, finding = self.folder, study.figures(result), self.finding(result)
+        out, pictures, finding = self.folder, study.figures(result), study.finding(result)
         files = save_pictures(pictures, out)
         titled = {picture.title: path for picture, path in zip(pictures, files, strict=True)}
         write_atomically(out / "report.html", render_study(study.question, finding, titled, result))
@@ -204,6 +192,11 @@ class StudyCommand:
             words += f"; equal within {study.budget.tolerance:.1%}: {', '.join(study.budget.equal)}"
         console.print(words, highlight=False)
         return 0
+
+
+def check_flags(command: Any, *names: str) -> None:
+    """Raise a `ConfigError` that names the first of some flags whose number is below 1."""
+    check_whole(**{f"--{name.replace('_', '-')}": getattr(command, name) for name in names})
 
 
 def plain_flags(command: Any) -> dict[str, Any]:

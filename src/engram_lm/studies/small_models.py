@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engram_lm.errors import ConfigError
 from engram_lm.files import new_folder
 from engram_lm.memory import EngramConfig
+from engram_lm.studies.command import check_flags
 from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -71,9 +72,7 @@ class SmallModelFlags:
     """Rows asked for per head."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "sequence_length", "blocks", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_flags(self, "tokens", "batch_size", "sequence_length", "blocks", "max_bytes")
         if self.vocab_size < 258:
             raise ConfigError(
                 f"--vocab-size must be at least 258 (all bytes and two special tokens), not {self.vocab_size}"
@@ -96,11 +95,7 @@ class SmallModelFlags:
         return 1
 
     def memory_in(self, blocks: tuple[int, ...], memory_dim: int | None = None) -> EngramConfig:
-        """Memory in some blocks, whose vector has the given width, or that of the flag.
-
-        Raises:
-            ConfigError: The memory is impossible.
-        """
+        """Memory in some blocks, whose vector has the given width, or that of the flag."""
         return EngramConfig(
             hidden_size=self.hidden_size,
             layers=blocks,
@@ -112,16 +107,19 @@ class SmallModelFlags:
             value_init="zero",
         )
 
-    def backbone(self) -> dict[str, Any]:
-        """Fields of the backbone's configuration."""
+    def model(self, memory: EngramConfig | None, *, wider: int = 0, **options: Any) -> ModelOptions:
+        """Choose a model with memory or without, whose feed-forward has ``wider`` channels more in every block.
+
+        The options are other fields of the recipe's ``[model]``.
+        """
         heads = self.hidden_size // _HEAD_WIDTH
-        return {
+        backbone = {
             "num_hidden_layers": self.blocks,
+            "first_k_dense_replace": self.blocks,
             "hidden_size": self.hidden_size,
-            "intermediate_size": self.hidden_size * 11 // 4,
+            "intermediate_size": self.hidden_size * 11 // 4 + wider,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
-            "q_lora_rank": None,
             "kv_lora_rank": self.hidden_size // 2,
             "qk_rope_head_dim": 16,
             "qk_nope_head_dim": 16,
@@ -133,18 +131,6 @@ class SmallModelFlags:
             "tie_word_embeddings": True,
             "num_streams": self.num_streams,
         }
-
-    def model(self, memory: EngramConfig | None, *, wider: int = 0, **options: Any) -> ModelOptions:
-        """Choose a model.
-
-        Args:
-            memory: Its memory; None for a model without.
-            wider: Channels to add to the feed-forward of every block.
-            **options: Other fields of the recipe's ``[model]``.
-        """
-        backbone = {name: value for name, value in self.backbone().items() if value is not None}
-        backbone["intermediate_size"] += wider
-        backbone["first_k_dense_replace"] = self.blocks
         if memory is None:
             return ModelOptions(preset="dense-nano", backbone=backbone, **options)
         fields = ("layers", "memory_dim", "num_heads", "rows_per_head", "table_std", "value_init")
@@ -156,16 +142,10 @@ class SmallModelFlags:
         return round(flops / (6 * self.hidden_size * self.blocks))
 
     def prepare_tokenizer(self, study: Path) -> list[str]:
-        """Train the tokenizer of a study on the documents that its models are trained on, unless there is one.
-
-        Args:
-            study: The folder of the study; the tokenizer is kept where `Runner` looks for it.
+        """Train the tokenizer of a study on the text of its models, and keep it where `Runner` looks for it.
 
         Returns:
             Names of the documents that are held out, in order; empty where the tokenizer is there already.
-
-        Raises:
-            DataError: There is no text, or too little.
         """
         if (study / TOKENIZER).is_dir():
             return []
@@ -176,12 +156,7 @@ class SmallModelFlags:
         return [document.name for document in held_out]
 
     def recipe(self, model: ModelOptions, *, curve_points: int = 0) -> Recipe:
-        """Write the recipe of a model.
-
-        Args:
-            model: Which model.
-            curve_points: Measurements of held-out loss along the way.
-        """
+        """Write the recipe of a model, with some measurements of held-out loss along the way."""
         return Recipe(
             model=model,
             tokenizer=TokenizerOptions(vocab_size=self.vocab_size),

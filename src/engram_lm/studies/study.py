@@ -10,6 +10,8 @@ from engram_lm.errors import ConfigError
 from engram_lm.model import EngramLMConfig
 from engram_lm.planning.sizes import ModelSizes, model_sizes
 from engram_lm.studies.figures import Figures, loss_bars
+from engram_lm.studies.page import Finding
+from engram_lm.studies.summary import study_finding
 from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
 
@@ -127,6 +129,8 @@ class Study:
     """What is measured; the first is what figures and headline are about."""
     figures: Figures = loss_bars
     """What is drawn of the result."""
+    finding: Callable[[Mapping[str, Any]], Finding] = study_finding
+    """Says what came out, for the terminal and for the page."""
     recipe_of: Callable[[Arm, int], Recipe] = with_seed
     """The recipe of an arm with a seed."""
 

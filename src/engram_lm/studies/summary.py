@@ -4,9 +4,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engram_lm.page.number_text import mean_of, spread_of
+from engram_lm.page.number_text import NOTHING, mean_of, signed_text, spread_of, spread_text
+from engram_lm.studies.page import Finding, Table
 
-__all__ = ["ENOUGH_SEEDS", "paired_difference", "paired_p_value", "seeds_note", "spread"]
+__all__ = ["ENOUGH_SEEDS", "paired_difference", "paired_p_value", "seeds_note", "spread", "study_finding"]
+
+_COLUMNS = ("Arm", "Mean", "Difference", "p", "Seeds")
 
 ENOUGH_SEEDS = 3
 """Seeds below which a difference is not told from chance."""
@@ -21,11 +24,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
 def paired_p_value(differences: Sequence[float]) -> float | None:
     """Probability of a mean difference at least this far from 0, were there none: a two-sided paired t-test.
 
-    Args:
-        differences: One for each pair.
-
-    Returns:
-        None for fewer than two pairs, or where all differences are the same.
+    It is None for fewer than two pairs, and where all differences are the same.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4 (Student's distribution as a finite sum).
     """
@@ -44,11 +43,7 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
 
 
 def paired_difference(values: Mapping[int, float | None], first: Mapping[int, float | None]) -> dict[str, Any]:
-    """Subtract the first arm's values from another's, for each seed in which both are known.
-
-    Returns:
-        ``mean``, ``std``, ``per_seed`` and ``p_value`` (see `paired_p_value`).
-    """
+    """Subtract the first arm's values from another's, for each seed in which both are known; see `paired_p_value`."""
     pairs = [(values[seed], first.get(seed)) for seed in values]
     found = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return {**spread(found), "per_seed": found, "p_value": paired_p_value(found)}
@@ -60,3 +55,47 @@ def seeds_note(num_seeds: int) -> str:
         return f"Values are means over {num_seeds} seeds, ± the sample standard deviation."
     seeds = "One seed was" if num_seeds == 1 else f"{num_seeds} seeds were"
     return f"{seeds} run, which is too few to tell a difference from chance; run at least {ENOUGH_SEEDS}."
+
+
+def study_finding(result: Mapping[str, Any]) -> Finding:
+    """Say which arm of an ``engram.study.1`` is lowest in the first measure and how sure that is, and list all."""
+    tables = [
+        Table(
+            title=about["title"].capitalize(),
+            columns=_COLUMNS,
+            rows=[_row(arm, name) for arm in result["arms"].values()],
+            note=f"In {about['unit']}. Difference: to {next(iter(result['arms'].values()))['title']}, seed by seed; p: "
+            "two-sided, of a paired t-test.",
+        )
+        for name, about in result["measures"].items()
+    ]
+    return Finding(headline=_headline(result), detail=seeds_note(len(result["seeds"])), tables=tables)
+
+
+def _row(arm: Mapping[str, Any], measure: str) -> list[str]:
+    found, failed = arm["summary"][measure], sum(run["failed"] is not None for run in arm["runs"])
+    difference = found.get("difference") or {"mean": None, "std": None, "p_value": None}
+    return [
+        arm["title"],
+        spread_text(found["mean"], found["std"]),
+        spread_text(difference["mean"], difference["std"], signed=True),
+        NOTHING if difference["p_value"] is None else f"{difference['p_value']:.2g}",
+        f"{len(arm['runs'])}" + (f", {failed} diverged" if failed else ""),
+    ]
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    measure, about = next(iter(result["measures"].items()))
+    summaries = {name: arm["summary"][measure] for name, arm in result["arms"].items()}
+    known = {name: found["mean"] for name, found in summaries.items() if found["mean"] is not None}
+    if not known:
+        return "No arm was trained to its end"
+    first, best = next(iter(summaries)), min(known, key=lambda name: known[name])
+    words = f"Lowest {about['title']}: {result['arms'][best]['title']}, {known[best]:.3f} {about['unit']}"
+    difference = summaries[best].get("difference")
+    if difference is None or difference["mean"] is None:
+        return words
+    sure = f"p = {difference['p_value']:.2g}" if difference["p_value"] is not None else "p unknown"
+    if len(difference["per_seed"]) < ENOUGH_SEEDS:
+        sure = "too few seeds to tell it from chance"
+    return f"{words} ({signed_text(difference['mean'])} to {result['arms'][first]['title']}, {sure})"

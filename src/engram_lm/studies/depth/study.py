@@ -11,16 +11,13 @@ from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
 from engram_lm.analysis.subject import find_subject
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.command import StudyCommand
-from engram_lm.studies.depth.figures import figures
-from engram_lm.studies.depth.summary import BASELINE, depth_finding, summarize
-from engram_lm.studies.page import Finding
+from engram_lm.studies.command import StudyCommand, check_flags
+from engram_lm.studies.depth.summary import BASELINE, depth_finding, figures, summarize
 from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.small_models import SmallModelFlags, like
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
 from engram_lm.training.loop import find_device
-from engram_lm.training.recipe import ModelOptions
 
 __all__ = ["DepthStudy", "default_split"]
 
@@ -92,9 +89,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
             raise ConfigError(f"--split {self.split} names blocks beyond the {self.blocks}, counted from 0")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ConfigError(f"--parts names each of sweep, lens and cka at most once, and at least one: {self.parts}")
-        for name in ("seeds", "streams", "analysis_tokens", "top_k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_flags(self, "seeds", "streams", "analysis_tokens", "top_k")
         for blocks in ((0,), self.split):
             self.memory_of(blocks)  # refuses what cannot be
 
@@ -108,9 +103,6 @@ class DepthStudy(SmallModelFlags, StudyCommand):
 
         Two modules have rows of half the width, and each as many of them as one module, so that the tables of all arms
         hold as much (but for the primes, which differ by some rows) and their projections cost as much.
-
-        Raises:
-            ConfigError: The memory is impossible, or the width cannot be divided.
         """
         if not blocks:
             return None
@@ -133,22 +125,15 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         assert one is not None
         baseline = self.model(None, wider=self.width_of(one.flops_per_token()))
         single = range(self.blocks) if "sweep" in self.parts else [min(1, self.blocks - 1)]
-        models: dict[tuple[str, tuple[int, ...]], ModelOptions] = {(BASELINE, ()): baseline}
+        first = (*like(baseline), *like(self.model(one), part="memory"))
+        arms = [Arm(name=BASELINE, title="no memory", recipe=self.recipe(baseline))]
         for block in single:
-            first = (*like(baseline), *like(self.model(one), part="memory"))
-            models[f"block-{block}", (block,)] = self.model(self.memory_of((block,)), like=first)
+            recipe = self.recipe(self.model(self.memory_of((block,)), like=first))
+            arms.append(Arm(name=f"block-{block}", title=f"memory in block {block}", recipe=recipe, x=float(block)))
         if self.split:
-            name = f"blocks-{'-'.join(map(str, self.split))}"
-            models[name, self.split] = self.model(self.memory_of(self.split), like=like(baseline))
-        arms = [
-            Arm(
-                name=name,
-                title=_title(blocks),
-                recipe=self.recipe(model),
-                x=float(blocks[0]) if len(blocks) == 1 else None,
-            )
-            for (name, blocks), model in models.items()
-        ]
+            name, title = (joint.join(map(str, self.split)) for joint in ("-", " and "))
+            recipe = self.recipe(self.model(self.memory_of(self.split), like=like(baseline)))
+            arms.append(Arm(name=f"blocks-{name}", title=f"memory in blocks {title}", recipe=recipe))
         return Study(
             name=self.name,
             question="Where does memory belong, and how much depth does it stand for?",
@@ -156,6 +141,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
             budget=Budget(equal=("flops", "tokens"), tolerance=0.02),
             seeds=self.seeds,
             figures=figures,
+            finding=depth_finding,
         )
 
     def prepare(self, out: Path) -> None:
@@ -166,15 +152,10 @@ class DepthStudy(SmallModelFlags, StudyCommand):
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Compare the losses; look at the layers of every seed's models."""
         text = runner.text(runner.study.arms[0].recipe)
-        assert text.held_out is not None
-        found: list[dict[str, Any]] = [
-            {
-                "seed": number,
-                "arms": {name: _facts(one) for name, one in arms.items()},
-                **self._layers(number, arms, text.held_out, runner),
-            }
-            for number, arms in enumerate(seeds)
-        ]
+        found: list[dict[str, Any]] = []
+        for number, arms in enumerate(seeds):
+            facts = {name: _facts(one) for name, one in arms.items()}
+            found.append({"seed": number, "arms": facts, **self._layers(number, arms, text.held_out, runner)})
         counts = {name: text.facts[name] for name in ("source", "bytes", "train_tokens", "held_out_tokens")}
         return {
             "data": {"files": text.facts["documents"], **counts},
@@ -184,8 +165,8 @@ class DepthStudy(SmallModelFlags, StudyCommand):
 
     def _layers(self, seed: int, arms: Mapping[str, TrainedArm], tokens: Any, runner: Runner) -> dict[str, Any]:
         """The logit lens of every model, and CKA with the model without memory, as plain values by arm."""
-        known: dict[str, Analysis] = {"lens": LogitLens(), "cka": Cka(baseline=BASELINE, positions=self.positions)}
-        chosen: dict[str, Analysis] = {part: known[part] for part in known if part in self.parts}
+        chosen: dict[str, Analysis] = {"lens": LogitLens(), "cka": Cka(baseline=BASELINE, positions=self.positions)}
+        chosen = {part: analysis for part, analysis in chosen.items() if part in self.parts}
         trained = {name: one for name, one in arms.items() if one.failed is None}
         if not chosen or BASELINE not in trained:
             return {}
@@ -211,29 +192,18 @@ class DepthStudy(SmallModelFlags, StudyCommand):
                 found[part] = result.to_dict()["models"]
         return found
 
-    def finding(self, result: Mapping[str, Any]) -> Finding:
-        """Say which block is best, and by how much."""
-        return depth_finding(result)
-
 
 def default_split(num_blocks: int) -> tuple[int, ...]:
     """The second block and the one before the middle, as layers 2 and 6 of 12 are in the paper; none of two blocks."""
     return (1, max(2, num_blocks // 2 - 1)) if num_blocks > 2 else ()
 
 
-def _title(blocks: Sequence[int]) -> str:
-    if not blocks:
-        return "no memory"
-    return f"memory in block{'s' * (len(blocks) > 1)} {' and '.join(map(str, blocks))}"
-
-
 def _facts(trained: TrainedArm) -> dict[str, Any]:
     """What one model's training gave."""
-    sizes = None if trained.failed is not None else trained.sizes
-    kinds = ("backbone", "memory_layers", "memory_tables")
-    return {
-        **run_record(trained, curve_points=50),
-        "blocks": list(trained.arm.recipe.model.memory.get("layers", ())),
-        "parameters": None if sizes is None else {kind: getattr(sizes, kind) for kind in kinds},
-        "flops_per_token": None if sizes is None else sizes.flops_per_token,
-    }
+    blocks = list(trained.arm.recipe.model.memory.get("layers", ()))
+    found = {**run_record(trained, curve_points=50), "blocks": blocks, "parameters": None, "flops_per_token": None}
+    if trained.failed is None:
+        sizes = trained.sizes
+        found["parameters"] = {kind: getattr(sizes, kind) for kind in ("backbone", "memory_layers", "memory_tables")}
+        found["flops_per_token"] = sizes.flops_per_token
+    return found

@@ -1,13 +1,16 @@
-"""What came out of the study: averages over seeds, in words and rows."""
+"""What came out of the study: averages over seeds, in words, rows and pictures."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram_lm.analysis.lens import draw_lens
+from engram_lm.page.figure import MARKERS, Picture, line_style
 from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_text, spread_text
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import paired_difference, seeds_note, spread
 
-__all__ = ["BASELINE", "depth_finding", "summarize"]
+__all__ = ["BASELINE", "depth_finding", "figures", "summarize"]
 
 BASELINE = "baseline"
 """Name of the model without memory."""
@@ -60,24 +63,45 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     return {"arms": arms, "best": best, "kept_by_worst": kept}
 
 
-def depth_finding(result: Mapping[str, Any]) -> Finding:
-    """Say which block is best and by how much, and list all arms.
+def _lens(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not curves:
+        return None
+    return {
+        **{key: curves[0][key] for key in ("num_layers", "memory_blocks", "relative_depth")},
+        "kl": _mean([curve["kl"] for curve in curves]),
+        **{key: spread(curve[key] for curve in curves) for key in ("kl_depth", "prediction_depth")},
+    }
 
-    Args:
-        result: A result in the format ``engram.depth.1``.
-    """
+
+def _cka(maps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not maps:
+        return None
+    return {
+        "top_k": maps[0]["top_k"],
+        "similarity": [_mean(rows) for rows in zip(*(found["similarity"] for found in maps), strict=True)],
+        **{key: _mean([found[key] for found in maps]) for key in ("alignment", "gain")},
+        "layers_ahead": spread(mean_of(found["gain"][1:]) for found in maps),
+    }
+
+
+def _mean(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Average lists of one length, place by place."""
+    return [mean_of(values) for values in zip(*rows, strict=True)]
+
+
+def depth_finding(result: Mapping[str, Any]) -> Finding:
+    """Say which block is best and by how much, and list all arms of a result in the format ``engram.depth.1``."""
     summary, rows = result["summary"], []
     for arm in summary["arms"].values():
-        gain, lens, cka = arm["gain"] or _UNKNOWN, arm["lens"], arm["cka"]
-        ahead = _UNKNOWN if cka is None else cka["layers_ahead"]
+        gain, lens = arm["gain"] or _UNKNOWN, arm["lens"] or {}
+        ahead = (arm["cka"] or {}).get("layers_ahead", _UNKNOWN)["mean"]
         rows.append(
             [
                 arm["title"].removeprefix("memory in "),
                 spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
                 spread_text(gain["mean"], gain["std"], signed=True),
-                NOTHING if lens is None else number_text(lens["kl_depth"]["mean"]),
-                NOTHING if lens is None else number_text(lens["prediction_depth"]["mean"]),
-                NOTHING if ahead["mean"] is None else signed_text(ahead["mean"]),
+                *(number_text(lens.get(key, _UNKNOWN)["mean"]) for key in ("kl_depth", "prediction_depth")),
+                NOTHING if ahead is None else signed_text(ahead),
             ]
         )
     headline = "No model with one memory module was trained to its end"
@@ -92,31 +116,73 @@ def depth_finding(result: Mapping[str, Any]) -> Finding:
     return Finding(headline=headline, detail=seeds_note(seeds), tables=[table])
 
 
-def _lens(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not curves:
-        return None
-    return {
-        "num_layers": curves[0]["num_layers"],
-        "memory_blocks": curves[0]["memory_blocks"],
-        "relative_depth": curves[0]["relative_depth"],
-        "kl": _mean([curve["kl"] for curve in curves]),
-        "kl_depth": spread(curve["kl_depth"] for curve in curves),
-        "prediction_depth": spread(curve["prediction_depth"] for curve in curves),
-    }
+def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw the loss by depth, the logit lens and CKA, where there is something to draw."""
+    summary = result["summary"]
+    arms = {name: arm for name, arm in summary["arms"].items() if arm["loss"]["mean"] is not None}
+    curves = {arm["title"]: arm["lens"] for arm in arms.values() if arm["lens"]}
+    maps = {name: arm["cka"] for name, arm in arms.items() if arm["cka"]}
+
+    def draw_curves(figure: Any) -> None:
+        axes = figure.subplots()
+        draw_lens(curves, axes, key="kl", on_page=False)
+        _finish(axes, "layers behind", "KL(final‖layer), nats")
+
+    pictures = []
+    if BASELINE in arms and sum(len(arm["blocks"]) == 1 for arm in arms.values()) > 1:
+        draw = functools.partial(_draw_sweep, arms)
+        pictures.append(Picture(name="sweep", title="Held-out loss by depth", size=(6.4, 3.8), draw=draw))
+    if curves:
+        pictures.append(Picture(name="lens", title="Logit lens", size=(6.4, 4.2), draw=draw_curves))
+    if summary["best"] in maps:
+        draw = functools.partial(_draw_cka, arms, maps, summary["best"])
+        pictures.append(Picture(name="cka", title="Similarity of layers (CKA)", size=(10.4, 4.4), draw=draw))
+    return pictures
 
 
-def _cka(maps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not maps:
-        return None
-    return {
-        "top_k": maps[0]["top_k"],
-        "similarity": [_mean(rows) for rows in zip(*(found["similarity"] for found in maps), strict=True)],
-        "alignment": _mean([found["alignment"] for found in maps]),
-        "gain": _mean([found["gain"] for found in maps]),
-        "layers_ahead": spread(mean_of(found["gain"][1:]) for found in maps),
-    }
+def _draw_sweep(arms: Mapping[str, Any], figure: Any) -> None:
+    """Loss by block: the mean, and a small point for every seed's gain subtracted from the mean without memory."""
+    axes = figure.subplots()
+    base = arms[BASELINE]["loss"]["mean"]
+    single = {arm["blocks"][0]: arm for arm in arms.values() if len(arm["blocks"]) == 1}
+    for block, arm in single.items():
+        gains = arm["gain"]["per_seed"]
+        axes.plot([block] * len(gains), [base - gain for gain in gains], ".", color="C0", alpha=0.5)
+    losses = [arm["loss"]["mean"] for arm in single.values()]
+    axes.plot(list(single), losses, "o-", color="C0", label="one module, by block")
+    axes.axhline(base, color="0.3", linestyle="--", label=arms[BASELINE]["title"])
+    for arm in arms.values():
+        if len(arm["blocks"]) > 1:
+            axes.axhline(arm["loss"]["mean"], color="C1", linestyle=":", label=f"divided: {arm['title']}")
+            axes.plot(arm["blocks"], [arm["loss"]["mean"]] * len(arm["blocks"]), "s", color="C1")
+    axes.set_xticks(list(single))
+    _finish(axes, "block that reads memory, counted from 0", "held-out loss, nats per token")
 
 
-def _mean(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Average lists of one length, place by place."""
-    return [mean_of(values) for values in zip(*rows, strict=True)]
+def _draw_cka(arms: Mapping[str, Any], maps: Mapping[str, Any], best: str, figure: Any) -> None:
+    """The map of the best arm with its soft alignment, and how many layers every arm is ahead."""
+    left, right = figure.subplots(1, 2)
+    found = maps[best]
+    image = left.imshow([_numbers(row) for row in found["similarity"]], origin="lower", vmax=1, cmap="viridis")
+    entries = list(range(len(found["alignment"])))
+    left.plot(entries, entries, color="white", linestyle=":", linewidth=1.5)
+    left.plot(entries, _numbers(found["alignment"]), "o-", color="red", label="soft alignment")
+    left.set(xlabel=f"{arms[best]['title']}: layers behind", ylabel="no memory: layers behind")
+    left.legend(loc="lower right", fontsize=8)
+    figure.colorbar(image, ax=left, label="CKA")
+    for index, (name, one) in enumerate(maps.items(), 1):  # styles as in the lens, which draws one more
+        style = line_style(index, on_page=False) | {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        right.plot(entries, _numbers(one["gain"]), **style, label=arms[name]["title"])
+    right.axhline(0, color="0.3", linewidth=0.8)
+    right.locator_params(axis="x", integer=True)
+    _finish(right, "layers behind", "layers ahead of no memory")
+
+
+def _finish(axes: Any, xlabel: str, ylabel: str) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _numbers(values: Any) -> list[float]:
+    return [float("nan") if value is None else value for value in values]

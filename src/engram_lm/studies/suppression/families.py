@@ -27,7 +27,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.evaluation.tasks import TaskItem
 
 __all__ = ["Families", "FamilyOptions", "make_families"]
@@ -105,13 +105,10 @@ class FamilyOptions:
     def __post_init__(self) -> None:
         if not 0 < self.passages < 1:
             raise ConfigError(f"FamilyOptions.passages is a share above 0 and below 1, not {self.passages!r}")
-        for field in dataclasses.fields(self):
-            if field.name == "passages":
-                continue
-            value = getattr(self, field.name)
-            least = {"seed": 0, "rounds": 2}.get(field.name, 1)
-            if type(value) is not int or value < least:
-                raise ConfigError(f"FamilyOptions.{field.name} is a number from {least}, not {value!r}")
+        check_whole(at_least=0, seed=self.seed)
+        check_whole(at_least=2, rounds=self.rounds)
+        counts = ("num_people", "num_documents", "facts_per_document", "people_per_passage", "num_questions")
+        check_whole(**{name: getattr(self, name) for name in counts})
         num_pairs = len(FIRST_NAMES) * len(LAST_NAMES)
         if self.num_people > num_pairs // 2:
             raise ConfigError(
@@ -142,11 +139,7 @@ class Families:
 
 
 def make_families(options: FamilyOptions | None = None) -> Families:
-    """Invent people, facts, a text and questions; the same for the same options.
-
-    Args:
-        options: How much of each; the defaults where None.
-    """
+    """Invent people, facts, a text and questions; the same for the same options."""
     options = options or FamilyOptions()
     chance = random.Random(options.seed)
     names = list(itertools.product(FIRST_NAMES, LAST_NAMES))

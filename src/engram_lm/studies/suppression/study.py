@@ -13,8 +13,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import read_tasks, write_tasks
 from engram_lm.files import write_atomically
-from engram_lm.studies.command import StudyCommand
-from engram_lm.studies.page import Finding
+from engram_lm.studies.command import StudyCommand, check_flags
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Study, TrainedArm
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
@@ -68,9 +67,7 @@ class SuppressionStudy(StudyCommand):
     """Sequences at a time when questions are asked."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_flags(self, "seeds", "batch_size")
         self.families(0)  # refuses what cannot be
 
     def families(self, seed: int) -> FamilyOptions:
@@ -93,7 +90,12 @@ class SuppressionStudy(StudyCommand):
         if self.twin:
             table = copy.deepcopy(self._recipe_table)
             model = table.setdefault("model", {})
-            model["preset"] = _twin_of(str(model.get("preset")))
+            kind, _, size = str(model.get("preset")).partition("-")
+            if kind != "engram":
+                raise ConfigError(
+                    f"--twin needs a recipe whose model.preset begins with engram-, not {model.get('preset')!r}"
+                )
+            model["preset"] = f"moe-{size}"
             model.pop("memory", None)
             arms.append(Arm(name=_TWIN, title="without memory", recipe=Recipe.from_dict(table)))
         return Study(
@@ -102,6 +104,7 @@ class SuppressionStudy(StudyCommand):
             arms=tuple(arms),
             seeds=self.seeds,
             figures=figures,
+            finding=suppression_finding,
             recipe_of=self._recipe_of,
         )
 
@@ -123,11 +126,7 @@ class SuppressionStudy(StudyCommand):
             write_tasks(out / f"seed-{seed}" / _TASKS, families.items)
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
-        """Ask the questions of every seed.
-
-        Raises:
-            DataError: No seed was trained to its end.
-        """
+        """Ask the questions of every seed that was trained to its end; there must be one."""
         failed = [one.failed for arms in seeds for one in arms.values() if one.failed is not None]
         found = [
             {"seed": arms[_RUN].seed} | {name: self._asked(one, runner) for name, one in arms.items()}
@@ -164,14 +163,3 @@ class SuppressionStudy(StudyCommand):
             model, tokenizer, items=items, batch_size=self.batch_size, seed=one.seed, on_progress=asked
         )
         return {"training": training, "effect": effect.to_dict()}
-
-    def finding(self, result: Mapping[str, Any]) -> Finding:
-        """Say how differently the two families depend on memory."""
-        return suppression_finding(result)
-
-
-def _twin_of(preset: str) -> str:
-    kind, _, size = preset.partition("-")
-    if kind != "engram":
-        raise ConfigError(f"--twin needs a recipe whose model.preset begins with engram-, not {preset!r}")
-    return f"moe-{size}"

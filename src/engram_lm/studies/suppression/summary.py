@@ -7,7 +7,7 @@ from engram_lm.page.figure import Picture
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import seeds_note, spread
 
-__all__ = ["figures", "markdown_table", "rows", "summarize", "suppression_finding"]
+__all__ = ["figures", "markdown_table", "summarize", "suppression_finding"]
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -21,12 +21,11 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         (relative to memory on), ``accuracy`` and ``answer_loss``; and ``reading_minus_recall``, what both
         families retain subtracted, by condition.
     """
-    first = seeds[0]["run"]["effect"]
-    names, families = [condition["name"] for condition in first["conditions"]], first["families"]
+    effects = [seed["run"]["effect"] for seed in seeds]
+    families = effects[0]["families"]
     table: dict[str, Any] = {}
     differences: dict[str, Any] = {}
-    for row, name in enumerate(names):
-        effects = [seed["run"]["effect"] for seed in seeds]
+    for row, name in enumerate(condition["name"] for condition in effects[0]["conditions"]):
         table[name] = {
             family: {
                 key: spread(effect[key][row][column] for effect in effects)
@@ -53,17 +52,13 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def markdown_table(result: Mapping[str, Any]) -> str:
     """Write the table as Markdown, ending in a line break."""
-    header, *cells = rows(result)
+    header, *cells = _rows(result)
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def suppression_finding(result: Mapping[str, Any]) -> Finding:
-    """Say which family depends more on memory, and list all conditions.
-
-    Args:
-        result: A result in the format ``engram.suppression.1``.
-    """
+    """Say which family depends more on memory, and list all conditions of an ``engram.suppression.1``."""
     differences = result["summary"]["reading_minus_recall"]
     known = {name: found["mean"] for name, found in differences.items() if found["mean"] is not None}
     headline = "The model learned too little to say what suppression takes away"
@@ -71,7 +66,7 @@ def suppression_finding(result: Mapping[str, Any]) -> Finding:
         name, mean = next(iter(known.items()))
         more = "more" if mean > 0 else "less"
         headline = f"With {name}, reading retains {abs(100 * mean):.0f} points {more} than recall"
-    columns, *cells = rows(result)
+    columns, *cells = _rows(result)
     share, seeds = result.get("reading_by_copying_any"), len(result["seeds"])
     note = "Exact match of greedy decoding. Retained: relative to memory on."
     note += "" if share is None else f" Reading by copying any value of the context: {100 * share:.0f} %."
@@ -80,11 +75,7 @@ def suppression_finding(result: Mapping[str, Any]) -> Finding:
 
 
 def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
-    """Draw bars of what each family retains, condition by condition.
-
-    Args:
-        result: A result in the format ``engram.suppression.1``.
-    """
+    """Draw bars of what each family retains, condition by condition."""
     conditions = {name: row for name, row in result["summary"]["conditions"].items() if name != "memory on"}
     families = list(next(iter(conditions.values())))
     height = 0.8 / len(families)
@@ -110,12 +101,8 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     return [Picture(name="retained", title="Right answers retained", size=size, draw=draw)]
 
 
-def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """The table's cells, the header first.
-
-    Args:
-        result: A result in the format ``engram.suppression.1``.
-    """
+def _rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells, the header first."""
     summary = result["summary"]
     conditions = summary["conditions"]
     families = list(next(iter(conditions.values())))
