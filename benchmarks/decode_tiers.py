@@ -70,7 +70,7 @@ def checkpoints(size: str, folder: Path, names: list[str]) -> dict[str, Path]:
 
 def table_files(model: EngramForCausalLM) -> list[Path]:
     """The files that the tables are read from; none where they are resident."""
-    return sorted({Path(stored.file) for stored in model.model.__dict__["_stored_tables"].values()})
+    return sorted({Path(stored.file) for stored in model.model.tables_apart.stored.values()})
 
 
 def drop(paths: list[Path]) -> None:

@@ -17,7 +17,7 @@ from engram_lm.adapt.hub import files_of, push_folder
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.registry import build_layer
+from engram_lm.memory.interface import build_layer
 from engram_lm.model.table_place import TablePlace, TableSource, table_name
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy

@@ -22,7 +22,7 @@ from engram_lm.errors import CheckpointError, ConfigError, EngramError, Mismatch
 from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.registry import build_layer
+from engram_lm.memory.interface import build_layer
 from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
 from engram_lm.tables import MooncakeTable, ParameterTable, RemoteTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header

@@ -1,7 +1,7 @@
 """What decoding has to remember of the tokens so far, so that rows come out as if the whole sequence were given."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -10,10 +10,19 @@ from engram_lm.errors import HistoryError
 from engram_lm.hashing.token_map import is_torch
 from engram_lm.hashing.window import RollingWindow
 
-if TYPE_CHECKING:
-    from engram_lm.hashing.spec import HashSpec
-
 __all__ = ["TokenHistory"]
+
+
+class _Hash(Protocol):
+    """What a history needs of a `HashSpec`."""
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def encode(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None) -> Any: ...
 
 
 class TokenHistory(RollingWindow):
@@ -23,14 +32,14 @@ class TokenHistory(RollingWindow):
     other operations are those of `RollingWindow`: rollback, reorder, select, fork, record, trim, reset.
 
     Args:
-        spec: The hash; it must be able to encode.
+        spec: The hash, a `HashSpec`; it must be able to encode.
         batch_size: Number of sequences.
         device: Where the codes are kept.
         max_rollback: How many tokens `rollback` can take back; None for all since the start.
     """
 
     def __init__(
-        self, spec: "HashSpec", batch_size: int, *, device: torch.device | str = "cpu", max_rollback: int | None = 0
+        self, spec: _Hash, batch_size: int, *, device: torch.device | str = "cpu", max_rollback: int | None = 0
     ):
         super().__init__(batch_size, spec.context, fill=-1, dtype=torch.int64, device=device, max_rollback=max_rollback)
         self.spec = spec

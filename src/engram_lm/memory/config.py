@@ -206,7 +206,7 @@ class EngramConfig:
 
     def layer_parameters(self) -> int:
         """Numbers in one layer besides its table."""
-        return layer_class(self.layer).count_parameters(self)
+        return int(layer_class(self.layer).count_parameters(self))
 
     def num_parameters(self) -> int:
         """All numbers: tables and layers."""
@@ -225,7 +225,7 @@ class EngramConfig:
 
         A multiplication and an addition count as two. Reading rows and hashing count as none.
         """
-        return len(self.layers) * layer_class(self.layer).count_flops(self)
+        return len(self.layers) * int(layer_class(self.layer).count_flops(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The layer is left out where it is the usual one, as files of version 0.1 have it."""

@@ -10,9 +10,10 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing.window import RollingWindow
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.decode_state import LayerWindow
+from engram_lm.memory.registry import layer_class
 from engram_lm.tables.table import Table
 
-__all__ = ["EngramOutput", "Lengths", "MemoryLayer", "State", "row_signs"]
+__all__ = ["EngramOutput", "Lengths", "MemoryLayer", "State", "build_layer", "row_signs"]
 
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
 
@@ -172,6 +173,12 @@ class MemoryLayer(nn.Module, abc.ABC):
         if self.config.signs == "hashed":
             embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings)
         return embeddings.flatten(-2)
+
+
+def build_layer(config: EngramConfig, table: Table | None = None) -> MemoryLayer:
+    """Build the layer that a configuration names; the arguments are those of `MemoryLayer`."""
+    layer: MemoryLayer = layer_class(config.layer)(config, table)
+    return layer
 
 
 def row_signs(rows: Tensor, num_heads: int) -> Tensor:

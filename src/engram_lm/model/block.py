@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3MoE
 
-from engram_lm.memory.registry import build_layer
+from engram_lm.memory.interface import build_layer
 from engram_lm.memory.step import MemoryStep
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Experts, Router
