@@ -74,7 +74,7 @@ def test_an_attached_memory_is_found_and_predicts_what_the_model_says(name):
     engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
     subject = find_subject(model, TOKENIZER)
     assert list(subject.memories) == [0, 2]
-    assert subject.gated and (subject.num_streams, subject.hidden_size, subject.num_layers) == (1, 32, 3)
+    assert subject.ungated is None and (subject.num_streams, subject.hidden_size, subject.num_layers) == (1, 32, 3)
     assert read_text([subject], TEXT[:80], {"it": Prediction()}, length=LENGTH)["it"][0] < 1e-5
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engram_lm.analysis.part import AnalyzeOptions, load_parts
 from engram_lm.analysis.registry import PARTS
@@ -146,17 +146,16 @@ class Analyze(ModelFlags):
     def _analyze(self, subjects: list[Subject], corpus: Corpus, options: AnalyzeOptions, console: Console) -> Findings:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-            current: list[TaskID] = []
 
             def begin(stage: str, total: int) -> None:
-                current.append(progress.add_task(stage, total=total))
+                progress.add_task(stage, total=total)
 
             return analyze(
                 subjects,
                 corpus.documents,
                 options,
                 on_stage=begin,
-                on_progress=lambda done: progress.advance(current[-1], done),
+                on_progress=lambda done: progress.advance(progress.task_ids[-1], done),
             )
 
 

@@ -37,8 +37,7 @@ def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
     not depend on the other places.
     """
     runs, within = np.divmod(places.astype(np.uint64), np.uint64(one_in))
-    taken: np.ndarray = within == splitmix64(runs) % np.uint64(one_in)
-    return taken
+    return np.asarray(within == splitmix64(runs) % np.uint64(one_in))
 
 
 def word_ends(text: str) -> list[int]:
@@ -53,19 +52,16 @@ def name_ends(text: str) -> list[int]:
     word that is capitalized because it begins a sentence counts as part of a name.
     """
     ends: list[int] = []
-    words = 0
-    last = -2
+    words, last = 0, -2
     for match in _WORD.finditer(text):
         capital = match.group()[0].isupper()
         joined = match.start() == last + 2 and text[last + 1] in " -\u00a0"
-        if capital and joined and words:
-            words += 1
-            if words > 2:
-                ends.pop()
-            ends.append(match.end() - 1)
-        else:
-            words = int(capital)
         last = match.end() - 1
+        words = words + 1 if capital and joined else int(capital)
+        if words > 2:
+            ends.pop()
+        if words > 1:
+            ends.append(last)
     return ends
 
 
@@ -110,15 +106,10 @@ class PositionChoice:
         self._counters = np.zeros(_NUM_COUNTERS if self.name == "ngrams" else 0, np.int32)
 
     def choose(self, readings: Sequence[Reading]) -> np.ndarray:
-        """Choose among the positions of some windows; the choice is the same for all models.
+        """Choose among the positions of some windows: places in ``B * L``, ascending, int64, the same for all models.
 
-        Dead positions are never chosen, because memory is silent there.
-
-        Returns:
-            Places in ``B * L``, ascending, int64.
-
-        Raises:
-            ConfigError: The given array is shorter than the text.
+        Dead positions are never chosen, because memory is silent there. Raises `ConfigError` if the given array is
+        shorter than the text.
         """
         chosen = self._chosen(readings).flatten()
         for reading in readings:
@@ -154,11 +145,9 @@ class PositionChoice:
         texts = self._spelled(window.tolist())
         text = "".join(texts)
         if self.name == "word_ends":
-            ends = word_ends(text)
-            closed = len(text)
+            ends, closed = word_ends(text), len(text)
         else:
-            ends = name_ends(text)
-            closed = len(text.rstrip())  # the next word may belong to the name
+            ends, closed = name_ends(text), len(text.rstrip())  # the next word may belong to the name
         first = _WORD.match(text)
         # The beginning or end of the window may have cut a word.
         low = first.end() if first is not None and not begins_text else 0

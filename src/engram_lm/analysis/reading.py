@@ -64,7 +64,12 @@ def read_text(
     _check_subjects(subjects, length)
     if isinstance(tokens, str):
         tokens = text_tokens(subjects[0].tokenizer, tokens)
-    num_tokens = _check_text(tokens, max_tokens)
+    shape = getattr(tokens, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise DataError(f"a text is one row of token ids [num_tokens], got the shape {list(shape)}")
+    num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
+    if num_tokens < 1:
+        raise DataError("the text has no tokens, so there is nothing to analyze; pass a text of at least one token")
     results: dict[str, Any] = {}
     running: dict[str, Analysis] = {}
     for name, analysis in analyses.items():
@@ -81,14 +86,21 @@ def read_text(
     with contextlib.ExitStack() as stack:
         if running:
             wants = frozenset[str]().union(*(analysis.wants for analysis in running.values()))
-            recordings = [_open(stack, subject, wants) for subject in subjects]
+            asked = {"hidden": bool(wants & {"hidden", "predict"}), "order_scores": "order_scores" in wants}
+            recordings = []
+            for subject in subjects:
+                stack.enter_context(evaluating(subject.model))
+                recordings.append(stack.enter_context(recording(subject, **asked)))
             for start, windows in _windows(tokens, num_tokens, length, min(batch_size, max_batch_size)):
                 readings = [
                     _read(subject, record, windows, start, wants)
                     for subject, record in zip(subjects, recordings, strict=True)
                 ]
-                if start == 0:
-                    _drop_wrong_predictions(readings, running, results)
+                asking = [name for name, analysis in running.items() if "predict" in analysis.wants]
+                if start == 0 and asking and (reason := next(filter(None, map(_wrong_prediction, readings)), None)):
+                    for name in asking:
+                        del running[name]
+                        results[name] = NotApplicable(reason)
                 for analysis in running.values():
                     analysis.update(readings)
                 del readings
@@ -141,14 +153,9 @@ def look(
 
 
 def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:
-    """Count the tokens from each position back to the start of its segment; see `engram_lm.hashing.Segments`.
+    """Count the tokens from each position back to the start of its segment, at most ``highest_order``.
 
-    Args:
-        codes: From `HashSpec.encode`, int64 ``[B, L]``.
-        highest_order: Where to stop counting.
-
-    Returns:
-        int64 ``[B, L]``, 0 at dead positions.
+    Takes and returns int64 ``[B, L]``: codes of `HashSpec.encode`, and counts, 0 at dead positions.
     """
     places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
     blocked = (codes & 1).bool()
@@ -156,12 +163,6 @@ def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:
     blocked[:, 1:] |= (codes[:, :-1] & 2).bool()
     begins = torch.where(blocked, places, 0).cummax(1).values
     return (places - begins + 1).clamp(max=highest_order).masked_fill(codes < 0, 0)
-
-
-def _open(stack: contextlib.ExitStack, subject: Subject, wants: frozenset[str]) -> Recording:
-    stack.enter_context(evaluating(subject.model))
-    hidden = bool(wants & {"hidden", "predict"})
-    return stack.enter_context(recording(subject, hidden=hidden, order_scores="order_scores" in wants))
 
 
 def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, wants: frozenset[str]) -> Reading:
@@ -172,7 +173,11 @@ def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, 
             "the text with the model's own tokenizer"
         )
     tokens = torch.from_numpy(windows).to(subject.device)
-    codes = _codes(subject, tokens)
+    codes = None
+    if subject.spec is not None:
+        # An attached memory treats ids that no tokenizer produces as dead, as this does.
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        codes = subject.spec.encode_unchecked(tokens, position_ids=positions)
     options: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
     wanted = bool(wants & {"logits", "predict"})
     if not wanted and subject.keeps_fewer_logits:
@@ -205,16 +210,6 @@ def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, 
     return reading
 
 
-def _codes(subject: Subject, tokens: Tensor) -> Tensor | None:
-    spec = subject.spec
-    if spec is None:
-        return None
-    # An attached memory treats ids that no tokenizer produces as dead, as this does.
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    codes: Tensor = spec.encode_unchecked(tokens, position_ids=positions)
-    return codes
-
-
 def _windows(tokens: Any, num_tokens: int, length: int, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the start and int64 [B, L] of whole windows in batches, then the shorter rest alone, so without padding."""
     whole = num_tokens - num_tokens % length
@@ -227,17 +222,8 @@ def _windows(tokens: Any, num_tokens: int, length: int, batch_size: int) -> Iter
         yield start, piece.astype(np.int64).reshape(-1, min(length, stop - start))
 
 
-def _drop_wrong_predictions(readings: Sequence[Reading], running: dict[str, Analysis], results: dict[str, Any]) -> None:
-    """Leave out analyses that rely on `Subject.predict` if it does not give the model's own logits."""
-    asking = [name for name, analysis in running.items() if "predict" in analysis.wants]
-    reason = next(filter(None, map(_wrong_prediction, readings)), None) if asking else None
-    if reason is not None:
-        for name in asking:
-            del running[name]
-            results[name] = NotApplicable(reason)
-
-
 def _wrong_prediction(reading: Reading) -> str | None:
+    """Say why `Subject.predict` does not give the model's own logits; None if it does."""
     subject, logits = reading.subject, reading.logits
     if subject.head is None:
         return f"{subject.name} has no output head"
@@ -284,16 +270,6 @@ def _check_subjects(subjects: Sequence[Subject], length: int) -> None:
             )
 
 
-def _check_text(tokens: Any, max_tokens: int | None) -> int:
-    shape = getattr(tokens, "shape", None)
-    if shape is not None and len(shape) != 1:
-        raise DataError(f"a text is one row of token ids [num_tokens], got the shape {list(shape)}")
-    num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-    if num_tokens < 1:
-        raise DataError("the text has no tokens, so there is nothing to analyze; pass a text of at least one token")
-    return num_tokens
-
-
 def bytes_per_token(subjects: Sequence[Subject], analyses: Sequence[Analysis]) -> int:
     """Return the bytes for each token of the windows read at once: what is kept of every model, and scratch."""
     wants = frozenset[str]().union(*(analysis.wants for analysis in analyses))
@@ -326,11 +302,7 @@ def bytes_needed(subjects: Sequence[Subject], analyses: Sequence[Analysis], num_
 def choose_batch_size(
     subjects: Sequence[Subject], analyses: Sequence[Analysis], *, length: int, budget_bytes: int
 ) -> int:
-    """Find how many windows fit into a budget.
-
-    Raises:
-        ConfigError: Not even one window fits.
-    """
+    """Find how many windows fit into a budget; raises `ConfigError` if not even one does."""
     each = max(1, bytes_per_token(subjects, analyses))
     left = budget_bytes - bytes_needed(subjects, analyses, 0)
     if left < each * length:

@@ -22,19 +22,12 @@ __all__ = ["Recording", "recording", "score_bytes_per_token", "score_parts"]
 def score_parts(
     layer: EngramLayer, hidden_states: Tensor, memory: Tensor, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Split the score of every gate into what each order and the bias add.
+    """Split the score of every gate into what each order, ``[B, L, O, S]``, and the bias, ``[B, L, S]``, add; float32.
 
     The score is (h * w) . (W e + b) times two scales. Multiplying the query side into W leaves one number for each
-    channel of the memory vector; the numbers of one order are summed.
-
-    Args:
-        layer: A layer with a gate.
-        hidden_states: As the layer takes them, ``[B, L, S, D]`` or ``[B, L, D]``.
-        memory: Row numbers ``[B, L, H]`` or memory vectors ``[B, L, M]``.
-        active: Bool ``[B, L]``; both parts are 0 where it is False.
-
-    Returns:
-        Float32 ``[B, L, O, S]`` and ``[B, L, S]``.
+    channel of the memory vector; the numbers of one order are summed. The hidden states are ``[B, L, S, D]`` or
+    ``[B, L, D]``, as the layer takes them; ``memory`` holds row numbers ``[B, L, H]`` or memory vectors ``[B, L, M]``;
+    both parts are 0 where ``active``, bool ``[B, L]``, is False.
     """
     config = layer.config
     streams = (config.num_streams, config.hidden_size)
@@ -83,10 +76,7 @@ class Recording:
 def recording(subject: Subject, *, hidden: bool, order_scores: bool) -> Iterator[Recording]:
     """Hook a model so that each forward pass records what it did; the hooks are removed afterwards, errors or not.
 
-    Args:
-        subject: The model.
-        hidden: Whether to keep hidden states. They are copied, because some models change them in place later.
-        order_scores: Whether to split the gates' scores by order.
+    Hidden states are copied, because some models change them in place later.
     """
     record = Recording()
     with contextlib.ExitStack() as hooks:

@@ -45,13 +45,6 @@ def analyze(
     Models of one vocabulary read the text together, token by token, and models of the next vocabulary after them. If a
     part does not apply to some models, the reason is reported and the other parts run.
 
-    Args:
-        subjects: The models; their names are unique.
-        documents: The text.
-        options: What to look at.
-        on_stage: Called with the name of what begins, and how many steps it has (tokens, or ways of suppressing).
-        on_progress: Called with the number of steps just done.
-
     Raises:
         DataError: The text has no tokens.
         ConfigError: A window does not fit into the budget, or is longer than what a model can see.
@@ -70,26 +63,24 @@ def analyze(
         analyses = {name: analysis for part in parts for name, analysis in part.analyses(work).items()}
         work = dataclasses.replace(work, length=_window(work, list(analyses.values())))
         findings.texts.append(work.entry(num_tokens=len(tokens), all=whole, length=work.length))
-        found = _read(work, analyses) if analyses else {}
+        found: dict[str, Any] = {}
+        if analyses:
+            on_stage(f"reading with {', '.join(subject.name for subject in group)}", len(tokens))
+            found = read_text(
+                group,
+                tokens,
+                analyses,
+                length=work.length,
+                budget_bytes=options.window_bytes,
+                max_batch_size=options.batch_size,
+                on_progress=on_progress,
+            )
         for part in parts:
             findings.parts[part.name] += part.conclude(work, found)
             findings.page_only[part.name] |= part.page_only(work, found)
     for part in parts:
         findings.parts[part.name] += part.across(groups)
     return findings
-
-
-def _read(work: Work, analyses: dict[str, Analysis]) -> dict[str, Any]:
-    work.on_stage(f"reading with {', '.join(subject.name for subject in work.subjects)}", len(work.tokens))
-    return read_text(
-        work.subjects,
-        work.tokens,
-        analyses,
-        length=work.length,
-        budget_bytes=work.options.window_bytes,
-        max_batch_size=work.options.batch_size,
-        on_progress=work.on_progress,
-    )
 
 
 def _window(work: Work, analyses: Sequence[Analysis]) -> int:

@@ -67,11 +67,6 @@ class Subject:
         return "its memory is not gated" if all(one.config.gate == "none" for one in self.memories.values()) else None
 
     @property
-    def gated(self) -> bool:
-        """Whether there is a memory with gates."""
-        return self.ungated is None
-
-    @property
     def device(self) -> torch.device:
         """The device on which the model expects token ids."""
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
@@ -157,13 +152,27 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
         ) from error
     memories, spec = _memories(model, decoder, adapter)
     if spec is not None:
-        check_tokenizer(tokenizer, spec)
+        given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
+        if spec.vocabulary_digest not in (None, given):
+            raise MismatchError(
+                f"the model was trained with the vocabulary {spec.vocabulary_digest}, this tokenizer has {given}; "
+                "pass the model's own tokenizer"
+            )
     around = model.get_submodule(decoder.name.rpartition(".")[0])
     heads = [child for child in around.children() if isinstance(child, DeepseekV4HyperHead)]
+    # The rows of a learned position embedding beside the layers, as GPT-2 and OPT have.
+    learned = [
+        child.num_embeddings
+        for where, child in around.named_children()
+        if isinstance(child, nn.Embedding) and (where == "wpe" or "position" in where)
+    ]
     find_head = getattr(model, "get_output_embeddings", None)
     collapse = heads[0] if heads else None
     return Subject(
-        name=name or _name(model),
+        # A model that was loaded by its folder is called like the folder.
+        name=name
+        or str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
+        or type(model).__name__,
         model=model,
         tokenizer=tokenizer,
         layers=decoder.layers,
@@ -176,22 +185,16 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
         norm=_final_norm(around, decoder.layers),
         head=find_head() if callable(find_head) else None,
         keeps_fewer_logits=any("logits_to_keep" in inspect.signature(one.forward).parameters for one in decoder.outer),
-        max_length=_max_length(around),
+        max_length=min(learned, default=None),
     )
 
 
 def find_subjects(models: Any, tokenizer: Any, *, adapter: str | None = None) -> list[Subject]:
     """Find one or several models, as `find_subject` does.
 
-    Args:
-        models: A model, or a mapping of names in results to models. In place of a model there may be a `Subject`, which
-            keeps its own name unless it is in a mapping.
-        tokenizer: The tokenizer of all of them, or a mapping of names to tokenizers.
-        adapter: Which attached memory to look at, if a model has several.
-
-    Raises:
-        ConfigError: There is no model, there is no tokenizer for one of them, or `find_subject` refuses one.
-        MismatchError: The memory of a model was made for another tokenizer.
+    Several are a mapping of names in results to models; then the tokenizer may be a mapping of names too. In place of a
+    model there may be a `Subject`, which keeps its own name unless it is in a mapping. Raises `ConfigError` if there is
+    no model, or no tokenizer for one of them.
     """
     if not isinstance(models, Mapping):
         return [models if isinstance(models, Subject) else find_subject(models, tokenizer, adapter=adapter)]
@@ -212,27 +215,12 @@ def find_subjects(models: Any, tokenizer: Any, *, adapter: str | None = None) ->
 def group_by_tokenizer(subjects: Sequence[Subject]) -> list[list[Subject]]:
     """Divide models into groups that share a vocabulary and can therefore read a text together, token by token.
 
-    Returns:
-        The groups, in the order of their first models.
+    The groups are in the order of their first models.
     """
     groups: dict[tuple[int, str | None], list[Subject]] = {}
     for subject in subjects:
         groups.setdefault((len(subject.tokenizer), subject.vocabulary_digest), []).append(subject)
     return list(groups.values())
-
-
-def check_tokenizer(tokenizer: Any, spec: HashSpec) -> None:
-    """Refuse a tokenizer for which a memory was not made.
-
-    Raises:
-        MismatchError: The tokenizer has another vocabulary; the message names both digests.
-    """
-    given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
-    if spec.vocabulary_digest not in (None, given):
-        raise MismatchError(
-            f"the model was trained with the vocabulary {spec.vocabulary_digest}, this tokenizer has {given}; "
-            "pass the model's own tokenizer"
-        )
 
 
 def _memories(
@@ -264,21 +252,7 @@ def _final_norm(around: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
     """Find the final norm: the last norm beside the list of layers, preferably behind it."""
     children = list(around.children())
     place = next(place for place, child in enumerate(children) if child is layers)
-    norms = [child for child in children[place:] if "norm" in type(child).__name__.lower()]
-    norms = norms or [child for child in children[:place] if "norm" in type(child).__name__.lower()]
-    return norms[-1] if norms else None
-
-
-def _max_length(around: nn.Module) -> int | None:
-    """Return the number of rows of a learned position embedding beside the layers, as GPT-2 and OPT have."""
-    learned = [
-        child.num_embeddings
-        for name, child in around.named_children()
-        if isinstance(child, nn.Embedding) and (name == "wpe" or "position" in name)
-    ]
-    return min(learned, default=None)
-
-
-def _name(model: Any) -> str:
-    path = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/")
-    return path.rpartition("/")[2] or type(model).__name__
+    for some in (children[place:], children[:place]):
+        if norms := [child for child in some if "norm" in type(child).__name__.lower()]:
+            return norms[-1]
+    return None

@@ -83,20 +83,7 @@ class LossChange:
 def loss_change(
     model: Any, layouts: Mapping[int | str, RowLayout], tokens: np.ndarray, *, length: int, batch_size: int = 16
 ) -> LossChange:
-    """Measure the loss, put the tables in, and measure it again. The model keeps the new tables.
-
-    Args:
-        model: An `EngramForCausalLM`.
-        layouts: Block, or name of the table, to the table that takes its place. Tables not named stay.
-        tokens: Packed tokens, integers ``[num_tokens]``.
-        length: Tokens in a sequence.
-        batch_size: Sequences at a time.
-
-    Raises:
-        MismatchError: The model has no such table, or one of another size.
-        CheckpointError: A file is missing or has been cut.
-        DataError: There are fewer than two tokens.
-    """
+    """Measure the loss before and after `put_tables`, on integers ``[num_tokens]``; the model keeps the new tables."""
     _check(model, layouts)
     before = held_out_loss(model, tokens, length=length, batch_size=batch_size)
     put_tables(model, layouts)
@@ -105,7 +92,7 @@ def loss_change(
 
 
 def put_tables(model: Any, layouts: Mapping[int | str, RowLayout]) -> None:
-    """Let blocks read other tables, mapped from their files, as rows of the type that they had.
+    """Let blocks read other tables, mapped from their files, as rows of the type that they had; those not named stay.
 
     Raises:
         MismatchError: The model has no such table, or one of another size.

@@ -83,16 +83,10 @@ def page_axes(width_inches: float, height_inches: float) -> Iterator[Any]:
 
 
 def page_svg(figure: Any, *, name: str, label: str, num_arms: int) -> str:
-    """Write a figure as an element of a page, with the page's colors and font and its own ids.
+    """Write a figure of `page_axes`, inside its block, as an ``<svg>`` with the page's colors and font and its own ids.
 
-    Args:
-        figure: Of `page_axes`, inside its block.
-        name: Prefix of the ids in the SVG, so that several can stand in one page.
-        label: What is read out instead of the picture; the caller has escaped it.
-        num_arms: Number of arms, and so of `arm_color` values that may occur.
-
-    Returns:
-        An ``<svg>`` element without references to anything outside; the same bytes for the same figure.
+    ``name`` is the prefix of the ids, so that several can stand in one page; ``label`` is read out in place of the
+    picture and has been escaped. It refers to nothing outside, and is the same bytes for the same figure.
     """
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -129,18 +123,7 @@ class Picture:
 
 
 def page_figure(title: str, *, name: str, words: str, num_arms: int, draw: Callable[[Any], None]) -> str:
-    """Draw a figure for a page, under a heading.
-
-    Args:
-        title: The heading, as plain text.
-        name: Prefix of the ids in the SVG, so that several can stand in one page.
-        words: What the picture says, in words, for those who cannot see it.
-        num_arms: Number of arms, and so of `arm_color` values that may occur.
-        draw: Draws in the axes it is given.
-
-    Returns:
-        A ``<figure>`` element.
-    """
+    """Draw a ``<figure>`` for a page, under a heading; ``words`` say what it shows, for those who cannot see it."""
     with page_axes(5.4, 3.5) as axes:
         draw(axes)
         svg = page_svg(axes.figure, name=name, label=escape(f"{title}. {words}"), num_arms=num_arms)
@@ -179,11 +162,7 @@ class Panels:
 
 
 def save_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:
-    """Write pictures as PNG files, each of them whole or not at all.
-
-    Returns:
-        The files.
-    """
+    """Write pictures as PNG files, each of them whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -200,12 +179,7 @@ def save_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:
 
 
 def line_style(index: int, *, on_page: bool) -> dict[str, Any]:
-    """Return the color, dashes and width of the line of an arm, for ``axes.plot``.
-
-    Args:
-        index: Place of the arm, from 0.
-        on_page: Whether the line is drawn for a page, which sets the colors, or for a PNG.
-    """
+    """Return the color, dashes and width of the line of an arm, for ``axes.plot``."""
     color = arm_color(index) if on_page else f"C{index % 10}"
     return {"color": color, "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.8}
 

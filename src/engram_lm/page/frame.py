@@ -25,19 +25,11 @@ def render_page(
     style: str,
     script: str = "",
 ) -> str:
-    """Put a page together.
+    """Put an HTML page together, with its styles, scripts and pictures inside.
 
-    Args:
-        title: Title of the window, as plain text; everything else is HTML.
-        header: What stands above the sections.
-        sections: The sections, from top to bottom; empty ones are left out.
-        footer: What stands below them.
-        colors: Names of the CSS variables with the colors of the arms, in order: the n-th becomes ``--arm-n``.
-        style: CSS of this page, which follows the CSS of all pages.
-        script: Elements at the end of the body; without any, the page forbids all scripts.
-
-    Returns:
-        An HTML page with its styles, scripts and pictures inside.
+    The title and the names of the CSS variables with the colors of the arms (the n-th becomes ``--arm-n``) are plain
+    text; all else is HTML, and ``style`` follows the CSS of all pages. Without ``script``, the elements at the end of
+    the body, the page forbids all scripts.
     """
     frame = importlib.resources.files(__package__).joinpath("frame.html").read_text(encoding="utf-8")
     return string.Template(frame).substitute(
@@ -69,13 +61,8 @@ def table(
 ) -> str:
     """Make a table that scrolls sideways if the window is narrow.
 
-    Args:
-        columns: Headings.
-        rows: A cell for each column, as plain text or `Html`.
-        label: What the table is, for those who cannot see it.
-        kind: CSS class.
-        key_columns: Headings of the columns to stress.
-        row_headings: Whether the first cell names its row.
+    Cells are plain text or `Html`, and ``label`` says what the table is for those who cannot see it. ``kind`` is a CSS
+    class; ``key_columns`` name the columns to stress, and ``row_headings`` make the first cell name its row.
     """
     keys = set(key_columns)
     lines = []

@@ -122,7 +122,7 @@ class GateStatistics(ModelAnalysis):
         """Return what adding up one position takes."""
         needed = [0]
         for subject in subjects:
-            if subject.spec is not None and subject.gated:
+            if subject.spec is not None and subject.ungated is None:
                 gates = len(subject.memories) * _num_streams(subject)
                 needed.append(len(subject.spec.orders) * (64 + 12 * subject.spec.orders[-1] + 24 * gates))
         return max(needed)
