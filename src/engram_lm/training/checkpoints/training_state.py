@@ -1,13 +1,13 @@
 """Names the tensors that training changes, and exports them as a model."""
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
@@ -145,16 +145,15 @@ def export_model(
     reader = StateReader(checkpoint, SavedState(state.step, {}, state.files, named))
     reader.verify()
     with new_folder(out) as aside:
-        files = _divided(saved, target)
-        for file, names in files.items():
+        empty = {name: torch.empty(saved[name].shape, dtype=target[name], device="meta") for name in saved}
+        files = split_torch_state_dict_into_shards(empty, max_shard_size=_LARGEST_FILE_BYTES)
+        for file, names in files.filename_to_tensors.items():
             with TensorWriter(aside / file, {name: (target[name], saved[name].shape) for name in names}) as writer:
                 for name in names:
                     for piece in _whole(reader, _MODEL + name, saved[name]):
                         writer.append(name, piece.to(target[name]))
-        if len(files) > 1:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            total = sum(math.prod(saved[name].shape) * target[name].itemsize for name in saved)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
             write_atomically(aside / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         config.save_pretrained(aside)
         if tokenizer is not None:
@@ -190,24 +189,6 @@ def _model_tensors(checkpoint: Path, state: SavedState, config: EngramLMConfig) 
             f"{shapes.get(name, 'of nothing (it is missing)')}, expected {expected.get(name, 'no such tensor')}"
         )
     return found
-
-
-def _divided(saved: Mapping[str, SavedTensor], target: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
-    """Divide tensors into files: as many in a row as fit, a larger one alone."""
-    groups: list[list[str]] = []
-    filled = 0
-    for name, tensor in saved.items():
-        num_bytes = math.prod(tensor.shape) * target[name].itemsize
-        if not groups or filled + num_bytes > _LARGEST_FILE_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += num_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, start=1)
-    }
 
 
 def _whole(reader: StateReader, name: str, tensor: SavedTensor) -> Iterator[Tensor]:

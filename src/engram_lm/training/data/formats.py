@@ -18,6 +18,7 @@ __all__ = [
     "NoTextError",
     "Piece",
     "cut_text",
+    "digest_file",
     "inspect_text",
     "need",
     "no_field",
@@ -83,6 +84,12 @@ def _place_to_cut(text: str, start: int, stop: int) -> int:
         return other
     space = text.rfind(" ", lowest, stop)
     return space if space > start else stop
+
+
+def digest_file(path: Path) -> str:
+    """Compute the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Plain text: one document a file

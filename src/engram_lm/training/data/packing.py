@@ -151,7 +151,7 @@ def pack_to_shards(
     except RunFolderError:
         raise
     except OSError as error:
-        raise RunFolderError(f"cannot write the cache folder {cache}: {error}") from error
+        raise RunFolderError(f"cannot write the cache folder {cache}: {error}; make room and start again") from error
 
 
 def open_remembered(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.files import read_json, replacing, write_atomically
 from engram_lm.tables.files.safetensors_file import read_header
+from engram_lm.training.data.formats import digest_file
 
 __all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
 
@@ -59,7 +60,7 @@ def write_shard(path: Path, tokens: Sequence[np.ndarray], ends: Sequence[int], d
     try:
         with replacing(path) as aside:
             safetensors.numpy.save_file(tensors, aside)
-            num_bytes, digest = aside.stat().st_size, _digest(aside)
+            num_bytes, digest = aside.stat().st_size, digest_file(aside)
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"cannot write {path} ({8 * len(ends) + joined.nbytes} bytes): {error}; make room and start again, the "
@@ -79,10 +80,7 @@ def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Shard]) ->
 
     Facts: ``vocab_size``, ``tokenizer`` (its digest), ``end_token``, ``num_text_bytes``.
     """
-    try:
-        write_atomically(folder / INDEX_NAME, json.dumps({"format": _FORMAT, **facts, "shards": shards}, indent=1))
-    except OSError as error:
-        raise RunFolderError(f"cannot write {folder / INDEX_NAME}: {error}; make room and start again") from error
+    write_atomically(folder / INDEX_NAME, json.dumps({"format": _FORMAT, **facts, "shards": shards}, indent=1))
 
 
 class TokenShards:
@@ -197,7 +195,7 @@ class TokenShards:
                     raise DataError(f"{path} holds {tensor} where {dtype} [{length}] was expected for {name}")
                 mapped = np.memmap(path, dtype, "r", tensor.start_bytes, (length,)) if length else np.empty(0, dtype)
                 arrays.append(mapped.view(np.ndarray))
-            if shard["file"] in self._unread and (found := _digest(path)) != shard["sha256"]:
+            if shard["file"] in self._unread and (found := digest_file(path)) != shard["sha256"]:
                 raise DataError(
                     f"{path} has changed since it was written: its SHA-256 is {found}, expected {shard['sha256']}"
                 )
@@ -205,11 +203,6 @@ class TokenShards:
         except (OSError, CheckpointError, DataError) as error:
             raise DataError(f"{error}; {_again(self.folder)}") from error
         return arrays[0], arrays[1]
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _again(folder: Path) -> str:

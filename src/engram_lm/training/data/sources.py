@@ -23,6 +23,7 @@ from engram_lm.files import write_atomically
 from engram_lm.training.data.formats import (
     NoTextError,
     Piece,
+    digest_file,
     inspect_text,
     need,
     no_field,
@@ -366,7 +367,7 @@ class _Digests:
                 digest, reason = map(str, entry[2:])
             else:
                 try:
-                    digest = inspect_text(path) if text else _digest_bytes(path)
+                    digest = inspect_text(path) if text else digest_file(path)
                 except NoTextError as error:
                     reason = str(error)
                 if _stamp(path) != stamp:
@@ -388,8 +389,3 @@ class _Digests:
         """Write down what is known now."""
         if self.path is not None and self.changed:
             write_atomically(self.path, json.dumps(self.known, indent=0))
-
-
-def _digest_bytes(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
