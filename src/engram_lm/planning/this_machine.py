@@ -48,7 +48,7 @@ class DiskRate:
 
     @classmethod
     def told(cls, reads_per_second: float) -> "DiskRate":
-        """A disk whose rate of parallel reads is known; a tenth of that is assumed for reads one by one."""
+        """Make a disk of a known rate of parallel reads; a tenth of that is assumed for reads one by one."""
         return cls(reads_per_second / 10, reads_per_second, "told; one by one a tenth is assumed")
 
 

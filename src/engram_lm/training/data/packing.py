@@ -96,7 +96,8 @@ def pack_to_shards(
     follows it if the tokenizer has one, and a document of more than 262,144 characters is tokenized in pieces (see
     `engram_lm.training.data.formats.cut_text`). After a kill at any moment, the next call continues from the last
     complete shard and produces the same bytes. A second process that packs the same corpus waits for the first and
-    reuses its work.
+    reuses its work. Needs memory for two batches of text and encodings (some hundred MB), a shard and the largest
+    record.
 
     Args:
         sources: What to pack, in this order; the Python standard library's own sources where empty.
@@ -116,8 +117,6 @@ def pack_to_shards(
         ConfigError: Impossible options, or a tokenizer without a fast backend.
         MissingExtraError: The packages that read Parquet or datasets are missing.
         RunFolderError: The cache folder cannot be written, or its disk is full.
-
-    Memory: two batches of text and encodings (some hundred MB), one shard, and the largest record.
     """
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is a share of the documents, at least 0 and below 1, got {held_out}")

@@ -37,10 +37,8 @@ def clip_gradients(
     Returns:
         The norm before scaling; 0 where there is no gradient.
     """
-    replicated: list[Tensor] = []
-    parts: list[Tensor] = []
-    shares: list[float] = []
-    values: list[Tensor] = []
+    replicated: list[tuple[Tensor, float]] = []
+    parts: list[tuple[Tensor, float]] = []
     any_parts = False
     for parameter in parameters:
         divided = isinstance(parameter, DTensor) or is_sharded(parameter)
@@ -61,32 +59,30 @@ def clip_gradients(
             copies = [mesh.size(axis) for axis, kind in enumerate(gradient.placements) if isinstance(kind, Replicate)]
             share = 1 / math.prod(copies)
             gradient = gradient.to_local()
-        values.append(gradient)
-        (parts if divided else replicated).append(gradient)
-        if divided:
-            shares.append(share)
-    device = values[0].device if values else None
-    total = _squares(replicated, [1.0] * len(replicated), device)
+        (parts if divided else replicated).append((gradient, share))
+    gradients = [gradient for gradient, _ in replicated + parts]
+    device = gradients[0].device if gradients else None
+    total = _squares(replicated, device)
     if any_parts:
-        spread = _squares(parts, shares, device)
+        spread = _squares(parts, device)
         if dist.is_available() and dist.is_initialized():
             spread = spread.to(_device_of(group))
             dist.all_reduce(spread, group=group)
         total = total + spread.to(total.device)
     norm = float(total.sqrt())
     if math.isfinite(norm) and norm > max_norm:
-        for value in values:
-            value.mul_(max_norm / norm)
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
     return norm
 
 
-def _squares(gradients: list[Tensor], shares: list[float], device: torch.device | None) -> Tensor:
-    """Add up weighted squares, float64 of no dimension."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(device) for gradient in gradients]
+def _squares(gradients: list[tuple[Tensor, float]], device: torch.device | None) -> Tensor:
+    """Add up the squares of gradients, each times its share, float64 of no dimension."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(device) for gradient, _ in gradients]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    stacked = torch.stack(norms).double()
-    return stacked.square().mul_(torch.tensor(shares, dtype=torch.float64, device=device)).sum()
+    shares = torch.tensor([share for _, share in gradients], dtype=torch.float64, device=device)
+    return torch.stack(norms).double().square().mul_(shares).sum()
 
 
 def _device_of(group: "dist.ProcessGroup | None") -> torch.device:

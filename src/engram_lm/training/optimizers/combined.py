@@ -59,11 +59,7 @@ class CombinedOptimizer(ExactStateOptimizer):
             optimizer.state = self.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse, because nothing says which of the optimizers a new group belongs to.
-
-        Raises:
-            ConfigError: Always, once the object has been made.
-        """
+        """Refuse, because nothing says which of the optimizers a new group belongs to."""
         if self._is_complete:
             raise ConfigError("a combined optimizer takes no further groups; build it anew with all parameters")
         super().add_param_group(param_group)
@@ -83,11 +79,7 @@ class CombinedOptimizer(ExactStateOptimizer):
         self._share()
 
     def allocate_state(self) -> None:
-        """Allocate all state as it is before the first step, so that saved state can be written into it.
-
-        Raises:
-            ConfigError: An optimizer is neither one of this package nor AdamW.
-        """
+        """Allocate all state as it is before the first step, so that saved state can be written into it."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, ExactStateOptimizer):
                 optimizer.allocate_state()
@@ -103,9 +95,6 @@ class CombinedOptimizer(ExactStateOptimizer):
         """Name the live state tensors: "parameter name/state name". Empty before `allocate_state` or the first step.
 
         Counters have no dimension; all others have the parameter's first dimension or its whole shape.
-
-        Raises:
-            ConfigError: The optimizers were made without parameter names.
         """
         named = {}
         for group in self.param_groups:
@@ -127,8 +116,7 @@ def build_optimizer(
     ``dense_tables`` (AdamW, for tables made with ``gradient="dense"``); empty groups are left out.
 
     Args:
-        model: Any model, wrapped (DDP, FSDP2) or not, its tables sharded or not. Wrap and shard first, because both
-            replace parameters.
+        model: Any model. Wrap it (DDP, FSDP2) and shard its tables first, because both replace parameters.
         options: How to train; the defaults where None.
         group: The ranks that train this model together. If given, Muon divides its work among them where they hold the
             same matrices. If None, sharded tables are divided over all ranks.

@@ -101,10 +101,9 @@ class Muon(ExactStateOptimizer):
         dtype: Type of the products; where None, bfloat16 if the device multiplies it in hardware, else float32.
         copies: Ranks that hold the same parameters and gradients, as under DDP; None where each works alone.
 
-    State per parameter: ``momentum_buffer``, float32 of the parameter's shape.
+    State per parameter: ``momentum_buffer``, float32 of the parameter's shape. A step needs memory for 32 million
+    numbers (or one gathered parameter) a few times over.
 
-    Cost: ``num_steps * k * k * (2 l + k)`` multiplications per matrix, with k its smaller and l its larger side; beside
-    the state, memory for 32 million numbers (or one gathered parameter) a few times over.
     Source: https://kellerjordan.github.io/posts/muon/; "Muon is scalable for LLM training", arXiv 2502.16982, section
     2.2 (scale, weight decay); DeepSeek-V4.1 technical report (0.95, 0.1, 0.18).
     """
