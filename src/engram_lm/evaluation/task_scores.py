@@ -5,9 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import DataError
 from engram_lm.evaluation.tasks import TaskItem
 
@@ -133,9 +135,7 @@ def score_tasks(
     answers: list[_Answer | None] = [None] * len(requests)
     # By length, so that there is little padding; the longest first, so that a lack of memory shows at once.
     inputs = sorted(same_input, key=len, reverse=True)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         while inputs:
             fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * model.get_input_embeddings().num_embeddings))
             batch, inputs = inputs[: min(batch_size, fit)], inputs[min(batch_size, fit) :]
@@ -143,25 +143,16 @@ def score_tasks(
                 for index in same_input[tokens]:
                     answers[index] = _answer(logits, requests[index])
                 on_progress(len(same_input[tokens]))
-    finally:
-        model.train(was_training)
     by_item: list[list[_Answer]] = [[] for _ in items]
     for request, answer in zip(requests, answers, strict=True):
         assert answer is not None
         by_item[request.item].append(answer)
     scores = tuple(_item_score(item, found) for item, found in zip(items, by_item, strict=True))
-    families = dict.fromkeys(item.family for item in items)
-    return TaskScores(
-        {
-            name: _family_score(
-                name,
-                [score for score in scores if score.family == name],
-                [len(item.choices) for item in items if item.family == name and item.choices],
-            )
-            for name in families
-        },
-        scores,
-    )
+    families = {}
+    for name in dict.fromkeys(item.family for item in items):
+        num_choices = [len(item.choices) for item in items if item.family == name and item.choices]
+        families[name] = _family_score(name, [score for score in scores if score.family == name], num_choices)
+    return TaskScores(families, scores)
 
 
 class _Request(NamedTuple):
@@ -235,13 +226,11 @@ def _answer(logits: Tensor, request: _Request) -> _Answer:
 
 def _item_score(item: TaskItem, answers: Sequence[_Answer]) -> ItemScore:
     right = item.choices.index(item.answer) if item.choices else 0
-    finite = all(math.isfinite(answer.log_probability) for answer in answers)
     chosen = by_length = None
-    if item.choices and finite:
-        sums = [answer.log_probability for answer in answers]
-        lengths = [len(choice.encode()) for choice in item.choices]
-        chosen = max(range(len(sums)), key=sums.__getitem__)
-        by_length = max(range(len(sums)), key=lambda index: sums[index] / lengths[index])
+    if item.choices and all(math.isfinite(answer.log_probability) for answer in answers):
+        sums = np.array([answer.log_probability for answer in answers])
+        chosen = int(sums.argmax())
+        by_length = int((sums / [len(choice.encode()) for choice in item.choices]).argmax())
     answer = answers[right]
     return ItemScore(
         id=item.id,
@@ -257,30 +246,21 @@ def _item_score(item: TaskItem, answers: Sequence[_Answer]) -> ItemScore:
 
 
 def _family_score(name: str, scores: Sequence[ItemScore], num_choices: Sequence[int]) -> FamilyScore:
-    def share(values: Sequence[bool | None]) -> tuple[float | None, float | None]:
-        known = [bool(value) for value in values if value is not None]
-        if not known:
-            return None, None
-        mean = sum(known) / len(known)
-        return mean, math.sqrt(mean * (1 - mean) / len(known))
-
-    exact, exact_error = share([score.exact for score in scores])
-    accuracy, accuracy_error = share([score.correct for score in scores])
-    by_length, by_length_error = share([score.correct_by_length for score in scores])
+    shares: dict[str, Any] = {}
+    measures = {"exact_match": "exact", "accuracy": "correct", "accuracy_by_length": "correct_by_length"}
+    for measure, field in measures.items():
+        known = [value for score in scores if (value := getattr(score, field)) is not None]
+        mean = sum(known) / len(known) if known else None
+        shares[measure] = mean
+        shares[f"{measure}_error"] = None if mean is None else math.sqrt(mean * (1 - mean) / len(known))
     finite = [score for score in scores if math.isfinite(score.answer_nats)]
     num_tokens = sum(score.num_tokens for score in finite)
-    assert exact is not None and exact_error is not None  # a family has questions
     return FamilyScore(
         family=name,
         num_items=len(scores),
-        exact_match=exact,
-        exact_match_error=exact_error,
+        **shares,
         answer_loss=sum(score.answer_nats for score in finite) / num_tokens if finite else math.nan,
         num_choice_items=len(num_choices),
-        accuracy=accuracy,
-        accuracy_error=accuracy_error,
-        accuracy_by_length=by_length,
-        accuracy_by_length_error=by_length_error,
         chance=sum(1 / number for number in num_choices) / len(num_choices) if num_choices else None,
         num_not_finite=sum(
             not math.isfinite(score.answer_nats) or (score.correct is not None and score.chosen is None)

@@ -171,15 +171,15 @@ class _Sums:
         gates = np.stack([reading.gates[block].cpu().numpy() for block in self.blocks], axis=2)  # [B, L, G, S]
         scores = np.stack([reading.order_scores[block].sum(-1).cpu().numpy() for block in self.blocks], axis=2)
         tokens = reading.tokens.cpu().numpy()
-        found, strongest = gates[good].astype(np.float64), scores.argmax(-1)
+        found, strongest = gates[good].astype(np.float64), scores.argmax(-1)  # [n, G, S], [B, L, G]
         self.total += found.sum(0)
         self.squares += np.square(found).sum(0)
         bins = np.minimum((found * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
-        for index in range(len(self.blocks)):
-            np.add.at(self.order_total[index], strongest[good][:, index], found[:, index])
-            self.order_positions[index] += np.bincount(strongest[good][:, index], minlength=len(self.orders))
+        for index, orders in enumerate(strongest[good].T):
+            np.add.at(self.order_total[index], orders, found[:, index])
+            np.add.at(self.order_positions[index], orders, 1)
             for stream in range(found.shape[2]):
-                self.histogram[index, stream] += np.bincount(bins[:, index, stream], minlength=_NUM_BINS)
+                np.add.at(self.histogram[index, stream], bins[:, index, stream], 1)
                 np.add.at(self.token_total[index, stream], tokens[good], found[:, index, stream])
         np.add.at(self.token_counts, tokens[good], 1)
         assert reading.codes is not None

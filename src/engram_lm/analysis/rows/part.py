@@ -24,6 +24,8 @@ _HEADS = (1, 2, 4, 8)
 """Numbers of heads that are compared."""
 _NUM_COMPARED = 1 << 14
 """Frequent N-grams of each order among which neighbours are searched."""
+_NUM_SHOWN = 2
+"""N-grams of each order whose neighbours are shown."""
 _FIGURES = {
     "hits": ("Times a row is read, by rank", "times read"),
     "covered": ("Reads that the hottest rows answer", "share of reads"),
@@ -94,17 +96,8 @@ def _compression_and_heads(subject: Subject, ngrams: TextNgrams) -> CollisionStu
     return collision_study(subject.tokenizer, ngrams, rows_per_order=rows, orders=spec.orders, heads=fitting)
 
 
-def _neighbours_of_frequent(
-    subject: Subject, ngrams: TextNgrams, *, num_ngrams: int = 2, k: int = 6
-) -> Iterator[Neighbours]:
-    """Find what lies nearest to the most frequent N-grams of each order that hold a letter, in every block's memory.
-
-    Args:
-        subject: A model with memory.
-        ngrams: The text.
-        num_ngrams: N-grams of each order.
-        k: Neighbours of each.
-    """
+def _neighbours_of_frequent(subject: Subject, ngrams: TextNgrams) -> Iterator[Neighbours]:
+    """Find what lies nearest to the most frequent N-grams of each order that hold a letter, in every block's memory."""
     spec = subject.spec
     assert spec is not None
     counted = ngrams.frequent(spec, _NUM_COMPARED)
@@ -114,12 +107,12 @@ def _neighbours_of_frequent(
             for tokens in counted[order].tokens.tolist()
             if min(tokens) >= 0 and any(map(str.isalpha, spelled(subject.tokenizer, tokens[-1:])))
         ]
-        for ngram in chosen[:num_ngrams]:
+        for ngram in chosen[:_NUM_SHOWN]:
             for block in subject.memories:
                 # A row that was never written has no direction.
                 with contextlib.suppress(ConfigError):
                     yield nearest_ngrams(
-                        subject, ngram, ngrams, block=block, k=k, min_count=2, num_promoted=4, max_ngrams=_NUM_COMPARED
+                        subject, ngram, ngrams, block=block, k=6, min_count=2, num_promoted=4, max_ngrams=_NUM_COMPARED
                     )
 
 
@@ -202,26 +195,22 @@ def _collisions(found: Mapping[str, Any]) -> str:
 
 
 def _compression(study: Mapping[str, Any]) -> str:
-    def kind(compressed: bool) -> str:
-        return "canonical" if compressed else "raw"
-
+    kinds = ["canonical" if compressed else "raw" for compressed in study["compression"]]
     rows = []
-    for index, compressed in enumerate(study["compression"]):
+    for index, kind in enumerate(kinds):
         for place, heads in enumerate(study["heads"]):
-            cells = [f"{kind(compressed)} tokens, {heads} head{'s' * (heads > 1)}"]
+            cells = [f"{kind} tokens, {heads} head{'s' * (heads > 1)}"]
             for one, every in zip(study["one_head"][index][place], study["all_heads"][index][place], strict=True):
                 cells += [_share(one), _share(every)]
             rows.append(cells)
     columns = [""]
     for order in study["orders"]:
         columns += [f"{order}-grams: share a row", "share all rows"]
-    distinct = "; ".join(
-        f"{kind(compressed)}: "
-        + ", ".join(
-            f"{count_text(number)} {order}-grams" for order, number in zip(study["orders"], numbers, strict=True)
-        )
-        for compressed, numbers in zip(study["compression"], study["num_distinct"], strict=True)
-    )
+    counts = [
+        ", ".join(f"{count_text(number)} {order}-grams" for order, number in zip(study["orders"], numbers, strict=True))
+        for numbers in study["num_distinct"]
+    ]
+    distinct = "; ".join(f"{kind}: {said}" for kind, said in zip(kinds, counts, strict=True))
     return (
         "<h3>What token compression and heads do to collisions</h3>"
         + table(columns, rows, label="Collisions by compression and heads, a wide table")
