@@ -13,11 +13,7 @@ _NETWORK = {
 
 
 def available_bytes() -> int | None:
-    """Memory that can be taken without swapping, in bytes: the machine's, or less where a container allows less.
-
-    Returns:
-        None where the system does not say.
-    """
+    """Memory that can be taken without swapping, in bytes, container limits included; None where nobody says."""
     machine = read_meminfo(Path("/proc/meminfo")).get("MemAvailable")
     found = [size for size in (machine, _container_bytes()) if size is not None]
     return min(found) if found else None

@@ -70,15 +70,9 @@ def quantize_integers(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def dequantize_integers(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply every integer by its block's scale; exact in float32.
+    """Multiply every integer by its block's scale, exactly in float32; the product is rounded once, to ``dtype``.
 
-    Args:
-        integers: int8 ``[rows, columns]``.
-        scales: bfloat16 ``[rows, num_blocks(columns)]``.
-        dtype: Type of the result; the product is rounded once, to it.
-
-    Returns:
-        ``[rows, columns]``.
+    From int8 ``[rows, columns]`` and bfloat16 ``[rows, num_blocks(columns)]`` to ``[rows, columns]``.
     """
     rows, columns = integers.shape
     if columns % BLOCK == 0:
@@ -92,11 +86,7 @@ def dequantize_integers(integers: Tensor, scales: Tensor, dtype: torch.dtype) ->
 def pack_nibbles(integers: Tensor) -> Tensor:
     """Put two 4-bit integers into a byte: even columns into its low half, odd ones into the high half.
 
-    Args:
-        integers: int8 ``[rows, columns]``, -8 to 7.
-
-    Returns:
-        uint8 ``[rows, ceil(columns / 2)]``; the high half of the last byte is 0 where a column is missing.
+    From int8 ``[rows, columns]`` of -8 to 7 to uint8 ``[rows, ceil(columns / 2)]``; a missing last column is 0.
     """
     halves = F.pad(integers, (0, integers.shape[1] % 2)).view(torch.uint8) & 15
     return halves[:, ::2] | (halves[:, 1::2] << 4)

@@ -4,12 +4,7 @@ __all__ = ["byte_size"]
 
 
 def byte_size(num_bytes: float, digits: int = 2) -> str:
-    """Write a number of bytes in the largest unit that fits: ``"512 B"``, ``"1.50 KiB"``, … ``"2.00 TiB"``.
-
-    Args:
-        num_bytes: Bytes, from 0.
-        digits: Digits behind the point, where the unit is not the byte.
-    """
+    """Write a number of bytes in the largest unit that fits: ``"512 B"``, ``"1.50 KiB"``, … ``"2.00 TiB"``."""
     for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if num_bytes >= limit:
             return f"{num_bytes / limit:.{digits}f} {unit}"

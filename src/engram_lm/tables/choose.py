@@ -34,15 +34,7 @@ class TierChoice:
 
 
 def check_tier(tier: str, called: str = "tier") -> Tier:
-    """Return the tier of this name.
-
-    Args:
-        tier: A name.
-        called: What messages call the option.
-
-    Raises:
-        ConfigError: There is no such tier.
-    """
+    """Return the tier of this name; a `ConfigError`, which calls the option ``called``, where there is none."""
     for known in TIERS:
         if tier == known:
             return known
@@ -52,12 +44,7 @@ def check_tier(tier: str, called: str = "tier") -> Tier:
 
 
 def spare_bytes(available_bytes: int, beside_bytes: int = 0) -> int:
-    """Memory that tables may take: `MEMORY_SHARE` of what is left beside everything else.
-
-    Args:
-        available_bytes: Memory that can be taken, in bytes.
-        beside_bytes: What other things will still take of it, such as a model that is not loaded yet, in bytes.
-    """
+    """Memory that tables may take: `MEMORY_SHARE` of what is left beside what other things will still take of it."""
     return max(0, int(MEMORY_SHARE * (available_bytes - beside_bytes)))
 
 
@@ -68,17 +55,12 @@ def choose_tier(
     device_bytes: int = 0,
     lies: Literal["disk", "network", "address"] = "disk",
 ) -> TierChoice:
-    """Choose a tier for tables by their size, the memory that is left for them, and where they lie.
+    """Choose a tier for tables by their size, the memory that is left for them, and where their files lie.
 
-    Tables go to the first place that has room for all of them: an accelerator, then the memory of the host. Otherwise
-    their rows are read where they lie: mapped from a disk of this machine, by positional reads from a disk of another
-    one, where a mapped file may vanish, and by requests from an address.
-
-    Args:
-        table_bytes: Bytes of the tables.
-        memory_bytes: Host memory that the tables may take, see `spare_bytes`; None where the system does not say.
-        device_bytes: Memory of an accelerator that they may take; 0 for none.
-        lies: Where their files are.
+    Tables go to the first place that has room for all of them: an accelerator, then the memory of the host (None where
+    the system does not say, see `spare_bytes`). Otherwise their rows are read where they lie: mapped from a disk of
+    this machine, by positional reads from a disk of another one, where a mapped file may vanish, and by requests from
+    an address.
     """
     size = _gigabytes(table_bytes)
     if lies == "address":

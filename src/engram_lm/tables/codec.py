@@ -70,22 +70,14 @@ class RowCodec:
 
     @classmethod
     def named(cls, name: str, width: int) -> Self:
-        """Return the codec of one of `CODEC_NAMES` for rows of ``width`` numbers.
-
-        Raises:
-            ConfigError: An unknown name or an impossible width.
-        """
+        """Return the codec of one of `CODEC_NAMES` for rows of ``width`` numbers; a `ConfigError` for other names."""
         if name not in CODEC_NAMES:
             raise ConfigError(f"rows are stored as {', '.join(CODEC_NAMES)}, not as {name!r}")
         return cls(width, *CODEC_NAMES[name])
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Read what `to_dict` returned, out of a file or a message that may be damaged.
-
-        Raises:
-            ConfigError: Missing, unknown or impossible values.
-        """
+        """Read what `to_dict` returned, out of a file or message that may be damaged; a `ConfigError` where it is."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping) or sorted(values) != sorted(names):
             raise ConfigError(f"a codec is an object of {', '.join(names)}, not {values!r:.200}")
@@ -134,11 +126,7 @@ class RowCodec:
         return torch.bfloat16 if self.stored_dtype.itemsize == 1 else self.stored_dtype
 
     def checked_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The type that rows are returned in, where ``dtype`` was asked for.
-
-        Raises:
-            ConfigError: It is not a float of 16 bits or more.
-        """
+        """The type that rows are returned in; a `ConfigError` where ``dtype`` is no float of 16 bits or more."""
         if dtype is None:
             return self.natural_dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -146,15 +134,7 @@ class RowCodec:
         return dtype
 
     def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
-        """Turn records into rows.
-
-        Args:
-            records: uint8 ``[n, record_bytes]``, contiguous.
-            dtype: Type of the result.
-
-        Returns:
-            ``[n, width]``. A view of the records where they are the rows already.
-        """
+        """Turn records, uint8 ``[n, record_bytes]``, contiguous, into rows ``[n, width]``; a view if possible."""
         if self.stored_dtype in LARGEST:
             values = records[:, : self.value_bytes]
             if self.stored_dtype == INT4:
@@ -202,18 +182,7 @@ class RowCodec:
         return stored.contiguous().view(torch.uint8).view(len(rows), self.record_bytes)
 
     def reencode(self, records: Tensor, codec: "RowCodec") -> Tensor:
-        """Turn records of another codec into records of this codec, whose own records are returned as they are.
-
-        Args:
-            records: uint8 ``[n, codec.record_bytes]``.
-            codec: What they mean.
-
-        Returns:
-            uint8 ``[n, record_bytes]``.
-
-        Raises:
-            CheckpointError: As `encode`.
-        """
+        """Turn records of another codec into records of this one; its own stay as they are. Raises as `encode`."""
         if codec == self:
             return records
         exact = torch.float64 if codec.stored_dtype == torch.float64 else torch.float32

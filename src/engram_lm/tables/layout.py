@@ -63,26 +63,12 @@ class Part:
         return np.array([0, *itertools.accumulate(extent.num_rows for extent in self.extents)][:-1], dtype=np.int64)
 
     def divide(self, numbers: np.ndarray) -> Iterator[tuple[Extent, np.ndarray | slice, np.ndarray]]:
-        """Find the bytes of each row.
-
-        Args:
-            numbers: Row numbers, int64 ``[n]``, checked.
-
-        Yields:
-            An extent; which of ``numbers`` lie in it; the first byte of each of those in its file, int64.
-        """
+        """Find the bytes of checked rows: an extent, which ``numbers`` lie in it, where they begin in its file."""
         for index, where, inside in self.split(numbers):
             yield self.extents[index], where, self.extents[index].offsets(inside)
 
     def split(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
-        """Find the extent of each row.
-
-        Args:
-            numbers: Row numbers, int64 ``[n]``, checked.
-
-        Yields:
-            The place of an extent in `extents`; which of ``numbers`` lie in it; their numbers inside it, int64.
-        """
+        """Find the extents of checked rows: a place in `extents`, which ``numbers`` lie there, their rows in it."""
         if len(self.extents) == 1:
             yield 0, slice(None), numbers
             return
@@ -135,14 +121,9 @@ class RowLayout:
         return self.num_rows * self.codec.record_bytes
 
     def load_records(self, start: int, stop: int) -> torch.Tensor:
-        """Read a run of rows with ordinary reads, so that copying a table leaves no mapped pages behind.
+        """Read a run of rows, uint8 ``[stop - start, codec.record_bytes]``, with ordinary reads.
 
-        Args:
-            start: First row.
-            stop: One past the last row.
-
-        Returns:
-            uint8 ``[stop - start, codec.record_bytes]``.
+        Copying a table so leaves no mapped pages behind.
 
         Raises:
             CheckpointError: A file is missing, or has been cut since the layout was made.

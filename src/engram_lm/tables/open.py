@@ -40,18 +40,14 @@ _OPENERS: dict[str, Callable[..., Table]] = {
 
 
 def table_layouts(source: str | os.PathLike[str], **options: Any) -> dict[int | str, RowLayout]:
-    """Find the tables of a checkpoint or a packed file, here or on a server; see `find_tables`.
+    """Find the tables of a checkpoint or a packed file, here or on a server; see `find_tables`, also for its errors.
 
     Args:
         source: What `find_tables` takes, or the address (https, s3, gs, hf, … as fsspec opens them) of a checkpoint
             folder, of a ``.safetensors`` file or of a packed file.
         options: Fields of `RemoteOptions`, for addresses.
 
-    Returns:
-        Block number (from 0), or the table's name without a number → where the rows lie, in ascending order.
-
     Raises:
-        CheckpointError: As `find_tables`.
         ConfigError: Options without an address.
         RemoteError: Nobody answers at the address, or not with ranges.
         MissingExtraError: fsspec, or its package for this kind of address, is not installed.

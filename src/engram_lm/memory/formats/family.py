@@ -59,12 +59,7 @@ class Family(abc.ABC):
     ) -> dict[str, StoredTensor]:
         """Find the weights of a layer besides its table, and compare types, shapes and constants with the config.
 
-        Args:
-            tensors: The checkpoint.
-            stem: What stands before the names of the layer's tensors.
-            config: Geometry and options.
-            spec: The hash.
-            index: Place of the layer among the layers of the hash.
+        ``stem`` stands before the names of the layer's tensors; ``index`` is its place among the layers of the hash.
         """
 
     @abc.abstractmethod

@@ -15,16 +15,11 @@ __all__ = ["checked_spec"]
 def checked_spec(source: str | os.PathLike[str], layouts: Mapping[int | str, RowLayout]) -> dict[str, Any]:
     """Compare the tables of a checkpoint with the hash in its ``config.json``, if it has one that can be read.
 
-    Args:
-        source: What holds the tables: a folder, or a file in one.
-        layouts: All tables of the checkpoint: block number, or name, to table.
-
-    Returns:
-        What the header of a packed copy says of the hash: ``spec_digest`` and ``hash_spec``; empty without one.
+    Returns what the header of a packed copy says of the hash: ``spec_digest`` and ``hash_spec``; empty without one.
 
     Raises:
-        CheckpointError: A table of a layer that the configuration does not name, or one of another number of rows than
-            the hash addresses.
+        CheckpointError: A table of a layer that the configuration does not name, or one of another number of rows than the
+            hash addresses.
     """
     path = Path(source)
     try:

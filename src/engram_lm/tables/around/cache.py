@@ -217,13 +217,7 @@ class CachedTable(RecordTable):
         return mixed.view(np.int64)
 
     def _take_kept(self, numbers: np.ndarray, positions: np.ndarray | None, out: np.ndarray) -> np.ndarray:
-        """Copy the records that are kept, note that they were read, and return the positions of the other rows.
-
-        Args:
-            numbers: Row numbers, int64 ``[n]``.
-            positions: The positions in ``numbers`` to look for; all of them where None.
-            out: Where the records go, uint8 ``[n, record_bytes]``.
-        """
+        """Copy the records kept of ``numbers[positions]`` (all where None) to ``out``; return the other positions."""
         found, places = self._find(numbers if positions is None else numbers[positions])
         if len(found):
             self._notes.reshape(-1)[places] = self._now()

@@ -89,13 +89,7 @@ class ReadAheadTable(Table):
         return self.table.dtype
 
     def prefetch(self, rows: Tensor) -> Ticket:
-        """Begin to read rows. See `Table.prefetch`.
-
-        Row numbers outside the table are left to `gather`, which refuses them.
-
-        Raises:
-            TableClosedError: The table has been closed.
-        """
+        """Begin to read rows. See `Table.prefetch`; numbers outside the table are left for `gather` to refuse."""
         self._refuse_closed(self._closed)
         numbers = np.unique(rows.detach().cpu().numpy())
         if numbers.dtype != np.int64:
@@ -117,11 +111,7 @@ class ReadAheadTable(Table):
         return ticket
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Table.gather`. Rows are returned on the CPU, or in ``out``.
-
-        Raises:
-            EngramError: What the table below raises, here or while it read ahead.
-        """
+        """See `Table.gather`. Raises what reading below raised, here or ahead. Rows come on the CPU, or in ``out``."""
         self._refuse_closed(self._closed)
         self._check_rows(rows)
         numbers = rows.detach().cpu().reshape(-1).numpy()
@@ -132,11 +122,7 @@ class ReadAheadTable(Table):
         return result if out is None else checked_out(out, rows, self.width, self.dtype).copy_(result)
 
     def load_records(self, start: int, stop: int) -> Tensor:
-        """See `RecordTable.load_records`.
-
-        Raises:
-            ConfigError: The table below keeps no records.
-        """
+        """See `RecordTable.load_records`; a `ConfigError` where the table below keeps no records."""
         if not isinstance(self.table, RecordTable):
             raise ConfigError(f"a {type(self.table).__name__} keeps rows, not records; gather them")
         return self.table.load_records(start, stop)

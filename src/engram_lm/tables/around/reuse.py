@@ -1,8 +1,9 @@
 """How often rows are read again: what a trace of row numbers says about caches, batches and pages.
 
-A *trace* is the row numbers of a table in the order they were read. Everything here is exact and counts in
-O(n log n), so that traces of tens of millions of reads take seconds. The tests compare it with plain simulations, which
-keep a cache in a dictionary and read row by row.
+A *trace* is the row numbers of a table in the order they were read, int64 ``[n]``; ``previous`` and ``earlier`` are
+what `previous_reads` found in it, where the caller has that already. Everything here is exact and counts in O(n log n),
+so that traces of tens of millions of reads take seconds. The tests compare it with plain simulations, which keep a
+cache in a dictionary and read row by row.
 """
 
 import dataclasses
@@ -42,11 +43,7 @@ class RowReuse:
 
 
 def row_reuse(rows: np.ndarray) -> RowReuse:
-    """Count how often each row was read.
-
-    Args:
-        rows: The trace, int64 ``[n]``.
-    """
+    """Count how often each row was read."""
     counts = np.sort(np.unique(rows, return_counts=True)[1])[::-1]
     exponents = np.bincount(np.frexp(counts.astype(np.float64))[1] - 1) if len(counts) else np.empty(0, np.int64)
     total = np.cumsum(counts)
@@ -71,11 +68,10 @@ class HitCurve:
 
     @classmethod
     def from_sizes(cls, sizes: np.ndarray) -> "HitCurve":
-        """Make the curve from the rank of every read.
+        """Make the curve from the rank of every read, integers ``[n]``.
 
-        Args:
-            sizes: For every read, the number of rows ahead of its row in the cache: a larger cache answers the read.
-                -1 where no cache does. Integers ``[n]``.
+        The rank is the number of rows ahead of the read's row in the cache, -1 where no cache answers: a larger cache
+        does.
         """
         found = sizes[sizes >= 0]
         hits = np.concatenate([[0], np.cumsum(np.bincount(found))]) if len(found) else np.zeros(1, np.int64)
@@ -101,12 +97,8 @@ class HitCurve:
 def previous_reads(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find for every read the one before it of the same row.
 
-    Args:
-        rows: The trace, int64 ``[n]``.
-
-    Returns:
-        Place of the earlier read, -1 where there is none, and how many earlier ones there are; both ``[n]``, int32
-        for traces below 2**31 reads.
+    Returns the place of the earlier read, -1 where there is none, and how many earlier ones there are; both ``[n]``,
+    int32 for traces below 2**31 reads.
     """
     size = len(rows)
     kind = np.int32 if size < 2**31 else np.int64
@@ -126,19 +118,11 @@ def previous_reads(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lru_distances(rows: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
-    """Count for every read the distinct rows that were read since its row was last read (its stack distance).
+    """Count for every read the distinct rows read since its row was last read (its stack distance): integers ``[n]``.
 
-    A cache that forgets the least recently used row answers a read exactly if it holds more rows than that.
-
-    Args:
-        rows: The trace, int64 ``[n]``.
-        previous: What `previous_reads` found, where it is there already.
-
-    Returns:
-        Integers ``[n]``; -1 for the first read of a row.
-
-    Between a read at t and the one before it at p lie t - p - 1 reads. Those of them whose row was read already since
-    p must not be counted again: they are the earlier reads whose own predecessor lies after p.
+    A cache that forgets the least recently used row answers a read exactly if it holds more rows than that. The first
+    read of a row has -1. Between a read at t and the one before it at p lie t - p - 1 reads. Those of them whose row
+    was read already since p must not be counted again: they are the earlier reads whose own predecessor lies after p.
 
     Source: Mattson et al., “Evaluation techniques for storage hierarchies”, IBM Systems Journal 9, 1970; counting by
     order as in Olken, 1981.
@@ -153,23 +137,15 @@ def lru_distances(rows: np.ndarray, previous: np.ndarray | None = None) -> np.nd
 
 
 def lfu_ranks(rows: np.ndarray, previous: np.ndarray | None = None, earlier: np.ndarray | None = None) -> np.ndarray:
-    """Count for every read the rows that had been read more often, or as often and more recently.
+    """Count for every read the rows that had been read more often, or as often and more recently: integers ``[n]``.
 
     A cache of c rows that keeps the c rows read most often so far answers a read exactly if that number is below c.
     Such a cache also counts the reads of rows that it does not hold, and lets no other row in. Only its own reads move
-    a row forward.
+    a row forward. The first read of a row has -1.
 
-    Args:
-        rows: The trace, int64 ``[n]``.
-        previous: What `previous_reads` found, where it is there already.
-        earlier: Likewise.
-
-    Returns:
-        Integers ``[n]``; -1 for the first read of a row.
-
-    The read at t finds its row with a count of k. Rows with a higher count: reads before t that were the k+1st of
-    their row. Rows of equal count and more recent: k-th reads since p, the read before, less those whose row has
-    been read again, which are the k+1st reads before t whose predecessor lies after p.
+    The read at t finds its row with a count of k. Rows with a higher count: reads before t that were the k+1st of their
+    row. Rows of equal count and more recent: k-th reads since p, the read before, less those whose row has been read
+    again, which are the k+1st reads before t whose predecessor lies after p.
     """
     if previous is None or earlier is None:
         previous, earlier = previous_reads(rows)
@@ -198,18 +174,11 @@ def lfu_ranks(rows: np.ndarray, previous: np.ndarray | None = None, earlier: np.
 
 
 def pinned_ranks(trained: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rank the row of every read by how often another trace read it.
+    """Rank the row of every read by how often the trace ``trained`` read it: int64 ``[n]``, -1 for rows it never read.
 
     A cache that holds the c rows which ``trained`` read most, and never others, answers the ranks below c. Among rows
     read equally often the lower number comes first. With ``trained`` the same trace, this is the best that any set
     fixed from the beginning can do, which nobody can know ahead: the bound for a pinned set.
-
-    Args:
-        trained: The trace that decides, int64 ``[m]``.
-        rows: The trace that is answered, int64 ``[n]``.
-
-    Returns:
-        int64 ``[n]``; -1 for rows that ``trained`` never read.
     """
     known, counts = np.unique(trained, return_counts=True)
     ranks = np.empty(len(known), np.int64)
@@ -221,15 +190,7 @@ def pinned_ranks(trained: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def count_in_batches(previous: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Count the distinct rows of every batch.
-
-    Args:
-        previous: What `previous_reads` found, ``[n]``.
-        starts: First read of every batch, increasing, from 0.
-
-    Returns:
-        int64 ``[batches]``.
-    """
+    """Count the distinct rows of every batch, int64; ``starts`` is the first read of each, increasing, from 0."""
     if not len(starts):
         return np.zeros(0, np.int64)
     lengths = np.diff(np.append(starts, len(previous)))
@@ -240,13 +201,9 @@ def count_in_batches(previous: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def previous_pages(rows: np.ndarray, row_bytes: int) -> tuple[np.ndarray, int]:
     """Find for every touch of a page the one before it, as `previous_reads` does for rows.
 
-    Args:
-        rows: The trace, int64 ``[n]``.
-        row_bytes: Bytes of a row; rows follow each other from the beginning of a page.
-
-    Returns:
-        Places ``[n * most]`` for `count_in_batches`, and ``most``: the largest number of pages that a row lies on.
-        Rows on fewer pages touch their last one again, which counts nothing.
+    Rows of ``row_bytes`` follow each other from the beginning of a page. Returns the places ``[n * most]`` for
+    `count_in_batches`, and ``most``: the largest number of pages that a row lies on. Rows on fewer pages touch their
+    last one again, which counts nothing.
     """
     first, last = rows * row_bytes // PAGE_BYTES, (rows * row_bytes + row_bytes - 1) // PAGE_BYTES
     most = int((last - first).max(initial=0)) + 1

@@ -18,7 +18,7 @@ _ROWS = re.compile(r"rows_(0|[1-9][0-9]{0,8})")
 def read_trace(
     path: Path, blocks: list[int] | None, max_reads: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None, bool]]:
-    """Read a recorded trace, one block at a time and no more of it than is used.
+    """Read a recorded trace, one block at a time and no more than ``max_reads`` of each; all blocks where None.
 
     Args:
         path: An ``.npz`` with ``rows_<block>``, int64 ``[n]``, and perhaps ``steps_<block>``, int64 ``[s]``.

@@ -92,11 +92,7 @@ class StagedTable(Table):
             self._copied.record(self._stream)
 
     def wait(self) -> None:
-        """Make the current stream wait for the rows that were asked for last; the host waits for the read only.
-
-        Raises:
-            EngramError: What reading them raised.
-        """
+        """Make the current stream wait for the rows asked for last; the host waits only for the read."""
         future = self._future
         if future is not None:
             future.result()

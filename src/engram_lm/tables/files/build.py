@@ -21,13 +21,7 @@ __all__ = ["build_packed", "build_random", "provenance_of"]
 def build_packed(
     path: str | os.PathLike[str], layout: RowLayout, *, codec: RowCodec | None = None, **options: Any
 ) -> PackedHeader:
-    """Write one table as a packed file.
-
-    Args:
-        path: The file to create or replace.
-        layout: The table.
-        codec: How to store its rows; as they are where None.
-        options: Keyword arguments of `write_packed`.
+    """Write one table as a packed file, with rows of ``codec`` (as they are where None); options are `write_packed`'s.
 
     Raises:
         CheckpointError: The source is damaged, or holds a number that the codec cannot store.
@@ -70,20 +64,10 @@ def build_random(
     hash_spec: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> PackedHeader:
-    """Write a table of normally distributed rows, the same ones for the same seed.
-
-    Args:
-        path: The file to create or replace.
-        num_rows: Rows.
-        codec: How they are stored.
-        std: Standard deviation; not 0, because keys made from rows are normalized.
-        seed: Seed of the draw, 0 or more.
-        spec_digest: Digest of the HashSpec that addresses the rows.
-        hash_spec: That HashSpec, as JSON values.
-        on_progress: Called with the bytes written so far.
+    """Write a table of normally distributed rows, the same for the same seed; the last options are `write_packed`'s.
 
     Raises:
-        ConfigError: An impossible number of rows, deviation or seed.
+        ConfigError: An impossible number of rows, seed or deviation (above 0: keys made from rows are normalized).
         CheckpointError: The codec cannot hold numbers of that size.
         OSError: The folder cannot be written or the disk is full; nothing new stands under ``path`` then.
     """

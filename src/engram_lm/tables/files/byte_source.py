@@ -13,7 +13,7 @@ __all__ = ["ByteSource", "FileFolder", "LocalFile", "LocalFolder", "is_address"]
 
 
 class ByteSource(Protocol):
-    """One file, read by position. Headers and small tensors of safetensors files are read through this."""
+    """One file, read by position. Reading raises an `OSError`, which is a `RemoteError` for a file elsewhere."""
 
     @property
     def name(self) -> str:
@@ -24,52 +24,28 @@ class ByteSource(Protocol):
         """Size of the file in bytes."""
 
     def read(self, start: int, stop: int) -> bytes:
-        """Read the bytes from ``start`` up to, but not including, ``stop``; fewer where the file ends before that.
-
-        Raises:
-            OSError: The file cannot be read; `RemoteError` where it lies on another machine.
-        """
+        """Read the bytes from ``start`` up to, but not including, ``stop``; fewer where the file ends before that."""
 
 
 class FileFolder(Protocol):
-    """A folder of files, on this machine or elsewhere."""
+    """A folder of files, on this machine or elsewhere; opening and reading raise as `ByteSource` says."""
 
     @property
     def name(self) -> str:
         """Path or address of the folder, as messages show it."""
 
     def tensor_files(self) -> Sequence[str]:
-        """Names of the ``.safetensors`` files in the folder, sorted.
-
-        A server that cannot list its files gives the one usual name, ``model.safetensors``.
-        """
+        """Names of the ``.safetensors`` files, sorted; ``model.safetensors`` where a server cannot list its files."""
 
     def open(self, file: str) -> ByteSource:
-        """Open a file by its name relative to the folder.
-
-        Raises:
-            FileNotFoundError: There is no such file on this machine.
-            RemoteError: There is no such file on the server, or the server does not answer.
-        """
+        """Open a file by its name relative to the folder."""
 
     def read(self, file: str) -> bytes | None:
-        """Read a whole small file, such as an index or ``config.json``; None where there is none.
-
-        Raises:
-            OSError: The file cannot be read; `RemoteError` where it lies on another machine.
-        """
+        """Read a whole small file, such as an index or ``config.json``; None where there is none."""
 
 
 class LocalFile:
-    """A file of this machine as a `ByteSource`.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: The path is not that of a regular file.
-        OSError: There is no such file, or it cannot be looked at.
-    """
+    """A file of this machine as a `ByteSource`; a `CheckpointError` where the path is not that of a regular file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         # The type is checked first: opening a pipe would wait until somebody writes to it.
@@ -86,11 +62,7 @@ class LocalFile:
 
 
 class LocalFolder:
-    """A folder of this machine as a `FileFolder`.
-
-    Args:
-        path: The folder.
-    """
+    """A folder of this machine as a `FileFolder`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -126,7 +126,7 @@ def convert(
                     layout,
                     codec=codec,
                     resume_key=layout.identity if resume else None,
-                    on_progress=functools.partial(_tell, progress, key, layout.num_rows * codec.record_bytes),
+                    on_progress=functools.partial(progress, key, total=layout.num_rows * codec.record_bytes),
                     **about,
                 )
             except CheckpointError as error:
@@ -160,7 +160,3 @@ def _finished(path: Path, codec: RowCodec, about: Mapping[str, Any]) -> PackedHe
     except CheckpointError:
         return None
     return header if header.codec == codec and all(getattr(header, name) == about[name] for name in about) else None
-
-
-def _tell(progress: Progress, key: int | str, total: int, done: int) -> None:
-    progress(key, done, total)

@@ -154,11 +154,8 @@ class PackedHeader:
 def read_packed_header(path: str | os.PathLike[str]) -> PackedHeader:
     """Read what a packed table on this machine says of itself, and check every number of it against the file.
 
-    Costs the header only, whatever the size of the file; the rows are checked by `verify_packed`.
-
-    Raises:
-        CheckpointError: The file is missing, truncated, longer than its header says or not a packed table; or its
-            header is damaged or contradicts itself.
+    It costs the header only. A `CheckpointError` says that the file is missing, cut, no packed table, or damaged in its
+    header; the rows are checked by `verify_packed`.
     """
     return parse_packed_header(local_header(path), str(path))
 
@@ -169,15 +166,7 @@ def packed_layout(path: str | os.PathLike[str]) -> RowLayout:
 
 
 def parse_packed_header(header: TensorHeader, file: str) -> PackedHeader:
-    """Check the header of a packed table.
-
-    Args:
-        header: The header of a safetensors file, checked against the size of the file.
-        file: Path or address of the file.
-
-    Raises:
-        CheckpointError: The file is not a packed table, or its header is damaged or contradicts itself.
-    """
+    """Check the header of a packed table, which stands at the path or address ``file``; see `read_packed_header`."""
     metadata, found = header.metadata, header.metadata.get("format")
     if not header.is_packed:
         raise CheckpointError(
@@ -241,11 +230,7 @@ def _parse(header: TensorHeader, file: str, checksums_crc: int) -> PackedHeader:
 
 
 def read_checksums(header: PackedHeader) -> list[int]:
-    """Read the CRC-32 of every chunk.
-
-    Raises:
-        CheckpointError: The checksums are damaged, or the file cannot be read.
-    """
+    """Read the CRC-32 of every chunk; a `CheckpointError` where they are damaged or cannot be read."""
     size = 4 * header.num_chunks
     try:
         data = LocalFile(header.file).read(header.checksums_start, header.checksums_start + size)

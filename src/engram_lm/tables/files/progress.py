@@ -8,11 +8,7 @@ __all__ = ["byte_progress"]
 
 @contextlib.contextmanager
 def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how many bytes of a task are done, on stderr.
-
-    Yields:
-        Called with the name of a task, its bytes done so far and its bytes in all; a new name begins a new bar.
-    """
+    """Show on stderr how many bytes of a task are done; called with its name, its bytes done so far and in all."""
     from rich import progress
     from rich.console import Console
 

@@ -45,14 +45,7 @@ class RowError:
 
 
 def measure_row_error(exact: RowLayout, other: RowLayout, *, sample: int | None = None, seed: int = 0) -> RowError:
-    """Compare the rows of two tables as numbers, in float64.
-
-    Args:
-        exact: The exact rows.
-        other: The rounded rows.
-        sample: Rows to compare, drawn evenly without repeats; all where None or more than there are. Never more than
-            2 ** 24.
-        seed: Seed of the draw.
+    """Compare the rows of two tables as numbers, in float64: all, or ``sample`` rows drawn evenly, 2 ** 24 at most.
 
     Raises:
         MismatchError: Tables of different sizes.

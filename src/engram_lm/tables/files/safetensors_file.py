@@ -63,16 +63,12 @@ class TensorHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read which tensors a safetensors file of this machine holds: name to place, in the order of the file.
-
-    Raises:
-        CheckpointError: The file is missing, or what `parse_header` refuses.
-    """
+    """Read which tensors a safetensors file of this machine holds; the errors are those of `local_header`."""
     return local_header(path).tensors
 
 
 def local_header(path: str | os.PathLike[str]) -> TensorHeader:
-    """Read the whole header of a safetensors file of this machine; see `read_header`."""
+    """Read the header of a safetensors file of this machine; a `CheckpointError` also where the file is missing."""
     with _reading(path):
         return parse_header(LocalFile(path))
 
@@ -186,13 +182,7 @@ class TensorFolder:
         return name in self._files
 
     def find(self, name: str) -> StoredTensor:
-        """Return where a tensor lies.
-
-        Raises:
-            CheckpointError: There is no such tensor, the file that the index names for it is missing or lacks it, or
-                that file is malformed or truncated.
-            RemoteError: The file lies on a server that does not answer.
-        """
+        """Return where a tensor lies; a `CheckpointError` where it, or the file that should hold it, is missing."""
         if name not in self._files:
             raise CheckpointError(f"the tensor {name} is missing from {self.name}")
         file = self._files[name]
@@ -209,12 +199,7 @@ class TensorFolder:
         return tensors[name]
 
     def load(self, name: str) -> Tensor:
-        """Read a whole small tensor; a large one of this machine is read faster by `StoredTensor.load`.
-
-        Raises:
-            CheckpointError: As `find`; or the type of the tensor is unknown here, or its file has been cut.
-            RemoteError: The file lies on a server that does not answer, or has changed.
-        """
+        """Read a whole small tensor; a large one of this machine is read faster by `StoredTensor.load`."""
         tensor = self.find(name)
         dtype, stop = tensor.torch_dtype, tensor.start_bytes + tensor.num_bytes
         if not tensor.num_bytes:

@@ -28,17 +28,11 @@ def encode_header(
     aligned: str | None = None,
     alignment: int = 8,
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Lay tensors out in a file.
+    """Lay tensors out in a file: name → type and shape, and texts for the header.
 
-    Args:
-        tensors: Name to type and shape.
-        metadata: Texts for the header.
-        aligned: The tensor that begins at a multiple of ``alignment``; the first one where None.
-        alignment: A power of two in bytes, at least 8.
-
-    Returns:
-        What stands before the tensors, and for each tensor its first byte in the file and one past its last, in the
-        order of the file.
+    The tensor ``aligned`` (the first one where None) begins at a multiple of ``alignment``, a power of two from 8.
+    Returns what stands before the tensors, and the first byte of each tensor in the file and one past its last, in the
+    order of the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     places: dict[str, tuple[int, int]] = {}
@@ -60,16 +54,9 @@ def encode_header(
 class TensorWriter:
     """A safetensors file whose header is written first and whose tensors then grow, in any order and any pieces.
 
-    Use it in a ``with`` block, on a file that is put in its place afterwards (see `engram_lm.files`).
-
-    Args:
-        path: The file to create.
-        tensors: Name to type and shape of everything that will be written.
-        metadata: Texts for the header, beside or instead of ``format``, which is ``pt``.
-
-    Raises:
-        CheckpointError: At the end of the block, if a tensor was not written to its end.
-        OSError: The file cannot be written.
+    Use it in a ``with`` block, on a file that is put in its place afterwards (see `engram_lm.files`). At the end of the
+    block a tensor that was not written to its end raises a `CheckpointError`. Beside ``metadata`` the header says that
+    ``format`` is ``pt``.
 
     Source: huggingface/safetensors ``README.md``, “Format”.
     """
@@ -90,15 +77,7 @@ class TensorWriter:
         self._file.write(header)
 
     def append(self, name: str, piece: Tensor) -> None:
-        """Write the next numbers of a tensor.
-
-        Args:
-            name: One of the tensors promised.
-            piece: Any shape, of the type promised; its numbers in row-major order continue the tensor.
-
-        Raises:
-            CheckpointError: Another type than promised, or more numbers than promised.
-        """
+        """Write the next numbers of a tensor, in row-major order: a piece of any shape, of the type promised."""
         if piece.dtype != self._dtypes[name]:
             raise CheckpointError(f"{name} was promised as {self._dtypes[name]}, got a piece of {piece.dtype}")
         data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -85,15 +85,9 @@ def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = 
 
 
 def choose_layout(layouts: Mapping[int | str, RowLayout], layer: int | str | None, source: str) -> RowLayout:
-    """Pick one table.
+    """Pick one of the tables that `find_tables` returned by its key, where a number may also be text.
 
-    Args:
-        layouts: The tables by key, as `find_tables` returns them.
-        layer: Its key, a number also as text; None where there is one table only.
-        source: What messages call the source.
-
-    Raises:
-        ConfigError: There is no such table, or none was chosen among several.
+    ``layer`` may be None where there is one table only. A `ConfigError` names the tables of ``source`` otherwise.
     """
     keys = ", ".join(map(str, layouts))
     if layer is None:
@@ -107,15 +101,9 @@ def choose_layout(layouts: Mapping[int | str, RowLayout], layer: int | str | Non
 
 
 def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> RowLayout:
-    """Find one table of a published checkpoint, for a reader that knows where to look.
+    """Find one table of a published checkpoint, for a reader that knows the ``PREFIXlayers.BLOCK.`` before its names.
 
-    Args:
-        tensors: The checkpoint's tensors.
-        kind: Whose checkpoint it is.
-        stem: What stands before `TABLE_NAMES`: ``PREFIXlayers.BLOCK.``.
-
-    Raises:
-        CheckpointError: As `find_tables`. The number of rows is not checked: the reader knows what it must be.
+    The errors are those of `find_tables`. The number of rows is not checked: the reader knows what it must be.
     """
     pattern, read = _KINDS[kind]
     names = [name for name in tensors.names if name.startswith(stem) and pattern.fullmatch(name)]

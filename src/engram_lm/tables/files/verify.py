@@ -117,19 +117,10 @@ def _read_chunk(header: PackedHeader, index: int, expected: int) -> tuple[bytes,
 
 
 def checked_records(layout: RowLayout) -> Callable[[int, int], Tensor]:
-    """Return how to load runs of a table's records for a copy of them, compared with checksums where the file has some.
+    """Return how to load runs of records for a copy, as `RowLayout.load_records` does, but compared with checksums.
 
-    A copy gets checksums of its own, which would be right for damaged rows too.
-
-    Args:
-        layout: The table.
-
-    Returns:
-        Called as `RowLayout.load_records`, in ascending order. For a packed table it raises `CheckpointError` at the
-        first chunk that is not what was written.
-
-    Raises:
-        CheckpointError: The header or the checksums of a packed table are damaged.
+    A copy gets checksums of its own, which would be right for damaged rows too. So a chunk of a packed table that is
+    not what was written raises a `CheckpointError`. Runs are asked for in ascending order.
     """
     if layout.tensors:
         return layout.load_records

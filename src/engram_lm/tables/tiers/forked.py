@@ -20,8 +20,7 @@ class _Renewed(Protocol):
 def renew_when_forked(owner: _Renewed) -> None:
     """Have ``owner._renew()`` called in every process that is forked while it lives, before anything else runs there.
 
-    Args:
-        owner: Kept by a weak reference. While ``_renew`` runs the process has no other thread.
+    The owner is kept by a weak reference. While ``_renew`` runs the process has no other thread.
     """
     if hasattr(os, "register_at_fork"):
         _owners().add(owner)

@@ -94,19 +94,14 @@ class MooncakeClient:
         self._stopped: weakref.finalize[Any, Any] | None = None
 
     def call(self, what: str, *, deadline: float | None = None, **arguments: Any) -> list[int]:
-        """Carry out one call of ``mooncake_process``.
+        """Carry out one call of ``mooncake_process`` by its name, and return Mooncake's codes, one per key.
 
-        Args:
-            what: Its name there.
-            deadline: When to give up, of `time.monotonic`; `timeout_seconds` from now where None.
-            arguments: Its arguments.
-
-        Returns:
-            Mooncake's codes, one per key; negative ones are failures (see `explain`).
+        Negative codes are failures (see `explain`). The deadline is of `time.monotonic`; `timeout_seconds` from now
+        where None.
 
         Raises:
-            RemoteError: No answer came in time, or the client ended, whose process is ended then; or this is a fork
-                of the process that made the client.
+            RemoteError: No answer came in time, or the client ended, whose process is ended then; or this is a fork of the
+                process that made the client.
         """
         if os.getpid() != self._owner:
             raise RemoteError(
@@ -120,11 +115,7 @@ class MooncakeClient:
             return self._ask({"call": what, **arguments}, deadline)
 
     def get(self, key: str, size: int) -> bytes:
-        """Read one whole value of a known size.
-
-        Raises:
-            RemoteError: The store does not hold it, or no answer came in time.
-        """
+        """Read one whole value of a known size; a `RemoteError` where the store does not hold it."""
         with self.lock:
             code = self.call("get", keys=[key], starts=[0], sizes=[size])[0]
             if code < 0:

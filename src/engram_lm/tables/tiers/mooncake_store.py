@@ -69,11 +69,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
-        """Read a manifest and believe nothing of it.
-
-        Raises:
-            RemoteError: It is not one.
-        """
+        """Read a manifest and believe nothing of it; a `RemoteError` where it is not one."""
         try:
             values = json.loads(data)
             if values["format"] != _FORMAT:
@@ -170,12 +166,7 @@ def key_of(name: str, what: int | str) -> str:
 
 
 def load_manifest(client: MooncakeClient, name: str) -> Manifest | None:
-    """Read what the store says of a table; None where it has no such table, or not the whole of it.
-
-    Raises:
-        ConfigError: An impossible name.
-        RemoteError: Nobody answers, or the store holds something else under this name.
-    """
+    """Read what the store says of a table; None where it has no such table, or not the whole of it."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
         raise ConfigError(f"a table's name has letters, digits, '.', '_' and '-', not {name!r:.200}")
     key = key_of(name, "manifest")

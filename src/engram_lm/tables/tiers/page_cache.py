@@ -39,16 +39,9 @@ class Descriptor:
 def request_missing(descriptor: int, offsets: np.ndarray, row_bytes: int) -> bool:
     """Ask the kernel to read rows from the disk, all at once, unless a sample of them says that they are in memory.
 
-    Rows that are read one by one wait for the disk one by one; rows that were asked for first arrive together. For
-    rows that are in memory, asking would cost more than reading them.
-
-    Args:
-        descriptor: An open file.
-        offsets: First byte of each row in the file, int64 ``[n]``.
-        row_bytes: Bytes of a row.
-
-    Returns:
-        Whether anything was asked for.
+    Rows that are read one by one wait for the disk one by one; rows that were asked for first arrive together. For rows
+    that are in memory, asking would cost more than reading them. ``offsets`` is the first byte of each row in the file,
+    int64 ``[n]``. Returns whether anything was asked for.
     """
     if not hasattr(os, "posix_fadvise") or len(offsets) < 2 or _sample_is_resident(descriptor, offsets):
         return False
@@ -86,13 +79,8 @@ def _sample_is_resident(descriptor: int, offsets: np.ndarray) -> bool:
 def drop_from_memory(path: str | os.PathLike[str]) -> float | None:
     """Ask the kernel to forget the pages of a file, so that the next reads come from the disk; for measurements.
 
-    Pages that a process has mapped stay, and so do those of file systems in memory.
-
-    Returns:
-        Share of the file that is still in memory, see `resident_share`.
-
-    Raises:
-        OSError: The file cannot be opened.
+    Pages that a process has mapped stay, and so do those of file systems in memory. Returns the `resident_share` that
+    is left.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -106,17 +94,10 @@ def drop_from_memory(path: str | os.PathLike[str]) -> float | None:
 
 
 def resident_share(path: str | os.PathLike[str]) -> float | None:
-    """Ask the kernel how much of a file its page cache holds.
+    """Ask the kernel how much of a file its page cache holds, without reading it.
 
-    Args:
-        path: The file. Asking reads none of it.
-
-    Returns:
-        Share of its pages, from 0 to 1; None where the system cannot say. Linux calls every page resident that
-        belongs to a file which the caller neither owns nor may write, so that is None too.
-
-    Raises:
-        OSError: The file cannot be opened.
+    Returns the share of its pages, from 0 to 1; None where the system cannot say. Linux calls every page resident that
+    belongs to a file which the caller neither owns nor may write, so that is None too.
 
     Source: mincore(2).
     """

@@ -18,17 +18,9 @@ __all__ = ["RecordTable"]
 
 
 class RecordTable(Table):
-    """A table that fetches records and decodes them. A tier says only where records come from, in `_read_from`.
+    """A table that fetches records and decodes them. A tier says only where records come from, in `_read`.
 
-    A tier sets `_held` when it is open and `_remade_from`, with which copies and pickles open the table again.
-
-    Args:
-        codec: What a record means.
-        num_rows: Rows in the table.
-        dtype: Type of the rows that `gather` returns; where None, the type that loses nothing.
-
-    Raises:
-        ConfigError: An impossible ``dtype``.
+    ``dtype`` is the type of the rows that `gather` returns; where None, the type that loses nothing.
     """
 
     tier: ClassVar[str]
@@ -65,18 +57,7 @@ class RecordTable(Table):
         return result if out is None else checked_out(out, rows, self.width, self._dtype).copy_(result)
 
     def read_records(self, rows: Tensor) -> Tensor:
-        """Fetch rows as they are stored.
-
-        Args:
-            rows: Row numbers, int64, any shape.
-
-        Returns:
-            uint8 ``[rows.numel(), codec.record_bytes]`` on the CPU, contiguous, the caller's own.
-
-        Raises:
-            RowRangeError: A number is outside the table.
-            TableClosedError: The table has been closed.
-        """
+        """Fetch rows as they are stored: uint8 ``[rows.numel(), codec.record_bytes]`` on the CPU, the caller's own."""
         self._refuse_closed(self._closed)
         numbers = self._checked_numbers(rows)
         records = self._read(numbers) if len(numbers) else torch.empty(0, self.codec.record_bytes, dtype=torch.uint8)
@@ -96,12 +77,7 @@ class RecordTable(Table):
         return numbers
 
     def load_records(self, start: int, stop: int) -> Tensor:
-        """Fetch a run of rows as they are stored: uint8 ``[stop - start, codec.record_bytes]``, for copying.
-
-        Raises:
-            RowRangeError: The run leaves the table.
-            TableClosedError: The table has been closed.
-        """
+        """Fetch a run of rows as they are stored: uint8 ``[stop - start, codec.record_bytes]``, for copying."""
         return self.read_records(torch.arange(start, stop))
 
     def _read(self, numbers: np.ndarray) -> Tensor:
@@ -140,11 +116,7 @@ class RecordTable(Table):
 
 
 def checked_out(out: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Refuse an ``out`` of another shape or type than ``[*rows.shape, width]`` of the table's.
-
-    Raises:
-        ConfigError: As said.
-    """
+    """Refuse an ``out`` that is not ``[*rows.shape, width]`` of the table's type, by a `ConfigError`."""
     if out.shape != (*rows.shape, width) or out.dtype != dtype:
         raise ConfigError(f"out is {tuple(out.shape)} of {out.dtype}; expected {(*rows.shape, width)} of {dtype}")
     return out

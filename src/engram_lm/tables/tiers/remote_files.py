@@ -46,11 +46,7 @@ class RemoteOptions:
 
     @classmethod
     def named(cls, options: Mapping[str, Any]) -> Self:
-        """Make the options from their names.
-
-        Raises:
-            ConfigError: An unknown name, or an impossible value.
-        """
+        """Make the options from their names; a `ConfigError` for an unknown one."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ConfigError(f"unknown options {', '.join(unknown)}; a remote table has {', '.join(sorted(known))}")
@@ -75,11 +71,7 @@ class RemoteFile:
 
 
 class RemoteFiles:
-    """Reads parts of files through fsspec. Safe to use from several threads, and in forked processes.
-
-    Args:
-        options: How patiently and how widely servers are asked.
-    """
+    """Reads parts of files through fsspec. Safe to use from several threads."""
 
     def __init__(self, options: RemoteOptions) -> None:
         self.options = options
@@ -102,13 +94,10 @@ class RemoteFiles:
         return RemoteFile(url, info["size"], version)
 
     def read(self, wanted: Sequence[tuple[RemoteFile, int, int]]) -> list[bytes]:
-        """Read parts of files, several at a time.
-
-        Args:
-            wanted: File, first byte and one past the last byte of each part.
+        """Read parts of files, several at a time: of each the file, its first byte and one past its last.
 
         Raises:
-            RemoteError: Nobody answers, a file has changed, or an answer is not the bytes asked for.
+            RemoteError: Nobody answers, a file has changed its size, or an answer is not the bytes asked for.
         """
         found: list[Any] = [None] * len(wanted)
         missing = list(range(len(wanted)))
@@ -127,11 +116,7 @@ class RemoteFiles:
         ) from reason
 
     def read_small(self, url: str) -> bytes | None:
-        """Read a whole small file; None if there is no such file.
-
-        Raises:
-            RemoteError: Nobody answers.
-        """
+        """Read a whole small file; None if there is no such file. Raises `RemoteError` where nobody answers."""
         try:
             return self._system(url).cat_file(url)
         except EngramError:

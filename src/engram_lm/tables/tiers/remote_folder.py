@@ -12,15 +12,9 @@ __all__ = ["RemoteFolder"]
 
 
 class RemoteFolder:
-    """A folder on a server as a `FileFolder`.
+    """A folder on a server as a `FileFolder`, by its address or that of one ``.safetensors`` file in it.
 
-    Args:
-        address: The address of a folder, which holds an index or one ``model.safetensors``, or of one file in a folder.
-        options: Fields of `RemoteOptions`.
-
-    Raises:
-        ConfigError: An impossible option.
-        RemoteError: An http address that names no host.
+    The options are fields of `RemoteOptions`. An http address that names no host raises a `RemoteError`.
     """
 
     def __init__(self, address: str, **options: Any) -> None:
@@ -60,10 +54,7 @@ class RemoteFolder:
         return self._files.read_small(self._url(file))
 
     def place(self, layout: RowLayout) -> RowLayout:
-        """Mark the addresses in a layout with the versions of the files that were opened here.
-
-        A table is then never opened on another version of a file than the one whose header was read.
-        """
+        """Mark the addresses in a layout with the versions of the files whose headers were read here."""
         parts = tuple(
             dataclasses.replace(
                 part,

@@ -18,8 +18,7 @@ __all__ = ["ParameterTable", "ResidentTable", "load_resident"]
 class ResidentTable(Table):
     """The obvious table: one tensor, read by indexing. The twin that every other tier is tested against.
 
-    Args:
-        weight: ``[num_rows, width]``, any floating type, on any device. Kept, not copied.
+    The tensor is ``[num_rows, width]``, of any floating type, on any device, and is kept, not copied.
     """
 
     def __init__(self, weight: Tensor) -> None:

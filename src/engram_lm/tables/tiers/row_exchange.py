@@ -59,12 +59,8 @@ class RankShare:
 def in_order(rows: Tensor, deduplicate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sort rows and number the distinct ones, without telling the host how many there are.
 
-    Args:
-        rows: int64 ``[n]``.
-        deduplicate: Whether equal rows get one number.
-
-    Returns:
-        Rows in increasing order ``[n]``; the number of each of these ``[n]``; the number of each row given ``[n]``.
+    Returns rows in increasing order ``[n]``; the number of each of these ``[n]``; the number of each row given ``[n]``.
+    Equal rows get one number only where ``deduplicate``.
     """
     ordered, order = rows.sort()
     is_new = torch.ones_like(ordered)
@@ -190,11 +186,7 @@ class RowExchange:
             self._work = self._kept = None  # type: ignore[assignment]
 
     def rows(self) -> Tensor:
-        """The rows asked for, ``[asked, width]``.
-
-        Raises:
-            EngramError: What the ranks agreed on.
-        """
+        """The rows asked for, ``[asked, width]``; raises what the ranks agreed on."""
         if self.error is not None:
             raise self.error
         self._wait()
@@ -202,13 +194,10 @@ class RowExchange:
         return rows.index_select(0, self._inverse)
 
     def gradient(self, gradient: Tensor) -> Tensor:
-        """Send the gradients of the rows asked for to their owners; collective.
+        """Send the gradients of the rows asked for, ``[asked, width]``, to their owners; collective.
 
-        Args:
-            gradient: ``[asked, width]``.
-
-        Returns:
-            That of this rank's rows under the mean of all ranks' losses, sparse ``[own rows, width]``, not coalesced.
+        Returns that of this rank's rows under the mean of all ranks' losses, sparse ``[own rows, width]``, not
+        coalesced.
         """
         # Repeats are added up in float32: in a lower type, every addition of a frequent row would be rounded.
         exact = torch.promote_types(gradient.dtype, torch.float32)

@@ -205,13 +205,9 @@ class ShardedTable(nn.Module, Table):
     def distributed(self, local: Tensor) -> Tensor:
         """See all ranks' parts of something that has one entry per row as one tensor; nothing is communicated.
 
-        Args:
-            local: ``[own rows, ...]``, anything that lies beside `weight`: itself, a moment of an optimizer, a number
-                per row. What already is a DTensor is returned as it is.
-
-        Returns:
-            A DTensor ``[num_rows, ...]``, ``Shard(0)`` over the group, of the same memory. Without a process group the
-            tensor itself, which is whole.
+        ``local`` is ``[own rows, ...]``, anything that lies beside `weight`: itself, a moment of an optimizer, a number
+        per row. Returns a DTensor ``[num_rows, ...]``, ``Shard(0)`` over the group, of the same memory; a DTensor, and
+        a tensor without a process group, as it is.
 
         Raises:
             MismatchError: It has another number of rows than this rank.
