@@ -17,7 +17,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.tables import table_layouts
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.build import build_random
+from engram_lm.tables.files.convert import build_random
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.training.data.tokenizer import train_tokenizer
 

@@ -20,7 +20,7 @@ from engram_lm.errors import CheckpointError, ConfigError, EngramError, Mismatch
 from engram_lm.files import _exchange_in_steps
 from engram_lm.tables import table_layouts
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.build import build_packed
+from engram_lm.tables.files.convert import build_packed
 
 
 def tokens(batch=2, length=20, seed=2):

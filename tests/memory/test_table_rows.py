@@ -8,7 +8,7 @@ from tests.raw_safetensors import write_raw
 from engram_lm.cli import main
 from engram_lm.errors import CheckpointError
 from engram_lm.hashing import HashSpec, TokenMap
-from engram_lm.memory.formats.table_rows import checked_spec
+from engram_lm.memory.formats.table_command import checked_spec
 from engram_lm.tables import table_layouts
 
 OWN = {"orders": (2, 3), "heads": 2, "rows_per_head": 97, "pad_token_id": 1}

@@ -14,7 +14,7 @@ from tests.tables.tiers import Files, serving
 
 from engram_lm.cli import main
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RemoteError, RowRangeError
-from engram_lm.memory.formats.table_rows import checked_spec
+from engram_lm.memory.formats.table_command import checked_spec
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.row_recorder import record_rows
 from engram_lm.tables import CachedTable, ParameterTable, RowCodec, publish_to_mooncake, table_layouts

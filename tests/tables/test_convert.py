@@ -15,8 +15,7 @@ from tests.raw_safetensors import random_e4m3, write_raw
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.tables import table_layouts
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.build import build_packed, build_random
-from engram_lm.tables.files.convert import convert
+from engram_lm.tables.files.convert import build_packed, build_random, convert
 from engram_lm.tables.files.packed import packed_layout, read_packed_header
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.row_error import measure_row_error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.tables import MappedTable
 from engram_lm.tables.codec import CODEC_NAMES, RowCodec
-from engram_lm.tables.files.build import build_packed, build_random
+from engram_lm.tables.files.convert import build_packed, build_random
 from engram_lm.tables.files.packed import PackedHeader, packed_layout, read_packed_header
 from engram_lm.tables.files.packed_writer import write_packed
 from engram_lm.tables.files.verify import verify_packed

@@ -29,7 +29,7 @@ from engram_lm.tables import (
 )
 from engram_lm.tables.around.cache import CachedTable
 from engram_lm.tables.around.read_ahead import ReadAheadTable
-from engram_lm.tables.files.build import build_packed
+from engram_lm.tables.files.convert import build_packed
 from engram_lm.tables.files.packed import packed_layout
 from engram_lm.tables.files.safetensors_file import read_header
 from engram_lm.tables.files.sources import choose_layout

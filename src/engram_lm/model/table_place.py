@@ -30,7 +30,7 @@ from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.choose import check_tier
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
-from engram_lm.tables.tiers.remote_folder import RemoteFolder
+from engram_lm.tables.tiers.remote_files import RemoteFolder
 
 __all__ = ["Located", "TablePlace", "TableSource", "WantedTable", "table_name", "wanted_tables"]
 

@@ -23,8 +23,7 @@ from engram_lm.tables.tiers.mapped import MappedTable
 from engram_lm.tables.tiers.mooncake import MooncakeTable
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.remote import RemoteTable
-from engram_lm.tables.tiers.remote_files import RemoteOptions
-from engram_lm.tables.tiers.remote_folder import RemoteFolder
+from engram_lm.tables.tiers.remote_files import RemoteFolder, RemoteOptions
 from engram_lm.tables.tiers.resident import load_resident
 
 __all__ = ["open_table", "table_layouts"]

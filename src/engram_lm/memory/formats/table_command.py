@@ -2,23 +2,23 @@
 
 import dataclasses
 import json as json_module
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError, EngramError
 from engram_lm.hashing import HashSpec
-from engram_lm.memory.formats.table_rows import checked_spec
+from engram_lm.tables import RowLayout
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.build import build_packed, build_random, provenance_of
-from engram_lm.tables.files.convert import Converted, convert
+from engram_lm.tables.files.command import byte_progress
+from engram_lm.tables.files.convert import Converted, build_packed, build_random, convert, provenance_of
 from engram_lm.tables.files.packed import PackedHeader
-from engram_lm.tables.files.progress import byte_progress
 from engram_lm.tables.files.sources import choose_layout, find_tables
 
-__all__ = ["Build", "Convert"]
+__all__ = ["Build", "Convert", "checked_spec"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float8_e4m3", "int8", "int4"]
 
@@ -186,3 +186,34 @@ def _print(result: Converted) -> None:
             f"99 % {error.relative_error_p99:.3e}, max {error.relative_error_max:.3e} ({rows})"
         )
         print(f"  cosine          mean {error.cosine_mean:.8f}, min {error.cosine_min:.8f}")
+
+
+def checked_spec(source: str | os.PathLike[str], layouts: Mapping[int | str, RowLayout]) -> dict[str, Any]:
+    """Compare the tables of a checkpoint with the hash in its ``config.json``, if it has one that can be read.
+
+    Returns what the header of a packed copy says of the hash: ``spec_digest`` and ``hash_spec``; empty without one.
+
+    Raises:
+        CheckpointError: A table of a layer that the configuration does not name, or one of another number of rows than
+            the hash addresses.
+    """
+    path = Path(source)
+    try:
+        spec = HashSpec.from_config(path if path.is_dir() else path.parent)
+    except (EngramError, OSError):
+        return {}
+    expected: dict[int | str, int] = dict(zip(spec.blocks, spec.padded_rows, strict=True))
+    if spec.shared_table:
+        expected = {"shared": spec.padded_rows[0]}
+    for key, layout in layouts.items():
+        if key not in expected:
+            raise CheckpointError(
+                f"{source} holds a table of layer {key}, config.json describes those of {sorted(map(str, expected))}; "
+                "the folder holds weights of another model"
+            )
+        if layout.num_rows != expected[key]:
+            raise CheckpointError(
+                f"{source}: the table of layer {key} has {layout.num_rows} rows, the hash in config.json addresses "
+                f"{expected[key]}; the folder holds weights of another geometry"
+            )
+    return {"spec_digest": spec.digest, "hash_spec": spec.to_dict()}

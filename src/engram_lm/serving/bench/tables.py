@@ -21,7 +21,7 @@ from engram_lm.errors import ConfigError
 from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.build import build_random
+from engram_lm.tables.files.convert import build_random
 from engram_lm.tables.open import open_table
 from engram_lm.tables.tiers.page_cache import drop_from_memory
 

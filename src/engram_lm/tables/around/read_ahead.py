@@ -16,8 +16,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, TableClosedError
 from engram_lm.tables.table import Table, Ticket
-from engram_lm.tables.tiers.forked import renew_when_forked
-from engram_lm.tables.tiers.record_table import RecordTable, checked_out
+from engram_lm.tables.tiers.record_table import RecordTable, checked_out, renew_when_forked
 
 __all__ = ["ReadAheadTable"]
 

@@ -1,7 +1,9 @@
 """``engram-lm table inspect`` and ``engram-lm table verify``: what a packed table is, and whether it is whole."""
 
+import contextlib
 import dataclasses
 import json as json_module
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +11,10 @@ import tyro
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.files.packed import read_packed_header
-from engram_lm.tables.files.progress import byte_progress
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.files.verify import verify_packed
 
-__all__ = ["Inspect", "Verify"]
+__all__ = ["Inspect", "Verify", "byte_progress"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,3 +114,27 @@ class Verify:
             print(f"good            checksums{source} agree")
         print(f"checked         {found.chunks_checked:,} of {found.num_chunks:,} chunks, {found.rows_checked:,} rows")
         return int(found.bad is not None)
+
+
+@contextlib.contextmanager
+def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr how many bytes of a task are done; called with its name, its bytes done so far and in all."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(compact=True),
+    )
+    tasks: dict[str, progress.TaskID] = {}
+    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield show

@@ -100,8 +100,8 @@ class MooncakeClient:
         where None.
 
         Raises:
-            RemoteError: No answer came in time, or the client ended, whose process is ended then; or this is a fork of the
-                process that made the client.
+            RemoteError: No answer came in time, or the client ended, whose process is ended then; or this is a fork of
+                the process that made the client.
         """
         if os.getpid() != self._owner:
             raise RemoteError(

@@ -1,9 +1,12 @@
 """What all tables have in common whose rows are kept as records: check the numbers, fetch the bytes, decode them."""
 
 import abc
+import contextlib
 import functools
+import os
 import threading
-from typing import Any, ClassVar
+import weakref
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +15,8 @@ from torch import Tensor
 from engram_lm.errors import ConfigError
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.table import Table
-from engram_lm.tables.tiers.forked import renew_when_forked
 
-__all__ = ["RecordTable"]
+__all__ = ["RecordTable", "renew_when_forked"]
 
 
 class RecordTable(Table):
@@ -120,3 +122,29 @@ def checked_out(out: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Te
     if out.shape != (*rows.shape, width) or out.dtype != dtype:
         raise ConfigError(f"out is {tuple(out.shape)} of {out.dtype}; expected {(*rows.shape, width)} of {dtype}")
     return out
+
+
+class _Renewed(Protocol):
+    def _renew(self) -> None: ...
+
+
+def renew_when_forked(owner: _Renewed) -> None:
+    """Have ``owner._renew()`` called in every process that is forked while it lives, before anything else runs there.
+
+    The owner is kept by a weak reference. While ``_renew`` runs the process has no other thread.
+    """
+    if hasattr(os, "register_at_fork"):
+        _owners().add(owner)
+
+
+@functools.cache
+def _owners() -> "weakref.WeakSet[_Renewed]":
+    owners: weakref.WeakSet[_Renewed] = weakref.WeakSet()
+
+    def renew() -> None:
+        for owner in list(owners):
+            with contextlib.suppress(AttributeError):  # another thread was just making it, and nobody can have it
+                owner._renew()
+
+    os.register_at_fork(after_in_child=renew)
+    return owners
