@@ -9,7 +9,7 @@ from tests.training.test_huggingface import IDS, adapted, arguments, weights
 
 import engram_lm
 from engram_lm import EngramConfig
-from engram_lm.hashing.segments import Segments
+from engram_lm.hashing.codes import Segments
 from engram_lm.training.huggingface import MemoryTrainerMixin, train_memory
 
 trl = pytest.importorskip("trl")

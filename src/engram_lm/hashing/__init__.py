@@ -8,8 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram_lm.hashing.codes import Segments
     from engram_lm.hashing.history import TokenHistory
-    from engram_lm.hashing.segments import Segments
     from engram_lm.hashing.spec import HashSpec
     from engram_lm.hashing.token_map import TokenMap
     from engram_lm.hashing.window import RollingWindow
@@ -19,7 +19,7 @@ __all__ = ["HashSpec", "RollingWindow", "Segments", "TokenHistory", "TokenMap"]
 _HOME = {
     "HashSpec": "spec",
     "RollingWindow": "window",
-    "Segments": "segments",
+    "Segments": "codes",
     "TokenHistory": "history",
     "TokenMap": "token_map",
 }

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError
+from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import RULES
-from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.spec_fields import rule_fields
 from engram_lm.hashing.token_map import TokenMap
 

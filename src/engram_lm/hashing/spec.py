@@ -13,10 +13,9 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenMapError
 from engram_lm.files import read_json, write_atomically
-from engram_lm.hashing.codes import Encoder, look_back
+from engram_lm.hashing.codes import Encoder, Segments, look_back
 from engram_lm.hashing.published import OURS, read_published
 from engram_lm.hashing.rules import HashRule, find_rule
-from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.spec_fields import check_fields, fields_from_json, fields_to_json, matching_map, rule_fields
 from engram_lm.hashing.token_map import TokenMap, is_torch
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError, suggestion
+from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import HashRule, check_layers
-from engram_lm.hashing.segments import Segments
 from engram_lm.hashing.token_map import TokenMap
 
 __all__ = ["FORMAT", "check_fields", "fields_from_json", "fields_to_json", "matching_map", "rule_fields"]

@@ -60,11 +60,6 @@ class _Trace:
     starts: np.ndarray | None
     """First read of each step, int64 [s], where steps were recorded."""
 
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return f"block {self.block}, " + ("all orders" if self.order is None else f"order {self.order}")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulate:
@@ -160,7 +155,8 @@ class Simulate:
             "traces": [],
         }
         for trace in self._recorded(found) if self.trace is not None else self._hashed(found):
-            print(f"engram-lm table simulate: {trace.name}, {len(trace.rows):,} reads", file=sys.stderr)
+            title = _title(trace.block, trace.order)
+            print(f"engram-lm table simulate: {title}, {len(trace.rows):,} reads", file=sys.stderr)
             found["traces"].append(self._simulate(trace, record_bytes))
         if self.plot is not None:
             _save_plot(found["traces"], self.plot)
@@ -295,6 +291,10 @@ class Simulate:
         return results
 
 
+def _title(block: int, order: int | None) -> str:
+    return f"block {block}, " + ("all orders" if order is None else f"order {order}")
+
+
 def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Token ids of each document, int64, a few documents at a time."""
     while some := list(itertools.islice(texts, _DOCUMENTS_AT_ONCE)):
@@ -354,9 +354,8 @@ def _print(found: dict[str, Any]) -> None:
     cut = "; cut at --max-reads" if found["cut"] else ""
     console.print(f"{found['source']}{tokens}{cut}; records of {found['record_bytes']} bytes")
     for trace in found["traces"]:
-        order = "all orders" if trace["order"] is None else f"order {trace['order']}"
         columns = [Column(name, justify="right") for name in POLICIES.values()]
-        table = Table("", *columns, title=f"block {trace['block']}, {order}", title_justify="left")
+        table = Table("", *columns, title=_title(trace["block"], trace["order"]), title_justify="left")
         share = trace["distinct_rows"] / trace["num_reads"]
         once = trace["read_once_rows"] / trace["distinct_rows"]
         policies = trace["policies"].values()
