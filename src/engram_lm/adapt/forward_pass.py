@@ -3,13 +3,13 @@
 import dataclasses
 import threading
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from engram_lm.adapt.padding import real_positions
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
@@ -20,7 +20,7 @@ from engram_lm.tables import Table
 
 __all__ = ["ForwardPass"]
 
-# Dimension key: B batch, L length, D hidden, H heads of all orders.
+# Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class ForwardPass(nn.Module):
         if positions is None and self.spec.segments.positions:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
-        mask = real_positions(given.get("attention_mask"), tokens, cache)
+        mask = _real_positions(given.get("attention_mask"), tokens, cache)
         state = None
         if cache is not None:
             state = follow_cache(
@@ -172,3 +172,39 @@ def _find_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:
 def _runs_twice(module: nn.Module) -> bool:
     """Whether gradient checkpointing computes a module a second time; it then drops the cache as well."""
     return module.training and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _real_positions(mask: Any, tokens: Tensor, cache: Cache | None) -> Tensor | None:
+    """Find the positions that are not padding, bool ``[B, L]``; None where every position is real.
+
+    ``generate`` hands over ``[B, past + L]`` with a growing cache, but a mask of pairs ``[B, 1, L, K]`` (bool, or
+    floating and added) with a static one, or several of them by kind of attention. In those a real position sees
+    itself, and padding does not. The cache says which column of a mask of pairs a position has.
+
+    Raises:
+        MismatchError: A mask of another kind, or of another size than the tokens ``[B, L]``.
+    """
+    sliding = None
+    if isinstance(mask, Mapping):
+        kind = "full_attention" if "full_attention" in mask else next(iter(mask), None)
+        sliding, mask = kind != "full_attention", mask.get(kind)
+    if mask is None:
+        return None
+    batch_size, length = tokens.shape
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+        return mask[:, -length:] != 0
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != length:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise MismatchError(
+            f"attention_mask is {found} for tokens {tuple(tokens.shape)}; a model with memory needs "
+            "[batch, past + length] with 0 at padding, or a mask of pairs [batch, 1, length, keys]"
+        )
+    start: Any = mask.shape[-1] - length
+    if cache is not None:
+        kinds = cache.is_sliding
+        layer = kinds.index(sliding) if sliding in kinds else 0
+        start = cache.get_seq_length(layer) - cache.get_mask_sizes(length, layer)[1]
+    columns = (torch.arange(length, device=mask.device) + start).expand(mask.shape[0], length)
+    seen = mask[:, 0].gather(-1, columns.unsqueeze(-1)).squeeze(-1)
+    real = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    return real.expand(batch_size, length)

@@ -2,8 +2,8 @@
 
 Reading order: ``config.py`` and ``presets.py`` (what a model is), ``streams.py`` and ``experts.py`` (what transformers'
 modules leave to us of the backbone), ``block.py`` (one block), ``modeling.py`` (the model), ``cache.py`` (what decoding
-keeps), ``row_recorder.py`` (which rows are read), ``pretrained.py``, ``table_place.py``, ``tables_apart.py`` and
-``checkpoint.py`` (loading, placing tables, saving).
+keeps), ``row_recorder.py`` (which rows are read), ``pretrained.py`` (loading and saving) and ``table_place.py``
+(where its tables are).
 """
 
 import importlib

@@ -39,10 +39,7 @@ class EngramBlock(DeepseekV3DecoderLayer):
     def forward(self, hidden_states: Tensor, memory_step: MemoryStep | None = None, **kwargs: Any) -> Tensor:
         """Update the hidden states: ``[B, L, D]``, or ``[B, L, S, D]`` with several streams.
 
-        Args:
-            hidden_states: Output of the block before.
-            memory_step: What this forward pass knows of memory; only a block that reads memory needs it.
-            **kwargs: What attention takes.
+        Only a block that reads memory needs ``memory_step``; attention takes the rest.
         """
         if self.memory is not None and not (self.single_fusion and self.num_streams > 1):
             hidden_states = hidden_states + self._read_memory(hidden_states, memory_step)

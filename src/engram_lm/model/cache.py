@@ -138,15 +138,10 @@ def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_ro
 
 @torch.compiler.disable
 def start_state(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:
-    """Give a cache an empty state for a memory.
+    """Give a cache an empty state for a memory; the arguments are those of `follow_cache`.
 
-    Args:
-        cache: Any cache of transformers that keeps a list of layers.
-        key: Tells memories apart that use the same cache.
-        tokens: Those of the step that is about to be computed, ``[B, L]``.
-        context: How many earlier tokens a row depends on (`HashSpec.context`).
-        max_rollback: How many tokens ``crop`` can take back although the cache was not told to record: it may have
-            been told before it had a state to hear of it.
+    ``max_rollback`` is how many tokens ``crop`` can take back although the cache was not told to record: it may have
+    been told before it had a state to hear of it.
 
     Raises:
         MismatchError: The cache keeps no list of layers.

@@ -26,15 +26,9 @@ class Experts(DeepseekV3Experts):
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Add up the outputs of the chosen experts.
+        """Add up the outputs of the chosen experts, ``[T, D]``, in autocast's type where it is on.
 
-        Args:
-            hidden_states: ``[T, D]``.
-            top_k_index: The chosen, int64 ``[T, K]``.
-            top_k_weights: Their weights, float32 ``[T, K]``.
-
-        Returns:
-            ``[T, D]``, in autocast's type where it is on, else in that of the hidden states.
+        The hidden states are ``[T, D]``; the chosen experts, int64, and their weights, float32, are ``[T, K]``.
         """
         device = hidden_states.device.type
         if not torch.is_autocast_enabled(device):

@@ -25,8 +25,7 @@ from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
 from engram_lm.model.streams import StreamHead
-from engram_lm.model.table_place import table_name, wanted_tables
-from engram_lm.model.tables_apart import TablesApart
+from engram_lm.model.table_place import TablesApart, table_name, wanted_tables
 from engram_lm.tables import ParameterTable
 
 __all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]

@@ -1,7 +1,7 @@
 """What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,28 @@ from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.interface import MemoryLayer
 from engram_lm.model.block import EngramBlock
-from engram_lm.model.checkpoint import TABLES, check_files, check_index, check_missing
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
-from engram_lm.model.table_place import TablePlace, TableSource, WantedTable, table_name, wanted_tables
-from engram_lm.model.tables_apart import one_device, split_device_map, stored_table
-from engram_lm.tables import ParameterTable, Table
+from engram_lm.model.table_place import (
+    TABLES,
+    TablePlace,
+    TableSource,
+    WantedTable,
+    one_device,
+    split_device_map,
+    stored_table,
+    table_name,
+    wanted_tables,
+)
+from engram_lm.tables import ParameterTable, StoredTensor, Table, TensorFolder
 from engram_lm.tables.around.cache import Policy
 from engram_lm.tables.around.staged import StagedTable
+from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
 __all__ = ["EngramPreTrainedModel"]
+
+_NAMES_SHOWN = 8
 
 
 class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -178,7 +189,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         )
         source = pretrained_model_name_or_path
         if source is not None:
-            check_index(Path(source) / (kwargs.get("subfolder") or ""))
+            _check_index(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
         if place.tier != "device" or table_source is not None:
             places = {"": place}
@@ -213,11 +224,6 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         """Save as ``transformers`` does; tables that are read from another tier are copied from the checkpoint.
 
         Tables that are read from a ``table_source`` stay there: the saved model is loaded with the same source again.
-
-        Args:
-            save_directory: The folder.
-            *args: As in ``PreTrainedModel.save_pretrained``.
-            **kwargs: As in ``PreTrainedModel.save_pretrained``.
 
         Raises:
             ConfigError: The folder holds the very files that tables are being read from.
@@ -261,11 +267,6 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         Memory knows the tokens of its HashSpec only: rows beyond them may fill a vocabulary up to a round number, but
         reading such a token is refused.
 
-        Args:
-            new_num_tokens: The new size.
-            pad_to_multiple_of: What to round it up to.
-            mean_resizing: Whether new rows resemble the old.
-
         Raises:
             MismatchError: The new size is less than the number of tokens that memory hashes.
         """
@@ -285,7 +286,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        stored = check_files(checkpoint_files, load_config.sharded_metadata)
+        stored = _check_files(checkpoint_files, load_config.sharded_metadata)
         apart, wanted = model.base_model.tables_apart, model._wanted_tables()
         # Before the weights are loaded, because a server may not answer.
         elsewhere = apart.locate(wanted)
@@ -299,7 +300,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 wanted, stored, elsewhere, info.unexpected_keys, load_config.dtype, model._base_prefix
             )
             if not load_config.ignore_mismatched_sizes:
-                check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
+                _check_missing(missing, model.all_tied_weights_keys, model._base_prefix, stored or state_dict or ())
         except BaseException:
             apart.close()
             raise
@@ -337,3 +338,51 @@ def _digest_of(source: Any) -> str:
     except (OSError, ValueError):
         return ""
     return "" if spec is None else f" (HashSpec {spec.digest})"
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse the index of a local checkpoint that cannot be read or points out of its folder."""
+    if (folder / INDEX_NAME).is_file() and not (folder / "model.safetensors").is_file():
+        TensorFolder(folder)
+
+
+def _check_files(files: Sequence[str] | None, metadata: Mapping[str, Any] | None) -> dict[str, StoredTensor]:
+    """Read the headers of a checkpoint's files and compare them with the files' sizes and with its index.
+
+    transformers loads what it finds, and makes random numbers and a warning of a missing tensor. Here it is an error.
+    The result maps the tensors' names to their places, and is empty for other formats than safetensors.
+    """
+    paths = [Path(file) for file in files or () if str(file).endswith(".safetensors")]
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing: the checkpoint's {INDEX_NAME} names {len(paths)} files; download it again"
+            )
+        tensors |= read_header(path)
+    for name, file in ((metadata or {}).get("weight_map") or {}).items():
+        if paths and (name not in tensors or Path(tensors[name].file).name != Path(file).name):
+            raise CheckpointError(f"{file} does not hold {name}, although {INDEX_NAME} says so; download both again")
+    return tensors
+
+
+def _check_missing(missing: Iterable[str], tied: Mapping[str, str], prefix: str, present: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks weights of the model; a head may be missing where the checkpoint is of a base.
+
+    ``tied`` maps a name to the one that it shares its weight with, of which only the latter is stored. Names of the
+    base model begin with ``prefix``, which is empty for the base model itself.
+    """
+    missing = set(missing)
+    missing = {name for name in missing if tied.get(name, name) in missing}
+    if prefix and not any(name.startswith(prefix) for name in present):
+        missing = {name for name in missing if name.startswith(prefix)}
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        elsewhere = any(TABLES in name.split(".") for name in names)
+        raise CheckpointError(
+            f"the checkpoint lacks {len(names)} tensors of the model that its configuration describes: "
+            f"{', '.join(names[:_NAMES_SHOWN])}{more}. Download it again, or "
+            f"{'say with table_source= where its tables lie, or ' if elsewhere else ''}pass "
+            "ignore_mismatched_sizes=True to begin with random ones instead"
+        )

@@ -24,10 +24,6 @@ class RowTrace:
         self.rows: dict[int, list[np.ndarray]] = {}
         """Block to one int64 ``[B * L * H]`` per forward pass, repeats kept."""
 
-    def add(self, block: int, rows: Tensor) -> None:
-        """Record what a block read in one forward pass: row numbers of any shape."""
-        self.rows.setdefault(block, []).append(rows.detach().cpu().reshape(-1).numpy().copy())
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as ``.npz``: for each block an int64 ``[n]`` called ``rows_<block>``.
 
@@ -64,11 +60,10 @@ def record_rows(model: Any) -> Iterator[RowTrace]:
     with contextlib.ExitStack() as hooks:
         for block, layer in enumerate(model.base_model.layers):
             if isinstance(layer.memory, MemoryLayer):
-                hook = functools.partial(_record, trace, block)
-                handle = layer.memory.register_forward_pre_hook(hook)
-                hooks.callback(handle.remove)
+                record = functools.partial(_record, trace, block)
+                hooks.callback(layer.memory.register_forward_pre_hook(record).remove)
         yield trace
 
 
-def _record(trace: RowTrace, block: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    trace.add(block, args[1])
+def _record(trace: RowTrace, block: int, layer: nn.Module, args: tuple[Any, Tensor]) -> None:
+    trace.rows.setdefault(block, []).append(args[1].cpu().reshape(-1).numpy().copy())

@@ -62,10 +62,7 @@ class StreamMixer(DeepseekV4HyperConnection):
             self.base.copy_(base)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the maps and read from the streams.
-
-        Args:
-            streams: ``[B, L, S, D]``.
+        """Compute the maps of streams ``[B, L, S, D]`` and read from them.
 
         Returns:
             ``post``, float32 ``[B, L, S]``; ``comb``, float32 ``[B, L, S, S]``, from stream (second to last) to stream
@@ -89,16 +86,9 @@ class StreamMixer(DeepseekV4HyperConnection):
         return post, comb, read.view(*streams.shape[:2], -1).to(streams.dtype)
 
     def write(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """Mix the streams and add the sublayer's output to each.
+        """Mix the streams ``[B, L, S, D]`` and add the sublayer's output ``[B, L, D]`` to each.
 
-        Args:
-            streams: What `forward` was given, ``[B, L, S, D]``.
-            output: The sublayer's output, ``[B, L, D]``.
-            post: From `forward`.
-            comb: From `forward`.
-
-        Returns:
-            The streams behind the sublayer, ``[B, L, S, D]``, in their type.
+        ``post`` and ``comb`` are those that `forward` computed from these streams. The result has their shape and type.
         """
         # One product with the output as one more source: out[n] = sum over m of comb[m, n] streams[m] + post[n] output.
         with torch.autocast(streams.device.type, enabled=False):

@@ -1,20 +1,22 @@
-"""Where a model's tables are read from when they are not its parameters: which tier, which source, which cache."""
+"""Where a model's tables are: found, checked, loaded or left on another tier, and kept apart from its modules."""
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.files import parse_json
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import (
     CachedTable,
     MooncakeTable,
+    ParameterTable,
     RecordTable,
     RowLayout,
     StoredTensor,
@@ -32,7 +34,22 @@ from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
 from engram_lm.tables.tiers.remote_files import RemoteFolder
 
-__all__ = ["Located", "TablePlace", "TableSource", "WantedTable", "table_name", "wanted_tables"]
+__all__ = [
+    "TABLES",
+    "Located",
+    "TablePlace",
+    "TableSource",
+    "TablesApart",
+    "WantedTable",
+    "one_device",
+    "split_device_map",
+    "stored_table",
+    "table_name",
+    "wanted_tables",
+]
+
+TABLES = "memory_tables"
+"""Name of the model's module that holds the tables."""
 
 TableSource = str | os.PathLike[str] | RowLayout | Mapping[Any, str | os.PathLike[str] | RowLayout]
 """What ``table_source`` takes: one source for all tables, or table name → source."""
@@ -41,6 +58,8 @@ Located = RowLayout | str
 """One table, found and not opened: where its rows lie, or its ``mooncake://`` address."""
 
 _SHARED = "shared"
+# Device maps that transformers fills in by what fits.
+_CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 _NAME = "{table}"
 _MOONCAKE = "mooncake://"
 # Rows copied at a time while a whole table is loaded.
@@ -65,11 +84,7 @@ class WantedTable:
     """Digest of the HashSpec."""
 
     def check(self, where: str, shape: tuple[int, ...], spec_digest: str | None = None) -> None:
-        """Refuse a table of another size (rows, width), or one that says it was made for another hash.
-
-        Raises:
-            MismatchError: The table is another one; the message calls it by ``where``.
-        """
+        """Refuse, by a MismatchError that names ``where``, a table of another size or of another hash."""
         if shape != (self.num_rows, self.width):
             raise MismatchError(
                 f"{where}: found {list(shape)}, expected {[self.num_rows, self.width]} for the table {self.name}, as "
@@ -90,12 +105,7 @@ def table_name(spec: HashSpec, block: int) -> str:
 
 
 def wanted_tables(spec: HashSpec, width: int) -> dict[str, WantedTable]:
-    """Describe the tables that a hash addresses, by name.
-
-    Args:
-        spec: The hash.
-        width: Numbers in a row.
-    """
+    """Describe the tables that a hash addresses, by name; their rows are ``width`` numbers wide."""
     wanted = {}
     for block, layer in zip(spec.blocks, spec.layers, strict=True):
         name = table_name(spec, block)
@@ -155,10 +165,8 @@ class TablePlace:
 
         A mapping names a source for each table that does not come from the checkpoint. One source for all is a folder
         or address that holds a table of each name, or a text with ``{table}`` in it, which the names replace. What
-        holds a single table may call it what it likes, where it is clear whose it is.
-
-        Returns:
-            Table name to where it is, for those that the source is for; empty without a source.
+        holds a single table may call it what it likes, where it is clear whose it is. The result maps the names of
+        tables to where they are, and is empty without a source.
 
         Raises:
             CheckpointError: A source is missing, malformed or holds no table.
@@ -195,12 +203,9 @@ class TablePlace:
         return result
 
     def open(self, located: Located | StoredTensor, wanted: WantedTable, dtype: torch.dtype | None) -> Table:
-        """Open a table where it lies.
+        """Open a table where it lies: a tensor ``[rows, width]`` of the checkpoint, or what `locate` found.
 
-        Args:
-            located: A tensor ``[rows, width]`` of the checkpoint, or what `locate` found.
-            wanted: What it must be; reads of its blocks in the trace decide what is pinned.
-            dtype: Type of the rows that the model reads.
+        Rows are given as ``dtype``. Where a trace is named, what it reads of the table most stays in the cache.
 
         Raises:
             ConfigError: The tier has no room for it, or the cache none for a row.
@@ -281,3 +286,161 @@ def _digest_beside(where: str) -> str | None:
         return None
     values = parse_json(text, config)
     return HashSpec.from_config(values).digest if isinstance(values.get("hash_spec"), dict) else None
+
+
+class TablesApart:
+    """The tables of one model that are neither moved, counted nor given hooks with its modules.
+
+    ``places`` says where they go, by name as in a device map: devices and `TablePlace`. It is None where the model
+    loads its tables with the rest.
+    """
+
+    def __init__(self, places: Mapping[str, Any] | None = None) -> None:
+        self.places = places
+        self.tables: dict[str, Table] = {}
+        """The tables by name."""
+        self.stored: dict[str, StoredTensor] = {}
+        """Those that are read from the checkpoint: where they lie in it."""
+        self.elsewhere: dict[str, Located] = {}
+        """Those of another source: where they lie there."""
+
+    def locate(self, wanted: Mapping[str, WantedTable]) -> dict[str, Located]:
+        """Find the tables that do not come from the checkpoint, by name; see `TablePlace.locate`."""
+        place = (self.places or {}).get("")
+        return place.locate(wanted) if isinstance(place, TablePlace) else {}
+
+    def load(
+        self,
+        wanted: Mapping[str, WantedTable],
+        stored: Mapping[str, StoredTensor],
+        elsewhere: Mapping[str, Located],
+        unexpected: set[str],
+        dtype: torch.dtype,
+        prefix: str,
+    ) -> set[str]:
+        """Load the tables, or open them where they lie.
+
+        Tables come from the tensors ``stored`` in the checkpoint, or from ``elsewhere``, which `locate` gave. Their
+        names are struck out of the ``unexpected`` ones. Returned are the names of tables that were found nowhere; they
+        have new random rows.
+        """
+        if not stored and self.tables.keys() - elsewhere.keys():
+            raise CheckpointError(
+                "tables are put on another device or tier than the rest, or left on disk, out of safetensors files "
+                "only; load the model without a device_map or table_tier and save it once"
+            )
+        missing = set()
+        for name, table in self.tables.items():
+            assert isinstance(table, ParameterTable)
+            place = self._place(name, prefix)
+            # "device" makes parameters, as a device in a device map does.
+            device = place.device if isinstance(place, TablePlace) else place
+            resident = not isinstance(place, TablePlace) or place.tier == "device"
+            source = stored_table(stored, name)
+            if name in elsewhere:
+                # The checkpoint may have the table too; it is not what was asked for.
+                unexpected.difference_update(_names_of(name))
+                self.elsewhere[name] = elsewhere[name]
+                if resident:
+                    table.weight = nn.Parameter(place.load(elsewhere[name], wanted[name], dtype))
+                else:
+                    self.tables[name] = place.open(elsewhere[name], wanted[name], dtype)
+            elif source is not None:
+                unexpected.discard(source.name)
+                wanted[name].check(str(source), source.shape)
+                if resident:
+                    table.weight = nn.Parameter(source.load().to(device=device, dtype=dtype))
+                else:
+                    self.tables[name] = place.open(source, wanted[name], dtype)
+                    self.stored[name] = source
+            elif resident:
+                missing.add(f"{prefix}{TABLES}.{name}.weight")
+                table.to_empty(device=device)
+                table.reset_parameters()
+            else:
+                raise CheckpointError(
+                    f"{TABLES}.{name}.weight is to be read from disk, and the checkpoint does not have it; say with "
+                    "table_source= where it lies, or download the checkpoint again"
+                )
+        return missing
+
+    def adopted(self, prefix: str) -> Iterator[tuple[str, Table, Any]]:
+        """Give each table's name, the table, and what a device map calls its place; parameters leave for the model."""
+        for name, table in list(self.tables.items()):
+            place = self._place(name, prefix)
+            if isinstance(table, ParameterTable):
+                # Its rows are the model's own now, and are saved with it.
+                del self.tables[name]
+                self.elsewhere.pop(name, None)
+            yield name, table, place.device_map_name if isinstance(place, TablePlace) else place
+
+    def mapped(self) -> dict[str, Tensor]:
+        """Map the tables that are read from the checkpoint, by name, without reading them."""
+        tables = {}
+        for name, stored in self.stored.items():
+            # Copy on write, because torch warns of memory it must not write to; nothing is written.
+            data: np.ndarray = np.memmap(
+                stored.file, np.uint8, mode="c", offset=stored.start_bytes, shape=(stored.num_bytes,)
+            )
+            tables[name] = torch.from_numpy(data).view(stored.torch_dtype).view(stored.shape)
+        return tables
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose files tables are being read from."""
+        read = {Path(stored.file) for stored in self.stored.values()}
+        for located in self.elsewhere.values():
+            read |= {Path(file) for file in located.files} if isinstance(located, RowLayout) else set()
+        for written in folder.glob("*.safetensors"):
+            if any(path.exists() and path.samefile(written) for path in read):
+                raise ConfigError(
+                    f"{written} is being read by this model and cannot be written over; save it into another folder"
+                )
+
+    def close(self) -> None:
+        """Close what was opened for a model that could not be loaded: threads, connections, processes."""
+        for table in self.tables.values():
+            if not isinstance(table, ParameterTable):
+                table.close()
+
+    def _place(self, name: str, prefix: str) -> Any:
+        """Look up what the device map gives a table, or the innermost module around it: a device or a `TablePlace`."""
+        places = self.places or {}
+        parts = f"{prefix}{TABLES}.{name}.weight".split(".")
+        around = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+        place = next((places[module] for module in around if module in places), "cpu")
+        return TablePlace("mmap") if place == "disk" else place
+
+
+def stored_table(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """Find a table among the tensors of a checkpoint, of a whole model or of its base; None where it is not there."""
+    return next((stored[full] for full in _names_of(name) if full in stored), None)
+
+
+def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Divide a device map into the backbone's part and the tables' part, so that nothing moves the tables later.
+
+    The tables' part is None where everything is on one device and tables are loaded with the rest.
+    """
+    if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
+        # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.
+        return device_map, {"": "cpu"}
+    if not isinstance(device_map, Mapping):
+        return device_map, None
+    devices = {str(device) for device in device_map.values()}
+    if len(devices) == 1 and "disk" not in devices:
+        return device_map, None
+    rest = {name: device for name, device in device_map.items() if TABLES not in name.split(".")}
+    return rest or None, dict(device_map)
+
+
+def one_device(device_map: Any) -> str | int | torch.device:
+    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *_CHOSEN_BY_SIZE):
+        return "cpu"
+    return device
+
+
+def _names_of(table: str) -> tuple[str, str]:
+    """What a checkpoint of a whole model, and one of its base, call a table."""
+    return f"model.{TABLES}.{table}.weight", f"{TABLES}.{table}.weight"
