@@ -6,7 +6,7 @@ import pytest
 from tests.page_reading import HOSTILE, Page, hostile
 
 from engram_lm.page.number_text import count_text
-from engram_lm.studies.curves import curve_svg, smooth
+from engram_lm.studies.curves import curve_figure, smooth
 from engram_lm.studies.quickstart.report import render_report
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows, terminal_table
 
@@ -83,8 +83,8 @@ def test_missing_arms_numbers_and_traces_leave_a_shorter_page(make_result):
 
 def test_several_seeds_are_means_with_their_spread(make_result):
     result = make_result(arms=("memory", "twin", "wide"), gains=(0.1, 0.3))
-    assert headline(result).title == "Memory lowers the held-out loss by 0.200 nats per token"
-    assert "+0.200 ± 0.141 nats per token (mean ± standard deviation over 2 seeds)" in headline(result).detail
+    assert headline(result)[0] == "Memory lowers the held-out loss by 0.200 nats per token"
+    assert "+0.200 ± 0.141 nats per token (mean ± standard deviation over 2 seeds)" in headline(result)[1]
     cells = {title: dict(zip(COLUMNS, row, strict=True)) for title, row in arm_rows(result)}
     assert cells["With memory"]["Held-out loss"] == "2.800 ± 0.141"
     assert cells["With memory"]["Gain over twin"] == "+0.200 ± 0.141"
@@ -109,7 +109,7 @@ def test_several_seeds_are_means_with_their_spread(make_result):
     ],
 )
 def test_headline_is_honest_where_memory_is_not_better(make_result, gains, title):
-    assert headline(make_result(gains=gains)).title == title
+    assert headline(make_result(gains=gains))[0] == title
 
 
 def test_terminal_table_holds_the_cells_of_the_page_in_80_columns(make_result, capsys):
@@ -131,7 +131,8 @@ def test_same_result_gives_the_same_bytes(make_result, make_trace):
 
 
 def test_curves_take_their_colors_from_the_page():
-    svg = curve_svg({"a": [[(1, 2.0), (2, 1.0)]], "b": [[]]}, name="x", label="Loss", markers=True)
+    svg = curve_figure("Loss", {"a": [[(1, 2.0), (2, 1.0)]], "b": [[]]}, {"a": "A"}, name="x", markers=True)
+    svg = svg.removeprefix("<figure><h3>Loss</h3>")
     assert "var(--arm-0)" in svg
     assert "currentColor" in svg
     assert not re.search(r"#0102", svg)

@@ -1,7 +1,6 @@
 """What an analysis found, in words: a summary for the terminal, and one page that opens offline."""
 
 import importlib.resources
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,8 @@ def render_report(result: Mapping[str, Any], page_only: Mapping[str, Mapping[str
         f"format <code>{escape(result['format'])}</code>.",
         colors=[_COLORS[index % len(_COLORS)] for index in range(num_curves)],
         style=importlib.resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8"),
-        script=f'<script type="application/json" id="data">{_json(data)}</script>\n<script>\n{scripts}</script>',
+        script=scripts,
+        data=data,
     )
 
 
@@ -113,8 +113,3 @@ def _facts(result: Mapping[str, Any]) -> str:
     command = f'<pre class="command" tabindex="0" aria-label="Command">{escape(result.get("command", ""))}</pre>'
     models = table(columns, rows, label="The models, a wide table")
     return section("facts", "How it was made", f'{command}{models}<div class="facts">{lists}</div>')
-
-
-def _json(value: Any) -> str:
-    # Inside a script element only "<" could end it or open a comment.
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

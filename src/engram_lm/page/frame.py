@@ -3,6 +3,7 @@
 import datetime
 import html
 import importlib.resources
+import json
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,13 +25,19 @@ def render_page(
     colors: Sequence[str],
     style: str,
     script: str = "",
+    data: Any = None,
 ) -> str:
     """Put an HTML page together, with its styles, scripts and pictures inside.
 
     The title and the names of the CSS variables with the colors of the arms (the n-th becomes ``--arm-n``) are plain
-    text; all else is HTML, and ``style`` follows the CSS of all pages. Without ``script``, the elements at the end of
-    the body, the page forbids all scripts.
+    text, ``script`` is JavaScript that reads ``data`` as JSON from the element of that name, and all else is HTML;
+    ``style`` follows the CSS of all pages. Without a script, the page forbids all scripts.
     """
+    elements = ""
+    if script:
+        # Inside a script element only "<" could end it or open a comment.
+        plain = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        elements = f'<script type="application/json" id="data">{plain}</script>\n<script>\n{script}</script>'
     frame = importlib.resources.files(__package__).joinpath("frame.html").read_text(encoding="utf-8")
     return string.Template(frame).substitute(
         title=escape(title),
@@ -40,7 +47,7 @@ def render_page(
         header=header,
         sections="\n".join(section for section in sections if section),
         footer=footer,
-        script=script,
+        script=elements,
     )
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.page.figure import INK, line_style, page_axes, page_svg
+from engram_lm.page.figure import INK, line_style, page_figure
 
-__all__ = ["Curves", "curve_svg", "describe_curves", "draw_curves", "finite_points", "smooth"]
+__all__ = ["Curves", "curve_figure", "draw_curves", "finite_points", "smooth"]
 
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 """For every arm, a curve of (tokens, loss) for every run."""
@@ -30,16 +30,9 @@ def smooth(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
 
 
 def draw_curves(axes: Any, curves: Curves, *, on_page: bool, markers: bool, titles: Mapping[str, str]) -> None:
-    """Draw curves against what was trained on.
+    """Draw curves against what was trained on, with the titles of the arms for a legend where there are some.
 
     The frame leaves out the steep beginning, the first tenth of the tokens, where everything looks alike.
-
-    Args:
-        axes: Axes of matplotlib.
-        curves: What to draw.
-        on_page: Whether for a page, which sets the colors.
-        markers: Whether to mark the points.
-        titles: Names of the arms for a legend; without one, there are no names.
     """
     for index, (arm, runs) in enumerate(curves.items()):
         style = line_style(index, on_page=on_page) | {"marker": "o" if markers else None, "markersize": 3.5}
@@ -55,35 +48,40 @@ def draw_curves(axes: Any, curves: Curves, *, on_page: bool, markers: bool, titl
     axes.set_xlim(left=0)
 
 
-def curve_svg(curves: Curves, *, name: str, label: str, markers: bool, amount: str = "training tokens") -> str:
-    """Draw curves for a page; see `draw_curves`.
+def curve_figure(
+    title: str,
+    curves: Curves,
+    titles: Mapping[str, str],
+    *,
+    name: str,
+    markers: bool,
+    of: str = "",
+    unit: str = "tokens",
+) -> str:
+    """Draw curves for a page, under a heading; see `draw_curves` and `page_figure`.
 
     Args:
-        curves: What to draw. The n-th arm has the CSS variable ``--arm-n`` as its color and the n-th dash style.
+        title: The heading, as plain text.
+        curves: What to draw; the n-th arm has the n-th color and dashes.
+        titles: Names of the arms, for those who cannot see the picture.
         name: Prefix of the ids in the SVG, so that several can stand in one page.
-        label: What is read out instead of the picture, as HTML.
         markers: Whether to mark the points.
-        amount: What the horizontal axis counts.
-
-    Returns:
-        An ``<svg>`` element without reference to anything outside; the same bytes for the same curves.
+        of: What the curves show, for those who cannot see it, where the heading does not say it.
+        unit: What the horizontal axis counts.
     """
-    from matplotlib.ticker import EngFormatter
-
-    with page_axes(5.4, 3.5) as axes:
-        draw_curves(axes, curves, on_page=True, markers=markers, titles={})
-        axes.set_xlabel(amount, color=INK)
-        axes.set_ylabel("nats per token", color=INK)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        return page_svg(axes.figure, name=name, label=label, num_arms=len(curves))
-
-
-def describe_curves(curves: Curves, titles: Mapping[str, str], unit: str = "tokens") -> str:
-    """Say in words where each curve starts and ends."""
-    parts = []
+    parts = [of] * bool(of)
     for arm, runs in curves.items():
         drawn = [run for run in runs if run]
         if drawn:
             first, last = (np.mean([run[end][1] for run in drawn]) for end in (0, -1))
             parts.append(f"{titles[arm]}: from {first:.2f} to {last:.2f} at {drawn[0][-1][0]:,.0f} {unit}")
-    return "; ".join(parts) or "nothing was recorded"
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import EngFormatter
+
+        draw_curves(axes, curves, on_page=True, markers=markers, titles={})
+        axes.set_xlabel(f"training {unit}", color=INK)
+        axes.set_ylabel("nats per token", color=INK)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    return page_figure(title, name=name, words="; ".join(parts), num_arms=len(curves), draw=draw)

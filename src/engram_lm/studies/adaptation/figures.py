@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_legend, page_figure
-from engram_lm.page.frame import escape
 from engram_lm.studies.adaptation.finding import arm_runs, arm_title, forgetting, loss_before, losses
-from engram_lm.studies.curves import curve_svg, describe_curves, finite_points
+from engram_lm.studies.curves import curve_figure, finite_points
 
 __all__ = ["curve_figures", "forgetting_figures"]
 
@@ -60,19 +59,18 @@ def curve_figures(result: Mapping[str, Any]) -> str:
     curves = {name: [finite_points(run.get("curve") or ()) for run in arm_runs(arm)] for name, arm in arms.items()}
     if not any(len(run) > 1 for runs in curves.values() for run in runs):
         return ""
-    pictures = [("By tokens", "by-tokens", "training tokens", "tokens", curves)]
+    pictures = [("By tokens", "by-tokens", "tokens", curves)]
     if all(costs.values()) and len(set(costs.values())) > 1:
         before = {name: arm.get("preparation_flops") or 0.0 for name, arm in arms.items()}
         by_compute = {
             name: [[(before[name] + tokens * costs[name], loss) for tokens, loss in run] for run in runs]
             for name, runs in curves.items()
         }
-        pictures.append(("By compute", "by-compute", "training FLOPs", "FLOPs", by_compute))
-    figures = []
-    for title, name, amount, unit, drawn in pictures:
-        label = f"Domain loss, {title.lower()}. {describe_curves(drawn, titles, unit)}"
-        svg = curve_svg(drawn, name=name, label=escape(label), markers=True, amount=amount)
-        figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+        pictures.append(("By compute", "by-compute", "FLOPs", by_compute))
+    figures = [
+        curve_figure(title, drawn, titles, name=name, markers=True, of="domain loss", unit=unit)
+        for title, name, unit, drawn in pictures
+    ]
     return f'{line_legend(titles)}\n<div class="curves">{"".join(figures)}</div>'
 
 

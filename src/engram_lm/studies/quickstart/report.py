@@ -1,7 +1,6 @@
 """The result of a quickstart as one page that opens offline and asks nothing of the network."""
 
 import importlib.resources
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from engram_lm.analysis.gates.trace import GateTrace, strongest
 from engram_lm.page.figure import Picture, line_legend
 from engram_lm.page.frame import Html, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text
-from engram_lm.studies.curves import curve_svg, describe_curves, draw_curves, smooth
+from engram_lm.studies.curves import curve_figure, draw_curves, smooth
 from engram_lm.studies.page import facts_section, page_footer
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
@@ -34,9 +33,8 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
         An HTML page with its styles, scripts and pictures inside.
     """
     own = importlib.resources.files(__package__)
-    script = own.joinpath("report.js").read_text(encoding="utf-8")
     return render_page(
-        title=f"{headline(result).title} · engram-lm quickstart",
+        title=f"{headline(result)[0]} · engram-lm quickstart",
         header=_header(result),
         sections=[
             *(render(result) for render in (_arms, _curves)),
@@ -46,16 +44,13 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
         footer=page_footer(result),
         colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],
         style=own.joinpath("report.css").read_text(encoding="utf-8"),
-        script=f'<script type="application/json" id="data">{_json(_gate_data(gate_texts))}</script>\n'
-        f"<script>\n{script}</script>",
+        script=own.joinpath("report.js").read_text(encoding="utf-8"),
+        data=_gate_data(gate_texts),
     )
 
 
-# Sections, from top to bottom --------------------------------------------------------------------------------------
-
-
 def _header(result: Mapping[str, Any]) -> str:
-    said, arms, data = headline(result), result["arms"], result.get("data") or {}
+    (title, detail), arms, data = headline(result), result["arms"], result.get("data") or {}
     parts = []
     if {"memory", "twin"} <= arms.keys():
         costs = [count_text(arms[name].get("flops_per_token")) for name in ("memory", "twin")]
@@ -70,8 +65,8 @@ def _header(result: Mapping[str, Any]) -> str:
         )
     lines = [
         '<p class="eyebrow">engram-lm quickstart</p>',
-        f"<h1>{escape(said.title)}</h1>",
-        f'<p class="lead">{escape(said.detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{escape(detail).replace(" ± ", "&nbsp;±&nbsp;")}</p>',
         f'<p class="muted">{escape(" ".join(parts))}</p>',
     ]
     if result.get("interrupted"):
@@ -114,18 +109,16 @@ _CURVES = (("held_out_curve", "Held-out loss", True), ("train_curve", "Training 
 
 
 def _curves_of(result: Mapping[str, Any], kind: str) -> dict[str, list[list[tuple[float, float]]]]:
-    return {
-        name: [smooth(run.get(kind) or ()) for run in arm.get("runs") or ()] for name, arm in result["arms"].items()
-    }
+    return {name: [smooth(run[kind]) for run in arm["runs"]] for name, arm in result["arms"].items()}
+
+
+def _titles(result: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(arm["title"]) for name, arm in result["arms"].items()}
 
 
 def curve_pictures(result: Mapping[str, Any]) -> Sequence[Picture]:
-    """Draw held-out and training loss of all arms side by side, for those who would rather paste than open a page.
-
-    Args:
-        result: A result in the format ``engram.quickstart.1``.
-    """
-    titles = {name: str(arm["title"]) for name, arm in result["arms"].items()}
+    """Draw held-out and training loss of all arms side by side, for those who would rather paste than open a page."""
+    titles = _titles(result)
 
     def draw(figure: Any) -> None:
         for axes, (kind, title, markers) in zip(figure.subplots(1, 2), _CURVES, strict=True):
@@ -138,14 +131,12 @@ def curve_pictures(result: Mapping[str, Any]) -> Sequence[Picture]:
 
 
 def _curves(result: Mapping[str, Any]) -> str:
-    titles = {name: str(arm["title"]) for name, arm in result["arms"].items()}
+    titles = _titles(result)
     figures = []
     for kind, title, markers in _CURVES:
         curves = _curves_of(result, kind)
         if any(run for runs in curves.values() for run in runs):
-            label = escape(f"{title}. {describe_curves(curves, titles)}")
-            svg = curve_svg(curves, name=kind, label=label, markers=markers)
-            figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+            figures.append(curve_figure(title, curves, titles, name=kind, markers=markers))
     if not figures:
         return ""
     several = " Each seed is a line." if len(result.get("seeds") or ()) > 1 else ""
@@ -211,15 +202,9 @@ def _ngrams(traces: Sequence[GateTrace]) -> str:
     min_count = 2 if sum(len(trace.tokens) for trace in traces) >= _ENOUGH_POSITIONS else 1
     tables = []
     for block in traces[0].blocks:
-        ranked = strongest(traces, block, _NUM_NGRAMS, min_count=min_count)
         rows = [
-            (
-                Html(f'<span class="ngram">{_visible(one.text)}</span>'),
-                str(one.order),
-                f"{one.mean_gate:.2f}",
-                str(one.num_positions),
-            )
-            for one in ranked
+            (_visible(one.text), str(one.order), f"{one.mean_gate:.2f}", str(one.num_positions))
+            for one in strongest(traces, block, _NUM_NGRAMS, min_count=min_count)
         ]
         columns, label = ("N-gram", "Order", "Mean gate", "Times"), f"N-grams of block {block}"
         tables.append(
@@ -261,17 +246,10 @@ def _facts(result: Mapping[str, Any]) -> str:
     return facts_section(result, {"Data": data, "Settings": result.get("settings") or {}}, after=every)
 
 
-# Pieces ------------------------------------------------------------------------------------------------------------
-
-
-def _visible(text: str) -> str:
+def _visible(text: str) -> Html:
     shown = escape(text)
-    return shown.replace(" ", "<i>␣</i>").replace("\n", "<i>↵</i>").replace("\t", "<i>⇥</i>") or "<i>·</i>"
-
-
-def _json(value: Any) -> str:
-    # Inside a script element only "<" could end it or open a comment.
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    shown = shown.replace(" ", "<i>␣</i>").replace("\n", "<i>↵</i>").replace("\t", "<i>⇥</i>") or "<i>·</i>"
+    return Html(f'<span class="ngram">{shown}</span>')
 
 
 def _gate_data(traces: Sequence[GateTrace]) -> dict[str, Any]:
@@ -286,11 +264,8 @@ def _gate_data(traces: Sequence[GateTrace]) -> dict[str, Any]:
             {
                 "tokens": trace.texts,
                 "visible": trace.visible.tolist(),
-                "gates": [[[round(g, 3) for g in stream] for stream in block.T.tolist()] for block in trace.gates],
-                "scores": [
-                    [[[round(s, 2) for s in order] for order in stream] for stream in block.transpose(2, 1, 0).tolist()]
-                    for block in trace.order_scores
-                ],
+                "gates": trace.gates.transpose(0, 2, 1).astype(float).round(3).tolist(),
+                "scores": trace.order_scores.transpose(0, 3, 2, 1).astype(float).round(2).tolist(),
             }
             for trace in traces
         ],

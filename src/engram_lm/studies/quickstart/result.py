@@ -9,7 +9,7 @@ import numpy as np
 from engram_lm.analysis.gates.trace import GateTrace, gate_trace
 from engram_lm.planning.sizes import ModelSizes
 from engram_lm.serving.generate import continue_text
-from engram_lm.studies.quickstart.arms import MEMORY, TWIN
+from engram_lm.studies.quickstart.summary import MEMORY, TWIN
 from engram_lm.studies.result import run_record
 from engram_lm.studies.study import TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
@@ -24,10 +24,7 @@ Loaded = Mapping[str, tuple[Any, Any]]
 def held_out_documents(text: TrainingText, tokenizer: Any, names: Sequence[str]) -> list[tuple[str, str]]:
     """Name and text of the held-out documents, the longest first.
 
-    Args:
-        text: The tokens.
-        tokenizer: What made them.
-        names: What the documents are called, in order, unless the end of the text was held out instead.
+    The names are those of the documents in order; they are not used where the end of the text was held out instead.
     """
     assert text.held_out is not None and text.held_out_ends is not None
     pieces = [piece.tolist() for piece in np.split(text.held_out, text.held_out_ends) if len(piece)]
@@ -38,12 +35,7 @@ def held_out_documents(text: TrainingText, tokenizer: Any, names: Sequence[str])
 
 
 def data_facts(text: TrainingText, documents: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What the models were trained and judged on.
-
-    Args:
-        text: The tokens.
-        documents: The held-out documents.
-    """
+    """What the models were trained and judged on; the documents are those that were held out."""
     facts = dict(text.facts)
     num_files, apart = facts.pop("documents"), len(documents)
     num_bytes = sum(len(document.encode("utf-8", "replace")) for _, document in documents)
@@ -57,14 +49,9 @@ def data_facts(text: TrainingText, documents: Sequence[tuple[str, str]]) -> dict
 
 
 def quickstart_result(seeds: Sequence[Mapping[str, TrainedArm]], bytes_per_token: float) -> dict[str, Any]:
-    """Put the runs of all arms together.
+    """Put the runs of all arms together: what ``engram.quickstart.1`` says of seeds, arms and their difference.
 
-    Args:
-        seeds: For each seed, its arms by name.
-        bytes_per_token: Of the held-out text.
-
-    Returns:
-        ``seeds``, ``arms``, ``difference`` and ``step_time_ratio`` of the format ``engram.quickstart.1``.
+    The arms of each seed are given by name; ``bytes_per_token`` is of the held-out text.
     """
     arms: dict[str, dict[str, Any]] = {}
     for name, first in seeds[0].items():

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from engram_lm.files import write_atomically
 from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, estimated_seconds
-from engram_lm.studies.command import plain_flags
+from engram_lm.studies.command import check_flags, plain_flags
 from engram_lm.studies.progress import StudyProgress
-from engram_lm.studies.quickstart.arms import MEMORY, TWIN, quickstart_study
 from engram_lm.studies.quickstart.report import curve_pictures, render_report
 from engram_lm.studies.quickstart.result import (
     data_facts,
@@ -29,10 +28,10 @@ from engram_lm.studies.quickstart.result import (
     quickstart_result,
     write_samples,
 )
-from engram_lm.studies.quickstart.summary import last_words, terminal_table
+from engram_lm.studies.quickstart.summary import MEMORY, TWIN, last_words, terminal_table
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.small_models import SmallModelFlags
-from engram_lm.studies.study import Study, TrainedArm
+from engram_lm.studies.small_models import SmallModelFlags, like
+from engram_lm.studies.study import Arm, Budget, Study
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
@@ -40,6 +39,8 @@ from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
 __all__ = ["Quickstart"]
 
 _FIRST_BLOCKS = (0, 1, 2)
+_CURVE_POINTS = 7
+"""Times that held-out loss is measured along the way."""
 _WORK = "work"
 """The folder of the training runs, in the folder that is written aside; it is removed at the end."""
 
@@ -74,8 +75,7 @@ class Quickstart(SmallModelFlags):
         super().__post_init__()
         if self.memory_layers == _FIRST_BLOCKS:
             object.__setattr__(self, "memory_layers", tuple(range(min(len(_FIRST_BLOCKS), self.blocks))))
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds must be at least 1, not {self.seeds}")
+        check_flags(self, "seeds")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ConfigError(f"--minutes must be more than 0, not {self.minutes}")
         self.memory()  # refuses what cannot be
@@ -87,15 +87,51 @@ class Quickstart(SmallModelFlags):
         return self.memory_in(self.memory_layers)
 
     def study(self) -> Study:
-        """What is compared."""
-        return quickstart_study(self, self.memory(), seeds=self.seeds, controls=self.controls)
+        """Compare a model with memory with its memory-less twin, and with the controls.
+
+        The twin's feed-forward is wider, so that both spend the same operations on a token. Weights that two models
+        have in common start as the same numbers, and those of the twin's extra width as others.
+        """
+        memory = self.memory()
+        with_memory = self.model(memory)
+        twin = self.model(None, wider=self.width_of(memory.flops_per_token()), like=like(with_memory))
+        arms = [
+            (MEMORY, "with memory", f"reads {memory.num_heads_total * len(memory.layers)} rows per token", with_memory),
+            (
+                TWIN,
+                "without memory",
+                "its feed-forward is wider, so that it spends the same operations per token",
+                twin,
+            ),
+        ]
+        if self.controls:
+            frozen = dataclasses.replace(with_memory, frozen_tables=True)
+            # A channel of the feed-forward is three numbers for each of the block's own, and six operations.
+            channels = self.width_of(2 * memory.num_parameters())
+            wide = self.model(None, wider=channels, like=like(with_memory))
+            arms += [
+                ("random_table", "random table", "the same model, but its table stays as it was drawn", frozen),
+                ("wide", "wide feed-forward", "no memory; the table's bytes went into a wider feed-forward", wide),
+            ]
+        return Study(
+            name="quickstart",
+            question="Does memory help on this text?",
+            arms=tuple(
+                Arm(
+                    name=name,
+                    title=title,
+                    about=about,
+                    recipe=self.recipe(model, curve_points=_CURVE_POINTS),
+                    is_control=name not in (MEMORY, TWIN),
+                )
+                for name, title, about, model in arms
+            ),
+            budget=Budget(equal=("flops",), tolerance=0.01),
+            seeds=self.seeds,
+        )
 
     def run(self) -> int:
-        """Do all of it.
-
-        Returns:
-            Exit status: 0, or 130 after an interruption (what was trained is saved then too).
-        """
+        """Do all of it; return the exit status: 0, or 130 after an interruption, when what was trained is saved too."""
         if self.minutes is not None:
             return dataclasses.replace(self, minutes=None, tokens=self._tokens_in(self.minutes)).run()
         transformers_logging.set_verbosity_error()
@@ -166,24 +202,19 @@ class Quickstart(SmallModelFlags):
             "interrupted": outcome.interrupted,
             "samples": write_samples(models, documents),
         }
-        _write_metrics(out / "metrics.jsonl", seeds)
+        lines = (
+            json.dumps({"arm": name, "seed": trained.seed, **line}) + "\n"
+            for seed in seeds
+            for name, trained in seed.items()
+            for line in trained.records
+        )
+        write_atomically(out / "metrics.jsonl", "".join(lines))
         write_atomically(out / "report.html", render_report(result, gate_texts(models, documents)))
         save_pictures(curve_pictures(result), out)
         write_atomically(out / "samples.txt", _samples_text(result))
         write_atomically(out / "result.json", to_json(result))
         shutil.rmtree(work)
         return result
-
-
-def _write_metrics(path: Path, seeds: Sequence[Mapping[str, TrainedArm]]) -> None:
-    """Write the steps of all runs into one file, a line each."""
-    lines = [
-        json.dumps({"arm": name, "seed": trained.seed, **line}) + "\n"
-        for seed in seeds
-        for name, trained in seed.items()
-        for line in trained.records
-    ]
-    write_atomically(path, "".join(lines))
 
 
 def _samples_text(result: Mapping[str, Any]) -> str:

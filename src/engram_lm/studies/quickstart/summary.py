@@ -1,7 +1,6 @@
 """The result of a quickstart in words and rows, for the terminal and for the page."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_text
-from engram_lm.studies.quickstart.arms import MEMORY, TWIN
 from engram_lm.studies.summary import ENOUGH_SEEDS, paired_difference
 
-__all__ = ["COLUMNS", "Headline", "arm_rows", "headline", "last_words", "run_rows", "terminal_table"]
+__all__ = ["COLUMNS", "MEMORY", "TWIN", "arm_rows", "headline", "last_words", "run_rows", "terminal_table"]
+
+MEMORY, TWIN = "memory", "twin"
+"""Names of the model with memory and of its memory-less twin."""
 
 COLUMNS = (
     "Held-out loss",
@@ -31,28 +32,14 @@ COLUMNS = (
 """What is said of every arm, in order; `arm_rows` gives a cell for each. Loss and gain are in nats per token."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Headline:
-    """What came out, as a title and a sentence."""
-
-    title: str
-    """The finding."""
-    detail: str
-    """The numbers behind it."""
-
-
-def headline(result: Mapping[str, Any]) -> Headline:
-    """Say which model predicts held-out text better, and by how much, whichever it is.
-
-    Args:
-        result: A result in the format ``engram.quickstart.1``.
-    """
+def headline(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Say which model predicts held-out text better, and by how much, whichever it is; then the numbers behind it."""
     arms, difference = result["arms"], result.get("difference") or {}
     mean, spread = difference.get("mean"), difference.get("std")
     if mean is None or not {MEMORY, TWIN} <= arms.keys():
         known = {arm["title"]: spread_text(arm["loss"]["mean"], arm["loss"]["std"]) for arm in arms.values()}
         losses = [f"{title}: {loss} nats per token" for title, loss in known.items()]
-        return Headline("No comparison yet", "; ".join(losses) or "No model was evaluated.")
+        return "No comparison yet", "; ".join(losses) or "No model was evaluated."
     amount = f"{abs(mean):.3f} nats per token"
     wins, seeds = sum(value > 0 for value in difference["per_seed"]), len(difference["per_seed"])
     if amount.startswith("0.000"):
@@ -66,22 +53,16 @@ def headline(result: Mapping[str, Any]) -> Headline:
     ours, theirs = (number_text(_mean(arms[name], "perplexity")) for name in (MEMORY, TWIN))
     detail = f"Perplexity {ours} with memory, {theirs} without. "
     if spread is None:
-        return Headline(title, detail + "One seed, so how much of this is chance is not known.")
+        return title, f"{detail}One seed, so how much of this is chance is not known."
     detail += f"Twin minus memory is {signed_text(mean)} ± {spread:.3f} nats per token (mean ± standard deviation over "
-    return Headline(title, f"{detail}{seeds} seeds{_p_value(difference)}).")
-
-
-def _p_value(difference: Mapping[str, Any]) -> str:
-    p_value, seeds = difference.get("p_value"), len(difference["per_seed"])
-    return "" if p_value is None or seeds < ENOUGH_SEEDS else f"; p = {p_value:.2g}, paired t-test"
+    p_value = difference.get("p_value")
+    sure = "" if p_value is None or seeds < ENOUGH_SEEDS else f"; p = {p_value:.2g}, paired t-test"
+    return title, f"{detail}{seeds} seeds{sure})."
 
 
 def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Describe every arm: its title, and one cell for each of `COLUMNS`.
-
-    Losses are means over the seeds, with their standard deviation where there are several.
-    """
-    twin = _losses(result["arms"].get(TWIN, {}))
+    """Describe every arm: its title, and one cell for each of `COLUMNS`. Numbers are means over the seeds."""
+    twin = _losses(result["arms"].get(TWIN, {"runs": ()}))
     rows = []
     for name, arm in result["arms"].items():
         gain, minutes = paired_difference(twin, _losses(arm)), _mean(arm, "seconds")
@@ -113,20 +94,13 @@ def run_rows(result: Mapping[str, Any]) -> list[list[str]]:
             number_text(run["seconds"] / 60 if run.get("seconds") is not None else None),
         ]
         for arm in result["arms"].values()
-        for run in _runs(arm)
+        for run in arm["runs"]
     ]
 
 
 def terminal_table(result: Mapping[str, Any]) -> Table:
-    """Lay the arms side by side, a line for each of `COLUMNS`, which fits a terminal of 80 columns.
-
-    Args:
-        result: A result in the format ``engram.quickstart.1``.
-
-    Returns:
-        A table to print with ``rich``.
-    """
-    table = Table(box=box.SIMPLE_HEAD, title=Text(headline(result).title, style="bold"), title_justify="left")
+    """Lay the arms side by side, a line for each of `COLUMNS`, which fits a terminal of 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, title=Text(headline(result)[0], style="bold"), title_justify="left")
     table.add_column("")
     rows = arm_rows(result)
     for title, _ in rows:
@@ -138,12 +112,7 @@ def terminal_table(result: Mapping[str, Any]) -> Table:
 
 
 def last_words(result: Mapping[str, Any], out: Path) -> str:
-    """Say what came out in a sentence, and what to do with it.
-
-    Args:
-        result: A result in the format ``engram.quickstart.1``.
-        out: The run folder, as the user named it.
-    """
+    """Say what came out in a sentence, and what to do with the run folder, which ``out`` names as the user did."""
     gain, std = result["difference"]["mean"], result["difference"]["std"]
     spread = "" if std is None else f" ± {std:.3f} over {len(result['seeds'])} seeds"
     stopped = ""
@@ -160,13 +129,9 @@ def last_words(result: Mapping[str, Any], out: Path) -> str:
     )
 
 
-def _runs(arm: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return arm.get("runs") or ()
-
-
 def _losses(arm: Mapping[str, Any]) -> dict[int, float | None]:
-    return {run["seed"]: run.get("loss") for run in _runs(arm)}
+    return {run["seed"]: run.get("loss") for run in arm["runs"]}
 
 
 def _mean(arm: Mapping[str, Any], key: str) -> float | None:
-    return mean_of(run.get(key) for run in _runs(arm))
+    return mean_of(run.get(key) for run in arm["runs"])
