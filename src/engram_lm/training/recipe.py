@@ -131,7 +131,7 @@ class DataOptions:
     """Tokens in a sequence."""
     held_out: float = 0.01
     """Share of the documents that is never trained on, chosen by their contents. If there are too few documents, it is
-    that share of the tokens, from the end. 0 holds nothing out."""
+    that share of the text, from the end. 0 holds nothing out."""
     validation: float = 0.0
     """Share beside ``held_out`` for choices such as that of a learning rate; the trained model is evaluated on it as
     the text ``validation``."""
