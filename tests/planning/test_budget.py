@@ -129,7 +129,7 @@ def test_what_cannot_be_met_is_refused_with_the_reason():
         allocate(EngramLMConfig.preset("moe-tiny"), 0.54, few, tolerance=1e-5)
     wide = EngramConfig(hidden_size=128, num_streams=4, memory_dim=64, layers=(0, 1, 2, 3))
     with pytest.raises(ConfigError, match="one row in each of their heads"):
-        allocate(EngramLMConfig.preset("moe-nano"), 0.98, wide, narrow_dense=False)
+        allocate(EngramLMConfig.preset("moe-nano", first_k_dense_replace=0), 0.98, wide)
     with pytest.raises(ConfigError, match=r"rounds to all 72 experts .* highest below 1 is 0\.98"):
         allocate(moe, 0.999, memory)
     with pytest.raises(ConfigError, match="leaves no expert beyond"):

@@ -61,7 +61,6 @@ def allocate(
     memory: EngramConfig | None = None,
     *,
     sparse_parameters: int | None = None,
-    narrow_dense: bool = True,
     tolerance: float = 0.005,
 ) -> Allocation:
     """Divide a sparse budget: ``ratio`` of it to routed experts, the rest to rows of memory.
@@ -76,8 +75,6 @@ def allocate(
         memory: Where and how memory is read; its ``rows_per_head`` is what is looked for.
         sparse_parameters: P_sparse, experts and tables together; the config's own where None. It is rounded to whole
             experts, and groups of them.
-        narrow_dense: Whether the leading dense blocks pay for memory's projections. False leaves them as they are, and
-            the active parameters differ by the projections, as in the paper's own models.
         tolerance: Largest relative difference of total and of active parameters from the model of experts alone.
 
     Returns:
@@ -114,8 +111,8 @@ def allocate(
             f"a sparse budget of {sparse_parameters:,} leaves no expert beyond the {chosen} that a token visits; one "
             f"expert has {per_expert:,} parameters over all blocks"
         )
-    # The model of experts alone has the dense width that this model gave up for its memory, if widths may change.
-    width = _width(config, None, most, sizes.active) if own is not None and narrow_dense else config.intermediate_size
+    # The model of experts alone has the dense width that this model gave up for its memory.
+    width = config.intermediate_size if own is None else _width(config, None, most, sizes.active)
     reference = _backbone(config, most, width)
     moe_total, moe_active = reference.without_vocabulary, reference.active
     if ratio == 1:
@@ -132,8 +129,7 @@ def allocate(
             f"a ratio of {ratio} rounds to all {most} experts and leaves nothing to memory; the highest below 1 is "
             f"{(most - group - chosen) / (most - chosen):.4f}"
         )
-    if narrow_dense:
-        width = _width(config, memory, experts, moe_active)
+    width = _width(config, memory, experts, moe_active)
     base, read = _backbone(config, experts, width), len(memory.layers) * memory.memory_dim
     projections = len(memory.layers) * memory.layer_parameters()
     memory = _with_rows(memory, moe_total - base.without_vocabulary - projections, ratio)
@@ -151,9 +147,7 @@ def allocate(
         moe_num_experts=most,
     )
     if abs(found.active_difference) > tolerance:
-        if not narrow_dense:
-            advice = "let the leading dense blocks pay for them with narrow_dense=True, or give memory"
-        elif config.num_dense_layers:
+        if config.num_dense_layers:
             advice = "the leading dense blocks cannot become narrow enough: give the backbone wider ones, or memory"
         else:
             advice = "there are no leading dense blocks to pay for them: set first_k_dense_replace, or give memory"
