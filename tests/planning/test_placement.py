@@ -44,8 +44,7 @@ def paper():
 
 def placed(paper, machine=MACHINE, **changes):
     config, found = paper
-    options = {"blocks": (1, 14), "num_blocks": 30, "experts": (config.n_routed_experts, config.num_experts_per_tok)}
-    return place(found, dataclasses.replace(machine, **changes), **options)
+    return place(found, config, dataclasses.replace(machine, **changes))
 
 
 def kinds(placement):

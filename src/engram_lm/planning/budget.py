@@ -77,9 +77,6 @@ def allocate(
             experts, and groups of them.
         tolerance: Largest relative difference of total and of active parameters from the model of experts alone.
 
-    Returns:
-        Whole numbers, and what they come to.
-
     Raises:
         ConfigError: The ratio is outside [0, 1], there are no experts to trade, the memory does not fit the backbone,
             or the numbers cannot be met; the message says by how much and what would help.

@@ -109,14 +109,7 @@ class Plan:
             disk = DiskRate.told(self.disk_iops)
         row_bytes = _row_bytes(memory.head_dim)[self.table_dtype]
         machine = read_machine(ram_gib=self.ram_gib, device_gib=self.device_gib, disk=disk, row_bytes=row_bytes)
-        return place(
-            found,
-            machine,
-            blocks=memory.layers,
-            num_blocks=config.num_hidden_layers,
-            experts=(config.n_routed_experts, config.num_experts_per_tok) if config.has_experts else (0, 0),
-            dtype=self.table_dtype,
-        )
+        return place(found, config, machine, dtype=self.table_dtype)
 
 
 def read_config(source: str) -> EngramLMConfig:

@@ -16,9 +16,9 @@ The model of time, for one decoding step of a batch:
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
+from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.this_machine import PAGE_BYTES, ThisMachine
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.tables.choose import MEMORY_SHARE, choose_tier, spare_bytes
@@ -59,34 +59,25 @@ class _Room:
 
 def place(
     found: dict[str, Any],
+    config: EngramLMConfig,
     machine: ThisMachine,
     *,
-    blocks: Sequence[int],
-    num_blocks: int,
-    experts: tuple[int, int],
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Choose a tier for the tables of a planned model, by the rule that ``open_table(tier="auto")`` follows too.
 
-    Args:
-        found: What `engram_lm.planning.command.plan` found.
-        machine: Where the model will run.
-        blocks: Blocks with memory.
-        num_blocks: Blocks of the model.
-        experts: Routed experts of a block, and how many a token visits; ``(0, 0)`` without experts.
-        dtype: Type of the stored rows, as `plan` names it.
-
-    Returns:
-        Plain values for JSON.
+    ``found`` is the plan of the configuration, which has memory, and ``dtype`` the type of the stored rows, as the plan
+    names it. Returns plain values for JSON.
     """
     batch, table_bytes = found["batch_size"], found["table"]["bytes"][dtype]
     num_rows, parameters = batch * found["reads_per_token"]["rows"], found["parameters"]
     row_bytes = found["reads_per_token"]["bytes"][dtype] / found["reads_per_token"]["rows"]
     backbone = 2 * (parameters["stored"] - parameters["memory"]) + found["decode"]["bytes_of_batch"]
-    compute, room = _compute_seconds(found, machine, experts), _Room.of(machine, backbone)
+    compute, room = _compute_seconds(found, config, machine), _Room.of(machine, backbone)
     on_network = machine.disk is not None and machine.disk.is_on_network
     choice = choose_tier(table_bytes, room.memory, device_bytes=room.device, lies="network" if on_network else "disk")
-    layer_rows = num_rows / len(blocks)
+    num_layers = len(config.memory_layers)
+    layer_rows = num_rows / num_layers
     fits = {"device": machine.device_bytes > 0 and table_bytes <= room.device, "host": table_bytes <= room.memory}
     tiers: dict[str, dict[str, Any]] = {}
     for tier in _TIERS:
@@ -97,11 +88,11 @@ def place(
             continue
         fixed = 0.0 if tier == "device" else GATHER_SECONDS + (LINK_SECONDS if _has_link(machine) else 0.0)
         read = layer_rows * cost + fixed
-        exposed = _exposed_seconds(read, blocks, num_blocks, compute)
+        exposed = _exposed_seconds(read, config, compute)
         tiers[tier].update(
-            read_seconds_per_step=read * len(blocks),
+            read_seconds_per_step=read * num_layers,
             waited_seconds_per_step_with_prefetch=exposed,
-            seconds_per_token=(compute + read * len(blocks)) / batch,
+            seconds_per_token=(compute + read * num_layers) / batch,
             seconds_per_token_with_prefetch=(compute + exposed) / batch,
         )
     # Half for rows, which a cache packs closely, and half for the kernel's pages, which hold rows of strangers too.
@@ -132,12 +123,13 @@ def place(
     }
 
 
-def _compute_seconds(found: dict[str, Any], machine: ThisMachine, experts: tuple[int, int]) -> float:
+def _compute_seconds(found: dict[str, Any], config: EngramLMConfig, machine: ThisMachine) -> float:
     parameters, batch = found["parameters"], found["batch_size"]
     dense = parameters["total"] - parameters["memory"] - parameters["routed_experts"]
-    number, visited = experts
-    # Experts that at least one of the batch's tokens visits, if each token chooses its own.
-    touched = parameters["routed_experts"] * (1 - (1 - visited / number) ** batch) if number else 0
+    touched = parameters["routed_experts"]
+    if config.has_experts:
+        # Experts that at least one of the batch's tokens visits, if each token chooses its own.
+        touched *= 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     weights = 2 * (dense + touched) + found["decode"]["bytes_of_batch"]
     flops = batch * found["flops_per_token"]["inference"]
     return max(weights / machine.bytes_per_second, flops / machine.flops_per_second)
@@ -163,12 +155,12 @@ def _row_seconds(tier: str, machine: ThisMachine, layer_rows: float, row_bytes: 
     return memory + missed * reads / rate
 
 
-def _exposed_seconds(read: float, blocks: Sequence[int], num_blocks: int, compute: float) -> float:
+def _exposed_seconds(read: float, config: EngramLMConfig, compute: float) -> float:
     """Seconds that a step waits for rows when all are asked for at its beginning and read layer after layer."""
     here = waited = 0.0
-    for block in sorted(blocks):
+    for block in sorted(config.memory_layers):
         here += read
-        waited += max(0.0, here - (block / num_blocks * compute + waited))
+        waited += max(0.0, here - (block / config.num_hidden_layers * compute + waited))
     return waited
 
 
