@@ -39,12 +39,7 @@ class MemoryAdapter(ForwardPass):
     Nothing is frozen: for training the memory alone, call ``model.requires_grad_(False)`` and then
     ``adapter.requires_grad_(True)`` (peft freezes everything it does not know, too).
 
-    Args:
-        config: Geometry and options.
-        spec: The hash, with its token map.
-        tables: A table for each block (by its number as text), or one called ``shared``.
-        name: Which adapter of the model this is.
-        base: The model that the memory was made for.
+    ``tables`` has a table for each block, by its number as text, or one called ``shared``.
     """
 
     def __init__(
@@ -338,11 +333,7 @@ def set_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def check_free(model: nn.Module, name: str) -> None:
-    """Refuse a name that an adapter of the model already has.
-
-    Raises:
-        ConfigError: The name is taken.
-    """
+    """Refuse, by a ConfigError, a name that an adapter of the model already has."""
     if name in attached_adapters(model):
         raise ConfigError(
             f"this model already has a memory adapter called {name!r}; call its detach() first, or attach another "

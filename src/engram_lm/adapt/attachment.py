@@ -15,7 +15,7 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, Segments
 from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.table_place import wanted_tables
-from engram_lm.tables import ParameterTable, Table
+from engram_lm.tables import Table
 
 __all__ = ["adapter_spec", "attach"]
 
@@ -77,14 +77,7 @@ def attach(
     tables: dict[str, Table] = {}
     for key, wanted in wanted_tables(spec, config.head_dim).items():
         try:
-            tables[key] = ParameterTable(
-                wanted.num_rows,
-                wanted.width,
-                gradient=config.table_gradient,
-                std=config.table_std,
-                device=device,
-                dtype=dtype or own,
-            )
+            tables[key] = wanted.new(config, device, dtype or own)
         except RuntimeError as error:  # There is no class for a host whose memory is at an end.
             raise ConfigError(
                 f"there is no room on {device} for a table of {wanted.num_rows:,} rows of {wanted.width} numbers "
@@ -103,13 +96,7 @@ def attach(
 
 
 def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segments: Segments | None = None) -> HashSpec:
-    """Make the hash that a memory attached to a model has, and check that model, tokenizer and memory fit.
-
-    Args:
-        decoder: Of the model.
-        tokenizer: Its tokenizer.
-        config: Geometry and options.
-        segments: As for `attach`.
+    """Make the hash of a memory attached to a model, and check that model, tokenizer and memory fit, as `attach` does.
 
     Raises:
         ConfigError: As for `attach`.

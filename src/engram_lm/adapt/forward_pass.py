@@ -37,11 +37,6 @@ class ForwardPass(nn.Module):
 
     Hooks cannot pass values down through the code of another library's model. So what belongs to one call is kept where
     only the thread that makes the call can see it, from the beginning of the call to its end.
-
-    Args:
-        config: Geometry and options.
-        spec: The hash, with its token map.
-        name: Which adapter of the model this is.
     """
 
     layers: nn.ModuleDict

@@ -65,9 +65,6 @@ class TokenHistory(RollingWindow):
             attention_mask: As for `HashSpec.encode`.
             position_ids: As for `HashSpec.encode`.
 
-        Returns:
-            The history itself.
-
         Raises:
             HistoryError: The batch has another size, or a length is impossible.
             TokenError: A token is outside the vocabulary.

@@ -83,15 +83,7 @@ class RollingWindow:
         return self._buffer[:, self._buffer.shape[1] - self.width :]
 
     def open(self, items: Tensor, width: int) -> Self:
-        """Check that a step of these items can go on from here, and return the window itself.
-
-        Args:
-            items: What will be appended, [B, L, *item_shape].
-            width: How many earlier items the step reads.
-
-        Raises:
-            HistoryError: The window holds another number of sequences, or another number of items per sequence.
-        """
+        """Return the window, after a HistoryError for items ``[B, L, *item_shape]`` or a width that do not fit it."""
         if items.shape[0] != self.batch_size:
             raise HistoryError(
                 f"the decode state holds {self.batch_size} sequences, this step has {items.shape[0]}; "
@@ -103,15 +95,10 @@ class RollingWindow:
 
     @torch.no_grad()
     def advance(self, items: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Self:
-        """Append a chunk to every sequence, in place.
+        """Append a chunk ``[B, L, *item_shape]`` to every sequence, in place and cut off from autograd.
 
-        Args:
-            items: [B, L, *item_shape]; converted to the window's dtype, cut off from autograd.
-            lengths: How many of the L items count, per sequence, for chunks padded on the right. None: all of them,
-                and nothing waits for the host.
-
-        Returns:
-            The window itself.
+        ``lengths`` says how many of the L items count, per sequence, for chunks padded on the right. Without it all
+        count, and nothing waits for the host.
 
         Raises:
             HistoryError: The items have another batch size or shape, or a length is outside [0, L].
@@ -144,13 +131,7 @@ class RollingWindow:
 
     @torch.no_grad()
     def rollback(self, n: Counts) -> Self:
-        """Take the last items back, in place, as if they had never come.
-
-        Args:
-            n: How many, for all sequences or one number per sequence.
-
-        Returns:
-            The window itself.
+        """Take the last ``n`` items back, in place, as if they had never come; one number or one per sequence.
 
         Raises:
             HistoryError: Fewer items are held than should be taken back. Nothing has changed then.
@@ -163,11 +144,7 @@ class RollingWindow:
         return self
 
     def check_rollback(self, n: Counts) -> None:
-        """Refuse what `rollback` would refuse.
-
-        Raises:
-            HistoryError: As for `rollback`.
-        """
+        """Refuse, by a HistoryError, what `rollback` would refuse."""
         for sequence, (count, held) in enumerate(zip(self._counts(n, "n"), self._held.tolist(), strict=True)):
             if count < 0:
                 raise HistoryError(f"rollback takes a number from 0, got {count} for sequence {sequence}")

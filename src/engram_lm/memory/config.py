@@ -253,11 +253,7 @@ class EngramConfig:
 
 
 def check_tokenizer_kind(tokenizer: Any) -> None:
-    """Refuse what is not a tokenizer of transformers.
-
-    Raises:
-        ConfigError: It has no ``pad_token_id``.
-    """
+    """Refuse, by a ConfigError, what is not a tokenizer of transformers."""
     if not hasattr(tokenizer, "pad_token_id"):
         raise ConfigError(
             f"the tokenizer must be a Hugging Face one, as from AutoTokenizer.from_pretrained(...), not "

@@ -64,11 +64,7 @@ class DecodeState:
             window.record()
 
     def check_rollback(self, count: int) -> None:
-        """Check that this many tokens can be taken back.
-
-        Raises:
-            HistoryError: Fewer tokens are held.
-        """
+        """Refuse, by a HistoryError, to take back more tokens than are held."""
         if self.seen is not None and count >= self.seen:
             return  # Nothing that would have to be known is left.
         try:
@@ -160,12 +156,8 @@ class LayerWindow:
     def open(self, items: Tensor, width: int) -> RollingWindow:
         """Return the window before this step; made empty on first use, with the type and device of the items.
 
-        Args:
-            items: What the layer will append, ``[B, L, *item_shape]``.
-            width: How many earlier items the layer reads.
-
-        Raises:
-            HistoryError: The state holds another number of sequences.
+        The layer will append the items ``[B, L, *item_shape]`` and reads ``width`` earlier ones. A HistoryError says
+        that the state holds another number of sequences.
         """
         window = self.state.windows.get(self.block)
         if window is None:

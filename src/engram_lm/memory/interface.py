@@ -131,10 +131,8 @@ class MemoryLayer(nn.Module, abc.ABC):
     ) -> RollingWindow:
         """Start the decode state of this layer alone for a batch of sequences, on the layer's device.
 
-        Args:
-            batch_size: Number of sequences.
-            dtype: Type of what is kept; that of the layer's weights where None.
-            max_rollback: How many positions can be taken back; None for all.
+        It has the type of the layer's weights unless told otherwise. ``max_rollback`` positions can be taken back; None
+        means all.
         """
         weight = next(self.parameters())
         width, size = self.window_shape
@@ -149,14 +147,9 @@ class MemoryLayer(nn.Module, abc.ABC):
         )
 
     def read(self, rows: Tensor) -> Tensor:
-        """Gather rows and lay the heads side by side.
+        """Gather rows, int64 ``[B, L, H]``, and lay the heads side by side: memory vectors ``[B, L, M]``.
 
-        Args:
-            rows: Row numbers, int64 ``[B, L, H]``.
-
-        Returns:
-            Memory vectors ``[B, L, M]``, in the table's type. ``layer(hidden, layer.read(rows))`` equals
-            ``layer(hidden, rows)``.
+        They have the table's type, and ``layer(hidden, layer.read(rows))`` equals ``layer(hidden, rows)``.
 
         Raises:
             RowRangeError: A row number outside the table.
@@ -182,17 +175,10 @@ def build_layer(config: EngramConfig, table: Table | None = None) -> MemoryLayer
 
 
 def row_signs(rows: Tensor, num_heads: int) -> Tensor:
-    """Draw a sign for every row read, from the row number of the next head of the same order.
+    """Draw +1 or -1 for every row read, int64 ``[..., H]``, from the row number of the next head of the same order.
 
-    Two N-grams that meet in one head have unrelated rows in the next, so their signs are unrelated too, and nothing
-    but the row numbers is needed to know them.
-
-    Args:
-        rows: Row numbers, int64 ``[..., H]``, orders outermost.
-        num_heads: Heads per order, at least 2.
-
-    Returns:
-        +1 or -1, int64 ``[..., H]``.
+    Orders are outermost in H. Two N-grams that meet in one head have unrelated rows in the next, so their signs are
+    unrelated too, and nothing but the row numbers is needed to know them.
 
     Source: random signs on hashed rows, KellerJordan/modded-nanogpt #299; the rule for drawing them is ours.
     """

@@ -22,14 +22,7 @@ class EngramLayer(MemoryLayer):
 
     The layer owns its projections, norms and convolution. It owns neither a tokenizer (it takes row numbers) nor its
     table, which is any `Table` passed in: passing the same one to two layers shares it. A trainable table's parameters
-    are therefore not among ``layer.parameters()``.
-
-    Args:
-        config: Geometry and options.
-        table: Where rows are read from; may be None if embeddings are always passed in.
-
-    Raises:
-        ConfigError: The table's rows are not as wide as the configuration says.
+    are therefore not among ``layer.parameters()``. The arguments are those of `MemoryLayer`.
 
     Source: paper, section 2.2 to 2.4 and Eq. 1-6.
     """
@@ -138,14 +131,7 @@ class EngramLayer(MemoryLayer):
         return value, gates_BLS
 
     def convolution_input(self, gated: Tensor) -> Tensor:
-        """Normalize gated values, as the convolution reads them and decoding keeps them.
-
-        Args:
-            gated: Gates times values, ``[B, L, S, D]``.
-
-        Returns:
-            ``[B, L, S * D]``, in their type.
-        """
+        """Normalize gated values ``[B, L, S, D]`` for the convolution, which reads and keeps ``[B, L, S * D]``."""
         # In float32: with a small eps the scale alone leaves the range of float16.
         wide = gated.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
@@ -156,11 +142,7 @@ class EngramLayer(MemoryLayer):
         return self._gain(self.query_norm) * self._gain(self.key_norm)
 
     def split_streams(self, hidden_states: Tensor) -> Tensor:
-        """Return hidden states as ``[B, L, S, D]``.
-
-        Raises:
-            MismatchError: Another shape than the configuration's.
-        """
+        """Return hidden states as ``[B, L, S, D]``, or raise a MismatchError for another shape than it takes."""
         config = self.config
         if hidden_states.dim() == 3 and config.num_streams == 1:
             hidden_states = hidden_states.unsqueeze(2)

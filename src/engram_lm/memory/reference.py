@@ -17,18 +17,9 @@ __all__ = ["layer_reference"]
 def layer_reference(
     layer: EngramLayer, hidden_states: Tensor, rows: Tensor, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute what ``layer(hidden_states, rows)`` computes, from the same weights.
+    """Compute what ``layer(hidden_states, rows, active=active)`` computes, from the same weights.
 
-    Args:
-        layer: Gives the weights and the options.
-        hidden_states: ``[B, L, S, D]``.
-        rows: Row numbers, int64 ``[B, L, H]``.
-        active: Bool ``[B, L]``.
-
-    Returns:
-        The update ``[B, L, S, D]`` and the gates ``[B, L, S]``.
-
-    Source: paper, Eq. 1-6.
+    Returns the update ``[B, L, S, D]`` and the gates ``[B, L, S]``. Source: paper, Eq. 1-6.
     """
     config = layer.config
     assert layer.table is not None

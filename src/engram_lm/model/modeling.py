@@ -26,7 +26,6 @@ from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
 from engram_lm.model.streams import StreamHead
 from engram_lm.model.table_place import TablesApart, table_name, wanted_tables
-from engram_lm.tables import ParameterTable
 
 __all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
 
@@ -86,13 +85,7 @@ class EngramModel(EngramPreTrainedModel):
         tables: Any = self.memory_tables if places is None else self.tables_apart.tables
         if memory is not None and spec is not None:
             for name, wanted in wanted_tables(spec, memory.head_dim).items():
-                tables[name] = ParameterTable(
-                    wanted.num_rows,
-                    wanted.width,
-                    gradient=memory.table_gradient,
-                    std=memory.table_std,
-                    device=table_device,
-                )
+                tables[name] = wanted.new(memory, table_device)
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
         self.layers = nn.ModuleList(

@@ -24,8 +24,6 @@ from engram_lm.model.table_place import (
     TablePlace,
     TableSource,
     WantedTable,
-    one_device,
-    split_device_map,
     stored_table,
     table_name,
     wanted_tables,
@@ -38,6 +36,8 @@ from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 __all__ = ["EngramPreTrainedModel"]
 
 _NAMES_SHOWN = 8
+# Device maps that transformers fills in by what fits.
+_CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -185,12 +185,12 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             cache_policy=table_cache_policy,
             pinned=table_pinned,
             source=table_source,
-            device=one_device(kwargs.get("device_map")),
+            device=_one_device(kwargs.get("device_map")),
         )
         source = pretrained_model_name_or_path
         if source is not None:
             _check_index(Path(source) / (kwargs.get("subfolder") or ""))
-        kwargs["device_map"], places = split_device_map(kwargs.get("device_map"))
+        kwargs["device_map"], places = _split_device_map(kwargs.get("device_map"))
         if place.tier != "device" or table_source is not None:
             places = {"": place}
         # What stands behind the source reaches `__init__`.
@@ -338,6 +338,31 @@ def _digest_of(source: Any) -> str:
     except (OSError, ValueError):
         return ""
     return "" if spec is None else f" (HashSpec {spec.digest})"
+
+
+def _split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Divide a device map into the backbone's part and the tables' part, so that nothing moves the tables later.
+
+    The tables' part is None where everything is on one device and tables are loaded with the rest.
+    """
+    if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
+        # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.
+        return device_map, {"": "cpu"}
+    if not isinstance(device_map, Mapping):
+        return device_map, None
+    devices = {str(device) for device in device_map.values()}
+    if len(devices) == 1 and "disk" not in devices:
+        return device_map, None
+    rest = {name: device for name, device in device_map.items() if TABLES not in name.split(".")}
+    return rest or None, dict(device_map)
+
+
+def _one_device(device_map: Any) -> str | int | torch.device:
+    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *_CHOSEN_BY_SIZE):
+        return "cpu"
+    return device
 
 
 def _check_index(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.files import parse_json
 from engram_lm.hashing import HashSpec
+from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import (
     CachedTable,
     MooncakeTable,
@@ -41,8 +42,6 @@ __all__ = [
     "TableSource",
     "TablesApart",
     "WantedTable",
-    "one_device",
-    "split_device_map",
     "stored_table",
     "table_name",
     "wanted_tables",
@@ -58,8 +57,6 @@ Located = RowLayout | str
 """One table, found and not opened: where its rows lie, or its ``mooncake://`` address."""
 
 _SHARED = "shared"
-# Device maps that transformers fills in by what fits.
-_CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 _NAME = "{table}"
 _MOONCAKE = "mooncake://"
 # Rows copied at a time while a whole table is loaded.
@@ -82,6 +79,14 @@ class WantedTable:
     """Numbers in a row."""
     spec_digest: str
     """Digest of the HashSpec."""
+
+    def new(
+        self, memory: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ParameterTable:
+        """Make a table of random rows of this size, as the configuration of the memory has them."""
+        return ParameterTable(
+            self.num_rows, self.width, gradient=memory.table_gradient, std=memory.table_std, device=device, dtype=dtype
+        )
 
     def check(self, where: str, shape: tuple[int, ...], spec_digest: str | None = None) -> None:
         """Refuse, by a MismatchError that names ``where``, a table of another size or of another hash."""
@@ -414,31 +419,6 @@ class TablesApart:
 def stored_table(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
     """Find a table among the tensors of a checkpoint, of a whole model or of its base; None where it is not there."""
     return next((stored[full] for full in _names_of(name) if full in stored), None)
-
-
-def split_device_map(device_map: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Divide a device map into the backbone's part and the tables' part, so that nothing moves the tables later.
-
-    The tables' part is None where everything is on one device and tables are loaded with the rest.
-    """
-    if isinstance(device_map, str) and device_map in _CHOSEN_BY_SIZE:
-        # A table is read a few rows at a time: it never deserves an accelerator's memory before the backbone.
-        return device_map, {"": "cpu"}
-    if not isinstance(device_map, Mapping):
-        return device_map, None
-    devices = {str(device) for device in device_map.values()}
-    if len(devices) == 1 and "disk" not in devices:
-        return device_map, None
-    rest = {name: device for name, device in device_map.items() if TABLES not in name.split(".")}
-    return rest or None, dict(device_map)
-
-
-def one_device(device_map: Any) -> str | int | torch.device:
-    """The device that a device map puts everything on; the CPU where it puts things on several, or says nothing."""
-    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-    if len(devices) != 1 or (device := devices.pop()) is None or device in ("disk", *_CHOSEN_BY_SIZE):
-        return "cpu"
-    return device
 
 
 def _names_of(table: str) -> tuple[str, str]:
