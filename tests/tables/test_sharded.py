@@ -197,7 +197,7 @@ def read_ahead_of_time(rank):
     gc.collect()
     table.prefetch(kept := second.clone())
     pending = len(table._pending)
-    table.discard_prefetched()
+    table.close()
     results.append(table.gather(kept))
     sum(result.sum() for result in results).backward()
     expected = [whole(50)[rows] for rows in (second, first, second, first, second)]

@@ -21,16 +21,14 @@ def available_bytes() -> int | None:
 
 def read_meminfo(path: Path) -> dict[str, int]:
     """Read a file like ``/proc/meminfo``: name → bytes (or a plain count); empty where there is no such file."""
-    found: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
-        return found
-    for line in lines:
-        name, _, value = line.partition(":")
-        number, *unit = value.split() or [""]
+        return {}
+    found = {}
+    for name, number, *unit in (line.split() for line in lines if len(line.split()) > 1):
         if number.isdigit():
-            found[name] = int(number) * (1024 if unit == ["kB"] else 1)
+            found[name.rstrip(":")] = int(number) * (1024 if unit == ["kB"] else 1)
     return found
 
 
@@ -57,7 +55,9 @@ def _container_bytes() -> int | None:
                 break
             allowed, taken = _number(folder / limit), _number(folder / used)
             if allowed is not None and taken is not None:
-                found.append(max(0, allowed - taken + _statistic(folder / "memory.stat", cache)))
+                # The kernel gives file pages up first; they count as used although they are free.
+                free_pages = read_meminfo(folder / "memory.stat").get(cache, 0)
+                found.append(max(0, allowed - taken + free_pages))
     return min(found) if found else None
 
 
@@ -66,18 +66,6 @@ def _number(file: Path) -> int | None:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):  # no such file, or "max"
         return None
-
-
-def _statistic(file: Path, name: str) -> int:
-    """Bytes of file pages that the kernel gives up first; they count as used although they are free."""
-    try:
-        for line in file.read_text(encoding="ascii").splitlines():
-            key, _, value = line.partition(" ")
-            if key == name:
-                return int(value)
-    except (OSError, ValueError):
-        pass
-    return 0
 
 
 def is_on_network(path: str | os.PathLike[str]) -> bool:

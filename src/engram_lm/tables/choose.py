@@ -5,10 +5,13 @@ from typing import Literal, get_args
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["MEMORY_SHARE", "TIERS", "Tier", "TierChoice", "check_tier", "choose_tier", "spare_bytes"]
+__all__ = ["MEMORY_SHARE", "TIERS", "Place", "Tier", "TierChoice", "check_tier", "choose_tier", "spare_bytes"]
 
 Tier = Literal["auto", "device", "host", "mmap", "file", "remote"]
 """Where rows are kept and read, see `engram_lm.tables.open_table`."""
+
+Place = Literal["disk", "network", "address"]
+"""Where the files of a table lie: on a disk of this machine, of another one, or at an address."""
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 """All tiers by name, ``"auto"`` first."""
@@ -53,7 +56,7 @@ def choose_tier(
     memory_bytes: int | None,
     *,
     device_bytes: int = 0,
-    lies: Literal["disk", "network", "address"] = "disk",
+    lies: Place = "disk",
 ) -> TierChoice:
     """Choose a tier for tables by their size, the memory that is left for them, and where their files lie.
 

@@ -12,7 +12,7 @@ import torch
 from engram_lm.errors import ConfigError
 from engram_lm.tables.around.cache import CachedTable
 from engram_lm.tables.available_memory import available_bytes, is_on_network
-from engram_lm.tables.choose import Tier, TierChoice, check_tier, choose_tier, spare_bytes
+from engram_lm.tables.choose import Place, Tier, TierChoice, check_tier, choose_tier, spare_bytes
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.layout import RowLayout
@@ -138,14 +138,14 @@ def _open(
         where = "the layout" if isinstance(source, RowLayout) else source
         raise ConfigError(f"tier='remote' reads addresses, and {where} is not an address")
     if not is_remote or choice.tier == "remote":
-        return _made(choice.tier, layout, dtype, options), choice.reason
+        return _made(_OPENERS[choice.tier], choice.tier, options, layout, dtype), choice.reason
     if choice.tier in ("mmap", "file"):
         raise ConfigError(
             f"tier={choice.tier!r} reads local files and the source is an address; use 'remote', 'host' or 'device'"
         )
     rest = {name: value for name, value in options.items() if name not in asking}
     with contextlib.closing(RemoteTable(layout, dtype, **remote_options)) as served:
-        return _made(choice.tier, served, dtype, rest), choice.reason
+        return _made(_OPENERS[choice.tier], choice.tier, rest, served, dtype), choice.reason
 
 
 def _open_mooncake(
@@ -159,32 +159,25 @@ def _open_mooncake(
             f"{source}: expected mooncake://HOST:PORT/NAME with the name that publish_to_mooncake returned, and no "
             "layer, since a name is one table"
         )
-    _refuse_unknown(MooncakeTable, "remote", options)
-    table = MooncakeTable(f"mooncake://{place}", name, dtype, **options)
+    table = _made(MooncakeTable, "remote", options, f"mooncake://{place}", name, dtype)
     return table, "asked for" if tier == "remote" else "a store on other machines"
 
 
 def _choose(layout: RowLayout, is_remote: bool) -> TierChoice:
     """Choose a tier by where the table is and whether it fits."""
-    if is_remote:
-        return choose_tier(layout.stored_bytes, None, lies="address")
     available = available_bytes()
     spare = None if available is None else spare_bytes(available)
     on_network = any(map(is_on_network, layout.files))
-    return choose_tier(layout.stored_bytes, spare, lies="network" if on_network else "disk")
+    lies: Place = "address" if is_remote else "network" if on_network else "disk"
+    return choose_tier(layout.stored_bytes, spare, lies=lies)
 
 
-def _made(tier: str, source: RowLayout | RecordTable, dtype: torch.dtype | None, options: dict[str, Any]) -> Table:
-    """Open a layout on a tier; options that the tier does not have are refused by name."""
-    _refuse_unknown(_OPENERS[tier], tier, options)
-    return _OPENERS[tier](source, dtype, **options)
-
-
-def _refuse_unknown(kind: Callable[..., Table], tier: str, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(kind).parameters.values()
+def _made(opener: Callable[..., Table], tier: str, options: dict[str, Any], *arguments: Any) -> Table:
+    """Open a table on a tier; options that the tier does not have are refused by name."""
+    parameters = inspect.signature(opener).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = {field.name for field in dataclasses.fields(RemoteOptions)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
+    if unknown := sorted(options.keys() - known):
         raise ConfigError(f"tier={tier!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return opener(*arguments, **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engram_lm.errors import RowRangeError, TableClosedError
 
-__all__ = ["Table", "Ticket"]
+__all__ = ["Table", "Ticket", "version_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +103,8 @@ class Table(abc.ABC):
     def _refuse_closed(self, closed: bool) -> None:
         if closed:
             raise TableClosedError("this table was closed; open it again to read from it")
+
+
+def version_of(rows: Tensor) -> int | None:
+    """How often the numbers were written over; tensors of inference mode do not say."""
+    return None if rows.is_inference() else rows._version

@@ -1,5 +1,6 @@
 """Rows of a table off the GPU, brought to fixed addresses on it before they are needed."""
 
+import functools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import ConfigError
-from engram_lm.tables.table import Table, Ticket
+from engram_lm.tables.table import Table, Ticket, version_of
 from engram_lm.tables.tiers.record_table import checked_out
 
 __all__ = ["StagedTable"]
@@ -79,7 +80,7 @@ class StagedTable(Table):
                 self._future.exception()  # one at a time: the pinned buffer is being written
             # Work with the previous rows that the GPU has still to do is in this stream already.
             self._stream.wait_stream(consumer)
-            self._asked, self._version = rows, _version(rows)
+            self._asked, self._version = rows, version_of(rows)
             self._future = self._threads.submit(self._bring, numbers)
         return Ticket(num_rows=num_rows, num_bytes=num_rows * self.row_bytes)
 
@@ -109,7 +110,7 @@ class StagedTable(Table):
             if rows.numel() > self.max_rows:
                 raise ConfigError(f"a graph reads {rows.numel()} rows at once, {self.max_rows} are staged")
             result = self._here[: rows.numel()].view(shape)
-        elif rows is self._asked and _version(rows) == self._version:
+        elif rows is self._asked and version_of(rows) == self._version:
             self.wait()
             self._staged += rows.numel()
             result = self._here[: rows.numel()].view(shape)
@@ -136,13 +137,4 @@ class StagedTable(Table):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by opening the table below again, with buffers of its own."""
-        return _stage, (self.table, self.device, self.max_rows)
-
-
-def _version(rows: Tensor) -> int | None:
-    """How often the numbers were written over; tensors of inference mode do not say."""
-    return None if rows.is_inference() else rows._version
-
-
-def _stage(table: Table, device: torch.device, max_rows: int) -> StagedTable:
-    return StagedTable(table, device, max_rows=max_rows)
+        return functools.partial(StagedTable, max_rows=self.max_rows), (self.table, self.device)

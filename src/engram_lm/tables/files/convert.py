@@ -77,22 +77,13 @@ def convert(
     spec_digest: str | None = None,
     hash_spec: Mapping[str, Any] | None = None,
 ) -> list[Converted]:
-    """Write each table of a checkpoint as a packed file, ``layer-L.safetensors``, in bounded memory.
+    """Write each table of a checkpoint, or that of ``layer``, as a packed file, ``layer-L.safetensors``.
 
-    Without ``dtype`` every record is copied as it is: the 8-bit floats and scales of a DeepSeek-V4.1 table come to lie
-    side by side and keep every bit. An interrupted call leaves nothing under the final names; the next one continues
-    where it stopped, if source and target are still the same.
-
-    Args:
-        source: What `find_tables` opens, on this machine.
-        target_folder: The folder for the packed files, which may hold other packed tables.
-        layer: The one table to convert; all where None.
-        dtype: One of `CODEC_NAMES`; as stored where None.
-        resume: Whether to continue the work of an interrupted call, and to leave finished files alone.
-        progress: Called whenever some bytes are done.
-        error_rows: Rows to measure the error of rounding on, drawn evenly; all (2 ** 24 at most) where None.
-        spec_digest: Digest of the HashSpec that addresses the rows; the source's own where None.
-        hash_spec: That HashSpec, as JSON values.
+    Without ``dtype``, one of `CODEC_NAMES`, every record is copied as it is: the 8-bit floats and scales of a
+    DeepSeek-V4.1 table come to lie side by side and keep every bit. An interrupted call leaves nothing under the final
+    names; the next one continues where it stopped and leaves finished files alone, if source and target are still the
+    same and it may ``resume``. The error of rounding is measured on ``error_rows`` drawn evenly; on all (2 ** 24 at
+    most) where None.
 
     Raises:
         CheckpointError: The source is damaged (a packed one is compared with its checksums) or holds no table, a number

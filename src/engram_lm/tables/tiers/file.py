@@ -66,6 +66,7 @@ class FileTable(RecordTable):
         if type(num_threads) is not int or not 1 <= num_threads <= 1024:
             raise ConfigError(f"num_threads is between 1 and 1024, not {num_threads!r}")
         self.layout, self.num_threads, self.direct, self.read_ahead = layout, num_threads, direct, read_ahead
+        self._copied_from = layout
         self._remade_from = (layout,), {"num_threads": num_threads, "direct": direct, "read_ahead": read_ahead}
         ends: dict[str, int] = {}
         for extent in (extent for part in layout.parts for extent in part.extents):
@@ -130,11 +131,6 @@ class FileTable(RecordTable):
         # Tasks take turns row by row: neighbouring rows in one task would be read one after another.
         num_tasks = min(most_tasks, -(-len(offsets) // _ROWS_PER_TASK))
         file.run(read, [slice(task, None, num_tasks) for task in range(num_tasks)])
-
-    def load_records(self, start: int, stop: int) -> Tensor:
-        """See `RecordTable.load_records`; one long read for each file."""
-        self._refuse_closed(self._closed)
-        return self.layout.load_records(start, stop)
 
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds how the files are read."""

@@ -43,6 +43,7 @@ class MappedTable(RecordTable):
     ) -> None:
         super().__init__(layout.codec, layout.num_rows, dtype)
         self.layout, self.populate, self.lock = layout, populate, lock
+        self._copied_from = layout
         self._remade_from = (layout,), {"populate": populate, "lock": lock}
         files = {file: _map(file) for file in layout.files}
         self._held: list[list[np.ndarray]] | None = [_views(part, files) for part in layout.parts]
@@ -77,11 +78,6 @@ class MappedTable(RecordTable):
             for extent, _, offsets in part.divide(numbers):
                 if extent.file in descriptors:
                     request_missing(descriptors[extent.file].number, offsets, part.row_bytes)
-
-    def load_records(self, start: int, stop: int) -> Tensor:
-        """See `RecordTable.load_records`; reads past the mapping."""
-        self._refuse_closed(self._closed)
-        return self.layout.load_records(start, stop)
 
     def stats(self) -> dict[str, Any]:
         """See `Table.stats`; adds how many files the table lies in and whether its rows are locked in memory."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engram_lm.errors import EngramError, MismatchError, RowRangeError
+from engram_lm.tables.table import version_of
 
 __all__ = ["COUNTED", "RankShare", "RowExchange", "in_order"]
 
@@ -163,11 +164,11 @@ class RowExchange:
 
     def expect(self, rows: Tensor) -> None:
         """Remember whose rows these are."""
-        self._asker, self._version = weakref.ref(rows), _version(rows)
+        self._asker, self._version = weakref.ref(rows), version_of(rows)
 
     def is_for(self, rows: Tensor) -> bool:
         """Whether these are the numbers that were asked for."""
-        return self._asker is not None and self._asker() is rows and self._version == _version(rows)
+        return self._asker is not None and self._asker() is rows and self._version == version_of(rows)
 
     @property
     def is_wanted(self) -> bool:
@@ -208,8 +209,3 @@ class RowExchange:
         values = values.mul_(1 / self.share.world_size)
         shape = self.share.weight.shape
         return torch.sparse_coo_tensor(self._places[None], values, shape, check_invariants=False)
-
-
-def _version(rows: Tensor) -> int | None:
-    """How often the numbers were written over; tensors of inference mode do not say."""
-    return None if rows.is_inference() else rows._version

@@ -191,16 +191,12 @@ class ShardedTable(nn.Module, Table):
                 for exchange in self._pending.pop(key):
                     exchange.drop()
 
-    def discard_prefetched(self) -> None:
+    def close(self) -> None:
         """Drop every exchange that was begun and not gathered."""
         for waiting in self._pending.values():
             for exchange in waiting:
                 exchange.drop()
         self._pending.clear()
-
-    def close(self) -> None:
-        """Drop what was asked for and not gathered."""
-        self.discard_prefetched()
 
     def distributed(self, local: Tensor) -> Tensor:
         """See all ranks' parts of something that has one entry per row as one tensor; nothing is communicated.
