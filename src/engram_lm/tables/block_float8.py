@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError
 
-__all__ = ["BLOCK", "dequantize", "num_blocks", "quantize"]
+__all__ = ["BLOCK", "dequantize", "num_blocks", "quantize", "scaled"]
 
 BLOCK = 32
 """Columns (and, in a matrix with square blocks, rows) that share a scale."""
@@ -42,15 +42,22 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bo
     """
     # The product is rounded once, to the result's type; float16 could not even hold the scales.
     exact = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+    return scaled(values.to(exact), scales.to(exact), square=square).to(dtype)
+
+
+def scaled(values: Tensor, scales: Tensor, *, square: bool = False) -> Tensor:
+    """Multiply numbers, which are written over, by the scales of their blocks, of the same type; see `dequantize`."""
     rows, columns = values.shape
     if columns % BLOCK == 0 and not square:
         # The same products without a scale for every number in memory: half the time.
-        blocks = values.to(exact).view(rows, -1, BLOCK).mul_(scales.to(exact).unsqueeze(2))
-        return blocks.view(rows, columns).to(dtype)
-    wide = scales.to(exact).repeat_interleave(BLOCK, dim=1)[:, :columns]
-    if square:
-        wide = wide.repeat_interleave(BLOCK, dim=0)[:rows]
-    return values.to(exact).mul_(wide).to(dtype)
+        return values.view(rows, -1, BLOCK).mul_(scales.unsqueeze(2)).view(rows, columns)
+    return values.mul_(_widened(scales, values.shape, square))
+
+
+def _widened(scales: Tensor, shape: torch.Size, square: bool) -> Tensor:
+    """A scale for each number of a matrix."""
+    wide = scales.repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
+    return wide.repeat_interleave(BLOCK, dim=0)[: shape[0]] if square else wide
 
 
 def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
@@ -82,7 +89,4 @@ def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
     exponent = exponent - _LARGEST_EXPONENT + (fraction > _LARGEST_FRACTION)
     exponent = torch.where(largest == 0, 0, exponent).clamp_min(-127)
     scales = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-    wide = scales.float().repeat_interleave(BLOCK, dim=1)[:, :columns]
-    if square:
-        wide = wide.repeat_interleave(BLOCK, dim=0)[:rows]
-    return (values / wide).to(torch.float8_e4m3fn), scales
+    return (values / _widened(scales.float(), values.shape, square)).to(torch.float8_e4m3fn), scales

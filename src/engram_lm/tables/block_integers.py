@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.tables.block_float8 import BLOCK, num_blocks
+from engram_lm.tables.block_float8 import BLOCK, num_blocks, scaled
 
 __all__ = [
     "INT4",
@@ -74,13 +74,7 @@ def dequantize_integers(integers: Tensor, scales: Tensor, dtype: torch.dtype) ->
 
     From int8 ``[rows, columns]`` and bfloat16 ``[rows, num_blocks(columns)]`` to ``[rows, columns]``.
     """
-    rows, columns = integers.shape
-    if columns % BLOCK == 0:
-        # The same products without a scale for every number in memory.
-        blocks = integers.float().view(rows, -1, BLOCK).mul_(scales.float().unsqueeze(2))
-        return blocks.view(rows, columns).to(dtype)
-    wide = scales.float().repeat_interleave(BLOCK, dim=1)[:, :columns]
-    return integers.float().mul_(wide).to(dtype)
+    return scaled(integers.float(), scales.float()).to(dtype)
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:
