@@ -34,11 +34,6 @@ _FINGERPRINT_NUMBERS = 64
 class AdaptedBase:
     """A pretrained model with what the recipe adds to it. What the recipe trains, and only that, requires a gradient.
 
-    Args:
-        recipe: With ``model.base``.
-        tokenizer: The base's.
-        ranks: This process alone.
-
     Raises:
         ConfigError: The base cannot be loaded, has no recognizable layer list, or the memory is none for it; or there
             are several processes.
@@ -144,16 +139,7 @@ class AdaptedBase:
 
 
 def load_base(source: str, revision: str | None, dtype: str) -> Any:
-    """Load a pretrained causal language model.
-
-    Args:
-        source: A folder, or a name on the Hub.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Type its weights are loaded in; ``auto`` is as stored.
-
-    Raises:
-        ConfigError: It cannot be loaded; the message repeats what transformers says.
-    """
+    """Load a pretrained causal language model; a ConfigError repeats what transformers says if that cannot be done."""
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(local_or_hub(source), revision=revision, dtype=kind)
@@ -169,15 +155,7 @@ def load_base(source: str, revision: str | None, dtype: str) -> Any:
 
 
 def lora_targets(model: Any, targets: tuple[str, ...], layer_list: str | None = None) -> list[str]:
-    """Find the matrices of the decoder layers that get low-rank ones beside them.
-
-    Args:
-        model: The base model, without memory.
-        targets: Ends of their names, or ``all-linear``.
-        layer_list: Path of the decoder layers, where structure does not tell.
-
-    Returns:
-        Their full names.
+    """Find the full names of the decoder layers' matrices that get low-rank ones, by the ends of their names.
 
     Raises:
         ConfigError: There is none.

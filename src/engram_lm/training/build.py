@@ -29,11 +29,6 @@ class OwnModel:
 
     `engram_lm.training.base_model.AdaptedBase` has the same methods, for a recipe that starts from a model of others.
 
-    Args:
-        recipe: Which model.
-        tokenizer: Its tokenizer.
-        ranks: The processes.
-
     Raises:
         ConfigError: An impossible model.
         MismatchError: A configuration made for another tokenizer.
@@ -54,8 +49,7 @@ class OwnModel:
     @property
     def sizes(self) -> dict[str, int]:
         """Parameters: ``total``, those in ``tables``, and those that take part in a token (``active``)."""
-        costs = self._costs
-        return {"total": costs.total, "tables": costs.memory_tables, "active": costs.active}
+        return {"total": self._costs.total, "tables": self._costs.memory_tables, "active": self._costs.active}
 
     def training_flops_per_token(self) -> float:
         """Operations that training on one token takes."""
@@ -86,11 +80,7 @@ class OwnModel:
 
 
 def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:
-    """Configure the recipe's model.
-
-    Args:
-        recipe: Which model.
-        tokenizer: Decides vocabulary and canonical tokens of a preset; without one they are the preset's own.
+    """Configure the recipe's model; without a tokenizer, vocabulary and canonical tokens are the preset's own.
 
     Raises:
         ConfigError: An impossible model.
@@ -141,13 +131,7 @@ def build_model(recipe: Recipe, config: EngramLMConfig, tokenizer: Any, ranks: R
     """Build the model on this process's device, with its share of the tables.
 
     The first numbers depend on the seed and nothing else: neither the backbone's on the tables, nor a row on how many
-    processes there are.
-
-    Args:
-        recipe: Which model, and the seed.
-        config: What `model_config` made of it.
-        tokenizer: Of the models in ``model.like``.
-        ranks: The processes.
+    processes there are. The tokenizer is for the models in ``model.like``.
 
     Raises:
         ConfigError: A model in ``model.like`` is impossible, or its memory has another number of layers.

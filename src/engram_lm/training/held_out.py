@@ -17,7 +17,7 @@ from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.training.data.batches import restarting_positions
 from engram_lm.training.distribution import LossModule, Ranks, reshard, share
-from engram_lm.training.loss import cut_into_sequences, language_model_loss
+from engram_lm.training.loss import language_model_loss
 
 __all__ = ["HeldOutLoss", "held_out_loss"]
 
@@ -145,9 +145,13 @@ def held_out_loss(
 
 
 def _batches(tokens: np.ndarray, length: int, batch_size: int) -> list[list[slice]]:
-    """Whole sequences in batches, then the shorter rest alone, so that no padding is needed."""
-    pieces = cut_into_sequences(tokens, length)
-    num_whole = (len(tokens) - 1) // length
+    """Whole sequences in batches, then the shorter rest alone, so that no padding is needed.
+
+    A piece is a sequence and the token after it, so that every token but the first is predicted.
+    """
+    count = len(tokens) - 1
+    pieces = [slice(start, min(start + length, count) + 1) for start in range(0, count, length)]
+    num_whole = count // length
     batches = [pieces[first : min(first + batch_size, num_whole)] for first in range(0, num_whole, batch_size)]
     return [*batches, *([piece] for piece in pieces[num_whole:])]
 
@@ -163,11 +167,8 @@ def _positions(pieces: list[slice], document_ends: np.ndarray) -> Tensor:
 def _memory_layers(model: Any) -> dict[int, EngramLayer]:
     """The memory layers by block: the model's own, or those of the memory attached to it if there is exactly one."""
     blocks = enumerate(getattr(model.base_model, "layers", ()))
-    own = {block: getattr(layer, "memory", None) for block, layer in blocks}
-    found = {block: layer for block, layer in own.items() if isinstance(layer, EngramLayer)}
-    if found:
-        return found
+    layers = {block: getattr(layer, "memory", None) for block, layer in blocks}
     adapters = list(attached_adapters(model).values())
-    if len(adapters) != 1:
-        return {}
-    return {int(block): layer for block, layer in adapters[0].layers.items() if isinstance(layer, EngramLayer)}
+    if not any(isinstance(layer, EngramLayer) for layer in layers.values()) and len(adapters) == 1:
+        layers = {int(block): layer for block, layer in adapters[0].layers.items()}
+    return {block: layer for block, layer in layers.items() if isinstance(layer, EngramLayer)}

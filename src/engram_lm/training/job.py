@@ -40,15 +40,8 @@ METRICS, RESULT, MODEL, FAILED = "metrics.jsonl", "result.json", "model", "faile
 class Job:
     """A run that `engram_lm.training.run.Run.open` has prepared, in a folder that this process holds.
 
-    All ranks call the same methods in the same order.
-
-    Args:
-        recipe: What to train.
-        out: The run folder.
-        ranks: The processes.
-        progress: What people see.
-        resume: Whether to tell people if there is no checkpoint to go on from.
-        last_step: The step to stop at.
+    All ranks call the same methods in the same order. With ``resume``, people are told if there is no checkpoint to go
+    on from.
 
     Raises:
         CheckpointError: The newest checkpoint is damaged, or was not made by a run.
@@ -167,11 +160,9 @@ class Job:
         return record, values
 
     def save(self, *, wait: bool) -> None:
-        """Save a checkpoint of the step just taken, unless there is one already.
+        """Save a checkpoint of the step just taken, unless there is one already, and wait until it is written.
 
-        Args:
-            wait: Whether to return only when it is written. Otherwise the recipe decides whether it is written in the
-                background.
+        Without ``wait``, the recipe decides whether it is written in the background.
         """
         if self._saved_step != self.num_steps_done:
             facts = {
@@ -205,8 +196,7 @@ class Job:
     def finish(self) -> dict[str, Any]:
         """Write the model, the result and a plot of the losses, if the last step has been taken.
 
-        Returns:
-            The contents of ``result.json``; ``interrupted`` says whether steps are left.
+        The contents of ``result.json`` are returned; ``interrupted`` says whether steps are left.
         """
         self.close()
         result = self._result()
@@ -227,9 +217,10 @@ class Job:
     def _speed(self, record: StepRecord) -> dict[str, float]:
         """Tokens and operations per second of a step, and their share of what the devices can do at best."""
         tokens = record.num_tokens / record.step / record.seconds
-        found = {"tokens_per_second": tokens, "model_tflops": tokens * self.flops_per_token / 1e12}
+        flops = tokens * self.flops_per_token
+        found = {"tokens_per_second": tokens, "model_tflops": flops / 1e12}
         if self._peak_flops is not None:
-            found["mfu"] = tokens * self.flops_per_token / (self._peak_flops * self.ranks.world_size)
+            found["mfu"] = flops / (self._peak_flops * self.ranks.world_size)
         return found
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -264,25 +255,16 @@ class Job:
             document_ends=self.text.held_out_ends if self.recipe.data.restart_documents else None,
         )
 
-    def evaluate(
-        self,
-        tokens: np.ndarray,
-        *,
-        max_tokens: int | None = None,
-        num_bytes: int | None = None,
-        document_ends: np.ndarray | None = None,
-    ) -> HeldOutLoss:
-        """Measure the model's loss on a text as it stands; see `held_out_loss`."""
+    def evaluate(self, tokens: np.ndarray, **options: Any) -> HeldOutLoss:
+        """Measure the model's loss on a text as it stands; ``options`` are others of `held_out_loss`."""
         return held_out_loss(
             self.model,
             tokens,
             length=self.recipe.data.sequence_length,
             batch_size=sequences_at_once(self.recipe, self.ranks),
-            max_tokens=max_tokens,
-            num_bytes=num_bytes,
             ranks=self.ranks,
             loss_module=self.trainer.loss_module,
-            document_ends=document_ends,
+            **options,
         )
 
     def _ended_before(self, step: int) -> dict[str, Any] | None:
@@ -338,18 +320,13 @@ class Job:
     @contextlib.contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
         """Draw this run's random numbers, and leave those of the process as they were."""
-        outside = self._random_states()
-        self._set_random_states(self._random)
-        try:
+        device = self.ranks.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.set_rng_state(self._random["cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(self._random["cuda"], device)
             yield
-        finally:
             self._random = self._random_states()
-            self._set_random_states(outside)
-
-    def _set_random_states(self, states: dict[str, Tensor]) -> None:
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.ranks.device)
 
     def _result(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -409,8 +386,7 @@ def _plot(folder: Path) -> None:
     held_out = [(tokens, loss) for tokens, loss in _curve(folder / METRICS) if loss is not None]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats per token")
+    axes.set(xlabel="tokens", ylabel="loss, nats per token")
     if known or held_out:
         axes.legend()
     FigureCanvasAgg(figure).print_png(str(folder / "loss.png"))

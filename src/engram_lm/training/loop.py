@@ -81,9 +81,9 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as one dictionary, with the entries of ``details`` beside the others."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        details = values.pop("details") or {}
-        return {**values, **details}
+        values = vars(self) | (self.details or {})
+        del values["details"]
+        return values
 
 
 def best_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -174,9 +174,7 @@ class Trainer:
         device = next(self.model.parameters()).device
         self.model.train()
         loss = self._backward(device)
-        found: dict[str, Any] = {}
-        if details:
-            found |= gradient_norms(self.model, self.optimizer, self.ranks)
+        found = gradient_norms(self.model, self.optimizer, self.ranks) if details else {}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = clip_gradients(
             parameters,
@@ -191,11 +189,9 @@ class Trainer:
                 self.optimizer.step()
             found |= norms
         self.optimizer.zero_grad(set_to_none=True)
-        if details:
-            found["tables"] = self.table_use.summary()
         load = balance_experts(self.model, None if self._routers_learn and not skipped else 0.0)  # over all processes
         if details:
-            found["expert_load"] = _load_summary(load)
+            found |= {"tables": self.table_use.summary(), "expert_load": _load_summary(load)}
         self.num_steps_done += 1
         self.num_skipped += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -220,7 +216,7 @@ class Trainer:
 
     def _backward(self, device: torch.device) -> float:
         """Compute the gradients of the whole batch's mean loss, and that loss."""
-        total: Tensor | None = None
+        total = torch.zeros((), device=device)
         # A process that cannot read its text must not leave the others waiting in an exchange.
         with agree(self.ranks, f"reading the text of step {self.num_steps_done + 1}"):
             batches = [self.batches.part(self.num_steps_done, start, stop) for start, stop in self._parts]
@@ -232,8 +228,7 @@ class Trainer:
                 loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids)
                 loss = loss * loss_weight(stop - start, self.batches.batch_size, self.ranks)
                 loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
+            total += loss.detach()
         return self.ranks.mean(total)
 
     def _check_tokens(self, batches: list[Batch]) -> None:

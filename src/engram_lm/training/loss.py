@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import sequence_balance_loss
 
-__all__ = ["autocast", "cut_into_sequences", "language_model_loss"]
+__all__ = ["autocast", "language_model_loss"]
 
 _LOGITS_AT_ONCE = 1 << 27
 """Numbers of logits that are in memory at a time in an evaluation, 512 MiB."""
@@ -80,17 +79,3 @@ def _sum_of_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Add up the losses of logits ``[n, V]`` and targets ``[n]``, each taken in float32; float64."""
     sums = [F.cross_entropy(logits.float(), targets, reduction="sum").double() for logits, targets in parts]
     return torch.stack(sums).sum()
-
-
-def cut_into_sequences(tokens: np.ndarray, length: int) -> list[slice]:
-    """Cut packed tokens into sequences that do not see each other: whole ones, then the shorter rest.
-
-    Args:
-        tokens: Packed tokens ``[num_tokens]``.
-        length: Tokens in a sequence.
-
-    Returns:
-        Slices of ``tokens``, each a sequence and the token after it, so that every token but the first is predicted.
-    """
-    count = len(tokens) - 1
-    return [slice(start, min(start + length, count) + 1) for start in range(0, count, length)]

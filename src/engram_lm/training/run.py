@@ -63,20 +63,18 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Train to the end, or until a signal arrives; then a checkpoint is left.
 
-        Returns:
-            What ``result.json`` holds; ``interrupted`` says whether a signal ended it early.
+        What ``result.json`` holds is returned; ``interrupted`` says whether a signal ended training early.
         """
-        ranks = self.ranks
         with self.open() as job:
             with (
-                Interrupt(0.0 if ranks.group is None else 2.0) as interrupt,
+                Interrupt(0.0 if self.ranks.group is None else 2.0) as interrupt,
                 self.progress.training(job.num_steps_done, self.last_step) as show,
             ):
                 while not job.done:
                     record, _ = job.step()
                     show(record, job.held_out)
                     # Ranks agree on this between two steps. Otherwise one would wait for the others' next exchange.
-                    if ranks.any(interrupt.asked):
+                    if self.ranks.any(interrupt.asked):
                         job.save(wait=True)
                         break
             return job.finish()
@@ -96,7 +94,7 @@ class Run:
         """
         with contextlib.ExitStack() as stack:
             with agree(self.ranks):
-                if self.ranks.rank == 0:
+                if self.ranks.is_first:
                     self._take_folder(stack)
             job = Job(self.recipe, self.out, self.ranks, self.progress, resume=self.resume, last_step=self.last_step)
             try:
