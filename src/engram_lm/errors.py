@@ -21,6 +21,7 @@ __all__ = [
     "TableClosedError",
     "TokenError",
     "TokenMapError",
+    "check_flags",
     "check_whole",
     "closest",
     "suggestion",
@@ -99,6 +100,14 @@ def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> st
     names = [str(one) for one in known]
     near = closest(name, names)
     return f"did you mean {prefix + near!r}?" if near else f"there are {', '.join(names)}"
+
+
+def check_flags(flags: object, *names: str) -> None:
+    """Refuse options of a command, its attributes, that are below 1; None is allowed. Raises `ConfigError`."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def check_whole(*, at_least: int = 1, **numbers: int | None) -> None:

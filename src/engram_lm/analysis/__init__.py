@@ -6,53 +6,32 @@ Each has a ``Part``, which says how its findings are summarized, drawn and shown
 ``run.py`` runs them all.
 """
 
-from engram_lm.analysis.cka.cka import Cka, CkaFindings, CkaMap, soft_alignment
-from engram_lm.analysis.gates.averages import GateAverages, GateStatistics
-from engram_lm.analysis.gates.trace import (
-    GateTrace,
-    Ngram,
-    NgramGate,
-    colored_gates,
-    colored_html,
-    gate_trace,
-    strongest,
-)
-from engram_lm.analysis.lens import LensCurve, LogitLens
+from engram_lm.analysis.cka.cka import Cka
+from engram_lm.analysis.gates.averages import GateStatistics
+from engram_lm.analysis.gates.trace import GateTrace, colored_gates, colored_html, gate_trace, strongest
+from engram_lm.analysis.lens import LogitLens
 from engram_lm.analysis.part import AnalyzeOptions
 from engram_lm.analysis.protocol import Analysis, ModelFindings, NotApplicable, Reading
 from engram_lm.analysis.reading import look, read_text
-from engram_lm.analysis.rows.collisions import CollisionStudy, NgramCollisions, collision_study
-from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams, nearest_rows
-from engram_lm.analysis.rows.usage import RowUsage, RowUse
-from engram_lm.analysis.run import Findings, analyze
+from engram_lm.analysis.rows.collisions import collision_study
+from engram_lm.analysis.rows.neighbours import nearest_ngrams, nearest_rows
+from engram_lm.analysis.rows.usage import RowUse
+from engram_lm.analysis.run import analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
-from engram_lm.analysis.suppression import Condition, SuppressionEffect, suppressed, suppression_effect
+from engram_lm.analysis.suppression import suppressed, suppression_effect
 
 __all__ = [
     "Analysis",
     "AnalyzeOptions",
     "Cka",
-    "CkaFindings",
-    "CkaMap",
-    "CollisionStudy",
-    "Condition",
-    "Findings",
-    "GateAverages",
     "GateStatistics",
     "GateTrace",
-    "LensCurve",
     "LogitLens",
     "ModelFindings",
-    "Neighbours",
-    "Ngram",
-    "NgramCollisions",
-    "NgramGate",
     "NotApplicable",
     "Reading",
-    "RowUsage",
     "RowUse",
     "Subject",
-    "SuppressionEffect",
     "analyze",
     "collision_study",
     "colored_gates",
@@ -64,7 +43,6 @@ __all__ = [
     "nearest_ngrams",
     "nearest_rows",
     "read_text",
-    "soft_alignment",
     "strongest",
     "suppressed",
     "suppression_effect",

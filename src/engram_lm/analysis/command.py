@@ -14,7 +14,7 @@ from engram_lm.analysis.registry import PARTS
 from engram_lm.analysis.report import print_summary, render_report
 from engram_lm.analysis.run import Findings, analyze
 from engram_lm.analysis.subject import Subject, find_subject
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
 from engram_lm.page.figure import save_pictures
@@ -72,10 +72,7 @@ class Analyze(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_tokens", "suppression_tokens", "sequence_length", "batch_size", "memory_mib"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_flags(self, "max_tokens", "suppression_tokens", "sequence_length", "batch_size", "memory_mib")
         if not self.models:
             raise ConfigError("name at least one model folder to analyze; `engram-lm quickstart` makes one")
         if not self.data:

@@ -49,7 +49,7 @@ class AnalyzeOptions:
             what = f"{unknown[0]!r} is not one of them" if unknown else "name at least one"
             raise ConfigError(f"the parts of an analysis are {', '.join(PARTS)}; {what}")
         names = ("length", "max_tokens", "suppression_tokens", "budget_bytes", "batch_size")
-        check_whole(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        check_whole(**{name: getattr(self, name) for name in names})
 
     @property
     def window_bytes(self) -> int:

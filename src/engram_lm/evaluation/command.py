@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, read_tasks
 from engram_lm.serving.load import ModelFlags, load_model
@@ -55,10 +55,7 @@ class Eval(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sequence_length", "batch_size", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_flags(self, "sequence_length", "batch_size", "max_tokens")
         if not self.data and not self.tasks:
             raise ConfigError("name what to evaluate on: text with --data, or task files with --tasks")
 

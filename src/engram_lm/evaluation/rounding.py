@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError, MismatchError, check_flags
 from engram_lm.memory.formats.table_command import Convert
 from engram_lm.serving.load import load_model
 from engram_lm.tables import MappedTable, RowLayout, packed_layout
@@ -15,7 +13,7 @@ from engram_lm.tables.files.convert import Converted
 from engram_lm.training.data.documents import pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
-__all__ = ["ConvertAndMeasure", "LossChange", "loss_change", "put_tables"]
+__all__ = ["ConvertAndMeasure", "put_tables"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +44,7 @@ class ConvertAndMeasure(Convert):
         super().__post_init__()
         if (self.model is None) != (not self.data):
             raise ConfigError("--model and --data belong together: the loss of a model on text")
-        for name in ("sequence_length", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_flags(self, "sequence_length", "max_tokens")
 
     def loss_change(self, results: Sequence[Converted]) -> dict[str, Any] | None:
         """See `Convert.loss_change`."""
@@ -61,34 +56,14 @@ class ConvertAndMeasure(Convert):
         tokens = pack(corpus.documents, tokenizer)
         if self.max_tokens is not None:
             tokens = tokens[: self.max_tokens + 1]
-        layouts = {result.layer: packed_layout(result.path) for result in results}
+        layouts: dict[int | str, RowLayout] = {result.layer: packed_layout(result.path) for result in results}
         length = self.sequence_length or min(longest, 1024)
-        return dataclasses.asdict(loss_change(model, layouts, tokens, length=length))
-
-
-@dataclasses.dataclass(frozen=True)
-class LossChange:
-    """Loss of a model on the same tokens, before and after its tables were replaced."""
-
-    loss_before: float
-    """Mean nats per token with the model's own tables."""
-    loss_after: float
-    """Mean nats per token with the other tables."""
-    change: float
-    """``loss_after - loss_before``."""
-    num_tokens: int
-    """Tokens predicted, each time."""
-
-
-def loss_change(
-    model: Any, layouts: Mapping[int | str, RowLayout], tokens: np.ndarray, *, length: int, batch_size: int = 16
-) -> LossChange:
-    """Measure the loss before and after `put_tables`, on integers ``[num_tokens]``; the model keeps the new tables."""
-    _check(model, layouts)
-    before = held_out_loss(model, tokens, length=length, batch_size=batch_size)
-    put_tables(model, layouts)
-    after = held_out_loss(model, tokens, length=length, batch_size=batch_size)
-    return LossChange(before.loss, after.loss, after.loss - before.loss, after.num_tokens)
+        _check(model, layouts)
+        before = held_out_loss(model, tokens, length=length)
+        put_tables(model, layouts)
+        after = held_out_loss(model, tokens, length=length)
+        change = {"loss_before": before.loss, "loss_after": after.loss, "change": after.loss - before.loss}
+        return {**change, "num_tokens": after.num_tokens}
 
 
 def put_tables(model: Any, layouts: Mapping[int | str, RowLayout]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from huggingface_hub.errors import StrictDataclassError
 
-from engram_lm.errors import ConfigError, closest
+from engram_lm.errors import ConfigError, check_flags, closest
 from engram_lm.files import read_json
 from engram_lm.hashing import TokenMap
 from engram_lm.memory.config import EngramConfig
@@ -69,10 +69,7 @@ class Plan:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_flags(self, "context", "batch_size")
         for name, low in (("ram_gib", 0.0), ("device_gib", 0.0), ("disk_iops", 1.0), ("disk", None)):
             value = getattr(self, name)
             if value is not None and not self.placement:

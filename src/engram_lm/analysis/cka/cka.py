@@ -1,5 +1,6 @@
 """CKA: how alike the layers of two models represent a text."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -256,7 +257,7 @@ class Cka(Analysis):
         """Return the maps of what was read; `NotApplicable` for fewer than four positions."""
         sums = self._sums
         if self._num_waiting >= _FEWEST:
-            sums = sums.copy()
+            sums = copy.deepcopy(sums)
             self._empty_into(sums)
         if not sums.num_minibatches:
             return NotApplicable(
@@ -315,12 +316,6 @@ class _Sums:
         self.products: dict[str, np.ndarray] = {}  # baseline x model, [R, C]
         self.squares: dict[str, np.ndarray] = {}  # of each entry with itself, [C]
         self.num_positions = self.num_minibatches = 0
-
-    def copy(self) -> "_Sums":
-        other = _Sums(self.baseline)
-        other.products, other.squares = dict(self.products), dict(self.squares)
-        other.num_positions, other.num_minibatches = self.num_positions, self.num_minibatches
-        return other
 
     def add(self, states: Mapping[str, Tensor]) -> None:
         """Add a minibatch: hidden states of each model, ``[E, n, W]``."""

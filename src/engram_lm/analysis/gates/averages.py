@@ -107,7 +107,7 @@ class GateStatistics(ModelAnalysis):
 
     def __init__(self, *, num_ngrams: int = 50, min_count: int | None = None, max_ngrams: int = 1 << 20) -> None:
         check_whole(at_least=0, num_ngrams=num_ngrams)
-        check_whole(min_count=1 if min_count is None else min_count, max_ngrams=max_ngrams)
+        check_whole(min_count=min_count, max_ngrams=max_ngrams)
         self.num_ngrams, self.min_count, self.max_ngrams = num_ngrams, min_count, max_ngrams
 
     def why_not(self, subject: Subject) -> str | None:

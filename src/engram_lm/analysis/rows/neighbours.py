@@ -201,8 +201,8 @@ def nearest_rows(
     row, column = int(row), int(np.searchsorted(offsets, row, side="right")) - 1
     head, order = column % spec.num_heads, spec.orders[column // spec.num_heads]
     known = None if text is None else TextNgrams.of(subject, text).frequent(spec)[order]
-    readers = _Readers(memory, head, known)
-    searched = range(offsets[column], offsets[column] + primes[column]) if among == "head" else readers.rows
+    readers = _readers(memory, head, known)
+    searched: Any = range(offsets[column], offsets[column] + primes[column]) if among == "head" else sorted(readers)
     nearest = _nearest(
         memory.gather(np.array([row]))[0], searched, row, memory.gather, k, budget_bytes // memory.row_bytes
     )
@@ -212,8 +212,11 @@ def nearest_rows(
         order=order,
         head=head,
         rows=rows[:, None],
-        ngrams=tuple(readers.first(one, num_ngrams) for one in rows.tolist()),
-        num_ngrams=np.array([len(readers.entries(one)) for one in rows.tolist()]),
+        ngrams=tuple(
+            tuple(memory.describe(known, place, by) for place, by in readers.get(one, ())[:num_ngrams])
+            for one in rows.tolist()
+        ),
+        num_ngrams=np.array([len(readers.get(one, ())) for one in rows.tolist()]),
         promoted=promoted_tokens(subject, memory.layer, memory.gather(rows), memory.channels(column, 1), num_promoted),
         cosines=nearest.cosines,
         num_searched=nearest.num_searched,
@@ -337,39 +340,26 @@ class _Memory:
         width = self.layer.config.head_dim
         return slice(column * width, (column + number) * width)
 
-    def describe(self, counted: FrequentNgrams, place: int, block: int | None = None) -> TextNgram:
+    def describe(self, counted: FrequentNgrams | None, place: int, block: int | None = None) -> TextNgram:
         """Describe the N-gram at a place of those counted, for a block that reads with it."""
+        assert counted is not None
         text = spelled(self.subject.tokenizer, counted.tokens[place])
         return TextNgram(text, counted.order, int(counted.counts[place]), self.block if block is None else block)
 
 
-class _Readers:
-    """Tells which frequent N-grams of a text read which row of one head, in all blocks that share the table."""
+def _readers(memory: _Memory, head: int, counted: FrequentNgrams | None) -> dict[int, list[tuple[int, int]]]:
+    """Find which rows of one head the frequent N-grams of a text read, in all blocks that share the table.
 
-    def __init__(self, memory: _Memory, head: int, counted: FrequentNgrams | None) -> None:
-        self._memory, self._counted, spec = memory, counted, memory.spec
-        places = range(len(spec.layers)) if spec.shared_table else [spec.layers.index(memory.layer_id)]
-        self._blocks = [spec.blocks[place] for place in places]
-        columns = [np.zeros(0, np.int64)]
-        if counted is not None:
-            columns += [ngram_rows(spec, counted, spec.layers[place])[:, head] for place in places]
-        joined = np.concatenate(columns)
-        # The sort is stable, so the N-grams of one row stay in the order of their counts, block by block.
-        self._order = np.argsort(joined, kind="stable")
-        self._sorted = joined[self._order]
-        self.rows = np.unique(joined)
-
-    def entries(self, row: int) -> list[int]:
-        low, high = np.searchsorted(self._sorted, [row, row + 1])
-        return list(self._order[low:high].tolist())
-
-    def first(self, row: int, number: int) -> tuple[TextNgram, ...]:
-        """Return the N-grams that read a row, the most frequent first."""
-        counted = self._counted
-        if counted is None:
-            return ()
-        ranked = sorted(divmod(entry, len(counted.counts))[::-1] for entry in self.entries(row))[:number]
-        return tuple(self._memory.describe(counted, place, self._blocks[block]) for place, block in ranked)
+    Returns for each row the places of its N-grams, the most frequent first, with the block that reads.
+    """
+    readers: dict[int, list[tuple[int, int]]] = {}
+    spec = memory.spec
+    if counted is not None:
+        for layer, block in zip(spec.layers, spec.blocks, strict=True):
+            if spec.shared_table or layer == memory.layer_id:
+                for place, row in enumerate(ngram_rows(spec, counted, layer)[:, head].tolist()):
+                    readers.setdefault(row, []).append((place, block))
+    return {row: sorted(found) for row, found in readers.items()}
 
 
 class _Nearest(NamedTuple):
@@ -383,7 +373,7 @@ class _Nearest(NamedTuple):
 
 def _nearest(
     query: Tensor,
-    places: range | np.ndarray,
+    places: Sequence[int] | np.ndarray,
     own: int,
     vectors_of: Callable[[np.ndarray], Tensor],
     k: int,

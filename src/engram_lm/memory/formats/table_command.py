@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_lm.errors import CheckpointError, ConfigError, EngramError
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, check_flags
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import RowLayout
 from engram_lm.tables.codec import RowCodec
@@ -60,10 +60,7 @@ class Build:
             raise ConfigError("give exactly one of --source, --config and --rows")
         if (self.source is None) != (self.width is not None):
             raise ConfigError("--width belongs to random rows (--rows or --config), which need it")
-        for name in ("rows", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {value}")
+        check_flags(self, "rows", "width")
 
     def run(self) -> int:
         """Write the table and print what it is."""

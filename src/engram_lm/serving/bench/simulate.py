@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, check_flags
 from engram_lm.files import replacing
 from engram_lm.hashing.spec import HashSpec
 from engram_lm.hashing.token_map import load_tokenizer
@@ -120,10 +120,7 @@ class Simulate:
             raise ConfigError("--tokenizer belongs to --config; a --model folder holds its own")
         if self.config is not None and self.tokenizer is None:
             raise ConfigError("--config needs the --tokenizer that turns text into tokens")
-        for name in ("sequence_length", "rows_per_token", "record_bytes", "max_reads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        check_flags(self, "sequence_length", "rows_per_token", "record_bytes", "max_reads")
         if not 0 < self.train_share < 1:
             raise ConfigError(f"--train-share is a share between 0 and 1, not {self.train_share}")
         if not 0 <= self.scale_bytes < (self.record_bytes or _RECORD_BYTES):
