@@ -102,12 +102,9 @@ def suggestion(name: object, known: Iterable[object], *, prefix: str = "") -> st
     return f"did you mean {prefix + near!r}?" if near else f"there are {', '.join(names)}"
 
 
-def check_flags(flags: object, *names: str) -> None:
-    """Refuse options of a command, its attributes, that are below 1; None is allowed. Raises `ConfigError`."""
-    for name in names:
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+def check_flags(command: object, *names: str) -> None:
+    """Raise a `ConfigError` that names the first of some flags of a command whose number is below 1."""
+    check_whole(**{f"--{name.replace('_', '-')}": getattr(command, name) for name in names})
 
 
 def check_whole(*, at_least: int = 1, **numbers: int | None) -> None:

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.errors import MismatchError, RunFolderError, check_whole
+from engram_lm.errors import MismatchError, RunFolderError
 from engram_lm.files import read_json, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
@@ -24,7 +24,7 @@ from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.run_folder import command_line, commit, hold_folder, run_facts, to_json
 
-__all__ = ["StudyCommand", "check_flags", "plain_flags"]
+__all__ = ["StudyCommand", "plain_flags"]
 
 _MARK = "study.json"
 _LONG_SECONDS = 60.0
@@ -192,11 +192,6 @@ class StudyCommand:
             words += f"; equal within {study.budget.tolerance:.1%}: {', '.join(study.budget.equal)}"
         console.print(words, highlight=False)
         return 0
-
-
-def check_flags(command: Any, *names: str) -> None:
-    """Raise a `ConfigError` that names the first of some flags whose number is below 1."""
-    check_whole(**{f"--{name.replace('_', '-')}": getattr(command, name) for name in names})
 
 
 def plain_flags(command: Any) -> dict[str, Any]:

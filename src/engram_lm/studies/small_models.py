@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.files import new_folder
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.command import check_flags
 from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.data.tokenizer import train_tokenizer

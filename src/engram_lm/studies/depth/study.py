@@ -9,9 +9,9 @@ from engram_lm.analysis.cka.cka import Cka, CkaFindings
 from engram_lm.analysis.lens import LogitLens
 from engram_lm.analysis.reading import Analysis, NotApplicable, read_text
 from engram_lm.analysis.subject import find_subject
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.command import StudyCommand, check_flags
+from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.depth.summary import BASELINE, depth_finding, figures, summarize
 from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner

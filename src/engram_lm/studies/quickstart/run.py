@@ -13,12 +13,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.errors import ConfigError, DataError, RunFolderError
+from engram_lm.errors import ConfigError, DataError, RunFolderError, check_flags
 from engram_lm.files import write_atomically
 from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, estimated_seconds
-from engram_lm.studies.command import check_flags, plain_flags
+from engram_lm.studies.command import plain_flags
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.report import curve_pictures, render_report
 from engram_lm.studies.quickstart.result import (

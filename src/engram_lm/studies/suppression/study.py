@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from engram_lm.analysis.suppression import Condition, suppression_effect
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, check_flags
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import read_tasks, write_tasks
 from engram_lm.files import write_atomically
-from engram_lm.studies.command import StudyCommand, check_flags
+from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Study, TrainedArm
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
