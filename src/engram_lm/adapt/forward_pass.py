@@ -95,7 +95,7 @@ class ForwardPass(nn.Module):
             )
         cache = None if _runs_twice(module) else _find_cache(args, kwargs)
         positions = given.get("position_ids")
-        if positions is None and self.spec.segments.positions:
+        if positions is None and self.spec.looks_at_positions:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
         mask = _real_positions(given.get("attention_mask"), tokens, cache)
@@ -109,7 +109,7 @@ class ForwardPass(nn.Module):
             {block: self._layer(block).table for block in self.spec.blocks},
             tokens,
             attention_mask=None if mask is None else mask.to(tokens.device),
-            position_ids=positions if self.spec.segments.positions else None,
+            position_ids=positions if self.spec.looks_at_positions else None,
             state=state,
             # Models have rows for ids that no tokenizer makes, up to a round number.
             checked=False,

@@ -184,6 +184,11 @@ class HashSpec:
         """How many earlier positions a row depends on: the highest order minus one."""
         return self.orders[-1] - 1
 
+    @property
+    def looks_at_positions(self) -> bool:
+        """Whether codes may hold starts of segments that were taken from ``position_ids``."""
+        return self.segments.positions
+
     def offsets(self, layer: int) -> tuple[int, ...]:
         """Return the first row of each column of a layer.
 
