@@ -215,13 +215,12 @@ class MemoryAdapter(ForwardPass):
             tokenizer: The tokenizer that will be used; it is compared with the one the adapter was made with.
             name: Its name among the model's adapters.
             layer_list: As for `attach`.
-            table_tier: ``"device"`` (parameters, trainable), or where rows are read from: ``"mmap"``, ``"file"``,
-                ``"host"``, ``"remote"``, ``"auto"``. None: ``"auto"`` with a source, else
-                ``"device"``. Logits are the same to the bit.
-            table_source: Where tables lie, if not in the folder: as for ``EngramForCausalLM.from_pretrained``.
-            table_cache_bytes: Bytes of a cache before each table that is not on the device.
-            table_cache_policy: What gives way when the cache is full: ``"clock"`` or ``"lru"``.
-            table_pinned: A trace of rows that stay in the cache.
+            table_tier: Where rows are read from, as for ``EngramForCausalLM.from_pretrained``. Only tables of the tier
+                ``"device"`` can be trained.
+            table_source: Where tables lie, if not in the folder, as there.
+            table_cache_bytes: As there.
+            table_cache_policy: As there.
+            table_pinned: As there.
             dtype: Type of the adapter's numbers; as stored where None.
             revision: Branch, tag or commit of the repository.
             token: What grants access to it; that of ``hf auth login`` where None.

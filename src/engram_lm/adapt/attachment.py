@@ -72,19 +72,22 @@ def attach(
     chosen = config.layers if layers is None else tuple(layers)
     config = dataclasses.replace(config, layers=chosen, value_init="zero")
     spec = adapter_spec(decoder, tokenizer, config, segments)
-    own = _floating_type(decoder)
+    if dtype is None:
+        # The matrices of a quantized layer hold integers, its norms do not.
+        types = (parameter.dtype for parameter in decoder.layers.parameters() if parameter.is_floating_point())
+        dtype = next(types, torch.get_default_dtype())
     device = home(decoder.layers[spec.blocks[0]])
     tables: dict[str, Table] = {}
     for key, wanted in wanted_tables(spec, config.head_dim).items():
         try:
-            tables[key] = wanted.new(config, device, dtype or own)
+            tables[key] = wanted.new(config, device, dtype)
         except RuntimeError as error:  # There is no class for a host whose memory is at an end.
             raise ConfigError(
                 f"there is no room on {device} for a table of {wanted.num_rows:,} rows of {wanted.width} numbers "
                 f"({str(error).splitlines()[0]:.200}); choose fewer rows_per_head, or a smaller memory_dim"
             ) from error
     adapter = MemoryAdapter(config, spec, tables, name=name, base=BaseModel.of(model, decoder))
-    adapter.layers.to(dtype=dtype or own)
+    adapter.layers.to(dtype=dtype)
     adapter._attach(model, decoder)
     if check:
         try:
@@ -103,20 +106,6 @@ def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segment
         MismatchError: As for `attach`.
         TokenMapError: The tokenizer has no Rust backend.
     """
-    _check_geometry(config, decoder)
-    check_tokenizer_kind(tokenizer)
-    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
-    if len(tokenizer) < decoder.vocab_size - max(256, decoder.vocab_size // 32):
-        raise MismatchError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
-            "that belongs to the model"
-        )
-    spec = config.hash_spec_for(tokenizer, segments=segments)
-    check_vocabulary(spec.num_tokens, decoder)
-    return spec
-
-
-def _check_geometry(config: EngramConfig, decoder: Decoder) -> None:
     if config.num_streams != 1:
         raise ConfigError(f"memory is attached to one residual stream, not {config.num_streams}; set num_streams=1")
     if config.hidden_size != decoder.hidden_size:
@@ -128,12 +117,16 @@ def _check_geometry(config: EngramConfig, decoder: Decoder) -> None:
         raise ConfigError(
             f"layers {config.layers} are asked for; {decoder.name} has {len(decoder.layers)}, counted from 0"
         )
-
-
-def _floating_type(decoder: Decoder) -> torch.dtype:
-    # The matrices of a quantized layer hold integers, its norms do not.
-    types = (parameter.dtype for parameter in decoder.layers.parameters() if parameter.is_floating_point())
-    return next(types, torch.get_default_dtype())
+    check_tokenizer_kind(tokenizer)
+    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
+    if len(tokenizer) < decoder.vocab_size - max(256, decoder.vocab_size // 32):
+        raise MismatchError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
+            "that belongs to the model"
+        )
+    spec = config.hash_spec_for(tokenizer, segments=segments)
+    check_vocabulary(spec.num_tokens, decoder)
+    return spec
 
 
 @torch.no_grad()

@@ -73,13 +73,15 @@ def find_decoder(model: nn.Module, layer_list: str | None = None) -> Decoder:
     handed = [module for module in around if _INPUT in argument_names(module)]
     if not handed:
         raise ConfigError(f"no module around {name} of {kind} takes input_ids, which memory is addressed by")
+    # A quantized or offloaded embedding still knows its number of rows.
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
     return Decoder(
         name=name,
         layers=layers,
         outer=tuple(handed[:-1]),
         text_model=handed[-1],
         hidden_size=text.hidden_size,
-        vocab_size=_vocab_size(model, text),
+        vocab_size=int(text.vocab_size if rows is None else rows),
     )
 
 
@@ -118,10 +120,3 @@ def _chosen(model: nn.Module, text: Any) -> str:
             "layer_list="
         )
     return best[0]
-
-
-def _vocab_size(model: Any, text: Any) -> int:
-    embedding = model.get_input_embeddings()
-    # A quantized or offloaded embedding still knows its number of rows.
-    size = getattr(embedding, "num_embeddings", None)
-    return int(text.vocab_size if size is None else size)

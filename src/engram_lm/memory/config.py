@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -117,8 +118,9 @@ class EngramConfig:
                 "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
             )
         check_layer(self.layer)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+        for name, kind in typing.get_type_hints(EngramConfig).items():
+            allowed = typing.get_args(kind)
+            if typing.get_origin(kind) is Literal and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
 
     @property
@@ -270,15 +272,6 @@ _HIGHEST_ORDER = 64
 _MOST_HEADS = 16_384  # each has a prime to be found
 
 _ZERO_TABLE = ": a table of zeros has no gradient through its keys; use value_init='zero' to begin as the identity"
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "tables": ("per_layer", "shared"),
-    "signs": ("none", "hashed"),
-    "gate": ("signed_sqrt", "plain", "none"),
-    "norm_weight": ("plain", "zero_centered"),
-    "table_gradient": ("sparse", "dense"),
-    "value_init": ("normal", "zero"),
-}
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,6 @@ from engram_lm.model.table_place import (
     TABLES,
     TablePlace,
     TableSource,
-    WantedTable,
     stored_table,
     table_name,
     wanted_tables,
@@ -287,7 +286,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
         stored = _check_files(checkpoint_files, load_config.sharded_metadata)
-        apart, wanted = model.base_model.tables_apart, model._wanted_tables()
+        apart, spec, memory = model.base_model.tables_apart, model.config.spec, model.config.memory_config
+        wanted = {} if spec is None or memory is None else wanted_tables(spec, memory.head_dim)
         # Before the weights are loaded, because a server may not answer.
         elsewhere = apart.locate(wanted)
         if not load_config.ignore_mismatched_sizes:
@@ -305,11 +305,6 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             apart.close()
             raise
         return info, offloaded
-
-    def _wanted_tables(self) -> dict[str, WantedTable]:
-        """The tables that the configuration describes, by name."""
-        spec, memory = self.config.spec, self.config.memory_config
-        return {} if spec is None or memory is None else wanted_tables(spec, memory.head_dim)
 
     def _adopt_tables(self, device_map: Any) -> None:
         """Give the tables that were loaded apart to the model, now that nothing will move them any more."""
