@@ -86,9 +86,8 @@ class Verify:
 
     def run(self) -> int:
         """Print what was checked and what was found."""
-        layout = None
-        if self.source is not None:
-            layout = choose_layout(find_tables(self.source), self.layer, self.source)
+        source = self.source
+        layout = None if source is None else choose_layout(find_tables(source), self.layer, source)
         header = read_packed_header(self.path)
         share = 1.0 if self.sample is None else min(1.0, self.sample / header.num_chunks)
         with byte_progress() as advance:
@@ -99,21 +98,19 @@ class Verify:
                 source=layout,
                 on_progress=lambda done: advance("verifying", done, int(share * header.records_bytes)),
             )
+        bad = found.bad
         if self.json:
             print(json_module.dumps(dataclasses.asdict(found)))
-            return int(found.bad is not None)
-        if found.bad is not None:
-            bad = found.bad
-            print(
-                f"bad             chunk {bad.index}, rows {bad.first_row} to {bad.last_row}, at byte {bad.start_bytes}"
-            )
+            return int(bad is not None)
+        if bad is not None:
+            rows = f"rows {bad.first_row} to {bad.last_row}"
+            print(f"bad             chunk {bad.index}, {rows}, at byte {bad.start_bytes}")
             print(f"because         {bad.reason}")
             print("what to do      copy the file again, or convert its source again")
         else:
-            source = " and the source" if found.source_compared else ""
-            print(f"good            checksums{source} agree")
+            print(f"good            checksums{' and the source' if found.source_compared else ''} agree")
         print(f"checked         {found.chunks_checked:,} of {found.num_chunks:,} chunks, {found.rows_checked:,} rows")
-        return int(found.bad is not None)
+        return int(bad is not None)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> R
             f"the tensor {stem}{TABLE_NAMES[kind]['table']} is missing from {tensors.name}, and so is every other of "
             "its table; download it again"
         )
-    return read(tensors, names, tensors.name)
+    return read(tensors, names)
 
 
 def _packed_key(file: str) -> int | str:
@@ -139,7 +139,7 @@ def _find(tensors: TensorFolder) -> dict[int | str, RowLayout]:
     for (key, kind), names in found.items():
         if key in layouts:
             raise CheckpointError(f"{tensors.name} holds several tables of layer {key}, of different kinds; keep one")
-        layouts[key] = _KINDS[kind][1](tensors, names, tensors.name)
+        layouts[key] = _KINDS[kind][1](tensors, names)
     if not layouts:
         raise CheckpointError(
             f"{tensors.name} holds no memory table: no tensor is named [...]memory_tables.NAME.weight, "
@@ -148,22 +148,22 @@ def _find(tensors: TensorFolder) -> dict[int | str, RowLayout]:
     return _ordered(layouts)
 
 
-def _own_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLayout:
+def _own_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
     if len(names) != 1:
-        raise CheckpointError(f"{source} holds the same table several times, as {', '.join(names)}; keep one")
+        raise CheckpointError(f"{tensors.name} holds the same table several times, as {', '.join(names)}; keep one")
     return tensor_layout([tensors.find(names[0])])
 
 
-def _deepseek_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLayout:
+def _deepseek_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
     stems = sorted({name.rpartition(".")[0] for name in names})
     if len(stems) != 1:
-        raise CheckpointError(f"{source} holds the same table several times, as {', '.join(stems)}; keep one")
+        raise CheckpointError(f"{tensors.name} holds the same table several times, as {', '.join(stems)}; keep one")
     weight_name, scale_name = f"{stems[0]}.weight", f"{stems[0]}.scale"
     for missing, present in ((weight_name, scale_name), (scale_name, weight_name)):
         if missing not in tensors:
             # Without its scales a table reads without an error and is wrong by orders of magnitude.
             raise CheckpointError(
-                f"{source} holds {present} and lacks {missing}, without which it means nothing; download it again"
+                f"{tensors.name} holds {present} and lacks {missing}, without which it means nothing; download it again"
             )
     weight, scale = tensors.find(weight_name), tensors.find(scale_name)
     if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
@@ -171,22 +171,25 @@ def _deepseek_layout(tensors: TensorFolder, names: list[str], source: str) -> Ro
     return tensor_layout([weight], scales=[scale])
 
 
-def _qwen_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLayout:
+def _qwen_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
     matches = [match for name in names if (match := _KINDS["qwen_ple"][0].fullmatch(name))]
     if len({match["prefix"] for match in matches}) != 1:
-        raise CheckpointError(f"{source} holds the same table several times, as {', '.join(sorted(names))}; keep one")
+        raise CheckpointError(
+            f"{tensors.name} holds the same table several times, as {', '.join(sorted(names))}; keep one"
+        )
     scales = [match[0] for match in matches if match["scale"]]
     shards = {int(match["shard"]): match[0] for match in matches if match["shard"]}
     whole = [match[0] for match in matches if not match["scale"] and not match["shard"]]
     if bool(whole) == bool(shards):
         what = "both in one tensor and in shards; remove one of them" if whole else "without its numbers; download them"
-        raise CheckpointError(f"{source} holds the table of {sorted(names)[0]} {what}")
+        raise CheckpointError(f"{tensors.name} holds the table of {sorted(names)[0]} {what}")
     # By number, so that 10 comes after 9.
     missing = [number for number in range(len(shards)) if number not in shards]
     if missing:
         stem = shards[min(shards)].rpartition(".shard_")[0]
         raise CheckpointError(
-            f"{source} lacks {stem}.shard_{missing[0]}.weight, of {max(shards) + 1} or more shards; download it again"
+            f"{tensors.name} lacks {stem}.shard_{missing[0]}.weight, of {max(shards) + 1} or more shards; download "
+            "it again"
         )
     rows = [tensors.find(name) for name in (whole or [shards[number] for number in range(len(shards))])]
     if rows[0].dtype != "F8_E4M3":
@@ -204,7 +207,7 @@ def _qwen_layout(tensors: TensorFolder, names: list[str], source: str) -> RowLay
     return tensor_layout(rows, scales=tensors.load(scales[0]).float().item())
 
 
-_KINDS: dict[str, tuple[re.Pattern[str], Callable[[TensorFolder, list[str], str], RowLayout]]] = {
+_KINDS: dict[str, tuple[re.Pattern[str], Callable[[TensorFolder, list[str]], RowLayout]]] = {
     "own": (re.compile(r"(?:.*\.)?memory_tables\.(?P<key>[^.]+)\.weight", re.DOTALL), _own_layout),
     "deepseek_v41": (_pattern("deepseek_v41"), _deepseek_layout),
     "qwen_ple": (_pattern("qwen_ple"), _qwen_layout),
