@@ -192,7 +192,7 @@ def test_files_that_are_no_traces_are_refused_in_words(tmp_path):
         ({"trace": "a", "batch_tokens": "1,x"}, "--batch-tokens takes numbers"),
         ({"trace": "a", "hit_rates": "1.5"}, "from 0 to 1"),
         ({"trace": "a", "train_share": 1.0}, "between 0 and 1"),
-        ({"trace": "a", "max_reads": 0}, "--max-reads must be at least 1"),
+        ({"trace": "a", "max_reads": 0}, "--max-reads is a whole number from 1, got 0"),
         ({"trace": "a", "scale_bytes": 264}, "part of the record"),
     ],
 )

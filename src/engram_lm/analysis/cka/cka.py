@@ -265,8 +265,19 @@ class Cka(Analysis):
                 f"{self._num_waiting} ({self._choice.name}; {self.num_not_finite} more are not finite)"
             )
         others = [name for name in self._subjects if name != self._baseline] or [self._baseline]
+        blocks = {name: tuple(subject.memories) for name, subject in self._subjects.items()}
         return CkaFindings(
-            maps=tuple(self._map(sums, name) for name in others),
+            maps=tuple(
+                CkaMap(
+                    row_model=self._baseline,
+                    column_model=name,
+                    row_memory_blocks=blocks[self._baseline],
+                    column_memory_blocks=blocks[name],
+                    similarity=sums.similarity(name),
+                    within_rows=sums.similarity(self._baseline),
+                )
+                for name in others
+            ),
             positions=self._choice.name,
             minibatch_size=self.minibatch_size,
             pool_size=self._pool_size,
@@ -280,16 +291,6 @@ class Cka(Analysis):
         order = torch.randperm(self._num_waiting, generator=torch.Generator().manual_seed(sums.num_minibatches))
         for part in order.tensor_split(-(-self._num_waiting // self.minibatch_size)):
             sums.add({name: states[:, part.to(states.device)] for name, states in self._pool.items()})
-
-    def _map(self, sums: "_Sums", name: str) -> CkaMap:
-        return CkaMap(
-            row_model=self._baseline,
-            column_model=name,
-            row_memory_blocks=tuple(self._subjects[self._baseline].memories),
-            column_memory_blocks=tuple(self._subjects[name].memories),
-            similarity=sums.similarity(name),
-            within_rows=sums.similarity(self._baseline),
-        )
 
     def _put(self, reading: Reading, places: Tensor) -> None:
         """Add the hidden states of some positions to the pool."""
