@@ -41,11 +41,7 @@ class Cost:
 
 
 def price(recipe: Recipe) -> Cost:
-    """Work out what a recipe costs without building its model.
-
-    Raises:
-        ConfigError: The model is impossible.
-    """
+    """Work out what a recipe costs without building its model."""
     sizes = model_sizes(priced_config(recipe), context=recipe.data.sequence_length)
     tokens = recipe.train.num_steps * recipe.train.batch_size * recipe.data.sequence_length
     return Cost(
@@ -58,14 +54,7 @@ def price(recipe: Recipe) -> Cost:
 
 
 def check_budget(study: Study) -> dict[str, Cost]:
-    """Price every arm, and refuse a study whose arms do not share what it says they share.
-
-    Returns:
-        The cost of each arm, by name.
-
-    Raises:
-        ConfigError: A model is impossible, or an arm's cost differs from the first arm's by more than the tolerance.
-    """
+    """Price every arm by name, and refuse a study whose arms do not share what it says they share."""
     costs = {arm.name: price(arm.recipe) for arm in study.arms}
     first = study.arms[0]
     for arm in study.arms[1:]:
@@ -81,10 +70,9 @@ def check_budget(study: Study) -> dict[str, Cost]:
 
 
 def estimated_seconds(study: Study) -> float | None:
-    """Guess how long the whole study takes on this machine's CPU, by the speed of its matrix products.
+    """Guess how many seconds the whole study takes on this machine's CPU, by the speed of its matrix products.
 
-    Returns:
-        Seconds, right within a factor of about two for small models; None on another device.
+    It is right within a factor of about two for small models, and None on another device.
     """
     if any(arm.recipe.train.device not in ("auto", "cpu") for arm in study.arms):
         return None

@@ -95,14 +95,7 @@ class StudyCommand:
     # What all studies do ---------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Do all of it; return the exit status: 0, or 130 after an interruption (``--resume`` continues then).
-
-        Raises:
-            ConfigError: An arm is impossible, or the arms do not share the budget.
-            RunFolderError: The folder is something else's, cannot be written, or what is in it is damaged.
-            MismatchError: The study was begun with other options.
-            DataError: There is too little text.
-        """
+        """Do all of it; return the exit status: 0, or 130 after an interruption (``--resume`` continues then)."""
         if self.dry_run:
             return self._plan()
         study = self.study()

@@ -30,11 +30,7 @@ def loss_bars(result: Mapping[str, Any]) -> Sequence[Picture]:
 
 
 def sweep(x: str) -> Figures:
-    """Draw the first measure against the arms' places on an axis.
-
-    Args:
-        x: What the axis shows.
-    """
+    """Draw the first measure against the arms' places on an axis, which shows ``x``."""
 
     def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
         arms = sorted((arm for arm in result["arms"].values() if arm["x"] is not None), key=lambda arm: arm["x"])

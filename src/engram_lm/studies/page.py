@@ -61,17 +61,7 @@ def print_finding(finding: Finding) -> None:
 
 
 def render_study(question: str, finding: Finding, pictures: Mapping[str, Path], result: Mapping[str, Any]) -> str:
-    """Render the page of a study.
-
-    Args:
-        question: What was asked.
-        finding: What came out.
-        pictures: Title and PNG file of every picture; the files become part of the page.
-        result: The result, whose command, machine, versions, data and settings are shown.
-
-    Returns:
-        An HTML page with its styles and pictures inside.
-    """
+    """Render the page of a study: question, finding, pictures (the PNG file by title), and how it was made."""
     sections = [
         section(
             f"table-{number}",
@@ -101,13 +91,7 @@ def render_study(question: str, finding: Finding, pictures: Mapping[str, Path], 
 
 
 def facts_section(result: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], after: str = "") -> str:
-    """Show how a result was made.
-
-    Args:
-        result: Any result with the facts of a run.
-        groups: Facts to show before those of the machine, the versions and the run, by heading.
-        after: HTML to put behind them.
-    """
+    """Show how a result was made: the groups of facts by heading, then machine, versions, run, and more HTML."""
     run = {key: result[key] for key in ("started", "commit", "seeds", "interrupted") if key in result}
     if any(not isinstance(seed, int) for seed in run.get("seeds") or ()):
         run["seeds"] = len(run["seeds"])

@@ -20,15 +20,7 @@ class StudyProgress(RunProgress):
 
     @contextlib.contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Show training.
-
-        Args:
-            title: What is trained.
-            total: Steps to take.
-
-        Yields:
-            A function that takes the number of steps taken so far, and what else to say.
-        """
+        """Show training; the yielded function takes the number of steps taken so far, and what else to say."""
         self.note(title)
         started, said = time.perf_counter(), 0
         columns = (TaskProgressColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn(compact=True))

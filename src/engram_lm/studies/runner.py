@@ -90,13 +90,7 @@ class Runner:
     Parallel processes of one thread are faster than one process of several threads, which small models do not keep
     busy: six of them took 97 s and 54 s of computing on two busy cores, against 407 s and 154 s on two threads.
 
-    Args:
-        study: What to train.
-        out: The folder of the study.
-        mode: How to divide the work.
-        progress: What people see.
-        interrupt: Tells when to stop.
-        keep_unfinished: Whether the models of a seed that is cut short are kept as far as they came.
+    With ``keep_unfinished``, the models of a seed that is cut short are kept as far as they came.
     """
 
     def __init__(
@@ -115,14 +109,7 @@ class Runner:
         self._texts: dict[Any, TrainingText] = {}
 
     def run(self) -> Outcome:
-        """Train everything that is not trained yet.
-
-        Raises:
-            DataError: There is too little text.
-            EngramError: A process that trains an arm ended in error.
-            MismatchError: A run was begun with another recipe.
-            RunFolderError: A folder cannot be written, or a finished run is damaged.
-        """
+        """Train everything that is not trained yet."""
         seeds = [[self._planned(arm, seed) for arm in self.study.arms] for seed in range(self.study.seeds)]
         partial: dict[str, TrainedArm] = {}
         pending = [[one for one in seed if one.finished() is None] for seed in seeds]
@@ -139,11 +126,7 @@ class Runner:
         return Outcome(seeds=whole, cut_short=partial if interrupted else {}, interrupted=interrupted)
 
     def text(self, recipe: Recipe) -> TrainingText:
-        """Tokenize a recipe's text, unless that was done before.
-
-        Raises:
-            DataError: There is no text, or too little of it.
-        """
+        """Tokenize a recipe's text, unless that was done before."""
         recipe = self.complete(recipe)
         key = (recipe.data, recipe.evaluation)
         if key not in self._texts:
@@ -168,11 +151,7 @@ class Runner:
         return dataclasses.replace(recipe, tokenizer=options)
 
     def stop_if_asked(self, amount: int = 0) -> None:
-        """End what follows training after a signal; everything that was trained is kept.
-
-        Raises:
-            KeyboardInterrupt: A signal has come.
-        """
+        """Raise a `KeyboardInterrupt` after a signal, to end what follows training; what was trained is kept."""
         if self.interrupt.asked:
             raise KeyboardInterrupt
 
@@ -189,8 +168,7 @@ class Runner:
     def _side_by_side(self, group: Sequence[_Planned]) -> dict[str, TrainedArm]:
         """Train some runs in this process, a step of each in turn, so that a slow minute slows all of them alike.
 
-        Returns:
-            The runs by arm, where a signal came first and they are to be kept.
+        The runs are returned by arm, where a signal came first and they are to be kept.
         """
         self._prepare(group)
         seed, steps, device = group[0].seed, group[0].recipe.train.num_steps, group[0].recipe.train.device
@@ -198,9 +176,9 @@ class Runner:
         title = f"seed {seed}: " * (self.study.seeds > 1) + f"training {which}, {steps:,} steps each"
         with contextlib.ExitStack() as stack:
             ranks = stack.enter_context(start(None if device == "auto" else device))
-            jobs: dict[_Planned, Job] = {}
-            for one in group:
-                jobs[one] = stack.enter_context(Run(one.recipe, one.folder, ranks, resume=True).open())
+            jobs: dict[_Planned, Job] = {
+                one: stack.enter_context(Run(one.recipe, one.folder, ranks, resume=True).open()) for one in group
+            }
             show = stack.enter_context(self.progress.task(title, steps))
             losses: dict[str, list[float]] = {one.arm.name: [] for one in group}
             while not self.interrupt.asked and (going := [one for one, job in jobs.items() if not job.done]):

@@ -90,7 +90,7 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ConfigError(f"--parts names each of sweep, lens and cka at most once, and at least one: {self.parts}")
         check_flags(self, "seeds", "streams", "analysis_tokens", "top_k")
-        for blocks in ((0,), self.split):
+        for blocks in ((0,), self.split or (0,)):
             self.memory_of(blocks)  # refuses what cannot be
 
     @property
@@ -98,14 +98,12 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         """Residual streams of the models."""
         return self.streams
 
-    def memory_of(self, blocks: tuple[int, ...]) -> EngramConfig | None:
-        """Memory at the start of some blocks; None for no block.
+    def memory_of(self, blocks: tuple[int, ...]) -> EngramConfig:
+        """Memory at the start of some blocks.
 
         Two modules have rows of half the width, and each as many of them as one module, so that the tables of all arms
         hold as much (but for the primes, which differ by some rows) and their projections cost as much.
         """
-        if not blocks:
-            return None
         one = self.memory_in((0,))
         divisor = len(blocks) * one.num_heads_total
         if self.memory_dim % divisor:
@@ -122,7 +120,6 @@ class DepthStudy(SmallModelFlags, StudyCommand):
         inserted. The feed-forward of the model without memory is wider by what one module's operations are.
         """
         one = self.memory_of((0,))
-        assert one is not None
         baseline = self.model(None, wider=self.width_of(one.flops_per_token()))
         single = range(self.blocks) if "sweep" in self.parts else [min(1, self.blocks - 1)]
         first = (*like(baseline), *like(self.model(one), part="memory"))

@@ -23,23 +23,20 @@ _ENOUGH_POSITIONS = 400
 
 
 def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) -> str:
-    """Render the whole report.
+    """Render the whole report of an ``engram.quickstart.1``; numbers may be None and arms may be missing.
 
-    Args:
-        result: A result in the format ``engram.quickstart.1``; numbers may be None and arms may be missing.
-        gate_texts: Held-out texts seen through one model's gates; the sections about gates are left out without any.
-
-    Returns:
-        An HTML page with its styles, scripts and pictures inside.
+    Without ``gate_texts``, held-out texts seen through one model's gates, the sections about gates are left out.
     """
     own = importlib.resources.files(__package__)
     return render_page(
         title=f"{headline(result)[0]} · engram-lm quickstart",
         header=_header(result),
         sections=[
-            *(render(result) for render in (_arms, _curves)),
-            *(render(gate_texts) for render in (_gates, _ngrams) if gate_texts),
-            *(render(result) for render in (_samples, _facts)),
+            _arms(result),
+            _curves(result),
+            *((_gates(gate_texts), _ngrams(gate_texts)) if gate_texts else ()),
+            _samples(result),
+            _facts(result),
         ],
         footer=page_footer(result),
         colors=[name if name in _ARM_COLORS else "other" for name in result["arms"]],

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from engram_lm.analysis.gates.trace import GateTrace, gate_trace
-from engram_lm.planning.sizes import ModelSizes
 from engram_lm.serving.generate import continue_text
 from engram_lm.studies.quickstart.summary import MEMORY, TWIN
 from engram_lm.studies.result import run_record
@@ -60,7 +59,13 @@ def quickstart_result(seeds: Sequence[Mapping[str, TrainedArm]], bytes_per_token
         arms[name] = {
             "title": first.arm.title,
             "about": first.arm.about,
-            "parameters": {} if sizes is None else _parameters(sizes),
+            "parameters": {}
+            if sizes is None
+            else {
+                "vocabulary": sizes.vocabulary,
+                "backbone": sizes.backbone - sizes.vocabulary,
+                **{kind: getattr(sizes, kind) for kind in ("memory_layers", "memory_tables", "total")},
+            },
             "flops_per_token": None if sizes is None else sizes.flops_per_token,
             "runs": runs,
             "loss": spread(run["loss"] for run in runs),
@@ -77,16 +82,6 @@ def quickstart_result(seeds: Sequence[Mapping[str, TrainedArm]], bytes_per_token
         "arms": arms,
         "difference": paired_difference(*losses),
         "step_time_ratio": statistics.median(ratios) if ratios else None,
-    }
-
-
-def _parameters(sizes: ModelSizes) -> dict[str, int]:
-    return {
-        "vocabulary": sizes.vocabulary,
-        "backbone": sizes.backbone - sizes.vocabulary,
-        "memory_layers": sizes.memory_layers,
-        "memory_tables": sizes.memory_tables,
-        "total": sizes.total,
     }
 
 

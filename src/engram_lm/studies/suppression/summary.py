@@ -11,15 +11,11 @@ __all__ = ["figures", "markdown_table", "summarize", "suppression_finding"]
 
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Average over seeds.
+    """Average over seeds, whose ``run.effect`` is a `SuppressionEffect` as plain values.
 
-    Args:
-        seeds: What each seed gave; ``run.effect`` is a `SuppressionEffect` as plain values.
-
-    Returns:
-        By condition and family, mean and standard deviation (None of one seed) of ``exact_match``, ``retained``
-        (relative to memory on), ``accuracy`` and ``answer_loss``; and ``reading_minus_recall``, what both
-        families retain subtracted, by condition.
+    By condition and family there are mean and standard deviation (None of one seed) of ``exact_match``, ``retained``
+    (relative to memory on), ``accuracy`` and ``answer_loss``; and by condition ``reading_minus_recall``, what both
+    families retain subtracted.
     """
     effects = [seed["run"]["effect"] for seed in seeds]
     families = effects[0]["families"]
