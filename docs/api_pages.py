@@ -19,7 +19,6 @@ FOLDERS = (
     "training.checkpoints",
     "training.checkpoints.training_state",
     "training.recipe",
-    "training.adapter_options",
     "training.base_model",
     "training.job",
     "training.run",

@@ -5,9 +5,9 @@ Reading order: ``data/`` (text → batches of tokens); ``loss.py`` (what is trai
 (steps), ``diagnostics.py``, ``held_out.py`` and ``flops.py`` (what is measured); ``checkpoints/`` (files that any
 number of processes reads), ``export.py`` (the model in one of them as a Hugging Face folder).
 
-Around it: ``recipe_file.py``, ``recipe.py`` and ``adapter_options.py`` (what decides a run); ``assembly.py``,
-``build.py`` and ``base_model.py`` (its text and its model); ``metrics.py``, ``progress.py``, ``interrupts.py`` and
-``run_folder.py`` (what a run reports, when it stops, what it leaves); ``job.py`` and ``run.py`` (the run);
-``dry_run.py`` (what it would cost); ``recipe_command.py`` and ``command.py`` (``engram-lm train``). For trainers of
-Hugging Face: ``huggingface.py`` and ``table_gradients.py`` (tables under DistributedDataParallel).
+Around it: ``recipe_file.py`` and ``recipe.py`` (what decides a run); ``assembly.py``, ``build.py`` and
+``base_model.py`` (its text and its model); ``metrics.py``, ``progress.py``, ``interrupts.py`` and ``run_folder.py``
+(what a run reports, when it stops, what it leaves); ``job.py`` and ``run.py`` (the run); ``dry_run.py`` (what it would
+cost); ``command.py`` (``engram-lm train``). For trainers of Hugging Face: ``huggingface.py`` and
+``table_gradients.py`` (tables under DistributedDataParallel).
 """

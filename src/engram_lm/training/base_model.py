@@ -18,13 +18,12 @@ from engram_lm.adapt.controls import permuted_hash
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
-from engram_lm.training.adapter_options import LoraOptions
 from engram_lm.training.assembly import local_or_hub
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import flops_per_token
-from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe import LoraOptions, Recipe
 
 __all__ = ["AdaptedBase", "fingerprint", "load_base", "lora_targets"]
 

@@ -20,11 +20,7 @@ _ROWS_AT_ONCE = 1 << 16
 
 
 def gradient_norms(model: nn.Module, optimizer: CombinedOptimizer, ranks: Ranks) -> dict[str, Any]:
-    """Measure the norm of the gradient of each group of parameters.
-
-    Returns:
-        ``{"grad_norms": {group: norm}}``.
-    """
+    """Measure the norm of the gradient of each group of parameters: ``{"grad_norms": {group: norm}}``."""
     gradients = (
         (name, parameter, merge_rows(parameter.grad)[1] if parameter.grad.is_sparse else parameter.grad)
         for name, parameter in _with_gradient(optimizer)
@@ -39,16 +35,8 @@ def update_norms(
 ) -> Iterator[dict[str, Any]]:
     """Measure how far the parameters of each group move while the context is open.
 
-    Keeps a second copy of the backbone, and of the touched rows of tables, for that time.
-
-    Args:
-        model: The model.
-        optimizer: Its optimizer, whose groups are measured.
-        ranks: The processes.
-        enabled: Whether to measure at all.
-
-    Yields:
-        What holds ``{"update_norms": {group: norm}}`` after the context has ended; it stays empty if not enabled.
+    Keeps a second copy of the backbone, and of the touched rows of tables, for that time. What is yielded holds
+    ``{"update_norms": {group: norm}}`` after the context has ended; it stays empty if not enabled.
     """
     found: dict[str, Any] = {}
     before: list[tuple[str, nn.Parameter, Tensor | None, Tensor]] = []
@@ -64,12 +52,8 @@ def update_norms(
 class TableUse:
     """Which rows of a model's tables have been trained, and how far their norms have moved since the start.
 
-    Costs a byte per row, and the touched rows of each step.
-
-    Args:
-        model: A model with memory, its own or attached; tables that are not trained are left out. The tables of an
-            `EngramForCausalLM` keep their names, others are named by their place among the modules.
-        ranks: The processes that share the tables.
+    Costs a byte per row, and the touched rows of each step. Tables that are not trained are left out. Those of an
+    `EngramForCausalLM` keep their names, others are named by their place among the modules.
     """
 
     def __init__(self, model: Any, ranks: Ranks) -> None:
@@ -112,11 +96,10 @@ class TableUse:
         return found
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Summarize each table.
+        """Summarize each table, alike on every process.
 
-        Returns:
-            By table: ``occupancy``, the share of rows ever trained; ``row_norm``, the mean norm of those, and
-            ``row_norm_drift``, that norm divided by the norm expected at the start. Every process gets the same.
+        ``occupancy`` is the share of rows ever trained, ``row_norm`` the mean norm of those, and ``row_norm_drift``
+        that norm divided by the norm expected at the start.
         """
         found = {}
         for name, table in self._tables.items():

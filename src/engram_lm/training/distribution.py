@@ -173,11 +173,8 @@ def agree(ranks: Ranks, doing: str = "") -> Iterator[None]:
     Where all goes well, one number per rank is exchanged.
 
     An `EngramError` keeps its class; any other exception becomes an `EngramError` on the ranks that did not raise it.
-    An interrupt is not agreed on: torchrun then ends the other processes.
-
-    Args:
-        ranks: Who must agree.
-        doing: What the block does, for the message, such as ``"reading batch 7"``.
+    An interrupt is not agreed on: torchrun then ends the other processes. ``doing`` says in the message what the block
+    does, such as ``"reading batch 7"``.
 
     Raises:
         EngramError: A rank raised one. The message names the rank.
@@ -221,13 +218,8 @@ def share(batch_size: int, ranks: Ranks) -> tuple[int, int]:
 def loss_weight(num_samples: int, batch_size: int, ranks: Ranks) -> float:
     """Compute what a rank multiplies the mean loss of its samples by before ``backward``.
 
-    The mean over ranks of the products, which is what gradients are of, is then the mean over the global batch, uneven
-    shares or not.
-
-    Args:
-        num_samples: Samples of this rank that the loss is the mean of, all equally long.
-        batch_size: Samples of the global batch.
-        ranks: The processes.
+    The mean over ranks of the products, which is what gradients are of, is then the mean over the global batch of
+    ``batch_size`` samples, uneven shares or not. The loss is the mean of ``num_samples`` of this rank, equally long.
     """
     return num_samples * ranks.world_size / batch_size
 
@@ -236,12 +228,8 @@ class LossModule(nn.Module):
     """A model and its loss as one module, whose ``forward`` is what is wrapped.
 
     DDP and FSDP2 act when the module they wrap is called. A loss that used parts of the model without calling its
-    ``forward`` would bypass them.
-
-    Args:
-        model: An `EngramForCausalLM`.
-        loss: Called with the model and the arguments of `forward`; returns a scalar, as
-            `engram_lm.training.loss.language_model_loss` does.
+    ``forward`` would bypass them. ``loss`` is called with the model and the arguments of `forward` and returns a
+    scalar, as `engram_lm.training.loss.language_model_loss` does.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
@@ -317,11 +305,7 @@ def wrap_backbone(loss_module: LossModule, kind: Literal["ddp", "fsdp2", "none"]
 
 
 def reshard(wrapped: nn.Module) -> None:
-    """Free what FSDP2 gathered for a forward pass that no backward pass followed, as in an evaluation.
-
-    Args:
-        wrapped: What `wrap_backbone` returned; nothing happens unless FSDP2 wraps it.
-    """
+    """Free what FSDP2 gathered for a forward pass that no backward pass followed, as in an evaluation."""
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -339,12 +323,6 @@ def without_sync(wrapped: nn.Module) -> Iterator[None]:
     Put both the forward and the backward pass inside. Gradients of tables go to their owners every time: they are
     sparse, and the ranks that read the rows would otherwise have to keep them. FSDP2's gradients are also exchanged:
     kept back, they would take the memory of a whole model on every rank.
-
-    Args:
-        wrapped: What `wrap_backbone` returned.
     """
-    if isinstance(wrapped, DistributedDataParallel):
-        with wrapped.no_sync():
-            yield
-    else:
+    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext():
         yield

@@ -21,9 +21,6 @@ def priced_config(recipe: Recipe) -> EngramLMConfig:
     """Configure the recipe's model as far as it is known without its tokenizer.
 
     The vocabulary is the preset's, unless the recipe trains a tokenizer; then it has the size that was asked for.
-
-    Raises:
-        ConfigError: An impossible model.
     """
     model = recipe.model
     if recipe.tokenizer.path is None and model.weights is None and model.config is None:
@@ -33,14 +30,7 @@ def priced_config(recipe: Recipe) -> EngramLMConfig:
 
 
 def dry_run(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Price a recipe's model: see `priced_config`.
-
-    Args:
-        recipe: What would be trained.
-        world_size: Processes.
-
-    Returns:
-        ``world_size``, ``num_steps``, ``num_tokens`` and ``bill``: see `engram_lm.planning.bill.Bill`.
+    """Price a recipe: ``world_size``, ``num_steps``, ``num_tokens`` and ``bill`` (`engram_lm.planning.bill.Bill`).
 
     Raises:
         ConfigError: An impossible model, or fewer sequences than processes.

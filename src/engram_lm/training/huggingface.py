@@ -196,9 +196,7 @@ class MemoryTrainerMixin(_Trainer):
         return [name for name in super().get_decay_parameter_names(model) if id(named.get(name)) not in plain]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if not sparse_tables(model):
-            return super()._clip_grad_norm(model)
-        return self._clip(model, self.args.max_grad_norm)
+        return self._clip(model, self.args.max_grad_norm) if sparse_tables(model) else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is not None or not sparse_tables(model):
@@ -219,7 +217,7 @@ class MemoryTrainerMixin(_Trainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self._saves_model():
-            if state_dict is None and not _has_peft(self.model):
+            if state_dict is None and getattr(self.model, "peft_config", None) is None:
                 state_dict = {name: value for name, value in self.model.state_dict().items() if not _is_memory(name)}
             super()._save(output_dir, state_dict)
         elif (tokenizer := self.processing_class or getattr(self.data_collator, "tokenizer", None)) is not None:
@@ -293,10 +291,6 @@ def _trained(model: nn.Module) -> dict[str, MemoryAdapter]:
         for name, adapter in _adapters(model).items()
         if any(parameter.requires_grad for parameter in adapter.parameters())
     }
-
-
-def _has_peft(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
 
 
 def _is_memory(name: str) -> bool:

@@ -21,12 +21,8 @@ class Metrics:
     Every line reaches the file at once, so a process that is killed loses none. When a run is resumed, lines of steps
     that will be taken again are removed first.
 
-    Args:
-        path: The ``metrics.jsonl``.
-        first_step: The next step; lines of this step and later ones are removed.
-        tensorboard: Whether to write TensorBoard's event files beside it, in ``tensorboard/``.
-        wandb: Whether to send the same numbers to Weights & Biases.
-        config: The description of the run there.
+    TensorBoard's event files are written to ``tensorboard/`` beside it; ``config`` describes the run to Weights &
+    Biases.
 
     Raises:
         MissingExtraError: One of the two was requested with ``"yes"`` and is not installed.
@@ -64,10 +60,7 @@ class Metrics:
             self._wandb = client.init(dir=str(path.parent), config=dict(config or {}), resume="allow")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Add a line.
-
-        Args:
-            values: ``step``, and anything else that JSON can hold. TensorBoard and Weights & Biases get the numbers.
+        """Add a line of ``step`` and whatever else JSON can hold; TensorBoard and Weights & Biases get the numbers.
 
         Raises:
             RunFolderError: The disk is full.
@@ -105,11 +98,7 @@ class Metrics:
 
 
 def check_installed(*, tensorboard: str, wandb: str) -> None:
-    """Refuse a package that was requested with ``"yes"`` and is not installed, before any work is done.
-
-    Raises:
-        MissingExtraError: Naming the package.
-    """
+    """Refuse, by a MissingExtraError, a package that was requested with ``"yes"`` and is not installed."""
     for module, choice in (("tensorboard", tensorboard), ("wandb", wandb)):
         if choice == "yes" and not _is_installed(module):
             raise MissingExtraError(f"log.{module} = 'yes' needs {module}: pip install {module}, or leave it at 'auto'")

@@ -16,12 +16,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class RunProgress:
-    """Shows the progress of a run.
-
-    Args:
-        console: Where to show it; live if it is a terminal.
-        silent: Whether to show nothing, as on all processes except the first.
-    """
+    """Shows the progress of a run, live on a terminal; ``silent`` on all processes except the first."""
 
     def __init__(self, console: Console, *, silent: bool = False) -> None:
         self.console, self.silent = console, silent

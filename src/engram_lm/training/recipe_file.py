@@ -32,11 +32,7 @@ class RecipeFile:
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a recipe file.
-
-        Args:
-            path: The TOML file.
-            overrides: ``--section.key VALUE`` of a command line, which replace what the file says.
+        """Read a TOML file; ``--section.key VALUE`` of a command line replace what it says.
 
         Raises:
             ConfigError: The file cannot be read, a key is unknown, or a value is impossible.
@@ -45,11 +41,7 @@ class RecipeFile:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Make a recipe of nested dictionaries, as `to_dict` gives them.
-
-        Raises:
-            ConfigError: A key is unknown or a value impossible.
-        """
+        """Make a recipe of nested dictionaries, as `to_dict` gives them; a ConfigError names a key that is wrong."""
         return build(cls, table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,10 +50,7 @@ class RecipeFile:
         return plain
 
     def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to go on with another recipe than a run was begun with.
-
-        Args:
-            saved: The recipe of the run, as `to_dict` gave it.
+        """Refuse to go on with another recipe than a run was begun with: ``saved``, as `to_dict` gave it.
 
         Raises:
             MismatchError: Naming every key that differs and must not.
@@ -94,11 +83,7 @@ def _show(value: Any) -> str:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ConfigError: It cannot be read or is not TOML; the message names the line.
-    """
+    """Read a TOML file; a ConfigError names the line where it is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,16 +95,10 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "engram-lm train") -> dict[str, Any]:
-    """Replace keys of a table by those given on a command line.
+    """Replace keys of nested tables, in place, by those given on a command line, and return the table.
 
-    Args:
-        table: Nested tables, changed in place.
-        arguments: ``--any.recipe.key VALUE`` or ``--any.recipe.key=VALUE``; a value is TOML, or else a plain string. A
-            key may be spelled with hyphens.
-        prog: The command, for messages.
-
-    Returns:
-        The table.
+    Arguments are ``--any.recipe.key VALUE`` or ``--any.recipe.key=VALUE``. A value is TOML, or else a plain string; a
+    key may be spelled with hyphens.
 
     Raises:
         ConfigError: A flag lacks its value, an argument is not a flag, or a key lies below one that is not a table.
@@ -148,11 +127,7 @@ def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "en
 
 
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the keys of a recipe, ``--section.key VALUE`` or ``--section.key=VALUE``, out of a command line.
-
-    Returns:
-        The rest; the keys with their values, for `override`.
-    """
+    """Divide a command line into what is no key of a recipe, and keys with their values for `override`."""
     rest: list[str] = []
     keys: list[str] = []
     waits = False
@@ -164,11 +139,7 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def describe_keys(kind: type) -> str:
-    """Describe every key of a recipe: its meaning and its default.
-
-    Args:
-        kind: The recipe's dataclass.
-    """
+    """Describe every key of a recipe's dataclass: its meaning and its default."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(kind, prog="RECIPE.toml", args=["--help"])
@@ -176,12 +147,9 @@ def describe_keys(kind: type) -> str:
 
 
 def build(kind: type[_Options], table: Mapping[str, Any], *, place: str = "") -> _Options:
-    """Make options of a table.
+    """Make options of a table, which is at ``place`` in its file.
 
-    Args:
-        kind: A dataclass; its fields may be numbers, strings, paths, tuples, mappings, choices and dataclasses.
-        table: Field to value.
-        place: Where the table is in its file, for messages.
+    Fields of ``kind``, a dataclass, may be numbers, strings, paths, tuples, mappings, choices and dataclasses.
 
     Raises:
         ConfigError: A key is unknown (the nearest is suggested), or a value has the wrong type or is impossible.

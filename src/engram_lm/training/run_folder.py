@@ -105,11 +105,7 @@ class RunFolder:
             ) from error
 
     def publish(self) -> Path | None:
-        """Put the folder in its place.
-
-        Returns:
-            Where an earlier run was moved to, if there was one.
-        """
+        """Put the folder in its place, and return where an earlier run was moved to, if there was one."""
         moved = None
         _open_to_readers(self.aside)
         if self.path.is_dir():
@@ -138,9 +134,7 @@ def _open_to_readers(folder: Path) -> None:
 def run_facts(started: float, commit: str | None) -> dict[str, Any]:
     """Collect what every result says about how it was made.
 
-    Args:
-        started: When it was started, in seconds since 1970.
-        commit: What `commit` gave then; the tree may change during a long run.
+    ``started`` is in seconds since 1970, and ``commit`` what `commit` gave then: the tree may change during a long run.
     """
     return {
         "command": command_line(),
@@ -155,9 +149,8 @@ def run_facts(started: float, commit: str | None) -> dict[str, Any]:
 def command_line() -> str:
     """Give the command that started this process, as one would type it."""
     name = Path(sys.argv[0]).name
-    return (
-        shlex.join(["engram-lm" if name == "__main__.py" else name, *sys.argv[1:]]).encode("utf-8", "replace").decode()
-    )
+    words = ["engram-lm" if name == "__main__.py" else name, *sys.argv[1:]]
+    return shlex.join(words).encode("utf-8", "replace").decode()
 
 
 def machine() -> dict[str, Any]:
@@ -182,13 +175,10 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """List the versions of the software that decides results."""
-    names = ("engram-lm", "torch", "transformers", "tokenizers", "numpy")
     found = {"python": platform.python_version()}
-    for name in names:
-        try:
+    for name in ("engram-lm", "torch", "transformers", "tokenizers", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

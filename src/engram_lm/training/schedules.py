@@ -1,6 +1,7 @@
 """Learning rate over the steps of a run: a pure function of the step."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -47,7 +48,7 @@ class ScheduleOptions:
             value = getattr(self, name)
             if value >= 1 and value != int(value):
                 raise ConfigError(f"{name} is a share below 1 or a whole number of steps, not {value}")
-        ascending = all(a < b for a, b in zip(self.step_at, self.step_at[1:], strict=False))
+        ascending = all(a < b for a, b in itertools.pairwise(self.step_at))
         if not (
             len(self.step_at) == len(self.step_factors)
             and ascending
@@ -63,16 +64,8 @@ class ScheduleOptions:
 def learning_rate_factor(step: int, num_steps: int, options: ScheduleOptions | None = None) -> float:
     """Compute the factor of the peak learning rate in a step.
 
-    The first step already moves: the warm-up rises from ``1 / warm-up steps`` to 1 in its last step. Steps beyond the
-    run have the factor of its last step.
-
-    Args:
-        step: Counted from 0.
-        num_steps: Steps of the whole run.
-        options: The defaults where None.
-
-    Returns:
-        In (0, 1].
+    It is in (0, 1]. The first step, 0, already moves: the warm-up rises from ``1 / warm-up steps`` to 1 in its last
+    step. Steps beyond the run have the factor of its last step.
 
     Raises:
         ConfigError: ``step`` is negative, or ``num_steps`` is less than 1.
@@ -87,12 +80,9 @@ def learning_rate_factor(step: int, num_steps: int, options: ScheduleOptions | N
         return rise
     if options.kind == "step":
         # The fall is counted from the run's first step, warm-up included.
-        passed = [
-            factor
-            for share, factor in zip(options.step_at, options.step_factors, strict=True)
-            if step >= share * num_steps
-        ]
-        return rise * (passed[-1] if passed else 1.0)
+        falls = zip(options.step_at, options.step_factors, strict=True)
+        passed = [1.0, *(factor for share, factor in falls if step >= share * num_steps)]
+        return rise * passed[-1]
     if options.kind == "cosine":
         if rise < 1:
             return rise

@@ -26,11 +26,8 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 class SharedTables:
     """Tables that `share_tables` shares, until `remove`.
 
-    Args:
-        model: The model whose tables DDP must ignore.
-        weights: The tables under every name that they have in it; empty where there is nothing to share.
-        handles: The hooks that average their gradients.
-        group: The process group that was made for them and ends with them, if any.
+    ``weights`` are the tables under every name that they have in the model. ``handles`` are the hooks that average
+    their gradients, and ``group`` is a process group that was made for them and ends with them.
     """
 
     def __init__(
@@ -100,10 +97,8 @@ def share_tables(
         raise ConfigError(
             f"{type(model).__name__} has taken in the tables already; call share_tables(model) before wrapping it"
         )
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return SharedTables(model, {}, [])
     named = sparse_tables(model)
-    if not named:
+    if not named or not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return SharedTables(model, {}, [])
     # A separate group. DDP sends a bucket when its last gradient is there, or at once if find_unused_parameters sees
     # that there will be none. Ranks that used different parameters would communicate in different orders and deadlock.

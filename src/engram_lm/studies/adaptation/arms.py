@@ -4,14 +4,15 @@ import dataclasses
 from typing import Literal
 
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
-from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text import EvaluationText
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import (
+    AdapterOptions,
     CheckpointOptions,
     DataOptions,
     EvaluationOptions,
     LogOptions,
+    LoraOptions,
     ModelOptions,
     Recipe,
     RunOptions,

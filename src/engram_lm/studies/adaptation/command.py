@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe
-from engram_lm.training.recipe_command import RecipeCommand
+from engram_lm.training.command import RecipeCommand
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run_folder import to_json
 

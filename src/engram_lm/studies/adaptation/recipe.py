@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from engram_lm.errors import ConfigError, check_whole
-from engram_lm.training.adapter_options import AdapterOptions, LoraOptions
 from engram_lm.training.data.text_source import TextSource
-from engram_lm.training.recipe import PATHS
+from engram_lm.training.recipe import PATHS, AdapterOptions, LoraOptions
 from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
 
