@@ -23,6 +23,8 @@ __all__ = ["GateView", "GatesPart", "Phrase", "frequent_phrases"]
 
 _MOST_NGRAMS = 1 << 20
 _NUM_PASSAGES = 6
+_NUM_FREQUENT, _NUM_OPEN = 1000, 500
+"""N-grams that the page holds for a model: those that fired most often, and those that opened the gates widest."""
 _MOST_VALUES = 300_000
 """Gates and scores of passages that the page holds for a model; with more blocks or streams it has fewer passages."""
 
@@ -140,26 +142,23 @@ def _ngram_bytes(subject: Subject) -> int:
     return 2 * (64 + 8 * (num_gates + len(subject.memories)))
 
 
-def frequent_phrases(
-    entries: NgramEntries, tokenizer: Any, *, num_frequent: int = 1000, num_open: int = 500, min_count: int = 2
-) -> tuple[Phrase, ...]:
+def frequent_phrases(entries: NgramEntries, tokenizer: Any) -> tuple[Phrase, ...]:
     """Choose the N-grams of a text that fired most often, and those that opened the gates widest.
 
     N-grams that spell nothing by themselves (only space, or pieces of a character) are left out. Those that opened the
-    gates widest have fired at ``min_count`` positions or more. The one that fired most often comes first.
+    gates widest have fired at two positions or more. The one that fired most often comes first.
     """
     if not len(entries):
         return ()
     gate_sums, fired = entries.sums["gate_sums"], entries.sums["fired"].sum(1)
     means = gate_sums.sum((1, 2)) / np.maximum(fired * gate_sums.shape[2], 1)
-    frequent = np.lexsort([entries.keys, -fired])[:num_frequent]
-    candidates = np.flatnonzero(fired >= min_count)
-    wide = candidates[np.lexsort([entries.keys[candidates], -means[candidates]])][:num_open]
+    frequent = np.lexsort([entries.keys, -fired])[:_NUM_FREQUENT]
+    candidates = np.flatnonzero(fired >= 2)
+    wide = candidates[np.lexsort([entries.keys[candidates], -means[candidates]])][:_NUM_OPEN]
     chosen = np.union1d(frequent, wide)
     chosen = chosen[fired[chosen] > 0]
     chosen = chosen[np.lexsort([entries.keys[chosen], -fired[chosen]])]
-    phrases = (_phrase_of(entries, place, tokenizer) for place in chosen.tolist())
-    return tuple(phrase for phrase in phrases if phrase is not None)
+    return tuple(filter(None, (_phrase_of(entries, place, tokenizer) for place in chosen.tolist())))
 
 
 def _phrase_of(entries: NgramEntries, place: int, tokenizer: Any) -> Phrase | None:
