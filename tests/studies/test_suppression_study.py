@@ -192,6 +192,11 @@ def test_the_summary_averages_over_seeds_and_leaves_out_what_is_unknown():
     assert table.splitlines()[-1] == "| trained without memory | 95, 30 % |  | 100, 100 % |  |"
 
 
+def test_a_dry_run_of_one_arm_says_one_arm(tmp_path, capsys):
+    assert main(["study", "suppression", "--dry-run", "--out", str(tmp_path / "none")]) == 0
+    assert "\n1 arm, 1 seed" in capsys.readouterr().out
+
+
 def test_the_group_of_studies_explains_itself(capsys):
     assert main(["study"]) == 2
     assert "suppression" in capsys.readouterr().err

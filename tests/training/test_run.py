@@ -271,7 +271,7 @@ def test_text_that_changed_is_not_trained_on_by_a_run_that_goes_on(text, cache, 
         (mine / path.name).write_bytes(path.read_bytes())
     run(tmp_path / "run", table(mine, cache), stop_after=2)
     (mine / "0.txt").write_text("Something else. " * 200)
-    with pytest.raises(MismatchError, match="the text is not what it was"):
+    with pytest.raises(MismatchError, match=r"the text is not what it was.* packs text differently"):
         run(tmp_path / "run", table(mine, cache), resume=True)
 
 

@@ -179,7 +179,7 @@ class StudyCommand:
         console = Console()
         console.print(f"\n{study.question}")
         console.print(cost_table(study))
-        words = f"{len(study.arms)} arms, {study.seeds} seed{'s' * (study.seeds > 1)}"
+        words = f"{len(study.arms)} arm{'s' * (len(study.arms) > 1)}, {study.seeds} seed{'s' * (study.seeds > 1)}"
         words += "" if seconds is None else f", very roughly {max(seconds, 1) / 60:.1f} minutes on this machine"
         if study.budget.equal:
             words += f"; equal within {study.budget.tolerance:.1%}: {', '.join(study.budget.equal)}"

@@ -356,7 +356,8 @@ def _check_facts(checkpoint: Path, corpus: str) -> None:
     if facts.get("corpus") != corpus:
         raise MismatchError(
             f"the text is not what it was: {checkpoint} was trained on the corpus {facts.get('corpus')}, the sources "
-            f"now give {corpus}; put the text back as it was, or begin a new run with another --out"
+            f"now give {corpus}; put the text back as it was, or begin a new run with another --out (a version of "
+            "engram-lm that packs text differently gives another corpus too)"
         )
 
 
