@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.raw_safetensors import write_raw
+from tests.tables.test_cache import CountedTable
 
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError, TableClosedError
 from engram_lm.tables import MappedTable, ResidentTable, tensor_layout
@@ -222,7 +223,7 @@ def test_several_threads_ask_ahead_and_gather(below):
     st.integers(1, 600),
 )
 def test_any_order_of_asking_and_gathering_gives_the_table_s_own_rows(steps, max_bytes):
-    table = ReadAheadTable(CachedTable(_resident_records(), 500), max_bytes=max_bytes)
+    table = ReadAheadTable(CachedTable(CountedTable(WEIGHT), 500), max_bytes=max_bytes)
     try:
         for ahead, numbers in steps:
             rows = torch.tensor(numbers, dtype=torch.int64)
@@ -235,12 +236,6 @@ def test_any_order_of_asking_and_gathering_gives_the_table_s_own_rows(steps, max
         table.close()
     stats = table.stats()
     assert stats["used_rows"] + stats["wasted_rows"] == stats["staged_rows"]
-
-
-def _resident_records():
-    from tests.tables.test_cache import CountedTable
-
-    return CountedTable(WEIGHT)
 
 
 def test_any_table_can_be_wrapped_and_copied():
