@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, TableClosedError
 from engram_lm.tables.table import Table, Ticket
-from engram_lm.tables.tiers.record_table import checked_out, renew_when_forked
+from engram_lm.tables.tiers.record_table import RecordTable, checked_out, renew_when_forked
 
 __all__ = ["ReadAheadTable"]
 
@@ -119,6 +119,12 @@ class ReadAheadTable(Table):
             self._num_gathers += 1
             self._gathered_rows += len(numbers)
         return result if out is None else checked_out(out, rows, self.width, self.dtype).copy_(result)
+
+    def load_records(self, start: int, stop: int) -> Tensor:
+        """See `RecordTable.load_records`; a `ConfigError` where the table below keeps no records."""
+        if not isinstance(self.table, RecordTable):
+            raise ConfigError(f"a {type(self.table).__name__} keeps rows, not records; gather them")
+        return self.table.load_records(start, stop)
 
     def _staged(self, numbers: np.ndarray) -> Tensor:
         """Rows ``[n, width]``, from batches where these have them."""
