@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from engram_lm.errors import EngramError, suggestion
 
-__all__ = ["VERBS", "main"]
-
 _TABLE_VERBS = {
     "build": ("engram_lm.memory.formats.table_command:Build", "write a packed table, from a checkpoint or at random"),
     "convert": ("engram_lm.evaluation.rounding:ConvertAndMeasure", "a checkpoint's tables as packed ones, or rounded"),

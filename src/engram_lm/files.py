@@ -15,17 +15,6 @@ from typing import Any
 
 from engram_lm.errors import CheckpointError, EngramError
 
-__all__ = [
-    "flush",
-    "new_folder",
-    "parse_json",
-    "put_in_place",
-    "read_json",
-    "replacing",
-    "replacing_folder",
-    "write_atomically",
-]
-
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:

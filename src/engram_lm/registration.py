@@ -20,8 +20,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MODEL_TYPE", "prepare"]
-
 MODEL_TYPE = "engram_lm"
 """What ``config.json`` says under ``model_type``."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engram_lm.errors import ConfigError, HistoryError, MismatchError
 from engram_lm.hashing import RollingWindow
 from engram_lm.memory import EngramConfig, EngramLayer
-from engram_lm.memory.layer import row_signs
+from engram_lm.memory.interface import row_signs
 from engram_lm.memory.reference import layer_reference
 from engram_lm.tables import ParameterTable, ResidentTable
 

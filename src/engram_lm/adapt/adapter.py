@@ -22,8 +22,6 @@ from engram_lm.model.table_place import TablePlace, TableSource, table_name
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy
 
-__all__ = ["CONTAINER", "MemoryAdapter", "attached_adapters", "set_adapters"]
-
 CONTAINER = "engram_adapters"
 """Name of the module that holds a model's adapters, and so what their names in its state dict begin with."""
 

@@ -17,8 +17,6 @@ from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.table_place import wanted_tables
 from engram_lm.tables import Table
 
-__all__ = ["adapter_spec", "attach"]
-
 _CHECKED_TOKENS = 8
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.step import RowMap
 
-__all__ = ["permuted_hash", "shuffled_rows"]
-
 # Dimension key: B batch, L length, H heads of all orders.
 
 _STRIDE = 1_000_003

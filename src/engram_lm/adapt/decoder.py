@@ -8,8 +8,6 @@ from torch import nn
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["Decoder", "argument_names", "find_decoder"]
-
 _INPUT = "input_ids"
 
 

@@ -28,20 +28,6 @@ from engram_lm.tables import MooncakeTable, ParameterTable, RemoteTable, StoredT
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
-__all__ = [
-    "CONFIG",
-    "FILES",
-    "TABLES",
-    "AdapterFiles",
-    "BaseModel",
-    "LocalFiles",
-    "StoredAdapter",
-    "check_adapter",
-    "check_vocabulary",
-    "read_adapter",
-    "write_adapter",
-]
-
 _FORMAT = "engram.adapter.1"
 CONFIG, LAYERS, TABLES, _CARD = "config.json", "adapter.safetensors", "tables.safetensors", "README.md"
 FILES = (CONFIG, LAYERS, TABLES, _CARD)

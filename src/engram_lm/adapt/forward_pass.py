@@ -18,8 +18,6 @@ from engram_lm.memory.step import MemoryStep, RowMap, begin_step
 from engram_lm.model.cache import follow_cache, start_state
 from engram_lm.tables import Table
 
-__all__ = ["ForwardPass"]
-
 # Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
 
 

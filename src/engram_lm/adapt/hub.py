@@ -11,8 +11,6 @@ from engram_lm.adapt.folder import CONFIG, FILES, TABLES, AdapterFiles, LocalFil
 from engram_lm.adapt.model_card import REPOSITORY
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
 
-__all__ = ["HubFiles", "files_of", "push_folder"]
-
 _ACCESS = "log in with `hf auth login`, or pass token="
 
 

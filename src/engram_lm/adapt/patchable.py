@@ -22,8 +22,6 @@ from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import table_name
 from engram_lm.tables import ParameterTable, Table
 
-__all__ = ["PatchableMemory", "patchable_memory", "trainable_tables"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchableMemory:

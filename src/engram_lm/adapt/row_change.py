@@ -23,8 +23,6 @@ from engram_lm.tables.files.safetensors_file import local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.stored_tensor import StoredTensor
 
-__all__ = ["Fact", "RowChange", "bits", "read_patch", "same_bits", "write_patch"]
-
 _FORMAT = "engram.row_patch.1"
 _PARTS = ("rows", "before", "after")
 _NUMBER, _TOKENS = (int, float), (list,)

@@ -20,8 +20,6 @@ from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, 
 from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
 from engram_lm.errors import ConfigError, MismatchError
 
-__all__ = ["RowPatch", "applied_patches"]
-
 # Dimension key: N rows, E row width.
 
 _RECORD = "_row_patches"

@@ -18,8 +18,6 @@ from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.model.table_place import table_name
 
-__all__ = ["FitOptions", "addressed_rows", "fit_rows", "read_facts", "reference_tokens", "score_fact"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitOptions:

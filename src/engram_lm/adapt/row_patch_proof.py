@@ -18,8 +18,6 @@ from engram_lm.errors import DataError, check_whole
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.model.table_place import table_name
 
-__all__ = ["FactProof", "PatchedRow", "RowPatchProof", "prove"]
-
 _WINDOWS_AT_ONCE = 8
 
 

@@ -17,11 +17,9 @@ from engram_lm.adapt.patchable import trainable_tables
 from engram_lm.errors import ConfigError, DataError, check_whole
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows, seen_ngrams
-from engram_lm.memory.layer import row_signs
+from engram_lm.memory.interface import row_signs
 from engram_lm.model.table_place import table_name
 from engram_lm.tables import ParameterTable
-
-__all__ = ["NgramStates", "Source", "TransferReport", "mean_states", "transfer_rows"]
 
 # Dimension key: B batch, L length, D hidden, K N-grams of one order, H heads, E row width, P = heads of an order * E.
 

@@ -22,8 +22,6 @@ from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.training.data.documents import Corpus, read_documents
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
 
-__all__ = ["Analyze"]
-
 _RESULT = "analysis.json"
 
 

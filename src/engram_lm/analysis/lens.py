@@ -18,8 +18,6 @@ from engram_lm.page.figure import INK, MARKERS, Panels, Picture, line_style
 from engram_lm.page.frame import section, table
 from engram_lm.page.number_text import count_text, number_text
 
-__all__ = ["LensCurve", "LensPart", "LogitLens", "draw_lens"]
-
 # Dimension key: E entries (1 + layers), P positions, S streams, D hidden, V vocabulary.
 
 _CHUNK_BYTES = 1 << 22

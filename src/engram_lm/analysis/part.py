@@ -16,8 +16,6 @@ from engram_lm.errors import ConfigError, check_whole
 from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.page.figure import Picture
 
-__all__ = ["AnalyzeOptions", "Entry", "Part", "Work", "load_parts"]
-
 Entry = dict[str, Any]
 """What a part found about some models: ``models`` (their names), and either ``result`` (plain values) or
 ``not_applicable`` (the reason why there is none)."""

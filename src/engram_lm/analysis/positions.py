@@ -13,8 +13,6 @@ from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
 from engram_lm.hashing.multipliers import splitmix64
 
-__all__ = ["PositionChoice", "Positions", "name_ends", "thinned", "word_ends"]
-
 # Dimension key: B windows at a time, L length.
 
 Positions = Literal["all", "word_ends", "names", "ngrams"]

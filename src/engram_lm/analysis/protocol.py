@@ -11,8 +11,6 @@ from torch import Tensor
 
 from engram_lm.analysis.subject import Subject
 
-__all__ = ["WANTS", "Analysis", "ModelAnalysis", "ModelFindings", "NotApplicable", "PlainResult", "Reading", "plain"]
-
 
 class PlainResult:
     """Gives a frozen dataclass a `to_dict` for JSON."""

@@ -15,8 +15,6 @@ from engram_lm.analysis.subject import Subject, find_subjects
 from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError, check_whole
 
-__all__ = ["bytes_needed", "bytes_per_token", "choose_batch_size", "look", "read_text", "visible_tokens"]
-
 # Dimension key: B windows at a time, L length.
 
 

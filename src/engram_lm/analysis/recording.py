@@ -14,8 +14,6 @@ from engram_lm.errors import MismatchError
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
 
-__all__ = ["Recording", "recording", "score_bytes_per_token", "score_parts"]
-
 # Dimension key: B batch, L length, S streams, D hidden, O orders, H heads of all orders, M memory width.
 
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-__all__ = ["PARTS"]
-
 PARTS: Mapping[str, str] = {
     "gates": "engram_lm.analysis.gates.part:GatesPart",
     "lens": "engram_lm.analysis.lens:LensPart",

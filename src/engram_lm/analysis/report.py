@@ -11,8 +11,6 @@ from engram_lm.page.number_text import count_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["headline", "print_summary", "remarks", "render_report"]
-
 _COLORS = ("memory", "twin", "random_table", "wide", "other")
 
 

@@ -13,8 +13,6 @@ from engram_lm.analysis.subject import Subject, group_by_tokenizer
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.training.data.documents import Document, tokenize
 
-__all__ = ["Findings", "analyze"]
-
 _LONGEST = 512
 """Tokens in a window, at most, unless its length was chosen."""
 

@@ -16,8 +16,6 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.layer import EngramLayer
 
-__all__ = ["Subject", "find_subject", "find_subjects", "group_by_tokenizer"]
-
 # Dimension key: S streams, D hidden, V vocabulary.
 
 

@@ -30,8 +30,6 @@ from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, number_text, signed_text
 from engram_lm.training.held_out import held_out_loss
 
-__all__ = ["Condition", "How", "SuppressionEffect", "SuppressionPart", "conditions", "suppressed", "suppression_effect"]
-
 # Dimension key: H heads of all orders.
 
 How = Literal["zero", "shuffle"]

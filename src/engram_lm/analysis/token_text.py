@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["REPLACEMENT", "spelled", "text_tokens", "token_texts", "visible_text"]
-
 REPLACEMENT = "\ufffd"
 """What a tokenizer makes of a piece of a character."""
 # A character has at most four bytes, but a text may hold replacement characters of its own, which look unfinished.

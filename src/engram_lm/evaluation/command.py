@@ -18,8 +18,6 @@ from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.training.data.documents import Corpus, pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
-__all__ = ["Eval"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(ModelFlags):

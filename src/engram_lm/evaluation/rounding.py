@@ -13,8 +13,6 @@ from engram_lm.tables.files.convert import Converted
 from engram_lm.training.data.documents import pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
-__all__ = ["ConvertAndMeasure", "put_tables"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertAndMeasure(Convert):

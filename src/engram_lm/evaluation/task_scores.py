@@ -13,8 +13,6 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import DataError
 from engram_lm.evaluation.tasks import TaskItem
 
-__all__ = ["FamilyScore", "ItemScore", "TaskScores", "score_tasks"]
-
 _LOGIT_BYTES = 1 << 28
 """Bytes for the logits of a batch; a batch that would need more is cut."""
 

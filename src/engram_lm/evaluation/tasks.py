@@ -19,8 +19,6 @@ from pathlib import Path
 from engram_lm.errors import DataError
 from engram_lm.files import replacing
 
-__all__ = ["TaskItem", "read_tasks", "write_tasks"]
-
 _FIELDS = ("id", "family", "prompt", "answer", "choices")
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from engram_lm.errors import ConfigError, MismatchError, TokenError
 from engram_lm.hashing.token_map import TokenMap, check_tokens, is_torch, on_device
 
-__all__ = ["Encoder", "Segments", "encode_reference", "look_back", "look_back_reference", "module_of"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segments:

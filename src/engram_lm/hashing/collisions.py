@@ -15,8 +15,6 @@ from engram_lm.errors import RowRangeError
 from engram_lm.hashing.counting import ngram_keys, ngrams_of
 from engram_lm.hashing.spec import HashSpec
 
-__all__ = ["RowCollisions", "row_collisions"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowCollisions:

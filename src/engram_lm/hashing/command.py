@@ -14,8 +14,6 @@ from engram_lm.errors import ConfigError, TokenError, TokenMapError
 from engram_lm.hashing.spec import HashSpec
 from engram_lm.hashing.token_map import TokenMap, load_tokenizer
 
-__all__ = ["Hash"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hash:

@@ -18,18 +18,6 @@ from engram_lm.hashing.codes import look_back
 from engram_lm.hashing.multipliers import splitmix64
 from engram_lm.hashing.spec import HashSpec
 
-__all__ = [
-    "FrequentNgrams",
-    "NgramCounter",
-    "NgramEntries",
-    "frequent_ngrams",
-    "ngram_keys",
-    "ngram_rows",
-    "ngrams_of",
-    "scattered",
-    "seen_ngrams",
-]
-
 _CHUNK_TOKENS = 1 << 18
 _MERGE_AT = 1 << 16
 

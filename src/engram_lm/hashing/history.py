@@ -10,8 +10,6 @@ from engram_lm.errors import HistoryError
 from engram_lm.hashing.token_map import is_torch
 from engram_lm.hashing.window import RollingWindow
 
-__all__ = ["TokenHistory"]
-
 
 class _Hash(Protocol):
     """What a history needs of a `HashSpec`."""

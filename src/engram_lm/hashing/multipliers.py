@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["GAMMA", "multiplier_bound", "pcg64_multipliers", "splitmix64", "splitmix64_multipliers"]
-
 GAMMA = 0x9E3779B97F4A7C15
 """The generator's increment: odd, the golden ratio as a fraction of 2**64."""
 _LAYER_STRIDE = 10007

@@ -5,15 +5,6 @@ from collections.abc import Sequence
 
 from engram_lm.errors import ConfigError
 
-__all__ = [
-    "distinct_primes",
-    "distinct_primes_reference",
-    "is_prime",
-    "is_prime_reference",
-    "longcat_moduli",
-    "prime_tables",
-]
-
 _LIMIT = 2**63
 _SMALL = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 _PRIMORIAL = math.prod(_SMALL)

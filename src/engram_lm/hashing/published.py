@@ -12,8 +12,6 @@ from engram_lm.hashing.rules import RULES
 from engram_lm.hashing.spec_fields import rule_fields
 from engram_lm.hashing.token_map import TokenMap
 
-__all__ = ["OURS", "read_published"]
-
 OURS = "hash_spec"
 """The key under which our own configs keep `HashSpec.to_dict`."""
 

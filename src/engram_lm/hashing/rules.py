@@ -22,8 +22,6 @@ from engram_lm.hashing.multipliers import pcg64_multipliers, splitmix64_multipli
 from engram_lm.hashing.primes import longcat_moduli, prime_tables
 from engram_lm.hashing.token_map import is_torch
 
-__all__ = ["RULES", "HashRule", "PolynomialRule", "QwenRule", "XorRule", "check_layers", "find_rule"]
-
 _INT64 = 2**63
 _Row = tuple[int, ...]
 

@@ -22,8 +22,6 @@ from engram_lm.hashing.token_map import TokenMap, is_torch
 if TYPE_CHECKING:
     from engram_lm.hashing.history import TokenHistory
 
-__all__ = ["HashSpec"]
-
 _NOT_DECISIVE = ("format", "variant", "seed", "pad_token_id", "padded_rows", "shared_table", "vocabulary_digest")
 
 

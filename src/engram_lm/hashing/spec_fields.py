@@ -11,8 +11,6 @@ from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import HashRule, check_layers
 from engram_lm.hashing.token_map import TokenMap
 
-__all__ = ["FORMAT", "check_fields", "fields_from_json", "fields_to_json", "matching_map", "rule_fields"]
-
 FORMAT = "engram.hash_spec.1"
 """The value of the key ``format``."""
 

@@ -15,8 +15,6 @@ from engram_lm.files import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TokenMap", "check_tokens", "is_torch", "on_device"]
-
 _FORMAT = "engram.token_map.1"
 _REPLACEMENT = "\ufffd"
 # A private-use character that keeps a token that is one space from being stripped to nothing.

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, HistoryError
 
-__all__ = ["Counts", "RollingWindow"]
-
 Counts = int | Sequence[int] | Tensor
 
 

@@ -14,8 +14,6 @@ from engram_lm.memory.registry import check_layer, layer_class
 if TYPE_CHECKING:
     from engram_lm.hashing import HashSpec, Segments, TokenMap
 
-__all__ = ["EngramConfig", "check_tokenizer_kind"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngramConfig:

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["causal_convolution"]
-
 # Dimension key: B batch, L length, C channels, K taps.
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from engram_lm.errors import HistoryError
 from engram_lm.hashing.window import RollingWindow
 
-__all__ = ["DecodeState", "LayerWindow"]
-
 
 class DecodeState:
     """The memory's state for a batch of sequences: one token history for all layers, one window for each layer.

@@ -6,8 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["gate_values", "signed_sqrt"]
-
 # Dimension key: B batch, L length, S streams, D hidden.
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from engram_lm.memory.interface import MemoryLayer
 
-__all__ = ["record_gates"]
-
 
 class _Asked:
     """Stands for ``return_gates=True`` where a recorder asked for the gates and the caller of the layer did not."""

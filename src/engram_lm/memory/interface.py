@@ -13,8 +13,6 @@ from engram_lm.memory.decode_state import LayerWindow
 from engram_lm.memory.registry import layer_class
 from engram_lm.tables.table import Table
 
-__all__ = ["EngramOutput", "Lengths", "MemoryLayer", "State", "build_layer", "row_signs"]
-
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
 
 

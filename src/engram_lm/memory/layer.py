@@ -8,10 +8,8 @@ from engram_lm.errors import MismatchError
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.convolution import causal_convolution
 from engram_lm.memory.gate import gate_values
-from engram_lm.memory.interface import EngramOutput, Lengths, MemoryLayer, State, row_signs
+from engram_lm.memory.interface import EngramOutput, Lengths, MemoryLayer, State
 from engram_lm.tables.table import Table
-
-__all__ = ["EngramLayer", "EngramOutput", "row_signs"]
 
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width,
 # W positions before the current one that the convolution reads.

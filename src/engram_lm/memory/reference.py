@@ -11,8 +11,6 @@ from torch import Tensor
 
 from engram_lm.memory.layer import EngramLayer
 
-__all__ = ["layer_reference"]
-
 
 def layer_reference(
     layer: EngramLayer, hidden_states: Tensor, rows: Tensor, active: Tensor | None = None

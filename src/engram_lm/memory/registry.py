@@ -5,8 +5,6 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, suggestion
 
-__all__ = ["LAYERS", "check_layer", "layer_class"]
-
 LAYERS: dict[str, str] = {"engram": "engram_lm.memory.layer.EngramLayer"}
 """Name of a layer in `EngramConfig.layer` → where its class is. It is imported when it is built or priced."""
 

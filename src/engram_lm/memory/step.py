@@ -14,8 +14,6 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.decode_state import DecodeState, LayerWindow
 from engram_lm.tables import Table
 
-__all__ = ["MemoryStep", "RowMap", "begin_step"]
-
 # Dimension key: B batch, L length, W context (highest order - 1), H heads of all orders.
 
 RowMap = Callable[[int, Tensor], Tensor]

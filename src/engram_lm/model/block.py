@@ -12,8 +12,6 @@ from engram_lm.model.experts import Experts, Router
 from engram_lm.model.streams import StreamMixer
 from engram_lm.tables import Table
 
-__all__ = ["EngramBlock"]
-
 # Dimension key: B batch, L length, D hidden, S streams.
 
 

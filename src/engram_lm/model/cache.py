@@ -15,8 +15,6 @@ from engram_lm.errors import HistoryError, MismatchError
 from engram_lm.memory.decode_state import DecodeState
 from engram_lm.model.config import MEMORY_LAYER_TYPE
 
-__all__ = ["MemoryCacheLayer", "MemoryDynamicLayer", "MemoryStaticLayer", "follow_cache", "start_state"]
-
 # What the methods of a layer of unknown kind are called on.
 _Layer: Any = object
 

@@ -14,8 +14,6 @@ from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.presets import CANONICAL_DEEPSEEK, preset_fields
 
-__all__ = ["MEMORY_LAYER_TYPE", "EngramLMConfig"]
-
 MEMORY_LAYER_TYPE = "engram_memory"
 """What ``layer_types`` calls the block whose cache layer carries the state of all memory; see ``cache.py``."""
 

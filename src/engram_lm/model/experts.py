@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3TopkRouter
 
-__all__ = ["Experts", "Router", "balance_experts", "expert_load", "sequence_balance_loss"]
-
 # Dimension key: B batch, L length, T = B * L tokens, D hidden, E routed experts, K of them chosen per token.
 
 

@@ -27,8 +27,6 @@ from engram_lm.model.pretrained import EngramPreTrainedModel
 from engram_lm.model.streams import StreamHead
 from engram_lm.model.table_place import TablesApart, table_name, wanted_tables
 
-__all__ = ["EngramCausalLMOutput", "EngramForCausalLM", "EngramModel", "EngramModelOutput"]
-
 # Dimension key: B batch, L length, D hidden, H heads of all orders, S streams, V vocabulary,
 # E routed experts, K of them chosen per token.
 

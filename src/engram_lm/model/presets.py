@@ -4,8 +4,6 @@ from typing import Any, NamedTuple
 
 from engram_lm.errors import ConfigError, suggestion
 
-__all__ = ["CANONICAL_DEEPSEEK", "NAMES", "preset_fields"]
-
 
 class CanonicalVocabulary(NamedTuple):
     """What is known of a tokenizer's canonical tokens without the tokenizer."""

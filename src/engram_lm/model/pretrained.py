@@ -32,8 +32,6 @@ from engram_lm.tables.around.cache import Policy
 from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
-__all__ = ["EngramPreTrainedModel"]
-
 _NAMES_SHOWN = 8
 # Device maps that transformers fills in by what fits.
 _CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")

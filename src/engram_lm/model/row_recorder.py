@@ -14,8 +14,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.files import replacing
 from engram_lm.memory.interface import MemoryLayer
 
-__all__ = ["RowTrace", "record_rows"]
-
 
 class RowTrace:
     """Row numbers that a model read, in the order in which it read them. See `record_rows`."""

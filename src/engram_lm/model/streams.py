@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 
-__all__ = ["StreamHead", "StreamMixer", "sinkhorn"]
-
 # Dimension key: B batch, L length, S streams, D hidden, T = B * L tokens.
 
 _DYNAMIC_SCALE = 0.01  # first weight of what depends on the token; mHC paper, appendix (alpha)

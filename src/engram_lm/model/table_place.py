@@ -35,18 +35,6 @@ from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
 from engram_lm.tables.tiers.remote_files import RemoteFolder
 
-__all__ = [
-    "TABLES",
-    "Located",
-    "TablePlace",
-    "TableSource",
-    "TablesApart",
-    "WantedTable",
-    "stored_table",
-    "table_name",
-    "wanted_tables",
-]
-
 TABLES = "memory_tables"
 """Name of the model's module that holds the tables."""
 

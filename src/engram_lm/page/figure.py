@@ -12,23 +12,6 @@ from typing import Any
 from engram_lm.files import replacing
 from engram_lm.page.frame import escape
 
-__all__ = [
-    "DASHES",
-    "FAINT",
-    "INK",
-    "MARKERS",
-    "Panels",
-    "Picture",
-    "arm_color",
-    "line_legend",
-    "line_style",
-    "marker_legend",
-    "page_axes",
-    "page_figure",
-    "page_svg",
-    "save_pictures",
-]
-
 # Colors that matplotlib writes and nothing else contains; each becomes a CSS variable.
 INK, FAINT = "#010203", "#010204"
 """Colors of text and of grid lines."""

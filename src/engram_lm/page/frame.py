@@ -9,8 +9,6 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Html", "definitions", "escape", "plain_text", "render_page", "section", "table"]
-
 
 class Html(str):
     """Text that is HTML already, which `escape` leaves as it is."""

@@ -4,8 +4,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-__all__ = ["NOTHING", "count_text", "mean_of", "number_text", "signed_text", "spread_of", "spread_text"]
-
 NOTHING = "–"
 """What stands for a missing number."""
 

@@ -11,8 +11,6 @@ from engram_lm.planning.deduplication import CURVES, distinct_rows
 from engram_lm.planning.shape import ITEM_BYTES, TABLE_STATE_BYTES, TrainingShape
 from engram_lm.planning.sizes import ModelSizes, matrices, model_sizes, muon_parameters
 
-__all__ = ["Bill", "TableTraffic", "activation_bytes_per_token", "bill"]
-
 _INDEX_BYTES = 8  # row numbers and counts are int64
 _COUNT_WORDS = 4  # numbers of the first message of an exchange: engram_lm.tables.tiers.row_exchange
 _NUM_NORMALIZATIONS = 5  # iterations of Muon

@@ -9,8 +9,6 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.sizes import ModelSizes, expert_parameters, model_sizes
 
-__all__ = ["Allocation", "allocate"]
-
 _WIDTH_STEP = 8  # widths are multiples of this, as matrix products like them
 
 

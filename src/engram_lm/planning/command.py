@@ -24,8 +24,6 @@ from engram_lm.planning.sizes import model_sizes, muon_parameters
 from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.byte_size import byte_size
 
-__all__ = ["Plan", "plan"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 
-__all__ = ["CURVES", "DistinctCurve", "distinct_rows"]
-
 
 @dataclasses.dataclass(frozen=True)
 class DistinctCurve:

@@ -6,8 +6,6 @@ import math
 from engram_lm.errors import ConfigError
 from engram_lm.planning.bill import Bill
 
-__all__ = ["MACHINES", "Machine", "Prediction", "predict"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:

@@ -23,8 +23,6 @@ from engram_lm.planning.this_machine import PAGE_BYTES, ThisMachine
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.tables.choose import MEMORY_SHARE, choose_tier, spare_bytes
 
-__all__ = ["GATHER_SECONDS", "place", "rows_for_people"]
-
 LINK_BYTES_PER_SECOND = 12e9
 """Host to device: what PCIe 4 gives to a copy from pinned memory, less what small copies lose."""
 LINK_SECONDS = 20e-6

@@ -7,8 +7,6 @@ from typing import Literal, get_args, get_type_hints
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.planning.deduplication import CURVES
 
-__all__ = ["ITEM_BYTES", "TABLE_STATE_BYTES", "BackboneOptimizer", "TableOptimizer", "TrainingShape"]
-
 BackboneOptimizer = Literal["muon", "adamw"]
 """Optimizers of the matrices of hidden layers."""
 TableOptimizer = Literal["row_adam", "row_wise_adam", "row_wise_adagrad", "sinkhorn"]

@@ -6,8 +6,6 @@ from typing import Literal
 
 from engram_lm.model.config import EngramLMConfig
 
-__all__ = ["Matrix", "ModelSizes", "expert_parameters", "matrices", "model_sizes", "muon_parameters"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:

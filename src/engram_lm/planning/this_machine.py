@@ -17,8 +17,6 @@ from engram_lm.tables.layout import Extent, Part, RowLayout
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.page_cache import drop_from_memory
 
-__all__ = ["DISK_THREADS", "PAGE_BYTES", "DiskRate", "ThisMachine", "measure_disk", "read_machine"]
-
 PAGE_BYTES = 4096
 """Bytes of one random read."""
 DISK_THREADS = 16

@@ -13,8 +13,6 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.serving.load import ModelFlags, load_model
 
-__all__ = ["Generate", "continue_text"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(ModelFlags):

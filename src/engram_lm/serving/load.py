@@ -8,8 +8,6 @@ import tyro
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError
 
-__all__ = ["ModelFlags", "load_model"]
-
 _STAGED_TOKENS = 1024
 """Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
 

@@ -16,8 +16,6 @@ from engram_lm.training.flops import peak_flops
 from engram_lm.training.loop import best_dtype
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["Cost", "check_budget", "cost_table", "estimated_seconds", "price"]
-
 _WEIGHT_BYTES = 4
 """Weights are trained in float32."""
 _UTILIZATION = 0.1

@@ -24,8 +24,6 @@ from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.run_folder import command_line, commit, hold_folder, run_facts, to_json
 
-__all__ = ["StudyCommand", "plain_flags"]
-
 _MARK = "study.json"
 _LONG_SECONDS = 60.0
 """Estimated time from which arms are trained in parallel processes unless another mode is asked for."""

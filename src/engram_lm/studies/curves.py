@@ -8,8 +8,6 @@ import numpy as np
 
 from engram_lm.page.figure import INK, line_style, page_figure
 
-__all__ = ["Curves", "curve_figure", "draw_curves", "finite_points", "smooth"]
-
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 """For every arm, a curve of (tokens, loss) for every run."""
 

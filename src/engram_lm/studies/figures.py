@@ -5,9 +5,6 @@ from typing import Any
 
 from engram_lm.page.figure import Picture
 
-__all__ = ["Figures", "loss_bars", "sweep"]
-
-
 Figures = Callable[[Mapping[str, Any]], Sequence[Picture]]
 """Chooses the pictures of a result."""
 

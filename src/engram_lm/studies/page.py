@@ -13,8 +13,6 @@ from rich.text import Text
 
 from engram_lm.page.frame import definitions, escape, render_page, section, table
 
-__all__ = ["Finding", "Table", "facts_section", "page_footer", "print_finding", "render_study"]
-
 _STYLE = "figure img { max-width: 100%; background: white; border-radius: 4px }"
 
 

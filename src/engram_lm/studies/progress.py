@@ -8,8 +8,6 @@ from rich.progress import TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engram_lm.training.progress import RunProgress
 
-__all__ = ["StudyProgress", "recent_losses"]
-
 _PLAIN_LINES = 10
 """Lines that a task prints where there is no terminal."""
 _RECENT_STEPS = 20

@@ -9,8 +9,6 @@ from engram_lm.studies.budget import price
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
 
-__all__ = ["run_record", "study_result"]
-
 
 def run_record(trained: TrainedArm, *, curve_points: int) -> dict[str, Any]:
     """What a result says of one run; losses are in nats per token, ``loss`` on held-out text.

@@ -29,8 +29,6 @@ from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run import Run
 
-__all__ = ["Mode", "Outcome", "Runner"]
-
 Mode = Literal["interleaved", "one_by_one", "processes"]
 """``interleaved``: all arms of a seed in this process, step by step in turn, which compares their speed fairly.
 ``one_by_one``: one arm after the other. ``processes``: an arm per process of one thread, as many at a time as there are

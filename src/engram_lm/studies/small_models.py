@@ -25,8 +25,6 @@ from engram_lm.training.recipe import (
     TokenizerOptions,
 )
 
-__all__ = ["SmallModelFlags", "like"]
-
 _HEAD_WIDTH = 32
 _HELD_OUT_SHARE = 0.03
 """Share of the documents that models are compared on and not trained on."""

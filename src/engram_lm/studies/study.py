@@ -15,8 +15,6 @@ from engram_lm.studies.summary import study_finding
 from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["HELD_OUT_LOSS", "Arm", "Budget", "Measure", "Quantity", "Study", "TrainedArm", "with_seed"]
-
 Quantity = Literal["total", "active", "bytes", "flops", "tokens"]
 """What arms can have in common: all parameters, parameters that take part in a token, bytes of the weights, operations
 of the whole training, or tokens trained on."""

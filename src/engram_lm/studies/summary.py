@@ -7,8 +7,6 @@ from typing import Any
 from engram_lm.page.number_text import NOTHING, mean_of, signed_text, spread_of, spread_text
 from engram_lm.studies.page import Finding, Table
 
-__all__ = ["ENOUGH_SEEDS", "paired_difference", "paired_p_value", "seeds_note", "spread", "study_finding"]
-
 _COLUMNS = ("Arm", "Mean", "Difference", "p", "Seeds")
 
 ENOUGH_SEEDS = 3

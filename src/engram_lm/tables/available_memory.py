@@ -4,8 +4,6 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["available_bytes", "is_on_network", "read_meminfo"]
-
 _NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
     "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs", "virtiofs", "wekafs", "beegfs",

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError
 
-__all__ = ["BLOCK", "dequantize", "num_blocks", "quantize", "scaled"]
-
 BLOCK = 32
 """Columns (and, in a matrix with square blocks, rows) that share a scale."""
 

@@ -17,16 +17,6 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError
 from engram_lm.tables.block_float8 import BLOCK, num_blocks, scaled
 
-__all__ = [
-    "INT4",
-    "LARGEST",
-    "SCALE_BYTES",
-    "dequantize_integers",
-    "pack_nibbles",
-    "quantize_integers",
-    "unpack_nibbles",
-]
-
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing from torch's annotations
 """4-bit integers. torch has the name only; their bytes are packed and unpacked here."""
 

@@ -1,7 +1,5 @@
 """Bytes for people."""
 
-__all__ = ["byte_size"]
-
 
 def byte_size(num_bytes: float, digits: int = 2) -> str:
     """Write a number of bytes in the largest unit that fits: ``"512 B"``, ``"1.50 KiB"``, … ``"2.00 TiB"``."""

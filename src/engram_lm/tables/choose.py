@@ -5,8 +5,6 @@ from typing import Literal, get_args
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["MEMORY_SHARE", "TIERS", "Place", "Tier", "TierChoice", "check_tier", "choose_tier", "spare_bytes"]
-
 Tier = Literal["auto", "device", "host", "mmap", "file", "remote"]
 """Where rows are kept and read, see `engram_lm.tables.open_table`."""
 

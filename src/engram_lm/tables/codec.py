@@ -20,8 +20,6 @@ from engram_lm.tables.block_integers import (
     unpack_nibbles,
 )
 
-__all__ = ["CODEC_NAMES", "RowCodec"]
-
 CODEC_NAMES: dict[str, tuple[torch.dtype, Literal["none", "blocks"]]] = {
     "float32": (torch.float32, "none"),
     "bfloat16": (torch.bfloat16, "none"),

@@ -16,8 +16,6 @@ from engram_lm.tables.block_float8 import num_blocks
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.stored_tensor import StoredTensor, read_into
 
-__all__ = ["VERSION_MARK", "Extent", "Part", "RowLayout", "tensor_layout"]
-
 VERSION_MARK = "#engram-version="
 """Stands behind the address of a file in a layout, before the version that the file must have."""
 

@@ -26,8 +26,6 @@ from engram_lm.tables.tiers.remote import RemoteTable
 from engram_lm.tables.tiers.remote_files import RemoteFolder, RemoteOptions
 from engram_lm.tables.tiers.resident import load_resident
 
-__all__ = ["open_table", "table_layouts"]
-
 _OPENERS: dict[str, Callable[..., Table]] = {
     "device": load_resident,
     "host": HostTable,

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError
 
-__all__ = ["DTYPES", "StoredTensor", "read_into"]
-
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

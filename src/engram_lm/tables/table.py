@@ -9,8 +9,6 @@ from torch import Tensor
 
 from engram_lm.errors import RowRangeError, TableClosedError
 
-__all__ = ["Table", "Ticket", "version_of"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:

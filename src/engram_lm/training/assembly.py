@@ -16,8 +16,6 @@ from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["find_tokenizer", "load_tokenizer", "local_or_hub", "open_text"]
-
 
 def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
     """Load the tokenizer in ``folder``; if there is none, put the recipe's there, or train it once and keep it there.

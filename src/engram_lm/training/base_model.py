@@ -25,8 +25,6 @@ from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import flops_per_token
 from engram_lm.training.recipe import LoraOptions, Recipe
 
-__all__ = ["AdaptedBase", "fingerprint", "load_base", "lora_targets"]
-
 _FINGERPRINT_NUMBERS = 64
 
 

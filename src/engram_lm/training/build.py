@@ -21,8 +21,6 @@ from engram_lm.training.distribution import Ranks
 from engram_lm.training.recipe import ArchitectureOptions, ModelOptions, Recipe
 from engram_lm.training.shard_tables import shard_tables
 
-__all__ = ["OwnModel", "build_model", "model_config"]
-
 
 class OwnModel:
     """The recipe's `EngramForCausalLM`, with this process's share of its tables.

@@ -16,8 +16,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import RecipeFile, describe_keys, divide, write_toml
 
-__all__ = ["RecipeCommand", "Train"]
-
 _Recipe = TypeVar("_Recipe", bound=RecipeFile)
 
 

@@ -14,8 +14,6 @@ from engram_lm.training.distribution import Ranks, sharded_weights
 from engram_lm.training.optimizers import CombinedOptimizer, merge_rows
 from engram_lm.training.optimizers.groups import is_trainable_table
 
-__all__ = ["TableUse", "gradient_norms", "update_norms"]
-
 _ROWS_AT_ONCE = 1 << 16
 
 

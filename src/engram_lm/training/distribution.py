@@ -25,20 +25,6 @@ from engram_lm.errors import ConfigError, EngramError
 from engram_lm.tables import ParameterTable
 from engram_lm.tables.tiers.sharded import ShardedTable
 
-__all__ = [
-    "LossModule",
-    "Ranks",
-    "agree",
-    "loss_weight",
-    "reshard",
-    "sharded_weights",
-    "share",
-    "start",
-    "stop",
-    "without_sync",
-    "wrap_backbone",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:

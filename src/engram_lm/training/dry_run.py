@@ -14,8 +14,6 @@ from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.build import model_config
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["dry_run", "priced_config", "print_dry_run"]
-
 
 def priced_config(recipe: Recipe) -> EngramLMConfig:
     """Configure the recipe's model as far as it is known without its tokenizer.

@@ -9,8 +9,6 @@ import tyro
 
 from engram_lm.errors import CheckpointError
 
-__all__ = ["CHECKPOINTS", "TOKENIZER", "Export"]
-
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 TOKENIZER = "tokenizer"

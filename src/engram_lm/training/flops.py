@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["flops_per_token", "peak_flops"]
-
 # Dense matrix products without sparsity, 10^12 operations a second (float32 with TF32, bfloat16); vendors' data sheets.
 _ACCELERATORS = {
     "V100": (15.7, 15.7),

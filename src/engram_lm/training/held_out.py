@@ -19,8 +19,6 @@ from engram_lm.training.data.batches import restarting_positions
 from engram_lm.training.distribution import LossModule, Ranks, reshard, share
 from engram_lm.training.loss import language_model_loss
 
-__all__ = ["HeldOutLoss", "held_out_loss"]
-
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss:

@@ -44,8 +44,6 @@ else:
 
 from transformers import Trainer
 
-__all__ = ["MemoryTrainer", "MemoryTrainerMixin", "TableTraining", "train_memory"]
-
 # Rows of a table that are restored at a time.
 _PIECE_ROWS = 1 << 16
 

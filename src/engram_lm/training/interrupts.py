@@ -6,8 +6,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-__all__ = ["Interrupt"]
-
 
 class Interrupt:
     """Catches SIGINT and SIGTERM while the context is open.

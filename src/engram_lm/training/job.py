@@ -31,8 +31,6 @@ from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
 
-__all__ = ["FAILED", "METRICS", "MODEL", "RESULT", "Job", "sequences_at_once"]
-
 METRICS, RESULT, MODEL, FAILED = "metrics.jsonl", "result.json", "model", "failed.json"
 """What a run writes into its folder: a line per step, the result, and the trained model; or why training diverged."""
 

@@ -30,8 +30,6 @@ from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, cli
 from engram_lm.training.optimizers.muon import product_dtype
 from engram_lm.training.schedules import ScheduleOptions, learning_rate_factor
 
-__all__ = ["StepRecord", "TrainOptions", "Trainer", "best_dtype", "find_device"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:

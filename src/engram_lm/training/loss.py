@@ -11,8 +11,6 @@ from torch import Tensor
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import sequence_balance_loss
 
-__all__ = ["autocast", "language_model_loss"]
-
 _LOGITS_AT_ONCE = 1 << 27
 """Numbers of logits that are in memory at a time in an evaluation, 512 MiB."""
 

@@ -12,8 +12,6 @@ from typing import Any, Literal
 from engram_lm.errors import MissingExtraError, RunFolderError
 from engram_lm.files import replacing
 
-__all__ = ["Metrics", "check_installed", "read_metrics"]
-
 
 class Metrics:
     """The metrics of a run: one JSON object a line, each with ``step``.

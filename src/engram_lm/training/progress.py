@@ -10,8 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engram_lm.training.loop import StepRecord
 
-__all__ = ["RunProgress"]
-
 _SECONDS_BETWEEN_LINES = 20.0
 
 

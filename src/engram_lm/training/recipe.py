@@ -17,24 +17,6 @@ from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
 
-__all__ = [
-    "PATHS",
-    "AdapterOptions",
-    "ArchitectureOptions",
-    "CheckpointOptions",
-    "DataOptions",
-    "EvaluationOptions",
-    "EvaluationText",
-    "LikeOptions",
-    "LogOptions",
-    "LoraOptions",
-    "ModelOptions",
-    "ParallelOptions",
-    "Recipe",
-    "RunOptions",
-    "TokenizerOptions",
-]
-
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
 """How ``--keys`` shows a key that takes text: as paths, because a flag's help cannot show the tables it also takes."""
 TABLES = tyro.conf.arg(constructor=tuple[str, ...], metavar="[{KEY = VALUE, ...} ...]")

@@ -17,8 +17,6 @@ import tyro
 
 from engram_lm.errors import ConfigError, MismatchError, closest, suggestion
 
-__all__ = ["RecipeFile", "build", "describe_keys", "divide", "override", "read_table", "to_plain", "write_toml"]
-
 _Options = TypeVar("_Options")
 
 

@@ -20,8 +20,6 @@ from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run_folder import hold_folder
 
-__all__ = ["Run"]
-
 _RECIPE = "recipe.toml"
 
 

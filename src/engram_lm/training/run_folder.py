@@ -20,8 +20,6 @@ from typing import Any
 
 from engram_lm.errors import RunFolderError
 
-__all__ = ["RunFolder", "command_line", "commit", "hold_folder", "machine", "run_facts", "to_json", "versions"]
-
 _MARK = "result.json"
 _LOCK = ".lock"
 

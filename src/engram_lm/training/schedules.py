@@ -7,8 +7,6 @@ from typing import Literal
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["ScheduleOptions", "learning_rate_factor"]
-
 _KINDS = ("cosine", "step", "wsd", "constant")
 
 

@@ -9,8 +9,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.tables.tiers.resident import ParameterTable
 from engram_lm.tables.tiers.sharded import ShardedTable
 
-__all__ = ["shard_tables"]
-
 
 def shard_tables(
     model: Any,

@@ -18,8 +18,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.tables import ParameterTable
 from engram_lm.training.optimizers.rows import merge_rows
 
-__all__ = ["SharedTables", "average_rows", "share_tables", "sparse_tables"]
-
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 

@@ -15,8 +15,6 @@ from engram_lm.analysis.protocol import Analysis, NotApplicable, PlainResult, Re
 from engram_lm.analysis.subject import Subject
 from engram_lm.errors import ConfigError
 
-__all__ = ["Cka", "CkaFindings", "CkaMap", "centered_gram", "soft_alignment"]
-
 
 def soft_alignment(similarity: np.ndarray, top_k: int = 5) -> np.ndarray:
     """Find for each column the depth in the rows that it resembles most: the centroid of its most similar rows.

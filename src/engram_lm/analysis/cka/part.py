@@ -11,8 +11,6 @@ from engram_lm.page.figure import Picture
 from engram_lm.page.frame import escape, section
 from engram_lm.page.number_text import count_text, mean_of, number_text
 
-__all__ = ["CkaPart"]
-
 _ENOUGH = 32_768
 """Positions after which CKA begins to skip some."""
 _MINIBATCH = 256

@@ -14,8 +14,6 @@ from engram_lm.analysis.token_text import REPLACEMENT, spelled
 from engram_lm.errors import check_whole
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
-__all__ = ["FREQUENCY_CLASSES", "TOKEN_CLASSES", "GateAverages", "GateStatistics", "token_classes"]
-
 # Dimension key: G blocks with memory, S streams, O orders, F classes of frequency, K classes of tokens, V vocabulary.
 
 FREQUENCY_CLASSES = ("1", "2-9", "10-99", "100-999", "1,000-9,999", "10,000 and more")

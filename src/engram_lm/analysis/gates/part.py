@@ -19,8 +19,6 @@ from engram_lm.page.figure import DASHES, Picture
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import count_text, number_text
 
-__all__ = ["GateView", "GatesPart", "Phrase", "frequent_phrases"]
-
 _MOST_NGRAMS = 1 << 20
 _NUM_PASSAGES = 6
 _NUM_FREQUENT, _NUM_OPEN = 1000, 500

@@ -18,18 +18,6 @@ from engram_lm.errors import ConfigError
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = [
-    "GateTrace",
-    "Ngram",
-    "NgramGate",
-    "TraceKeeper",
-    "colored_gates",
-    "colored_html",
-    "gate_trace",
-    "gates_to_show",
-    "strongest",
-]
-
 # Dimension key: L length, S streams, O orders.
 
 _PASSAGE_TOKENS = 160

@@ -13,8 +13,6 @@ from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
 
-__all__ = ["CollisionStudy", "NgramCollisions", "TextNgrams", "collision_study", "ngram_collisions"]
-
 
 class TextNgrams:
     """Counts the N-grams of a text when they are first asked for, once for each way of telling N-grams apart.

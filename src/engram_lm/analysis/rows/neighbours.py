@@ -16,12 +16,11 @@ from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError, check_whole
 from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
-from engram_lm.memory.layer import EngramLayer, row_signs
+from engram_lm.memory.interface import row_signs
+from engram_lm.memory.layer import EngramLayer
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-__all__ = ["Neighbours", "Promoted", "TextNgram", "nearest_ngrams", "nearest_rows", "promoted_tokens"]
 
 # Dimension key: N vectors, C channels of the memory vector, E row width, K heads of one order, D hidden,
 # Q the query and its neighbours.

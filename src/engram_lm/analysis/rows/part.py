@@ -18,8 +18,6 @@ from engram_lm.page.figure import INK, Panels, Picture, line_style
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, mean_of
 
-__all__ = ["RowsPart"]
-
 _HEADS = (1, 2, 4, 8)
 """Numbers of heads that are compared."""
 _NUM_COMPARED = 1 << 14

@@ -14,8 +14,6 @@ from engram_lm.errors import TokenError, check_whole
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, scattered
 
-__all__ = ["HitCounter", "RowHits", "RowUsage", "RowUse", "log_ranks", "zipf_exponent"]
-
 # Dimension key: N rows, P rows that are read at once, R ranks, G blocks with memory, O orders, K heads of one order,
 # T tables.
 

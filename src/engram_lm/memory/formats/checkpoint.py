@@ -26,8 +26,6 @@ from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.mapped import MappedTable
 
-__all__ = ["FAMILIES", "PublishedMemory", "read_memory", "write_memory"]
-
 FAMILIES: dict[str, Family] = {family.variant: family for family in (QwenPle(), DeepSeekV41())}
 """The families of checkpoints whose memory can be read and written, by what `HashSpec.variant` calls them."""
 

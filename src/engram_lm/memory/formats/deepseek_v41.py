@@ -19,8 +19,6 @@ from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["DeepSeekV41"]
-
 
 class DeepSeekV41(Family):
     """Memory with projections and tables in 8 bits, a scale for each block, and no convolution.

@@ -18,8 +18,6 @@ from engram_lm.tables.files.sources import PublishedKind
 from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table
 
-__all__ = ["FLOATS", "Family", "Plan", "expect", "gather", "lookup", "pieces", "rounded"]
-
 FLOATS = ("BF16", "F16", "F32")
 """Types of weights that are not rounded to 8 bits, as safetensors calls them."""
 

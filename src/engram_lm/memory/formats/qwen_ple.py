@@ -19,8 +19,6 @@ from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["QwenPle"]
-
 
 class QwenPle(Family):
     """Memory of one table for each layer, in one tensor or in shards, with a convolution and zero-centered norms.

@@ -18,8 +18,6 @@ from engram_lm.tables.files.convert import Converted, build_packed, build_random
 from engram_lm.tables.files.packed import PackedHeader
 from engram_lm.tables.files.sources import choose_layout, find_tables
 
-__all__ = ["Build", "Convert", "checked_spec"]
-
 Dtype = Literal["float32", "bfloat16", "float16", "float8_e4m3", "int8", "int4"]
 
 

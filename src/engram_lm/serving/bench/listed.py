@@ -4,8 +4,6 @@ from typing import Any
 
 from engram_lm.errors import ConfigError
 
-__all__ = ["listed"]
-
 
 def listed(text: str, flag: str, kind: type, low: int, high: int | None = None) -> list[Any]:
     """Read the numbers of a flag such as ``--rows``, from ``low`` to ``high``, each once and in the order given."""

@@ -31,8 +31,6 @@ from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.data.documents import read_documents
 
-__all__ = ["Simulate"]
-
 POLICIES = {
     "lru": "LRU",
     "lfu": "LFU",

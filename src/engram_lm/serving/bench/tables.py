@@ -25,8 +25,6 @@ from engram_lm.tables.files.convert import build_random
 from engram_lm.tables.open import open_table
 from engram_lm.tables.tiers.page_cache import drop_from_memory
 
-__all__ = ["Bench"]
-
 Distribution = Literal["zipf", "uniform"]
 
 IN_FILES = ("mmap", "file")

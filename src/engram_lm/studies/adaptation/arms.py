@@ -18,8 +18,6 @@ from engram_lm.training.recipe import (
     RunOptions,
 )
 
-__all__ = ["ARMS", "RETAINED", "ArmKind", "arm_recipe"]
-
 RETAINED = "retained"
 """Name of the text that the base knew before, in the result of a run."""
 

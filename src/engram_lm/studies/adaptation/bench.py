@@ -24,8 +24,6 @@ from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 
-__all__ = ["ArmCost", "Bench"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmCost:

@@ -11,8 +11,6 @@ from engram_lm.training.command import RecipeCommand
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run_folder import to_json
 
-__all__ = ["Adapt"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Adapt(RecipeCommand[AdaptationRecipe]):

@@ -16,8 +16,6 @@ from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.job import Job
 
-__all__ = ["collisions", "gate_statistics", "look_inside", "loss_values", "occupancy"]
-
 _GATE_TOKENS = 16_384
 """Held-out tokens whose gates are looked at."""
 _COUNTED_TOKENS = 1 << 20

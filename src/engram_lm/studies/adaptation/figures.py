@@ -7,8 +7,6 @@ from engram_lm.page.figure import INK, MARKERS, arm_color, line_legend, marker_l
 from engram_lm.studies.adaptation.finding import arm_runs, arm_title, forgetting, loss_before, losses
 from engram_lm.studies.curves import curve_figure, finite_points
 
-__all__ = ["curve_figures", "forgetting_figures"]
-
 _CLOSER = 0.5
 """Share of the way from the base to the farthest run below which the runs get a picture of their own."""
 

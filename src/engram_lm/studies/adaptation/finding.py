@@ -15,25 +15,6 @@ from rich.text import Text
 from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, spread_of, spread_text
 from engram_lm.studies.summary import paired_difference
 
-__all__ = [
-    "COLUMNS",
-    "RUN_COLUMNS",
-    "Difference",
-    "Headline",
-    "arm_rows",
-    "arm_runs",
-    "arm_title",
-    "compare",
-    "finite_loss",
-    "forgetting",
-    "headline",
-    "loss_before",
-    "losses",
-    "markdown_table",
-    "run_rows",
-    "terminal_table",
-]
-
 COLUMNS = (
     "Model",
     "Domain loss",

@@ -11,18 +11,6 @@ from engram_lm.training.recipe import PATHS, AdapterOptions, LoraOptions
 from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
 
-__all__ = [
-    "AdaptationRecipe",
-    "ArmName",
-    "ArmOptions",
-    "BaseOptions",
-    "DomainOptions",
-    "LowRankOptions",
-    "MemoryOptions",
-    "RateOptions",
-    "StepOptions",
-]
-
 ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 """What can be compared; `engram_lm.studies.adaptation.arms` says what each is."""
 

@@ -23,8 +23,6 @@ from engram_lm.studies.adaptation.finding import (
 )
 from engram_lm.studies.page import facts_section, page_footer
 
-__all__ = ["render_report"]
-
 _ARM_COLORS = ("memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer")
 _USEFUL = ("memory", "memory_lora", "transfer")
 _KEY_COLUMNS = {"Domain loss", "Change on old text"}

@@ -23,8 +23,6 @@ from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run import Run
 from engram_lm.training.run_folder import commit, hold_folder, run_facts, to_json
 
-__all__ = ["Adaptation"]
-
 _RECIPE, _ORIGIN = "recipe.toml", "before.json"
 _DELETE = "delete it, and its run is done again"
 

@@ -19,8 +19,6 @@ from engram_lm.studies.small_models import SmallModelFlags, like
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
 from engram_lm.training.loop import find_device
 
-__all__ = ["DepthStudy", "default_split"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthStudy(SmallModelFlags, StudyCommand):

@@ -10,8 +10,6 @@ from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_tex
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import paired_difference, seeds_note, spread
 
-__all__ = ["BASELINE", "depth_finding", "figures", "summarize"]
-
 BASELINE = "baseline"
 """Name of the model without memory."""
 _COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead")

@@ -12,8 +12,6 @@ from engram_lm.studies.curves import curve_figure, draw_curves, smooth
 from engram_lm.studies.page import facts_section, page_footer
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
-__all__ = ["curve_pictures", "render_report"]
-
 _RUN_COLUMNS = ("Model", "Seed", "Tokens", "Held-out loss", "Perplexity", "Bits per byte", "Tokens/s", "Minutes")
 _KEY_COLUMNS = {"Held-out loss", "Perplexity", "Gain over twin"}
 _ARM_COLORS = ("memory", "twin", "random_table", "wide")

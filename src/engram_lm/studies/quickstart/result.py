@@ -14,8 +14,6 @@ from engram_lm.studies.study import TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
 from engram_lm.training.assembly import TrainingText
 
-__all__ = ["data_facts", "gate_texts", "held_out_documents", "quickstart_result", "write_samples"]
-
 Loaded = Mapping[str, tuple[Any, Any]]
 """For each arm, its model and the tokenizer."""
 

@@ -36,8 +36,6 @@ from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
 
-__all__ = ["Quickstart"]
-
 _FIRST_BLOCKS = (0, 1, 2)
 _CURVE_POINTS = 7
 """Times that held-out loss is measured along the way."""

@@ -11,8 +11,6 @@ from rich.text import Text
 from engram_lm.page.number_text import NOTHING, count_text, mean_of, number_text, signed_text, spread_text
 from engram_lm.studies.summary import ENOUGH_SEEDS, paired_difference
 
-__all__ = ["COLUMNS", "MEMORY", "TWIN", "arm_rows", "headline", "last_words", "run_rows", "terminal_table"]
-
 MEMORY, TWIN = "memory", "twin"
 """Names of the model with memory and of its memory-less twin."""
 

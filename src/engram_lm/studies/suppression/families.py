@@ -30,8 +30,6 @@ from typing import NamedTuple
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.evaluation.tasks import TaskItem
 
-__all__ = ["Families", "FamilyOptions", "make_families"]
-
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())

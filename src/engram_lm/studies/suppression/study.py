@@ -21,8 +21,6 @@ from engram_lm.studies.suppression.summary import figures, summarize, suppressio
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import override, read_table
 
-__all__ = ["RECIPE", "SuppressionStudy"]
-
 RECIPE = Path(__file__).with_name("recipe.toml")
 """How the models are trained unless another recipe is named."""
 

@@ -7,8 +7,6 @@ from engram_lm.page.figure import Picture
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import seeds_note, spread
 
-__all__ = ["figures", "markdown_table", "summarize", "suppression_finding"]
-
 
 def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Average over seeds, whose ``run.effect`` is a `SuppressionEffect` as plain values.

@@ -17,8 +17,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.tables.table import Ticket
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["CachedTable", "Policy", "most_frequent"]
-
 Policy = Literal["clock", "lru"]
 
 _WAYS = 16

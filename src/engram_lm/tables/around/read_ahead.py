@@ -18,8 +18,6 @@ from engram_lm.errors import ConfigError, TableClosedError
 from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.record_table import RecordTable, checked_out, renew_when_forked
 
-__all__ = ["ReadAheadTable"]
-
 _PATIENCE = 64
 """Gathers that pass over a batch before it is dropped. Its rows were asked for and never gathered, as by a forward pass
 that was interrupted; it must not hold bytes, or be searched, for ever."""

@@ -10,18 +10,6 @@ import dataclasses
 
 import numpy as np
 
-__all__ = [
-    "HitCurve",
-    "RowReuse",
-    "count_in_batches",
-    "lfu_ranks",
-    "lru_distances",
-    "pinned_ranks",
-    "previous_pages",
-    "previous_reads",
-    "row_reuse",
-]
-
 PAGE_BYTES = 4096
 """What a disk read fetches at least, and what the page cache keeps."""
 

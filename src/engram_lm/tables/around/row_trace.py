@@ -10,8 +10,6 @@ import numpy as np
 
 from engram_lm.errors import DataError
 
-__all__ = ["read_trace"]
-
 _ROWS = re.compile(r"rows_(0|[1-9][0-9]{0,8})")
 
 

@@ -12,8 +12,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.tables.table import Table, Ticket, version_of
 from engram_lm.tables.tiers.record_table import checked_out
 
-__all__ = ["StagedTable"]
-
 
 class StagedTable(Table):
     """A table on the host or beyond, whose rows travel to a GPU while it computes.

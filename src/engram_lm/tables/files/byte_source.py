@@ -9,8 +9,6 @@ from typing import Protocol
 
 from engram_lm.errors import CheckpointError
 
-__all__ = ["ByteSource", "FileFolder", "LocalFile", "LocalFolder", "is_address"]
-
 
 class ByteSource(Protocol):
     """One file, read by position. Reading raises an `OSError`, which is a `RemoteError` for a file elsewhere."""

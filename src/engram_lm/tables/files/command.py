@@ -14,8 +14,6 @@ from engram_lm.tables.files.packed import read_packed_header
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.files.verify import verify_packed
 
-__all__ = ["Inspect", "Verify", "byte_progress"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:

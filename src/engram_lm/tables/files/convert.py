@@ -20,8 +20,6 @@ from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.files.verify import checked_records
 from engram_lm.tables.layout import RowLayout
 
-__all__ = ["Converted", "Progress", "build_packed", "build_random", "convert", "packed_name", "provenance_of"]
-
 Progress = Callable[[int | str, int, int], None]
 """Called with the layer, bytes written so far and bytes in all."""
 

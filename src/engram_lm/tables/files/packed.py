@@ -22,15 +22,6 @@ from engram_lm.tables.files.safetensors_file import PACKED_FAMILY, TensorHeader,
 from engram_lm.tables.files.safetensors_writer import encode_header
 from engram_lm.tables.layout import Extent, Part, RowLayout
 
-__all__ = [
-    "PACKED_FORMAT",
-    "PackedHeader",
-    "packed_layout",
-    "parse_packed_header",
-    "read_checksums",
-    "read_packed_header",
-]
-
 PACKED_FORMAT = f"{PACKED_FAMILY}1"
 """What the metadata of a packed table says under ``format``."""
 

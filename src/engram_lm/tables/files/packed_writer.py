@@ -23,8 +23,6 @@ from engram_lm.files import put_in_place, replacing
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 
-__all__ = ["write_packed"]
-
 
 def write_packed(
     path: str | os.PathLike[str],

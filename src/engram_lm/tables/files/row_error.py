@@ -10,8 +10,6 @@ from engram_lm.errors import MismatchError
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.mapped import MappedTable
 
-__all__ = ["RowError", "measure_row_error"]
-
 MOST_ROWS = 2**24
 """Rows measured at most: quantiles need one number of every row in memory."""
 

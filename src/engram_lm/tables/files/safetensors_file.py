@@ -20,17 +20,6 @@ from engram_lm.files import parse_json
 from engram_lm.tables.files.byte_source import ByteSource, FileFolder, LocalFile, LocalFolder
 from engram_lm.tables.stored_tensor import DTYPES, StoredTensor
 
-__all__ = [
-    "INDEX_NAME",
-    "LONGEST_HEADER_BYTES",
-    "PACKED_FAMILY",
-    "TensorFolder",
-    "TensorHeader",
-    "local_header",
-    "parse_header",
-    "read_header",
-]
-
 INDEX_NAME = "model.safetensors.index.json"
 """Name of the file that says which of several files holds which tensor."""
 

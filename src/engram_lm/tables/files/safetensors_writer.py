@@ -16,8 +16,6 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError
 from engram_lm.tables.stored_tensor import DTYPES
 
-__all__ = ["TensorWriter", "encode_header"]
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

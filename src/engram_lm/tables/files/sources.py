@@ -12,8 +12,6 @@ from engram_lm.tables.files.packed import parse_packed_header
 from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.layout import RowLayout, tensor_layout
 
-__all__ = ["TABLE_NAMES", "PublishedKind", "choose_layout", "find_tables", "published_layout"]
-
 PublishedKind = Literal["qwen_ple", "deepseek_v41"]
 """Whose checkpoint it is: transformers ``qwen4_exp``, or DeepSeek-V4.1."""
 

@@ -15,8 +15,6 @@ from engram_lm.tables.files.packed import PackedHeader, read_checksums, read_pac
 from engram_lm.tables.files.row_error import sampled
 from engram_lm.tables.layout import RowLayout
 
-__all__ = ["BadChunk", "Verification", "checked_records", "verify_packed"]
-
 
 @dataclasses.dataclass(frozen=True)
 class BadChunk:

@@ -16,8 +16,6 @@ from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["FileTable"]
-
 # Direct reads begin, end and land on multiples of this many bytes: 4 KiB satisfies every common disk.
 _BLOCK_BYTES = 4096
 # The fewest rows that one task of the pool reads: handing over a task costs as much as reading tens of rows.

@@ -11,8 +11,6 @@ from engram_lm.tables.available_memory import available_bytes
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["HostTable", "load_in_pieces"]
-
 # Records fetched at once while loading: long enough for a disk, short beside any table worth loading.
 _PIECE_BYTES = 16 << 20
 

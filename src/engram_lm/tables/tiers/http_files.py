@@ -8,8 +8,6 @@ from fsspec.implementations.http import HTTPFileSystem
 from engram_lm.errors import RemoteError
 from engram_lm.tables.layout import VERSION_MARK
 
-__all__ = ["HttpFiles", "refuse_whole_file"]
-
 
 class HttpFiles(HTTPFileSystem):
     """Files over http that are read as long as they have the version that their address is marked with."""

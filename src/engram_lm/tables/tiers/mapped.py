@@ -14,8 +14,6 @@ from engram_lm.tables.layout import Part, RowLayout
 from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["MappedTable"]
-
 
 class MappedTable(RecordTable):
     """Rows read in place from files through memory mapping.

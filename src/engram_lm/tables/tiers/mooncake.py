@@ -14,8 +14,6 @@ from engram_lm.tables.tiers.mooncake_client import LEASE_EXPIRED, MooncakeClient
 from engram_lm.tables.tiers.mooncake_store import key_of, load_manifest
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["MooncakeTable"]
-
 _GAP_BYTES = 32 << 10
 """Rows of a block this near each other are read as one range, which costs about as much as these bytes on loopback."""
 _MOST_RANGES = 4096

@@ -18,8 +18,6 @@ import numpy as np
 from engram_lm.errors import ConfigError, MissingExtraError, RemoteError
 from engram_lm.tables.tiers import mooncake_process
 
-__all__ = ["LEASE_EXPIRED", "MISSING", "MooncakeClient"]
-
 MISSING = -704
 """Mooncake's code for a key that it does not hold."""
 LEASE_EXPIRED = -707

@@ -20,8 +20,6 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.mooncake_client import MISSING, MooncakeClient
 
-__all__ = ["Manifest", "key_of", "load_manifest", "publish_to_mooncake"]
-
 _BATCH_BYTES = 16 << 20
 """Bytes that are put or compared at a time."""
 _FORMAT = "engram-mooncake-1"

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["PAGE_BYTES", "Descriptor", "drop_from_memory", "request_missing", "request_pages", "resident_share"]
-
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 """Bytes of a page."""
 

@@ -17,8 +17,6 @@ from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
 
-__all__ = ["RecordTable", "renew_when_forked"]
-
 
 class RecordTable(Table):
     """A table that fetches records and decodes them. A tier says only where records come from, in `_read`.

@@ -13,8 +13,6 @@ from engram_lm.tables.layout import VERSION_MARK, RowLayout
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.remote_files import RemoteFile, RemoteFiles, RemoteOptions
 
-__all__ = ["RemoteTable"]
-
 
 class RemoteTable(RecordTable):
     """Rows read from files at addresses that fsspec opens: https, s3, gs, hf and others.

@@ -9,8 +9,6 @@ from typing import Any, Self
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError, RemoteError, check_whole
 from engram_lm.tables.layout import VERSION_MARK, RowLayout
 
-__all__ = ["RemoteFile", "RemoteFiles", "RemoteFolder", "RemoteOptions"]
-
 _FIRST_PAUSE_SECONDS = 0.1
 # What file systems call the version of a file, in the order of preference.
 _VERSIONS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "last_modified", "Last-Modified")

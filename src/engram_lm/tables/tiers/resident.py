@@ -12,8 +12,6 @@ from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.host import load_in_pieces
 from engram_lm.tables.tiers.record_table import RecordTable
 
-__all__ = ["ParameterTable", "ResidentTable", "load_resident"]
-
 
 class ResidentTable(Table):
     """The obvious table: one tensor, read by indexing. The twin that every other tier is tested against.

@@ -22,8 +22,6 @@ from torch import Tensor
 from engram_lm.errors import EngramError, MismatchError, RowRangeError
 from engram_lm.tables.table import version_of
 
-__all__ = ["COUNTED", "RankShare", "RowExchange", "in_order"]
-
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _FINE, _OUTSIDE, _WRONG_TYPE = 0, 1, 2
 _WORDS = 4

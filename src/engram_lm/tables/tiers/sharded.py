@@ -15,8 +15,6 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.tables.table import Table, Ticket
 from engram_lm.tables.tiers.row_exchange import COUNTED, RankShare, RowExchange
 
-__all__ = ["ShardedTable", "block_of", "draw_rows"]
-
 _ROWS_DRAWN_AT_ONCE = 4096
 """Rows of one random generator. A number that every table's first values depend on."""
 

@@ -22,8 +22,6 @@ from engram_lm.training.checkpoints.saved_state import SavedState, complete_chec
 from engram_lm.training.checkpoints.storage import StateReader, StateWriter
 from engram_lm.training.distribution import Ranks, agree
 
-__all__ = ["Checkpoints", "latest_checkpoint", "read_facts"]
-
 # A rank that has finished waits this long for the slowest one; a rank that dies is noticed at once.
 _LONGEST_WRITE = datetime.timedelta(hours=4)
 _NAMES_SHOWN = 8

@@ -11,18 +11,6 @@ from typing import Any, Self
 
 from engram_lm.errors import CheckpointError, ConfigError
 
-__all__ = [
-    "FOLDER_NAME",
-    "REPLACED",
-    "STATE_NAME",
-    "Chunk",
-    "SavedState",
-    "SavedTensor",
-    "complete_checkpoints",
-    "plain_json",
-    "step_folder",
-]
-
 STATE_NAME = "state.json"
 """The file that is written last: a folder without it is not a checkpoint."""
 REPLACED = ".replaced"

@@ -46,8 +46,6 @@ from engram_lm.training.checkpoints.saved_state import (
     step_folder,
 )
 
-__all__ = ["PARTIAL", "PIECE_BYTES", "StateReader", "StateWriter"]
-
 PARTIAL = ".partial"
 """Suffix of a folder that is being written or removed."""
 PIECE_BYTES = 8 * 2**20

@@ -21,8 +21,6 @@ from engram_lm.training.checkpoints.saved_state import SavedState, SavedTensor
 from engram_lm.training.checkpoints.storage import StateReader
 from engram_lm.training.optimizers import CombinedOptimizer, plain_name
 
-__all__ = ["MODEL_CONFIG", "SPEC_DIGEST", "export_model", "model_facts", "training_tensors"]
-
 MODEL_CONFIG = "model_config"
 """The fact that holds a model's ``config.json``, from which `export_model` makes the model's folder."""
 SPEC_DIGEST = "spec_digest"

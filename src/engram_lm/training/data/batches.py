@@ -10,8 +10,6 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.hashing.multipliers import GAMMA, splitmix64
 from engram_lm.training.data.shards import TokenShards
 
-__all__ = ["Batch", "Batches", "restarting_positions", "shuffled"]
-
 _ROUNDS = 8
 
 

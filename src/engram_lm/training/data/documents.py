@@ -14,18 +14,6 @@ from engram_lm.training.data.formats import cut_text
 from engram_lm.training.data.sources import open_sources
 from engram_lm.training.data.text_source import Sources, name_sources
 
-__all__ = [
-    "Corpus",
-    "Document",
-    "draw",
-    "is_balanced",
-    "pack",
-    "read_documents",
-    "split_documents",
-    "text_encoder",
-    "tokenize",
-]
-
 _PIECES_AT_ONCE = 64
 
 

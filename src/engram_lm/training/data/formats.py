@@ -13,21 +13,6 @@ from typing import IO, Any, cast
 
 from engram_lm.errors import DataError, MissingExtraError
 
-__all__ = [
-    "PIECE_CHARACTERS",
-    "NoTextError",
-    "Piece",
-    "cut_text",
-    "digest_file",
-    "inspect_text",
-    "need",
-    "no_field",
-    "read_dataset",
-    "read_jsonl",
-    "read_parquet",
-    "read_text",
-]
-
 PIECE_CHARACTERS = 1 << 18
 """Longest text handed on at once; a longer document comes in several pieces."""
 _ROWS_AT_ONCE = 256

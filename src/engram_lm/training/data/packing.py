@@ -43,8 +43,6 @@ from engram_lm.training.data.shards import (
 from engram_lm.training.data.sources import OpenSources, open_sources
 from engram_lm.training.data.text_source import Sources, TextSource
 
-__all__ = ["OneSidedError", "PackedCorpus", "open_remembered", "pack_to_shards"]
-
 _FORMAT = "engram.packed.1"
 _STATE_NAME = "state.json"
 _SIDES = ("train", "held_out")

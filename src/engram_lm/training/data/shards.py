@@ -19,8 +19,6 @@ from engram_lm.files import read_json, replacing, write_atomically
 from engram_lm.tables.files.safetensors_file import read_header
 from engram_lm.training.data.formats import digest_file
 
-__all__ = ["INDEX_NAME", "Shard", "TokenShards", "token_dtype", "tokenizer_digest", "write_index", "write_shard"]
-
 INDEX_NAME = "index.json"
 """Written last: a folder that has it is complete."""
 _FORMAT = "engram.tokens.1"

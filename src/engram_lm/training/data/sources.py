@@ -34,8 +34,6 @@ from engram_lm.training.data.formats import (
 )
 from engram_lm.training.data.text_source import HUB, STANDARD_LIBRARY, Kind, Sources, TextSource, is_saved, printable
 
-__all__ = ["OpenSources", "SourceItem", "open_sources"]
-
 _NO_TEXT_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _ENDINGS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}

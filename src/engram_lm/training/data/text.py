@@ -14,8 +14,6 @@ from engram_lm.training.data.packing import OneSidedError, PackedCorpus, open_re
 from engram_lm.training.data.shards import TokenShards
 from engram_lm.training.data.text_source import Sources, TextSource, name_sources
 
-__all__ = ["EvaluationText", "HeldOutText", "TrainingText", "beginning", "cache_folder", "prepare_text"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationText:

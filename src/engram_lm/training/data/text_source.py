@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args
 
 from engram_lm.errors import ConfigError, suggestion
 
-__all__ = ["HUB", "STANDARD_LIBRARY", "Kind", "Sources", "TextSource", "is_saved", "name_sources", "printable"]
-
 Kind = Literal["auto", "text", "jsonl", "parquet", "dataset"]
 
 STANDARD_LIBRARY = "python:standard-library"

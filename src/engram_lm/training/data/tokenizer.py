@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["END_OF_TEXT", "PAD", "train_tokenizer"]
-
 END_OF_TEXT = "<|end|>"
 """The token after every document."""
 PAD = "<|pad|>"

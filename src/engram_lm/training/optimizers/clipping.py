@@ -10,8 +10,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from engram_lm.training.optimizers.rows import merge_rows
 
-__all__ = ["clip_gradients"]
-
 
 @torch.no_grad()
 def clip_gradients(

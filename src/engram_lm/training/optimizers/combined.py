@@ -17,8 +17,6 @@ from engram_lm.training.optimizers.row_wise import RowWiseAdagrad, RowWiseAdam
 from engram_lm.training.optimizers.rows import RowAdam, RowOptimizer, Sharing
 from engram_lm.training.optimizers.sinkhorn import SinkhornMomentum
 
-__all__ = ["CombinedOptimizer", "build_optimizer"]
-
 
 class CombinedOptimizer(ExactStateOptimizer):
     """Several optimizers that look like one: to schedulers of torch, to checkpoints, to a training loop.

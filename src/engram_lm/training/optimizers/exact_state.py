@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ExactStateOptimizer"]
-
 
 class ExactStateOptimizer(torch.optim.Optimizer):
     """An optimizer whose state is loaded as it was saved, and can be allocated before the first step.

@@ -10,8 +10,6 @@ from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.tables import Table
 
-__all__ = ["SortedParameters", "is_trainable_table", "plain_name", "sort_parameters"]
-
 # Parts that wrappers put into names: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 

@@ -12,8 +12,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
 from engram_lm.training.optimizers.options import check_options
 
-__all__ = ["Muon", "orthogonalize", "product_dtype"]
-
 # Numbers that are made orthogonal at a time: enough to fill a device, and a bound on the memory of a step.
 _CHUNK_NUMBERS = 2**25
 # On a CPU a batch should stay in the caches, which is up to a third faster than one large batch.

@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args
 from engram_lm.errors import ConfigError
 from engram_lm.planning.shape import BackboneOptimizer, TableOptimizer
 
-__all__ = ["BiasCorrection", "FirstMoment", "OptimizerOptions", "check_choice", "check_options"]
-
 BiasCorrection = Literal["step", "row"]
 """What corrects the bias of moments that began at zero: the optimizer's steps, or the touches of each row."""
 FirstMoment = Literal["full", "none"]

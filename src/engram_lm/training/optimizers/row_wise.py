@@ -21,8 +21,6 @@ from engram_lm.training.optimizers.rows import (
     zeros_per_row,
 )
 
-__all__ = ["RowWiseAdagrad", "RowWiseAdam"]
-
 
 class RowWiseAdam(RowOptimizer):
     """Adam with one second moment per row, the mean over the row of what Adam would keep for each number.

@@ -13,8 +13,6 @@ from engram_lm.errors import ConfigError
 from engram_lm.training.optimizers.exact_state import ExactStateOptimizer
 from engram_lm.training.optimizers.options import BiasCorrection, check_choice, check_options
 
-__all__ = ["RowAdam", "RowOptimizer", "Sharing", "merge_rows"]
-
 # Numbers of rows that are processed at a time. On a CPU copies of this size stay in the cache (which takes 0.8 of the
 # time), and the bound on memory holds however many rows a step touches.
 _CHUNK_NUMBERS = {"cpu": 2**16}

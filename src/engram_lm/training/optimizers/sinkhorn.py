@@ -17,8 +17,6 @@ from engram_lm.training.optimizers.rows import (
     zeros_per_row,
 )
 
-__all__ = ["SinkhornMomentum"]
-
 
 class SinkhornMomentum(RowOptimizer):
     """Momentum, balanced by Sinkhorn's iteration so that every row moves by the same amount.
