@@ -122,6 +122,7 @@ def pack_to_shards(
         raise ConfigError(f"shard_tokens is at least 1, got {shard_tokens}")
     options = {
         "held_out": held_out,
+        "max_held_out_tokens": None,  # no option any more, but part of the digest of what was packed before
         "seed": seed,
         "shard_tokens": shard_tokens,
         "batch": [_BATCH_CHARACTERS, _BATCH_PIECES, PIECE_CHARACTERS],
