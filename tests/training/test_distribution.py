@@ -352,14 +352,17 @@ SCRIPT = """
 import os, sys, torch
 from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.distribution import agree, start
-with start("cpu", timeout_seconds=60) as ranks:
-    table = ShardedTable(10, 2)
-    table.gather(torch.arange(10))
-    # In one write: the ranks share a pipe.
-    os.write(1, f"ready {ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.device}\\n".encode())
-    if sys.argv[1] == "kill" and ranks.rank == 1:
-        os.kill(os.getpid(), 9)
-    table.gather(torch.arange(10))
+def main():
+    with start("cpu", timeout_seconds=60) as ranks:
+        table = ShardedTable(10, 2)
+        table.gather(torch.arange(10))
+        # In one write: the ranks share a pipe.
+        os.write(1, f"ready {ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.device}\\n".encode())
+        if sys.argv[1] == "kill" and ranks.rank == 1:
+            os.kill(os.getpid(), 9)
+        table.gather(torch.arange(10))
+# In a function, so that the table and its group do not live until Python itself ends.
+main()
 """
 
 

@@ -127,6 +127,8 @@ def stop(ranks: Ranks) -> None:
     """Leave the other processes. Does nothing where `start` found none, or when called a second time."""
     if ranks.group is not None and dist.is_initialized():
         dist.destroy_process_group()
+        # A group that lives until Python itself ends may abort the process then, with its threads still running.
+        object.__setattr__(ranks, "group", None)
 
 
 def _device(name: str | torch.device | None, local_rank: int) -> torch.device:
