@@ -108,10 +108,11 @@ def test_another_process_reads_the_rows_to_the_bit_and_its_client_ends_when_it_i
     until(lambda: not os.path.exists(f"/proc/{client}"))
 
 
-def test_any_rows_in_any_order_come_in_few_requests(store, tmp_path):
+@pytest.mark.parametrize("verify", [False, True])
+def test_any_rows_in_any_order_come_in_few_requests(store, tmp_path, verify):
     layout = float8(tmp_path)
     name = publish_to_mooncake(layout, store.address, block_rows=BLOCK_ROWS)
-    table, twin = MooncakeTable(store.address, name), MappedTable(layout)
+    table, twin = MooncakeTable(store.address, name, verify=verify), MappedTable(layout)
     assert (table.num_rows, table.width, table.dtype) == (ROWS, 70, torch.bfloat16)
     for rows in (
         torch.tensor(7),
@@ -252,8 +253,8 @@ def test_a_publisher_that_was_killed_is_resumed_and_keeps_what_is_right(store, t
 
     monkeypatch.setattr(MooncakeClient, "call", recording)
     assert publish_to_mooncake(layout, store.address, name="killed", block_rows=16_000) == "killed"
-    assert put == [f"engram/killed/{what}" for what in (1, *range(4, 10), "manifest")]
-    table = MooncakeTable(store.address, "killed")
+    assert put == [f"engram/killed/{what}" for what in (1, *range(4, 10), "checksums", "manifest")]
+    table = MooncakeTable(store.address, "killed", verify=True)
     rows = torch.arange(0, 150_000, 321)
     assert torch.equal(table.gather(rows)[:, 5], rows * 64.0 + 5)
     table.close()
@@ -265,10 +266,10 @@ def test_a_publisher_that_was_killed_is_resumed_and_keeps_what_is_right(store, t
     client.close()
 
 
-def test_blocks_that_are_missing_or_short_are_named(store, tmp_path):
+def test_blocks_that_are_missing_short_or_changed_are_named(store, tmp_path):
     publish_to_mooncake(float8(tmp_path), store.address, name="broken", block_rows=BLOCK_ROWS)
-    table = MooncakeTable(store.address, "broken")
-    table.gather(WHOLE)
+    table, checked = (MooncakeTable(store.address, "broken", verify=verify) for verify in (False, True))
+    checked.gather(WHOLE)
     client = MooncakeClient(store.address)
     key, rows = "engram/broken/2", torch.tensor([2 * BLOCK_ROWS])
     assert client.call("get", keys=[key], starts=[0], sizes=[BLOCK_ROWS * 73]) == [BLOCK_ROWS * 73]
@@ -280,15 +281,18 @@ def test_blocks_that_are_missing_or_short_are_named(store, tmp_path):
             assert client.call("put", keys=[key], starts=[0], sizes=[size]) == [0]
 
     replace(BLOCK_ROWS * 73)
+    with pytest.raises(RemoteError, match=rf"{key} is not what was published: its checksum differs"):
+        checked.gather(rows)
     assert table.gather(rows).shape == (1, 70)
     replace(10)
-    with pytest.raises(RemoteError, match=key):
-        table.gather(rows)
+    for one in (table, checked):
+        with pytest.raises(RemoteError, match=key):
+            one.gather(rows)
     replace(0)
     with pytest.raises(RemoteError, match=rf"{key} .*does not hold it"):
         table.gather(rows)
-    table.close()
-    client.close()
+    for one in (table, checked, client):
+        one.close()
 
 
 def test_a_manifest_is_not_believed():

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, RemoteError, TableClosedError
 from engram_lm.tables.tiers.mooncake_client import LEASE_EXPIRED, MooncakeClient
-from engram_lm.tables.tiers.mooncake_store import key_of, load_manifest
+from engram_lm.tables.tiers.mooncake_store import checksum_keys, key_of, load_manifest
 from engram_lm.tables.tiers.record_table import RecordTable
 
 _GAP_BYTES = 32 << 10
@@ -23,13 +24,15 @@ class MooncakeTable(RecordTable):
     """Rows read from a Mooncake Store.
 
     A request reads each of its rows once, however often it repeats them; rows near each other come as one range. Every
-    wait ends at its deadline, and what the store sends is checked for its length.
+    wait ends at its deadline, and what the store sends is checked for its length, or with ``verify`` for its checksum.
 
     Args:
         address: The master, ``"mooncake://host:port"``.
         name: What `publish_to_mooncake` returned.
         dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
         timeout_seconds: Deadline of a `gather`.
+        verify: Whether to read whole blocks and compare their checksums, for memory that may change bits; this reads a
+            block for every row.
         buffer_bytes: Most bytes under way at a time, from 1 MiB to 1 GiB and at least a block.
         metadata: See `MooncakeClient`.
 
@@ -48,11 +51,12 @@ class MooncakeTable(RecordTable):
         dtype: torch.dtype | None = None,
         *,
         timeout_seconds: float = 10.0,
+        verify: bool = False,
         buffer_bytes: int = 32 << 20,
         metadata: str = "P2PHANDSHAKE",
     ) -> None:
         options = {"timeout_seconds": timeout_seconds, "buffer_bytes": buffer_bytes, "metadata": metadata}
-        self._remade_from = (address, name), options
+        self._remade_from = (address, name), {**options, "verify": verify}
         self.name = name
         if not 1 << 20 <= buffer_bytes <= 1 << 30:
             raise ConfigError(f"buffer_bytes is {buffer_bytes}, expected 1 MiB to 1 GiB")
@@ -70,6 +74,10 @@ class MooncakeTable(RecordTable):
                 )
             super().__init__(manifest.codec, manifest.num_rows, dtype)
             self.manifest = manifest
+            self._checksums: np.ndarray | None = None
+            if verify:
+                parts = [client.get(key, 4 * len(blocks)) for key, blocks in checksum_keys(name, manifest.num_blocks)]
+                self._checksums = np.frombuffer(b"".join(parts), "<u4")
         except BaseException:
             client.close()
             raise
@@ -100,11 +108,16 @@ class MooncakeTable(RecordTable):
 
         Returns int64 ``[n, 4]``: first and last + 1 position in ``wanted``, first and last + 1 row.
         """
+        blocks = wanted // self.manifest.block_rows
         new = np.ones(len(wanted), dtype=bool)
-        new[1:] = np.diff(wanted // self.manifest.block_rows) > 0
-        new[1:] |= np.diff(wanted) > 1 + _GAP_BYTES // self.codec.record_bytes
+        new[1:] = np.diff(blocks) > 0
+        if self._checksums is None:
+            new[1:] |= np.diff(wanted) > 1 + _GAP_BYTES // self.codec.record_bytes
         firsts = np.flatnonzero(new)
         lasts = np.append(firsts[1:], len(wanted))
+        if self._checksums is not None:  # which are those of whole blocks
+            rows = blocks[firsts] * self.manifest.block_rows
+            return np.stack([firsts, lasts, rows, np.minimum(rows + self.manifest.block_rows, self.num_rows)], axis=1)
         return np.stack([firsts, lasts, wanted[firsts], wanted[lasts - 1] + 1], axis=1)
 
     def _batches(self, ranges: np.ndarray) -> Iterator[np.ndarray]:
@@ -152,6 +165,12 @@ class MooncakeTable(RecordTable):
             if code != sum(asked):
                 raise RemoteError(f"{key} gave {code} bytes, expected {sum(asked)}; publish it again")
             self._received_bytes += code
+        if self._checksums is not None:
+            for key, block, start, size in zip(keys, blocks.tolist(), starts.tolist(), sizes.tolist(), strict=True):
+                if zlib.crc32(client.buffer[start : start + size].data) != self._checksums[block]:
+                    raise RemoteError(
+                        f"{key} is not what was published: its checksum differs; remove and publish it again"
+                    )
         # The buffer holds whole records, and the distance from a row's number to its place is the same within a range.
         first, last = int(ranges[0, 0]), int(ranges[-1, 1])
         shift = np.repeat(starts // record_bytes - ranges[:, 2], ranges[:, 1] - ranges[:, 0])

@@ -4,6 +4,7 @@ A key for each row would cost a question to the master and a transfer for each. 
 a request asks for all of its blocks at once, and for the bytes of its rows within them:
 
 - ``engram/<name>/<block>``: the records of rows ``block * block_rows`` and following, one after another;
+- ``engram/<name>/checksums``: CRC-32 of every block, 4 bytes each, little endian;
 - ``engram/<name>/manifest``: JSON, written last; without it there is no table.
 """
 
@@ -11,7 +12,8 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from engram_lm.tables.tiers.mooncake_client import MISSING, MooncakeClient
 
 _BATCH_BYTES = 16 << 20
 """Bytes that are put or compared at a time."""
+_CHECKSUMS = 1 << 18
+"""Most checksums under one key; they fit into every buffer."""
 _FORMAT = "engram-mooncake-1"
 _BLOCK_BYTES = 256 << 10
 _LARGEST_BLOCK_BYTES = 16 << 20
@@ -141,17 +145,20 @@ def publish_to_mooncake(
                 f"{client.master} has another table of the name {name!r}: found {there}, expected {manifest}; publish "
                 "under another name"
             )
-        done_rows = 0
+        checksums, done_rows = np.empty(manifest.num_blocks, dtype="<u4"), 0
         step = max(1, _BATCH_BYTES // manifest.block_bytes)
         for first in range(0, manifest.num_blocks, step):
             blocks = range(first, min(first + step, manifest.num_blocks))
             stop = min(blocks.stop * block_rows, layout.num_rows)
             data = layout.load_records(done_rows, stop).numpy().reshape(-1)
             pieces = [data[start : start + manifest.block_bytes] for start in range(0, len(data), manifest.block_bytes)]
+            checksums[first : blocks.stop] = [zlib.crc32(piece.data) for piece in pieces]
             _publish(client, [key_of(name, block) for block in blocks], pieces)
             done_rows = stop
             if progress is not None:
                 progress(done_rows * record_bytes, layout.stored_bytes)
+        for key, blocks in checksum_keys(name, manifest.num_blocks):
+            _publish(client, [key], [checksums[blocks.start : blocks.stop].view(np.uint8)])
         _publish(client, [key_of(name, "manifest")], [np.frombuffer(manifest.to_bytes(), np.uint8)])
     finally:
         client.close()
@@ -161,6 +168,13 @@ def publish_to_mooncake(
 def key_of(name: str, what: int | str) -> str:
     """The key of a block, by its number, or of another part of a table."""
     return f"engram/{name}/{what}"
+
+
+def checksum_keys(name: str, num_blocks: int) -> Iterator[tuple[str, range]]:
+    """Yield the keys of a table's checksums, each with the blocks whose checksums it holds."""
+    for number, first in enumerate(range(0, num_blocks, _CHECKSUMS)):
+        what = f"checksums-{number}" if number else "checksums"
+        yield key_of(name, what), range(first, min(first + _CHECKSUMS, num_blocks))
 
 
 def load_manifest(client: MooncakeClient, name: str) -> Manifest | None:
