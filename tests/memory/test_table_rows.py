@@ -73,8 +73,18 @@ def test_a_published_table_is_held_against_the_primes_of_its_configuration(tmp_p
         checked_spec(tmp_path, table_layouts(tmp_path))
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])
-def test_without_a_configuration_that_can_be_read_there_is_no_hash_to_hold_them_against(tmp_path, text):
+@pytest.mark.parametrize("text", [None, "{}"])
+def test_without_a_configuration_of_a_hash_there_is_none_to_hold_them_against(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     assert checked_spec(tmp_path, {}) == {}
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not readable JSON"), ("[1]", "JSON list, not an object")])
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path, capsys, text, message):
+    folder = ours(tmp_path / "m")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"config\.json .*{message}.*download it again"):
+        checked_spec(folder, table_layouts(folder))
+    assert main(["table", "convert", str(folder), str(tmp_path / "packed")]) == 1
+    assert "config.json" in capsys.readouterr().err.replace("\n", "") and not (tmp_path / "packed").exists()

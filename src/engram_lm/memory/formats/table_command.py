@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, check_flags
+from engram_lm.files import read_json
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import RowLayout
 from engram_lm.tables.codec import RowCodec
@@ -184,18 +185,22 @@ def _print(result: Converted) -> None:
 
 
 def checked_spec(source: str | os.PathLike[str], layouts: Mapping[int | str, RowLayout]) -> dict[str, Any]:
-    """Compare the tables of a checkpoint with the hash in its ``config.json``, if it has one that can be read.
+    """Compare the tables of a checkpoint with the hash in its ``config.json``, if it describes one.
 
     Returns what the header of a packed copy says of the hash: ``spec_digest`` and ``hash_spec``; empty without one.
 
     Raises:
-        CheckpointError: A table of a layer that the configuration does not name, or one of another number of rows than
-            the hash addresses.
+        CheckpointError: The configuration is not a readable JSON object, or there is a table of a layer that it does
+            not name, or one of another number of rows than the hash addresses.
     """
     path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return {}
+    read_json(folder / "config.json", advice="download it again")
     try:
-        spec = HashSpec.from_config(path if path.is_dir() else path.parent)
-    except (EngramError, OSError):
+        spec = HashSpec.from_config(folder)
+    except EngramError:
         return {}
     expected: dict[int | str, int] = dict(zip(spec.blocks, spec.padded_rows, strict=True))
     if spec.shared_table:
