@@ -305,3 +305,6 @@ def test_many_files_read_as_one_array(tmp_path, vocab_size, monkeypatch):
                 read.document_ends(start, stop).tolist() == all_ends[(all_ends > start) & (all_ends <= stop)].tolist()
             )
     assert read[3:-2].tolist() == whole[3:-2].tolist() and read[0:4].dtype == np.int64
+    for part in (3, slice(0, 9, 2)):
+        with pytest.raises(TypeError, match="slices without a step"):
+            read[part]

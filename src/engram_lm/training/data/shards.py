@@ -160,6 +160,8 @@ class TokenShards:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Read the tokens of a slice without a step, int64; a copy, whichever files they are in."""
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            raise TypeError(f"token shards are read by slices without a step, got {part!r}")
         start, stop, _ = part.indices(self.num_tokens)
         found = [np.empty(0, dtype=np.int64)]
         number = bisect.bisect_right(self._firsts, start) - 1
