@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from engram_lm.memory import EngramConfig
-from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model import EngramForCausalLM
 from engram_lm.studies.quickstart.run import Quickstart
+from engram_lm.training.build import model_config
 from engram_lm.training.data import packing
 from engram_lm.training.data.batches import Batches
-from engram_lm.training.data.documents import read_documents
+from engram_lm.training.data.documents import read_documents, text_encoder
 from engram_lm.training.data.packing import pack_to_shards
 from engram_lm.training.data.shards import TokenShards, token_dtype, write_index, write_shard
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -56,7 +56,7 @@ def tokenization(folder: Path, texts: list[str], vocab_size: int, repeats: int) 
     tokenizer.save_pretrained(folder / "tokenizer")
     source, num_bytes = folder / "text.jsonl", sum(len(text.encode()) for text in texts)
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    encoder = packing._encoder(tokenizer)
+    encoder = text_encoder(tokenizer)
 
     def batches() -> list[list[str]]:
         result, size = [[]], 0
@@ -166,8 +166,7 @@ def step_seconds(folder: Path) -> float:
     """Forward and backward of the quickstart's model on 16 x 256 tokens."""
     quickstart = Quickstart()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    memory: EngramConfig = quickstart.memory()
-    model = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, memory, **quickstart.backbone()))
+    model = EngramForCausalLM(model_config(quickstart.recipe(quickstart.model(quickstart.memory())), tokenizer))
     tokens = torch.randint(2, len(tokenizer), (16, 257))
     times = []
     for _ in range(6):

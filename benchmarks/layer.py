@@ -12,7 +12,6 @@ import torch
 
 from engram_lm.memory import EngramConfig, EngramLayer
 from engram_lm.memory.reference import layer_reference
-from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import ParameterTable
 from engram_lm.training.build import build_model, model_config
@@ -69,7 +68,8 @@ def share_of_a_step(repeats: int) -> list[dict]:
         arm.title: build_model(arm.recipe, model_config(arm.recipe, tokenizer), tokenizer, Ranks())
         for arm in options.study().arms
     }
-    models["backbone alone"] = EngramForCausalLM(EngramLMConfig.for_tokenizer(tokenizer, None, **options.backbone()))
+    alone = options.recipe(options.model(None))
+    models["backbone alone"] = build_model(alone, model_config(alone, tokenizer), tokenizer, Ranks())
     dtype = best_dtype(torch.device("cpu"))
     batches = Batches(tokens, options.batch_size, length, 0)
     train_options = TrainOptions(num_steps=10_000, dtype=dtype)

@@ -28,11 +28,12 @@ from torch import Tensor
 from engram_lm.evaluation.rounding import put_tables
 from engram_lm.files import new_folder, write_atomically
 from engram_lm.hashing import TokenMap
-from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model import EngramForCausalLM
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.tables import MappedTable, ResidentTable, RowCodec, RowLayout, Table, packed_layout
 from engram_lm.tables.codec import CODEC_NAMES
 from engram_lm.tables.files.convert import convert
+from engram_lm.training.build import model_config
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.documents import pack, read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -67,8 +68,7 @@ class Data:
 
 def new_model(data: Data, options: Quickstart, seed: int) -> Any:
     """The quickstart's model with memory as it is before training."""
-    token_map = TokenMap.from_tokenizer(data.tokenizer)
-    config = EngramLMConfig.for_tokenizer(data.tokenizer, options.memory(), token_map=token_map, **options.backbone())
+    config = model_config(options.recipe(options.model(options.memory())), data.tokenizer)
     torch.manual_seed(seed)
     return EngramForCausalLM(config)
 
@@ -156,7 +156,7 @@ def converted(folder: Path, model: Any, read: Mapping[str, Tensor]) -> tuple[dic
                 assert abs(table.error.relative_error_max - float(relative.max())) < 1e-12
             for which, chosen in zip(errors, (mask, ~mask, torch.ones_like(mask)), strict=True):
                 errors[which].append((relative[chosen], cosine[chosen]))
-        codec = done[0].codec
+        codec = done[0].header.codec
         for which, parts in errors.items():
             joined = described(*(torch.cat(part) for part in zip(*parts, strict=True)))
             bytes_ = {"row_bytes": codec.record_bytes, "saved": 1 - codec.record_bytes / (4 * codec.width)}

@@ -90,7 +90,7 @@ def watch_forward(model: Any, clock: Clock) -> list[Any]:
         if layer.num_streams > 1:
             around(layer.attention_streams, "forward: mixing of streams")
             around(layer.feed_forward_streams, "forward: mixing of streams")
-    model.model._memory_inputs = timed(model.model._memory_inputs, clock, "forward: hashing")
+    model.model._begin_memory = timed(model.model._begin_memory, clock, "forward: hashing")
     return handles
 
 
