@@ -18,6 +18,7 @@ from engram_lm.tables.layout import RowLayout, tensor_layout
 from engram_lm.tables.open import open_table, table_layouts
 from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table, Ticket
+from engram_lm.tables.tiers.device import ParameterTable, ResidentTable
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable
 from engram_lm.tables.tiers.mapped import MappedTable
@@ -25,7 +26,6 @@ from engram_lm.tables.tiers.mooncake import MooncakeTable
 from engram_lm.tables.tiers.mooncake_store import publish_to_mooncake
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.remote import RemoteTable
-from engram_lm.tables.tiers.resident import ParameterTable, ResidentTable
 
 __all__ = [
     "CachedTable",

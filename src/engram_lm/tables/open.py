@@ -17,6 +17,7 @@ from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
+from engram_lm.tables.tiers.device import load_resident
 from engram_lm.tables.tiers.file import FileTable
 from engram_lm.tables.tiers.host import HostTable
 from engram_lm.tables.tiers.mapped import MappedTable
@@ -24,7 +25,6 @@ from engram_lm.tables.tiers.mooncake import MooncakeTable
 from engram_lm.tables.tiers.record_table import RecordTable
 from engram_lm.tables.tiers.remote import RemoteTable
 from engram_lm.tables.tiers.remote_files import RemoteFolder, RemoteOptions
-from engram_lm.tables.tiers.resident import load_resident
 
 _OPENERS: dict[str, Callable[..., Table]] = {
     "device": load_resident,

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from engram_lm.errors import ConfigError
-from engram_lm.tables.tiers.resident import ParameterTable
+from engram_lm.tables.tiers.device import ParameterTable
 from engram_lm.tables.tiers.sharded import ShardedTable
 
 

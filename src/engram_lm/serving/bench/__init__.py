@@ -1,1 +1,1 @@
-"""Bench."""
+"""What reading tables costs: rows per second by tier (``tables.py``), and what a cache would save (``simulate.py``)."""
