@@ -124,7 +124,7 @@ class RowCodec:
         return torch.bfloat16 if self.stored_dtype.itemsize == 1 else self.stored_dtype
 
     def checked_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The type that rows are returned in; a `ConfigError` where ``dtype`` is no float of 16 bits or more."""
+        """The type of returned rows; a `ConfigError` where ``dtype`` is not a float type of at least 16 bits."""
         if dtype is None:
             return self.natural_dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:

@@ -125,7 +125,7 @@ def override(table: dict[str, Any], arguments: Sequence[str], *, prog: str = "en
 
 
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide a command line into what is no key of a recipe, and keys with their values for `override`."""
+    """Divide a command line into the flags of the verb and the keys of a recipe, with their values, for `override`."""
     rest: list[str] = []
     keys: list[str] = []
     waits = False
