@@ -106,6 +106,9 @@ def test_logits_are_computed_only_where_they_are_kept(make, name):
     whole = model(IDS).logits
     torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, whole[:, -3:])
     torch.testing.assert_close(model(IDS, logits_to_keep=torch.tensor([0, 5])).logits, whole[:, [0, 5]])
+    each = torch.arange(IDS.shape[0])[:, None] + torch.tensor([0, 5])
+    torch.testing.assert_close(model(IDS, logits_to_keep=each).logits, whole.take_along_dim(each[..., None], dim=1))
+    torch.testing.assert_close(model(IDS, logits_to_keep=IDS > 9).logits, whole[IDS > 9])
 
 
 @torch.no_grad()

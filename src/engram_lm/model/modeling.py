@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3RotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -275,7 +274,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = balance_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -300,6 +299,21 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             chosen_experts=outputs.chosen_experts if wanted["output_chosen_experts"] or not balance else None,
             balance_loss=balance_loss,
         )
+
+
+def _kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """Take the positions of ``[B, L, D]`` that get logits, as ``slice_logits_to_keep`` of transformers 5.21 does.
+
+    Args:
+        hidden: ``[B, L, D]``.
+        keep: How many from the end (0 means all); int64 ``[P]``, the same positions of every row; int64 ``[B, P]``,
+            positions of each row; or bool ``[B, L]``, whose True positions come back one after another, ``[N, D]``.
+    """
+    if isinstance(keep, int):
+        return hidden[:, -keep:]
+    if keep.dim() < 2:
+        return hidden[:, keep]
+    return hidden[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden, keep[..., None], dim=1)
 
 
 def _forget_spec(module: Any, incompatible_keys: Any) -> None:
