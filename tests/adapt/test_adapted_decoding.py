@@ -16,6 +16,7 @@ import engram_lm
 from engram_lm import EngramConfig
 from engram_lm.errors import HistoryError, MismatchError
 from engram_lm.hashing import Segments
+from engram_lm.model.cache import CACHE_NAME
 
 
 def tokens(batch=2, length=30, seed=2):
@@ -398,3 +399,16 @@ def test_a_compiled_step_on_a_static_cache_is_one_graph_and_equals_the_whole_for
     assert state.seen is None
     cache.reset()
     assert state.seen == 0
+
+
+@torch.no_grad()
+def test_what_earlier_steps_left_is_refused_where_the_model_would_swallow_it(adapted):
+    model, _ = adapted()
+    ids, cache = tokens(), DynamicCache(config=model.config)
+    for wrong in ({"kv_cache": cache}, {"layer_past": ((ids, ids),)}, {"state": [ids]}):
+        with pytest.raises(MismatchError, match=next(iter(wrong))):
+            model(ids, **wrong)
+    assert cache.get_seq_length() == 0
+    if CACHE_NAME != "cache":
+        with pytest.raises(MismatchError, match="pass it as past_key_values"):
+            model(ids, cache=cache)

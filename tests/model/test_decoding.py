@@ -11,6 +11,7 @@ from tests.small_model import VARIANTS, any_interleaving_equals_the_whole, threa
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from engram_lm.errors import HistoryError, MismatchError
+from engram_lm.model.cache import CACHE_NAME
 
 
 @pytest.fixture
@@ -265,3 +266,44 @@ def test_decoding_under_bfloat16_equals_its_own_whole_forward(variant, tmp_path)
     cache = DynamicCache(config=model.config)
     pieces = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
     torch.testing.assert_close(torch.cat(pieces, 1).float(), whole(model, ids).float(), atol=0.15, rtol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+def test_the_cache_is_used_under_each_name_that_transformers_gives_it(build, name):
+    model, ids = build(), tokens()
+    cache = DynamicCache(config=model.config)
+    first = model(ids[:, :20], **{name: cache}).logits
+    torch.testing.assert_close(
+        torch.cat([first, model(ids[:, 20:], **{name: cache}).logits], 1), whole(model, ids), atol=2e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_what_earlier_steps_left_is_refused_where_forward_would_swallow_it(build):
+    model, ids = build(), tokens()
+    cache = DynamicCache(config=model.config)
+    for wrong in ({"kv_cache": cache}, {"layer_past": ((ids, ids),)}, {"state": [ids]}):
+        with pytest.raises(MismatchError, match=next(iter(wrong))):
+            model(ids, **wrong)
+    with pytest.raises(MismatchError, match="two different caches"):
+        model(ids, past_key_values=cache, cache=DynamicCache(config=model.config))
+    assert cache.get_seq_length() == 0
+    assert model(ids, num_items_in_batch=torch.tensor(3), output_attentions=False).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_decoding_between_training_steps_is_right_or_refused_with_gradient_checkpointing(build):
+    # Nothing is computed twice where there are no gradients; transformers drops the cache there before 5.24.
+    model, ids = build(), tokens()
+    expected = whole(model, ids)
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    cache = DynamicCache(config=model.config)
+    first = model(ids[:, :20], **{CACHE_NAME: cache}).logits
+    if CACHE_NAME == "cache":
+        logits = torch.cat([first, model(ids[:, 20:], cache=cache).logits], 1)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+    else:
+        with pytest.raises(HistoryError, match="holds 0 tokens"):
+            model(ids[:, 20:], past_key_values=cache)

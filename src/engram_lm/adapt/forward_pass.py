@@ -15,7 +15,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
 from engram_lm.memory.step import MemoryStep, RowMap, begin_step
-from engram_lm.model.cache import follow_cache, start_state
+from engram_lm.model.cache import find_cache, follow_cache, runs_twice, start_state
 from engram_lm.tables import Table
 
 # Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
@@ -91,7 +91,7 @@ class ForwardPass(nn.Module):
                 "memory is addressed by tokens, and this forward pass has inputs_embeds without input_ids; pass "
                 "input_ids, or compute it without memory inside `with adapter.disabled():`"
             )
-        cache = None if _runs_twice(module) else _find_cache(args, kwargs)
+        cache = None if runs_twice(module) else find_cache(given, names)
         positions = given.get("position_ids")
         if positions is None and self.spec.looks_at_positions:
             past = 0 if cache is None else cache.get_seq_length()
@@ -136,7 +136,7 @@ class ForwardPass(nn.Module):
                 f"{tuple(call.tokens.shape)} tokens were given and {tuple(hidden.shape[:2])} positions are computed; "
                 "memory needs a token for each position (prompt tuning adds positions without one)"
             )
-        if step.state is None and not _runs_twice(module) and (cache := _find_cache(args, kwargs)) is not None:
+        if step.state is None and not runs_twice(module) and (cache := _made_cache(args, kwargs)) is not None:
             # A cache that the model has made for itself after its tokens were hashed; there was nothing before them.
             state = start_state(
                 cache, self._cache_key, call.tokens, context=self.spec.context, max_rollback=self.max_rollback
@@ -158,13 +158,8 @@ class ForwardPass(nn.Module):
         return layer
 
 
-def _find_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:
+def _made_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-
-
-def _runs_twice(module: nn.Module) -> bool:
-    """Whether gradient checkpointing computes a module a second time; it then drops the cache as well."""
-    return module.training and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _real_positions(mask: Any, tokens: Tensor, cache: Cache | None) -> Tensor | None:

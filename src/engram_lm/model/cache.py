@@ -5,15 +5,23 @@ So the first layer is replaced by one that is of the same kind and moves the sta
 """
 
 import functools
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from engram_lm.errors import HistoryError, MismatchError
 from engram_lm.memory.decode_state import DecodeState
 from engram_lm.model.config import MEMORY_LAYER_TYPE
+
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the installed transformers calls the cache, among arguments and in outputs; ``cache`` from 5.24 on."""
+_OLDER_NAMES = ("past_key_values", "cache_params")
+CACHE_NAMES = ("cache", *_OLDER_NAMES, "past_key_value", "layer_past", "state", "mems", "past_buckets_states")
+"""Arguments by which models of transformers are handed what earlier steps left."""
 
 # What the methods of a layer of unknown kind are called on.
 _Layer: Any = object
@@ -97,6 +105,49 @@ class MemoryStaticLayer(MemoryCacheLayer, StaticLayer):
 
     _layer_type = MEMORY_LAYER_TYPE
     kind = StaticLayer
+
+
+def find_cache(arguments: Mapping[str, Any], names: Collection[str]) -> Cache | None:
+    """Find the cache among the arguments of a forward pass, whatever transformers calls it.
+
+    An argument that ``forward`` does not name is swallowed by its ``**kwargs``. The model would then decode without
+    what earlier steps left and give other tokens, so such an argument is refused.
+
+    Args:
+        arguments: All arguments by name.
+        names: Those that ``forward`` names.
+
+    Raises:
+        MismatchError: A cache under a name that ``forward`` does not know, two caches, or state of another kind.
+    """
+    known = [name for name in CACHE_NAMES if name in names] or list(CACHE_NAMES)
+    if "cache" in names:
+        known += _OLDER_NAMES  # transformers renames them before the model sees them.
+    found: Cache | None = None
+    for name, value in arguments.items():
+        if value is None or not (name in CACHE_NAMES or isinstance(value, Cache)):
+            continue
+        if not isinstance(value, Cache):
+            raise MismatchError(
+                f"the state of earlier steps is handed over as {name}, a {type(value).__name__}, which memory cannot "
+                "follow; it follows a transformers Cache, such as DynamicCache(config=model.config). To generate "
+                "without one, pass use_cache=False"
+            )
+        if name not in known:
+            raise MismatchError(
+                f"a {type(value).__name__} is passed as {name}, which this model's forward does not take, so it would "
+                f"decode without it; pass it as {known[0]}"
+            )
+        if found is not None and found is not value:
+            raise MismatchError("two different caches are passed to one forward pass; pass one")
+        found = value
+    return found
+
+
+def runs_twice(module: nn.Module) -> bool:
+    """Whether gradient checkpointing computes a module a second time; it then drops the cache as well."""
+    checkpoints = module.training and bool(getattr(module, "gradient_checkpointing", False))
+    return checkpoints and torch.is_grad_enabled()
 
 
 def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:

@@ -19,7 +19,7 @@ from engram_lm.errors import MismatchError, TokenMapError
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.step import MemoryStep, begin_step
 from engram_lm.model.block import EngramBlock
-from engram_lm.model.cache import follow_cache
+from engram_lm.model.cache import CACHE_NAME, find_cache, follow_cache, runs_twice
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
@@ -112,6 +112,8 @@ class EngramModel(EngramPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> EngramModelOutput:
         """Run the decoder.
@@ -125,31 +127,36 @@ class EngramModel(EngramPreTrainedModel):
             past_key_values: Keys, values, token history and convolution windows of the tokens before.
             inputs_embeds: ``[B, L, D]``, used instead of the token embedding.
             use_cache: Whether to return a cache.
+            cache: What transformers 5.24 and later call ``past_key_values``.
             **kwargs: ``output_hidden_states`` (of blocks ``[B, L, S, D]`` with several streams, the last one always
                 ``[B, L, D]``), ``output_attentions``, ``output_gates``, ``output_router_logits``,
                 ``output_chosen_experts``, and what attention takes.
+
+        Raises:
+            MismatchError: What earlier steps left is handed over under an unknown name, or is no `Cache`.
         """
+        cache = find_cache({"past_key_values": past_key_values, "cache": cache, **kwargs}, ("past_key_values", "cache"))
         if input_ids is None and inputs_embeds is None:
             raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
         if input_ids is None and self.config.memory is not None:
             raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
         # Before the embedding, so that a token outside the vocabulary is refused in words.
-        memory_step = self._begin_memory(input_ids, attention_mask, position_ids, past_key_values)
+        memory_step = self._begin_memory(input_ids, attention_mask, position_ids, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         hidden_states = inputs_embeds
         num_streams = self.config.num_streams
@@ -163,13 +170,13 @@ class EngramModel(EngramPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         if num_streams > 1:
             hidden_states = self.stream_head(hidden_states)
-        return EngramModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return EngramModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _begin_memory(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
@@ -187,7 +194,7 @@ class EngramModel(EngramPreTrainedModel):
             )
         state = None
         # With gradient checkpointing blocks run twice and would move their state twice; transformers drops the cache.
-        if cache is not None and not (self.training and self.gradient_checkpointing):
+        if cache is not None and not runs_twice(self):
             state = follow_cache(cache, "model", input_ids, context=spec.context)
         return begin_step(
             spec,
@@ -248,6 +255,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> EngramCausalLMOutput:
         """Run the model; the arguments are those of `EngramModel.forward` and two more.
@@ -271,6 +280,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -291,13 +301,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         return EngramCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gates=outputs.gates,
             router_logits=outputs.router_logits if wanted["output_router_logits"] or not balance else None,
             chosen_experts=outputs.chosen_experts if wanted["output_chosen_experts"] or not balance else None,
             balance_loss=balance_loss,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -43,6 +43,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     config: EngramLMConfig
     config_class = EngramLMConfig
     _no_split_modules = ["EngramBlock"]
+    # Whatever the cache is called, accelerate must not move it to the device of every block.
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _can_record_outputs = {
         "hidden_states": EngramBlock,
         "attentions": DeepseekV3Attention,
