@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -11,13 +12,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from engram_lm.adapt.decoder import Decoder, argument_names, find_decoder
-from engram_lm.adapt.folder import BaseModel, read_adapter, write_adapter
+from engram_lm.adapt.folder import BaseModel, layer_weights, read_adapter, write_adapter
 from engram_lm.adapt.forward_pass import ForwardPass
 from engram_lm.adapt.hub import files_of, push_folder
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import build_layer
+from engram_lm.model.plain_weights import Place, find_weight, under_peft
 from engram_lm.model.table_place import TablePlace, TableSource, table_name
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy
@@ -63,6 +65,26 @@ class MemoryAdapter(ForwardPass):
     def model(self) -> nn.Module | None:
         """The model it is attached to; None once detached."""
         return self.__dict__["_model"]
+
+    def weights(self) -> dict[str, Place]:
+        """Say where the weights of the layers lie now, by the names that they have in the adapter's folder.
+
+        Raises:
+            ConfigError: A layer has been replaced by something that has other weights.
+        """
+        return {name: find_weight(self.layers, name) for name in layer_weights(self.config, self.spec)}
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """List the parameters of the memory itself, of layers and tables, without those that peft has added to it."""
+        places = self.weights().values()
+        plain = [getattr(place.owner, place.attribute) for place in places if not place.is_parametrized]
+        others = [
+            parameter
+            for place in places
+            if place.is_parametrized
+            for parameter in place.owner.parametrizations[place.attribute].parameters()  # type: ignore[index,union-attr]
+        ]
+        return [*plain, *others, *self.memory_tables.parameters()]
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -110,6 +132,11 @@ class MemoryAdapter(ForwardPass):
         The folder appears whole or not at all. An adapter that is there already is replaced, in one step: a process
         that is killed leaves the earlier one or the new one.
 
+        What other libraries have put around the memory's layers is not in it: a compiled or parametrized layer is
+        written as the plain one. Where peft has put LoRA (or the like) on them, as ``"all-linear"`` does, the memory is
+        written without it, with a warning, because ``save_pretrained`` of the peft model writes it; both load together,
+        first the memory. ``merge_and_unload`` beforehand puts it into the memory instead.
+
         Args:
             folder: A new or empty folder, or that of an adapter.
             tables: Whether to write the tables; without them the adapter is loaded with a ``table_source``. Rows of a
@@ -118,16 +145,30 @@ class MemoryAdapter(ForwardPass):
             extra: Markdown for the end of the card, such as results.
 
         Raises:
-            ConfigError: A table is on another machine, or the license is no identifier.
+            ConfigError: A table is on another machine, the license is no identifier, or the layers have been replaced
+                by something that could not be loaded again, such as quantized ones.
             FileExistsError: There is something else in the folder, or (``tables=False``) tables that would be lost.
             OSError: The folder cannot be written.
         """
+        if names := under_peft(self.layers):
+            warnings.warn(
+                f"peft has put adapters on {', '.join(names)} of the memory {self.name!r}. It is saved without them: "
+                "save the peft model too, and load the memory first and then peft's adapters; or call "
+                "merge_and_unload() of the peft model before saving the memory",
+                stacklevel=2,
+            )
+        self.write(folder, tables=tables, license=license, extra=extra)
+
+    def write(
+        self, folder: str | os.PathLike[str], *, tables: bool, license: str | None = None, extra: str = ""
+    ) -> None:
+        """Do the work of `save_pretrained`, for those who save what peft has put on the memory themselves."""
         write_adapter(
             folder,
             config=self.config,
             spec=self.spec,
             base=self.base,
-            layers=self.layers.state_dict(),
+            layers=self.layers,
             tables=self.tables,
             tables_inside=tables,
             license=license,
@@ -228,7 +269,8 @@ class MemoryAdapter(ForwardPass):
         Raises:
             CheckpointError: A file or repository is missing, malformed, truncated or far too large, or holds other
                 tensors than it should.
-            ConfigError: The name is taken, the model has no layer list, or the tier or source are impossible.
+            ConfigError: The name is taken, the model has no layer list, the tier or source are impossible, or peft's
+                adapters that belong on the memory were loaded before it.
             MismatchError: Hidden size, number of layers, vocabulary, tokenizer or tables are not those of the adapter.
             RemoteError: The Hub or the source cannot be reached.
         """
@@ -267,6 +309,7 @@ class MemoryAdapter(ForwardPass):
 
     def _attach(self, model: nn.Module, decoder: Decoder) -> None:
         """Become a module of the model and hook its forward pass."""
+        _check_peft(model, self)
         self.train(model.training)
         for block in self.spec.blocks:
             layer = decoder.layers[block]
@@ -290,6 +333,26 @@ class MemoryAdapter(ForwardPass):
         for block in self.spec.blocks:
             hook = functools.partial(self._before_layer, block)
             self._handles.append(decoder.layers[block].register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _check_peft(model: nn.Module, adapter: MemoryAdapter) -> None:
+    """Refuse a memory that comes after adapters of peft which were to lie on it, and were dropped without a word."""
+    configs = getattr(model, "peft_config", None) or {}
+    if not configs or any(under_peft(other) for other in attached_adapters(model).values()):
+        return
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = [
+        f"{CONTAINER}.{adapter.name}.layers.{name}"
+        for name, part in adapter.layers.named_modules()
+        if isinstance(part, nn.Linear)
+    ]
+    for name, config in configs.items():
+        if getattr(config, "target_modules", None) and any(check_target_module_exists(config, full) for full in names):
+            raise ConfigError(
+                f"peft's adapter {name!r} is meant for the memory too (its target_modules match {names[0]}), and has "
+                "been put on the model before the memory was there; put the memory on the model first, then peft"
+            )
 
 
 def attached_adapters(model: nn.Module) -> dict[str, MemoryAdapter]:

@@ -23,6 +23,7 @@ from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import build_layer
+from engram_lm.model.plain_weights import plain_weights, refuse_unknown
 from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
 from engram_lm.tables import MooncakeTable, ParameterTable, RemoteTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
@@ -117,7 +118,7 @@ def write_adapter(
     config: EngramConfig,
     spec: HashSpec,
     base: BaseModel,
-    layers: Mapping[str, Tensor],
+    layers: nn.ModuleDict,
     tables: Mapping[str, Table],
     tables_inside: bool,
     license: str | None = None,
@@ -126,9 +127,16 @@ def write_adapter(
     """Write an adapter's folder, which appears whole or not at all and replaces an earlier one.
 
     The arguments and errors are those of `MemoryAdapter.save_pretrained`; ``base`` is the model that the adapter was
-    made for, ``layers`` the state dict of its layers.
+    made for. Only what `read_adapter` expects is written, and all of it.
     """
+    found = plain_weights(layers, layer_weights(config, spec))
+    refuse_unknown("the memory", found.unknown)
     for name, table in tables.items():
+        if not isinstance(table, Table):
+            raise ConfigError(
+                f"in the place of the table {name} there is now a {type(table).__name__}, which the memory does not "
+                "read and which could not be loaded again; leave the memory's tables out of what is wrapped"
+            )
         if tables_inside and isinstance(_innermost(table), RemoteTable | MooncakeTable):
             raise ConfigError(
                 f"the table {name} is read from another machine and is not copied from there; save with tables=False "
@@ -152,13 +160,19 @@ def write_adapter(
         extra=extra,
     )
     with replacing_folder(folder, lambda there: _check_replaceable(there, tables_inside)) as aside:
-        small = {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
+        small = {name: tensor.cpu().contiguous() for name, tensor in found.weights.items()}
         small[TOKEN_MAP] = torch.tensor(spec.token_map.canonical, dtype=torch.int32)
         save_file(small, aside / LAYERS, metadata={"format": "pt"})
         if tables_inside:
             _write_tables(aside / TABLES, tables)
         (aside / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         (aside / _CARD).write_text(card, encoding="utf-8")
+
+
+def layer_weights(config: EngramConfig, spec: HashSpec) -> dict[str, Tensor]:
+    """Name the weights of an adapter's layers, with a tensor of the right shape and without numbers for each."""
+    with torch.device("meta"):
+        return nn.ModuleDict({str(block): build_layer(config) for block in spec.blocks}).state_dict()
 
 
 def check_adapter(files: AdapterFiles) -> dict[str, Any]:
@@ -315,8 +329,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
             "again"
         )
     header = read_header(path)
-    with torch.device("meta"):
-        expected = nn.ModuleDict({str(block): build_layer(config) for block in spec.blocks}).state_dict()
+    expected = layer_weights(config, spec)
     _check_names(path, header, {*expected, TOKEN_MAP})
     for name, tensor in expected.items():
         if header[name].shape != tuple(tensor.shape) or header[name].torch_dtype not in _FLOATS:

@@ -1,5 +1,6 @@
 """What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from engram_lm.memory.interface import MemoryLayer
 from engram_lm.model.block import EngramBlock
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Router
+from engram_lm.model.plain_weights import find_weight, plain_weights
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.model.table_place import (
     TABLES,
@@ -223,16 +225,47 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         """Save as ``transformers`` does; tables that are read from another tier are copied from the checkpoint.
 
         Tables that are read from a ``table_source`` stay there: the saved model is loaded with the same source again.
+        Parts that are compiled, parametrized or under peft are written as the plain ones, without peft's adapters,
+        which peft's own ``save_pretrained`` writes.
 
         Raises:
-            ConfigError: The folder holds the very files that tables are being read from.
+            ConfigError: The folder holds the very files that tables are being read from, or a part of the model has
+                been replaced by something that could not be loaded again.
         """
         apart = self.base_model.tables_apart
         apart.check_folder(Path(save_directory))
-        if apart.stored and len(args) < 2 and kwargs.get("state_dict") is None:
+        # Models that were loaded quantized, or with peft inside, have a way of saving of their own in transformers.
+        is_own = getattr(self, "hf_quantizer", None) is None and not getattr(self, "_hf_peft_config_loaded", False)
+        if is_own and len(args) < 2 and kwargs.get("state_dict") is None:
             tables = {f"{self._base_prefix}{TABLES}.{name}.weight": table for name, table in apart.mapped().items()}
-            kwargs["state_dict"] = {**self.state_dict(), **tables}
+            plain = self._plain_state_dict()
+            if tables or plain.keys() != self.state_dict().keys():
+                kwargs["state_dict"] = {**plain, **tables}
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _plain_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the names that `from_pretrained` knows, and whatever else somebody has added."""
+        with torch.device("meta"):
+            expected = type(self)(copy.deepcopy(self.config)).state_dict()
+        for name in self.base_model.tables_apart.tables:
+            expected.pop(f"{self._base_prefix}{TABLES}.{name}.weight", None)
+        found, state = plain_weights(self, expected), self.state_dict()
+        return {**found.weights, **{name: state[name] for name in found.unknown}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load as torch does, also where parts of the model are now inside others, such as compiled blocks."""
+        present = self.state_dict().keys()
+        return super().load_state_dict(
+            {name if name in present else self._name_now(name): value for name, value in state_dict.items()},
+            *args,
+            **kwargs,
+        )
+
+    def _name_now(self, name: str) -> str:
+        try:
+            return find_weight(self, name).name
+        except ConfigError:
+            return name
 
     def stage_tables(self, max_tokens: int) -> None:
         """Let rows of tables that are off this model's GPU travel to it while it computes.

@@ -73,13 +73,14 @@ def train_memory(
             f"memory adapters {sorted(wanted) or 'to train'} are asked for, the model has {sorted(found) or 'none'}; "
             "attach with engram_lm.attach(model, tokenizer, config) first"
         )
-    memory = {id(parameter) for adapter in found.values() for parameter in adapter.parameters()}
+    memory = {id(parameter) for adapter in found.values() for parameter in adapter.own_parameters()}
     if backbone == "full" or getattr(model, "peft_config", None) is None:
         for parameter in model.parameters():
             if id(parameter) not in memory and parameter.is_floating_point():
                 parameter.requires_grad_(backbone == "full")
     for name, adapter in found.items():
-        adapter.requires_grad_(name in wanted)
+        for parameter in adapter.own_parameters():
+            parameter.requires_grad_(name in wanted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,9 @@ class MemoryTrainerMixin(_Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, once, and prepare the tables for several processes."""
         opt_model: nn.Module = self.model if model is None else model
-        if _trained(opt_model) or sparse_tables(opt_model):
+        if (adapters := _trained(opt_model)) or sparse_tables(opt_model):
             self._refuse_other_strategies()
+            _refuse_what_is_not_saved(self.model, adapters)
         if sparse_tables(opt_model):
             self._end_sharing()
             self._shared_tables = share_tables(opt_model, is_due=lambda: bool(self.accelerator.sync_gradients))
@@ -223,7 +225,7 @@ class MemoryTrainerMixin(_Trainer):
         for name, adapter in adapters.items():
             # Rows that are read from elsewhere do not change.
             own = all(isinstance(table, nn.Module) for table in adapter.tables.values())
-            adapter.save_pretrained(folder / CONTAINER / name, tables=own)
+            adapter.write(folder / CONTAINER / name, tables=own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapters = _trained(self.model)
@@ -244,7 +246,7 @@ class MemoryTrainerMixin(_Trainer):
 
     def _saves_model(self) -> bool:
         """Whether something beside attached memory is trained and has to be saved."""
-        memory = {id(parameter) for adapter in _adapters(self.model).values() for parameter in adapter.parameters()}
+        memory = {id(parameter) for adapter in _adapters(self.model).values() for parameter in adapter.own_parameters()}
         return any(parameter.requires_grad and id(parameter) not in memory for parameter in self.model.parameters())
 
     def _refuse_other_strategies(self) -> None:
@@ -287,12 +289,38 @@ def _trained(model: nn.Module) -> dict[str, MemoryAdapter]:
     return {
         name: adapter
         for name, adapter in _adapters(model).items()
-        if any(parameter.requires_grad for parameter in adapter.parameters())
+        if any(parameter.requires_grad for parameter in adapter.own_parameters())
     }
 
 
 def _is_memory(name: str) -> bool:
     return CONTAINER in name.split(".")
+
+
+def _refuse_what_is_not_saved(model: nn.Module, adapters: dict[str, MemoryAdapter]) -> None:
+    """Refuse, before training, to train what a checkpoint would not hold or could not give back."""
+    for name, adapter in adapters.items():
+        if parametrized := [weight for weight, place in adapter.weights().items() if place.is_parametrized]:
+            raise ConfigError(
+                f"{', '.join(parametrized)} of the memory {name!r} are parametrized: a checkpoint holds the weights "
+                "that they give, from which training could not go on exactly; remove the parametrizations "
+                "first"
+            )
+    if getattr(model, "peft_config", None) is None or not hasattr(model, "get_base_model"):
+        return
+    from peft import get_peft_model_state_dict
+
+    saved = {parameter.data_ptr() for adapter in adapters.values() for parameter in adapter.own_parameters()}
+    for name in model.peft_config:  # type: ignore[union-attr]
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        saved |= {tensor.data_ptr() for tensor in state.values()}
+    lost = [name for name, value in model.named_parameters() if value.requires_grad and value.data_ptr() not in saved]
+    if lost:
+        raise ConfigError(
+            f"{len(lost)} parameters are trained and no checkpoint would hold them, because with peft a checkpoint "
+            f"holds peft's adapters and the memory: {', '.join(lost[:3])}, …; name them in modules_to_save of peft's "
+            "configuration, freeze them, or train the whole model without peft"
+        )
 
 
 @contextlib.contextmanager
@@ -325,7 +353,8 @@ def _restore(adapters: dict[str, MemoryAdapter], checkpoint: str) -> None:
                 f"the memory {name!r} in {checkpoint} has the hash {stored.spec.digest}, the attached one "
                 f"{adapter.spec.digest}; attach with the configuration and tokenizer of the run that is resumed"
             )
-        adapter.layers.load_state_dict(stored.layers)
+        for weight, place in adapter.weights().items():
+            place.value.copy_(stored.layers[weight])
         tables = {key: table for key, table in adapter.tables.items() if isinstance(table, ParameterTable)}
         if not tables:
             continue
