@@ -289,19 +289,6 @@ def test_a_multimodal_wrapper_s_text_model_is_found_and_its_placeholders_are_no_
 
 
 @torch.no_grad()
-def test_tokens_beyond_the_tokenizer_read_no_memory_and_block_what_is_before_them(adapted):
-    model, adapter = adapted(kernel_size=0)
-    ids = tokens(1, 6)
-    ids[0, 3] = 305  # the embedding has 320 rows, the tokenizer 283
-    seen = []
-    adapter.layers["0"].register_forward_hook(lambda module, args, update: seen.append(update))
-    whole(model, ids)
-    assert not seen[0][0, 3].any()
-    expected = adapter.layers["0"](model.model.embed_tokens(ids[:, 4:]), adapter.spec.rows(ids[:, 4:], 0))
-    torch.testing.assert_close(seen[0][:, 4:], expected)
-
-
-@torch.no_grad()
 def test_packed_documents_do_not_read_each_other_s_n_grams(config):
     model, ids = small_model(), tokens(1, 12)
     adapter = engram_lm.attach(model, TOKENIZER, config(), segments=Segments(positions=True))
@@ -358,13 +345,10 @@ def test_attaching_twice_is_refused_with_the_fix(adapted, config):
 
 def test_a_tokenizer_that_is_not_the_model_s_is_refused(config):
     model = small_model()
-    letters = torch.randint(97, 106, (3000,), generator=torch.Generator().manual_seed(0))
-    larger = train_tokenizer(["".join(map(chr, letters.tolist()))], 400)
-    with pytest.raises(MismatchError, match="400 tokens, the model embeds 320"):
+    letters = torch.randint(97, 106, (9000,), generator=torch.Generator().manual_seed(0))
+    larger = train_tokenizer(["".join(map(chr, letters.tolist()))], 700)
+    with pytest.raises(MismatchError, match="700 tokens, the model embeds 320"):
         engram_lm.attach(model, larger, config())
-    model.resize_token_embeddings(2000)
-    with pytest.raises(MismatchError, match="283 tokens, the model embeds 2000"):
-        engram_lm.attach(model, TOKENIZER, config())
     with pytest.raises(ConfigError, match="Hugging Face"):
         engram_lm.attach(small_model(), TOKENIZER.backend_tokenizer, config())
     assert not hooks(model)

@@ -292,7 +292,7 @@ def test_what_cannot_be_transferred_is_refused_and_nothing_is_written(attached, 
     with pytest.raises(DataError, match="8 tokens"):
         transfer_rows(adapter, text(8), length=64)
     with pytest.raises(TokenError, match="outside"):
-        transfer_rows(adapter, np.array([1, 2, 319]))
+        transfer_rows(adapter, np.array([1, 2, 320]))
     with torch.no_grad():
         kept = model.model.layers[1].mlp.down_proj.weight.clone()
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))

@@ -241,7 +241,7 @@ def test_memory_without_a_gate_is_refused(tokenizer):
 
 def test_another_tokenizer_is_refused(tokenizer):
     other = train_tokenizer(["quite other words, other words"], 280)
-    with pytest.raises(MismatchError, match="the model's own tokenizer"):
+    with pytest.raises(MismatchError, match="the tokenizer the model was trained with"):
         gate_trace(build(tokenizer), other, TEXT)
 
 

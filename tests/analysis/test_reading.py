@@ -363,7 +363,7 @@ def test_memory_that_is_switched_off_halfway_is_noticed():
 def test_models_of_different_vocabularies_are_refused_with_both_digests(other_tokenizer):
     model = small_model()
     subjects = [find_subject(model, TOKENIZER, name="a"), find_subject(model, other_tokenizer, name="b")]
-    with pytest.raises(MismatchError, match=r"a has 283 tokens \([0-9a-f]{64}\), b 273 \([0-9a-f]{64}\)"):
+    with pytest.raises(MismatchError, match=r"a has [0-9a-f]{64}, b has [0-9a-f]{64}"):
         read_text(subjects, TOKENS, {"it": Lengths()}, length=20)
 
 

@@ -129,7 +129,7 @@ def test_what_is_no_language_model_is_refused():
 def test_another_tokenizer_is_refused(other_tokenizer):
     model = small_model()
     engram_lm.attach(model, TOKENIZER, engram_lm.EngramConfig(**MEMORY))
-    with pytest.raises(MismatchError, match=r"vocabulary [0-9a-f]{64}, this tokenizer has [0-9a-f]{64}"):
+    with pytest.raises(MismatchError, match=r"token map [0-9a-f]{64}, the given map is [0-9a-f]{64}"):
         find_subject(model, other_tokenizer)
 
 

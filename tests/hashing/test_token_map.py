@@ -120,7 +120,7 @@ def test_the_map_cannot_be_changed(deepseek_map):
         deepseek_map.canonical[0] = 5
 
 
-@pytest.mark.parametrize("canonical", [[], [[0]], [0.0], [-1, 0], [0, 2], [0, 2, 2], [5]])
+@pytest.mark.parametrize("canonical", [[], [[0]], [0.0], [-2, 0], [-1], [0, 2], [0, 2, 2], [5]])
 def test_arrays_that_are_no_map_are_refused(canonical):
     with pytest.raises(TokenMapError):
         TokenMap(np.array(canonical))

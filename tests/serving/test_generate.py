@@ -94,7 +94,7 @@ def test_an_adapter_that_does_not_fit_ends_with_a_message(adapted, folder, tmp_p
     base, memory, _ = adapted
     for base_model, adapter, message in (
         (base, tmp_path, "config.json"),
-        (folder, memory, "the model embeds"),
+        (folder, memory, "the tokenizer the model was trained with"),
         (base, base, "does not describe a memory adapter"),
     ):
         assert main(["generate", str(base_model), "--prompt", "a", "--adapter", str(adapter)]) == 1
@@ -123,6 +123,6 @@ def test_wrong_folders_and_values_end_with_a_message(folder, tmp_path, other_tok
     other_tokenizer.save_pretrained(tmp_path / "mixed")
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "mixed"), "--prompt", "a"]) == 1
-    assert "vocabulary" in capsys.readouterr().err
+    assert "the tokenizer the model was trained with" in capsys.readouterr().err
     (tmp_path / "mixed" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0broken")
     assert main(["generate", str(tmp_path / "mixed"), "--prompt", "a"]) == 1

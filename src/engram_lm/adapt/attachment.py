@@ -1,6 +1,7 @@
 """Adding memory to a pretrained model."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
-from engram_lm.adapt.decoder import Decoder, find_decoder
+from engram_lm.adapt.decoder import Decoder, embedded_tokens, find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
 from engram_lm.errors import ConfigError, MismatchError
@@ -18,6 +19,7 @@ from engram_lm.model.table_place import wanted_tables
 from engram_lm.tables import Table
 
 _CHECKED_TOKENS = 8
+_LOG = logging.getLogger(__name__)
 
 
 def attach(
@@ -42,7 +44,8 @@ def attach(
 
     Args:
         model: The model, also inside a multimodal wrapper or peft.
-        tokenizer: Its tokenizer, a fast Hugging Face one.
+        tokenizer: Its tokenizer, a fast Hugging Face one. Ids that the model embeds beyond those of the tokenizer, as
+            of tokens that are added later, are each hashed as a token of its own.
         config: Geometry and options; ``hidden_size`` is the model's, ``num_streams`` is 1.
         layers: Decoder layers, from 0, that read memory before they run; those of ``config`` where None.
         name: Which adapter this is; a model may have several, and their updates add up where several are enabled.
@@ -58,7 +61,8 @@ def attach(
     Raises:
         ConfigError: No recognizable layer list, impossible layers, more than one stream, a tokenizer without pad and
             end token, a name that is taken, a model without weights.
-        MismatchError: Another hidden size, a tokenizer that is not the model's, or (``check``) other logits.
+        MismatchError: Another hidden size, a tokenizer of which the model embeds less than half, or (``check``) other
+            logits.
         TokenMapError: The tokenizer has no Rust backend.
 
     Example:
@@ -116,21 +120,30 @@ def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segment
             f"layers {config.layers} are asked for; {decoder.name} has {len(decoder.layers)}, counted from 0"
         )
     check_tokenizer_kind(tokenizer)
-    # Embeddings are rounded up by some hundreds of rows; a tokenizer that lacks more is another model's.
-    if len(tokenizer) < decoder.vocab_size - max(256, decoder.vocab_size // 32):
-        raise MismatchError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
-            "that belongs to the model"
-        )
     spec = config.hash_spec_for(tokenizer, segments=segments)
+    rows = decoder.vocab_size
     check_vocabulary(spec.num_tokens, decoder)
-    return spec
+    if spec.num_tokens > rows:
+        _LOG.warning(
+            "the tokenizer has tokens up to the id %d, the model embeds %d: the model refuses a text with one of those "
+            "beyond",
+            spec.num_tokens - 1,
+            rows,
+        )
+    # Embeddings are rounded up by some hundreds of rows.
+    elif spec.num_tokens < rows - max(256, rows // 32):
+        _LOG.warning(
+            "the tokenizer has tokens up to the id %d, the model embeds %d: is it the tokenizer of this model?",
+            spec.num_tokens - 1,
+            rows,
+        )
+    return spec.covering(rows)
 
 
 @torch.no_grad()
 def _check_identity(model: nn.Module, adapter: MemoryAdapter) -> None:
     """Compare all logits of a few tokens with and without the memory, in evaluation mode."""
-    size = adapter.spec.num_tokens
+    size = min(adapter.spec.num_tokens, embedded_tokens(model) or adapter.spec.num_tokens)
     if all(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ConfigError("the model has no weights yet (its device is meta); load them first, or pass check=False")
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))

@@ -71,8 +71,7 @@ def find_decoder(model: nn.Module, layer_list: str | None = None) -> Decoder:
     handed = [module for module in around if _INPUT in argument_names(module)]
     if not handed:
         raise ConfigError(f"no module around {name} of {kind} takes input_ids, which memory is addressed by")
-    # A quantized or offloaded embedding still knows its number of rows.
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    rows = embedded_tokens(model)
     return Decoder(
         name=name,
         layers=layers,
@@ -81,6 +80,12 @@ def find_decoder(model: nn.Module, layer_list: str | None = None) -> Decoder:
         hidden_size=text.hidden_size,
         vocab_size=int(text.vocab_size if rows is None else rows),
     )
+
+
+def embedded_tokens(model: Any) -> int | None:
+    """Rows of a model's token embedding, which a quantized or offloaded one still knows; None if it does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    return getattr(find() if callable(find) else None, "num_embeddings", None)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -161,7 +161,7 @@ def write_adapter(
     )
     with replacing_folder(folder, lambda there: _check_replaceable(there, tables_inside)) as aside:
         small = {name: tensor.cpu().contiguous() for name, tensor in found.weights.items()}
-        small[TOKEN_MAP] = torch.tensor(spec.token_map.canonical, dtype=torch.int32)
+        small[TOKEN_MAP] = torch.tensor(spec.token_map.made.canonical, dtype=torch.int32)
         save_file(small, aside / LAYERS, metadata={"format": "pt"})
         if tables_inside:
             _write_tables(aside / TABLES, tables)
@@ -340,7 +340,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
         raise CheckpointError(f"{header[TOKEN_MAP]}: expected integers; download it again")
     token_map = TokenMap(header[TOKEN_MAP].load().numpy(), spec.vocabulary_digest)
     layers = {name: header[name].load() for name in expected}
-    return StoredAdapter(files, config, spec.bind(token_map), base, layers)
+    return StoredAdapter(files, config, spec.bind(token_map).covering(decoder.vocab_size), base, layers)
 
 
 def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, decoder: Decoder) -> None:
@@ -359,8 +359,11 @@ def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, 
 
 
 def check_vocabulary(num_tokens: int, decoder: Decoder) -> None:
-    """Refuse, with a `MismatchError`, a tokenizer with tokens for which the model has no embedding."""
-    if num_tokens > decoder.vocab_size:
+    """Refuse, with a `MismatchError`, a tokenizer of which the model embeds less than half.
+
+    Some tokens may lie beyond the embedding, such as placeholders of images that a text model shares a tokenizer with.
+    """
+    if num_tokens > 2 * decoder.vocab_size:
         raise MismatchError(
             f"the tokenizer has {num_tokens} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
             "that belongs to the model, or resize its embedding first"

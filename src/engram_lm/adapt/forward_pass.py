@@ -1,6 +1,7 @@
 """What an adapter does in a forward pass of its model: one hash for all layers, one update before each chosen one."""
 
 import dataclasses
+import logging
 import threading
 import uuid
 from collections.abc import Mapping
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from engram_lm.adapt.decoder import embedded_tokens
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
+from engram_lm.hashing.token_map import check_tokens
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
 from engram_lm.memory.step import MemoryStep, RowMap, begin_step
 from engram_lm.model.cache import find_cache, follow_cache, runs_twice, start_state
 from engram_lm.tables import Table
+
+_LOG = logging.getLogger(__name__)
 
 # Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
 
@@ -91,6 +96,7 @@ class ForwardPass(nn.Module):
                 "memory is addressed by tokens, and this forward pass has inputs_embeds without input_ids; pass "
                 "input_ids, or compute it without memory inside `with adapter.disabled():`"
             )
+        self._check_vocabulary(module, given.get("input_ids"))
         cache = None if runs_twice(module) else find_cache(given, names)
         positions = given.get("position_ids")
         if positions is None and self.spec.looks_at_positions:
@@ -109,11 +115,32 @@ class ForwardPass(nn.Module):
             attention_mask=None if mask is None else mask.to(tokens.device),
             position_ids=positions if self.spec.looks_at_positions else None,
             state=state,
-            # Models have rows for ids that no tokenizer makes, up to a round number.
+            # The model's own embedding refuses what it does not have.
             checked=False,
             row_map=self.row_map,
         )
         self._calls.call = _Call(tokens, step)
+
+    def _check_vocabulary(self, module: nn.Module, tokens: Tensor | None) -> None:
+        """Hash all tokens that the model embeds, also when its embedding has grown, and name one that it does not.
+
+        A wrapper that embeds tokens itself may have ids of images that are no tokens, so those are not looked at.
+        """
+        rows, token_map = embedded_tokens(module), self.spec.token_map
+        assert token_map is not None
+        if rows is None or torch.compiler.is_compiling():
+            return
+        if rows > token_map.num_tokens:
+            _LOG.warning(
+                "the embedding has grown from %d tokens to %d: memory %r hashes each new one as a token of its own, "
+                "which has to be trained",
+                token_map.num_tokens,
+                rows,
+                self.name,
+            )
+            self.spec = self.spec.covering(rows)
+        if tokens is not None and tokens.device.type == "cpu":
+            check_tokens(tokens, rows)
 
     def _after_text_model(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.call = None

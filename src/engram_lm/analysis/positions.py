@@ -8,7 +8,7 @@ import numpy as np
 
 from engram_lm.analysis.protocol import Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import token_texts
+from engram_lm.analysis.token_text import text_places, token_texts
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
 from engram_lm.hashing.multipliers import splitmix64
@@ -154,8 +154,7 @@ class PositionChoice:
 
     def _spelled(self, tokens: list[int]) -> list[str]:
         """Return what each token spells; special tokens, and ids that no tokenizer produces, break the text."""
-        special = set(self._tokenizer.all_special_ids)
-        known = [place for place, token in enumerate(tokens) if token < len(self._tokenizer) and token not in special]
+        known = text_places(self._tokenizer, tokens)
         texts = [_BREAK] * len(tokens)
         for place, text in zip(known, token_texts(self._tokenizer, [tokens[place] for place in known]), strict=True):
             texts[place] = text
@@ -171,7 +170,7 @@ class PositionChoice:
             whole = np.broadcast_to(np.arange(tokens.shape[1]) + 1 >= _ORDER_WITHOUT_MEMORY, tokens.shape)
             vocab_size = reading.subject.vocab_size
         else:
-            ngrams, vocab_size = ngrams_of(spec, reading.codes.cpu().numpy()), spec.vocab_size
+            ngrams, vocab_size = ngrams_of(spec, reading.codes.cpu().numpy()), spec.num_canonical
             whole = reading.visible.cpu().numpy() >= spec.orders[-1]
         counters = (scattered(ngram_keys(ngrams[whole], vocab_size)) % np.uint64(_NUM_COUNTERS)).astype(np.int64)
         places = np.argsort(counters, kind="stable")

@@ -13,7 +13,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 from engram_lm.adapt import attached_adapters
 from engram_lm.adapt.decoder import Decoder, find_decoder
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.hashing import HashSpec, TokenMap
+from engram_lm.hashing import HashSpec
+from engram_lm.hashing.token_map import digest_vocabulary, read_vocabulary
 from engram_lm.memory.layer import EngramLayer
 
 # Dimension key: S streams, D hidden, V vocabulary.
@@ -77,9 +78,9 @@ class Subject:
         return next(floating, torch.float32)
 
     @cached_property
-    def vocabulary_digest(self) -> str | None:
+    def vocabulary_digest(self) -> str:
         """Digest of the tokenizer's vocabulary."""
-        return TokenMap.identity(len(self.tokenizer), self.tokenizer).vocabulary_digest
+        return digest_vocabulary(read_vocabulary(self.tokenizer))
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Tensor:
@@ -150,12 +151,7 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
         ) from error
     memories, spec = _memories(model, decoder, adapter)
     if spec is not None:
-        given = TokenMap.identity(len(tokenizer), tokenizer).vocabulary_digest
-        if spec.vocabulary_digest not in (None, given):
-            raise MismatchError(
-                f"the model was trained with the vocabulary {spec.vocabulary_digest}, this tokenizer has {given}; "
-                "pass the model's own tokenizer"
-            )
+        spec.bind(tokenizer)
     around = model.get_submodule(decoder.name.rpartition(".")[0])
     heads = [child for child in around.children() if isinstance(child, DeepseekV4HyperHead)]
     # The rows of a learned position embedding beside the layers, as GPT-2 and OPT have.
@@ -215,9 +211,9 @@ def group_by_tokenizer(subjects: Sequence[Subject]) -> list[list[Subject]]:
 
     The groups are in the order of their first models.
     """
-    groups: dict[tuple[int, str | None], list[Subject]] = {}
+    groups: dict[str, list[Subject]] = {}
     for subject in subjects:
-        groups.setdefault((len(subject.tokenizer), subject.vocabulary_digest), []).append(subject)
+        groups.setdefault(subject.vocabulary_digest, []).append(subject)
     return list(groups.values())
 
 

@@ -24,6 +24,16 @@ def spelled(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
     return str(tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def text_places(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """Find the places of the tokens that are text: the tokenizer has them, and they are not special."""
+    special, names = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(list(tokens))
+    return [
+        place
+        for place, (token, name) in enumerate(zip(tokens, names, strict=True))
+        if name is not None and token not in special
+    ]
+
+
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
     """Decode tokens one by one, each in the context of the ones before it.
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, MismatchError, TokenError
-from engram_lm.hashing.token_map import TokenMap, check_tokens, is_torch, on_device
+from engram_lm.hashing.token_map import TokenMap, is_torch, on_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Encoder:
 
     def __init__(self, token_map: TokenMap, segments: Segments):
         self.token_map, self.segments = token_map, segments
-        # The last entry is for ids that the vocabulary does not have.
-        table = np.append(token_map.canonical * 4, -1)
+        # The last entry is for ids outside the vocabulary.
+        table = np.append(np.where(token_map.canonical < 0, -1, token_map.canonical * 4), -1)
         table[list(segments.end_tokens)] |= 2
         table[list(segments.dead_tokens)] = -1
         self._table = table
@@ -62,7 +62,7 @@ class Encoder:
 
     def encode(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
         """Check tokens and turn them into codes; see `HashSpec.encode`."""
-        tokens = check_tokens(tokens, self.token_map.num_tokens)
+        tokens = self.token_map.check(tokens)
         if tokens.ndim != 2:
             raise TokenError(f"tokens are [batch, length], got the shape {list(tokens.shape)}")
         mask = _beside(tokens, attention_mask, "attention_mask")

@@ -54,11 +54,11 @@ def row_collisions(
     left_out = [ngrams_of(spec, other)[other >= 0] for other in others]
     hit, num_ngrams, num_positions = [], [], []
     for place, order in enumerate(spec.orders):
-        keys_P = ngram_keys(ngrams[:, -order:], spec.vocab_size)
+        keys_P = ngram_keys(ngrams[:, -order:], spec.num_canonical)
         distinct, first, inverse = np.unique(keys_P, return_index=True, return_inverse=True)
         counted = np.ones(len(distinct), bool)
         for other in left_out:
-            counted &= ~np.isin(distinct, ngram_keys(other[:, -order:], spec.vocab_size))
+            counted &= ~np.isin(distinct, ngram_keys(other[:, -order:], spec.num_canonical))
         for column in range(place * spec.num_heads, (place + 1) * spec.num_heads):
             # The N-gram decides the row of a column, so the first place of each stands for all of them.
             found, readers = np.unique(rows_PH[first, column][counted], return_counts=True)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from engram_lm.errors import ConfigError, TokenError, TokenMapError
 from engram_lm.hashing.spec import HashSpec
+from engram_lm.hashing.spec_fields import expected_map
 from engram_lm.hashing.token_map import TokenMap, load_tokenizer
 
 
@@ -33,6 +34,8 @@ class Hash:
     """A model's config.json, or the folder that holds it."""
     tokenizer: Path | None = None
     """A folder with tokenizer.json, or that file. Not needed for configs that hash raw ids (Qwen, LongCat)."""
+    token_map_digest: str | None = None
+    """Refuse the tokenizer if its token map has another digest than this; --stats prints it."""
     text: str | None = None
     """Text to hash; special tokens are not added."""
     ids: str | None = None
@@ -64,7 +67,7 @@ class Hash:
             return self._print_stats()
         assert self.config is not None
         tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
-        spec = HashSpec.from_config(self.config, tokenizer)
+        spec = HashSpec.from_config(self.config, tokenizer, token_map_digest=self.token_map_digest)
         if spec.token_map is None:
             raise TokenMapError("this config hashes canonical tokens: name the model's tokenizer with --tokenizer")
         tokens = self._tokens(tokenizer)
@@ -75,8 +78,8 @@ class Hash:
                 str(layer): {"primes": primes, "multipliers": list(map(str, drawn)), "rows": rows[layer].tolist()}
                 for layer, primes, drawn in zip(spec.layers, spec.primes, multipliers, strict=True)
             }
-            output = {"variant": spec.variant, "digest": spec.digest, "ids": tokens.tolist(), "layers": layers}
-            print(json_module.dumps(output))
+            about = {"variant": spec.variant, "digest": spec.digest, "token_map_digest": spec.token_map_digest}
+            print(json_module.dumps({**about, "ids": tokens.tolist(), "layers": layers}))
             return 0
         self._print_rows(spec, tokenizer, tokens, rows)
         return 0
@@ -98,6 +101,7 @@ class Hash:
     def _print_rows(self, spec: HashSpec, tokenizer: Any, tokens: np.ndarray, rows: dict[int, np.ndarray]) -> None:
         console = Console()
         console.print(f"{spec.variant}, orders {spec.orders}, {spec.num_heads} heads each, digest {spec.digest}")
+        console.print(f"token map {spec.token_map_digest}", highlight=False)
         for layer in spec.layers:
             table = Table(title=f"layer {layer}: {spec.num_rows(layer):,} rows", title_justify="left")
             table.add_column("token", justify="right")
@@ -113,6 +117,7 @@ class Hash:
     def _print_stats(self) -> int:
         tokenizer = load_tokenizer(self.tokenizer)
         token_map = TokenMap.from_tokenizer(tokenizer)
+        expected_map(token_map.digest, self.token_map_digest)
         groups = token_map.largest_groups(self.groups, tokenizer)
         if self.json:
             values = {

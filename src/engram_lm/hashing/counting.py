@@ -302,7 +302,7 @@ def _frequent(
     unseen = ngrams_of(spec, codes, context, fill=-1)[:, 0, -order:] < 0
     return FrequentNgrams(
         order=order,
-        vocab_size=spec.vocab_size,
+        vocab_size=spec.num_canonical,
         canonical=ngrams_of(spec, codes, context)[:, 0, -order:],
         tokens=np.where(unseen, -1, raw),
         counts=best[0].counts,
@@ -316,7 +316,7 @@ def _pieces(spec: HashSpec, tokens: np.ndarray, order: int) -> Iterator[tuple[np
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         stop = min(start + _CHUNK_TOKENS, len(tokens))
         ngrams, alive = seen_ngrams(spec, tokens, start, stop)
-        yield ngram_keys(ngrams[alive, -order:], spec.vocab_size), np.flatnonzero(alive) + start, stop - start
+        yield ngram_keys(ngrams[alive, -order:], spec.num_canonical), np.flatnonzero(alive) + start, stop - start
 
 
 def ngram_rows(spec: HashSpec, ngrams: FrequentNgrams, layer: int) -> np.ndarray:

@@ -3,10 +3,13 @@
 The names of the keys are the publishers'; the fields they become are ours.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError
+from engram_lm.files import read_json
 from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import RULES
 from engram_lm.hashing.spec_fields import rule_fields
@@ -28,6 +31,15 @@ def read_published(config: Mapping[str, Any], tokenizer: Any = None) -> dict[str
         + ", ".join(f"{' or '.join(map(repr, marks))}" for marks, _ in _READERS)
         + f" (at the top or under 'text_config') and for our own {OURS!r}"
     )
+
+
+def read_config(path: str | os.PathLike[str]) -> Any:
+    """Read a config from a JSON file, or from the ``config.json`` of a folder, or raise a `ConfigError`."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"there is no config at {path}; pass a JSON file or a folder with a config.json")
+    return read_json(path, error=ConfigError)
 
 
 # No model has come near these; beyond them a config is broken, and building its hash would take the machine with it.
@@ -218,6 +230,7 @@ def _identity(vocab_size: int, tokenizer: Any) -> TokenMap:
     """Return the map of the two formats that hash raw ids."""
     if not isinstance(tokenizer, TokenMap):
         return TokenMap.identity(vocab_size, tokenizer)
+    tokenizer = tokenizer.made
     if not tokenizer.is_identity or tokenizer.num_tokens != vocab_size:
         raise MismatchError(
             f"this model hashes its {vocab_size} raw ids (token map {TokenMap.identity(vocab_size).digest}), the "
@@ -227,4 +240,4 @@ def _identity(vocab_size: int, tokenizer: Any) -> TokenMap:
 
 
 def _token_map(tokenizer: Any) -> TokenMap:
-    return tokenizer if isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
+    return tokenizer.made if isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)

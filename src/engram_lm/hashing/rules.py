@@ -207,7 +207,8 @@ class XorRule(HashRule):
         mix = 0
         for token, multiplier in zip(seen, self.multipliers[place], strict=False):
             mix ^= token * multiplier
-        return mix
+        # Products of tokens that were added later may leave int64, and wrap.
+        return (mix + _INT64) % (2 * _INT64) - _INT64
 
     def _mixes(self, seen: Sequence[Any], factors: Any) -> list[Any]:
         mixes = []

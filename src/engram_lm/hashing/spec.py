@@ -6,17 +6,23 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenMapError
-from engram_lm.files import read_json, write_atomically
+from engram_lm.files import write_atomically
 from engram_lm.hashing.codes import Encoder, Segments, look_back
-from engram_lm.hashing.published import OURS, read_published
+from engram_lm.hashing.published import OURS, read_config, read_published
 from engram_lm.hashing.rules import HashRule, find_rule
-from engram_lm.hashing.spec_fields import check_fields, fields_from_json, fields_to_json, matching_map, rule_fields
+from engram_lm.hashing.spec_fields import (
+    check_fields,
+    expected_map,
+    fields_from_json,
+    fields_to_json,
+    matching_map,
+    rule_fields,
+)
 from engram_lm.hashing.token_map import TokenMap, is_torch
 
 if TYPE_CHECKING:
@@ -49,9 +55,9 @@ class HashSpec:
     multipliers: tuple[tuple[int, ...], ...] = ()
     """Per layer, one odd integer per look-back distance from 0. Empty for ``longcat``."""
     vocab_size: int
-    """Number of ids that are hashed: canonical tokens, or raw ones under the identity map."""
+    """Number of ids that the hash was drawn for: canonical tokens, or raw ones under the identity map."""
     num_tokens: int
-    """Number of raw ids that are accepted."""
+    """Number of raw ids that the token map was made with; a model may embed more, see `covering`."""
     fill: int | None
     """Canonical id that stands for what cannot be seen; None while no token map is bound."""
     pad_token_id: int | None = None
@@ -122,7 +128,13 @@ class HashSpec:
         return cls(**rule_fields(rule, variant, layers, token_map, segments, pad_token_id, **options))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str], tokenizer: Any = None) -> "HashSpec":
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        token_map_digest: str | None = None,
+    ) -> "HashSpec":
         """Read the spec of a model from its published config: demo, DeepSeek-V4.1, Qwen PLE, LongCat, or ours.
 
         Args:
@@ -130,23 +142,26 @@ class HashSpec:
             tokenizer: The model's tokenizer: a `TokenMap`, a fast Hugging Face tokenizer, a ``tokenizers.Tokenizer``
                 or a path. Qwen and LongCat hash raw ids and need none. Without it a DeepSeek-V4.1 spec knows its
                 tables but hashes nothing until `bind`.
+            token_map_digest: The `TokenMap.digest` that is expected; DeepSeek's configs only promise a size.
 
         Raises:
             ConfigError: The config is of no known kind, or lacks or contradicts a key, which the message names.
             TokenMapError: The tokenizer is missing where one is needed, or gives another canonical vocabulary.
-            MismatchError: The tokenizer is not the one our own config was saved with.
+            MismatchError: The tokenizer is not the one our own config was saved with, or another digest is expected.
 
         Source: the published configs and code named in ``docs/paper.md``, “Published variants”.
         """
-        config = _read_config(config) if isinstance(config, str | os.PathLike) else config
+        config = read_config(config) if isinstance(config, str | os.PathLike) else config
         if not isinstance(config, Mapping):
             raise ConfigError(f"a config is a dictionary or a path, got {type(config).__name__}")
         if OURS in config:
             if config[OURS] is None:
                 raise ConfigError("this config is of a model without memory: its 'hash_spec' is empty")
             spec = cls.from_dict(config[OURS])
-            return spec if tokenizer is None else spec.bind(tokenizer)
-        return cls(**read_published(config, tokenizer))
+            spec = spec if tokenizer is None else spec.bind(tokenizer)
+        else:
+            spec = cls(**read_published(config, tokenizer))
+        return dataclasses.replace(spec, token_map_digest=expected_map(spec.token_map_digest, token_map_digest))
 
     def __post_init__(self) -> None:
         find_rule(self.variant)
@@ -166,6 +181,11 @@ class HashSpec:
             primes=self.primes,
             multipliers=self.multipliers,
         )
+
+    @property
+    def num_canonical(self) -> int:
+        """Number of canonical tokens that can occur: `vocab_size`, and those of ids that the map `covering` added."""
+        return self.vocab_size if self.token_map is None else self.token_map.num_canonical
 
     @property
     def num_heads_total(self) -> int:
@@ -188,11 +208,7 @@ class HashSpec:
         return self.segments.positions
 
     def offsets(self, layer: int) -> tuple[int, ...]:
-        """Return the first row of each column of a layer.
-
-        Raises:
-            ConfigError: The layer has no memory.
-        """
+        """Return the first row of each column of a layer, or raise a `ConfigError` if it has no memory."""
         return self.offsets_at(self._index(layer))
 
     def offsets_at(self, index: int) -> tuple[int, ...]:
@@ -200,11 +216,7 @@ class HashSpec:
         return self.rule.offsets[index]
 
     def num_rows(self, layer: int) -> int:
-        """Return how many rows a layer's table has, padding included.
-
-        Raises:
-            ConfigError: The layer has no memory.
-        """
+        """Return how many rows a layer's table has, padding included, or raise a `ConfigError` if it has no memory."""
         return self.padded_rows[self._index(layer)]
 
     @cached_property
@@ -224,7 +236,8 @@ class HashSpec:
         """Return the same spec with its token map.
 
         Args:
-            tokenizer: The `TokenMap`, or the tokenizer to make it from, as for `from_config`.
+            tokenizer: The `TokenMap`, or the tokenizer to make it from, as for `from_config`. One that has got more
+                tokens since, while the ids of the old ones stayed, is accepted with a warning in the log.
 
         Raises:
             MismatchError: The map, or the vocabulary behind it, is not the one this spec was made for.
@@ -236,12 +249,21 @@ class HashSpec:
             fill = int(token_map.apply(np.array([self.pad_token_id]))[0])
         return dataclasses.replace(
             self,
-            num_tokens=token_map.num_tokens,
+            num_tokens=token_map.made.num_tokens,
             fill=fill,
             token_map_digest=token_map.digest,
             vocabulary_digest=self.vocabulary_digest or token_map.vocabulary_digest,
             token_map=token_map,
         )
+
+    def covering(self, num_tokens: int) -> "HashSpec":
+        """Return the spec for a model that embeds so many ids; a token map must be bound.
+
+        Each id that the map lacks, as of a token added later, is hashed as a token of its own (`TokenMap.covering`).
+        Rows of other tokens, the digest and what is saved stay as they are.
+        """
+        token_map = self._encoder.token_map.covering(num_tokens)
+        return self if token_map == self.token_map else dataclasses.replace(self, token_map=token_map)
 
     def encode(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
         """Turn raw tokens into codes, the form in which rows and histories take them.
@@ -394,11 +416,7 @@ class HashSpec:
         return spec
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the spec as JSON, atomically. The token map is not in it; save it beside.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Write the spec as JSON, atomically, or raise an `OSError`. The token map is not in it; save it beside."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
@@ -406,11 +424,10 @@ class HashSpec:
         """Read a spec that `save` wrote, and bind its token map if given.
 
         Raises:
-            ConfigError: The file is not a hash spec.
+            ConfigError: There is no such file, or it is not a hash spec.
             MismatchError: The token map is another one.
-            OSError: The file cannot be read.
         """
-        spec = cls.from_dict(_read_config(path))
+        spec = cls.from_dict(read_config(path))
         return spec if token_map is None else spec.bind(token_map)
 
     def _index(self, layer: int) -> int:
@@ -431,11 +448,3 @@ _UNBOUND = (
     "this spec hashes canonical tokens and no token map is bound; pass the tokenizer to HashSpec.from_config, "
     "or use spec.bind(TokenMap.from_tokenizer(tokenizer))"
 )
-
-
-def _read_config(path: str | os.PathLike[str]) -> Any:
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError(f"there is no config at {path}; pass a JSON file or a folder with a config.json")
-    return read_json(path, error=ConfigError)

@@ -1,6 +1,7 @@
 """The fields of a hash specification: filled in from a rule, checked, and as JSON values."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,13 @@ import numpy as np
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError, suggestion
 from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import HashRule, check_layers
-from engram_lm.hashing.token_map import TokenMap
+from engram_lm.hashing.token_map import (
+    TokenMap,
+    digest_vocabulary,
+    find_beginning,
+    load_tokenizer,
+    read_vocabulary,
+)
 
 FORMAT = "engram.hash_spec.1"
 """The value of the key ``format``."""
@@ -17,6 +24,8 @@ FORMAT = "engram.hash_spec.1"
 # JSON readers that go through a double lose integers from here on.
 _EXACT = 2**53
 _INT64 = 2**63
+_NAMES_SHOWN = 8
+_LOG = logging.getLogger(__name__)
 
 
 def rule_fields(
@@ -63,27 +72,82 @@ def rule_fields(
 
 
 def matching_map(spec: Any, tokenizer: Any) -> TokenMap:
-    """Return a tokenizer's map if it is the one that the spec was made for; the errors are those of `HashSpec.bind`."""
+    """Return a tokenizer's map if it is the one that the spec was made for; the errors are those of `HashSpec.bind`.
+
+    A tokenizer that got more tokens since then, while the ids of the old ones stayed, gives the map of the old ones.
+    """
+    added: list[str] = []
     if isinstance(tokenizer, TokenMap):
         token_map = tokenizer
-    elif spec.vocab_size == spec.num_tokens:
-        # Canonical ids count first appearances, so a map that merges nothing is the identity.
-        token_map = TokenMap.identity(spec.num_tokens, tokenizer)
     else:
-        token_map = TokenMap.from_tokenizer(tokenizer)
+        token_map, added = _map_of_old_tokens(spec, tokenizer)
     advice = "pass the tokenizer the model was trained with"
     promised, found = spec.token_map_digest, token_map.digest
     if promised not in (None, found):
-        raise MismatchError(f"this spec hashes with the token map {promised}, the given map is {found}; {advice}")
+        difference = "" if spec.token_map is None else _first_difference(spec.token_map.made, token_map.made, tokenizer)
+        raise MismatchError(
+            f"this spec hashes with the token map {promised}, the given map is {found}{difference}; {advice}"
+        )
     ours, theirs = spec.vocabulary_digest, token_map.vocabulary_digest
     if None not in (ours, theirs) and ours != theirs:
         raise MismatchError(f"this spec belongs to the vocabulary {ours}, the given map to {theirs}; {advice}")
-    if len(token_map) != spec.vocab_size:
+    made = token_map.made
+    if made.num_canonical != spec.vocab_size:
         raise TokenMapError(
-            f"the config promises {spec.vocab_size} canonical tokens, the tokenizer gives {len(token_map)} "
-            f"(of {token_map.num_tokens}); {advice}"
+            f"the config promises {spec.vocab_size} canonical tokens, the tokenizer gives {made.num_canonical} "
+            f"(of {made.num_tokens}); {advice}"
+        )
+    if added:
+        _LOG.warning(
+            "the tokenizer has %d more tokens than this memory was made with (%s%s); each is hashed as a token of its "
+            "own, and has to be trained",
+            len(added),
+            ", ".join(map(repr, added[:_NAMES_SHOWN])),
+            ", …" if len(added) > _NAMES_SHOWN else "",
         )
     return token_map
+
+
+def expected_map(found: str | None, expected: str | None) -> str | None:
+    """Return the digest of a token map, where either is known, or raise a `MismatchError` if they differ."""
+    if None not in (found, expected) and found != expected:
+        raise MismatchError(
+            f"the token map {expected} is expected, this one is {found}; pass the tokenizer the model was trained with"
+        )
+    return expected or found
+
+
+def _map_of_old_tokens(spec: Any, tokenizer: Any) -> tuple[TokenMap, list[str]]:
+    """Build the map of those of a tokenizer's tokens that the spec was made with, and name the others."""
+    tokens = read_vocabulary(tokenizer)
+    old = list(tokens)
+    if spec.token_map is not None:
+        holes = np.flatnonzero(spec.token_map.made.canonical < 0)
+        old = [None if place in holes else token for place, token in enumerate(old)] if holes.size else old
+    if spec.vocabulary_digest is not None:
+        # There is no such beginning of another tokenizer's tokens, which is then refused as a whole.
+        end = find_beginning(old, spec.vocabulary_digest)
+        old = tokens if end is None else old[:end]
+    elif spec.fill is not None:
+        # A spec that was never bound has this number from a published config, which counts the rows of a matrix.
+        old = old[: spec.num_tokens]
+    kept = [*old, *[None] * (len(tokens) - len(old))]
+    added = [token for token, before in zip(tokens, kept, strict=True) if token is not None and before is None]
+    # Canonical ids count first appearances, so a map that merges nothing is the identity.
+    if spec.vocab_size == spec.num_tokens:
+        return TokenMap(np.arange(spec.num_tokens), digest_vocabulary(old)), added
+    return TokenMap.of_tokens(tokenizer, old), added
+
+
+def _first_difference(ours: TokenMap, theirs: TokenMap, tokenizer: Any) -> str:
+    """Name the first token that two maps treat differently, for a message."""
+    size = min(ours.num_tokens, theirs.num_tokens)
+    differing = np.flatnonzero(ours.canonical[:size] != theirs.canonical[:size])
+    if not differing.size:
+        return f", of {theirs.num_tokens} tokens instead of {ours.num_tokens}"
+    token = int(differing[0])
+    text = "" if isinstance(tokenizer, TokenMap) else f" ({load_tokenizer(tokenizer).id_to_token(token)!r:.60})"
+    return f", and token {token}{text} is the first that differs"
 
 
 def check_fields(spec: Any) -> None:
@@ -114,7 +178,8 @@ def check_fields(spec: Any) -> None:
         ):
             raise ConfigError(f"{name} is a SHA-256 in hexadecimal or None, got {value!r}")
     if spec.token_map is not None:
-        found = (len(spec.token_map), spec.token_map.num_tokens, spec.token_map.digest)
+        made = spec.token_map.made
+        found = (made.num_canonical, made.num_tokens, made.digest)
         promised = (spec.vocab_size, spec.num_tokens, spec.token_map_digest)
         if found != promised:
             raise ConfigError(f"the token map has (canonical, raw, digest) {found}, the spec says {promised}")

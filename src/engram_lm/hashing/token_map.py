@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ class TokenMap:
     ``len(token_map)`` is the number of *canonical* tokens, as in the Engram demo.
 
     Args:
-        canonical: The canonical id of each raw id, integers, shape [num_tokens], using every id from 0 to its maximum.
+        canonical: The canonical id of each raw id, integers, shape [num_tokens], using every id from 0 to its maximum;
+            -1 where the tokenizer has no token of that id.
         vocabulary_digest: `vocabulary_digest` of the tokenizer it was made from, if any.
 
     Raises:
@@ -40,16 +42,18 @@ class TokenMap:
             raise TokenMapError(
                 f"a token map is a non-empty one-dimensional array of integers, got {array.dtype} {list(array.shape)}"
             )
-        if array.min() < 0 or array.max() >= array.size:
+        if array.min() < -1 or not 0 <= array.max() < array.size:
             raise TokenMapError(
-                f"canonical ids of {array.size} tokens lie in [0, {array.size}), got {array.min()}..{array.max()}"
+                f"canonical ids of {array.size} tokens lie in [0, {array.size}), or are -1 where there is no token; "
+                f"got {array.min()}..{array.max()}"
             )
-        if not np.bincount(array).all():
+        if not np.bincount(array[array >= 0]).all():
             raise TokenMapError(f"canonical ids must be 0..{array.max()} without a gap; some of them are never used")
         self._canonical = array.astype(np.int64)
         self._canonical.flags.writeable = False
         self._vocabulary_digest = vocabulary_digest
         self._tensors: dict[Any, Tensor] = {}
+        self._made: TokenMap | None = None
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "TokenMap":
@@ -65,7 +69,7 @@ class TokenMap:
                 of the folder that holds one.
 
         Returns:
-            The map of ids 0 to ``len(tokenizer) - 1``.
+            The map of all ids up to the tokenizer's largest. Ids in between that are no tokens are not mapped.
 
         Raises:
             TokenMapError: The tokenizer has no backend, or there is none at the path.
@@ -74,34 +78,64 @@ class TokenMap:
         Source: paper, section 2.2 and Table 6; deepseek-ai/Engram ``engram_demo_v1.py``;
             deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``, the one that decodes with the backend.
         """
-        backend = load_tokenizer(tokenizer)
+        return cls.of_tokens(tokenizer, read_vocabulary(tokenizer))
+
+    @classmethod
+    def of_tokens(cls, tokenizer: Any, tokens: Sequence[str | None]) -> "TokenMap":
+        """Build the map of some of a tokenizer's tokens, as `from_tokenizer` does of all.
+
+        Takes what `read_vocabulary` returned, of which the end was cut off or tokens were replaced by None.
+        """
+        ids = [token for token, text in enumerate(tokens) if text is not None]
         seen: dict[str, int] = {}
-        canonical = [seen.setdefault(key, len(seen)) for key in _keys(backend, range(_num_tokens(tokenizer, backend)))]
-        return cls(np.array(canonical, dtype=np.int64), _vocabulary_digest(tokenizer, backend))
+        canonical = np.full(len(tokens), -1)
+        canonical[ids] = [seen.setdefault(key, len(seen)) for key in _keys(load_tokenizer(tokenizer), ids)]
+        return cls(canonical, digest_vocabulary(tokens))
 
     @classmethod
     def identity(cls, num_tokens: int, tokenizer: Any = None) -> "TokenMap":
         """Build the map that leaves every id as it is.
 
         Args:
-            num_tokens: Number of raw ids, at least the tokenizer's.
+            num_tokens: Number of raw ids. Larger ones, of which a tokenizer may have some, are refused when they occur.
             tokenizer: The tokenizer in use, as for `from_tokenizer`, so that another one can be refused later.
 
         Raises:
-            TokenMapError: ``num_tokens`` is below 1 or below the tokenizer's number of ids.
+            TokenMapError: ``num_tokens`` is below 1, or below half the number of the tokenizer's ids.
         """
         if num_tokens < 1:
             raise TokenMapError(f"a token map needs at least one token, got num_tokens={num_tokens}")
         digest = None
         if tokenizer is not None:
-            backend = load_tokenizer(tokenizer)
-            if _num_tokens(tokenizer, backend) > num_tokens:
+            tokens = read_vocabulary(tokenizer)
+            if len(tokens) > 2 * num_tokens:
                 raise TokenMapError(
-                    f"the tokenizer has {_num_tokens(tokenizer, backend)} tokens, the identity map was asked for "
-                    f"{num_tokens}; pass the model's vocabulary size, or the tokenizer that belongs to the model"
+                    f"the tokenizer has {len(tokens)} tokens, the identity map was asked for {num_tokens}; pass the "
+                    "model's vocabulary size, or the tokenizer that belongs to the model"
                 )
-            digest = _vocabulary_digest(tokenizer, backend)
+            digest = digest_vocabulary(tokens[:num_tokens])
         return cls(np.arange(num_tokens), digest)
+
+    def covering(self, num_tokens: int) -> "TokenMap":
+        """Return the map with a canonical token for every id below a number, such as the ids that a model embeds.
+
+        Each id that is not mapped yet, because its token was added later or there is no such token, gets a canonical
+        token of its own, in the order of ids. Mapped ids, `digest` and `made` stay, so what was trained stays valid.
+        """
+        made, size = self.made, max(num_tokens, self.made.num_tokens)
+        canonical = np.append(made.canonical, np.full(size - made.num_tokens, -1))
+        free = canonical < 0
+        if not free.any():
+            return made
+        canonical[free] = made.num_canonical + np.arange(free.sum())
+        covering = TokenMap(canonical, made.vocabulary_digest)
+        covering._made = made
+        return covering
+
+    @property
+    def made(self) -> "TokenMap":
+        """The map as it was made, without what `covering` has added."""
+        return self if self._made is None else self._made
 
     def __len__(self) -> int:
         return self.num_canonical
@@ -109,7 +143,8 @@ class TokenMap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenMap):
             return NotImplemented
-        return (self.digest, self.vocabulary_digest) == (other.digest, other.vocabulary_digest)
+        mine, others = ((one.digest, one.vocabulary_digest, one.num_tokens, one.num_canonical) for one in (self, other))
+        return mine == others
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -119,7 +154,7 @@ class TokenMap:
 
     @property
     def canonical(self) -> np.ndarray:
-        """The canonical id of each raw id, int64, shape [num_tokens], read-only."""
+        """The canonical id of each raw id, int64, shape [num_tokens], read-only; -1 where there is no token."""
         return self._canonical
 
     @property
@@ -134,12 +169,12 @@ class TokenMap:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the map as little-endian int32, in hexadecimal."""
-        return hashlib.sha256(self._canonical.astype("<i4").tobytes()).hexdigest()
+        """SHA-256 of the map, as it was `made`, in little-endian int32; in hexadecimal."""
+        return hashlib.sha256(self.made.canonical.astype("<i4").tobytes()).hexdigest()
 
     @property
     def vocabulary_digest(self) -> str | None:
-        """SHA-256 of the tokenizer's list of tokens in id order; None if built without a tokenizer."""
+        """SHA-256 of the tokenizer's list of tokens in id order; None if it was made without a tokenizer."""
         return self._vocabulary_digest
 
     @cached_property
@@ -147,10 +182,15 @@ class TokenMap:
         """Whether every raw id is its own canonical id."""
         return bool((self._canonical == np.arange(self.num_tokens)).all())
 
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether some ids are not mapped, because the tokenizer has no such tokens."""
+        return bool((self._canonical < 0).any())
+
     @property
     def compression(self) -> float:
         """The fraction of ids that merging saves, in [0, 1)."""
-        return 1 - self.num_canonical / self.num_tokens
+        return 1 - self.num_canonical / int((self._canonical >= 0).sum())
 
     def apply(self, tokens: Any) -> Any:
         """Map raw ids to canonical ids.
@@ -162,14 +202,33 @@ class TokenMap:
             int64, same shape, same kind and device.
 
         Raises:
-            TokenError: An id is outside the vocabulary. Negative ids are refused too: they are labels, not text.
+            TokenError: An id is outside the vocabulary, or no token has it. Negative ids are refused too: they are
+                labels, not text.
         """
-        tokens = check_tokens(tokens, self.num_tokens)
+        tokens = self.check(tokens)
         if not is_torch(tokens):
             return self._canonical[tokens]
         if self.is_identity:
             return tokens
         return on_device(self._tensors, "canonical", self._canonical, tokens.device)[tokens]
+
+    def check(self, tokens: Any) -> Any:
+        """Check raw ids as `check_tokens` does, and that the tokenizer has such tokens; return them as int64."""
+        tokens = check_tokens(tokens, self.num_tokens)
+        if not self.has_holes:
+            return tokens
+        if not is_torch(tokens):
+            unknown = self._canonical[tokens] < 0
+        else:
+            import torch
+
+            unknown = on_device(self._tensors, "canonical", self._canonical, tokens.device)[tokens] < 0
+            if torch.compiler.is_compiling() or tokens.device.type not in ("cpu", "meta"):
+                torch._assert_async(~unknown.any(), "the tokenizer has no token of an id")
+                return tokens
+        if unknown.any():
+            raise TokenError(f"the tokenizer has no token of the id {int(tokens[unknown][0])}; is this the right one?")
+        return tokens
 
     def largest_groups(self, k: int, tokenizer: Any, examples: int = 8) -> list[tuple[str, int, list[str]]]:
         """List the ``k`` canonical tokens that the most raw tokens share.
@@ -186,13 +245,13 @@ class TokenMap:
             TokenMapError: The tokenizer is not the one the map was built from.
         """
         backend = load_tokenizer(tokenizer)
-        given = _vocabulary_digest(tokenizer, backend)
+        given = digest_vocabulary(read_vocabulary(tokenizer))
         if self.vocabulary_digest not in (None, given):
             raise TokenMapError(
                 f"this map belongs to the vocabulary {self.vocabulary_digest}, the tokenizer has {given}; "
                 "pass the tokenizer the map was built from"
             )
-        counts = np.bincount(self._canonical, minlength=self.num_canonical)
+        counts = np.bincount(self._canonical[self._canonical >= 0], minlength=self.num_canonical)
         groups = []
         for group in np.argsort(-counts, kind="stable")[:k]:
             members = np.flatnonzero(self._canonical == group).tolist()
@@ -201,7 +260,7 @@ class TokenMap:
         return groups
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the map as one ``.safetensors`` file, atomically.
+        """Write the map, as it was `made`, as one ``.safetensors`` file, atomically.
 
         Raises:
             OSError: The file cannot be written.
@@ -209,7 +268,7 @@ class TokenMap:
         from safetensors.numpy import save
 
         metadata = {"format": _FORMAT, "digest": self.digest, "vocabulary_digest": self.vocabulary_digest or ""}
-        write_atomically(path, save({"canonical": self._canonical.astype(np.int32)}, metadata=_sealed(metadata)))
+        write_atomically(path, save({"canonical": self.made.canonical.astype(np.int32)}, metadata=_sealed(metadata)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TokenMap":
@@ -335,16 +394,36 @@ def load_tokenizer(tokenizer: Any) -> Any:
     return backend
 
 
-def _num_tokens(tokenizer: Any, backend: Any) -> int:
-    # A wrapper may hold tokens its backend does not count, so its own length decides.
-    if hasattr(tokenizer, "backend_tokenizer"):
-        return len(tokenizer)
-    return backend.get_vocab_size(with_added_tokens=True)
+def read_vocabulary(tokenizer: Any) -> list[str | None]:
+    """List a tokenizer's tokens by id, up to the largest id, with None where no token has the id.
+
+    Takes what `TokenMap.from_tokenizer` takes. The length is what a model has to embed, which is more than
+    ``len(tokenizer)`` where ids have holes.
+    """
+    backend = load_tokenizer(tokenizer)
+    # A wrapper may hold tokens that its backend does not.
+    holder = tokenizer if hasattr(tokenizer, "backend_tokenizer") else backend
+    size = max(holder.get_vocab().values(), default=-1) + 1
+    return [backend.id_to_token(token) for token in range(size)]
 
 
-def _vocabulary_digest(tokenizer: Any, backend: Any) -> str:
-    tokens = [backend.id_to_token(token) for token in range(_num_tokens(tokenizer, backend))]
+def digest_vocabulary(tokens: Sequence[str | None]) -> str:
+    """Compute the SHA-256 of a list of tokens, in hexadecimal."""
     return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode()).hexdigest()
+
+
+def find_beginning(tokens: Sequence[str | None], digest: str) -> int | None:
+    """Find how many tokens from the beginning of a list have a digest; None if no number of them has."""
+    if digest_vocabulary(tokens) == digest:
+        return len(tokens)
+    running = hashlib.sha256(b"[")
+    for place, token in enumerate(tokens):
+        running.update((b"," if place else b"") + json.dumps(token).encode())
+        whole = running.copy()
+        whole.update(b"]")
+        if whole.hexdigest() == digest:
+            return place + 1
+    return None
 
 
 def _keys(backend: Any, tokens: Any) -> list[str]:

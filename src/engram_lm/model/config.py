@@ -11,6 +11,7 @@ from transformers import DeepseekV3Config
 
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
+from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.presets import CANONICAL_DEEPSEEK, preset_fields
 
@@ -178,7 +179,7 @@ class EngramLMConfig(DeepseekV3Config):
             A configuration that carries the token map to the model built from it.
         """
         check_tokenizer_kind(tokenizer)
-        backbone.setdefault("vocab_size", len(tokenizer))
+        backbone.setdefault("vocab_size", len(read_vocabulary(tokenizer)))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             backbone.setdefault(name, getattr(tokenizer, name))
         if memory is None:

@@ -212,12 +212,13 @@ class EngramModel(EngramPreTrainedModel):
         if unbound is None:
             raise TokenMapError("this model has no memory, so it has no HashSpec")
         canonical = self.token_map.cpu().numpy()
-        if canonical.size and canonical.min() < 0:
+        if canonical.size and canonical.max() < 0:
             raise TokenMapError(
                 "the model was built from a configuration alone and does not know its token map; "
                 "call model.bind_tokenizer(tokenizer), or load a checkpoint with from_pretrained"
             )
         spec = unbound.bind(TokenMap(canonical, vocabulary_digest=unbound.vocabulary_digest))
+        spec = spec.covering(self.config.vocab_size)
         self.bound_spec = spec
         return spec
 

@@ -1,6 +1,7 @@
 """What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
 _NAMES_SHOWN = 8
+_LOG = logging.getLogger(__name__)
 # Device maps that transformers fills in by what fits.
 _CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -110,17 +112,19 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         if base.config.spec is None:
             return
         spec = base.config.spec.bind(tokenizer)
-        base.token_map.copy_(torch.from_numpy(spec.token_map.canonical.copy()))
-        base.bound_spec = spec
+        base.token_map.copy_(torch.from_numpy(spec.token_map.made.canonical.copy()))
+        base.bound_spec = spec.covering(base.config.vocab_size)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the model's memory was trained with.
 
+        One that has got more tokens since, while the ids of the old ones stayed, is accepted with a warning in the log.
+
         Raises:
-            MismatchError: With both digests.
+            MismatchError: With both digests, and the first token that is canonical in another way.
         """
         if self.config.spec is not None:
-            self.config.spec.bind(tokenizer)
+            (self.base_model.bound_spec or self.config.spec).bind(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -296,8 +300,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     ) -> nn.Embedding:
         """Change the size of the vocabulary, as ``transformers`` does; never below the tokens that memory hashes.
 
-        Memory knows the tokens of its HashSpec only: rows beyond them may fill a vocabulary up to a round number, but
-        reading such a token is refused.
+        Memory hashes each id beyond those of its HashSpec as a token of its own, so tokens that are added can be
+        trained. What old tokens read, and the HashSpec, stay as they are.
 
         Raises:
             MismatchError: The new size is less than the number of tokens that memory hashes.
@@ -307,7 +311,17 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             raise MismatchError(
                 f"memory hashes {spec.num_tokens} tokens, so the vocabulary cannot shrink to {new_num_tokens}"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        before = self.config.vocab_size
+        embedding: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.bound_spec = None
+        if spec is not None and self.config.vocab_size > before:
+            _LOG.warning(
+                "the vocabulary has grown from %d tokens to %d: memory hashes each new one as a token of its own, "
+                "which has to be trained",
+                before,
+                self.config.vocab_size,
+            )
+        return embedding
 
     @staticmethod
     def _load_pretrained_model(

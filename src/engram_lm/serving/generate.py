@@ -11,6 +11,7 @@ import tyro
 
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.hashing.token_map import check_tokens
 from engram_lm.serving.load import ModelFlags, load_model
 
 
@@ -80,12 +81,14 @@ def continue_text(
 
     Raises:
         DataError: The prompt is empty and the tokenizer has no end-of-text token.
+        TokenError: The model does not embed a token of the prompt.
     """
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():
         if tokenizer.eos_token_id is None:
             raise DataError("the prompt is empty and the tokenizer has no end-of-text token to begin with")
         tokens = torch.tensor([[tokenizer.eos_token_id]])
+    check_tokens(tokens, model.get_input_embeddings().num_embeddings)
     tokens = tokens.to(dtype=torch.int64, device=next(model.parameters()).device)
     choices = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k or None} if temperature else {"do_sample": False}

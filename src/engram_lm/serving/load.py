@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError
+from engram_lm.hashing.token_map import read_vocabulary
 
 _STAGED_TOKENS = 1024
 """Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
@@ -113,9 +114,9 @@ def load_model(
             raise
         raise ConfigError(f"cannot load {folder}: {error}") from error
     size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
+    if (num_tokens := len(read_vocabulary(tokenizer))) > 2 * size:
         raise MismatchError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {size}; "
+            f"the tokenizer in {folder} has {num_tokens} tokens, the model's vocabulary {size}; "
             "they do not belong together"
         )
     if hasattr(model, "check_tokenizer"):

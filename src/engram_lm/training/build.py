@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from engram_lm.errors import ConfigError, MismatchError, suggestion
+from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
 from engram_lm.planning.sizes import model_sizes
@@ -100,12 +101,12 @@ def _architecture(model: ArchitectureOptions, tokenizer: Any) -> EngramLMConfig:
         return _preset(model, tokenizer)
     config = read_config(str(source))
     if tokenizer is not None:
-        if config.spec is not None:
-            config.bind_tokenizer(tokenizer)
-        elif config.vocab_size < len(tokenizer):
+        config.bind_tokenizer(tokenizer)
+        # A text that holds such a token only late would end the run there.
+        if config.vocab_size < (size := len(read_vocabulary(tokenizer))):
             raise MismatchError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}; use the "
-                "tokenizer that the model was made for"
+                f"the tokenizer has {size} tokens, the model's vocabulary {config.vocab_size}; use the tokenizer that "
+                "the model was made for, or resize_token_embeddings of the model first"
             )
     return config
 

@@ -10,7 +10,7 @@ import numpy as np
 from engram_lm.analysis.gates.trace import NgramGate
 from engram_lm.analysis.protocol import ModelAnalysis, ModelFindings, PlainResult, Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import REPLACEMENT, spelled
+from engram_lm.analysis.token_text import REPLACEMENT, spelled, text_places
 from engram_lm.errors import check_whole
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
@@ -194,7 +194,7 @@ class _Sums:
             # An N-gram is counted wherever it is looked up, but only finite gates are added up.
             fired = (strongest == place)[alive] & good[alive][:, None]
             self.ngrams.add(
-                ngram_keys(canonical, self.spec.vocab_size),
+                ngram_keys(canonical, self.spec.num_canonical),
                 first={"orders": np.full(len(raw), order), "tokens": raw},
                 sums={
                     "fired": fired.astype(np.int64),
@@ -276,14 +276,14 @@ def token_classes(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> np.ndar
 
     Space around a token does not count, unless there is nothing else. Ids that no tokenizer produces are ``other``.
     """
-    ids, special = np.asarray(tokens, np.int64), set(tokenizer.all_special_ids)
-    known = [token for token in ids.tolist() if token < len(tokenizer) and token not in special]
+    ids = np.asarray(tokens, np.int64).tolist()
+    known = [ids[place] for place in text_places(tokenizer, ids)]
     # A tokenizer makes a batch of one out of no tokens.
     texts = known and tokenizer.batch_decode(
         [[token] for token in known], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     classes = {token: _class_of(text) for token, text in zip(known, texts, strict=True)}
-    return np.array([classes.get(token, _OTHER) for token in ids.tolist()], np.int64)
+    return np.array([classes.get(token, _OTHER) for token in ids], np.int64)
 
 
 def _class_of(text: str) -> int:

@@ -16,6 +16,7 @@ from engram_lm.analysis.subject import Subject
 from engram_lm.analysis.token_text import spelled, text_tokens
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError, check_whole
 from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
+from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.memory.interface import row_signs
 from engram_lm.memory.layer import EngramLayer
 
@@ -53,7 +54,7 @@ def promoted_tokens(
 
     Source: direct logit attribution, Elhage et al., “A Mathematical Framework for Transformer Circuits”, 2021.
     """
-    num_tokens = min(len(subject.tokenizer), subject.vocab_size)
+    num_tokens = min(len(read_vocabulary(subject.tokenizer)), subject.vocab_size)
     few = np.arange(min(4, num_tokens))
     if number < 1 or isinstance(
         read_text([subject], few, {"lens": LogitLens()}, length=len(few))["lens"], NotApplicable

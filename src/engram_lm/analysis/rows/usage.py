@@ -10,7 +10,7 @@ import numpy as np
 from engram_lm.analysis.protocol import ModelAnalysis, ModelFindings, PlainResult, Reading
 from engram_lm.analysis.rows.collisions import NgramCollisions, TextNgrams, ngram_collisions
 from engram_lm.analysis.subject import Subject
-from engram_lm.errors import TokenError, check_whole
+from engram_lm.errors import check_whole
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, scattered
 
@@ -161,8 +161,7 @@ class RowUsage(PlainResult):
     zipf_exponent_by_order: np.ndarray
     """The same for one order, float64 ``[T, O]``."""
     collisions: NgramCollisions | None
-    """Collisions among the frequent N-grams. None if the tokens of the text were not given, or some of them are ids
-    that no tokenizer produces."""
+    """Collisions among the frequent N-grams. None if the tokens of the text were not given."""
 
     @property
     def occupancy(self) -> np.ndarray:
@@ -221,11 +220,7 @@ class RowUse(ModelAnalysis):
     def _collisions(self, spec: HashSpec) -> NgramCollisions | None:
         if self.ngrams is None:
             return None
-        try:
-            return ngram_collisions(spec, self.ngrams.frequent(spec), min_count=self.min_count)
-        except TokenError:
-            # An attached memory treats ids that no tokenizer produces as dead; they belong to no N-gram.
-            return None
+        return ngram_collisions(spec, self.ngrams.frequent(spec), min_count=self.min_count)
 
 
 class _Counts:

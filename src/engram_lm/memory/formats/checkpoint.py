@@ -59,7 +59,11 @@ class PublishedMemory:
 
 
 def read_memory(
-    folder: str | os.PathLike[str], tokenizer: Any = None, dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    token_map_digest: str | None = None,
 ) -> PublishedMemory:
     """Open the memory part of a published checkpoint.
 
@@ -75,6 +79,7 @@ def read_memory(
         dtype: Type of all the layers' weights, and of the rows that the tables return. None: each keeps the type it is
             stored in, so norms may be wider than projections; what is stored in 8 bits becomes bfloat16; a key and a
             value projection of different types, which become one matrix, take the type that holds both.
+        token_map_digest: The digest of the token map that is expected, as for `HashSpec.from_config`.
 
     Returns:
         The layers, on the CPU, each with a `MappedTable` on the files.
@@ -84,11 +89,11 @@ def read_memory(
             of 16 bits or more.
         CheckpointError: A tensor is missing, or of another type or shape than the config says; a file is missing,
             truncated or malformed.
-        MismatchError: The checkpoint's hash constants are not those of its config.
+        MismatchError: The checkpoint's hash constants are not those of its config, or another digest is expected.
         TokenMapError: The tokenizer gives another canonical vocabulary than the config promises.
     """
     folder = Path(folder)
-    spec = HashSpec.from_config(folder, tokenizer)
+    spec = HashSpec.from_config(folder, tokenizer, token_map_digest=token_map_digest)
     family = FAMILIES.get(spec.variant)
     if family is None:
         raise ConfigError(f"{folder} is a {spec.variant} model; memory is read of {' and '.join(FAMILIES)}")

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
+from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.training.data.documents import draw, text_encoder
 from engram_lm.training.data.formats import PIECE_CHARACTERS, Piece
 from engram_lm.training.data.shards import (
@@ -209,7 +210,7 @@ class _Packing:
     ) -> None:
         self.folder, self.opened, self.options, self.made_by = folder, opened, options, made_by
         self.encoder = text_encoder(tokenizer)
-        self.vocab_size, self.end_token = len(tokenizer), tokenizer.eos_token_id
+        self.vocab_size, self.end_token = len(read_vocabulary(tokenizer)), tokenizer.eos_token_id
         self.dtype = token_dtype(self.vocab_size)
         self.end = np.array([] if self.end_token is None else [self.end_token], dtype=self.dtype)
         self.sides = {name: _Side() for name in _SIDES[: 2 if options["held_out"] else 1]}
