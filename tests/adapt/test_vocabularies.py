@@ -68,8 +68,8 @@ def test_memory_follows_an_embedding_that_grows_and_says_so_once(config, caplog)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     assert reading(model, adapter, ids).all() and reading(model, adapter, ids).all()
     assert caplog.messages == [
-        "the embedding has grown from 283 tokens to 285: memory 'default' hashes each new one as a token of its own, "
-        "which has to be trained"
+        "the embedding has grown from 283 tokens to 285: memory hashes each new one as a token of its own, which has "
+        "to be trained"
     ]
     asked = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
     assert torch.equal(model.generate(**asked), model.generate(**asked, use_cache=False))

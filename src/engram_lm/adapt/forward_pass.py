@@ -1,7 +1,6 @@
 """What an adapter does in a forward pass of its model: one hash for all layers, one update before each chosen one."""
 
 import dataclasses
-import logging
 import threading
 import uuid
 from collections.abc import Mapping
@@ -17,11 +16,9 @@ from engram_lm.hashing import HashSpec
 from engram_lm.hashing.token_map import check_tokens
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
-from engram_lm.memory.step import MemoryStep, RowMap, begin_step
+from engram_lm.memory.step import MemoryStep, RowMap, begin_step, follow_vocabulary
 from engram_lm.model.cache import find_cache, follow_cache, runs_twice, start_state
 from engram_lm.tables import Table
-
-_LOG = logging.getLogger(__name__)
 
 # Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
 
@@ -131,14 +128,7 @@ class ForwardPass(nn.Module):
         if rows is None or torch.compiler.is_compiling():
             return
         if rows > token_map.num_tokens:
-            _LOG.warning(
-                "the embedding has grown from %d tokens to %d: memory %r hashes each new one as a token of its own, "
-                "which has to be trained",
-                token_map.num_tokens,
-                rows,
-                self.name,
-            )
-            self.spec = self.spec.covering(rows)
+            self.spec = follow_vocabulary(self.spec, rows)
         if tokens is not None and tokens.device.type == "cpu":
             check_tokens(tokens, rows)
 

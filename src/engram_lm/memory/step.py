@@ -5,6 +5,7 @@ value that travels with the call, so that two calls at once never see each other
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from engram_lm.errors import MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.decode_state import DecodeState, LayerWindow
 from engram_lm.tables import Table
+
+_LOG = logging.getLogger(__name__)
 
 # Dimension key: B batch, L length, W context (highest order - 1), H heads of all orders.
 
@@ -87,6 +90,19 @@ def begin_step(
     if state is not None:
         state.advance(codes)
     return MemoryStep(codes, codes >= 0, rows, state)
+
+
+def follow_vocabulary(spec: HashSpec, num_tokens: int) -> HashSpec:
+    """Return the spec for a model that embeds so many ids now, and say in the log if these are more than before."""
+    assert spec.token_map is not None
+    if num_tokens > spec.token_map.num_tokens:
+        _LOG.warning(
+            "the embedding has grown from %d tokens to %d: memory hashes each new one as a token of its own, which has "
+            "to be trained",
+            spec.token_map.num_tokens,
+            num_tokens,
+        )
+    return spec.covering(num_tokens)
 
 
 def _mapped(row_map: RowMap, block: int, rows: Tensor) -> Tensor:

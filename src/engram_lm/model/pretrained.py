@@ -1,7 +1,6 @@
 """What transformers needs to know of the family: how its models begin, are loaded, placed on devices and saved."""
 
 import copy
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.interface import MemoryLayer
+from engram_lm.memory.step import follow_vocabulary
 from engram_lm.model.block import EngramBlock
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import Router
@@ -36,7 +36,6 @@ from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.files.safetensors_file import INDEX_NAME, read_header
 
 _NAMES_SHOWN = 8
-_LOG = logging.getLogger(__name__)
 # Device maps that transformers fills in by what fits.
 _CHOSEN_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -311,16 +310,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             raise MismatchError(
                 f"memory hashes {spec.num_tokens} tokens, so the vocabulary cannot shrink to {new_num_tokens}"
             )
-        before = self.config.vocab_size
         embedding: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.base_model.bound_spec = None
-        if spec is not None and self.config.vocab_size > before:
-            _LOG.warning(
-                "the vocabulary has grown from %d tokens to %d: memory hashes each new one as a token of its own, "
-                "which has to be trained",
-                before,
-                self.config.vocab_size,
-            )
+        if (bound := self.base_model.bound_spec) is not None:
+            self.base_model.bound_spec = follow_vocabulary(bound, self.config.vocab_size)
         return embedding
 
     @staticmethod
