@@ -13,10 +13,12 @@ from tests.adapt.patched_models import (
     trained_model,
 )
 from tests.adapt.small_models import TOKENIZER, small_model
+from tests.beginnings import with_template
 
 import engram_lm
 from engram_lm import MemoryAdapter, RowPatch
 from engram_lm.adapt import FitOptions, applied_patches, attached_adapters
+from engram_lm.adapt.row_patch_fit import read_facts, reference_tokens
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError
 from engram_lm.hashing.collisions import row_collisions
 
@@ -357,3 +359,14 @@ def test_several_facts_are_fitted_together_and_a_second_patch_goes_on_the_first(
     second.revert(model)
     first.revert(model)
     assert same_state(bits(model), before)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>"])
+def test_a_fact_begins_as_the_tokenizer_begins_its_prompt_and_does_not_end(template):
+    tokenizer = with_template(TOKENIZER, template)
+    first = [tokenizer.bos_token_id] if template.startswith("<s>") else []
+    prompt, target = FACT
+    (fact,) = read_facts(tokenizer, [FACT])
+    assert list(fact.prompt_tokens) == [*first, *TOKENIZER(prompt).input_ids]
+    assert [*fact.prompt_tokens, *fact.target_tokens] == [*first, *TOKENIZER(prompt + target).input_ids]
+    assert reference_tokens(prompt, tokenizer).tolist() == list(fact.prompt_tokens)

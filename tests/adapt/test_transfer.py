@@ -52,8 +52,9 @@ def ngram_at(spec, tokens, t, order):
     return tuple([spec.fill] * (order - len(seen)) + seen[::-1])
 
 
-def states_by_plain_loops(model, spec, tokens, place, length):
+def states_by_plain_loops(model, spec, tokens, place, length, beginning=()):
     """Sum and count of the hidden states that N-grams (order and canonical tokens) end with, one window at a time."""
+    length -= len(beginning)
     overlap, measured, found = max(1, length // 8), max(1, length // 8), {}
     layer = model.model.layers[place]
     seen = []
@@ -66,31 +67,40 @@ def states_by_plain_loops(model, spec, tokens, place, length):
         stop = min(max(measured - overlap + length, length), len(tokens))
         start = max(0, stop - length)
         with torch.no_grad():
-            model(input_ids=torch.from_numpy(tokens[start:stop])[None], use_cache=False)
+            model(input_ids=torch.tensor([[*beginning, *tokens[start:stop]]]), use_cache=False)
         for t in range(measured, stop):
             if tokens[t] == DEAD:
                 continue
             for order in spec.orders:
                 ngram = ngram_at(spec, tokens, t, order)
                 total = found.setdefault((order, ngram), [torch.zeros(32, dtype=torch.float64), 0])
-                total[0] += seen[-1][0, t - start].double()
+                total[0] += seen[-1][0, len(beginning) + t - start].double()
                 total[1] += 1
         measured = stop
     hook.remove()
     return found
 
 
-@pytest.mark.parametrize(("source", "length", "batch_size"), [("last", 64, 3), ("block", 17, 4), ("block", 1000, 1)])
-def test_mean_states_are_those_of_plain_loops(attached, source, length, batch_size):
+@pytest.mark.parametrize(
+    ("source", "length", "batch_size", "beginning"),
+    [
+        ("last", 64, 3, ()),
+        ("block", 17, 4, ()),
+        ("block", 1000, 1, ()),
+        ("last", 64, 3, (7,)),
+        ("block", 17, 4, (7, 8)),
+    ],
+)
+def test_mean_states_are_those_of_plain_loops(attached, source, length, batch_size, beginning):
     model, adapter = attached()
     tokens, done = text(), []
     ngrams = frequent_ngrams(adapter.spec, tokens, num_ngrams=90)
     states = mean_states(
         find_decoder(model), adapter.spec, tokens, ngrams, source=source, length=length, batch_size=batch_size,
-        max_bytes=1 << 20, on_progress=done.append,
+        max_bytes=1 << 20, beginning=beginning, on_progress=done.append,
     )  # fmt: skip
     for block in adapter.spec.blocks:
-        plain = states_by_plain_loops(model, adapter.spec, tokens, -1 if source == "last" else block, length)
+        plain = states_by_plain_loops(model, adapter.spec, tokens, -1 if source == "last" else block, length, beginning)
         for order, found in ngrams.items():
             for place, ngram in enumerate(found.canonical.tolist()):
                 total, count = plain.get((order, tuple(ngram)), (torch.zeros(32), 0))
@@ -98,7 +108,7 @@ def test_mean_states_are_those_of_plain_loops(attached, source, length, batch_si
                 torch.testing.assert_close(
                     states.means[block, order][place], (total / max(count, 1)).float(), rtol=1e-4, atol=1e-5
                 )
-    assert sum(done) == states.num_positions == len(tokens) - max(1, length // 8)
+    assert sum(done) == states.num_positions == len(tokens) - max(1, (length - len(beginning)) // 8)
 
 
 @pytest.mark.parametrize(("width", "num_vectors"), [(12, 500), (80, 500), (24, 9)])

@@ -1,7 +1,7 @@
 """Short ways to let one analysis look on, for tests."""
 
 from engram_lm.analysis import Cka, GateStatistics, LogitLens, RowUse, look
-from engram_lm.analysis.token_text import text_tokens
+from engram_lm.tokenizing import text_tokens
 
 
 def average_gates(model, tokenizer, text, *, length=512, **options):

@@ -13,8 +13,8 @@ import engram_lm
 from engram_lm.analysis import Analysis, find_subject, read_text
 from engram_lm.analysis.cka.cka import Cka, CkaMap, centered_gram, soft_alignment
 from engram_lm.analysis.protocol import NotApplicable
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.tokenizing import text_tokens
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:300]
 LENGTH = 20

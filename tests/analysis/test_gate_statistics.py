@@ -13,9 +13,9 @@ from tests.small_model import BACKBONE, MEMORY, VARIANTS
 import engram_lm
 from engram_lm.analysis import GateStatistics, NotApplicable, find_subject, gate_trace, read_text
 from engram_lm.analysis.gates.averages import TOKEN_CLASSES, token_classes
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.hashing import Segments
+from engram_lm.tokenizing import text_tokens
 
 LENGTH = 16
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]

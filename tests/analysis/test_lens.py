@@ -16,8 +16,8 @@ from engram_lm.analysis.lens import LensCurve, LogitLens
 from engram_lm.analysis.positions import thinned
 from engram_lm.analysis.protocol import NotApplicable
 from engram_lm.analysis.subject import find_subjects, group_by_tokenizer
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError
+from engram_lm.tokenizing import text_tokens
 
 TOKENS = text_tokens(TOKENIZER, TEXT)[:70]
 LENGTH = 16

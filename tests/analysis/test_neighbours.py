@@ -14,9 +14,9 @@ import engram_lm
 from engram_lm.analysis import find_subject, nearest_ngrams, nearest_rows
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.rows.neighbours import _Memory
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, RowRangeError
 from engram_lm.hashing.counting import frequent_ngrams
+from engram_lm.tokenizing import text_tokens
 
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]
 

@@ -7,8 +7,8 @@ from tests.analysis.test_cka import own_model
 
 from engram_lm.analysis import Analysis, find_subject, read_text
 from engram_lm.analysis.positions import PositionChoice, name_ends, thinned, word_ends
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError
+from engram_lm.tokenizing import text_tokens
 
 TEXT = "the cat Diana Spencer sat. The Cat Naïve-Æsop saw Müller 北京 x2 rat's end"
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.beginnings import with_template
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
 import engram_lm
 from engram_lm.analysis import Analysis, NotApplicable, find_subject, read_text
 from engram_lm.analysis.reading import bytes_per_token, choose_batch_size, visible_tokens
 from engram_lm.analysis.recording import not_finite, recording
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import Segments
+from engram_lm.tokenizing import text_tokens
 
 TOKENS = text_tokens(TOKENIZER, TEXT)[:203]
 
@@ -396,3 +397,37 @@ def test_impossible_requests_are_refused():
         read(analyses={"it": Lengths(["attention"])})
     with pytest.raises(ConfigError, match="learned 256 positions and cannot see 257"):
         read(subjects=[find_subject(small_model("gpt2"), TOKENIZER)], length=257)
+
+
+class Windows(Analysis):
+    """Keeps what a text is read as."""
+
+    def start(self, subjects):
+        self.windows, self.places, self.starts = [], [], []
+
+    def update(self, readings):
+        self.windows += readings[0].tokens.tolist()
+        self.places += readings[0].places.tolist()
+        self.starts.append(readings[0].start)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(batch_size):
+    tokenizer = with_template(TOKENIZER, "<s> $A")
+    model, bos = small_model(), tokenizer.bos_token_id
+    text, plain = TEXT[:100], TOKENIZER(TEXT[:100]).input_ids
+    for tokens, first in ((text, 1), (np.array(plain), 0)):
+        seen, done = Windows(), []
+        read_text(
+            [find_subject(model, tokenizer)], tokens, {"it": seen}, length=8, max_batch_size=batch_size,
+            on_progress=done.append,
+        )  # fmt: skip
+        assert {window[0] for window in seen.windows} == {bos} and {len(window) for window in seen.windows[:-1]} == {8}
+        assert [token for window in seen.windows for token in window[1:]] == plain
+        assert [place for places in seen.places for place in places[1:]] == list(range(first, first + len(plain)))
+        assert [places[0] for places in seen.places] == [-1 + first, *[-1] * (len(seen.places) - 1)]
+        assert sum(done) == len(plain) + first and seen.starts[:2] == [0, 8 * batch_size]
+    with pytest.raises(DataError, match="the text has no tokens"):
+        read_text([find_subject(model, tokenizer)], "", {"it": Windows()}, length=8)
+    with pytest.raises(ConfigError, match="length is a whole number from 2"):
+        read_text([find_subject(model, tokenizer)], text, {"it": Windows()}, length=1)

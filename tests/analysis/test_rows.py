@@ -15,10 +15,10 @@ import engram_lm
 from engram_lm.analysis import NotApplicable, RowUse, collision_study, find_subject, read_text
 from engram_lm.analysis.rows.collisions import ngram_collisions
 from engram_lm.analysis.rows.usage import HitCounter, RowHits, log_ranks, zipf_exponent
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError
 from engram_lm.hashing import HashSpec, Segments, TokenMap
 from engram_lm.hashing.counting import frequent_ngrams, ngram_rows
+from engram_lm.tokenizing import text_tokens
 
 LENGTH = 16
 TOKENS = np.random.default_rng(0).permutation(text_tokens(TOKENIZER, TEXT))[:400]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.adapt import small_models
 from tests.adapt.hub_client import adapter_of
+from tests.beginnings import with_template
 from tests.small_model import BACKBONE, TEXT
 from tests.training.test_loop import TOKENIZER, model
 
@@ -126,3 +127,33 @@ def test_wrong_folders_and_values_end_with_a_message(folder, tmp_path, other_tok
     assert "the tokenizer the model was trained with" in capsys.readouterr().err
     (tmp_path / "mixed" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0broken")
     assert main(["generate", str(tmp_path / "mixed"), "--prompt", "a"]) == 1
+
+
+def test_a_prompt_begins_as_the_model_s_tokenizer_begins_it(tmp_path, capsys):
+    one, tokenizer = small_models.small_model(), with_template(small_models.TOKENIZER, "<s> $A")
+    one.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt = tokenizer("the cat", return_tensors="pt")
+    assert prompt.input_ids[0, 0] == tokenizer.bos_token_id
+    expected = one.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=1)[
+        0, prompt.input_ids.shape[1] :
+    ]
+    assert main(["generate", str(tmp_path), "--prompt", "the cat", "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "the cat" + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    without = continue_text(one, small_models.TOKENIZER, "the cat", max_new_tokens=12)
+    assert without != tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_eval_begins_every_sequence_as_the_model_s_tokenizer_begins_texts(tmp_path, capsys):
+    one, tokenizer = small_models.small_model(), with_template(small_models.TOKENIZER, "<s> $A")
+    one.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    call = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--sequence-length", "32", "--json"]
+    assert main(call) == 0
+    tokens = [*small_models.TOKENIZER(TEXT).input_ids, tokenizer.eos_token_id]
+    parts = [
+        torch.tensor([[tokenizer.bos_token_id, *tokens[start : start + 32]]]) for start in range(0, len(tokens), 32)
+    ]
+    total = sum(float(one(input_ids=part, labels=part).loss.detach()) * (part.numel() - 1) for part in parts)
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(total / len(tokens), rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.training.test_loop import TOKENS, model
 
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.training.held_out import held_out_loss
 
@@ -76,3 +76,26 @@ def test_gates_are_summed_over_every_token_predicted():
         gates = torch.cat(parts)
         expected = {"mean": pytest.approx(float(gates.mean())), "above_half": float((gates > 0.5).double().mean())}
         assert len(gates) == 69 and found.gates[str(block)] == expected
+
+
+def test_every_sequence_begins_as_texts_do_and_beginnings_are_never_predicted():
+    one, given = model(), 3
+    tokens = np.array([3, *TOKENS[:50], 3, *TOKENS[50:100], 3, *TOKENS[100:120]])
+    tokens = np.where(np.isin(np.arange(len(tokens)), (0, 51, 102)), 3, np.where(tokens == 3, 4, tokens))
+    total, count, start = 0.0, 0, 0
+    while start < len(tokens):
+        start += int(tokens[start] == given)  # such as the third document, whose own beginning is not read twice
+        part = torch.tensor([given, *tokens[start : start + 17]])
+        losses = torch.nn.functional.cross_entropy(one.eval()(part[None, :-1]).logits[0], part[1:], reduction="none")
+        total += float(losses[part[1:] != given].sum().detach())
+        count += int((part[1:] != given).sum())
+        start += 17
+    done = []
+    found = held_out_loss(one, tokens, length=17, batch_size=4, beginning=(given,), on_progress=done.append)
+    assert count == found.num_tokens == sum(done) == 120
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    some = held_out_loss(one, tokens, length=17, max_tokens=55, beginning=(given,))
+    assert some.num_tokens == 55  # the second document's beginning is not among them
+    assert some.loss == held_out_loss(one, tokens[:57], length=17, beginning=(given,)).loss
+    with pytest.raises(ConfigError, match="length is a whole number from 2"):
+        held_out_loss(one, tokens, length=1, beginning=(given, given))

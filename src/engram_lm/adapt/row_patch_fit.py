@@ -17,6 +17,7 @@ from engram_lm.adapt.row_change import Fact, RowChange, bits
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.model.table_place import table_name
+from engram_lm.tokenizing import text_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +65,6 @@ class _Score(NamedTuple):
     """How far the least certain target token is ahead of the likeliest other one, in nats; negative if it is behind."""
 
 
-def _read_text(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
-    """Turn a text into raw tokens, with ``special`` behind the tokenizer's own first tokens, but without its last."""
-    plain = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    whole = tuple(tokenizer(text)["input_ids"]) if special else plain
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[: start + len(plain)]
-    return plain
-
-
 def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
     """Turn facts, pairs (prompt, target) of texts, into tokens."""
     found = []
@@ -81,10 +72,10 @@ def read_facts(tokenizer: Any, facts: Sequence[tuple[str, str]]) -> list[Fact]:
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ConfigError(f"a fact is a pair (prompt, target) of texts, got {pair!r:.100}")
         prompt, target = pair
-        before, whole = (_read_text(tokenizer, text, special=True) for text in (prompt, prompt + target))
+        before, whole = (tuple(text_tokens(tokenizer, text).tolist()) for text in (prompt, prompt + target))
         # A tokenizer may join the end of the prompt with the target, but generation starts from the prompt alone.
         fits = whole[: len(before)] == before
-        after = whole[len(before) :] if fits else _read_text(tokenizer, target, special=False)
+        after = whole[len(before) :] if fits else tuple(tokenizer(target, add_special_tokens=False)["input_ids"])
         if not before or not after:
             raise ConfigError(f"a fact needs a prompt and a target of at least one token each, got {pair!r:.100}")
         found.append(Fact(prompt=prompt, target=target, prompt_tokens=before, target_tokens=after))
@@ -98,7 +89,7 @@ def reference_tokens(reference: Any, tokenizer: Any) -> np.ndarray:
     if isinstance(reference, str):
         if tokenizer is None:
             raise ConfigError("the reference is a text; pass tokenizer= beside it, or its tokens")
-        reference = tokenizer(reference, add_special_tokens=False)["input_ids"]
+        reference = text_tokens(tokenizer, reference)
     tokens = np.asarray(reference)
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
         raise ConfigError(f"a reference is a text or raw tokens [num_tokens], got {tokens.dtype} {list(tokens.shape)}")

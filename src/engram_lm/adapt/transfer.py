@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,7 @@ def mean_states(
     length: int,
     batch_size: int,
     max_bytes: int,
+    beginning: Sequence[int] = (),
     on_progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> NgramStates:
     """Run a model over a text once, and average its hidden states at the positions where each N-gram ends.
@@ -61,7 +62,7 @@ def mean_states(
     Only the decoder runs, without the model's head, so no logits are computed. Arguments and errors are those of
     `transfer_rows`.
     """
-    check_whole(at_least=2, length=length)
+    check_whole(at_least=2 + len(beginning), length=length)
     check_whole(batch_size=batch_size)
     if source not in ("last", "block"):
         raise ConfigError(f"source is 'last' or 'block', got {source!r}")
@@ -80,12 +81,15 @@ def mean_states(
     }
     counts = {order: torch.zeros(len(found.counts), dtype=torch.int64) for order, found in ngrams.items()}
     num_positions = 0
+    given = np.tile(np.array(beginning, dtype=np.int64), (batch_size, 1))
+    length -= len(beginning)
     windows = _windows(len(tokens), length)
     device = home(decoder.layers[0])
     with evaluating(decoder.text_model), _recording(decoder, places) as recorded:
         for begin in range(0, len(windows), batch_size):
             batch = windows[begin : begin + batch_size]
             pieces = np.stack([tokens[stop - min(length, len(tokens)) : stop] for _, stop in batch]).astype(np.int64)
+            pieces = np.concatenate([given[: len(pieces)], pieces], axis=1)
             decoder.text_model(input_ids=torch.from_numpy(pieces).to(device), use_cache=False)
             # The last positions of each window, which no earlier window has measured.
             states = {
@@ -200,6 +204,7 @@ def transfer_rows(
     batch_size: int = 16,
     seed: int = 0,
     max_bytes: int = 2 << 30,
+    beginning: Sequence[int] = (),
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_tokens, total: None,
 ) -> TransferReport:
     """Write into an adapter's tables what the model makes of the most frequent N-grams of a text.
@@ -227,6 +232,8 @@ def transfer_rows(
         max_bytes: The most bytes that the sums of hidden states may take on the host: 4 bytes for each N-gram and
             number of a hidden state, times the blocks with memory if ``source`` is ``"block"``. Finding directions
             takes as much again for one order.
+        beginning: Tokens that each window begins with, from `engram_lm.tokenizing.beginning_tokens`; they count in
+            ``length``.
         on_progress: Called with a task (``"counting"`` or ``"measuring"``), the number of tokens just done, and the
             number to do in all (None if it is not known).
 
@@ -258,6 +265,7 @@ def transfer_rows(
             length=length,
             batch_size=batch_size,
             max_bytes=max_bytes,
+            beginning=beginning,
             on_progress=lambda number: on_progress("measuring", number, len(tokens)),
         )
     pieces, variance_kept = _pieces(adapter, states, seed)

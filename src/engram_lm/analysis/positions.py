@@ -122,12 +122,11 @@ class PositionChoice:
         reading = readings[0]
         shape = tuple(reading.tokens.shape)
         if self.mask is not None:
-            end = reading.start + reading.tokens.numel()
-            if end > len(self.mask):
+            if reading.places.max() >= len(self.mask):
                 raise ConfigError(
                     f"positions were given for {len(self.mask)} tokens, and the text has more; give one for each token"
                 )
-            return self.mask[reading.start : end].reshape(shape).copy()
+            return self.mask[reading.places] & (reading.places >= 0)
         if self.name == "all":
             return np.ones(shape, bool)
         if self.name == "ngrams":
@@ -135,18 +134,19 @@ class PositionChoice:
         windows = reading.tokens.cpu().numpy()
         chosen = np.zeros(shape, bool)
         for row, window in enumerate(windows):
-            chosen[row, self._completed(window, reading.start == 0 and row == 0)] = True
+            num_given = int((reading.places[row] < 0).sum())
+            chosen[row, self._completed(window, num_given, reading.start == 0 and row == 0)] = True
         return chosen
 
-    def _completed(self, window: np.ndarray, begins_text: bool) -> np.ndarray:
-        """Find the tokens that complete a word or a name."""
+    def _completed(self, window: np.ndarray, num_given: int, begins_text: bool) -> np.ndarray:
+        """Find the tokens that complete a word or a name in a window whose first tokens may not be of the text."""
         texts = self._spelled(window.tolist())
         text = "".join(texts)
         if self.name == "word_ends":
             ends, closed = word_ends(text), len(text)
         else:
             ends, closed = name_ends(text), len(text.rstrip())  # the next word may belong to the name
-        first = _WORD.match(text)
+        first = _WORD.match(text, len("".join(texts[:num_given])))
         # The beginning or end of the window may have cut a word.
         low = first.end() if first is not None and not begins_text else 0
         ends = [end for end in ends if low <= end < closed - 1]

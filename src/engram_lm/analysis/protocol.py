@@ -57,7 +57,9 @@ class Reading:
     tokens: Tensor
     """Raw token ids, int64 ``[B, L]``; all windows of a reading have the same length, so nothing is padding."""
     start: int
-    """Place in the text of ``tokens[0, 0]``. Windows follow each other: ``tokens[b, l]`` is ``start + b * L + l``."""
+    """Tokens read before ``tokens[0, 0]``. Windows follow each other: ``start + b * L + l`` before ``tokens[b, l]``."""
+    places: np.ndarray
+    """Place of each token in the text, int64 ``[B, L]``; -1 for tokens that begin a window and are not in the text."""
     hidden: Sequence[Tensor]
     """``num_layers + 1`` tensors ``[B, L, S, D]``: what enters the first layer (before any memory), then the output of
     each layer, before the final norm. Empty unless ``"hidden"`` is wanted."""

@@ -12,8 +12,8 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.analysis.protocol import WANTS, Analysis, NotApplicable, Reading
 from engram_lm.analysis.recording import Recording, not_finite, recording, score_bytes_per_token
 from engram_lm.analysis.subject import Subject, find_subjects
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, DataError, MismatchError, TokenError, check_whole
+from engram_lm.tokenizing import beginning_tokens, text_tokens
 
 # Dimension key: B windows at a time, L length.
 
@@ -32,16 +32,17 @@ def read_text(
 ) -> dict[str, Any]:
     """Run a text through models once, and let all analyses look on.
 
-    The text is cut into windows that do not see each other; positions restart in each. There is one forward pass for
+    The text is cut into windows that do not see each other; positions restart in each, and each begins with the tokens
+    that the tokenizer puts before a text, if it does (see `engram_lm.tokenizing`). There is one forward pass for
     each model and batch of windows, whatever is asked for. Only statistics are kept, so the text may have any length.
 
     Args:
         subjects: Models of one vocabulary; see `engram_lm.analysis.subject.group_by_tokenizer`. Each is put back into
             the mode it was in.
         tokens: The text: token ids, integers ``[num_tokens]``, as an array (also a memory-mapped one) or token shards;
-            or a string, which is tokenized without special tokens.
+            or a string.
         analyses: The analyses, each under the name of its result.
-        length: Tokens in a window; the last window may be shorter.
+        length: Tokens in a window, with those that begin it; the last window may be shorter.
         budget_bytes: Bytes that may be taken at once, by all models together, for the hidden states, logits and scores
             that the analyses want and for their own scratch. What a forward pass itself needs comes on top.
         max_tokens: Read at most this many tokens, from the start; None reads all.
@@ -60,13 +61,15 @@ def read_text(
     """
     check_whole(length=length, budget_bytes=budget_bytes, max_batch_size=max_batch_size)
     _check_subjects(subjects, length)
+    beginning = beginning_tokens(subjects[0].tokenizer)
+    check_whole(at_least=len(beginning) + 1, length=length)
     if isinstance(tokens, str):
         tokens = text_tokens(subjects[0].tokenizer, tokens)
     shape = getattr(tokens, "shape", None)
     if shape is not None and len(shape) != 1:
         raise DataError(f"a text is one row of token ids [num_tokens], got the shape {list(shape)}")
     num_tokens = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-    if num_tokens < 1:
+    if num_tokens < 1 or (beginning and num_tokens == len(beginning) and _begins(tokens, beginning)):
         raise DataError("the text has no tokens, so there is nothing to analyze; pass a text of at least one token")
     results: dict[str, Any] = {}
     running: dict[str, Analysis] = {}
@@ -79,7 +82,7 @@ def read_text(
         else:
             results[name] = NotApplicable(reason)
     batch_size = choose_batch_size(
-        subjects, list(running.values()), length=min(length, num_tokens), budget_bytes=budget_bytes
+        subjects, list(running.values()), length=min(length, num_tokens + len(beginning)), budget_bytes=budget_bytes
     )
     with contextlib.ExitStack() as stack:
         if running:
@@ -89,9 +92,10 @@ def read_text(
             for subject in subjects:
                 stack.enter_context(evaluating(subject.model))
                 recordings.append(stack.enter_context(recording(subject, **asked)))
-            for start, windows in _windows(tokens, num_tokens, length, min(batch_size, max_batch_size)):
+            batch_size = min(batch_size, max_batch_size)
+            for start, windows, places in _windows(tokens, num_tokens, length, batch_size, beginning):
                 readings = [
-                    _read(subject, record, windows, start, wants)
+                    _read(subject, record, windows, start, places, wants)
                     for subject, record in zip(subjects, recordings, strict=True)
                 ]
                 asking = [name for name, analysis in running.items() if "predict" in analysis.wants]
@@ -104,7 +108,7 @@ def read_text(
                 del readings
                 for record in recordings:
                     record.clear()
-                on_progress(windows.size)
+                on_progress(int((places >= 0).sum()))
     results.update({name: analysis.result() for name, analysis in running.items()})
     return {name: results[name] for name in analyses}
 
@@ -163,7 +167,9 @@ def visible_tokens(codes: Tensor, highest_order: int) -> Tensor:
     return (places - begins + 1).clamp(max=highest_order).masked_fill(codes < 0, 0)
 
 
-def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, wants: frozenset[str]) -> Reading:
+def _read(
+    subject: Subject, record: Recording, windows: np.ndarray, start: int, places: np.ndarray, wants: frozenset[str]
+) -> Reading:
     """Run one model on some windows."""
     if windows.min() < 0 or windows.max() >= subject.vocab_size:
         raise TokenError(
@@ -192,6 +198,7 @@ def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, 
         subject=subject,
         tokens=tokens,
         start=start,
+        places=places,
         hidden=tuple(record.hidden),
         logits=logits if wanted else None,
         rows=dict(record.rows),
@@ -208,16 +215,34 @@ def _read(subject: Subject, record: Recording, windows: np.ndarray, start: int, 
     return reading
 
 
-def _windows(tokens: Any, num_tokens: int, length: int, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the start and int64 [B, L] of whole windows in batches, then the shorter rest alone, so without padding."""
-    whole = num_tokens - num_tokens % length
-    starts = [*range(0, whole, batch_size * length), *([whole] if whole < num_tokens else [])]
+def _windows(
+    tokens: Any, num_tokens: int, length: int, batch_size: int, beginning: tuple[int, ...]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield whole windows in batches, then the shorter rest alone, so without padding.
+
+    Yields the number of tokens read before; windows, int64 ``[B, L]``, each with the beginning; and the places of their
+    tokens in the text, in the same shape, -1 for a beginning that is not in it.
+    """
+    given, width = len(beginning), length - len(beginning)
+    own = given if _begins(tokens, beginning) else 0
+    whole = own + (num_tokens - own) // width * width
+    starts = [*range(own, whole, batch_size * width), *([whole] if whole < num_tokens else [])]
     for start in starts:
-        stop = min(start + batch_size * length, whole) if start < whole else num_tokens
+        stop = min(start + batch_size * width, whole) if start < whole else num_tokens
         piece = np.asarray(tokens[start:stop])
         if piece.dtype.kind not in "iu" or piece.ndim != 1:
             raise TokenError(f"token ids are integers [num_tokens], got {piece.dtype} {list(piece.shape)}")
-        yield start, piece.astype(np.int64).reshape(-1, min(length, stop - start))
+        places = np.arange(start, stop).reshape(-1, min(width, stop - start))
+        before = np.full((len(places), given), -1)
+        if start == own:
+            before[0, :own] = np.arange(own)
+        first = np.tile(np.array(beginning, dtype=np.int64), (len(places), 1))
+        windows = np.concatenate([first, piece.astype(np.int64).reshape(places.shape)], axis=1)
+        yield (start - own) // width * length, windows, np.concatenate([before, places], axis=1)
+
+
+def _begins(tokens: Any, beginning: tuple[int, ...]) -> bool:
+    return tuple(np.asarray(tokens[: len(beginning)]).tolist()) == beginning
 
 
 def _wrong_prediction(reading: Reading) -> str | None:

@@ -28,6 +28,7 @@ from engram_lm.model.modeling import EngramModel
 from engram_lm.page.figure import Picture
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, number_text, signed_text
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.held_out import held_out_loss
 
 # Dimension key: H heads of all orders.
@@ -211,7 +212,9 @@ def suppression_effect(
                         array[row, column] = getattr(family, measure)  # None becomes NaN
                     chance[column], counts[column] = family.chance, family.num_items
             if tokens is not None:
-                loss[row] = held_out_loss(inner, tokens, length=length, batch_size=batch_size).loss
+                loss[row] = held_out_loss(
+                    inner, tokens, length=length, batch_size=batch_size, beginning=beginning_tokens(tokenizer)
+                ).loss
         on_progress(condition)
     return SuppressionEffect(conditions=asked, families=families, num_items=counts, chance=chance, loss=loss, **values)
 

@@ -1,4 +1,4 @@
-"""Tokens and text: a text's tokens, what tokens spell, and text made safe to show."""
+"""What tokens spell, and text made safe to show."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +11,6 @@ REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 16
 # Invisible characters that end lines, move the cursor, start escape sequences or turn the direction of writing.
 _TURNS = {0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF}
-
-
-def text_tokens(tokenizer: Any, text: str) -> np.ndarray:
-    """Tokenize a text without special tokens, int64 ``[num_tokens]``."""
-    return np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
 
 
 def spelled(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:

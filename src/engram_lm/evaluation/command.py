@@ -15,6 +15,7 @@ from engram_lm.errors import ConfigError, check_flags
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, read_tasks
 from engram_lm.serving.load import ModelFlags, load_model
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
@@ -85,6 +86,7 @@ class Eval(ModelFlags):
                 batch_size=self.batch_size,
                 max_tokens=self.max_tokens,
                 num_bytes=corpus.num_bytes if self.max_tokens is None else None,
+                beginning=beginning_tokens(tokenizer),
                 on_progress=advance,
             )
         if not self.json:

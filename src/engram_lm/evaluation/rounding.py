@@ -10,6 +10,7 @@ from engram_lm.memory.formats.table_command import Convert
 from engram_lm.serving.load import load_model
 from engram_lm.tables import MappedTable, RowLayout, packed_layout
 from engram_lm.tables.files.convert import Converted
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import pack, read_documents
 from engram_lm.training.held_out import held_out_loss
 
@@ -52,14 +53,17 @@ class ConvertAndMeasure(Convert):
         model, tokenizer = load_model(self.model, device="cpu")
         longest = getattr(model.config, "max_position_embeddings", None) or 1024
         tokens = pack(corpus.documents, tokenizer)
-        if self.max_tokens is not None:
-            tokens = tokens[: self.max_tokens + 1]
         layouts: dict[int | str, RowLayout] = {result.layer: packed_layout(result.path) for result in results}
         length = self.sequence_length or min(longest, 1024)
         _check(model, layouts)
-        before = held_out_loss(model, tokens, length=length)
+        options: dict[str, Any] = {
+            "length": length,
+            "max_tokens": self.max_tokens,
+            "beginning": beginning_tokens(tokenizer),
+        }
+        before = held_out_loss(model, tokens, **options)
         put_tables(model, layouts)
-        after = held_out_loss(model, tokens, length=length)
+        after = held_out_loss(model, tokens, **options)
         change = {"loss_before": before.loss, "loss_after": after.loss, "change": after.loss - before.loss}
         return {**change, "num_tokens": after.num_tokens}
 

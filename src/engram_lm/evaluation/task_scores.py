@@ -12,6 +12,7 @@ from torch import Tensor
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import DataError
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.tokenizing import begin, beginning_tokens, token_before
 
 _LOGIT_BYTES = 1 << 28
 """Bytes for the logits of a batch; a batch that would need more is cut."""
@@ -104,8 +105,9 @@ def score_tasks(
     """Ask a model questions.
 
     The score of a choice is its log-probability after the prompt, summed over its tokens. Prompt and choice are
-    tokenized together, and the tokens that differ from those of the prompt alone are scored. A begin-of-text token
-    comes first if the tokenizer adds one. Answers are padded on the right, and the batch changes only the rounding.
+    tokenized together, and the tokens that differ from those of the prompt alone are scored. They begin as the
+    tokenizer begins a text (see `engram_lm.tokenizing`). Answers are padded on the right, and the batch changes
+    only the rounding.
 
     Args:
         model: A causal language model of transformers, with or without memory attached; its training flag is put back.
@@ -172,23 +174,23 @@ class _Answer(NamedTuple):
 
 def _requests(tokenizer: Any, items: Sequence[TaskItem], context: int | None) -> list[_Request]:
     asked = [(index, item, choice) for index, item in enumerate(items) for choice in item.choices or (item.answer,)]
-    bos, eos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))
-    begin = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    beginning, before = beginning_tokens(tokenizer), token_before(tokenizer)
     prompts = tokenizer([item.prompt for _, item, _ in asked], add_special_tokens=False).input_ids
     wholes = tokenizer([item.prompt + choice for _, item, choice in asked], add_special_tokens=False).input_ids
     requests = []
-    for (index, item, _), prompt, whole in zip(asked, prompts, wholes, strict=True):
+    for (index, item, _), plain_prompt, plain_whole in zip(asked, prompts, wholes, strict=True):
+        # A question that spells its beginning is not given a second one.
+        prompt, tokens = begin(beginning, plain_prompt), begin(beginning, plain_whole)
         # The last letters of the prompt and the first of the answer may be one token.
-        pairs = enumerate(zip(prompt, whole, strict=False))
-        same = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
-        tokens, start = [*begin, *whole], len(begin) + same
+        pairs = enumerate(zip(prompt, tokens, strict=False))
+        start = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(tokens)))
         if not start:  # nothing to predict the first token from
-            if eos is None:
+            if before is None:
                 raise DataError(
                     f"the question {item.id!r:.80} has nothing before its answer, and the tokenizer has no token that "
                     "begins a text; give it a prompt"
                 )
-            tokens, start = [eos, *tokens], 1
+            tokens, start = [before, *tokens], 1
         if start == len(tokens):
             raise DataError(f"an answer of the question {item.id!r:.80} has no tokens of its own")
         if context is not None and len(tokens) - 1 > context:

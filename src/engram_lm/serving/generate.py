@@ -10,9 +10,10 @@ import torch
 import tyro
 
 from engram_lm.adapt.evaluation_mode import evaluating
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError
 from engram_lm.hashing.token_map import check_tokens
 from engram_lm.serving.load import ModelFlags, load_model
+from engram_lm.tokenizing import prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,20 +77,16 @@ def continue_text(
 ) -> str:
     """Generate the continuation of a prompt by a causal language model of transformers, and return the new text only.
 
-    An end-of-text token stands in for an empty prompt. A temperature of 0 takes the likeliest token each time, and
-    ``top_k`` 0 chooses among all. torch's global random state is left as it was.
+    The prompt is tokenized as `engram_lm.tokenizing.prompt_tokens` says. A temperature of 0 takes the likeliest token
+    each time, and ``top_k`` 0 chooses among all. torch's global random state is left as it was.
 
     Raises:
-        DataError: The prompt is empty and the tokenizer has no end-of-text token.
+        DataError: The prompt is empty and the tokenizer has no token to begin with.
         TokenError: The model does not embed a token of the prompt.
     """
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    if not tokens.numel():
-        if tokenizer.eos_token_id is None:
-            raise DataError("the prompt is empty and the tokenizer has no end-of-text token to begin with")
-        tokens = torch.tensor([[tokenizer.eos_token_id]])
+    tokens = torch.from_numpy(prompt_tokens(tokenizer, prompt))[None]
     check_tokens(tokens, model.get_input_embeddings().num_embeddings)
-    tokens = tokens.to(dtype=torch.int64, device=next(model.parameters()).device)
+    tokens = tokens.to(next(model.parameters()).device)
     choices = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k or None} if temperature else {"do_sample": False}
     )

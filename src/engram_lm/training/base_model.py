@@ -18,6 +18,7 @@ from engram_lm.adapt.controls import permuted_hash
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import local_or_hub
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
@@ -43,7 +44,7 @@ class AdaptedBase:
             raise ConfigError("a recipe with model.base trains in one process; start it without torchrun")
         options = recipe.model
         assert options.base is not None
-        self._recipe = recipe
+        self._recipe, self._beginning = recipe, beginning_tokens(tokenizer)
         self.module: Any = load_base(options.base, options.revision, options.base_dtype)
         """The base, in which everything else is put."""
         self._fingerprint = fingerprint(self.module)
@@ -90,6 +91,7 @@ class AdaptedBase:
                 source=options.transfer_source,
                 length=recipe.data.sequence_length,
                 seed=recipe.train.seed,
+                beginning=self._beginning,
             )
 
     @property

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.adapt import attached_adapters
-from engram_lm.errors import DataError
+from engram_lm.errors import DataError, check_whole
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
+from engram_lm.tokenizing import starts_of
 from engram_lm.training.data.batches import restarting_positions
 from engram_lm.training.distribution import LossModule, Ranks, reshard, share
-from engram_lm.training.loss import language_model_loss
+from engram_lm.training.loss import NOT_SCORED, language_model_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ def held_out_loss(
     ranks: Ranks | None = None,
     loss_module: nn.Module | None = None,
     document_ends: np.ndarray | None = None,
+    beginning: Sequence[int] = (),
     on_progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> HeldOutLoss:
     """Evaluate on packed tokens, cut into sequences of equal length that do not see each other.
@@ -67,7 +69,8 @@ def held_out_loss(
     Args:
         model: An `EngramForCausalLM` or any causal language model of transformers, with memory attached or without.
             Its training flag is put back afterwards.
-        tokens: Packed tokens, integers ``[num_tokens]``. Every one but the first is predicted exactly once.
+        tokens: Packed tokens, integers ``[num_tokens]``. Every one but the first is predicted exactly once; with a
+            ``beginning``, every one that is not part of the beginning of a document.
         length: Tokens in a sequence; the last sequence may be shorter.
         batch_size: Sequences at a time, over all ranks.
         max_tokens: Predict at most this many tokens, from the start; all where None.
@@ -77,14 +80,21 @@ def held_out_loss(
         loss_module: What computes the model's loss, wrapped for several processes; the model's own loss where None.
         document_ends: One past the last token of each document, in order, where positions restart with documents as
             they do in training; None where they do not.
+        beginning: Tokens that every sequence begins with, from `engram_lm.tokenizing.beginning_tokens`.
         on_progress: Called with the number of tokens just evaluated, over all ranks.
 
     Raises:
         DataError: There are fewer than two tokens.
+        ConfigError: ``length`` is below 1, or less than the beginning.
     """
+    check_whole(at_least=max(1, len(beginning)), length=length)
+    scored = ~starts_of(beginning, tokens)
+    if not beginning:
+        scored[:1] = False  # nothing stands before it
     if max_tokens is not None:
-        tokens = tokens[: max_tokens + 1]
-    count = len(tokens) - 1
+        scored = scored[: np.searchsorted(scored.cumsum(), max_tokens) + 1]
+        tokens = tokens[: len(scored)]
+    count = int(scored.sum())
     if count < 1:
         raise DataError(
             f"the held-out text has {len(tokens)} tokens, and it takes at least 2 for one to follow another; hold out "
@@ -92,7 +102,7 @@ def held_out_loss(
         )
     ranks = ranks or Ranks()
     loss_module = loss_module or LossModule(model, functools.partial(language_model_loss, dtype=dtype))
-    device = next(model.parameters()).device
+    device, num_before = next(model.parameters()).device, max(1, len(beginning))
     layers = _memory_layers(model)
     gate_sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)
     places = {block: place for place, block in enumerate(layers)}
@@ -109,21 +119,23 @@ def held_out_loss(
     model.eval()
     try:
         with record_gates(layers, add_gates):
-            for pieces in _batches(tokens, length, max(batch_size, ranks.world_size)):
+            for pieces in _batches(scored, length + 1 - num_before, max(batch_size, ranks.world_size)):
                 # Where there are fewer sequences than ranks, all compute the same and only the first counts it.
                 shared = len(pieces) >= ranks.world_size
                 own = pieces[slice(*share(len(pieces), ranks))] if shared else pieces
-                windows = torch.from_numpy(np.stack([tokens[piece] for piece in own]).astype(np.int64)).to(device)
+                windows, counts = _windows(tokens, scored, own, beginning)
                 loss = loss_module(
-                    windows[:, :-1].contiguous(),
-                    windows[:, 1:].contiguous(),
-                    position_ids=None if document_ends is None else _positions(own, document_ends).to(device),
+                    torch.from_numpy(windows[:, :-1]).contiguous().to(device),
+                    torch.from_numpy(np.where(counts, windows, NOT_SCORED)[:, 1:]).contiguous().to(device),
+                    position_ids=None
+                    if document_ends is None
+                    else _positions(own, document_ends, num_before).to(device),
                 )
                 if shared or ranks.is_first:
-                    total += loss.double() * windows[:, 1:].numel()
+                    total += loss.double() * int(counts[:, 1:].sum())
                     gate_sums += pass_sums
                 pass_sums.zero_()
-                on_progress(sum(piece.stop - piece.start - 1 for piece in pieces))
+                on_progress(sum(int(scored[piece].sum()) for piece in pieces))
     finally:
         model.train(was_training)
         reshard(loss_module)
@@ -142,23 +154,43 @@ def held_out_loss(
     )
 
 
-def _batches(tokens: np.ndarray, length: int, batch_size: int) -> list[list[slice]]:
-    """Whole sequences in batches, then the shorter rest alone, so that no padding is needed.
+def _batches(scored: np.ndarray, width: int, batch_size: int) -> list[list[slice]]:
+    """Cut a text into the tokens that each sequence predicts, ``width`` of them, the first one a token that counts.
 
-    A piece is a sequence and the token after it, so that every token but the first is predicted.
+    Whole sequences come in batches, then the shorter rest alone, so that no padding is needed.
     """
-    count = len(tokens) - 1
-    pieces = [slice(start, min(start + length, count) + 1) for start in range(0, count, length)]
-    num_whole = count // length
+    pieces, stop = list[slice](), 0
+    while scored[stop:].any():
+        first = stop + int(scored[stop:].argmax())
+        stop = min(first + width, len(scored))
+        pieces.append(slice(first, stop))
+    num_whole = sum(piece.stop - piece.start == width for piece in pieces)
     batches = [pieces[first : min(first + batch_size, num_whole)] for first in range(0, num_whole, batch_size)]
     return [*batches, *([piece] for piece in pieces[num_whole:])]
 
 
-def _positions(pieces: list[slice], document_ends: np.ndarray) -> Tensor:
+def _windows(
+    tokens: np.ndarray, scored: np.ndarray, pieces: list[slice], beginning: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put before each piece what its first token is predicted from: the beginning, or the token before it.
+
+    Returns the sequences, int64 ``[len(pieces), length + 1]``, and which of their tokens are predicted, bool.
+    """
+    windows, counts = [], []
+    for piece in pieces:
+        before = np.array(beginning, dtype=np.int64) if beginning else tokens[piece.start - 1 : piece.start]
+        windows.append(np.concatenate([before, tokens[piece]]))
+        counts.append(np.concatenate([np.zeros(len(before), dtype=bool), scored[piece]]))
+    return np.stack(windows).astype(np.int64), np.stack(counts)
+
+
+def _positions(pieces: list[slice], document_ends: np.ndarray, num_before: int) -> Tensor:
+    """Count positions from the starts of documents, for sequences with some tokens before those that they predict."""
     rows = []
     for piece in pieces:
-        first, last = np.searchsorted(document_ends, (piece.start, piece.stop - 1), side="left")
-        rows.append(restarting_positions(piece.stop - piece.start - 1, document_ends[first:last] - piece.start))
+        start, stop = piece.start - num_before, piece.stop - 1
+        first, last = np.searchsorted(document_ends, (start, stop), side="left")
+        rows.append(restarting_positions(stop - start, document_ends[first:last] - start))
     return torch.from_numpy(np.stack(rows))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, DivergedError, MismatchError
 from engram_lm.files import write_atomically
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.build import OwnModel
@@ -72,6 +73,7 @@ class Job:
                 recipe.train.seed,
                 restart_documents=recipe.data.restart_documents,
                 num_tokens=self.text.num_tokens,
+                beginning=beginning_tokens(self.tokenizer),
             )
             dtype = self._dtype()
         self.trainer = Trainer(
@@ -262,6 +264,7 @@ class Job:
             batch_size=sequences_at_once(self.recipe, self.ranks),
             ranks=self.ranks,
             loss_module=self.trainer.loss_module,
+            beginning=self.trainer.batches.beginning,
             **options,
         )
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import sequence_balance_loss
 
+NOT_SCORED = -100
+"""Target of a position whose prediction does not count; what torch's losses ignore."""
 _LOGITS_AT_ONCE = 1 << 27
 """Numbers of logits that are in memory at a time in an evaluation, 512 MiB."""
 
@@ -26,7 +28,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def language_model_loss(
     model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32", *, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Compute the mean nats per token.
+    """Compute the mean nats per token that counts.
 
     A model of ours whose configuration weighs the sequence-wise balance loss of its experts has it added, as with
     ``labels``. Without gradients, as in an evaluation, the mean is exact: losses are taken in float32 and added up in
@@ -36,7 +38,7 @@ def language_model_loss(
         model: An `EngramForCausalLM`, whose logits are never all in memory; or any causal language model of
             transformers.
         inputs: Tokens ``[B, L]``.
-        targets: The token after each, ``[B, L]``.
+        targets: The token after each, ``[B, L]``; `NOT_SCORED` where it does not count.
         dtype: Type of matrix products.
         position_ids: ``[B, L]``, starting anew where a document does; one run of positions where None.
     """
@@ -51,13 +53,14 @@ def language_model_loss(
     if dtype != "float32":
         hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    count = (targets != NOT_SCORED).sum()
     if torch.is_grad_enabled():
         # Each token's loss has the type of the products; their mean is taken in float32.
-        loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().mean()
+        loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().sum() / count
     else:
         at_once = max(1, _LOGITS_AT_ONCE // len(weight))
         pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        loss = _sum_of_losses((F.linear(some, weight), following) for some, following in pairs) / len(targets)
+        loss = _sum_of_losses((F.linear(some, weight), following) for some, following in pairs) / count
     if balance:
         loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
     return loss
@@ -69,7 +72,7 @@ def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, pos
     with autocast(inputs.device, dtype):
         logits = model(input_ids=inputs, use_cache=False, **wanted).logits
     if not torch.is_grad_enabled():
-        return _sum_of_losses([(logits.flatten(0, 1), targets.flatten())]) / targets.numel()
+        return _sum_of_losses([(logits.flatten(0, 1), targets.flatten())]) / (targets != NOT_SCORED).sum()
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 

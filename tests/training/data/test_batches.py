@@ -137,3 +137,33 @@ def test_a_document_in_a_sequence_gives_the_logits_of_the_document_alone(tmp_pat
         alone = logits(batch.inputs[:, start:stop])
         torch.testing.assert_close(apart[start:stop], alone, atol=1e-5, rtol=1e-4)
         assert start == 0 or not torch.allclose(mixed[start:stop], alone, atol=1e-2)
+
+
+@pytest.mark.parametrize("beginning", [(290,), (290, 291)])
+def test_a_sequence_that_starts_inside_a_document_begins_like_one_that_starts_with_it(beginning):
+    given = len(beginning)
+    tokens = np.concatenate([[*beginning, *range(11 * n, 11 * n + 11)] for n in range(19)])
+    batches = Batches(tokens, batch_size=1, length=7, seed=0, beginning=beginning)
+    parts = [batches.part(step, 0, 1) for step in range(batches.num_sequences)]
+    for part in parts:
+        assert part.inputs.shape == part.targets.shape == (1, 7)
+        assert part.inputs[0, :given].tolist() == list(beginning)
+        assert part.inputs[0, given:].tolist() != [*beginning, *part.inputs[0, 2 * given :].tolist()]
+        assert part.inputs[0, 1:].tolist() == part.targets[0, :-1].tolist()
+    targets = np.concatenate([part.targets[0, given - 1 :] for part in parts])
+    told, counts = np.unique(targets[targets < 290], return_counts=True)
+    # The last tokens do not fill a sequence. What follows a skipped beginning is seen twice.
+    assert told.tolist() == list(range(told.max() + 1)) and told.max() > 190
+    assert counts.max() <= 2 and (counts == 2).sum() < 20
+    with pytest.raises(ConfigError, match="length must be at least 2"):
+        Batches(tokens, 1, 1, 0, beginning=(290, 291))
+
+
+def test_positions_restart_behind_a_beginning(tmp_path):
+    tokens, ends = np.array([9, 1, 2, 3, 9, 4, 5, 6, 7, 8], dtype=np.uint16), [4, 10]
+    entry = write_shard(tmp_path / "0.safetensors", [tokens], ends, tokens.dtype)
+    write_index(tmp_path, {"vocab_size": 10, "tokenizer": "x", "end_token": None, "num_text_bytes": 0}, [entry])
+    batches = Batches(TokenShards.open(tmp_path), 3, 3, 0, restart_documents=True, beginning=(9,))
+    part = batches.part(0, 0, 3)
+    rows = {tuple(row): places for row, places in zip(part.inputs.tolist(), part.position_ids.tolist(), strict=True)}
+    assert rows == {(9, 1, 2): [0, 1, 2], (9, 3, 9): [0, 1, 0], (9, 5, 6): [0, 1, 2]}

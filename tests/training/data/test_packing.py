@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tests.beginnings import with_template
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.training.data import packing
+from engram_lm.training.data.documents import Document, pack, read_documents
 from engram_lm.training.data.formats import PIECE_CHARACTERS
 from engram_lm.training.data.packing import pack_to_shards
 from engram_lm.training.data.shards import TokenShards, token_dtype, tokenizer_digest, write_index, write_shard
@@ -308,3 +310,31 @@ def test_many_files_read_as_one_array(tmp_path, vocab_size, monkeypatch):
     for part in (3, slice(0, 9, 2)):
         with pytest.raises(TypeError, match="slices without a step"):
             read[part]
+
+
+def test_every_document_begins_as_its_tokenizer_begins_a_text(tmp_path, tokenizer, source, small_batches):
+    begins = with_template(tokenizer, "<s> $A")
+    packed, plain = (pack_to_shards([source], one, tmp_path / "cache", held_out=0) for one in (begins, tokenizer))
+    documents = split(packed.train)
+    assert [document[0] for document in documents] == [begins.bos_token_id] * len(TEXTS)
+    assert [document[1:] for document in documents] == split(plain.train)
+    read = read_documents([source]).documents
+    assert packed.train[:].tolist() == pack(read, begins).tolist()
+    # Shards made without the beginning are not taken for these, and those of other tokenizers stay what they were.
+    assert packed.digest != plain.digest
+    twin = AutoTokenizer.from_pretrained(saved(tokenizer, tmp_path / "twin"))
+    assert tokenizer_digest(twin) == tokenizer_digest(tokenizer) != tokenizer_digest(begins)
+
+
+def saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_only_the_first_piece_of_a_long_document_begins_it(tmp_path, tokenizer):
+    begins = with_template(tokenizer, "<s> $A")
+    text = "a line of a long document\n" * (PIECE_CHARACTERS // 20)
+    (tmp_path / "long.txt").write_text(text)
+    corpus = pack_to_shards([tmp_path / "long.txt"], begins, tmp_path / "cache", held_out=0)
+    assert len(text) > PIECE_CHARACTERS and corpus.train[:].tolist() == pack([Document("a", text)], begins).tolist()
+    assert corpus.train[:].tolist().count(begins.bos_token_id) == 1

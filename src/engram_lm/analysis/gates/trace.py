@@ -12,8 +12,9 @@ from torch import Tensor
 from engram_lm.analysis.protocol import ModelAnalysis, Reading
 from engram_lm.analysis.reading import look
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import text_tokens, token_texts, visible_text
+from engram_lm.analysis.token_text import token_texts, visible_text
 from engram_lm.errors import ConfigError
+from engram_lm.tokenizing import begin, beginning_tokens, text_tokens
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -127,8 +128,8 @@ def gate_trace(
         model: An `engram_lm.EngramForCausalLM` with memory, or a model with an attached one. It is put back into the
             mode it was in.
         tokenizer: The tokenizer it was trained with.
-        text: A text, tokenized without special tokens, or its token ids ``[length]``. All its gates are kept, so it
-            should be short; for averages over a long text see `GateStatistics`.
+        text: A text, or its token ids ``[length]``. All its gates are kept, so it should be
+            short; for averages over a long text see `GateStatistics`.
         length: Tokens that the model sees at once. A longer text is cut into windows that do not see each other. None
             makes it one window.
         adapter: Which attached memory to look at, if there are several.
@@ -144,7 +145,9 @@ def gate_trace(
     if isinstance(text, str):
         text = text_tokens(tokenizer, text)
     tokens = text.cpu().numpy() if isinstance(text, Tensor) else np.asarray(text, dtype=np.int64)
-    length = max(1, len(tokens)) if length is None else length
+    if length is None:
+        beginning = beginning_tokens(tokenizer)
+        length = max(len(beginning) + 1, len(begin(beginning, tokens.tolist())))
     # There is no budget, because all of it is kept anyway.
     options: dict[str, Any] = {"length": length, "adapter": adapter, "budget_bytes": sys.maxsize}
     ((trace,),) = look(model, tokenizer, tokens, TraceKeeper(), **options).values()

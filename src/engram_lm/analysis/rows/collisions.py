@@ -8,10 +8,10 @@ import numpy as np
 
 from engram_lm.analysis.protocol import PlainResult
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import text_tokens
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.hashing.counting import FrequentNgrams, frequent_ngrams, ngram_rows
+from engram_lm.tokenizing import text_tokens
 
 
 class TextNgrams:

@@ -13,7 +13,7 @@ from engram_lm.analysis.protocol import NotApplicable, PlainResult
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import spelled, text_tokens
+from engram_lm.analysis.token_text import spelled
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError, check_whole
 from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
 from engram_lm.hashing.token_map import read_vocabulary
@@ -264,7 +264,10 @@ def nearest_ngrams(
     memory = _Memory(subject, block)
     spec = memory.spec
     check_whole(k=k, min_count=min_count, max_ngrams=max_ngrams, budget_bytes=budget_bytes)
-    tokens = text_tokens(subject.tokenizer, ngram) if isinstance(ngram, str) else np.asarray(ngram)
+    if isinstance(ngram, str):
+        # It stands anywhere in a text, so it has no beginning.
+        ngram = subject.tokenizer(ngram, add_special_tokens=False).input_ids
+    tokens = np.asarray(ngram)
     order = len(tokens)
     if order not in spec.orders:
         raise ConfigError(

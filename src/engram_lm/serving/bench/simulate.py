@@ -29,6 +29,7 @@ from engram_lm.tables.around.reuse import (
 )
 from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.byte_size import byte_size
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import read_documents
 
 POLICIES = {
@@ -292,9 +293,10 @@ def _title(block: int, order: int | None) -> str:
 
 def _encode(tokenizer: Any, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Token ids of each document, int64, a few documents at a time."""
+    beginning = beginning_tokens(tokenizer)
     while some := list(itertools.islice(texts, _DOCUMENTS_AT_ONCE)):
         for encoding in tokenizer.encode_batch(some, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=np.int64)
+            yield np.array([*beginning, *encoding.ids], dtype=np.int64)
 
 
 def _model_row_bytes(folder: Path) -> int:

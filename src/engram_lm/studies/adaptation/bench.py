@@ -13,6 +13,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.adaptation.arms import ARMS, RETAINED, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import load_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
 from engram_lm.training.data.text import TrainingText
@@ -156,6 +157,7 @@ class Bench:
                 batch_size=sequences_at_once(recipe, self.ranks),
                 num_bytes=num_bytes,
                 dtype=self.dtype,
+                beginning=beginning_tokens(self.tokenizer),
             )
             found[name] = loss_values(measured.to_dict())
         return found

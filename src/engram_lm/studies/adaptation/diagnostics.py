@@ -1,6 +1,6 @@
 """What a trained memory does: which rows are in use, how many N-grams share them, and how far the gates open."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
     with adapter.disabled():
         off = _losses(job)
     assert job.text.held_out is not None
-    gates = gate_statistics(job.model, adapter, job.text.held_out, length=length, dtype=job.trainer.options.dtype)
+    options: dict[str, Any] = {"dtype": job.trainer.options.dtype, "beginning": job.trainer.batches.beginning}
+    gates = gate_statistics(job.model, adapter, job.text.held_out, length=length, **options)
     shuffle = shuffled_rows(adapter.spec)
     adapter.row_map = lambda block, rows: shuffle(block, rows if own_map is None else own_map(block, rows))
     shuffled = _losses(job)
@@ -104,7 +105,7 @@ def collisions(adapter: MemoryAdapter, tokens: np.ndarray) -> dict[str, dict[str
 
 
 def gate_statistics(
-    model: Any, adapter: MemoryAdapter, tokens: np.ndarray, *, length: int, dtype: str
+    model: Any, adapter: MemoryAdapter, tokens: np.ndarray, *, length: int, dtype: str, beginning: Sequence[int] = ()
 ) -> dict[str, dict[str, float]]:
     """Describe how far the gates open on held-out ``tokens [num_tokens]``, of which the first 16,384 are looked at.
 
@@ -113,7 +114,7 @@ def gate_statistics(
     layers: dict[int, Any] = {int(block): layer for block, layer in adapter.layers.items()}
     gates: dict[int, list[Tensor]] = {block: [] for block in layers}
     with record_gates(layers, lambda block, values: gates[block].append(values.float().cpu().flatten())):
-        held_out_loss(model, tokens, length=length, max_tokens=_GATE_TOKENS, dtype=dtype)
+        held_out_loss(model, tokens, length=length, max_tokens=_GATE_TOKENS, dtype=dtype, beginning=beginning)
     found = {}
     for block, parts in gates.items():
         values = torch.cat(parts)

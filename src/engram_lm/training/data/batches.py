@@ -36,7 +36,9 @@ class Batches:
     """Fixed-length sequences of a packed corpus, shuffled anew each time through it.
 
     Sequence i is tokens ``[i * length, (i + 1) * length]``: its last target is the first input of the next one. The
-    tokens behind the last whole sequence, at most ``length`` of them, are not used.
+    tokens behind the last whole sequence, about ``length`` at most, are not used. With a ``beginning`` of one token,
+    sequence i is that token and then ``[i * length, (i + 1) * length)``, so a sequence that starts in the middle of a
+    document begins like one that starts with it.
 
     A step's samples depend on nothing but these fields and the step, so a run that resumes, on any number of ranks,
     sees what it would have seen without the stop. The order is computed, not stored: a sample costs the same in a
@@ -57,9 +59,11 @@ class Batches:
     say so. The memory's short convolution crosses documents."""
     num_tokens: int | None = None
     """Tokens to use, from the start; all where None."""
+    beginning: tuple[int, ...] = ()
+    """What every sequence begins with, from `engram_lm.tokenizing.beginning_tokens`; these tokens count in `length`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
+        for name, least in (("batch_size", 1), ("length", max(1, len(self.beginning))), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"Batches.{name} must be at least {least}, not {getattr(self, name)}")
         if self.restart_documents and not isinstance(self.tokens, TokenShards):
@@ -76,7 +80,12 @@ class Batches:
     @property
     def num_sequences(self) -> int:
         """Number of sequences in one pass through the corpus."""
-        return max(0, (self._num_tokens - 1) // self.length)
+        return max(0, (self._num_tokens - max(1, len(self.beginning))) // self._stride)
+
+    @property
+    def _stride(self) -> int:
+        """Tokens of the text from the start of a sequence to the start of the next."""
+        return self.length + 1 - max(1, len(self.beginning))
 
     @property
     def _num_tokens(self) -> int:
@@ -98,10 +107,15 @@ class Batches:
         """
         if step < 0 or not 0 <= start <= stop <= self.batch_size:
             raise IndexError(f"samples {start} to {stop} of step {step}: a step has {self.batch_size}, from 0")
-        firsts = self.sequences(step)[start:stop] * self.length
+        firsts, given = self.sequences(step)[start:stop] * self._stride, len(self.beginning)
         windows = np.empty((len(firsts), self.length + 1), dtype=np.int64)
-        for window, first in zip(windows, firsts.tolist(), strict=True):
-            window[:] = self.tokens[first : first + self.length + 1]
+        for number, first in enumerate(firsts.tolist()):
+            found = self.tokens[first : first + self.length + 1]
+            if given and tuple(found[:given].tolist()) == self.beginning:
+                windows[number] = found
+            else:
+                windows[number] = [*self.beginning, *found[: self.length + 1 - given].tolist()]
+                firsts[number] -= given
         batch = torch.from_numpy(windows)
         positions = torch.from_numpy(self._positions(firsts)) if self.restart_documents else None
         return Batch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), positions)

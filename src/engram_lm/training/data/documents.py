@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import DataError
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.formats import cut_text
 from engram_lm.training.data.sources import open_sources
 from engram_lm.training.data.text_source import Sources, name_sources
@@ -136,21 +137,26 @@ def tokenize(
     *,
     on_progress: Callable[[int], None] = lambda num_characters: None,
 ) -> Iterator[np.ndarray]:
-    """Tokenize documents as `pack_to_shards` does, an end-of-text token after each if the tokenizer has one.
+    """Tokenize documents as `pack_to_shards` does.
+
+    Each begins as the tokenizer begins a text (see `engram_lm.tokenizing`), and ends with the end-of-text token if the
+    tokenizer has one.
 
     ``on_progress`` is called with the number of characters done since the last call.
 
     Yields:
         Tokens of a document, or of a piece of a long one, int32 ``[num_tokens]``.
     """
-    encoder, end = text_encoder(tokenizer), tokenizer.eos_token_id
+    encoder = text_encoder(tokenizer)
+    first, last = beginning_tokens(tokenizer), () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     cut = ([*cut_text(document.text)] for document in documents)
-    pieces = ((text, number == len(texts)) for texts in cut for number, text in enumerate(texts, start=1))
+    pieces = ((text, number == 1, number == len(texts)) for texts in cut for number, text in enumerate(texts, start=1))
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        encodings = encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for (_, is_last), encoding in zip(batch, encodings, strict=True):
-            yield np.array([*encoding.ids, *([end] if is_last and end is not None else [])], dtype=np.int32)
-        on_progress(sum(len(text) for text, _ in batch))
+        encodings = encoder.encode_batch_fast([text for text, _, _ in batch], add_special_tokens=False)
+        for (_, is_first, is_last), encoding in zip(batch, encodings, strict=True):
+            ids = [*(first if is_first else ()), *encoding.ids, *(last if is_last else ())]
+            yield np.array(ids, dtype=np.int32)
+        on_progress(sum(len(text) for text, _, _ in batch))
 
 
 def pack(

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from engram_lm.errors import ConfigError, DataError, RunFolderError
 from engram_lm.files import write_atomically
 from engram_lm.hashing.token_map import read_vocabulary
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import draw, text_encoder
 from engram_lm.training.data.formats import PIECE_CHARACTERS, Piece
 from engram_lm.training.data.shards import (
@@ -91,8 +92,9 @@ def pack_to_shards(
     """Tokenize sources into shards on disk, or open those of an earlier run.
 
     Tokenization runs on all cores (unless ``TOKENIZERS_PARALLELISM=false``) while the next batch is read and the
-    previous one is stored. A document is tokenized as text even where it spells a special token, an end-of-text token
-    follows it if the tokenizer has one, and a document of more than 262,144 characters is tokenized in pieces (see
+    previous one is stored. A document is tokenized as text even where it spells a special token. It begins as the
+    tokenizer begins a text (see `engram_lm.tokenizing`), an end-of-text token follows it if the tokenizer has one, and
+    a document of more than 262,144 characters is tokenized in pieces (see
     `engram_lm.training.data.formats.cut_text`). After a kill at any moment, the next call continues from the last
     complete shard and produces the same bytes. A second process that packs the same corpus waits for the first and
     reuses its work. Needs memory for two batches of text and encodings (some hundred MB), a shard and the largest
@@ -213,6 +215,7 @@ class _Packing:
         self.vocab_size, self.end_token = len(read_vocabulary(tokenizer)), tokenizer.eos_token_id
         self.dtype = token_dtype(self.vocab_size)
         self.end = np.array([] if self.end_token is None else [self.end_token], dtype=self.dtype)
+        self.beginning = np.array(beginning_tokens(tokenizer), dtype=self.dtype)
         self.sides = {name: _Side() for name in _SIDES[: 2 if options["held_out"] else 1]}
         self.place = _Place()
         self.facts = {"num_documents": 0, "lowest": 1.0}
@@ -269,6 +272,8 @@ class _Packing:
             number = draw(piece.digest, self.options["seed"])
             side = self.sides["held_out" if number < self.options["held_out"] else "train"]
             tokens = np.array(encoding.ids, dtype=self.dtype)
+            if not state.document_tokens:
+                tokens = np.concatenate([self.beginning, tokens])
             state.document_tokens += len(tokens)
             side.add(tokens)
             side.num_text_bytes += len(piece.text.encode())

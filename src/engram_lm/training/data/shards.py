@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.files import read_json, replacing, write_atomically
 from engram_lm.tables.files.safetensors_file import read_header
+from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.formats import digest_file
 
 INDEX_NAME = "index.json"
@@ -38,7 +39,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     if backend is None:
         raise ConfigError(f"packing needs a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
     added = sorted((number, token.content) for number, token in backend.get_added_tokens_decoder().items())
-    digest = hashlib.sha256(json.dumps([added, tokenizer.eos_token_id]).encode())
+    beginning = beginning_tokens(tokenizer)
+    # Most tokenizers add nothing before a text, and the digest of those is that of their earlier shards.
+    digest = hashlib.sha256(json.dumps([added, tokenizer.eos_token_id, *([beginning] if beginning else [])]).encode())
     for part in (backend.normalizer, backend.pre_tokenizer, backend.model):
         # JSON, as in tokenizer.json but without a detour over all of it, which takes ten times as long.
         text = b"null" if part is None else part.__getstate__()
