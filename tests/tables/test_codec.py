@@ -159,10 +159,12 @@ def test_codecs_that_cannot_be_are_refused():
     for options, message in (
         ((0, torch.float32), "0 numbers"),
         ((4, torch.int32), "cannot be stored"),
-        ((4, torch.int8), "8-bit rows have scales"),
-        ((4, torch.int8, "table"), "by blocks"),
-        ((4, torch.float32, "blocks"), "others none"),
-        ((4, torch.float8_e4m3fn, "none"), "8-bit rows have scales"),
+        ((4, torch.int8), "8-bit rows have one scale or scales by blocks"),
+        ((4, torch.int4, "table"), "4-bit rows have them by blocks"),
+        ((4, torch.int8, "blocks", 1.0, 4, torch.int16), "scales of torch.int16"),
+        ((4, torch.int8, "blocks", 1.0, 0), "for 0 numbers"),
+        ((4, torch.float32, "blocks"), "others have none"),
+        ((4, torch.float8_e4m3fn, "none"), "8-bit rows have one scale"),
     ):
         with pytest.raises(ConfigError, match=message):
             RowCodec(*options)

@@ -205,7 +205,7 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
     write_raw(tmp_path / "file", {
         "half": half, "flat": ("BF16", (6,), b"\0" * 12), "none": ("BF16", (0, 3), b""),
         "wide": ("BF16", (1, 4), b"\0" * 8), "full": ("F32", (1, 3), b"\0" * 12), "ids": ("I64", (1, 1), b"\0" * 8),
-        "eight": eight, "scale": scale, "short": ("F8_E8M0", (1, 2), b"\0\0"),
+        "eight": eight, "scale": scale, "long": ("F8_E8M0", (2, 7), b"\0" * 14),
     })  # fmt: skip
     header = read_header(tmp_path / "file")
     for names, message in (
@@ -218,8 +218,8 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             opened([header[name] for name in names])
     for scales, message in (
-        ([header["short"]], r"short .*expected F8_E8M0 \[2, 2\]"),
-        ([header["half"]], r"half .*expected F8_E8M0 \[2, 2\]"),
+        ([header["long"]], r"long .*does not read scales of this type and shape for eight"),
+        ([header["ids"]], r"ids .*does not read scales of this type and shape for eight"),
         ([], "1 shards have 0"),
         (float("nan"), "scale is nan"),
         (0.0, "scale is 0.0"),
@@ -228,7 +228,7 @@ def test_tensors_that_are_no_table_are_refused_by_name(tmp_path):
             opened([header["eight"]], scales=scales)
     with pytest.raises(ConfigError, match="need scales"):
         opened([header["eight"]])
-    with pytest.raises(ConfigError, match="only rows of F8_E4M3 have scales"):
+    with pytest.raises(ConfigError, match="only rows of F8_E4M3, F8_E5M2, I8 have scales"):
         opened([header["half"]], scales=2.0)
     with pytest.raises(ConfigError, match="16 bits or more"):
         opened([header["half"]], dtype=torch.int64)

@@ -19,6 +19,7 @@ from engram_lm.tables.files.safetensors_file import INDEX_NAME
 
 ROWS, WIDTH = 24, 40
 DEEPSEEK, QWEN = "layers.{}.engram.embed.{}", "model.language_model.layers.1.ple.ple_embedding.{}"
+SHARD_SCALE = QWEN.format("ngram_embedding.shard_0.weight_scale")
 
 
 def deepseek(layers=(1, 14), rows=ROWS, seed=0):
@@ -121,20 +122,33 @@ def bad_checkpoints():
     table_scale = QWEN.format("ngram_embedding.weight_scale")
     own = ("F32", (2, 2), bytes(16))
     yield "scale without weight", without(deep, weight), rf"lacks {weight}"
-    yield "weight without scale", without(deep, scale), rf"lacks {scale}"
+    yield "weight without scale", without(deep, scale), "has no scale that engram-lm finds"
     yield (
         "scales of another shape",
-        {**deep, scale: ("F8_E8M0", (ROWS, 1), bytes(ROWS))},
-        r"expected F8_E8M0 \[24, 2\]",
+        {**deep, scale: ("F8_E8M0", (ROWS, 7), bytes(7 * ROWS))},
+        r"engram-lm does not read scales of this type and shape for .*\[24, 40\]",
     )
-    yield "rows of another type", {**deep, weight: ("BF16", (ROWS, 2), bytes(4 * ROWS))}, "expected F8_E4M3"
+    yield "rows of another type", {**deep, weight: ("BF16", (ROWS, 2), bytes(4 * ROWS))}, "is not of 8 bits"
     yield "two prefixes", {**deep, **{f"model.{name}": tensor for name, tensor in deep.items()}}, "several times"
     yield "missing shard", without(shards, QWEN.format("ngram_embedding.shard_7.weight")), "shard_7"
     yield "whole and shards", {**shards, whole: ("BF16", (2, 4), bytes(16))}, "both in one tensor and in shards"
     yield "8 bits without scale", without(eight, table_scale), "weight_scale"
-    yield "scale alone", {table_scale: eight[table_scale]}, "without its numbers"
+    yield "scale alone", {table_scale: eight[table_scale]}, r"lacks .*\.weight, without which"
     yield "scale of 16-bit rows", {**shards, table_scale: eight[table_scale]}, "has no scale"
-    yield "scale of many numbers", {**eight, table_scale: ("F32", (2,), bytes(8))}, "expected one number"
+    yield "scale of many numbers", {**eight, table_scale: ("F32", (2,), bytes(8))}, "does not read scales of this type"
+    yield "scales of integers", {**eight, table_scale: ("I64", (24,), bytes(192))}, "does not read scales of this type"
+    yield (
+        "scale of one shard",
+        {**without(eight, table_scale), SHARD_SCALE: ("F32", (), b"abcd")},
+        "lacks that of shard 1",
+    )
+    yield "two scales", {**eight, f"{table_scale}_inv": eight[table_scale]}, "keep one"
+    yield "scales twice", {**eight, SHARD_SCALE: eight[table_scale]}, "both for all rows and for shards"
+    yield (
+        "another quantizer",
+        {**shards, QWEN.format("ngram_embedding.shard_0.weight_packed"): ("I64", (1,), bytes(8))},
+        "weight_packed.*engram-lm does not read tables that are stored in this way",
+    )
     yield "no table", {"x": ("BF16", (1,), b"ab")}, r"no memory table.*memory_tables\.NAME"
     yield "two kinds in a layer", {**deep, "memory_tables.1.weight": own}, "several tables of layer 1"
 

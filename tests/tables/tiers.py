@@ -150,6 +150,22 @@ def written(folder, kind, num_rows=101, width=70):
         write_raw(folder / "c.safetensors", {"w": ("F8_E4M3", (num_rows, width), values)}, align=1)
         layout = tensor_layout([read_header(folder / "c.safetensors")["w"]], scales=0.0137)
         return layout, (numbers.float() * 0.0137).bfloat16()
+    if kind in _SCALED:
+        dtype, numpy_dtype, scale_shape, block, tall = _SCALED[kind]
+        if dtype == "I8":
+            numbers = torch.from_numpy(np.frombuffer(values, np.int8).reshape(num_rows, width).copy())
+        shape = scale_shape(num_rows, width)
+        scales = np.random.default_rng(4).uniform(0.01, 0.1, shape).astype(numpy_dtype)
+        stored = {
+            "w": (dtype, (num_rows, width), values),
+            "s": ("F32" if numpy_dtype == "f4" else "F16", shape, scales.tobytes()),
+        }
+        write_raw(folder / "c.safetensors", stored, align=1)
+        header = read_header(folder / "c.safetensors")
+        wide = torch.from_numpy(scales.astype("f4")).view(-(-num_rows // tall), -1)
+        wide = wide.repeat_interleave(block, dim=1)[:, :width].repeat_interleave(tall, dim=0)[:num_rows]
+        layout = tensor_layout([header["w"]], scales=[header["s"]])
+        return layout, (numbers.float() * wide).to(torch.float32 if dtype == "I8" else torch.bfloat16)
     blocks = -(-width // 32)
     scales = np.random.default_rng(4).integers(110, 140, num_rows * blocks, dtype=np.uint8).tobytes()
     write_raw(folder / "c.safetensors", {"w": ("F8_E4M3", (num_rows, width), values)}, align=1)
@@ -159,7 +175,13 @@ def written(folder, kind, num_rows=101, width=70):
     return tensor_layout([weight], scales=[scale]), (numbers * wide).bfloat16()
 
 
-KINDS = ("F32", "F16", "BF16", "FP8 with block scales", "FP8 with one scale")
+# Type of the numbers and of the scales, their shape, and how many columns and rows share a scale.
+_SCALED = {
+    "FP8 with a scale for each row": ("F8_E4M3", "f2", lambda rows, width: (rows, 1), 10**6, 1),
+    "INT8 with block scales": ("I8", "f4", lambda rows, width: (rows, -(-width // 64)), 64, 1),
+    "FP8 with square blocks": ("F8_E4M3", "f4", lambda rows, width: (-(-rows // 16), -(-width // 16)), 16, 16),
+}
+KINDS = ("F32", "F16", "BF16", "FP8 with block scales", "FP8 with one scale", *_SCALED)
 
 
 @contextlib.contextmanager

@@ -17,21 +17,34 @@ BLOCK = 32
 _LARGEST_FRACTION, _LARGEST_EXPONENT = 0.875, 9
 
 
-def num_blocks(size: int) -> int:
+def num_blocks(size: int, block: int = BLOCK) -> int:
     """Count the blocks over a dimension; the last may be cut."""
-    return -(-size // BLOCK)
+    return -(-size // block)
 
 
-def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bool = False) -> Tensor:
+def block_size(size: int, count: int) -> int | None:
+    """Find how long the blocks of a dimension are, from their number: all of it, one, or a power of two; else None."""
+    if count in (1, size):
+        return size // count
+    powers = (2**exponent for exponent in range(1, size.bit_length()))
+    return next((power for power in powers if num_blocks(size, power) == count), None)
+
+
+def dequantize(
+    values: Tensor, scales: Tensor, dtype: torch.dtype, *, block: int = BLOCK, square: bool = False
+) -> Tensor:
     """Multiply every number by its block's scale.
 
-    Exact in bfloat16 wherever the product is within its range: a product has the four significant bits of its value.
+    Exact in bfloat16 with float8_e8m0fnu scales, wherever the product is within its range: a product has the few
+    significant bits of its value. With other scales the product is computed in float32 (float64 for that ``dtype``),
+    and rounded once.
 
     Args:
-        values: float8_e4m3fn ``[rows, columns]``.
-        scales: float8_e8m0fnu ``[rows, num_blocks(columns)]``, or ``[num_blocks(rows), num_blocks(columns)]``.
+        values: Floats or integers of 8 bits, ``[rows, columns]``.
+        scales: Floating point, ``[rows, num_blocks(columns)]``, or ``[num_blocks(rows), num_blocks(columns)]``.
         dtype: Type of the result.
-        square: Whether a block is 32 x 32, or 32 columns of one row.
+        block: Columns of a block.
+        square: Whether a block has as many rows as columns, or one.
 
     Returns:
         ``[rows, columns]``.
@@ -39,23 +52,20 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype, *, square: bo
     Source: deepseek-ai/DeepSeek-V4.1-Flash ``inference/engram.py``.
     """
     # The product is rounded once, to the result's type; float16 could not even hold the scales.
-    exact = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
-    return scaled(values.to(exact), scales.to(exact), square=square).to(dtype)
-
-
-def scaled(values: Tensor, scales: Tensor, *, square: bool = False) -> Tensor:
-    """Multiply numbers, which are written over, by the scales of their blocks, of the same type; see `dequantize`."""
-    rows, columns = values.shape
-    if columns % BLOCK == 0 and not square:
+    holds_it = dtype == torch.float64 or (dtype == torch.bfloat16 and scales.dtype == torch.float8_e8m0fnu)
+    exact = dtype if holds_it else torch.float32
+    numbers, factors = values.to(exact), scales.to(exact)
+    rows, columns = numbers.shape
+    if columns % block == 0 and not square:
         # The same products without a scale for every number in memory: half the time.
-        return values.view(rows, -1, BLOCK).mul_(scales.unsqueeze(2)).view(rows, columns)
-    return values.mul_(_widened(scales, values.shape, square))
+        return numbers.view(rows, columns // block, block).mul_(factors.unsqueeze(2)).view(rows, columns).to(dtype)
+    return numbers.mul_(_widened(factors, numbers.shape, block, square)).to(dtype)
 
 
-def _widened(scales: Tensor, shape: torch.Size, square: bool) -> Tensor:
+def _widened(scales: Tensor, shape: torch.Size, block: int, square: bool) -> Tensor:
     """A scale for each number of a matrix."""
-    wide = scales.repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
-    return wide.repeat_interleave(BLOCK, dim=0)[: shape[0]] if square else wide
+    wide = scales.repeat_interleave(block, dim=1)[:, : shape[1]]
+    return wide.repeat_interleave(block, dim=0)[: shape[0]] if square else wide
 
 
 def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
@@ -87,4 +97,4 @@ def quantize(values: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
     exponent = exponent - _LARGEST_EXPONENT + (fraction > _LARGEST_FRACTION)
     exponent = torch.where(largest == 0, 0, exponent).clamp_min(-127)
     scales = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-    return (values / _widened(scales.float(), values.shape, square)).to(torch.float8_e4m3fn), scales
+    return (values / _widened(scales.float(), values.shape, BLOCK, square)).to(torch.float8_e4m3fn), scales

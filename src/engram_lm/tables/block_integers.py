@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.tables.block_float8 import BLOCK, num_blocks, scaled
+from engram_lm.tables.block_float8 import BLOCK, num_blocks
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing from torch's annotations
 """4-bit integers. torch has the name only; their bytes are packed and unpacked here."""
@@ -23,17 +23,14 @@ INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing from tor
 LARGEST = {torch.int8: 127, INT4: 7}
 """The largest integer used of each type."""
 
-SCALE_BYTES = 2
-"""Bytes of a scale."""
-
-# Normal numbers only: smaller ones have too few bits in bfloat16 to return unchanged from `dequantize_integers`.
+# Normal numbers only: smaller ones have too few bits in bfloat16 to return unchanged from `dequantize`.
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
 def quantize_integers(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round numbers to integers under one scale per 32 columns.
 
-    Quantizing what `dequantize_integers` returned as float32 gives the same integers. A block of zeros has the scale 1;
+    Quantizing what `dequantize` returned as float32 gives the same integers. A block of zeros has the scale 1;
     numbers under 2 ** -127 become 0.
 
     Args:
@@ -57,14 +54,6 @@ def quantize_integers(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     scales = torch.where(magnitude == 0, 1, scales)
     integers = (blocks / scales.float().unsqueeze(2)).round_().clamp_(-largest, largest)
     return integers.view(rows, -1)[:, :columns].to(torch.int8), scales
-
-
-def dequantize_integers(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply every integer by its block's scale, exactly in float32; the product is rounded once, to ``dtype``.
-
-    From int8 ``[rows, columns]`` and bfloat16 ``[rows, num_blocks(columns)]`` to ``[rows, columns]``.
-    """
-    return scaled(integers.float(), scales.float()).to(dtype)
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:

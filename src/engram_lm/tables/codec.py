@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.tables.block_float8 import dequantize, num_blocks, quantize
-from engram_lm.tables.block_integers import (
-    INT4,
-    LARGEST,
-    SCALE_BYTES,
-    dequantize_integers,
-    pack_nibbles,
-    quantize_integers,
-    unpack_nibbles,
-)
+from engram_lm.tables.block_float8 import BLOCK, dequantize, num_blocks, quantize
+from engram_lm.tables.block_integers import INT4, LARGEST, pack_nibbles, quantize_integers, unpack_nibbles
 
 CODEC_NAMES: dict[str, tuple[torch.dtype, Literal["none", "blocks"]]] = {
     "float32": (torch.float32, "none"),
@@ -29,6 +21,11 @@ CODEC_NAMES: dict[str, tuple[torch.dtype, Literal["none", "blocks"]]] = {
     "int4": (INT4, "blocks"),
 }
 """What tables are converted to, by the name on the command line: type of the numbers and kind of scale."""
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+# What a header leaves out where it is so: files of the first version have no word for it.
+_UNSAID = ("block", "scale_dtype")
 
 _NUMBERS_AT_ONCE = 2**17
 
@@ -46,25 +43,38 @@ class RowCodec:
     width: int
     """Numbers in a row."""
     stored_dtype: torch.dtype
-    """Type of the stored numbers: a float of 16 bits or more, ``torch.float8_e4m3fn``, ``torch.int8``, or
-    ``torch.int4``, of which a byte holds two."""
+    """Type of the stored numbers: a float of 16 bits or more, ``torch.float8_e4m3fn``, ``torch.float8_e5m2``,
+    ``torch.int8``, or ``torch.int4``, of which a byte holds two."""
     scale: Literal["none", "table", "blocks"] = "none"
-    """What numbers of 8 bits and less are multiplied by: one number of the table (8-bit floats only), or one per 32
-    numbers, which then stands in the record: an E8M0 byte for floats, a bfloat16 for integers."""
+    """What numbers of 8 bits and less are multiplied by: one number of the table (8 bits only), or one per ``block``
+    numbers, which then stands in the record."""
     table_scale: float = 1.0
     """The number, where ``scale`` is ``"table"``."""
+    block: int = BLOCK
+    """Numbers that share a scale, where ``scale`` is ``"blocks"``; at least ``width`` for one scale in each row."""
+    scale_dtype: torch.dtype | None = None
+    """Type of those scales: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``torch.float8_e8m0fnu``. None
+    becomes the type that this library writes: ``float8_e8m0fnu`` for floats, ``bfloat16`` for integers."""
 
     def __post_init__(self) -> None:
-        eight, wide = self.stored_dtype == torch.float8_e4m3fn, _is_wide(self.stored_dtype)
-        if self.width < 1 or not (eight or wide or self.stored_dtype in LARGEST):
+        eight, wide = self.stored_dtype in (*_FLOAT8, torch.int8), _is_wide(self.stored_dtype)
+        if self.width < 1 or not (eight or wide or self.stored_dtype == INT4):
             raise ConfigError(f"a row of {self.width} numbers of {self.stored_dtype} cannot be stored")
         if self.scale not in (("none",) if wide else ("table", "blocks") if eight else ("blocks",)):
             raise ConfigError(
-                f"rows of {self.stored_dtype} with scale={self.scale!r}: 8-bit rows have scales, others none; integers "
-                "have them by blocks"
+                f"rows of {self.stored_dtype} with scale={self.scale!r}: 8-bit rows have one scale or scales by "
+                "blocks, 4-bit rows have them by blocks, others have none"
             )
         if not 0 < self.table_scale < math.inf:
             raise ConfigError(f"the table's scale is {self.table_scale}, expected a finite number above 0")
+        if self.scale_dtype is None:
+            object.__setattr__(self, "scale_dtype", self._own_scale_dtype)
+        if self.block < 1 or self.scale_dtype not in _SCALE_TYPES:
+            raise ConfigError(f"scales of {self.scale_dtype} for {self.block} numbers each cannot be stored")
+
+    @property
+    def _own_scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.stored_dtype in LARGEST else torch.float8_e8m0fnu
 
     @classmethod
     def named(cls, name: str, width: int) -> Self:
@@ -77,27 +87,47 @@ class RowCodec:
     def from_dict(cls, values: object) -> Self:
         """Read what `to_dict` returned, out of a file or message that may be damaged; a `ConfigError` where it is."""
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or sorted(values) != sorted(names):
+        if not isinstance(values, Mapping) or sorted({*values, *_UNSAID}) != sorted(names):
             raise ConfigError(f"a codec is an object of {', '.join(names)}, not {values!r:.200}")
-        width, name, scale, factor = (values[name] for name in names)
-        dtype = getattr(torch, name, None) if isinstance(name, str) else None
-        sized = type(width) is int and 0 < width < 2**48 and type(factor) in (int, float) and not factor > 1e308
-        if not isinstance(dtype, torch.dtype) or not isinstance(scale, str) or not sized:
+        width, name, scale, factor = (values[name] for name in names[:4])
+        block, scale_name = values.get("block", BLOCK), values.get("scale_dtype")
+        dtype, scale_dtype = (
+            getattr(torch, each, None) if isinstance(each, str) else None for each in (name, scale_name)
+        )
+        sized = all(type(size) is int and 0 < size < 2**48 for size in (width, block))
+        factored = type(factor) in (int, float) and not factor > 1e308
+        known = isinstance(dtype, torch.dtype) and (scale_name is None or isinstance(scale_dtype, torch.dtype))
+        if not known or not isinstance(scale, str) or not sized or not factored:
             raise ConfigError(
                 f"rows of {width!r:.100} numbers of type {name!r:.100} with scale {scale!r:.100} times {factor!r:.100} "
-                "cannot be stored"
+                f"of type {scale_name!r:.100} for {block!r:.100} numbers each cannot be stored"
             )
-        return cls(width, dtype, scale, float(factor))  # type: ignore[arg-type]  # the scale is checked by the class
+        return cls(width, dtype, scale, float(factor), block, scale_dtype)  # type: ignore[arg-type]  # the class checks the scale
 
     def to_dict(self) -> dict[str, Any]:
         """Return the codec as JSON values, for headers and manifests."""
-        return dataclasses.asdict(self) | {"stored_dtype": str(self.stored_dtype).removeprefix("torch.")}
+        values = dataclasses.asdict(self)
+        usual = {"block": BLOCK, "scale_dtype": self._own_scale_dtype}
+        for name in _UNSAID:
+            if values[name] == usual[name]:
+                del values[name]
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in values.items()
+        }
 
     def __str__(self) -> str:
         """Type of the numbers and kind of scale, for messages."""
         name = str(self.stored_dtype).removeprefix("torch.").removesuffix("fn")
-        scales = {"none": "", "table": f" times {self.table_scale:g}", "blocks": " with scales by blocks of 32"}
-        return name + scales[self.scale]
+        if self.scale == "none":
+            return name
+        if self.scale == "table":
+            return f"{name} times {self.table_scale:g}"
+        kind = "" if self.scale_dtype == self._own_scale_dtype else f"{str(self.scale_dtype).removeprefix('torch.')} "
+        is_by_row = self.block >= self.width and self.block != BLOCK
+        return f"{name} with " + (
+            f"a {kind}scale for each row" if is_by_row else f"{kind}scales by blocks of {self.block}"
+        )
 
     @property
     def value_bytes(self) -> int:
@@ -109,7 +139,8 @@ class RowCodec:
         """Bytes of a row's scales."""
         if self.scale != "blocks":
             return 0
-        return num_blocks(self.width) * (SCALE_BYTES if self.stored_dtype in LARGEST else 1)
+        assert self.scale_dtype is not None
+        return num_blocks(self.width, self.block) * self.scale_dtype.itemsize
 
     @property
     def record_bytes(self) -> int:
@@ -133,16 +164,13 @@ class RowCodec:
 
     def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
         """Turn records, uint8 ``[n, record_bytes]``, contiguous, into rows ``[n, width]``; a view if possible."""
-        if self.stored_dtype in LARGEST:
-            values = records[:, : self.value_bytes]
-            if self.stored_dtype == INT4:
-                values = unpack_nibbles(values, self.width)
-            scales = records[:, self.value_bytes :].contiguous().view(torch.bfloat16)
-            return dequantize_integers(values.view(torch.int8), scales, dtype)
         if self.scale == "blocks":
-            values = records[:, : self.value_bytes].contiguous().view(self.stored_dtype)
-            scales = records[:, self.value_bytes :].contiguous().view(torch.float8_e8m0fnu)
-            return dequantize(values, scales, dtype)
+            assert self.scale_dtype is not None
+            values = records[:, : self.value_bytes].contiguous()
+            values = unpack_nibbles(values, self.width) if self.stored_dtype == INT4 else values.view(self.stored_dtype)
+            # A copy even of a single row: its scales may begin at any byte, which a view of their type may not.
+            scales = records[:, self.value_bytes :].clone(memory_format=torch.contiguous_format).view(self.scale_dtype)
+            return dequantize(values, scales, dtype, block=self.block)
         values = records.view(self.stored_dtype)
         if self.scale == "table":
             # In float32, so that the product is rounded once.
@@ -161,7 +189,11 @@ class RowCodec:
         Raises:
             CheckpointError: A number is infinite or NaN, and the stored type has scales; or it is finite and larger
                 than the stored type can hold.
+            ConfigError: Rows of this kind are read and copied as they are, never made: theirs is none of `CODEC_NAMES`.
         """
+        usual = self.block == BLOCK and self.scale_dtype == self._own_scale_dtype
+        if not usual or (self.scale == "table" and self.stored_dtype != torch.float8_e4m3fn):
+            raise ConfigError(f"rows cannot be rounded to {self}; choose {', '.join(CODEC_NAMES)}")
         if self.stored_dtype in LARGEST:
             integers, factors = quantize_integers(rows, self.stored_dtype)
             packed = pack_nibbles(integers) if self.stored_dtype == INT4 else integers.view(torch.uint8)

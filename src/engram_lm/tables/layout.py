@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from engram_lm.errors import CheckpointError, ConfigError, RowRangeError
-from engram_lm.tables.block_float8 import num_blocks
+from engram_lm.tables.block_float8 import BLOCK, block_size, num_blocks
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.stored_tensor import StoredTensor, read_into
 
@@ -20,7 +21,8 @@ VERSION_MARK = "#engram-version="
 """Stands behind the address of a file in a layout, before the version that the file must have."""
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
-_FLOAT8 = "F8_E4M3"
+_EIGHT_BITS = {"F8_E4M3", "F8_E5M2", "I8"}
+_SCALES = {"F32", "BF16", "F16", "F8_E8M0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +37,17 @@ class Extent:
     """Rows in the run."""
     row_bytes: int
     """Bytes of each row."""
+    shared_by: int = 1
+    """Rows that follow each other and have the same bytes, which are there once: a scale of several rows."""
 
     def offsets(self, inside: np.ndarray) -> np.ndarray:
         """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""
-        return inside * self.row_bytes + self.start_bytes
+        return inside // self.shared_by * self.row_bytes + self.start_bytes
 
     @property
     def end_bytes(self) -> int:
         """One past the last byte of the run."""
-        return self.start_bytes + self.num_rows * self.row_bytes
+        return self.start_bytes + -(-self.num_rows // self.shared_by) * self.row_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +144,12 @@ class RowLayout:
                     out = data[first + low - start : first + high - start, column : column + part.row_bytes]
                     # Straight into the result where its rows follow each other: a second copy would cost as much as
                     # the read.
-                    straight = out.flags.c_contiguous
-                    buffer = out if straight else np.empty(out.shape, np.uint8)
-                    read_into(buffer.data.cast("B"), extent.file, extent.start_bytes + low * extent.row_bytes, "rows")
+                    straight = out.flags.c_contiguous and extent.shared_by == 1
+                    begin, end = low // extent.shared_by, (high - 1) // extent.shared_by + 1
+                    buffer = out if straight else np.empty((end - begin, part.row_bytes), np.uint8)
+                    read_into(buffer.data.cast("B"), extent.file, extent.start_bytes + begin * extent.row_bytes, "rows")
                     if not straight:
-                        out[...] = buffer
+                        out[...] = buffer[np.arange(low, high) // extent.shared_by - begin]
             column += part.row_bytes
         return records
 
@@ -173,8 +178,10 @@ def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTens
     Args:
         shards: Tensors ``[rows, width]`` of one width and type, in the order of their rows. Each has as many rows as
             it has.
-        scales: What 8-bit rows are multiplied by, and required for them: one tensor F8_E8M0
-            ``[rows, ceil(width / 32)]`` per shard, or one number for the whole table.
+        scales: What 8-bit rows (F8_E4M3, F8_E5M2, I8) are multiplied by, and required for them: one number for the
+            whole table; or tensors of F32, BF16, F16 or F8_E8M0, one for each shard or one for all of them. A tensor
+            of scales has one number, ``[rows]``, or ``[blocks of rows, blocks of columns]``, whose sizes are those
+            that `block_size` finds.
 
     Raises:
         CheckpointError: Tensors of the wrong rank, type or size.
@@ -182,33 +189,63 @@ def tensor_layout(shards: Sequence[StoredTensor], *, scales: Sequence[StoredTens
     """
     shards = tuple(shards)
     width = _check_shards(shards)
-    quantized = shards[0].dtype == _FLOAT8
-    scale_tensors: tuple[StoredTensor, ...] = ()
+    quantized = shards[0].dtype in _EIGHT_BITS
     if quantized != (scales is not None):
         # Without its scales an 8-bit table reads without an error and is wrong by orders of magnitude.
         raise ConfigError(
-            f"{shards[0]}: rows of {_FLOAT8} need scales, pass 1.0 if they have none"
+            f"{shards[0]}: rows of {shards[0].dtype} need scales, pass 1.0 if they have none"
             if quantized
-            else f"{shards[0]}: only rows of {_FLOAT8} have scales"
+            else f"{shards[0]}: only rows of {', '.join(sorted(_EIGHT_BITS))} have scales"
         )
+    dtype = shards[0].torch_dtype
     if scales is None:
-        codec = RowCodec(width, shards[0].torch_dtype)
+        codec = RowCodec(width, dtype)
     elif isinstance(scales, int | float):
         if not 0 < scales < float("inf"):
             raise CheckpointError(f"{shards[0]}: the table's scale is {scales}, expected a finite number above 0")
-        codec = RowCodec(width, torch.float8_e4m3fn, "table", float(scales))
+        codec = RowCodec(width, dtype, "table", float(scales))
     else:
-        codec, scale_tensors = RowCodec(width, torch.float8_e4m3fn, "blocks"), tuple(scales)
-        if len(scale_tensors) != len(shards):
-            raise CheckpointError(f"{len(shards)} shards have {len(scale_tensors)} tensors of scales")
-        for shard, scale in zip(shards, scale_tensors, strict=True):
-            expected = (shard.shape[0], num_blocks(width))
-            if (scale.dtype, scale.shape) != ("F8_E8M0", expected):
-                raise CheckpointError(f"{scale}: expected F8_E8M0 {list(expected)}, for {shard}")
-    parts = [_part(shards, codec.value_bytes)]
-    if scale_tensors:
-        parts.append(_part(scale_tensors, codec.scale_bytes))
-    return RowLayout(codec, tuple(parts), shards)
+        return _with_scales(shards, tuple(scales), width)
+    return RowLayout(codec, (_part(shards, codec.value_bytes),), shards)
+
+
+def _with_scales(shards: tuple[StoredTensor, ...], scales: tuple[StoredTensor, ...], width: int) -> RowLayout:
+    """Describe a table whose scales lie in tensors of their own."""
+    counts = [shard.shape[0] for shard in shards]
+    if len(scales) == 1:
+        counts = [sum(counts)]
+    if len(scales) != len(counts):
+        raise CheckpointError(f"{len(shards)} shards have {len(scales)} tensors of scales")
+    shapes = [_scale_shape(scale, rows) for scale, rows in zip(scales, counts, strict=True)]
+    for scale, (_, columns) in zip(scales, shapes, strict=True):
+        if (scale.dtype, columns) != (scales[0].dtype, shapes[0][1]):
+            raise CheckpointError(f"{scale} differs in type or blocks from the scales before it, {scales[0]}")
+    # Of the sizes that would do, ours comes first: a row of up to 32 numbers is one block of it.
+    columns = shapes[0][1]
+    block = BLOCK if num_blocks(width, BLOCK) == columns else block_size(width, columns)
+    shared = [block_size(rows, blocks) for rows, (blocks, _) in zip(counts, shapes, strict=True)]
+    for scale, shard, shared_by in zip(scales, shards, shared, strict=False):
+        if scale.dtype not in _SCALES or block is None or shared_by is None:
+            raise CheckpointError(
+                f"{scale}: engram-lm does not read scales of this type and shape for {shard}; it reads "
+                f"{', '.join(sorted(_SCALES))}, one for all, for each row, or for each block of a power of two"
+            )
+    assert block is not None
+    codec = RowCodec(width, shards[0].torch_dtype, "blocks", block=block, scale_dtype=scales[0].torch_dtype)
+    extents = (
+        Extent(scale.file, scale.start_bytes, rows, codec.scale_bytes, shared_by or 1)
+        for scale, rows, shared_by in zip(scales, counts, shared, strict=True)
+    )
+    return RowLayout(codec, (_part(shards, codec.value_bytes), Part(codec.scale_bytes, tuple(extents))), shards)
+
+
+def _scale_shape(scale: StoredTensor, rows: int) -> tuple[int, int]:
+    """Blocks of rows and of columns that a tensor of scales is for; (0, 0), which fits nothing, where unclear."""
+    if math.prod(scale.shape) == 1:
+        return 1, 1
+    if scale.shape == (rows,):
+        return rows, 1
+    return scale.shape if len(scale.shape) == 2 else (0, 0)  # type: ignore[return-value]  # two of them
 
 
 def _part(tensors: tuple[StoredTensor, ...], row_bytes: int) -> Part:
@@ -221,8 +258,9 @@ def _check_shards(shards: tuple[StoredTensor, ...]) -> int:
     if not shards:
         raise ConfigError("a table has at least one shard")
     for shard in shards:
-        if shard.dtype not in _PLAIN | {_FLOAT8}:
-            raise CheckpointError(f"{shard}: rows are {', '.join(sorted(_PLAIN))} or {_FLOAT8}")
+        if shard.dtype not in _PLAIN | _EIGHT_BITS:
+            known = ", ".join(sorted(_PLAIN | _EIGHT_BITS))
+            raise CheckpointError(f"{shard}: engram-lm reads rows of {known}, and not of this type")
         if len(shard.shape) != 2 or 0 in shard.shape:
             raise CheckpointError(f"{shard}: a table is [rows, width], with at least one of each")
         if (shard.shape[1], shard.dtype) != (shards[0].shape[1], shards[0].dtype):

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.formats.family import FLOATS, Family, Plan, expect, gather, lookup, pieces, rounded
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.tables.block_float8 import BLOCK, dequantize, num_blocks
+from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.files.safetensors_writer import TensorWriter
-from engram_lm.tables.files.sources import TABLE_NAMES
+from engram_lm.tables.files.sources import SCALE_NAMES, TABLE_NAMES
 from engram_lm.tables.stored_tensor import StoredTensor
 from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.record_table import RecordTable
@@ -67,24 +68,41 @@ class DeepSeekV41(Family):
         projected = (config.num_streams + 1) * config.hidden_size
         norm = ((config.num_streams, config.hidden_size), FLOATS)
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-            "key_value": ((projected, config.memory_dim), ("F8_E4M3",)),
-            "key_value_scale": ((num_blocks(projected), num_blocks(config.memory_dim)), ("F8_E8M0",)),
+            "key_value": ((projected, config.memory_dim), (*FLOATS, "F8_E4M3")),
             "query_norm": norm,
             "key_norm": norm,
         }
-        return {
+        found = {
             name: expect(tensors.find(stem + self.names[name]), shape, types)
             for name, (shape, types) in expected.items()
         }
+        if found["key_value"].dtype not in FLOATS:
+            found["key_value_scale"] = self._scale(tensors, found["key_value"])
+        return found
+
+    def _scale(self, tensors: TensorFolder, weight: StoredTensor) -> StoredTensor:
+        """Find the scales of an 8-bit projection, which release and converters name differently: one per square."""
+        stem = weight.name.removesuffix("weight")
+        scale = tensors.find(next((stem + name for name in SCALE_NAMES if stem + name in tensors), stem + "scale"))
+        if scale.dtype not in (*FLOATS, "F8_E8M0") or _square(weight, scale) is None:
+            shape = [num_blocks(size) for size in weight.shape]
+            raise CheckpointError(
+                f"{scale}: engram-lm reads scales of {', '.join(FLOATS)} or F8_E8M0, one for each square block of "
+                f"{weight}, such as {shape} for blocks of {BLOCK} x {BLOCK}"
+            )
+        return scale
 
     def load(
         self, stored: Mapping[str, StoredTensor], config: EngramConfig, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Load the weights of a layer, as its state dict."""
-        weight, scale = stored["key_value"].load(), stored["key_value_scale"].load()
+        weight = stored["key_value"].load()
         norms = {name: stored[name].load() for name in ("query_norm", "key_norm")}
+        if scale := stored.get("key_value_scale"):
+            block = _square(stored["key_value"], scale) or BLOCK
+            weight = dequantize(weight, scale.load(), dtype or torch.bfloat16, block=block, square=True)
         return {
-            "key_value.weight": dequantize(weight, scale, dtype or torch.bfloat16, square=True),
+            "key_value.weight": weight.to(dtype or weight.dtype),
             **{name: norm.to(dtype or norm.dtype) for name, norm in norms.items()},
         }
 
@@ -143,7 +161,7 @@ class DeepSeekV41(Family):
     def write_table(self, writer: TensorWriter, table: Table, names: Mapping[str, str], num_shards: int) -> None:
         """Write numbers and scales; records that are already in this format are copied byte for byte."""
         for start, stop in pieces(table, 0, table.num_rows):
-            if isinstance(table, RecordTable) and table.codec.scale == "blocks":
+            if isinstance(table, RecordTable) and table.codec == RowCodec.named("float8_e4m3", table.width):
                 records = table.load_records(start, stop)
                 rows, scales = records.split([table.codec.value_bytes, table.codec.scale_bytes], dim=1)
                 rows = rows.contiguous().view(torch.float8_e4m3fn)
@@ -152,3 +170,9 @@ class DeepSeekV41(Family):
                 rows, scales = rounded(gather(table, start, stop), f"rows {start} to {stop - 1} of {names['table']}")
             writer.append(names["table"], rows)
             writer.append(names["table_scale"], scales)
+
+
+def _square(weight: StoredTensor, scale: StoredTensor) -> int | None:
+    """Find how large the square blocks of a matrix are, from the shape of their scales; None where none fit."""
+    sizes = (BLOCK, 128, 64, 16, 256)
+    return next((size for size in sizes if tuple(num_blocks(each, size) for each in weight.shape) == scale.shape), None)

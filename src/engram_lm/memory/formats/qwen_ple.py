@@ -12,6 +12,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.formats.family import FLOATS, Family, Plan, expect, gather, lookup, pieces
 from engram_lm.memory.layer import EngramLayer
+from engram_lm.tables.block_integers import INT4
 from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.files.sources import TABLE_NAMES
@@ -149,12 +150,14 @@ class QwenPle(Family):
         }
 
     def plan_table(self, table: Table, names: Mapping[str, str], num_shards: int) -> Plan:
-        """Say which tensors a table becomes: its shards, and a scale where it is stored in 8 bits."""
+        """Say which tensors a table becomes: its shards, and its scales where it is stored in 8 bits."""
         stored = _stored_alike(table)
-        dtype = table.dtype if stored is None else stored.codec.stored_dtype
-        plan: Plan = {
-            name: (dtype, (stop - start, table.width)) for name, start, stop in _shards(table, names, num_shards)
-        }
+        plan: Plan = {}
+        for name, scale_name, start, stop in _shards(table, names, num_shards):
+            plan[name] = (table.dtype if stored is None else stored.codec.stored_dtype, (stop - start, table.width))
+            if stored is not None and stored.codec.scale == "blocks":
+                assert stored.codec.scale_dtype is not None
+                plan[scale_name] = (stored.codec.scale_dtype, (stop - start, 1))
         if stored is not None and stored.codec.scale == "table":
             plan[names["table_scale"]] = (torch.float32, ())
         return plan
@@ -162,12 +165,17 @@ class QwenPle(Family):
     def write_table(self, writer: TensorWriter, table: Table, names: Mapping[str, str], num_shards: int) -> None:
         """Write the shards; records that are already in this format are copied byte for byte."""
         stored = _stored_alike(table)
-        for name, first, end in _shards(table, names, num_shards):
+        for name, scale_name, first, end in _shards(table, names, num_shards):
             for start, stop in pieces(table, first, end):
                 if stored is None:
                     writer.append(name, gather(table, start, stop))
-                else:
-                    writer.append(name, stored.load_records(start, stop).view(stored.codec.stored_dtype))
+                    continue
+                codec = stored.codec
+                numbers, scales = stored.load_records(start, stop).split([codec.value_bytes, codec.scale_bytes], dim=1)
+                writer.append(name, numbers.contiguous().view(codec.stored_dtype))
+                if codec.scale == "blocks":
+                    assert codec.scale_dtype is not None
+                    writer.append(scale_name, scales.contiguous().view(codec.scale_dtype))
         if stored is not None and stored.codec.scale == "table":
             writer.append(names["table_scale"], torch.tensor(stored.codec.table_scale, dtype=torch.float32))
 
@@ -194,16 +202,20 @@ def _divisor(spec: HashSpec) -> int:
     return divisor
 
 
-def _shards(table: Table, names: Mapping[str, str], num_shards: int) -> Iterator[tuple[str, int, int]]:
-    """Name, first row and end of every shard; their sizes differ by one row at most."""
+def _shards(table: Table, names: Mapping[str, str], num_shards: int) -> Iterator[tuple[str, str, int, int]]:
+    """Names of numbers and scales, first row and end of every shard; their sizes differ by one row at most."""
     if num_shards == 1:
-        yield names["table"], 0, table.num_rows
+        yield names["table"], names["table_scale"], 0, table.num_rows
         return
     bounds = [table.num_rows * number // num_shards for number in range(num_shards + 1)]
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        yield names["table_shard"].format(number), start, stop
+        yield names["table_shard"].format(number), names["table_shard_scale"].format(number), start, stop
 
 
 def _stored_alike(table: Table) -> RecordTable | None:
-    """Return a table whose records are already what the format holds: plain, or 8 bits with one scale."""
-    return table if isinstance(table, RecordTable) and table.codec.scale != "blocks" else None
+    """Return a table whose records the format holds as they are: plain, or 8 bits with a scale for all or each row."""
+    if not isinstance(table, RecordTable):
+        return None
+    codec = table.codec
+    by_row = codec.stored_dtype.itemsize == 1 and codec.stored_dtype != INT4 and codec.block >= codec.width
+    return table if codec.scale != "blocks" or by_row else None

@@ -1,8 +1,9 @@
 """The tables of a checkpoint, found by the names of its tensors, without loading or copying them."""
 
+import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,22 +21,30 @@ TABLE_NAMES: dict[PublishedKind, dict[str, str]] = {
         "table": "ple.ple_embedding.ngram_embedding.weight",
         "table_shard": "ple.ple_embedding.ngram_embedding.shard_{}.weight",
         "table_scale": "ple.ple_embedding.ngram_embedding.weight_scale",
+        "table_shard_scale": "ple.ple_embedding.ngram_embedding.shard_{}.weight_scale",
     },
     "deepseek_v41": {"table": "engram.embed.weight", "table_scale": "engram.embed.scale"},
 }
 """What published checkpoints call the tensors of a table, behind ``PREFIXlayers.BLOCK.``."""
 
-_LAYER = r"(?P<prefix>(?:.*\.)?)layers\.(?P<key>0|[1-9][0-9]{0,8})\."
+SCALE_NAMES = ("weight_scale", "weight_scale_inv", "scale", "scales")
+"""What checkpoints call the scales of 8-bit weights, behind the name that ends in ``weight`` without them; each is a
+factor, also the one that is called an inverse."""
 
+_NUMBER = "0|[1-9][0-9]{0,8}"
+_LAYER = rf"(?P<prefix>(?:.*\.)?)layers\.(?P<key>{_NUMBER})\."
+# What quantizers put beside or in place of the numbers of a table.
+_PART = r"\.(?P<part>q?(?:weight|scale|zero|bias)\w*)"
 
-def _pattern(kind: PublishedKind) -> re.Pattern[str]:
-    """Match the tensors of a kind's tables, with the groups ``prefix``, ``key``, ``shard`` and ``scale``."""
-    names = {name: re.escape(text) for name, text in TABLE_NAMES[kind].items()}
-    shard = names.get("table_shard", "(?!)").replace(r"\{\}", "(?P<shard>0|[1-9][0-9]{0,8})")
-    return re.compile(f"{_LAYER}(?:{names['table']}|{shard}|(?P<scale>{names['table_scale']}))", re.DOTALL)
-
-
-_FLOATS = ("BF16", "F16", "F32")
+_KINDS = {
+    kind: re.compile(stem + _PART, re.DOTALL)
+    for kind, stem in {
+        "own": r"(?P<prefix>(?:.*\.)?)memory_tables\.(?P<key>[^.]+)",
+        "deepseek_v41": rf"{_LAYER}engram\.embed",
+        "qwen_ple": rf"{_LAYER}ple\.ple_embedding\.ngram_embedding(?:\.shard_(?P<shard>{_NUMBER}))?",
+    }.items()
+}
+"""Whose table it is → which names its tensors have, with the groups ``prefix``, ``key``, ``part`` and ``shard``."""
 
 
 def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = None) -> dict[int | str, RowLayout]:
@@ -103,14 +112,13 @@ def published_layout(tensors: TensorFolder, kind: PublishedKind, stem: str) -> R
 
     The errors are those of `find_tables`. The number of rows is not checked: the reader knows what it must be.
     """
-    pattern, read = _KINDS[kind]
-    names = [name for name in tensors.names if name.startswith(stem) and pattern.fullmatch(name)]
+    names = [name for name in tensors.names if name.startswith(stem) and _KINDS[kind].fullmatch(name)]
     if not names:
         raise CheckpointError(
             f"the tensor {stem}{TABLE_NAMES[kind]['table']} is missing from {tensors.name}, and so is every other of "
             "its table; download it again"
         )
-    return read(tensors, names)
+    return _layout(tensors, kind, names)
 
 
 def _packed_key(file: str) -> int | str:
@@ -129,15 +137,15 @@ def _find(tensors: TensorFolder) -> dict[int | str, RowLayout]:
     """Find all tables by the names of their tensors."""
     found: dict[tuple[int | str, str], list[str]] = {}
     for name in tensors.names:
-        for kind, (pattern, _) in _KINDS.items():
+        for kind, pattern in _KINDS.items():
             if match := pattern.fullmatch(name):
-                number = re.fullmatch("0|[1-9][0-9]{0,8}", match["key"])
+                number = re.fullmatch(_NUMBER, match["key"])
                 found.setdefault((int(match["key"]) if number else match["key"], kind), []).append(name)
     layouts: dict[int | str, RowLayout] = {}
     for (key, kind), names in found.items():
         if key in layouts:
             raise CheckpointError(f"{tensors.name} holds several tables of layer {key}, of different kinds; keep one")
-        layouts[key] = _KINDS[kind][1](tensors, names)
+        layouts[key] = _layout(tensors, kind, names)
     if not layouts:
         raise CheckpointError(
             f"{tensors.name} holds no memory table: no tensor is named [...]memory_tables.NAME.weight, "
@@ -146,68 +154,63 @@ def _find(tensors: TensorFolder) -> dict[int | str, RowLayout]:
     return _ordered(layouts)
 
 
-def _own_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
-    if len(names) != 1:
-        raise CheckpointError(f"{tensors.name} holds the same table several times, as {', '.join(names)}; keep one")
-    return tensor_layout([tensors.find(names[0])])
-
-
-def _deepseek_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
-    stems = sorted({name.rpartition(".")[0] for name in names})
-    if len(stems) != 1:
-        raise CheckpointError(f"{tensors.name} holds the same table several times, as {', '.join(stems)}; keep one")
-    weight_name, scale_name = f"{stems[0]}.weight", f"{stems[0]}.scale"
-    for missing, present in ((weight_name, scale_name), (scale_name, weight_name)):
-        if missing not in tensors:
-            # Without its scales a table reads without an error and is wrong by orders of magnitude.
-            raise CheckpointError(
-                f"{tensors.name} holds {present} and lacks {missing}, without which it means nothing; download it again"
-            )
-    weight, scale = tensors.find(weight_name), tensors.find(scale_name)
-    if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
-        raise CheckpointError(f"{weight}: expected F8_E4M3 [rows, width]")
-    return tensor_layout([weight], scales=[scale])
-
-
-def _qwen_layout(tensors: TensorFolder, names: list[str]) -> RowLayout:
-    matches = [match for name in names if (match := _KINDS["qwen_ple"][0].fullmatch(name))]
+def _layout(tensors: TensorFolder, kind: str, names: list[str]) -> RowLayout:
+    """Put a table together from its tensors: its numbers, in one tensor or in shards, and their scales."""
+    matches = [match for name in sorted(names) if (match := _KINDS[kind].fullmatch(name))]
     if len({match["prefix"] for match in matches}) != 1:
         raise CheckpointError(
             f"{tensors.name} holds the same table several times, as {', '.join(sorted(names))}; keep one"
         )
-    scales = [match[0] for match in matches if match["scale"]]
-    shards = {int(match["shard"]): match[0] for match in matches if match["shard"]}
-    whole = [match[0] for match in matches if not match["scale"] and not match["shard"]]
-    if bool(whole) == bool(shards):
-        what = "both in one tensor and in shards; remove one of them" if whole else "without its numbers; download them"
-        raise CheckpointError(f"{tensors.name} holds the table of {sorted(names)[0]} {what}")
-    # By number, so that 10 comes after 9.
-    missing = [number for number in range(len(shards)) if number not in shards]
-    if missing:
-        stem = shards[min(shards)].rpartition(".shard_")[0]
+    for match in matches:
+        if match["part"] not in ("weight", *SCALE_NAMES):
+            raise CheckpointError(
+                f"{tensors.find(match[0])}: engram-lm does not read tables that are stored in this way; it reads "
+                f"numbers called weight, with scales called {', '.join(SCALE_NAMES)}"
+            )
+    # By number, so that 10 comes after 9; None for the table as a whole.
+    shard_of = {match[0]: int(shard) if (shard := match.groupdict().get("shard")) else None for match in matches}
+    values = {shard_of[match[0]]: match[0] for match in matches if match["part"] == "weight"}
+    scales: dict[int | None, str] = {}
+    for match in matches:
+        if match["part"] != "weight" and scales.setdefault(shard_of[match[0]], match[0]) != match[0]:
+            raise CheckpointError(f"{tensors.name} holds {match[0]} and {scales[shard_of[match[0]]]}; keep one")
+    stem = matches[0][0].removesuffix("." + matches[0]["part"]).partition(".shard_")[0]
+    if not values:
         raise CheckpointError(
-            f"{tensors.name} lacks {stem}.shard_{missing[0]}.weight, of {max(shards) + 1} or more shards; download "
-            "it again"
+            f"{tensors.name} holds {', '.join(scales.values())} and lacks {stem}.weight, without which it means "
+            "nothing; download it again"
         )
-    rows = [tensors.find(name) for name in (whole or [shards[number] for number in range(len(shards))])]
-    if rows[0].dtype != "F8_E4M3":
+    if None in values and len(values) > 1:
+        raise CheckpointError(
+            f"{tensors.name} holds the table of {stem} both in one tensor and in shards; remove one of them"
+        )
+    parts: list[int | None] = [None] if None in values else list(range(len(values)))
+    if missing := [part for part in parts if part not in values]:
+        highest = max(part for part in values if part is not None)
+        raise CheckpointError(
+            f"{tensors.name} lacks {stem}.shard_{missing[0]}.weight, of {highest + 1} or more shards; download it again"
+        )
+    rows = [tensors.find(values[part]) for part in parts]
+    if rows[0].torch_dtype.itemsize > 1:
         if scales:
-            raise CheckpointError(f"{scales[0]} is there, and {rows[0]} is not of 8 bits and has no scale; remove it")
+            found = ", ".join(scales.values())
+            raise CheckpointError(f"{found} is there, and {rows[0]} is not of 8 bits and has no scale; remove it")
         return tensor_layout(rows)
     if not scales:
         raise CheckpointError(
-            f"{rows[0]} has no scale: expected {names[0].partition('.ngram_embedding.')[0]}.ngram_embedding."
-            "weight_scale beside it, without which it means nothing; download it again"
+            f"{rows[0]} has no scale that engram-lm finds: expected {stem}.{' or '.join(SCALE_NAMES)} beside it, "
+            "without which its numbers are wrong by orders of magnitude"
         )
-    scale = tensors.find(scales[0])
-    if scale.shape not in ((), (1,)) or scale.dtype not in _FLOATS:
-        raise CheckpointError(f"{scale}: expected one number of {', '.join(_FLOATS)}")
-    return tensor_layout(rows, scales=tensors.load(scales[0]).float().item())
-
-
-_KINDS: dict[str, tuple[re.Pattern[str], Callable[[TensorFolder, list[str]], RowLayout]]] = {
-    "own": (re.compile(r"(?:.*\.)?memory_tables\.(?P<key>[^.]+)\.weight", re.DOTALL), _own_layout),
-    "deepseek_v41": (_pattern("deepseek_v41"), _deepseek_layout),
-    "qwen_ple": (_pattern("qwen_ple"), _qwen_layout),
-}
-"""Whose table it is → which names its tensors have, and how they make a layout."""
+    if None in scales and len(scales) > 1:
+        raise CheckpointError(f"{tensors.name} holds scales of {stem} both for all rows and for shards; remove one")
+    if None in scales:
+        scale = tensors.find(scales[None])
+        if math.prod(scale.shape) == 1 and scale.torch_dtype.is_floating_point:
+            return tensor_layout(rows, scales=tensors.load(scale.name).float().item())
+        return tensor_layout(rows, scales=[scale])
+    if missing := [part for part in parts if part not in scales]:
+        raise CheckpointError(
+            f"{tensors.name} holds scales of other shards of {stem} and lacks that of shard {missing[0]}, without "
+            "which its numbers mean nothing; download it again"
+        )
+    return tensor_layout(rows, scales=[tensors.find(scales[part]) for part in parts])

@@ -63,7 +63,7 @@ class MappedTable(RecordTable):
         data, first = records.numpy(), 0
         for part, views in zip(self.layout.parts, held, strict=True):
             for index, where, inside in part.split(numbers):
-                data[where, first : first + part.row_bytes] = views[index][inside]
+                data[where, first : first + part.row_bytes] = views[index][inside // part.extents[index].shared_by]
             first += part.row_bytes
         return records
 
@@ -125,12 +125,12 @@ def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
     """Matrices of bytes ``[rows, row_bytes]`` on the mappings, read-only."""
     views = []
     for extent in part.extents:
-        mapping, size = files[extent.file], extent.num_rows * extent.row_bytes
+        mapping, size = files[extent.file], extent.end_bytes - extent.start_bytes
         if extent.end_bytes > len(mapping):
             raise CheckpointError(
                 f"{extent.file} was cut after its header was read: expected at least {extent.end_bytes} bytes, found "
                 f"{len(mapping)}"
             )
         data = np.frombuffer(mapping, np.uint8, count=size, offset=extent.start_bytes)
-        views.append(data.reshape(extent.num_rows, extent.row_bytes))
+        views.append(data.reshape(-1, extent.row_bytes))
     return views
