@@ -1,7 +1,9 @@
 """Every kind of source gives its documents whole; what is broken, missing or changing is refused in words."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import re
 import sys
@@ -109,6 +111,101 @@ def test_a_broken_line_is_named(tmp_path, content, words):
         documents(path)
 
 
+def test_json_lines_arrays_and_parquet_are_known_by_what_they_hold_whatever_their_names(tmp_path):
+    records = [{"text": text, "url": "u"} for text in TEXTS]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    pretty = json.dumps(records, indent=2).replace("\n", "\r\n").encode()
+    files = {
+        "c4.json": lines, "c4-train.00000.json.gz": gzip.compress(lines, mtime=0),
+        "C4.JSON": b"\xef\xbb\xbf" + lines,
+        "part-00000": lines.replace(b"\n", b"\r\n"), "packed.jsonl": gzip.compress(lines, mtime=0),
+        "flat.jsonl.gz": lines,
+        "array.json": json.dumps(records).encode(), "pretty.json": b"\xef\xbb\xbf" + pretty, "array.jsonl": pretty,
+    }  # fmt: skip
+    write_parquet(tmp_path / "table.bin", TEXTS)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    for name in [*files, "table.bin"]:
+        assert [text for text, _ in documents(tmp_path / name)] == TEXTS, name
+    (tmp_path / "notes.txt").write_text("not JSON")
+    (tmp_path / "data.txt").write_bytes(lines)
+    (tmp_path / "table.bin").unlink()
+    opened = open_sources([{"path": str(tmp_path), "kind": "jsonl"}])
+    assert opened.skipped == {"a copy of another": 3, "not jsonl": 1}
+    assert {text for text, _ in documents({"path": str(tmp_path / "*.json*"), "kind": "jsonl"})} == set(TEXTS)
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        open_sources([tmp_path / "*.json5"])
+
+
+def test_json_that_is_no_lines_of_documents_is_text_in_a_folder_and_says_so_where_it_is_named(tmp_path):
+    config = json.dumps({"name": "package", "scripts": {}}, indent=2)
+    (tmp_path / "package.json").write_text(config)
+    (tmp_path / "small.json").write_text('{"a": 1}')
+    (tmp_path / "list.json").write_text('[{"a": 1}]')
+    assert {text for text, _ in documents(tmp_path)} == {config, '{"a": 1}', '[{"a": 1}]'}
+    for name in ("small.json", "list.json"):
+        with pytest.raises(DataError, match=rf"1 of .*{name} has no field 'text', it has 'a'"):
+            documents(tmp_path / name)
+        assert documents({"path": str(tmp_path / name), "field": "a", "kind": "text"})
+    (tmp_path / "small.json").write_text('{"body": "b"}\n{"body": "c"}\n')
+    with pytest.raises(DataError, match=r"line 1 of .*small.json has no field 'text', it has 'body'"):
+        documents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'[{"text": "a"}, {"text": "b"]', "object 2 of .*not JSON"),
+        (b'[{"text": "a"}, ["text"]]', "object 2 of .*holds a JSON list"),
+        (b'[{"text": "a"}, {"body": "b"}]', "object 2 of .*no field 'text', it has 'body'"),
+        (b'[{"text": "a"}] {"text": "b"}', "holds more behind the array"),
+        (b'[{"text": "a"}, {"text": "\xff"}]', "object 1 of .*not JSON"),
+        (b'[{"text": "a"}', "object 2 of .*not JSON"),
+    ],
+)
+def test_a_broken_object_of_an_array_is_named(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        documents({"path": str(path), "kind": "jsonl"})
+
+
+def test_objects_of_an_array_may_be_longer_than_what_is_read_at_once(tmp_path):
+    texts = ["é" * 3_000_000, "short", "b" * 1_500_000]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=False))
+    assert [text for text, _ in documents(tmp_path / "a.json")] == texts
+
+
+def test_what_is_packed_or_encoded_otherwise_says_what_it_is(tmp_path):
+    files = {
+        "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04", "Zstandard"),
+        "b.txt.bz2": (bz2.compress(b"text"), "bzip2"),
+        "c.txt.xz": (lzma.compress(b"text"), "xz"),
+        "d.zip": (b"PK\x03\x04rest", "zip archive"),
+        "e.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
+        "f.txt": ("text".encode("utf-16-be"), "binary"),
+    }
+    for name, (data, words) in files.items():
+        (tmp_path / name).write_bytes(data)
+        for kind in ("auto", "jsonl"):
+            if name != "f.txt":
+                with pytest.raises(DataError, match=rf"{name} is .*{words}"):
+                    documents({"path": str(tmp_path / name), "kind": kind})
+    (tmp_path / "e.jsonl").unlink()
+    (tmp_path / "good.txt").write_text("good")
+    assert sum(open_sources([tmp_path]).skipped.values()) == 5
+    (tmp_path / "lost.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"lost.txt is a link to nowhere"):
+        open_sources([tmp_path / "lost.txt"])
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    for source in ("~/a.txt", {"path": "~/a.txt", "kind": "text"}, "~/*.txt"):
+        assert [text for text, _ in documents(source)] == ["at home"]
+
+
 def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud83d b\\ud83d\\ude00"}\n')
@@ -162,7 +259,7 @@ def test_the_kind_of_a_folder_means_what_it_says(tmp_path):
     (tmp_path / "README.md").write_text("about")
     opened = open_sources([{"path": str(tmp_path), "kind": "jsonl"}])
     assert [piece.text for piece in opened.pieces()] == ["a line", "a document"]
-    assert opened.skipped == {"not jsonl by their names": 1}
+    assert opened.skipped == {"not jsonl": 1}
     assert [text for text, _ in documents({"path": str(tmp_path), "kind": "text"})] == [
         "about",
         '{"text": "a line"}\n',

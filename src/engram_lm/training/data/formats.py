@@ -2,26 +2,20 @@
 
 import codecs
 import dataclasses
-import gzip
 import hashlib
 import importlib.util
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from engram_lm.errors import DataError, MissingExtraError
+from engram_lm.training.data.file_kind import BROKEN_GZIP, NoTextError, broken_gzip, open_bytes
 
 PIECE_CHARACTERS = 1 << 18
 """Longest text handed on at once; a longer document comes in several pieces."""
 _ROWS_AT_ONCE = 256
 _READ_BYTES = 1 << 20
-_BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-class NoTextError(Exception):
-    """A file holds no text; the message is the reason, such as ``"binary"``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +106,7 @@ def read_text(path: Path, digest: str) -> Iterator[Piece]:
 def _decoded(path: Path) -> Iterator[tuple[str, int]]:
     r"""Text of a file without a byte order mark and with ``\r\n`` as ``\n``, and how far into the file it reaches."""
     decoder, held, last = codecs.getincrementaldecoder("utf-8-sig")(), "", False
-    file, raw = _open_bytes(path)
+    file, raw = open_bytes(path)
     with raw, file:
         while not last:
             try:
@@ -123,57 +117,93 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
                 text = held + decoder.decode(chunk, last)
             except UnicodeDecodeError as error:
                 raise NoTextError("not UTF-8") from error
-            except _BROKEN_GZIP as error:
-                raise _broken_gzip(path, error) from error
+            except BROKEN_GZIP as error:
+                raise broken_gzip(path, error) from error
             held = "\r" if text.endswith("\r") and not last else ""
             yield text.removesuffix(held).replace("\r\n", "\n"), raw.tell()
-
-
-def _open_bytes(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """A file to read from, and the one whose position tells how far it is."""
-    raw: IO[bytes] = open(path, "rb")  # noqa: SIM115, closed by the caller
-    return (cast(IO[bytes], gzip.open(raw)) if path.name.lower().endswith(".gz") else raw), raw
-
-
-def _broken_gzip(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is a broken gzip file ({error}); make it again")
 
 
 # Records: JSON lines, Parquet, datasets
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[Piece]:
-    """Read the documents of a file of JSON lines; an error names the line."""
-    file, raw = _open_bytes(path)
-    done, number = 0, 0
+    """Read the documents of a file of JSON lines, or of an array of JSON objects; an error names the line or object."""
+    try:
+        file, raw = open_bytes(path)
+    except NoTextError as error:
+        raise DataError(f"{path} is {error}; expected JSON lines in UTF-8") from error
     with raw, file:
-        while True:
-            number += 1
-            where = f"line {number} of {path}"
-            try:
-                line = file.readline()
-            except _BROKEN_GZIP as error:
-                raise _broken_gzip(path, error) from error
-            if not line:
+        try:
+            for record, where, weight in _objects(file, raw, path):
+                if not isinstance(record, dict):
+                    raise DataError(
+                        f"{where} holds a JSON {type(record).__name__}; expected an object with the field {field!r}"
+                    )
+                if field not in record:
+                    raise DataError(no_field(where, field, record))
+                yield from _record(record[field], field, where, weight)
+        except BROKEN_GZIP as error:
+            raise broken_gzip(path, error) from error
+
+
+def _objects(file: IO[bytes], raw: IO[bytes], path: Path) -> Iterator[tuple[Any, str, int]]:
+    """The values of JSON lines or of an array, where each stands, and the bytes of the file that are done with it."""
+    done, number, begun = 0, 0, False
+    while line := file.readline():
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        # A compressed file is read ahead of its lines, so its last lines weigh nothing.
+        position = raw.tell() if file is not raw else done + len(line)
+        weight, done = position - done, position
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        if not begun and line.lstrip().startswith(b"["):
+            rest = line.lstrip()[1:].lstrip() or file.readline().lstrip()
+            if rest.startswith(b"{"):
+                yield from _array(rest, file, raw, path)
                 return
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            # A compressed file is read ahead of its lines, so its last lines weigh nothing.
-            position = raw.tell() if file is not raw else done + len(line)
-            weight, done = position - done, position
-            if not line.strip():
-                continue
+            line = line if line.lstrip()[1:].strip() else line + rest
+        begun = True
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON ({error!s:.200}); repair or remove it") from error
+        yield record, where, weight
+
+
+def _array(start: bytes, file: IO[bytes], raw: IO[bytes], path: Path) -> Iterator[tuple[Any, str, int]]:
+    """The values of a JSON array, one at a time, as `_objects`; what follows its bracket begins with ``start``."""
+    decoder, parser = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+    number, done, size, at_end = 1, 0, _READ_BYTES, False
+    text, place = "", 0
+    chunk = start
+    while True:
+        where = f"object {number} of {path}"
+        try:
+            text, place = text[place:] + decoder.decode(chunk, at_end), 0
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not JSON ({error!s:.200}); repair or remove it") from error
+        while True:
+            place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,"))
+            if text[place : place + 1] == "]":
+                if text[place + 1 :].strip() or (chunk := file.read(_READ_BYTES)).strip():
+                    raise DataError(f"{path} holds more behind the array that it begins with; make it JSON lines")
+                return
             try:
-                record = json.loads(line)
+                record, place = parser.raw_decode(text, place)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON ({error!s:.200}); repair or remove it") from error
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{where} holds a JSON {type(record).__name__}; expected an object with the field {field!r}"
-                )
-            if field not in record:
-                raise DataError(no_field(where, field, record))
-            yield from _record(record[field], field, where, weight)
+                if at_end or isinstance(error, RecursionError):
+                    raise DataError(f"{where} is not JSON ({error!s:.200}); repair or remove it") from error
+                break
+            position = raw.tell()
+            yield record, where, position - done
+            done, number, size = position, number + 1, _READ_BYTES
+            where = f"object {number} of {path}"
+        # A long object is not parsed anew for every piece of it.
+        chunk, size = file.read(size), 2 * size
+        at_end = not chunk
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Piece]:

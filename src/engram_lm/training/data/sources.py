@@ -8,6 +8,7 @@ a file that has changed in between is refused.
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -20,8 +21,8 @@ from typing import Any
 
 from engram_lm.errors import DataError
 from engram_lm.files import write_atomically
+from engram_lm.training.data.file_kind import NoTextError, find_kind
 from engram_lm.training.data.formats import (
-    NoTextError,
     Piece,
     digest_file,
     inspect_text,
@@ -36,7 +37,6 @@ from engram_lm.training.data.text_source import HUB, STANDARD_LIBRARY, Kind, Sou
 
 _NO_TEXT_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_ENDINGS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _RACY_NANOSECONDS = 2_000_000_000
 """A file changed this recently may change again without its time showing it, so its digest is not remembered."""
 
@@ -150,7 +150,7 @@ def open_sources(
             except NoTextError as reason:
                 if entry.named:
                     raise DataError(
-                        f"{entry.path} is {reason}; expected text in UTF-8 (JSON lines and Parquet are known by name)"
+                        f"{entry.path} is {reason}; expected text in UTF-8, JSON lines or Parquet"
                     ) from None
                 skipped[str(reason)] += 1
             on_progress(entry.num_bytes, total)
@@ -193,19 +193,30 @@ def _find(source: TextSource, skipped: Counter[str]) -> list[_File]:
         paths = [path for path in paths if path.is_file() and path.stat().st_size]
         return [_File(path, path.relative_to(root).as_posix(), "text", "", True) for path in paths]
     if path.is_file():
-        kind = _kind(path) if source.kind == "auto" else source.kind
+        kind = find_kind(path, source.field, "auto", named=True) if source.kind == "auto" else source.kind
         return [_File(path, printable(path.name), kind, source.field, True)]
     if not path.is_dir():
-        raise DataError(
-            f"{path} is neither a file nor a folder; check the path, or write hf://owner/name for a dataset of the hub"
-        )
+        if path.is_symlink():
+            raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; name what it should lead to")
+        matches = sorted(glob.glob(source.path, recursive=True))
+        if not matches:
+            raise DataError(
+                f"{path} is neither a file nor a folder; check the path, or write hf://owner/name for a dataset of the "
+                "hub"
+            )
+        each = (dataclasses.replace(source, path=match) for match in matches if match != source.path)
+        return [file for match in each for file in _find(match, skipped)]
     found = []
     for inside in _walk(path, _NO_TEXT_FOLDERS):
-        kind = _kind(inside, json=source.kind == "jsonl") if source.kind != "text" else "text"
+        try:
+            kind = "text" if source.kind == "text" else find_kind(inside, source.field, source.kind, named=False)
+        except NoTextError as reason:
+            skipped[str(reason)] += 1
+            continue
         if source.kind in ("auto", kind):
             found.append(_File(inside, printable(inside.relative_to(path).as_posix()), kind, source.field, False))
         else:
-            skipped[f"not {source.kind} by their names"] += 1
+            skipped[f"not {source.kind}"] += 1
     return found
 
 
@@ -218,11 +229,6 @@ def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in left_out)
         yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
-
-
-def _kind(path: Path, *, json: bool = False) -> Kind:
-    ending = os.path.splitext(path.name.lower().removesuffix(".gz"))[1]
-    return "jsonl" if json and ending == ".json" else _ENDINGS.get(ending, "text")
 
 
 def _limited(found: list[TextSource | _File], max_bytes: int, skipped: Counter[str]) -> list[TextSource | _File]:

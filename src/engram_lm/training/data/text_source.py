@@ -20,13 +20,15 @@ class TextSource:
     """Where text comes from, as a recipe says it: a string (its path) or a table of these fields."""
 
     path: str
-    """A file, a folder that is searched through, ``hf://owner/name`` for a dataset of the Hugging Face hub, or
-    ``python:standard-library`` for the Python standard library's own sources."""
+    """A file, a folder that is searched through, a pattern such as ``data/*.json.gz``, ``hf://owner/name`` for a
+    dataset of the Hugging Face hub, or ``python:standard-library`` for the Python standard library's own sources. A
+    path may begin with ``~``; a relative one counts from the folder the command is called in."""
     kind: Kind = "auto"
-    """What it is. ``auto`` goes by the name: ``.jsonl`` and ``.ndjson`` (``.gz`` too) are JSON lines, ``.parquet`` is
-    Parquet, a folder written by ``save_to_disk`` is a dataset, and other files are plain text, one document each. Of a
-    folder, ``text`` reads every file as plain text; ``jsonl`` reads those that end in ``.jsonl``, ``.ndjson`` or
-    ``.json`` (``.gz`` too), and ``parquet`` those that end in ``.parquet``."""
+    """What it is. ``auto`` goes by the name, and by what a file begins with where the name leaves it open: ``.jsonl``
+    and ``.ndjson`` are JSON lines; ``.json`` and files without an ending are that where they hold it, or an array of
+    objects with the ``field``; Parquet is known by any name; a folder written by ``save_to_disk`` is a dataset; other
+    files are plain text, one document each. All may be packed with gzip. Of a folder, ``text`` reads every file as
+    plain text, ``jsonl`` and ``parquet`` read those that are it, by their names or by what they begin with."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file or dataset, that holds the text."""
     split: str = "train"
@@ -41,6 +43,7 @@ class TextSource:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError(f"path of a data source is a file, a folder or hf://owner/name, got {self.path!r}")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         if self.kind not in get_args(Kind):
             raise ConfigError(f"kind of {self.path} is one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if not self.field or not self.split:
