@@ -245,7 +245,7 @@ def _scale_shape(scale: StoredTensor, rows: int) -> tuple[int, int]:
         return 1, 1
     if scale.shape == (rows,):
         return rows, 1
-    return scale.shape if len(scale.shape) == 2 else (0, 0)  # type: ignore[return-value]  # two of them
+    return scale.shape if len(scale.shape) == 2 else (0, 0)
 
 
 def _part(tensors: tuple[StoredTensor, ...], row_bytes: int) -> Part:
