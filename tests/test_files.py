@@ -2,7 +2,30 @@
 
 import pytest
 
-from engram_lm.files import new_folder, replacing, write_atomically
+from engram_lm.errors import CheckpointError
+from engram_lm.files import new_folder, read_json, read_text, replacing, user_path, write_atomically
+
+
+def test_text_that_an_editor_saved_with_a_mark_and_other_line_ends_reads_the_same(tmp_path):
+    path = tmp_path / "a.json"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        for end in (b"\n", b"\r\n"):
+            path.write_bytes(mark + b'{"a":' + end + '"é"}'.encode() + end)
+            assert read_text(path) == '{"a":\n"é"}\n'
+            assert read_json(path) == {"a": "é"}
+    path.write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(UnicodeDecodeError):
+        read_text(path)
+    assert read_text(path, errors="replace") == '{"a": "\ufffd"}'
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_json(path)
+
+
+def test_a_path_of_a_person_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a/b") == tmp_path / "a" / "b"
+    # Nobody of that name: a folder that is called so, which then does not exist.
+    assert [str(user_path(path)) for path in ("a/~b", "~nobody-here/a")] == ["a/~b", "~nobody-here/a"]
 
 
 def test_a_file_is_written_whole_with_its_folder(tmp_path):

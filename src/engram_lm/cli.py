@@ -4,12 +4,18 @@ A command is a frozen dataclass whose fields are the flags and whose ``run`` doe
 0, 1 where it failed, 2 where the call was wrong. Results go to stdout, progress and errors to stderr.
 """
 
+import codecs
 import importlib
+import io
 import os
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from engram_lm.errors import EngramError, suggestion
+from engram_lm.files import user_path
 
 _TABLE_VERBS = {
     "build": ("engram_lm.memory.formats.table_command:Build", "write a packed table, from a checkpoint or at random"),
@@ -43,16 +49,38 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""
 
+_PLAINLY = "engram-lm-plainly"
+"""What the error handler is called that spells what a terminal cannot print."""
+_PLAIN = {
+    "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "×": "x", "·": "*", "±": "+-", "…": "...", "“": '"', "”": '"',
+    "‘": "'", "’": "'", "│": "|", "─": "-", "█": "#", "•": "*", "✓": "ok", "≥": ">=", "≤": "<=",
+}  # fmt: skip
+"""Characters of our own output, as an ASCII terminal can print them."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb by what follows ``engram-lm`` (by default the process's own arguments), and return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    codecs.register_error(_PLAINLY, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_PLAINLY)
     if arguments and arguments[0] in ("-V", "--version"):
         from engram_lm import __version__
 
         print(f"engram-lm {__version__}")
         return 0
     return _choose("engram-lm", "conditional memory for language models", VERBS, arguments)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that a terminal or a pipe cannot print in ASCII: an error handler of `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    spelled = "".join(_PLAIN.get(letter) or unicodedata.normalize("NFKD", letter) for letter in text)
+    without_accents = "".join(letter for letter in spelled if not unicodedata.combining(letter))
+    return without_accents.encode("ascii", "replace").decode(), error.end
 
 
 def _choose(
@@ -78,6 +106,30 @@ def _choose(
     return _choose(f"{program} {name}", about, command, rest)
 
 
+def _paths() -> Any:
+    """Read paths of a command line as a person means them, by a registry that tyro uses within a ``with`` block.
+
+    A shell leaves the ``~`` of ``--out=~/run`` alone, and so do programs that start us without a shell.
+    """
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def of_a_person(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        if kind.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: user_path(given[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
+
+
 def _run(program: str, command: str, arguments: list[str]) -> int:
     import tyro
 
@@ -85,11 +137,12 @@ def _run(program: str, command: str, arguments: list[str]) -> int:
     command_class = getattr(importlib.import_module(module), name)
     try:
         try:
-            if hasattr(command_class, "from_arguments"):  # it knows flags that are no fields
-                chosen = command_class.from_arguments(arguments, program)
-            else:
-                config = (tyro.conf.FlagCreatePairsOff,)
-                chosen = tyro.cli(command_class, prog=program, args=arguments, config=config)
+            with _paths():
+                if hasattr(command_class, "from_arguments"):  # it knows flags that are no fields
+                    chosen = command_class.from_arguments(arguments, program)
+                else:
+                    config = (tyro.conf.FlagCreatePairsOff,)
+                    chosen = tyro.cli(command_class, prog=program, args=arguments, config=config)
         except SystemExit as ended:  # the parser has explained: 0 after --help, 2 where the call is wrong
             sys.stdout.flush()
             return int(ended.code or 0)

@@ -1,4 +1,4 @@
-"""Files and folders that are either the old version or the new one, never half of either."""
+"""Files and folders that are written whole or not at all, and how text and paths of people are read."""
 
 import collections
 import contextlib
@@ -104,6 +104,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a whole file, atomically, as `replacing` does; text is encoded as UTF-8."""
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Take a path that a person wrote: a leading ``~`` is their home folder; one that is relative stays so."""
+    return Path(os.path.expanduser(path))
+
+
+def read_text(path: str | os.PathLike[str], *, errors: str = "strict") -> str:
+    r"""Read a file of text that any editor may have saved: UTF-8, a byte order mark dropped, each line's end ``\n``.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is not UTF-8; not with ``errors="replace"``.
+    """
+    return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_json(

@@ -51,6 +51,17 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
         read_tasks(path)
 
 
+def test_a_task_file_may_be_saved_by_any_editor(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a", "answer": "b\\u2028c"}\r\n\r\n' + '{"prompt": "d", "answer": "e\u2028"}'.encode()
+    )
+    assert [item.answer for item in read_tasks(path)] == ["b\u2028c", "e\u2028"]
+    path.write_bytes(b'{"prompt": "\xe9", "answer": "b"}')
+    with pytest.raises(DataError, match=r"a.jsonl: it is not UTF-8"):
+        read_tasks(path)
+
+
 def test_a_file_without_questions_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="holds no questions"):

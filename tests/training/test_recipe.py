@@ -67,6 +67,17 @@ def test_mistakes_are_answered_with_their_place(text, flags, words):
         recipe(text, *flags)
 
 
+def test_a_recipe_may_be_saved_by_any_editor_and_name_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "a.toml"
+    path.write_bytes(
+        b'\xef\xbb\xbf[data]\r\nsources = ["~/notes"]\r\ncache = "~/cache"\r\n[train]\r\nnum_steps = 1\r\n'
+    )
+    recipe = Recipe.read(path)
+    assert (recipe.data.sources[0].path, recipe.data.cache) == (str(tmp_path / "notes"), tmp_path / "cache")
+    assert Recipe.read(path, ["--data.cache", "~/other"]).data.cache == tmp_path / "other"
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(ConfigError, match=r"bad.toml is not TOML.*line 1"):

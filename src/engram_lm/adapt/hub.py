@@ -10,6 +10,7 @@ from typing import Any
 from engram_lm.adapt.folder import CONFIG, FILES, TABLES, AdapterFiles, LocalFiles, check_adapter
 from engram_lm.adapt.model_card import REPOSITORY
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
+from engram_lm.files import user_path
 
 _ACCESS = "log in with `hf auth login`, or pass token="
 
@@ -62,7 +63,7 @@ class HubFiles:
 
 def files_of(path_or_repo: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> AdapterFiles:
     """Tell a folder from a repository: whatever exists here, or cannot be the name of a repository, is a folder."""
-    path = Path(path_or_repo)
+    path = user_path(path_or_repo)
     if isinstance(path_or_repo, os.PathLike) or path.exists() or not REPOSITORY.fullmatch(path_or_repo):
         return LocalFiles(path)
     return HubFiles(path_or_repo, revision=revision, **options)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engram_lm.errors import DataError
-from engram_lm.files import replacing
+from engram_lm.files import read_text, replacing
 
 _FIELDS = ("id", "family", "prompt", "answer", "choices")
 
@@ -70,9 +70,10 @@ def read_tasks(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     for path in map(Path, files):
         before = len(items)
         try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise DataError(f"cannot read the task file {path}: {error.strerror or error}") from error
+            lines = read_text(path).split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error}"
+            raise DataError(f"cannot read the task file {path}: {reason}") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -102,7 +103,7 @@ def write_tasks(path: str | os.PathLike[str], items: Iterable[TaskItem]) -> None
             file.write(json.dumps(fields) + "\n")
 
 
-def _read_item(line: bytes, place: str, name: str, number: int) -> TaskItem:
+def _read_item(line: str, place: str, name: str, number: int) -> TaskItem:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

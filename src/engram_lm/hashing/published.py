@@ -5,11 +5,10 @@ The names of the keys are the publishers'; the fields they become are ours.
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError
-from engram_lm.files import read_json
+from engram_lm.files import read_json, user_path
 from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import RULES
 from engram_lm.hashing.spec_fields import rule_fields
@@ -35,7 +34,7 @@ def read_published(config: Mapping[str, Any], tokenizer: Any = None) -> dict[str
 
 def read_config(path: str | os.PathLike[str]) -> Any:
     """Read a config from a JSON file, or from the ``config.json`` of a folder, or raise a `ConfigError`."""
-    path = Path(path)
+    path = user_path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"there is no config at {path}; pass a JSON file or a folder with a config.json")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
-from engram_lm.files import parse_json
+from engram_lm.files import parse_json, user_path
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import (
@@ -272,7 +272,7 @@ def _digest_beside(where: str) -> str | None:
     if is_address(where):
         config, text = f"{where}: config.json", RemoteFolder(where).read("config.json")
     else:
-        path = Path(where)
+        path = user_path(where)
         path = (path if path.is_dir() else path.parent) / "config.json"
         config, text = str(path), path.read_bytes() if path.is_file() else None
     if text is None:

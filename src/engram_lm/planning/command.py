@@ -13,7 +13,7 @@ import tyro
 from huggingface_hub.errors import StrictDataclassError
 
 from engram_lm.errors import ConfigError, check_flags, closest
-from engram_lm.files import read_json
+from engram_lm.files import read_json, user_path
 from engram_lm.hashing import TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
@@ -116,7 +116,7 @@ def read_config(source: str) -> EngramLMConfig:
         ConfigError: No such preset or file, or a file that is no configuration of this family; the message names the
             field and what is near it.
     """
-    path = Path(source)
+    path = user_path(source)
     if "/" not in source and not source.endswith(".json") and (source in NAMES or not path.exists()):
         return EngramLMConfig.preset(source)
     if path.is_dir():

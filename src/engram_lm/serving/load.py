@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError
+from engram_lm.files import user_path
 from engram_lm.hashing.token_map import read_vocabulary
 
 _STAGED_TOKENS = 1024
@@ -92,7 +93,7 @@ def load_model(
     from engram_lm.training.loop import find_device
 
     wanted = find_device(device)
-    folder = Path(path)
+    folder = user_path(path)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} is no model folder: it has no config.json; `engram-lm quickstart` makes one in runs/quickstart"

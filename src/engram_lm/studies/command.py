@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from engram_lm.errors import MismatchError, RunFolderError
-from engram_lm.files import read_json, write_atomically
+from engram_lm.files import read_json, user_path, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
 from engram_lm.studies.page import print_finding, render_study
@@ -126,7 +126,7 @@ class StudyCommand:
     @property
     def folder(self) -> Path:
         """The folder of the study, absolute."""
-        return (self.out or Path("runs") / self.name).expanduser().resolve()
+        return user_path(self.out or Path("runs") / self.name).resolve()
 
     def _check_earlier(self, known: bool, settings: dict[str, Any]) -> None:
         """Compare with the study that the folder holds, if it does, and mark it as this one's."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import DivergedError, EngramError, RunFolderError
-from engram_lm.files import read_json, write_atomically
+from engram_lm.files import read_json, read_text, user_path, write_atomically
 from engram_lm.studies.progress import StudyProgress, recent_losses
 from engram_lm.studies.study import Arm, Study, TrainedArm
 from engram_lm.training.assembly import find_tokenizer, open_text
@@ -128,7 +128,7 @@ class Runner:
         recipe = self.complete(recipe)
         key = (recipe.data, recipe.evaluation)
         if key not in self._texts:
-            tokenizer = find_tokenizer(recipe, Path(recipe.tokenizer.path or self.out / TOKENIZER))
+            tokenizer = find_tokenizer(recipe, user_path(recipe.tokenizer.path or self.out / TOKENIZER))
             self._texts[key] = open_text(recipe, tokenizer, self.progress)
         return self._texts[key]
 
@@ -247,7 +247,7 @@ class Runner:
             self.progress.note(f"{one.arm.title}, seed {one.seed}: {trained.failed}")
         elif status not in (0, 130, -signal.SIGTERM):  # the last where it had not begun to train
             log = one.beside("log")
-            said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            said = read_text(log, errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise EngramError(f"training {one.arm.name} with seed {one.seed} failed: {said[0]} (all of it is in {log})")
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError
-from engram_lm.files import new_folder
+from engram_lm.files import new_folder, user_path
 from engram_lm.training.data.text import TrainingText, beginning, cache_folder, prepare_text
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.progress import RunProgress
@@ -27,7 +27,7 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
         DataError: There is no text to train one on.
     """
     model = recipe.model
-    for key, given in (("weights", model.weights), ("base", model.base and Path(model.base).expanduser())):
+    for key, given in (("weights", model.weights), ("base", model.base and user_path(model.base))):
         if given and not (given / "config.json").is_file() and (given / "model").is_dir():
             raise ConfigError(f"{given} is a run; its model is in {given / 'model'}: give that as model.{key}")
     source = recipe.tokenizer.path or model.base or (None if model.weights is None else str(model.weights))
@@ -47,7 +47,7 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
 
 def local_or_hub(source: str | Path) -> str:
     """Say where a model or a tokenizer is: in a folder of that name if there is one, otherwise on the Hub."""
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     return str(folder) if folder.is_dir() else str(source)
 
 

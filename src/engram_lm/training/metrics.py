@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import MissingExtraError, RunFolderError
-from engram_lm.files import replacing
+from engram_lm.files import read_text, replacing
 
 
 class Metrics:
@@ -109,7 +109,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         RunFolderError: Another line is not a JSON object with a ``step``.
     """
     found: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = read_text(path, errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 import tyro
 
 from engram_lm.errors import ConfigError, MismatchError, closest, suggestion
+from engram_lm.files import read_text, user_path
 
 _Options = TypeVar("_Options")
 
@@ -83,7 +84,7 @@ def _show(value: Any) -> str:
 def read_table(path: Path) -> dict[str, Any]:
     """Read a TOML file; a ConfigError names the line where it is not TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     try:
@@ -276,7 +277,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} is a table of keys, not {value!r}")
         return dict(value)
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return user_path(value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is hint:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from engram_lm.errors import RunFolderError
-from engram_lm.files import write_atomically
+from engram_lm.files import user_path, write_atomically
 from engram_lm.training.checkpoints import latest_checkpoint
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
@@ -54,7 +54,7 @@ class Run:
     ) -> None:
         self.recipe, self.ranks = recipe, ranks or Ranks()
         self.progress = progress or RunProgress(Console(stderr=True), silent=True)
-        self.out = out.expanduser().resolve()
+        self.out = user_path(out).resolve()
         self.resume = resume
         self.last_step = min(recipe.train.num_steps, stop_after or recipe.train.num_steps)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import RunFolderError
+from engram_lm.files import user_path
 
 _MARK = "result.json"
 _LOCK = ".lock"
@@ -81,7 +82,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, mark: str = _MARK) -> None:
         try:
-            path = path.expanduser().resolve()
+            path = user_path(path).resolve()
         except (OSError, RuntimeError) as error:
             raise RunFolderError(f"cannot use {path}: {error}; name another folder with --out") from error
         self.path = path

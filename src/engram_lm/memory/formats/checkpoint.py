@@ -5,14 +5,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
-from engram_lm.files import new_folder, read_json
+from engram_lm.files import new_folder, read_json, user_path
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.formats.deepseek_v41 import DeepSeekV41
@@ -92,7 +91,7 @@ def read_memory(
         MismatchError: The checkpoint's hash constants are not those of its config, or another digest is expected.
         TokenMapError: The tokenizer gives another canonical vocabulary than the config promises.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     spec = HashSpec.from_config(folder, tokenizer, token_map_digest=token_map_digest)
     family = FAMILIES.get(spec.variant)
     if family is None:

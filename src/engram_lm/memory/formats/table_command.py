@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, check_flags
-from engram_lm.files import read_json
+from engram_lm.files import read_json, user_path
 from engram_lm.hashing import HashSpec
 from engram_lm.tables import RowLayout
 from engram_lm.tables.codec import RowCodec
@@ -193,7 +193,7 @@ def checked_spec(source: str | os.PathLike[str], layouts: Mapping[int | str, Row
         CheckpointError: The configuration is not a readable JSON object, or there is a table of a layer that it does
             not name, or one of another number of rows than the hash addresses.
     """
-    path = Path(source)
+    path = user_path(source)
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         return {}

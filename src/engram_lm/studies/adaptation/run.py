@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import ConfigError, DataError, DivergedError, MismatchError, RunFolderError
-from engram_lm.files import read_json, replacing_folder, write_atomically
+from engram_lm.files import read_json, replacing_folder, user_path, write_atomically
 from engram_lm.studies.adaptation.arms import ARMS, RETAINED
 from engram_lm.studies.adaptation.bench import ArmCost, Bench
 from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values
@@ -44,7 +44,7 @@ class Adaptation:
 
     def __init__(self, recipe: AdaptationRecipe, out: Path, *, resume: bool = False, progress: RunProgress) -> None:
         self.recipe, self.progress, self._resume = recipe, progress, resume
-        self.out = out.expanduser().resolve()
+        self.out = user_path(out).resolve()
         self._started, self._commit = time.time(), commit()
         self._counted: dict[str, Any] = {}
         self._runs: dict[ArmName, list[_Entry]] = {name: [] for name in recipe.arms.names}

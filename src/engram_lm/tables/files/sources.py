@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.files import user_path
 from engram_lm.tables.files.byte_source import FileFolder, LocalFolder, is_address
 from engram_lm.tables.files.packed import parse_packed_header
 from engram_lm.tables.files.safetensors_file import TensorFolder
@@ -73,7 +74,7 @@ def find_tables(source: str | os.PathLike[str] | FileFolder, file: str | None = 
     if isinstance(source, str | os.PathLike):
         if is_address(source):
             raise ConfigError(f"{source} is on a server, and tables are copied from files; download it first")
-        path = Path(source)
+        path = user_path(source)
         if not path.exists():
             raise CheckpointError(
                 f"{path} does not exist; a table is a checkpoint folder, a file of one, or an address"

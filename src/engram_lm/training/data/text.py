@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.files import user_path
 from engram_lm.training.data.documents import is_balanced
 from engram_lm.training.data.packing import OneSidedError, PackedCorpus, open_remembered, pack_to_shards
 from engram_lm.training.data.shards import TokenShards
@@ -77,7 +78,7 @@ class TrainingText:
 def cache_folder(chosen: Path | None) -> Path:
     """Find the folder where token shards are kept for later runs: the chosen one, or one in the user's cache."""
     if chosen is not None:
-        return chosen.expanduser()
+        return user_path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engram-lm" / "shards"
 
 

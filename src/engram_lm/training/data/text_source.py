@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from engram_lm.errors import ConfigError, suggestion
+from engram_lm.files import user_path
 
 Kind = Literal["auto", "text", "jsonl", "parquet", "dataset"]
 
@@ -43,7 +44,7 @@ class TextSource:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError(f"path of a data source is a file, a folder or hf://owner/name, got {self.path!r}")
-        object.__setattr__(self, "path", os.path.expanduser(self.path))
+        object.__setattr__(self, "path", str(user_path(self.path)) if self.path.startswith("~") else self.path)
         if self.kind not in get_args(Kind):
             raise ConfigError(f"kind of {self.path} is one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if not self.field or not self.split:
