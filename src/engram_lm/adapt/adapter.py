@@ -296,7 +296,7 @@ class MemoryAdapter(ForwardPass):
             adapter = cls(stored.config, stored.spec, tables, name=name, base=stored.base)
             adapter.layers.to(dtype=dtype or stored.dtype)
             adapter.layers.load_state_dict(stored.layers)
-            adapter._attach(model, decoder)
+            adapter.attach_to(model, decoder)
         except BaseException:
             for table in tables.values():
                 table.close()
@@ -307,7 +307,7 @@ class MemoryAdapter(ForwardPass):
         """What ``print(model)`` shows."""
         return f"{self.name!r}, enabled={self.enabled}, before layers {list(self.spec.blocks)}"
 
-    def _attach(self, model: nn.Module, decoder: Decoder) -> None:
+    def attach_to(self, model: nn.Module, decoder: Decoder) -> None:
         """Become a module of the model and hook its forward pass."""
         _check_peft(model, self)
         self.train(model.training)

@@ -90,7 +90,7 @@ def attach(
             ) from error
     adapter = MemoryAdapter(config, spec, tables, name=name, base=BaseModel.of(model, decoder))
     adapter.layers.to(dtype=dtype)
-    adapter._attach(model, decoder)
+    adapter.attach_to(model, decoder)
     if check:
         try:
             _check_identity(model, adapter)

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class ForwardPass(nn.Module):
         self.row_map: RowMap | None = None
         """For controls: called with a block and the rows ``[B, L, H]`` that its N-grams hash to, int64; the rows it
         returns, of that shape, are read instead, so that a permuted hash or shuffled rows need no other code."""
+        self.stand_in: Callable[[int], MemoryLayer | None] | None = None
+        """For trainers that compare with an earlier memory: called with a block before it is read; the layer that it
+        returns is read instead, with that layer's table, and None means the adapter's own."""
         # What its state in a cache is called: another adapter of this name must not take it for its own.
         self._cache_key = f"{name}:{uuid.uuid4().hex}"
         self._calls = threading.local()
@@ -171,6 +174,8 @@ class ForwardPass(nn.Module):
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _layer(self, block: int) -> MemoryLayer:
+        if self.stand_in is not None and (other := self.stand_in(block)) is not None:
+            return other
         layer: MemoryLayer = self.layers[str(block)]  # type: ignore[assignment]
         return layer
 

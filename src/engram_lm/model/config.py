@@ -42,6 +42,8 @@ class EngramLMConfig(DeepseekV3Config):
     __slots__ = _BESIDE_THE_FIELDS
 
     model_type = "engram_lm"
+    # Code of a repository that is asked for: none. TRL looks for this in every configuration that is not transformers'.
+    auto_map = {}
     # What transformers' hyper-connection calls the fields of the streams.
     attribute_map = {
         **DeepseekV3Config.attribute_map,

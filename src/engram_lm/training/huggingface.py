@@ -7,6 +7,7 @@ DistributedDataParallel, and checkpoints that hold the memory.
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ from engram_lm.training.optimizers import (
     clip_gradients,
     is_trainable_table,
 )
+from engram_lm.training.reference_model import References, found_as_reference
 from engram_lm.training.table_gradients import SharedTables, share_tables, sparse_tables
 
 if importlib.util.find_spec("accelerate") is None:
@@ -125,6 +127,9 @@ class MemoryTrainerMixin(_Trainer):
     - **Checkpoints**: ``engram_adapters/NAME`` in each holds the adapter as `MemoryAdapter.save_pretrained` writes it.
       Beside it is what else is trained: nothing with a frozen backbone, peft's adapter with peft, and otherwise the
       model without the memory. Resuming and ``load_best_model_at_end`` read both.
+    - **References**: a model that TRL's trainers load by name to compare with (DPO, KTO, GRPO and RLOO with ``beta``)
+      gets the memory, and the weights, that the model has when the trainer is made; with peft, where they switch its
+      adapters off instead, the memory is then read as it was. A ``ref_model`` that is given is left as it is.
     - Memory that was trainable stays so when the trainer itself wraps the model in peft (``peft_config``).
 
     Args:
@@ -144,16 +149,30 @@ class MemoryTrainerMixin(_Trainer):
         model = kwargs.get("model", args[0] if args else None)
         memory = _adapters(model).values() if isinstance(model, nn.Module) else ()
         trained = [parameter for adapter in memory for parameter in adapter.parameters() if parameter.requires_grad]
-        super().__init__(*args, **kwargs)
+        with found_as_reference(model):
+            super().__init__(*args, **kwargs)
         for parameter in trained:
             parameter.requires_grad_(True)
+        names = inspect.signature(super().__init__).parameters
+        self._references = References(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see ``transformers.Trainer.train``."""
         try:
-            return super().train(*args, **kwargs)
+            with self._references.used():
+                return super().train(*args, **kwargs)
         finally:
             self._end_sharing()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; see ``transformers.Trainer.evaluate``."""
+        with self._references.used():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; see ``transformers.Trainer.predict``."""
+        with self._references.used():
+            return super().predict(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, once, and prepare the tables for several processes."""
