@@ -188,7 +188,10 @@ def test_the_divergence_of_reinforcement_starts_at_none(kind, options, with_peft
         processing_class=copy.deepcopy(TOKENIZER),
         peft_config=low_rank() if with_peft else None,
     )
+    compared = reference_of if with_peft else lambda trainer: logits(trainer.ref_model)
+    before = compared(trainer)
     trainer.train()
+    assert torch.equal(compared(trainer), before)
     divergences = logged(trainer, "kl")
     assert divergences[0] == pytest.approx(0, abs=1e-6)
     assert max(divergences[1:]) > 1e-3

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV3Config
@@ -43,7 +43,7 @@ class EngramLMConfig(DeepseekV3Config):
 
     model_type = "engram_lm"
     # Code of a repository that is asked for: none. TRL looks for this in every configuration that is not transformers'.
-    auto_map = {}
+    auto_map: ClassVar[dict[str, str]] = {}
     # What transformers' hyper-connection calls the fields of the streams.
     attribute_map = {
         **DeepseekV3Config.attribute_map,

@@ -123,7 +123,7 @@ def _complete(reference: nn.Module, model: nn.Module, adapters: Mapping[str, Mem
         other = loaded.get(name)
         if other is None or other.shape != weight.shape:
             raise ConfigError(
-                f"the trainer has loaded {getattr(model.config, 'name_or_path', '')!r} to compare the model with, and "  # type: ignore[union-attr]
+                f"the trainer has loaded {getattr(model.config, 'name_or_path', '')!r} to compare the model with, and "
                 f"it has no {name} of {list(weight.shape)}: the model was changed after it was loaded. Pass a frozen "
                 "copy of it as ref_model (copy.deepcopy(model)), or save the model without its memory and load that"
             )
