@@ -297,7 +297,7 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens([*(f"<{number}>" for number in range(100)), *NAMES])  # names stand in the domain
     tokenizer.save_pretrained(other)
-    assert "the model embeds 320" in said(path, "--base.model", str(other), "--out", str(tmp_path / "f"))
+    assert "outside the vocabulary of 320" in said(path, "--base.model", str(other), "--out", str(tmp_path / "f"))
     rows = ("--memory.rows_per_head", "1000000000000")
     assert "no room on cpu for a table" in said(path, *rows, "--out", str(tmp_path / "g"))
     assert "either num_steps or epochs" in said(path, "--train.epochs", "2")

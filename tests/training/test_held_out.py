@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.training.test_loop import TOKENS, model
 
-from engram_lm.errors import ConfigError, DataError
+from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.training.held_out import held_out_loss
 
@@ -42,6 +42,11 @@ def test_a_limit_evaluates_the_beginning():
     assert held_out_loss(one, TOKENS, length=16, max_tokens=40).loss == held_out_loss(one, TOKENS[:41], length=16).loss
 
 
+def test_tokens_that_the_model_does_not_embed_are_refused():
+    with pytest.raises(TokenError, match="token id 320 is outside the vocabulary of 270"):
+        held_out_loss(model(), np.array([1, 320, 2]), length=16)
+
+
 def test_too_little_text_is_refused():
     with pytest.raises(DataError, match="at least 2"):
         held_out_loss(model(), TOKENS[:1], length=16)
@@ -52,6 +57,9 @@ def test_documents_restart_in_evaluation_as_in_training():
 
     class Model(torch.nn.Linear):
         base_model = SimpleNamespace(layers=[])
+
+        def get_input_embeddings(self):
+            return SimpleNamespace(num_embeddings=9)
 
     class Loss(torch.nn.Module):
         def forward(self, inputs, targets, position_ids):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engram_lm.adapt import attached_adapters
 from engram_lm.errors import DataError, check_whole
+from engram_lm.hashing.token_map import check_tokens
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.tokenizing import starts_of
@@ -86,8 +87,10 @@ def held_out_loss(
     Raises:
         DataError: There are fewer than two tokens.
         ConfigError: ``length`` is below 1, or less than the beginning.
+        TokenError: The model does not embed one of the tokens.
     """
     check_whole(at_least=max(1, len(beginning)), length=length)
+    check_tokens(tokens, model.get_input_embeddings().num_embeddings)
     scored = ~starts_of(beginning, tokens)
     if not beginning:
         scored[:1] = False  # nothing stands before it
