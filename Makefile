@@ -12,20 +12,33 @@ BIN := $(VENV)/bin
 # -qq: pip's errors only. setuptools comes from the constraints too, so nothing is resolved behind their back.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
+# What another version of transformers, peft, TRL or of a reader of files may break.
+LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_command.py tests/memory/test_qwen_oracle.py \
+	tests/model/test_decoding.py tests/model/test_huggingface.py tests/model/test_loading.py tests/adapt/test_adapted_decoding.py \
+	tests/adapt/test_attachment.py tests/adapt/test_backbones.py tests/adapt/test_adapter_folder.py tests/adapt/test_peft.py \
+	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py
 BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py,$(wildcard benchmarks/*.py))
+
+# Make an environment that finds in $(VENV) what it does not have itself, and then in the folders given.
+venv_beside = $(PYTHON) -m venv --clear $(1) && \
+	{ $(BIN)/python -c 'import site; print(site.getsitepackages()[0])'; printf '%s\n' $(2); } \
+	> "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint fmt docs bench wheel clean
+.PHONY: help demo test test-lowest lint fmt docs bench wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## set up, then train a small memory model and its memory-less twin and compare them
 	$(BIN)/engram-lm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up, then run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-lowest: $(VENV)/lowest/.installed ## run the tests that a version may break, on the oldest packages that are allowed
+	$(VENV)/lowest/bin/python -m pytest -n auto --dist loadfile $(or $(ARGS),$(LOWEST_TESTS))
 
 lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -52,10 +65,8 @@ bench: $(VENV)/.installed-dev ## run every benchmark and write benchmarks/result
 wheel: $(VENV)/.installed-dev ## build the wheel, install it into an environment of its own, run the main job from an empty folder
 	@rm -rf build dist $(VENV)/wheel
 	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps -w dist .
-	@$(PYTHON) -m venv $(VENV)/wheel
 	@# Its dependencies are those of $(VENV), which are the pinned ones; the package itself is the wheel's.
-	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
-		> "$$($(VENV)/wheel/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
+	@$(call venv_beside,$(VENV)/wheel)
 	@$(VENV)/wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/*.whl
 	@empty=$$(mktemp -d) && wheel=$$(cd $(VENV)/wheel/bin && pwd) && cd "$$empty" && "$$wheel/engram-lm" --version && \
 		"$$wheel/engram-lm" quickstart --minutes 0.2 && test -f runs/quickstart/report.html; status=$$?; rm -rf "$$empty"; exit $$status
@@ -92,3 +103,9 @@ $(VENV)/.installed-docs: $(PINS) | $(BIN)/python
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/lowest/.installed: constraints-lowest.txt $(VENV)/.installed-dev
+	@echo "==> installing the oldest packages that are allowed into $(VENV)/lowest"
+	@$(call venv_beside,$(VENV)/lowest,$(CURDIR)/src)
+	@$(VENV)/lowest/bin/python -m pip install -qq --disable-pip-version-check -r constraints-lowest.txt
+	@touch $@

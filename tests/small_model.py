@@ -4,8 +4,10 @@ import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 BACKBONE = {
     "num_hidden_layers": 3,
@@ -108,3 +110,15 @@ def any_interleaving_equals_the_whole(model, cache, data, *, resets):
         elif operation == "reset":
             cache.reset()
             seen, last = torch.empty(data.draw(st.integers(1, 3)), 0, dtype=torch.int64), 0
+
+
+BEFORE_5_23 = not hasattr(PreTrainedModel, "activation_checkpointing_enable")
+"""Whether this transformers is older than 5.23."""
+needs_checkpointing_of_hooks = pytest.mark.skipif(
+    BEFORE_5_23, reason="transformers before 5.23 runs hooks again in the backward pass, which attached memory refuses"
+)
+
+
+def checkpoint_activations(model, **options):
+    """Switch activation checkpointing on under the name that this version of transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options or None)

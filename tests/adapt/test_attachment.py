@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER, small_model, small_multimodal_model
+from tests.small_model import needs_checkpointing_of_hooks
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -119,6 +120,7 @@ def test_training_the_memory_alone_lowers_the_loss(sparse, config):
     assert all(torch.equal(state[name], value) for name, value in frozen.items())
 
 
+@needs_checkpointing_of_hooks
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant, adapted):
     model, adapter = adapted()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.adapt.conftest import MEMORY, speak
 from tests.adapt.small_models import CONFIGS, TEXT, TOKENIZER
+from tests.small_model import needs_checkpointing_of_hooks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 import engram_lm
@@ -75,6 +76,7 @@ def test_a_quantized_backbone_decodes_exactly_and_its_memory_learns(bits, tmp_pa
     assert torch.equal(logits(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # transformers before 5.23
 def test_weights_that_are_moved_in_from_the_host_layer_by_layer_do_not_hinder(adapted, config):
     accelerate = pytest.importorskip("accelerate")
     expected_model, expected = adapted()
@@ -95,6 +97,7 @@ HOW = {
 }
 
 
+@needs_checkpointing_of_hooks
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_activation_checkpointing_as_users_switch_it_on_gives_the_same_gradients(name, how, adapted):

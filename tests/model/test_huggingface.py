@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from tests.small_model import VARIANTS
+from tests.small_model import BEFORE_5_23, VARIANTS, checkpoint_activations
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from engram_lm.errors import MismatchError, TokenError
@@ -165,7 +165,7 @@ def test_gradients_are_equal_however_a_batch_is_divided(make, balance):
 
 # Types --------------------------------------------------------------------------------------------------------------
 
-PRECISE = ("e_score_correction_bias", "attention_streams", "feed_forward_streams", "stream_head")
+PRECISE = ("mlp.gate.weight", "e_score_correction_bias", "attention_streams", "feed_forward_streams", "stream_head")
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def test_checkpointed_gradients_and_expert_shares_are_those_of_a_plain_step(make
     for checkpointing in (False, True):
         model = make(name, {"sequence_balance": 0.1} if not reentrant else {}).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model(IDS, labels=IDS).loss.backward()
         found.append(gradients(model))
         loads.append(expert_load(model))
@@ -279,6 +279,8 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_compiles_as_one_graph_forward_and_backward(make, kind):
+    if kind == "experts" and BEFORE_5_23:
+        pytest.skip("transformers before 5.23 cannot compile the backward pass of its grouped experts")
     name, block = KINDS[kind]
     results = []
     for compiled in (False, True):

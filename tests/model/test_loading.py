@@ -243,6 +243,7 @@ PLACES = {
 
 @pytest.mark.parametrize("where", PLACES)
 @MOVED
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # transformers before 5.23
 def test_tables_stay_where_a_device_map_puts_them_and_change_nothing(everything, tmp_path, where):
     pytest.importorskip("accelerate")
     device_map, kind = PLACES[where]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.small_model import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY, checkpoint_activations
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import engram_lm
@@ -169,7 +169,7 @@ def test_loss_gradients_and_checkpointed_gradients_are_equal(build):
     for checkpointing in (False, True):
         model = build().train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append({n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -182,7 +182,7 @@ def test_checkpointed_gradients_are_right_with_a_cache_passed_in(build):
     for checkpointing in (False, True):
         model = build().train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         cache = DynamicCache(config=model.config) if checkpointing else None
         model(IDS, labels=IDS, past_key_values=cache).loss.backward()
         gradients.append(model.model.layers[0].memory.conv_weight.grad)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
-from tests.small_model import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY, needs_checkpointing_of_hooks
 
 import engram_lm
 from engram_lm import EngramConfig
@@ -273,6 +273,7 @@ def test_a_checkpoint_of_another_hash_is_refused(tmp_path):
         trainer_of(other, tmp_path, **changes).train(resume_from_checkpoint=True)
 
 
+@needs_checkpointing_of_hooks
 def test_gradient_checkpointing_and_bfloat16_change_what_they_should(tmp_path):
     found = {}
     for name, changes in {

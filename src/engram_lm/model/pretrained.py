@@ -55,8 +55,9 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "chosen_experts": OutputRecorder(Router, index=2),
     }
-    # As DeepSeek-V4 has it for its hyper-connections: small, and decisive for every sublayer.
+    # Small, and decisive for every sublayer: routers as transformers keeps them from 5.24 on, streams as DeepSeek-V4.
     _keep_in_fp32_modules_strict = [
+        "mlp.gate.weight",
         "e_score_correction_bias",
         "attention_streams",
         "feed_forward_streams",

@@ -134,9 +134,11 @@ def export_model(
     target: dict[str, torch.dtype] = {}
     for name, tensor in saved.items():
         own, wanted = DTYPES[tensor.dtype], types[dtype]
-        fixed = not own.is_floating_point or any(part in name.split(".") for part in kept)
+        fixed = not own.is_floating_point or any(part in name for part in kept)
         target[name] = own if wanted is None or fixed else wanted
-    trained = {kind for name, kind in target.items() if kind.is_floating_point and not set(name.split(".")) & set(kept)}
+    trained = {
+        kind for name, kind in target.items() if kind.is_floating_point and not any(part in name for part in kept)
+    }
     config.dtype = max(trained, key=lambda kind: kind.itemsize) if trained else None
     config.architectures = [EngramForCausalLM.__name__]
     named = {_MODEL + name: tensor for name, tensor in saved.items()}
