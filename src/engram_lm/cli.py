@@ -16,6 +16,7 @@ from typing import Any
 
 from engram_lm.errors import EngramError, suggestion
 from engram_lm.files import user_path
+from engram_lm.threads import settle_threads
 
 _TABLE_VERBS = {
     "build": ("engram_lm.memory.formats.table_command:Build", "write a packed table, from a checkpoint or at random"),
@@ -60,6 +61,8 @@ _PLAIN = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb by what follows ``engram-lm`` (by default the process's own arguments), and return the exit status."""
+    if "torch" not in sys.modules:
+        settle_threads(os.environ)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     codecs.register_error(_PLAINLY, _plain)
     for stream in (sys.stdout, sys.stderr):

@@ -16,6 +16,7 @@ from engram_lm.errors import DivergedError, EngramError, RunFolderError
 from engram_lm.files import read_json, read_text, user_path, write_atomically
 from engram_lm.studies.progress import StudyProgress, recent_losses
 from engram_lm.studies.study import Arm, Study, TrainedArm
+from engram_lm.threads import allowed_cores
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.checkpoints import latest_checkpoint
 from engram_lm.training.checkpoints.training_state import export_model
@@ -218,7 +219,7 @@ class Runner:
         """Train some runs in processes of one thread, as many at a time as there are cores."""
         self._prepare(pending)
         waiting, running = collections.deque(pending), dict[_Planned, subprocess.Popen[bytes]]()
-        num_workers = max(1, min(os.cpu_count() or 1, len(waiting)))
+        num_workers = max(1, min(allowed_cores(), len(waiting)))
         steps, told = sum(one.recipe.train.num_steps for one in pending), False
         try:
             with self.progress.task(f"training {len(pending)} models, {num_workers} at a time", steps) as show:

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from engram_lm.control_groups import control_groups
+
 _NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
     "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs", "virtiofs", "wekafs", "beegfs",
@@ -32,30 +34,18 @@ def read_meminfo(path: Path) -> dict[str, int]:
 
 def _container_bytes() -> int | None:
     """What the narrowest of this process's control groups, and of the groups around it, leaves."""
-    try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
     found = []
-    for line in groups:
-        number, _, name = line.partition(":")
-        kinds, _, path = name.partition(":")
-        if number == "0" and not kinds:
-            root, limit, used, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in kinds.split(","):
-            root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        inside = Path(root + path)
-        for folder in (inside, *inside.parents):
-            if not str(folder).startswith(root):
-                break
-            allowed, taken = _number(folder / limit), _number(folder / used)
-            if allowed is not None and taken is not None:
-                # The kernel gives file pages up first; they count as used although they are free.
-                free_pages = read_meminfo(folder / "memory.stat").get(cache, 0)
-                found.append(max(0, allowed - taken + free_pages))
+    for folder, is_second in control_groups("memory"):
+        limit, used, cache = (
+            ("memory.max", "memory.current", "inactive_file")
+            if is_second
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        allowed, taken = _number(folder / limit), _number(folder / used)
+        if allowed is not None and taken is not None:
+            # The kernel gives file pages up first; they count as used although they are free.
+            free_pages = read_meminfo(folder / "memory.stat").get(cache, 0)
+            found.append(max(0, allowed - taken + free_pages))
     return min(found) if found else None
 
 
