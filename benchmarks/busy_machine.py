@@ -83,6 +83,7 @@ def work() -> None:
     options = Quickstart()
     tokenizer = train_tokenizer([" ".join(f"word{number}" for number in range(6000))], options.vocab_size)
     recipe = options.study().arms[0].recipe
+    torch.manual_seed(0)
     model = build_model(recipe, model_config(recipe, tokenizer), tokenizer, Ranks())
     tokens = np.random.default_rng(0).integers(2, len(tokenizer), 500_000).astype(np.int32)
     batches = Batches(tokens, options.batch_size, options.sequence_length, 0)
