@@ -26,7 +26,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
-    "OMP_DYNAMIC=TRUE": {"OMP_DYNAMIC": "TRUE"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 CASES = {"alone": (1, 0), "two trainings at once": (2, 0), "beside one busy program": (1, 1)}

@@ -56,6 +56,18 @@ def test_who_has_said_how_threads_wait_is_not_overruled(name):
     assert given == {name: "whatever"}
 
 
+def test_threads_that_come_and_go_with_the_load_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "engram_lm", "train", "--help"],
+        env=environment(OMP_DYNAMIC="TRUE"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("engram-lm train: OMP_DYNAMIC=TRUE lets torch compute wrong numbers")
+
+
 def limited_to(folder, monkeypatch, version, quota, period=100_000):
     """Let the innermost control group be a folder that allows so much time in every period."""
     if version == 2:

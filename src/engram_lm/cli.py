@@ -61,8 +61,6 @@ _PLAIN = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb by what follows ``engram-lm`` (by default the process's own arguments), and return the exit status."""
-    if "torch" not in sys.modules:
-        settle_threads(os.environ)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     codecs.register_error(_PLAINLY, _plain)
     for stream in (sys.stdout, sys.stderr):
@@ -137,8 +135,10 @@ def _run(program: str, command: str, arguments: list[str]) -> int:
     import tyro
 
     module, _, name = command.partition(":")
-    command_class = getattr(importlib.import_module(module), name)
     try:
+        if "torch" not in sys.modules:
+            settle_threads(os.environ)
+        command_class = getattr(importlib.import_module(module), name)
         try:
             with _paths():
                 if hasattr(command_class, "from_arguments"):  # it knows flags that are no fields

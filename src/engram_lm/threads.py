@@ -10,6 +10,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from engram_lm.control_groups import control_groups
+from engram_lm.errors import ConfigError
 
 NUM_SPINS = 1000
 """How often a thread looks whether it may go on before it sleeps, which takes about as long as to sleep and wake.
@@ -27,12 +28,21 @@ def settle_threads(environment: MutableMapping[str, str]) -> None:
 
     Threads wait actively for a short time only, where no variable says how they wait. There are as many of them as
     `allowed_cores`, where no variable says how many and a container allows fewer cores than OpenMP sees. The number
-    does not follow the load: it would stay for hours what it was in the first second, and sums are rounded otherwise
-    on another number of threads.
+    does not follow the load: a long training would keep what a busy minute gave it, and a sum over many numbers is
+    rounded otherwise on another number of threads.
 
     Args:
         environment: Names and values of variables, such as ``os.environ``; changed in place.
+
+    Raises:
+        ConfigError: OpenMP is told to give fewer threads than torch asks for. Torch 2.13 then leaves parts of its work
+            undone: the first step of a training had another loss, and NaN in its gradient (measured).
     """
+    if environment.get("OMP_DYNAMIC", "").strip().lower() == "true":
+        raise ConfigError(
+            "OMP_DYNAMIC=TRUE lets torch compute wrong numbers on a busy machine; unset it, and say by "
+            "OMP_NUM_THREADS how many threads there should be"
+        )
     if not any(name in environment for name in _WAITING):
         environment["GOMP_SPINCOUNT"] = str(NUM_SPINS)
     cores = allowed_cores()
