@@ -82,10 +82,48 @@ class EngramLayer(MemoryLayer):
     ) -> EngramOutput:
         """Weigh the vectors and refine them; a tensor as ``state`` holds what `convolution_input` gave before."""
         value, gates_BLS = self.weigh(hidden_states, vectors, active)
-        update = gates_BLS.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)
+        update = gated_values(value, gates_BLS)
         if self.config.kernel_size:
             update = update + self._convolve(update, state, active, lengths)
         return EngramOutput(update.reshape(hidden_states.shape).to(hidden_states.dtype), gates_BLS)
+
+    @property
+    def tap_distances(self) -> tuple[int, ...]:
+        """How many positions back the taps of the convolution read, farthest first, without the current position."""
+        return tuple(tap * self.config.conv_dilation for tap in range(self.config.kernel_size - 1, 0, -1))
+
+    def refine(
+        self,
+        value: Tensor,
+        gates: Tensor,
+        earlier_value: Tensor | None = None,
+        earlier_gates: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the updates of single tokens from what `weigh` gave for them and for the positions their taps read.
+
+        For engines that keep the results of `weigh` themselves, which are fewer numbers than the convolution's input.
+
+        Args:
+            value: Values of T tokens, ``[T, 1, D]``.
+            gates: Their gates, ``[T, 1, S]``.
+            earlier_value: Values at the `tap_distances` before each token, ``[T, taps - 1, D]``; may be None where the
+                layer has no convolution, or where nothing came before.
+            earlier_gates: The gates there, ``[T, taps - 1, S]``; 0 before the start of a text.
+            active: Bool ``[T, 1]``; where False the update is 0.
+
+        Returns:
+            The updates, ``[T, 1, S, D]``.
+        """
+        update = gated_values(value, gates)
+        if self.config.kernel_size:
+            earlier = None
+            if earlier_value is not None and earlier_gates is not None:
+                earlier = self.convolution_input(gated_values(earlier_value, earlier_gates))
+            # Only the positions that taps meet were given, so they lie side by side.
+            update = update + self._taps(update, self.convolution_input(update), earlier, 1, active)
+        return update
 
     def weigh(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute what a token reads, and how much of it each stream takes.
@@ -157,17 +195,23 @@ class EngramLayer(MemoryLayer):
         return f"orders={config.orders}, heads={config.num_heads}, rows of {config.head_dim}, gate={config.gate!r}"
 
     def _convolve(self, gated: Tensor, state: State, active: Tensor | None, lengths: Lengths) -> Tensor:
-        config = self.config
         normed = self.convolution_input(gated)
         context = window = None
         if isinstance(state, Tensor):
             context = state
         elif state is not None:
-            window = state.open(normed, config.conv_context)
+            window = state.open(normed, self.config.conv_context)
             context = window.values
-        result = F.silu(causal_convolution(normed, context, self.conv_weight.to(normed.dtype), config.conv_dilation))
+        result = self._taps(gated, normed, context, self.config.conv_dilation, active)
         if window is not None:
             window.advance(normed, lengths=lengths)
+        return result
+
+    def _taps(
+        self, gated: Tensor, normed: Tensor, context: Tensor | None, dilation: int, active: Tensor | None
+    ) -> Tensor:
+        """What the convolution of ``normed`` adds to the gated values, in their shape."""
+        result = F.silu(causal_convolution(normed, context, self.conv_weight.to(normed.dtype), dilation))
         if active is not None:
             # An inactive position adds nothing, but its taps may still see the active ones before it.
             result = result * active.unsqueeze(-1).to(result)
@@ -176,3 +220,8 @@ class EngramLayer(MemoryLayer):
     def _gain(self, weight: Tensor) -> Tensor:
         # In float32: a gain of 1 + weight, or a product of two, would be rounded in a lower type.
         return weight.float() + 1 if self.config.norm_weight == "zero_centered" else weight.float()
+
+
+def gated_values(value: Tensor, gates: Tensor) -> Tensor:
+    """Let each stream have its share of the value: ``[B, L, D]`` and gates ``[B, L, S]`` give ``[B, L, S, D]``."""
+    return gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)

@@ -207,7 +207,8 @@ class TablePlace:
         """
         tier: Any = self.tier
         source = tensor_layout([located]) if isinstance(located, StoredTensor) else located
-        table = open_table(source, tier=tier, dtype=dtype)
+        options: dict[str, Any] = {"device": self.device} if tier == "device" else {}
+        table = open_table(source, tier=tier, dtype=dtype, **options)
         try:
             _check_opened(table, wanted)
             if self.cache_bytes:

@@ -1,0 +1,70 @@
+"""What vLLM was told, made fit for our model or refused in words before anything is loaded."""
+
+import json
+from typing import TYPE_CHECKING
+
+import vllm
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from engram_lm.errors import ConfigError
+from engram_lm.serving.vllm.version import check_version
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+class EngramConfigCheck(VerifyAndUpdateConfig):
+    """vLLM calls these for our architecture alone."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Refuse another version of vLLM; choose eager execution."""
+        check_version(vllm.__version__)
+        # Rows are read by the host, which has no place in a captured graph.
+        model_config.enforce_eager = True
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Refuse what memory is not computed rightly with, and check the tokenizer and the place of the tables."""
+        from engram_lm.serving.vllm.tables import OPTION, table_place
+
+        parallel, model = vllm_config.parallel_config, vllm_config.model_config
+        if vllm_config.engram_config is not None:
+            raise ConfigError(
+                "--engram-config is for the models that vLLM itself has; say where this model's tables are read from "
+                f"with --additional-config '{json.dumps({OPTION: {'tier': 'mmap'}})}'"
+            )
+        for name, flag in _ONE:
+            if getattr(parallel, name, 1) > 1:
+                raise ConfigError(
+                    f"{flag} must be 1 for a model with memory, not {getattr(parallel, name)}; "
+                    "--tensor-parallel-size and --data-parallel-size may be larger"
+                )
+        if parallel.use_ubatching:
+            raise ConfigError("a model with memory is not split into microbatches; leave out --enable-dbo")
+        if model.enable_prompt_embeds:
+            raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
+        table_place(vllm_config.additional_config)
+        check_tokenizer(model)
+
+
+_ONE = (
+    ("pipeline_parallel_size", "--pipeline-parallel-size"),
+    ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+)
+
+
+def check_tokenizer(model_config: "ModelConfig") -> None:
+    """Refuse a tokenizer other than the one that the model's memory was trained with.
+
+    Raises:
+        MismatchError: With both digests.
+    """
+    spec = model_config.hf_config.spec
+    if spec is None or model_config.skip_tokenizer_init:
+        return
+    from transformers import AutoTokenizer
+
+    # As it is on disk: what vLLM wraps it in is nothing that a token map is read from.
+    spec.bind(AutoTokenizer.from_pretrained(model_config.tokenizer, revision=model_config.tokenizer_revision))

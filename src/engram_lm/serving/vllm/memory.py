@@ -1,0 +1,157 @@
+"""One forward pass of an engine seen from the memory: requests of any length side by side, and state in the cache."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+
+from engram_lm.errors import ConfigError
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.interface import MemoryLayer
+from engram_lm.memory.layer import EngramLayer
+from engram_lm.memory.step import begin_step
+from engram_lm.serving.vllm.state import MemoryMetadata, MemoryRow, MemoryState, Slots
+from engram_lm.tables import Table
+
+# Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1).
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of one forward pass lie in the cache of one layer, and those that it reads of earlier ones."""
+
+    tokens: Slots
+    """The tokens themselves, ``[T]``."""
+    taps: Slots
+    """The tokens that the taps of the convolution read, ``[T, taps - 1]``."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryPass:
+    """What one forward pass hands from its beginning to its memory layers."""
+
+    layers: Mapping[int, EngramLayer]
+    """Block → its memory layer."""
+    states: Mapping[int, MemoryState]
+    """Block → its state in the cache."""
+    active: Tensor
+    """Bool ``[T, 1]``; False where memory adds nothing."""
+    rows: Mapping[int, Tensor]
+    """Block → row numbers, int64 ``[T, 1, H]``."""
+    places: Mapping[int, Places]
+    """Block → where its state lies; empty while vLLM measures memory and there is no cache."""
+
+    def update(self, block: int, hidden_states: Tensor) -> Tensor:
+        """Compute what the memory of a block adds to hidden states ``[T, D]`` or ``[T, S, D]``; of their shape."""
+        layer = self.layers[block]
+        value, gates = layer.weigh(hidden_states.unsqueeze(1), layer.read(self.rows[block]), self.active)
+        earlier_value = earlier_gates = None
+        places = self.places.get(block)
+        if places is not None and layer.config.kernel_size:
+            state, count = self.states[block], len(places.tokens.block)
+            state.write(places.tokens, value[:count, 0], gates[:count, 0])
+            earlier_value, earlier_gates = state.read(places.taps)
+            if count < len(value):
+                # A GPU may pad the tokens; nobody reads the updates of padding.
+                spare = (0, 0, 0, 0, 0, len(value) - count)
+                earlier_value, earlier_gates = F.pad(earlier_value, spare), F.pad(earlier_gates, spare)
+        update = layer.refine(value, gates, earlier_value, earlier_gates, active=self.active)
+        return update.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+class ServedMemory:
+    """The memory layers of one model inside vLLM, with their states in its cache.
+
+    Used by our own model and by memory added to other models. All layers have one geometry, that of one
+    `engram_lm.EngramConfig`.
+
+    Args:
+        layers: Block → its memory layer, in the order in which blocks run.
+        prefix: Of the names of the states, which go on with ``.BLOCK.memory``.
+        dtype: Type of the hidden states.
+        vllm_config: vLLM's configuration.
+
+    Raises:
+        ConfigError: A layer of another kind, which keeps another state.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, MemoryLayer], *, prefix: str, dtype: torch.dtype, vllm_config: VllmConfig
+    ) -> None:
+        self.layers: dict[int, EngramLayer] = {}
+        self.states: dict[int, MemoryState] = {}
+        for block, layer in layers.items():
+            if not isinstance(layer, EngramLayer):
+                raise ConfigError(f"vLLM serves the layer 'engram', not {layer.config.layer!r}")
+            kept = bool(layer.config.kernel_size)
+            row = MemoryRow(
+                num_values=layer.config.hidden_size if kept else 0,
+                num_gates=layer.config.num_streams if kept else 0,
+                holds_code=not self.layers,
+                dtype=dtype,
+            )
+            self.layers[block] = layer
+            if kept or row.holds_code:
+                self.states[block] = MemoryState(f"{prefix}.{block}.memory", row, vllm_config)
+        self._first = next(iter(self.layers))
+        self._taps = next(iter(self.layers.values())).tap_distances
+        self.spec: HashSpec | None = None
+        self._distances: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def bind(self, spec: HashSpec, tables: Mapping[int, Table]) -> None:
+        """Take the hash, bound to its token map, and the table of each block."""
+        self.spec = spec
+        for block, layer in self.layers.items():
+            layer.table = tables[block]
+
+    def begin(self, tokens: Tensor, positions: Tensor) -> MemoryPass:
+        """Hash the tokens for all blocks and ask the tables for their rows; ids outside the vocabulary are dead.
+
+        Args:
+            tokens: Ids of the tokens of all requests, ``[T]``.
+            positions: Their positions in their requests, ``[T]``.
+        """
+        assert self.spec is not None, "the checkpoint has not been loaded"
+        tokens = tokens.long()
+        look_back, taps = self._distances_on(tokens.device)
+        context = tokens.new_full((len(tokens), self.spec.context), -1)
+        metadata = self._metadata()
+        places: dict[int, Places] = {}
+        for block, known in metadata.items():
+            size = self.states[block].block_size
+            same = [other for other in places if metadata[other].block_table is known.block_table]
+            places[block] = (
+                places[same[0]] if same else Places(known.slots(size), known.slots_before(positions, taps, size))
+            )
+        if metadata:
+            first, known = self.states[self._first], metadata[self._first]
+            codes = self.spec.encode_unchecked(tokens[: known.num_tokens, None])
+            # Written before others are read: a token may look back at one of the same forward pass.
+            first.write_codes(places[self._first].tokens, codes[:, 0])
+            before = known.slots_before(positions, look_back, first.block_size)
+            context[: known.num_tokens] = first.read_codes(before)
+        tables = {block: layer.table for block, layer in self.layers.items()}
+        step = begin_step(self.spec, tables, tokens[:, None], context=context, checked=False)
+        return MemoryPass(self.layers, self.states, step.active, step.rows, places)
+
+    def _metadata(self) -> dict[int, MemoryMetadata]:
+        """Where tokens lie, for each block with a state; empty while vLLM measures memory."""
+        by_name = get_forward_context().attn_metadata
+        if by_name is None:
+            return {}
+        assert isinstance(by_name, dict), "microbatches are refused"
+        return {block: by_name[state.name] for block, state in self.states.items()}
+
+    def _distances_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How far back codes are read, farthest first, and how far the taps of the convolution, on a device."""
+        if device not in self._distances:
+            assert self.spec is not None
+            self._distances[device] = (
+                torch.arange(self.spec.context, 0, -1, device=device),
+                torch.tensor(self._taps, dtype=torch.int64, device=device),
+            )
+        return self._distances[device]

@@ -1,0 +1,206 @@
+"""What memory keeps of each token: one row in vLLM's own paged cache, beside the keys and values of the token.
+
+What vLLM does to a token's slot, it does to this row: a prefix that two requests share, a request that is preempted, a
+draft that is rejected and written over, a connector that moves blocks to another machine.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+# Dimension key: T tokens of all requests side by side, D hidden, S streams, N tokens in a block of the cache.
+
+_ALIGNMENT_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """How many bytes one token's row has, and what lies where in it."""
+
+    num_values: int
+    """Numbers of the value, D; 0 where the layer has no convolution."""
+    num_gates: int
+    """Gates, S, float32; 0 where the layer has no convolution."""
+    holds_code: bool
+    """Whether the row holds the token's code too, int32; one memory layer of a model does."""
+    dtype: torch.dtype
+    """Type of the value."""
+
+    @property
+    def gates_start(self) -> int:
+        """First byte of the gates."""
+        return -(-self.num_values * self.dtype.itemsize // 4) * 4
+
+    @property
+    def code_start(self) -> int:
+        """First byte of the code."""
+        return self.gates_start + 4 * self.num_gates
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the row."""
+        used = self.code_start + 4 * self.holds_code
+        return max(1, -(-used // _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots:
+    """Places in the cache."""
+
+    block: Tensor
+    """Number of the block, int64 ``[T]`` or ``[T, n]``."""
+    offset: Tensor
+    """Place in the block, of the same shape."""
+    exists: Tensor | None = None
+    """Bool of the same shape: whether there is such a token; None where all exist."""
+
+
+class MemoryState(AttentionLayerBase):
+    """The rows of one memory layer. vLLM takes it for an attention layer and gives it its share of the cache.
+
+    Args:
+        name: Its name, which holds the number of its block and no other number.
+        row: What a row holds.
+        vllm_config: vLLM's configuration.
+    """
+
+    def __init__(self, name: str, row: MemoryRow, vllm_config: VllmConfig) -> None:
+        self.name, self.row = name, row
+        # vLLM asks each layer that has a cache for this tensor.
+        self.kv_cache = torch.tensor([])
+        known = vllm_config.compilation_config.static_forward_context
+        if name in known:
+            raise ValueError(f"two layers are called {name}")
+        known[name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Return what tells this layer where the tokens of a forward pass lie."""
+        return MemoryBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """Return what a token takes in the cache."""
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.row.num_bytes,
+            head_size_v=0,
+            dtype=torch.uint8,
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens N in a block, as block tables count them."""
+        return self.kv_cache.shape[2]
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the rows, ``[blocks, 1, N, bytes]``; called again whenever vLLM allocates them anew."""
+        self.kv_cache = kv_cache
+        row, rows = self.row, kv_cache.squeeze(1)
+        values = rows[..., : row.num_values * row.dtype.itemsize]
+        self._values = values.view(row.dtype)
+        self._gates = rows[..., row.gates_start : row.code_start].view(torch.float32)
+        self._codes = rows[..., row.code_start : row.code_start + 4].view(torch.int32) if row.holds_code else None
+
+    def write(self, slots: Slots, value: Tensor, gates: Tensor) -> None:
+        """Store values ``[T, D]`` and gates, float32 ``[T, S]``."""
+        self._values[slots.block, slots.offset] = value.to(self._values.dtype)
+        self._gates[slots.block, slots.offset] = gates
+
+    def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Return values ``[T, n, D]`` and gates, float32 ``[T, n, S]``; gates are 0 where there is no such token."""
+        value, gates = self._values[slots.block, slots.offset], self._gates[slots.block, slots.offset]
+        if slots.exists is not None:
+            # A slot of nobody may hold anything, NaN included.
+            value = value.masked_fill(~slots.exists.unsqueeze(-1), 0)
+            gates = gates.masked_fill(~slots.exists.unsqueeze(-1), 0)
+        return value, gates
+
+    def write_codes(self, slots: Slots, codes: Tensor) -> None:
+        """Store codes, int64 ``[T]``, see `engram_lm.hashing.codes`."""
+        assert self._codes is not None
+        self._codes[slots.block, slots.offset, 0] = codes.to(torch.int32)
+
+    def read_codes(self, slots: Slots) -> Tensor:
+        """Return codes, int64 ``[T, n]``; -1 where there is no such token."""
+        assert self._codes is not None and slots.exists is not None
+        codes = self._codes[slots.block, slots.offset, 0].long()
+        return codes.masked_fill(~slots.exists, -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryMetadata:
+    """Where the tokens of one forward pass lie in the cache."""
+
+    num_tokens: int
+    """Tokens T that are real; a GPU may pad them."""
+    query_ends: Tensor
+    """Where each request ends among the tokens, ``[requests]``."""
+    block_table: Tensor
+    """Numbers of the blocks of each request, in order, ``[requests, blocks]``."""
+    slot_mapping: Tensor
+    """Slot of each token, counted through all blocks; -1 at padding."""
+
+    def slots(self, block_size: int) -> Slots:
+        """Return the places of the tokens; padding is sent to the first block, which is nobody's."""
+        slots = self.slot_mapping[: self.num_tokens].long().clamp(min=0)
+        return Slots(slots // block_size, slots % block_size)
+
+    def slots_before(self, positions: Tensor, distances: Tensor, block_size: int) -> Slots:
+        """Return the places of the tokens at some distances before each.
+
+        Args:
+            positions: Position of each token in its request, int64 ``[T]``.
+            distances: How far back, int64 ``[n]``.
+            block_size: Tokens in a block.
+        """
+        tokens = torch.arange(self.num_tokens, device=positions.device)
+        request = torch.searchsorted(self.query_ends.long(), tokens, right=True).clamp(max=len(self.block_table) - 1)
+        earlier = positions[: self.num_tokens, None] - distances
+        exists = earlier >= 0
+        earlier = earlier.clamp(min=0)
+        blocks = self.block_table[request].gather(1, earlier // block_size).long()
+        return Slots(blocks, earlier % block_size, exists)
+
+
+class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
+    """Keeps, of what vLLM knows of a forward pass, what memory needs."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> MemoryMetadata:
+        """Build the metadata of one forward pass."""
+        common = common_attn_metadata
+        return MemoryMetadata(
+            common.num_actual_tokens,
+            common.query_start_loc[1 : common.num_reqs + 1],
+            common.block_table_tensor,
+            common.slot_mapping,
+        )
+
+
+class MemoryBackend(AttentionBackend):
+    """What vLLM asks for where it expects an attention kernel: only the builder of metadata is ours to give."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name of the backend."""
+        return "ENGRAM_MEMORY"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """There is no kernel."""
+        raise NotImplementedError("memory is no attention")
+
+    @staticmethod
+    def get_builder_cls() -> type[MemoryMetadataBuilder]:
+        """Return the builder of metadata."""
+        return MemoryMetadataBuilder
