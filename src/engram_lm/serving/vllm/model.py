@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.deepseek_v2 import DeepseekV2Attention, DeepseekV2MLP, DeepseekV2MoE
+from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP, DeepseekV2MoE
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
@@ -18,6 +18,7 @@ from engram_lm.memory.interface import MemoryLayer, build_layer
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.model.table_place import table_name, wanted_tables
+from engram_lm.serving.vllm.attention import LatentAttention
 from engram_lm.serving.vllm.checkpoint import checkpoint_folder
 from engram_lm.serving.vllm.memory import MemoryPass, ServedMemory
 from engram_lm.serving.vllm.tables import open_tables, table_place
@@ -40,22 +41,7 @@ class EngramBlock(nn.Module):
         if memory is not None and block in memory.layers:
             self.memory = build_layer(memory)
         quantization = vllm_config.quant_config
-        self.self_attn = DeepseekV2Attention(
-            vllm_config=vllm_config,
-            config=config,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=config.q_lora_rank,
-            kv_lora_rank=config.kv_lora_rank,
-            max_position_embeddings=config.max_position_embeddings,
-            cache_config=vllm_config.cache_config,
-            quant_config=quantization,
-            prefix=f"{prefix}.self_attn",
-        )
-        self.self_attn.rotary_emb = _FlatRotary(self.self_attn.rotary_emb)
+        self.self_attn = LatentAttention(vllm_config, config, f"{prefix}.self_attn")
         self.mlp: nn.Module
         if block < config.num_dense_layers:
             self.mlp = DeepseekV2MLP(
@@ -100,20 +86,8 @@ class EngramBlock(nn.Module):
         return self.feed_forward_streams.write(streams, output.unsqueeze(0), post, comb)[0]
 
     def _attend(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.self_attn(positions, self.input_layernorm(hidden_states), None)
+        output: Tensor = self.self_attn(positions, self.input_layernorm(hidden_states))
         return output
-
-
-class _FlatRotary(nn.Module):
-    """Rotates queries and keys of single heads laid side by side: vLLM's CPU kernel misreads ``[T, heads, d]``."""
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        query_TE, key_TE = self.rotary(positions, query.flatten(1), key.flatten(1))
-        return query_TE.view(query.shape), key_TE.view(key.shape)
 
 
 class EngramModel(nn.Module):
