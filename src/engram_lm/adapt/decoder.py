@@ -84,8 +84,10 @@ def find_decoder(model: nn.Module, layer_list: str | None = None) -> Decoder:
 
 def embedded_tokens(model: Any) -> int | None:
     """Rows of a model's token embedding, which a quantized or offloaded one still knows; None if it does not say."""
-    find = getattr(model, "get_input_embeddings", None)
-    return getattr(find() if callable(find) else None, "num_embeddings", None)
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_lm.errors import ConfigError, EngramError, MismatchError
+from engram_lm.errors import ConfigError, EngramError
 from engram_lm.files import user_path
-from engram_lm.hashing.token_map import read_vocabulary
 
 _STAGED_TOKENS = 1024
 """Tokens of a forward pass whose rows get a place in pinned memory and on the GPU."""
@@ -81,8 +80,8 @@ def load_model(
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.
         ConfigError: The folder holds no model, the device does not exist, or the tier or source is not for this model.
-        MismatchError: The tokenizer in it is larger than the model's vocabulary, or not the one that its memory was
-            trained with; tables of a source are not this model's; or the adapter is for another model.
+        MismatchError: The tokenizer in it is not the one that its memory was trained with; tables of a source are not
+            this model's; or the adapter is for another model.
         RemoteError: Nobody answers at the address of a source, or at the Hub.
     """
     from safetensors import SafetensorError
@@ -114,12 +113,6 @@ def load_model(
         if isinstance(error, EngramError):
             raise
         raise ConfigError(f"cannot load {folder}: {error}") from error
-    size = model.get_input_embeddings().num_embeddings
-    if (num_tokens := len(read_vocabulary(tokenizer))) > 2 * size:
-        raise MismatchError(
-            f"the tokenizer in {folder} has {num_tokens} tokens, the model's vocabulary {size}; "
-            "they do not belong together"
-        )
     if hasattr(model, "check_tokenizer"):
         model.check_tokenizer(tokenizer)
     model = model.to(wanted).eval()
