@@ -123,9 +123,12 @@ def test_a_tokenizer_may_have_far_fewer_tokens_than_the_model_embeds(config, cap
     assert adapter.spec.encode([[1999]]).min() >= 0
 
 
-def holes():
+def holes(**more):
     return PreTrainedTokenizerFast(
-        tokenizer_object=with_holes(), eos_token="[EOS]", pad_token="[PAD]", additional_special_tokens=["<|user|>"]
+        tokenizer_object=with_holes(**more),
+        eos_token="[EOS]",
+        pad_token="[PAD]",
+        additional_special_tokens=["<|user|>"],
     )
 
 

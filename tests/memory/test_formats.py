@@ -504,6 +504,19 @@ def test_deepseek_read_in_place_equals_the_reference_from_its_bytes(deepseek_fol
         torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
+def test_a_token_map_of_equal_size_is_told_apart_by_the_digest_that_is_expected(deepseek_folder):
+    other = TokenMap([0, 1, 2, 3, 4, 5, 1, 6, 3, 7, 8, 2, 9])
+    assert len(other) == len(TOKENS)
+    assert read_memory(deepseek_folder, other).spec.token_map == other
+    assert read_memory(deepseek_folder, TOKENS, token_map_digest=TOKENS.digest).spec.token_map == TOKENS
+    with pytest.raises(MismatchError, match=f"{TOKENS.digest} is expected, this one is {other.digest}"):
+        read_memory(deepseek_folder, other, token_map_digest=TOKENS.digest)
+    promised = read_memory(deepseek_folder, token_map_digest=TOKENS.digest).spec
+    assert promised.bind(TOKENS).token_map == TOKENS
+    with pytest.raises(MismatchError, match=f"{TOKENS.digest}, the given map is {other.digest}"):
+        promised.bind(other)
+
+
 def test_deepseek_weights_and_rows_are_exact_in_bfloat16(deepseek_folder):
     memory, wide = read_memory(deepseek_folder), read_memory(deepseek_folder, dtype=torch.float32)
     assert memory.spec.token_map is None

@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from tests.beginnings import with_template
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.training.data import packing
@@ -338,3 +339,13 @@ def test_only_the_first_piece_of_a_long_document_begins_it(tmp_path, tokenizer):
     corpus = pack_to_shards([tmp_path / "long.txt"], begins, tmp_path / "cache", held_out=0)
     assert len(text) > PIECE_CHARACTERS and corpus.train[:].tolist() == pack([Document("a", text)], begins).tolist()
     assert corpus.train[:].tolist().count(begins.bos_token_id) == 1
+
+
+def test_tokens_behind_holes_of_a_vocabulary_are_packed_whole(tmp_path, tokenizer):
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["model"]["vocab"]["q"] = 70_000
+    backend = Tokenizer.from_str(json.dumps(values))
+    far = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+    (tmp_path / "a.txt").write_text("the cat q sat")
+    packed = pack_to_shards([tmp_path / "a.txt"], far, tmp_path / "cache", held_out=0)
+    assert packed.train.vocab_size == 70_001 and 70_000 in packed.train[:].tolist()
