@@ -216,3 +216,14 @@ def test_an_index_without_a_map_is_refused(tmp_path, text):
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=INDEX_NAME):
         TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (b"GGUF\3\0\0\0rest", "a GGUF file"),
+    (b"PK\3\4\0\0\0\0rest", "a zip archive"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+])  # fmt: skip
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path, data, words):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"model.safetensors is {words}"):
+        read_header(tmp_path / "model.safetensors")

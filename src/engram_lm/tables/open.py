@@ -81,7 +81,8 @@ def open_table(
             - ``"remote"``: on the server.
             - ``"auto"``: chosen by `choose_tier`: on the host where it fits into 90 % of the available memory, else
               where it lies. Never on a device. ``stats()["tier_reason"]`` says why.
-        dtype: Type of the rows that `Table.gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `Table.gather` returns. None: as stored, 8-bit floats as bfloat16, integers as
+            float32.
         cache_bytes: Memory for rows that were read before; 0 keeps none.
         options: Of the tier's class: `FileTable`, `HostTable`, `MappedTable`, `RemoteOptions`, …
 

@@ -193,7 +193,9 @@ def test_what_is_packed_or_encoded_otherwise_says_what_it_is(tmp_path):
                     documents({"path": str(tmp_path / name), "kind": kind})
     (tmp_path / "e.jsonl").unlink()
     (tmp_path / "good.txt").write_text("good")
-    assert sum(open_sources([tmp_path]).skipped.values()) == 5
+    (tmp_path / "loop").symlink_to("..")
+    skipped = open_sources([tmp_path]).skipped
+    assert sum(skipped.values()) == 6 and skipped["a link to a folder"] == 1
     (tmp_path / "lost.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"lost.txt is a link to nowhere"):
         open_sources([tmp_path / "lost.txt"])

@@ -76,8 +76,8 @@ def read_memory(
         tokenizer: The model's tokenizer, as for `HashSpec.from_config`. Qwen needs none; without it DeepSeek's spec
             hashes nothing until `HashSpec.bind`.
         dtype: Type of all the layers' weights, and of the rows that the tables return. None: each keeps the type it is
-            stored in, so norms may be wider than projections; what is stored in 8 bits becomes bfloat16; a key and a
-            value projection of different types, which become one matrix, take the type that holds both.
+            stored in, so norms may be wider than projections; 8-bit floats become bfloat16, integers float32; a key
+            and a value projection of different types, which become one matrix, take the type that holds both.
         token_map_digest: The digest of the token map that is expected, as for `HashSpec.from_config`.
 
     Returns:

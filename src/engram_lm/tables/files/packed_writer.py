@@ -84,7 +84,7 @@ def write_packed(
             head = f"engram-journal {hashlib.sha256(work.encode()).hexdigest()}\n"
             done = _still_there(_read_journal(noted, head), file, header)
             # Written anew, so that no cut line stays in the middle.
-            journal = stack.enter_context(open(noted, "w"))
+            journal = stack.enter_context(open(noted, "w", encoding="utf-8", newline="\n"))
             journal.write(head)
             writer = _Chunks(file, header, journal)
             for index, crc in done.items():
@@ -173,7 +173,7 @@ def _open_alone(path: Path) -> Iterator[IO[bytes]]:
 
 def _read_journal(path: Path, head: str) -> dict[int, int]:
     """Which chunks an earlier call of the same work has written, with their checksums."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     if lines[:1] != [head]:
         return {}
     # The last line lacks its end where the process was killed in the middle of it.

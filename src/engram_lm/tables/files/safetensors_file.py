@@ -31,6 +31,12 @@ LONGEST_HEADER_BYTES = 100_000_000
 _HIGHEST_RANK = 16
 # What packed tables began with before they were safetensors files.
 _OLD_PACKED = b"\x89ENGRAM\n"
+# What files of other kinds begin with, and what they are.
+_OTHERS = {
+    b"GGUF": "a GGUF file; engram-lm reads safetensors",
+    b"PK\x03\x04": "a zip archive, as torch.save writes them; engram-lm reads safetensors",
+    b"version ": "a Git LFS pointer and not the file itself; fetch that with git lfs pull",
+}
 _LONGEST_FILE_NAME = 1000
 
 
@@ -80,6 +86,9 @@ def parse_header(source: ByteSource) -> TensorHeader:
             f"{source.name} is a packed table of a format that is no longer read (.engram); convert its source again "
             "with `engram-lm table convert`"
         )
+    for mark, what in _OTHERS.items():
+        if start.startswith(mark):
+            raise CheckpointError(f"{source.name} is {what}")
     length = int.from_bytes(start, "little")
     if source.size < 8 or length > min(source.size - 8, LONGEST_HEADER_BYTES):
         raise CheckpointError(

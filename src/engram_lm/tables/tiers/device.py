@@ -54,7 +54,7 @@ def load_resident(
 
     Args:
         source: Where the rows lie, or an open table to load from, which stays open and is not kept.
-        dtype: Type of the rows; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows. None: as stored, 8-bit floats as bfloat16, integers as float32.
         device: The device; where None, the accelerator, or the CPU without an accelerator.
 
     Raises:

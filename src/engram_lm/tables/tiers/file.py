@@ -39,7 +39,7 @@ class FileTable(RecordTable):
 
     Args:
         layout: Where the rows lie.
-        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `gather` returns. None: as stored, 8-bit floats as bfloat16, integers as float32.
         num_threads: Threads of the pool, from 1 to 1024.
         direct: Whether to read with ``O_DIRECT``.
         read_ahead: Whether the kernel is asked before rows are read; without effect when ``direct``.

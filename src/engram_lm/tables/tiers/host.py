@@ -21,7 +21,7 @@ class HostTable(RecordTable):
     Args:
         source: Where the rows lie, or an open table to load from (an address, say); the latter stays open and is not
             kept.
-        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `gather` returns. None: as stored, 8-bit floats as bfloat16, integers as float32.
         pinned: Whether the memory is locked for an accelerator to read from.
 
     Loading takes the table's own size and some megabytes.

@@ -24,7 +24,7 @@ class MappedTable(RecordTable):
 
     Args:
         layout: Where the rows lie.
-        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `gather` returns. None: as stored, 8-bit floats as bfloat16, integers as float32.
         populate: Whether opening brings all rows into the page cache, so that no later read waits for the disk while
             memory lasts.
         lock: Whether the rows are also locked there, so that the kernel never gives their pages up (``mlock``).

@@ -29,7 +29,7 @@ class MooncakeTable(RecordTable):
     Args:
         address: The master, ``"mooncake://host:port"``.
         name: What `publish_to_mooncake` returned.
-        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `gather` returns. None: as stored, 8-bit floats as bfloat16, integers as float32.
         timeout_seconds: Deadline of a `gather`.
         verify: Whether to read whole blocks and compare their checksums, for memory that may change bits; this reads a
             block for every row.

@@ -23,7 +23,7 @@ class RemoteTable(RecordTable):
 
     Args:
         layout: Where the rows lie; the files of its extents are addresses, as `table_layouts` gives them.
-        dtype: Type of the rows that `gather` returns; the stored one where None, bfloat16 for 8-bit rows.
+        dtype: Type of the rows that `gather` returns. None: as stored, 8-bit floats as bfloat16, integers as float32.
         options: Fields of `RemoteOptions`.
 
     Raises:

@@ -221,14 +221,18 @@ def _find(source: TextSource, skipped: Counter[str]) -> list[_File]:
 
 
 def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
-    """Files below a folder in order of their names, those of a folder before those of its subfolders."""
+    """Files below a folder in order of their names, those of a folder before those of its subfolders.
+
+    Links to folders, which may lead anywhere and back, are not followed; they stand among the files.
+    """
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; make it readable") from error
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in left_out)
-        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder) / name for name in sorted([*files, *links]) if not name.startswith("."))
 
 
 def _limited(found: list[TextSource | _File], max_bytes: int, skipped: Counter[str]) -> list[TextSource | _File]:
@@ -247,7 +251,7 @@ def _limited(found: list[TextSource | _File], max_bytes: int, skipped: Counter[s
 def _open_file(file: _File, memory: "_Digests") -> SourceItem:
     """Make the item of a file; `NoTextError` says why there is none."""
     if not file.path.is_file():  # a socket, a pipe, a link to nothing
-        raise NoTextError("not a regular file")
+        raise NoTextError("a link to a folder" if file.path.is_dir() else "not a regular file")
     if file.kind == "parquet":
         need("pyarrow")
     stamp, digest = memory.inspect(file.path, text=file.kind == "text")
