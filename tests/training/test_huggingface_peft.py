@@ -1,6 +1,7 @@
-"""Trainers of Hugging Face with peft over everything, the memory included: checkpoints, resuming, what is refused."""
+"""Trainers of Hugging Face with peft over everything, or over nothing: checkpoints, resuming, what is refused."""
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tests.adapt.small_models import TOKENIZER, small_model
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import engram_lm
 from engram_lm import EngramConfig
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.training.huggingface import train_memory
 
 peft = pytest.importorskip("peft")
@@ -86,6 +87,36 @@ def test_what_no_checkpoint_would_hold_is_not_trained(tmp_path):
     parametrizations.weight_norm(model.engram_adapters["default"].layers["0"].key_value)
     with pytest.raises(ConfigError, match=r"0\.key_value\.weight of the memory 'default' are parametrized"):
         trainer_of(model, tmp_path).train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_full_training_resumes_with_the_same_bits_whatever_the_file_calls_its_experts(kind, tmp_path):
+    def build(seed):
+        model = small_model(kind)
+        engram_lm.attach(model, TOKENIZER, EngramConfig(**MEMORY))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(seed / 100)
+        train_memory(model, "full")
+        return model
+
+    whole, again = build(0), build(9)
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(whole, tmp_path / "whole", **changes).train()
+    checkpoint = tmp_path / "whole/checkpoint-2"
+    trainer_of(again, tmp_path / "parts", **changes).train(resume_from_checkpoint=str(checkpoint))
+    assert_same(weights(again), weights(whole))
+    file = checkpoint / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(
+        {name: value for name, value in tensors.items() if "layers.1.self_attn.q_proj" not in name},
+        file,
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 weights of the model, such as model\.layers\.1\.self_attn\.q_proj"
+    ):
+        trainer_of(build(9), tmp_path / "lost", **changes).train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it

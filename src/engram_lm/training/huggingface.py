@@ -236,7 +236,7 @@ class MemoryTrainerMixin(_Trainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self._saves_model():
-            if state_dict is None and getattr(self.model, "peft_config", None) is None:
+            if state_dict is None and self._saves_plain_model():
                 state_dict = {name: value for name, value in self.model.state_dict().items() if not _is_memory(name)}
             super()._save(output_dir, state_dict)
         elif (tokenizer := self.processing_class or getattr(self.data_collator, "tokenizer", None)) is not None:
@@ -248,25 +248,28 @@ class MemoryTrainerMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapters = _trained(self.model)
-        if not adapters or self._saves_model():
+        if adapters and self._saves_plain_model():
+            _restore_model(self.model, resume_from_checkpoint)
+        elif not adapters or self._saves_model():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         _restore(adapters, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         adapters = _trained(self.model)
-        if not adapters or self._saves_model():
+        if adapters and self._saves_plain_model():
+            _restore_model(self.model, self.state.best_model_checkpoint)
+        elif not adapters or self._saves_model():
             super()._load_best_model()
         _restore(adapters, self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The memory is not missing: it lies in a folder of its own.
-        missing = [name for name in load_result.missing_keys if not _is_memory(name)]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _saves_model(self) -> bool:
         """Whether something beside attached memory is trained and has to be saved."""
         memory = {id(parameter) for adapter in _adapters(self.model).values() for parameter in adapter.own_parameters()}
         return any(parameter.requires_grad and id(parameter) not in memory for parameter in self.model.parameters())
+
+    def _saves_plain_model(self) -> bool:
+        """Whether checkpoints hold the model itself, without the memory, and not peft's adapters."""
+        return getattr(self.model, "peft_config", None) is None and self._saves_model()
 
     def _refuse_other_strategies(self) -> None:
         kind = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
@@ -353,6 +356,24 @@ def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in hidden:
             parameter.requires_grad_(True)
+
+
+def _restore_model(model: Any, checkpoint: str) -> None:
+    """Read everything but the memory from a checkpoint, in place.
+
+    Trainer itself takes the tensors by their names in the file, where the experts of a mixture, for example, are called
+    otherwise than in the model; what it does not find stays as it is.
+    """
+    stored, report = type(model).from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+    found = stored.state_dict()
+    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    lacking |= {name for name in model.state_dict() if name not in found and not _is_memory(name)}
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(lacking)} weights of the model, such as {sorted(lacking)[0]}; it was written for "
+            "another model: resume from another checkpoint, or begin anew"
+        )
+    model.load_state_dict(found, strict=False)
 
 
 @torch.no_grad()
