@@ -593,6 +593,36 @@ def test_a_damaged_deepseek_checkpoint_is_refused_by_the_name_of_the_tensor(tmp_
         read_memory(save_deepseek(tmp_path, config, tensors))
 
 
+@pytest.mark.parametrize("projection", ["8 bits", "16 bits"])
+def test_a_converted_deepseek_checkpoint_means_the_same(tmp_path, projection):
+    config = deepseek_config()
+    tensors, converted = deepseek_tensors(config), {}
+    original = read_memory(save_deepseek(tmp_path / "release", config, tensors))
+    for name, (dtype, shape, data) in tensors.items():
+        if dtype == "F8_E8M0":  # as transformers and vLLM name them, in float32
+            floats = e8m0(data).astype("f4").tobytes()
+            converted[name.removesuffix("scale") + "weight_scale_inv"] = ("F32", shape, floats)
+        else:
+            converted[name] = (dtype, shape, data)
+    if projection == "16 bits":
+        for block, layer in original.layers.items():
+            weight = layer.key_value.weight.detach()
+            data = weight.view(torch.int16).numpy().tobytes()
+            converted[f"layers.{block}.engram.wkv.weight"] = ("BF16", tuple(weight.shape), data)
+            del converted[f"layers.{block}.engram.wkv.weight_scale_inv"]
+    found = read_memory(save_deepseek(tmp_path / "converted", config, converted))
+    for block, layer in original.layers.items():
+        assert all(map(torch.equal, layer.state_dict().values(), found.layers[block].state_dict().values()))
+        rows = torch.arange(layer.table.num_rows)
+        assert torch.equal(layer.table.gather(rows), found.layers[block].table.gather(rows))
+    # Scales in float32 are none of the format's own: writing rounds anew, to equal numbers.
+    write_memory(tmp_path / "written", found)
+    again = read_memory(tmp_path / "written")
+    for block, layer in original.layers.items():
+        rows = torch.arange(layer.table.num_rows)
+        assert torch.equal(layer.table.gather(rows), again.layers[block].table.gather(rows))
+
+
 def test_an_eight_bit_table_without_any_scale_is_refused(tmp_path):
     config = deepseek_config()
     tensors = deepseek_tensors(config)
