@@ -181,7 +181,8 @@ def check_adapter(files: AdapterFiles) -> dict[str, Any]:
     if path is None:
         raise CheckpointError(
             f"there is no {files.name}/{CONFIG}; an adapter is a folder as MemoryAdapter.save_pretrained writes it, "
-            "or a repository of the Hugging Face Hub as push_to_hub writes it"
+            "or a repository of the Hugging Face Hub as push_to_hub writes it; the adapter of a trainer's checkpoint "
+            "lies in its engram_adapters/NAME"
         )
     values = read_json(path, advice="download it again")
     if (found := values.get("format")) != _FORMAT:
