@@ -23,6 +23,7 @@ CHECKPOINTS = {
         {**YARN, "q_lora_rank": 24, "tie_word_embeddings": False},
         {"norm_weight": "zero_centered", "kernel_size": 3, "dilation": 2, "orders": (2, 3, 4)},
     ),
+    "plain_heads": ({"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}, {}),
     "no_convolution": ({}, {"kernel_size": 0, "gate": "none", "layers": (1,)}),
 }
 
@@ -37,17 +38,19 @@ class Expected:
     """The logarithm of the probability of each."""
 
 
-def save_checkpoint(name, folder):
-    """Save a checkpoint and its tokenizer into a folder."""
+def save_checkpoint(name, folder, more_memory=None, **how):
+    """Save a checkpoint and its tokenizer into a folder; ``more_memory`` changes the memory's configuration."""
     backbone, memory = CHECKPOINTS[name]
     tokenizer = train_tokenizer([TEXT], SIZE)
-    config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**{**MEMORY, **memory}), **{**BACKBONE, **backbone})
+    config = EngramLMConfig.for_tokenizer(
+        tokenizer, EngramConfig(**{**MEMORY, **memory, **(more_memory or {})}), **{**BACKBONE, **backbone}
+    )
     torch.manual_seed(1)
     model = EngramForCausalLM(config).eval()
     perturb(model)
     share = share_decided_by_memory(model)
     assert share > 0.9, f"memory decides {share:.0%} of the next tokens only"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **how)
     tokenizer.save_pretrained(folder)
 
 
