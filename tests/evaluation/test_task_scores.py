@@ -12,7 +12,7 @@ from tests.small_model import BACKBONE, MEMORY
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
 from engram_lm.cli import main
-from engram_lm.errors import DataError
+from engram_lm.errors import DataError, TokenError
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, write_tasks
 
@@ -169,3 +169,13 @@ def test_eval_scores_task_files(tmp_path, capsys):
     assert "cat" in text and "perplexity" in text and "free" in text
     assert main(["eval", str(tmp_path / "model")]) == 2
     assert "text with --data, or task files" in capsys.readouterr().err
+
+
+def test_a_question_with_a_token_that_the_model_does_not_embed_is_refused():
+    model, last = small_model("llama"), len(TOKENIZER) - 1
+    model.resize_token_embeddings(last)
+    prompt, answer = "the cat", TOKENIZER.decode([last])
+    assert TOKENIZER(answer).input_ids == [last]
+    score_tasks(model, TOKENIZER, [TaskItem(id="a", family="cat", prompt=prompt, answer=" mat")])
+    with pytest.raises(TokenError, match=f"token id {last} is outside the vocabulary"):
+        score_tasks(model, TOKENIZER, [TaskItem(id="a", family="cat", prompt=prompt, answer=answer)])

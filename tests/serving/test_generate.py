@@ -1,5 +1,6 @@
 """``engram-lm generate`` and ``engram-lm eval`` work on any saved model, and refuse what is none."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from tests.adapt.hub_client import adapter_of
 from tests.beginnings import with_template
 from tests.small_model import BACKBONE, TEXT
 from tests.training.test_loop import TOKENIZER, model
+from transformers import AutoModelForCausalLM
 
 from engram_lm.cli import main
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
@@ -157,3 +159,24 @@ def test_eval_begins_every_sequence_as_the_model_s_tokenizer_begins_texts(tmp_pa
     ]
     total = sum(float(one(input_ids=part, labels=part).loss.detach()) * (part.numel() - 1) for part in parts)
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(total / len(tokens), rel=1e-5)
+
+
+def test_tokens_that_were_added_after_training_are_generated_from_and_named(adapted, tmp_path, capsys, caplog):
+    base, memory, _ = adapted
+    tokenizer = copy.deepcopy(small_models.TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    one = AutoModelForCausalLM.from_pretrained(base)
+    one.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    one.save_pretrained(tmp_path)
+    call = ["generate", str(tmp_path), "--prompt", "the cat<|user|>", "--max-new-tokens", "3", "--adapter", str(memory)]
+    assert main(call) == 0
+    assert "1 more tokens than this memory was made with ('<|user|>')" in caplog.text
+    # A model that does not embed the new token refuses it only where it occurs.
+    one.resize_token_embeddings(len(tokenizer) - 1, mean_resizing=False)
+    one.save_pretrained(tmp_path)
+    for options in (call, call[:-2]):
+        capsys.readouterr()
+        assert main(options) == 1
+        assert f"token id {len(tokenizer) - 1} is outside the vocabulary" in capsys.readouterr().err
+        assert main([*options[:3], "the cat", *options[4:]]) == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import DataError
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.hashing.token_map import check_tokens
 from engram_lm.tokenizing import begin, beginning_tokens, token_before
 
 _LOGIT_BYTES = 1 << 28
@@ -119,6 +120,7 @@ def score_tasks(
     Raises:
         DataError: There are no questions, or one is longer than the model's context or cannot be asked (the message
             names it).
+        TokenError: The model does not embed a token of a question.
 
     Source: choices and their normalization by length as in EleutherAI/lm-evaluation-harness (``acc``, ``acc_norm``).
     """
@@ -128,6 +130,8 @@ def score_tasks(
         raise DataError(f"batch_size is the number of sequences computed at a time, at least 1, not {batch_size}")
     text_config = model.config.get_text_config()
     requests = _requests(tokenizer, items, getattr(text_config, "max_position_embeddings", None))
+    num_rows = model.get_input_embeddings().num_embeddings
+    check_tokens(np.concatenate([request.tokens for request in requests]), num_rows)
     # Choices of one token have the same input, so one pass scores all of them.
     same_input: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
@@ -137,7 +141,7 @@ def score_tasks(
     inputs = sorted(same_input, key=len, reverse=True)
     with evaluating(model):
         while inputs:
-            fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * model.get_input_embeddings().num_embeddings))
+            fit = max(1, _LOGIT_BYTES // (4 * len(inputs[0]) * num_rows))
             batch, inputs = inputs[: min(batch_size, fit)], inputs[min(batch_size, fit) :]
             for tokens, logits in zip(batch, _logits(model, batch), strict=True):
                 for index in same_input[tokens]:
