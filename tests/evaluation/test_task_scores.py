@@ -174,7 +174,7 @@ def test_eval_scores_task_files(tmp_path, capsys):
 def test_a_question_with_a_token_that_the_model_does_not_embed_is_refused():
     model, last = small_model("llama"), len(TOKENIZER) - 1
     model.resize_token_embeddings(last)
-    prompt, answer = "the cat", TOKENIZER.decode([last])
+    prompt, answer = "mat on", TOKENIZER.decode([last])
     assert TOKENIZER(answer).input_ids == [last]
     score_tasks(model, TOKENIZER, [TaskItem(id="a", family="cat", prompt=prompt, answer=" mat")])
     with pytest.raises(TokenError, match=f"token id {last} is outside the vocabulary"):
