@@ -24,8 +24,7 @@ model = LlamaForCausalLM(
     )
 )  # fmt: skip
 
-config = engram_lm.EngramConfig(hidden_size=64, layers=(1,), num_heads=4, memory_dim=64, rows_per_head=1000)
-adapter = engram_lm.attach(model, tokenizer, config)
+adapter = engram_lm.attach(model, tokenizer, layers=(1,), num_heads=4, memory_dim=64, rows_per_head=1000)
 train_memory(model)  # the backbone is frozen; train_memory(model, "full") trains it too, peft adds LoRA
 
 ids = torch.tensor(tokenizer(TEXT).input_ids)

@@ -8,7 +8,7 @@ from engram_lm.training.data.tokenizer import train_tokenizer
 TEXT = "the cat sat on the mat. The Cat saw a rat; the rat ran to the mat. " * 30
 TOKENIZER = train_tokenizer([TEXT], 300)
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": 320,  # more than the tokenizer has, as published models do
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,7 +25,7 @@ _EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
 
 def _config(kind, **more):
-    return getattr(transformers, f"{kind}Config")(**{**_SHAPE, **more})
+    return getattr(transformers, f"{kind}Config")(**{**SHAPE, **more})
 
 
 CONFIGS = {

@@ -49,6 +49,18 @@ def test_memory_begins_as_the_identity_and_leaves_no_trace(name, config):
     assert "engram_adapters" not in dict(model.named_modules())
 
 
+def test_the_model_says_how_wide_the_memory_is(config):
+    model = small_model()
+    adapter = engram_lm.attach(model, TOKENIZER, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=97)
+    assert adapter.config == config(layers=(1,), value_init="zero")
+    adapter.detach()
+    with pytest.raises(ConfigError, match=r"no option 'rows_per_haed'.*rows_per_head"):
+        engram_lm.attach(model, TOKENIZER, layers=(1,), rows_per_haed=97)
+    with pytest.raises(ConfigError, match="memory_dim would change"):
+        engram_lm.attach(model, TOKENIZER, config(), memory_dim=48)
+    assert not attached_adapters(model)
+
+
 def test_a_model_whose_outputs_change_is_refused_and_left_as_it_was(config, monkeypatch):
     monkeypatch.setattr("engram_lm.adapt.attachment.dataclasses.replace", lambda config, **_: config)
     model = small_model()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.small_model import VARIANTS, any_interleaving_equals_the_whole, threads_get_what_one_gets
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from engram_lm.errors import HistoryError, MismatchError
+from engram_lm.errors import ConfigError, HistoryError, MismatchError
 from engram_lm.model.cache import CACHE_NAME
 
 
@@ -72,6 +72,7 @@ GENERATION = {
     "prompt lookup": {"prompt_lookup_num_tokens": 5},
     "static": {"cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 4},
+    "early exit": {"assistant_early_exit": 2},
 }
 # Everything on the plain model and on the one with everything; on the others, what moves a cache most.
 GENERATED = [
@@ -85,7 +86,7 @@ GENERATED = [
 def test_generation_with_a_cache_equals_generation_without(variant, way):
     model, options = variant, GENERATION[way]
     prompt = torch.cat([tokens(1, 8)] * 2, dim=1)  # a repeated prompt, so that prompt lookup finds candidates
-    if "prompt_lookup_num_tokens" not in options:
+    if not options.keys() & {"prompt_lookup_num_tokens", "assistant_early_exit"}:  # they take one prompt
         prompt = torch.cat([prompt, tokens(1, 16, seed=9)])
     asked = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 1, **options}
     plain = {
@@ -200,12 +201,28 @@ def test_a_reset_cache_starts_over(model):
     torch.testing.assert_close(logits, whole(model, ids), atol=2e-5, rtol=1e-5)
 
 
-def test_rolling_back_without_recording_is_refused_not_wrong(model):
+@torch.no_grad()
+def test_a_cache_is_cut_back_without_being_told_beforehand_or_refuses_to_be(build):
+    model, ids = build(), tokens()
+    model.model.max_rollback = 6
     cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(tokens(), past_key_values=cache)
-    with pytest.raises(HistoryError, match="activate_past_recording"):
-        cache.crop(-1)
+    model(ids[:, :20], past_key_values=cache)
+    cache.crop(-6)
+    logits = model(ids[:, 14:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole(model, ids)[:, 14:], atol=2e-5, rtol=1e-5)
+    with pytest.raises(HistoryError, match=r"takes back 7 tokens.*activate_past_recording"):
+        cache.crop(-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taken_back", [5, 64])
+def test_a_new_message_after_an_answer_that_was_taken_back_is_answered_alike(taken_back, model):
+    ids, cache = tokens(length=12), DynamicCache(config=model.config)
+    model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=taken_back + 1, pad_token_id=1)
+    cache.crop(-taken_back)
+    new = torch.cat([ids, tokens(length=3, seed=8)], 1)
+    asked = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 1}
+    assert torch.equal(model.generate(new, past_key_values=cache, **asked), model.generate(new, **asked))
 
 
 @torch.no_grad()
@@ -233,6 +250,7 @@ def test_a_cache_that_memory_has_not_followed_is_refused(model, build):
 @torch.no_grad()
 def test_nothing_has_changed_where_a_rollback_is_refused(build):
     model = build(memory={"layers": (2,)})  # the blocks before it have a cache of their own
+    model.model.max_rollback = 0
     ids, cache = tokens(), DynamicCache(config=model.config)
     model(ids[:, :20], past_key_values=cache)
     with pytest.raises(HistoryError, match="takes back 3 tokens"):
@@ -307,3 +325,13 @@ def test_decoding_between_training_steps_is_right_or_refused_with_gradient_check
     else:
         with pytest.raises(HistoryError, match="holds 0 tokens"):
             model(ids[:, 20:], past_key_values=cache)
+
+
+def test_embeddings_without_tokens_and_continuous_batching_are_refused_in_words(model, build):
+    ids = tokens()
+    embeddings = model.get_input_embeddings()(ids)
+    with pytest.raises(ConfigError, match="let it begin with input_ids"):
+        model.generate(input_ids=ids, inputs_embeds=embeddings, max_new_tokens=2)
+    with pytest.raises(MismatchError, match="use generate"):
+        model.generate_batch([[5, 6, 7]])
+    assert torch.equal(whole(model, ids, inputs_embeds=embeddings), whole(model, ids))

@@ -296,6 +296,8 @@ class MemoryAdapter(ForwardPass):
             adapter = cls(stored.config, stored.spec, tables, name=name, base=stored.base)
             adapter.layers.to(dtype=dtype or stored.dtype)
             adapter.layers.load_state_dict(stored.layers)
+            # A cache that was saved with it goes on in another process that has loaded the same adapter.
+            adapter._cache_key = f"{name}:{stored.digest}"
             adapter.attach_to(model, decoder)
         except BaseException:
             for table in tables.values():

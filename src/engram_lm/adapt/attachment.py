@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
 from engram_lm.adapt.decoder import Decoder, embedded_tokens, find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError, MismatchError, suggestion
 from engram_lm.hashing import HashSpec, Segments
 from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
 from engram_lm.model.table_place import wanted_tables
@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 def attach(
     model: nn.Module,
     tokenizer: Any,
-    config: EngramConfig,
+    config: EngramConfig | None = None,
     *,
     layers: Sequence[int] | None = None,
     name: str = "default",
@@ -33,6 +33,7 @@ def attach(
     segments: Segments | None = None,
     dtype: torch.dtype | None = torch.float32,
     check: bool = True,
+    **options: Any,
 ) -> MemoryAdapter:
     """Add memory to decoder layers of a transformers causal language model, without touching its code.
 
@@ -46,7 +47,8 @@ def attach(
         model: The model, also inside a multimodal wrapper or peft.
         tokenizer: Its tokenizer, a fast Hugging Face one. Ids that the model embeds beyond those of the tokenizer, as
             of tokens that are added later, are each hashed as a token of its own.
-        config: Geometry and options; ``hidden_size`` is the model's, ``num_streams`` is 1.
+        config: Geometry and options; ``hidden_size`` is the model's, ``num_streams`` is 1. Where None, it is made of
+            ``layers``, ``options`` and the width of the model.
         layers: Decoder layers, from 0, that read memory before they run; those of ``config`` where None.
         name: Which adapter this is; a model may have several, and their updates add up where several are enabled.
         layer_list: Path of the decoder layers, such as ``"model.layers"``, where structure does not tell.
@@ -54,23 +56,31 @@ def attach(
             model as ``dead_tokens``.
         dtype: Type of tables and layers; the model's own where None.
         check: Whether to run the model on a few tokens with and without the memory and compare all logits.
+        **options: Other fields of `EngramConfig`, such as ``rows_per_head=50_000``, where no ``config`` is given.
 
     Returns:
         The adapter: a module of the model.
 
     Raises:
         ConfigError: No recognizable layer list, impossible layers, more than one stream, a tokenizer without pad and
-            end token, a name that is taken, a model without weights.
+            end token, a name that is taken, a model without weights, an unknown option.
         MismatchError: Another hidden size, a tokenizer of which the model embeds less than half, or (``check``) other
             logits.
         TokenMapError: The tokenizer has no Rust backend.
 
     Example:
-        >>> adapter = engram_lm.attach(model, tokenizer, EngramConfig(hidden_size=2048, layers=(1,)))  # doctest: +SKIP
+        >>> adapter = engram_lm.attach(model, tokenizer, layers=(1,), rows_per_head=50_000)  # doctest: +SKIP
         >>> model.requires_grad_(False), adapter.requires_grad_(True)  # doctest: +SKIP
     """
     decoder = find_decoder(model, layer_list)
     check_free(model, name)
+    if config is None:
+        config = _config_for(decoder.hidden_size, options)
+    elif options:
+        raise ConfigError(
+            f"{', '.join(options)} would change the configuration that is passed too; set them in the configuration, "
+            "or pass no configuration"
+        )
     chosen = config.layers if layers is None else tuple(layers)
     config = dataclasses.replace(config, layers=chosen, value_init="zero")
     spec = adapter_spec(decoder, tokenizer, config, segments)
@@ -98,6 +108,13 @@ def attach(
             adapter.detach()
             raise
     return adapter
+
+
+def _config_for(hidden_size: int, options: Mapping[str, Any]) -> EngramConfig:
+    known = [field.name for field in dataclasses.fields(EngramConfig)]
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigError(f"memory has no option {unknown[0]!r}; {suggestion(unknown[0], known)}")
+    return EngramConfig(**{"hidden_size": hidden_size, **options})
 
 
 def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segments: Segments | None = None) -> HashSpec:

@@ -6,6 +6,7 @@ names by which every tier finds them, so that the folder is also a source of tab
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -250,6 +251,15 @@ class StoredAdapter:
     def dtype(self) -> torch.dtype:
         """Type of the layers' numbers."""
         return next(iter(self.layers.values())).dtype
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the hash and of the layers' numbers, which tells trained adapters apart."""
+        found = hashlib.sha256(self.spec.digest.encode())
+        for name, tensor in sorted(self.layers.items()):
+            found.update(name.encode())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def open_tables(self, place: TablePlace, dtype: torch.dtype | None) -> dict[str, Table]:
         """Load the tables as parameters, or open them where they lie; errors as for `MemoryAdapter.from_pretrained`."""

@@ -17,7 +17,7 @@ from engram_lm.hashing.token_map import check_tokens
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
 from engram_lm.memory.step import MemoryStep, RowMap, begin_step, follow_vocabulary
-from engram_lm.model.cache import find_cache, follow_cache, runs_twice, start_state
+from engram_lm.model.cache import MAX_ROLLBACK, find_cache, follow_cache, runs_twice, start_state
 from engram_lm.tables import Table
 
 # Dimension key: B batch, L length of this pass, K keys that attention sees, D hidden, H heads of all orders.
@@ -48,9 +48,9 @@ class ForwardPass(nn.Module):
         self.config, self.spec, self.name = config, spec, name
         self.enabled = True
         """Whether the model reads this memory. May be switched at any time, but not in the middle of a cache."""
-        self.max_rollback = 64
-        """Tokens that ``crop`` of a cache can take back without being told beforehand, as assisted decoding does. The
-        convolution's window of each layer keeps as many positions more, for each sequence."""
+        self.max_rollback = MAX_ROLLBACK
+        """Tokens that ``crop`` of a new cache can take back without being told beforehand, as assisted decoding does.
+        Each memory layer keeps as many positions more, for each sequence."""
         self.row_map: RowMap | None = None
         """For controls: called with a block and the rows ``[B, L, H]`` that its N-grams hash to, int64; the rows it
         returns, of that shape, are read instead, so that a permuted hash or shuffled rows need no other code."""
@@ -94,11 +94,12 @@ class ForwardPass(nn.Module):
         if tokens is None:
             raise ConfigError(
                 "memory is addressed by tokens, and this forward pass has inputs_embeds without input_ids; pass "
-                "input_ids, or compute it without memory inside `with adapter.disabled():`"
+                "input_ids alone, also to generate, which hands on embeddings alone where it has both. Without tokens, "
+                "compute inside `with adapter.disabled():`"
             )
         self._check_vocabulary(module, given.get("input_ids"))
         cache = None if runs_twice(module) else find_cache(given, names)
-        positions = given.get("position_ids")
+        positions = _text_positions(given.get("position_ids"))
         if positions is None and self.spec.looks_at_positions:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
@@ -182,6 +183,25 @@ class ForwardPass(nn.Module):
 
 def _made_cache(args: Any, kwargs: dict[str, Any]) -> Cache | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def _text_positions(positions: Any) -> Any:
+    """Find the positions in the text, ``[B, L]``, where a multimodal model counts in several directions.
+
+    Such positions are ``[4, B, L]``, those in the text first, or ``[3, B, L]``: time, height and width. Inside an image
+    some of the three stand still or go back, and only another text begins where none of them increases; the positions
+    in the text are then counted from there.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 3:
+        return positions
+    if len(positions) == 4:
+        return positions[0]
+    grows = (positions[..., 1:] > positions[..., :-1]).any(0)
+    first = positions[..., :1].amax(0)
+    places = torch.arange(positions.shape[-1], device=positions.device)
+    starts = torch.cat([first == 0, ~grows], dim=1)
+    last = torch.where(starts, places, 0).cummax(1).values
+    return torch.where(starts.cummax(1).values, places - last, places + first)
 
 
 def _real_positions(mask: Any, tokens: Tensor, cache: Cache | None) -> Tensor | None:

@@ -71,8 +71,8 @@ class DecodeState:
             raise HistoryError(
                 f"crop takes back {count} tokens, more than the memory's state of this cache still holds (its "
                 f"max_rollback was {self.max_rollback} when it was started); call activate_past_recording() on the "
-                "cache before the tokens that may have to be taken back, or, for attached memory, set "
-                "adapter.max_rollback higher and begin with a new cache"
+                "cache before the tokens that may have to be taken back, or set max_rollback of the adapter (or of "
+                "model.model, where memory was not attached) higher, and begin with a new cache"
             ) from error
 
     def rollback(self, count: int) -> None:

@@ -23,6 +23,16 @@ _OLDER_NAMES = ("past_key_values", "cache_params")
 CACHE_NAMES = ("cache", *_OLDER_NAMES, "past_key_value", "layer_past", "state", "mems", "past_buckets_states")
 """Arguments by which models of transformers are handed what earlier steps left."""
 
+MAX_ROLLBACK = 64
+"""Tokens that ``crop`` of a cache can take back although the cache was not told to record them. The convolution's
+window of each layer keeps as many positions more, for each sequence."""
+CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch, transformers serve) packs requests into one row and keeps their state in "
+    "pages, which memory cannot follow; use generate, which also takes a padded batch of prompts"
+)
+# Where a kind of cache brings its own, it keeps state outside of its layers.
+_WALKS_LAYERS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset")
+
 # What the methods of a layer of unknown kind are called on.
 _Layer: Any = object
 
@@ -128,6 +138,8 @@ def find_cache(arguments: Mapping[str, Any], names: Collection[str]) -> Cache | 
         if value is None or not (name in CACHE_NAMES or isinstance(value, Cache)):
             continue
         if not isinstance(value, Cache):
+            if type(value).__name__ == "PagedAttentionCache":
+                raise MismatchError(CONTINUOUS_BATCHING)
             raise MismatchError(
                 f"the state of earlier steps is handed over as {name}, a {type(value).__name__}, which memory cannot "
                 "follow; it follows a transformers Cache, such as DynamicCache(config=model.config). To generate "
@@ -150,7 +162,7 @@ def runs_twice(module: nn.Module) -> bool:
     return checkpoints and torch.is_grad_enabled()
 
 
-def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:
+def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int) -> DecodeState:
     """Find the state that a cache carries for a memory, or give it an empty one.
 
     Args:
@@ -186,16 +198,23 @@ def follow_cache(cache: Cache, key: str, tokens: Tensor, *, context: int, max_ro
 
 
 @torch.compiler.disable
-def start_state(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int = 0) -> DecodeState:
+def start_state(cache: Cache, key: str, tokens: Tensor, *, context: int, max_rollback: int) -> DecodeState:
     """Give a cache an empty state for a memory; the arguments are those of `follow_cache`.
 
     ``max_rollback`` is how many tokens ``crop`` can take back although the cache was not told to record: it may have
     been told before it had a state to hear of it.
 
     Raises:
-        MismatchError: The cache keeps no list of layers.
+        MismatchError: The cache keeps no list of layers, or state outside of them.
     """
     layers: Any = getattr(cache, "layers", None)
+    if layers is not None and any(
+        getattr(type(cache), name, None) is not getattr(Cache, name) for name in _WALKS_LAYERS
+    ):
+        raise MismatchError(
+            f"a {type(cache).__name__} keeps state outside of its layers and moves it by methods of its own, which the "
+            "memory's state would not follow; compute, generate and train with use_cache=False"
+        )
     if layers == [] and cache.layer_class_to_replicate is not None:
         layers.append(cache.layer_class_to_replicate())
     if not layers:

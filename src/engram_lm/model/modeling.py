@@ -15,11 +15,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from engram_lm.errors import MismatchError, TokenMapError
+from engram_lm.errors import ConfigError, MismatchError, TokenMapError
 from engram_lm.hashing import HashSpec, TokenMap
 from engram_lm.memory.step import MemoryStep, begin_step
 from engram_lm.model.block import EngramBlock
-from engram_lm.model.cache import CACHE_NAME, find_cache, follow_cache, runs_twice
+from engram_lm.model.cache import CACHE_NAME, CONTINUOUS_BATCHING, MAX_ROLLBACK, find_cache, follow_cache, runs_twice
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.experts import sequence_balance_loss
 from engram_lm.model.pretrained import EngramPreTrainedModel
@@ -96,6 +96,9 @@ class EngramModel(EngramPreTrainedModel):
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.max_rollback = MAX_ROLLBACK
+        """Tokens that ``crop`` of a new cache can take back without being told beforehand. Each memory layer keeps as
+        many positions more, for each sequence."""
         self.bound_spec: HashSpec | None = None
         self.register_load_state_dict_post_hook(_forget_spec)
         self.post_init()
@@ -133,13 +136,17 @@ class EngramModel(EngramPreTrainedModel):
                 ``output_chosen_experts``, and what attention takes.
 
         Raises:
+            ConfigError: There are no tokens.
             MismatchError: What earlier steps left is handed over under an unknown name, or is no `Cache`.
         """
         cache = find_cache({"past_key_values": past_key_values, "cache": cache, **kwargs}, ("past_key_values", "cache"))
         if input_ids is None and inputs_embeds is None:
-            raise ValueError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
+            raise ConfigError("pass input_ids, or inputs_embeds (and input_ids beside them where the model has memory)")
         if input_ids is None and self.config.memory is not None:
-            raise ValueError("memory is addressed by tokens: pass input_ids beside inputs_embeds")
+            raise ConfigError(
+                "memory is addressed by tokens, and this forward pass has inputs_embeds without input_ids; pass "
+                "input_ids beside inputs_embeds. generate hands on the embeddings alone, so let it begin with input_ids"
+            )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         given = inputs_embeds if input_ids is None else input_ids
@@ -163,7 +170,8 @@ class EngramModel(EngramPreTrainedModel):
         if num_streams > 1:
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, num_streams, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        for layer in self.layers:
+        # Fewer where an early exit drafts tokens: transformers then lowers the number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 memory_step=memory_step,
@@ -195,7 +203,7 @@ class EngramModel(EngramPreTrainedModel):
         state = None
         # With gradient checkpointing blocks run twice and would move their state twice; transformers drops the cache.
         if cache is not None and not runs_twice(self):
-            state = follow_cache(cache, "model", input_ids, context=spec.context)
+            state = follow_cache(cache, "model", input_ids, context=spec.context, max_rollback=self.max_rollback)
         return begin_step(
             spec,
             {block: self.get_submodule(f"layers.{block}.memory").table for block in spec.blocks},
@@ -244,6 +252,16 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin to serve requests by continuous batching, where the model has no memory.
+
+        Raises:
+            MismatchError: The model has memory.
+        """
+        if self.config.memory is not None:
+            raise MismatchError(CONTINUOUS_BATCHING)
+        return super().init_continuous_batching(*args, **kwargs)
 
     @can_return_tuple
     def forward(
