@@ -258,7 +258,7 @@ class StoredAdapter:
         found = hashlib.sha256(self.spec.digest.encode())
         for name, tensor in sorted(self.layers.items()):
             found.update(name.encode())
-            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def open_tables(self, place: TablePlace, dtype: torch.dtype | None) -> dict[str, Table]:
