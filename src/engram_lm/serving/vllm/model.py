@@ -210,7 +210,7 @@ class EngramForCausalLM(nn.Module):
         experts = self.config.n_routed_experts if self.config.has_experts else 0
         loaded = load_parameters(self, parameters(), num_experts=experts)
         if self.model.served is not None:
-            spec = self._bound_spec(token_map)
+            spec = self._bound_spec(token_map).covering(self.config.vocab_size)
             self.model.served.bind(spec, self._open_tables(spec))
         return loaded
 
