@@ -32,8 +32,8 @@ from engram_lm.training.run import Run
 
 Mode = Literal["interleaved", "one_by_one", "processes"]
 """``interleaved``: all arms of a seed in this process, step by step in turn, which compares their speed fairly.
-``one_by_one``: one arm after the other. ``processes``: an arm per process of one thread, as many at a time as there are
-cores."""
+``one_by_one``: one arm after the other. ``processes``: an arm per process of one thread, as many at a time as
+`allowed_cores`."""
 
 _POLL_SECONDS = 0.2
 
@@ -216,7 +216,7 @@ class Runner:
         }
 
     def _in_processes(self, pending: Sequence[_Planned]) -> None:
-        """Train some runs in processes of one thread, as many at a time as there are cores."""
+        """Train some runs in processes of one thread, as many at a time as `allowed_cores`."""
         self._prepare(pending)
         waiting, running = collections.deque(pending), dict[_Planned, subprocess.Popen[bytes]]()
         num_workers = max(1, min(allowed_cores(), len(waiting)))
