@@ -124,3 +124,26 @@ def test_a_prompt_s_cache_goes_on_with_an_adapter_loaded_from_the_same_folder_an
         found = torch.load(tmp_path / "cache.pt", weights_only=False)
         with pytest.raises(HistoryError, match="has seen 0"):
             models["other"](ids[:, 12:], past_key_values=found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sequences_that_share_a_row_read_what_they_read_alone(adapted, use_cache):
+    model, _ = adapted()
+    parts = [tokens(1, length, seed=length) for length in (7, 1, 9)]
+    packed = {
+        "input_ids": torch.cat(parts, 1),
+        "position_ids": torch.cat([torch.arange(part.shape[1]) for part in parts])[None],
+        "cu_seq_lens_q": torch.tensor([0, 7, 8, 17], dtype=torch.int32),
+    }
+    logits = model(**packed, use_cache=False).logits
+    alone = torch.cat([model(part, use_cache=False).logits for part in parts], 1)
+    torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
+    mixed = model(packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
+    assert not torch.allclose(mixed, alone, atol=1e-2)
+    if use_cache:
+        cache = model(**packed, use_cache=True)[1]
+        with pytest.raises(HistoryError, match="has seen 0"):
+            model(parts[0], past_key_values=cache)
+    with pytest.raises(MismatchError, match="end at"):
+        model(**{**packed, "input_ids": packed["input_ids"][:, :16], "position_ids": None})

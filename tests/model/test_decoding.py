@@ -335,3 +335,12 @@ def test_embeddings_without_tokens_and_continuous_batching_are_refused_in_words(
     with pytest.raises(MismatchError, match="use generate"):
         model.generate_batch([[5, 6, 7]])
     assert torch.equal(whole(model, ids, inputs_embeds=embeddings), whole(model, ids))
+
+
+@torch.no_grad()
+def test_sequences_that_share_a_row_read_what_they_read_alone(model):
+    parts = [tokens(1, length, seed=length) for length in (7, 1, 9)]
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    ends = torch.tensor([0, 7, 8, 17], dtype=torch.int32)
+    logits = whole(model, torch.cat(parts, 1), position_ids=positions, cu_seq_lens_q=ends)
+    torch.testing.assert_close(logits, torch.cat([whole(model, part) for part in parts], 1), atol=2e-5, rtol=1e-5)

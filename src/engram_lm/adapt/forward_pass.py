@@ -16,7 +16,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.hashing.token_map import check_tokens
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
-from engram_lm.memory.step import MemoryStep, RowMap, begin_step, follow_vocabulary
+from engram_lm.memory.step import MemoryStep, RowMap, begin_step, follow_vocabulary, packed_row
 from engram_lm.model.cache import MAX_ROLLBACK, find_cache, follow_cache, runs_twice, start_state
 from engram_lm.tables import Table
 
@@ -104,8 +104,9 @@ class ForwardPass(nn.Module):
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
         mask = _real_positions(given.get("attention_mask"), tokens, cache)
+        packed = packed_row(given.get("cu_seq_lens_q"), tokens, self.config.look_back)
         state = None
-        if cache is not None:
+        if cache is not None and packed is None:
             state = follow_cache(
                 cache, self._cache_key, tokens, context=self.spec.context, max_rollback=self.max_rollback
             )
@@ -119,6 +120,7 @@ class ForwardPass(nn.Module):
             # The model's own embedding refuses what it does not have.
             checked=False,
             row_map=self.row_map,
+            packed=packed,
         )
         self._calls.call = _Call(tokens, step)
 
@@ -157,7 +159,8 @@ class ForwardPass(nn.Module):
                 f"{tuple(call.tokens.shape)} tokens were given and {tuple(hidden.shape[:2])} positions are computed; "
                 "memory needs a token for each position (prompt tuning adds positions without one)"
             )
-        if step.state is None and not runs_twice(module) and (cache := _made_cache(args, kwargs)) is not None:
+        carries = step.state is None and step.packed is None
+        if carries and not runs_twice(module) and (cache := _made_cache(args, kwargs)) is not None:
             # A cache that the model has made for itself after its tokens were hashed; there was nothing before them.
             state = start_state(
                 cache, self._cache_key, call.tokens, context=self.spec.context, max_rollback=self.max_rollback
@@ -168,9 +171,12 @@ class ForwardPass(nn.Module):
         layer = self._layer(block)
         # Where layers are spread over devices, the hidden states come from the device before.
         device = next(layer.parameters()).device
-        update = layer(hidden.to(device), step.rows[block], step.window(block), active=step.active)
+        read = hidden.to(device) if step.packed is None else step.packed.spread(hidden.to(device))
+        update = layer(read, step.rows[block], step.window(block), active=step.active)
         if isinstance(update, EngramOutput):  # A hook of the layer has asked for its gates.
             update = update.update
+        if step.packed is not None:
+            update = step.packed.gather(update)
         hidden = hidden + update.to(hidden.device)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 

@@ -141,6 +141,11 @@ class EngramConfig:
         """Positions before the current one that the convolution reads, and that decoding keeps."""
         return max(self.kernel_size - 1, 0) * self.conv_dilation
 
+    @property
+    def look_back(self) -> int:
+        """Positions before the current one that a layer depends on, by its N-grams or by its convolution."""
+        return max(self.orders[-1] - 1, self.conv_context)
+
     def hash_spec(self, token_map: "TokenMap", *, pad_token_id: int, segments: "Segments | None" = None) -> "HashSpec":
         """Build the hash that addresses these tables for a tokenizer.
 

@@ -7,7 +7,9 @@ value that travels with the call, so that two calls at once never see each other
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from engram_lm.errors import MismatchError
@@ -24,6 +26,39 @@ RowMap = Callable[[int, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class PackedRow:
+    """Several sequences in one row, which memory reads with gaps between them, so that none sees the one before.
+
+    A gap is as long as memory looks back, and its positions are dead.
+    """
+
+    places: Tensor
+    """Where each token of the row stands once there are gaps, int64 ``[L]``."""
+    length: int
+    """Length of the row with its gaps."""
+
+    @classmethod
+    def of(cls, ends: Tensor, length: int, look_back: int) -> "PackedRow":
+        """Lay out a row of ``length`` tokens.
+
+        ``ends`` are the ends of its sequences after a 0, as flash attention takes them (``cu_seq_lens_q``); memory
+        looks back ``look_back`` positions.
+        """
+        tokens = torch.arange(length, device=ends.device)
+        sequence = torch.bucketize(tokens, ends[1:].to(tokens), right=True)
+        return cls(tokens + look_back * sequence, length + look_back * max(0, len(ends) - 2))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Put zeros into the gaps of values ``[1, L, ...]``."""
+        wide = values.new_zeros((1, self.length, *values.shape[2:]))
+        return wide.index_copy(1, self.places.to(values.device), values)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Take values that have gaps back to ``[1, L, ...]``."""
+        return values.index_select(1, self.places.to(values.device))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class MemoryStep:
     """What one forward pass hands from its beginning to its memory layers."""
 
@@ -35,6 +70,8 @@ class MemoryStep:
     """Block → row numbers, int64 ``[B, L, H]``, in the order in which blocks run."""
     state: DecodeState | None = None
     """What earlier steps left; None where there is no cache."""
+    packed: PackedRow | None = None
+    """How several sequences share the row; codes, rows and ``active`` then have gaps."""
 
     def window(self, block: int) -> LayerWindow | None:
         """Return what the layer of a block takes as its state."""
@@ -52,6 +89,7 @@ def begin_step(
     context: Tensor | None = None,
     checked: bool = True,
     row_map: RowMap | None = None,
+    packed: PackedRow | None = None,
 ) -> MemoryStep:
     """Hash the tokens once for all blocks, ask the tables for their rows, and move the history past the tokens.
 
@@ -69,6 +107,7 @@ def begin_step(
         context: Codes of the tokens before, int64 ``[B, W]``, where there is no ``state``; None is the start.
         checked: Whether tokens outside the vocabulary are refused. Otherwise they count as dead.
         row_map: For controls: chooses the rows that are read instead of those that were hashed.
+        packed: How several sequences share the row, where they do; there is then one row, and no ``state``.
 
     Returns:
         The step.
@@ -78,6 +117,10 @@ def begin_step(
         MismatchError: The mask, the positions or the mapped rows have another shape.
         TokenError: A token is outside the vocabulary (``checked``).
     """
+    if packed is not None:
+        real = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        tokens, attention_mask = packed.spread(tokens), packed.spread(real)
+        position_ids = None if position_ids is None else packed.spread(position_ids)
     encode = spec.encode if checked else spec.encode_unchecked
     codes: Tensor = encode(tokens, attention_mask=attention_mask, position_ids=position_ids)
     by_layer = spec.rows_for_layers(codes, context if state is None else state.history.values)
@@ -89,7 +132,23 @@ def begin_step(
             table.prefetch(rows[block])
     if state is not None:
         state.advance(codes)
-    return MemoryStep(codes, codes >= 0, rows, state)
+    return MemoryStep(codes, codes >= 0, rows, state, packed)
+
+
+def packed_row(ends: Any, tokens: Tensor, look_back: int) -> PackedRow | None:
+    """Lay out a row of which ``cu_seq_lens_q`` says that several sequences share it; None where it says nothing.
+
+    Raises:
+        MismatchError: The tokens ``[B, L]`` are not one row, or the sequences do not fill it.
+    """
+    if not isinstance(ends, Tensor) or len(ends) <= 2:
+        return None
+    if tokens.shape[0] != 1 or int(ends[-1]) != tokens.shape[1]:
+        raise MismatchError(
+            f"cu_seq_lens_q says that sequences in one row end at {ends.tolist()[1:]}, the tokens are "
+            f"{tuple(tokens.shape)}; pass one row that ends where the last of them does"
+        )
+    return PackedRow.of(ends.to(tokens.device), tokens.shape[1], look_back)
 
 
 def follow_vocabulary(spec: HashSpec, num_tokens: int) -> HashSpec:

@@ -62,11 +62,12 @@ class EngramBlock(DeepseekV3DecoderLayer):
     def _read_memory(self, hidden_states: Tensor, step: MemoryStep | None) -> Tensor:
         assert self.memory is not None and step is not None
         # Gates are always asked for: whoever records them hooks the layer.
+        packed = step.packed
         update, _ = self.memory(
-            hidden_states,
+            hidden_states if packed is None else packed.spread(hidden_states),
             step.rows[self.layer_idx],
             step.window(self.layer_idx),
             active=step.active,
             return_gates=True,
         )
-        return update
+        return update if packed is None else packed.gather(update)

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from engram_lm.errors import ConfigError, MismatchError, TokenMapError
 from engram_lm.hashing import HashSpec, TokenMap
-from engram_lm.memory.step import MemoryStep, begin_step
+from engram_lm.memory.step import MemoryStep, begin_step, packed_row
 from engram_lm.model.block import EngramBlock
 from engram_lm.model.cache import CACHE_NAME, CONTINUOUS_BATCHING, MAX_ROLLBACK, find_cache, follow_cache, runs_twice
 from engram_lm.model.config import EngramLMConfig
@@ -133,7 +133,8 @@ class EngramModel(EngramPreTrainedModel):
             cache: What transformers 5.24 and later call ``past_key_values``.
             **kwargs: ``output_hidden_states`` (of blocks ``[B, L, S, D]`` with several streams, the last one always
                 ``[B, L, D]``), ``output_attentions``, ``output_gates``, ``output_router_logits``,
-                ``output_chosen_experts``, and what attention takes.
+                ``output_chosen_experts``, and what attention takes. ``cu_seq_lens_q`` says where sequences that share a
+                row end; memory then keeps them apart, and recorded gates have gaps between them.
 
         Raises:
             ConfigError: There are no tokens.
@@ -155,7 +156,7 @@ class EngramModel(EngramPreTrainedModel):
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
         # Before the embedding, so that a token outside the vocabulary is refused in words.
-        memory_step = self._begin_memory(input_ids, attention_mask, position_ids, cache)
+        memory_step = self._begin_memory(input_ids, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         causal_mask = create_causal_mask(
@@ -187,7 +188,12 @@ class EngramModel(EngramPreTrainedModel):
         return EngramModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _begin_memory(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        ends: Tensor | None,
     ) -> MemoryStep | None:
         """Hash the tokens once for all blocks, and find what the cache keeps for them."""
         if self.config.memory is None or input_ids is None:
@@ -200,9 +206,13 @@ class EngramModel(EngramPreTrainedModel):
                 f"attention_mask is {tuple(attention_mask.shape)}; a model with memory needs [batch, past + length], "
                 "0 at padding"
             )
+        memory_config = self.config.memory_config
+        assert memory_config is not None
+        packed = packed_row(ends, input_ids, memory_config.look_back)
         state = None
         # With gradient checkpointing blocks run twice and would move their state twice; transformers drops the cache.
-        if cache is not None and not runs_twice(self):
+        # What is packed is not gone on with.
+        if cache is not None and packed is None and not runs_twice(self):
             state = follow_cache(cache, "model", input_ids, context=spec.context, max_rollback=self.max_rollback)
         return begin_step(
             spec,
@@ -211,6 +221,7 @@ class EngramModel(EngramPreTrainedModel):
             attention_mask=None if attention_mask is None else attention_mask[:, -length:],
             position_ids=position_ids.expand(batch_size, length),
             state=state,
+            packed=packed,
         )
 
     def _bound_spec(self) -> HashSpec:
