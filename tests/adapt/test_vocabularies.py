@@ -88,6 +88,7 @@ def test_an_adapter_is_loaded_with_a_tokenizer_that_has_grown(config, tmp_path, 
     again = MemoryAdapter.from_pretrained(loaded, tmp_path / "adapter", tokenizer=tokenizer)
     assert torch.equal(loaded(input_ids=ids).logits, expected)
     assert "2 more tokens than this memory was made with ('<|user|>', '<|tool|>')" in caplog.messages[0]
+    assert again.spec.token_map.num_tokens == 320 and len(caplog.messages) == 1
     # What is saved is the adapter as it was made, so that any model of the kind can load it.
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "adapter.safetensors"):
