@@ -46,6 +46,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "plan": ("engram_lm.planning.command:Plan", "parameters, bytes, FLOPs and traffic of a model, without building it"),
     "hash": ("engram_lm.hashing.command:Hash", "row numbers of a text under any published config"),
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
+    "doctor": ("engram_lm.doctor.command:Doctor", "what a bug report needs: versions, machine, tiers that work here"),
     "study": (_STUDIES, "ask one of the paper's questions of small models, by one command"),
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""

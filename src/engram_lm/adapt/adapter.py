@@ -23,6 +23,7 @@ from engram_lm.model.plain_weights import Place, find_weight, under_peft
 from engram_lm.model.table_place import TablePlace, TableSource, table_name
 from engram_lm.tables import Table
 from engram_lm.tables.around.cache import Policy
+from engram_lm.versions import warn_if_untested
 
 CONTAINER = "engram_adapters"
 """Name of the module that holds a model's adapters, and so what their names in its state dict begin with."""
@@ -311,6 +312,7 @@ class MemoryAdapter(ForwardPass):
 
     def attach_to(self, model: nn.Module, decoder: Decoder) -> None:
         """Become a module of the model and hook its forward pass."""
+        warn_if_untested("torch", "transformers")
         _check_peft(model, self)
         self.train(model.training)
         for block in self.spec.blocks:

@@ -9,6 +9,8 @@ keeps), ``row_recorder.py`` (which rows are read), ``pretrained.py`` (loading an
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from engram_lm.versions import warn_if_untested
+
 if TYPE_CHECKING:
     from engram_lm.model.config import EngramLMConfig
     from engram_lm.model.experts import balance_experts, expert_load
@@ -45,6 +47,8 @@ def __getattr__(name: str) -> Any:
 
 def register_auto_classes() -> None:
     """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know this model. Safe to call again."""
+    # Before anything of transformers is taken, because another version may lack it.
+    warn_if_untested("torch", "transformers")
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from engram_lm.model.config import EngramLMConfig
