@@ -8,15 +8,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
+OTHERS = ("dev", "docs", "vllm", "vllm-cpu")
 
 
 def declared():
-    """What the library itself and its extras for users need: name → range."""
+    """What the library itself and its extras for users need: name → range. vLLM has constraints of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = [
         *project["dependencies"],
-        *(line for name in extras if name not in ("dev", "docs") for line in extras[name]),
+        *(line for name in extras if name not in OTHERS for line in extras[name]),
     ]
     return {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
 
