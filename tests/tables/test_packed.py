@@ -274,7 +274,7 @@ def test_a_file_of_another_kind_or_size_is_refused(tmp_path):
         (good[:4000], "truncated"),
         (good[:-1], "is truncated: expected"),
         (good + b"\0", "longer than its header says"),
-        (b"GGUF\0\0\0\0" + good[8:], "truncated|not readable JSON"),
+        (b"GGUF\0\0\0\0" + good[8:], "is a GGUF file; engram-lm reads safetensors"),
         (b"\x89ENGRAM\n" + good[8:], r"no longer read \(\.engram\); convert its source again"),
         ((2**63).to_bytes(8, "little") + good[8:], "not a safetensors file"),
         ((tmp_path / "other.safetensors").read_bytes(), "is not a packed table: its format is 'pt'"),
