@@ -43,6 +43,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "eval": ("engram_lm.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),
     "analyze": ("engram_lm.analysis.command:Analyze", "what the memory of a model does: gates, lens, CKA, rows"),
     "generate": ("engram_lm.serving.generate:Generate", "continue a prompt with a model"),
+    "serve": ("engram_lm.serving.serve:Serve", "an OpenAI-compatible server for a model, by vLLM"),
     "plan": ("engram_lm.planning.command:Plan", "parameters, bytes, FLOPs and traffic of a model, without building it"),
     "hash": ("engram_lm.hashing.command:Hash", "row numbers of a text under any published config"),
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),

@@ -56,6 +56,14 @@ class ModelFlags:
     def _with_the_model(self) -> bool:
         return self.table_source is None and self.table_tier in (None, "device")
 
+    def check_places(self, model: str | Path, model_type: str | None) -> None:
+        """Refuse, by a ConfigError, to place tables of a model that has none; ``model_type`` is its config.json's."""
+        if self.adapter is None and model_type != "engram_lm" and (self.table_tier or self.table_source):
+            raise ConfigError(
+                f"{model} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place; "
+                "memory for it is named with --adapter"
+            )
+
     def table_options(self) -> dict[str, Any]:
         """What ``EngramForCausalLM.from_pretrained`` is told; empty where nothing was asked for."""
         if self._with_the_model:
@@ -67,6 +75,22 @@ class ModelFlags:
             "table_cache_policy": self.table_cache_policy,
             "table_pinned": self.table_pinned,
         }
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the folder of a model that a person named.
+
+    Raises:
+        ConfigError: It holds no model.
+    """
+    folder = user_path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        raise ConfigError(f"{folder} is a run; its model is in {folder / 'model'}: name that folder")
+    raise ConfigError(
+        f"{folder} is no model folder: it has no config.json; `engram-lm quickstart` makes one in runs/quickstart"
+    )
 
 
 def load_model(
@@ -92,22 +116,15 @@ def load_model(
     from engram_lm.training.loop import find_device
 
     wanted = find_device(device)
-    folder = user_path(path)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder} is no model folder: it has no config.json; `engram-lm quickstart` makes one in runs/quickstart"
-        )
+    folder = model_folder(path)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         placed = {} if tables is None else tables.table_options()
         options = placed if adapter is None else {}
-        if options and AutoConfig.from_pretrained(folder, local_files_only=True).model_type != "engram_lm":
-            raise ConfigError(
-                f"{folder} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place; "
-                "memory for it is named with --adapter"
-            )
+        if tables is not None and options:
+            tables.check_places(folder, AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, EngramError):

@@ -8,9 +8,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from engram_lm.errors import ConfigError
 from engram_lm.serving.vllm.version import check_version
+from engram_lm.tables.available_memory import available_bytes
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 
 class EngramConfigCheck(VerifyAndUpdateConfig):
@@ -46,6 +47,7 @@ class EngramConfigCheck(VerifyAndUpdateConfig):
             raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
         table_place(vllm_config.additional_config)
         check_tokenizer(model)
+        settle_cache(vllm_config.cache_config)
 
 
 _ONE = (
@@ -53,6 +55,24 @@ _ONE = (
     ("decode_context_parallel_size", "--decode-context-parallel-size"),
     ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
 )
+
+
+_CACHE_SHARE, _MOST_CACHE_BYTES = 0.25, 16 << 30
+"""What vLLM's cache takes of a machine's free memory, and at most, where it computes on CPUs and nobody says."""
+
+
+def settle_cache(cache_config: "CacheConfig") -> None:
+    """Choose the size of the cache on CPUs, where neither a flag nor ``VLLM_CPU_KVCACHE_SPACE`` does.
+
+    vLLM asks for 92 % of the whole memory there, and does not start where other programs have some of it.
+    """
+    from vllm.platforms import current_platform
+
+    usual = type(cache_config).gpu_memory_utilization
+    is_open = cache_config.kv_cache_memory_bytes is None and cache_config.gpu_memory_utilization == usual
+    free = available_bytes()
+    if current_platform.is_cpu() and is_open and free:
+        cache_config.kv_cache_memory_bytes = min(int(_CACHE_SHARE * free), _MOST_CACHE_BYTES)
 
 
 def check_tokenizer(model_config: "ModelConfig") -> None:

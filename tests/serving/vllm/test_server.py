@@ -1,0 +1,211 @@
+"""A server in a process of its own answers as transformers does, and ends with all its processes when it is told to."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from tests.serving.vllm.models import NEW_TOKENS, prompts, save_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm.engine.arg_utils import EngineArgs
+
+from engram_lm.tables.available_memory import available_bytes
+
+SECONDS = 400
+"""How long a server may take to start on a busy machine."""
+CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
+
+
+class Server:
+    """A server that was started, as a shell would start it."""
+
+    def __init__(self, words, folder):
+        self.log, self.key = folder / "server.log", None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words, "--port", str(self.port)], stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            )  # fmt: skip
+
+    def ask(self, path, **request):
+        """The status of an answer, and its text."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        data = json.dumps(request).encode() if request else None
+        url = f"http://127.0.0.1:{self.port}{path}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def choice(self, path, **request):
+        """The first choice of an answer."""
+        status, text = self.ask(path, **request)
+        assert status == 200, text
+        return json.loads(text)["choices"][0]
+
+    def wait(self):
+        """Return when it answers."""
+        until = time.monotonic() + SECONDS
+        while self.process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                if self.ask("/health")[0] == 200:
+                    return self
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def processes(self):
+        """Processes of its session that are alive."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append(int(stat.parent.name))
+        return found
+
+    def ended(self):
+        """Wait until no process is left; those that are left after a minute."""
+        until = time.monotonic() + 60
+        while (self.process.poll() is None or self.processes()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return self.processes() == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint whose tokenizer knows chats."""
+    path = tmp_path_factory.mktemp("served")
+    save_checkpoint("dense", path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def servers(folder, checkpoints, tmp_path_factory):
+    """Our command, and the line that documentation gives for a run folder without a flag; both start at once."""
+    our_words = ["engram_lm", "serve", str(folder), "--api-key", "secret", "--table-tier", "file"]
+    other_words = ["vllm.entrypoints.launchers.api_server.entry", "--model", str(checkpoints("dense")[0])]
+    started = [Server(words, tmp_path_factory.mktemp("log")) for words in (our_words, other_words)]
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+
+
+@pytest.fixture
+def ours(servers):
+    servers[0].key = "secret"
+    return servers[0]
+
+
+@torch.no_grad()
+def greedy(folder, tokens):
+    """What transformers generates, as ids."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    given = torch.tensor([tokens])
+    output = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=1
+    )
+    return output[0, len(tokens) :].tolist()
+
+
+def text_of(text):
+    """A text without the half of a character at its end, which a server keeps back."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_completion_is_the_text_that_transformers_generates(ours, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = greedy(folder, tokenizer("the cat sat").input_ids)
+    request = {"model": str(folder), "prompt": "the cat sat", "max_tokens": NEW_TOKENS, "temperature": 0}
+    choice = ours.choice("/v1/completions", **request, return_token_ids=True)
+    assert choice["token_ids"] == expected
+    assert text_of(choice["text"]) == text_of(tokenizer.decode(expected, skip_special_tokens=True))
+
+
+def test_prompts_of_tokens_are_answered_together(ours, folder, checkpoints):
+    _, expected = checkpoints("dense")
+    status, text = ours.ask(
+        "/v1/completions", model=str(folder), prompt=prompts(), max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True,
+        return_token_ids=True,
+    )  # fmt: skip
+    assert status == 200, text
+    assert [choice["token_ids"] for choice in json.loads(text)["choices"]] == [one.tokens for one in expected]
+
+
+def test_a_chat_and_its_stream_are_what_transformers_generates(ours, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "the dog"}]
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    expected = greedy(folder, given)
+    request = {"model": str(folder), "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+    choice = ours.choice("/v1/chat/completions", **request, return_token_ids=True)
+    assert choice["token_ids"] == expected
+    content = choice["message"]["content"]
+    assert text_of(content) == text_of(tokenizer.decode(expected, skip_special_tokens=True))
+    status, text = ours.ask("/v1/chat/completions", **request, stream=True)
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert status == 200 and lines[-1] == "[DONE]"
+    parts = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines[:-1]]
+    assert len(list(filter(None, parts))) > 3
+    assert "".join(parts) == content
+
+
+def test_a_request_that_cannot_be_answered_is_told_why_and_the_server_goes_on(ours, folder):
+    request = {"model": str(folder), "max_tokens": 3, "temperature": 0}
+    for wrong in (10**6, 2**31, -1):
+        status, text = ours.ask("/v1/completions", **request, prompt=[5, wrong])
+        assert status == 400, text
+    ours.key = "another"
+    assert ours.ask("/v1/completions", **request, prompt=[5])[0] == 401
+    ours.key = "secret"
+    assert ours.choice("/v1/completions", **request, prompt=[5])["text"]
+
+
+def test_a_folder_is_served_without_a_flag(servers, checkpoints):
+    folder = str(checkpoints("dense")[0])
+    choice = servers[1].choice("/v1/completions", model=folder, prompt="the cat sat", max_tokens=5, temperature=0)
+    assert choice["text"]
+    status, text = servers[1].ask("/v1/chat/completions", model=folder, messages=[{"role": "user", "content": "a"}])
+    assert status == 400 and "chat template" in text
+
+
+def test_servers_end_with_all_their_processes(servers):
+    ours, other = servers
+    words = ours.log.read_text().splitlines()[0]
+    assert words.startswith("VLLM_API_KEY=... ") and "secret" not in words and "--dtype float32" in words
+    assert len(ours.processes()) > 1 and len(other.processes()) > 1
+    os.killpg(ours.process.pid, signal.SIGINT)  # as Ctrl-C does in a terminal
+    other.process.terminate()  # as a supervisor does
+    assert ours.ended() and other.ended()
+
+
+def test_the_cache_takes_a_part_of_the_free_memory_of_a_machine_without_a_gpu(checkpoints, monkeypatch):
+    folder = str(checkpoints("dense")[0])
+    settled = EngineArgs(model=folder).create_engine_config().cache_config.kv_cache_memory_bytes
+    assert settled == 1 << 30  # as VLLM_CPU_KVCACHE_SPACE says
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    settled = EngineArgs(model=folder).create_engine_config().cache_config.kv_cache_memory_bytes
+    assert 0.15 * available_bytes() < settled < 0.35 * available_bytes() or settled == 16 << 30
+    given = EngineArgs(model=folder, gpu_memory_utilization=0.5).create_engine_config().cache_config
+    assert given.kv_cache_memory_bytes is None
+    given = EngineArgs(model=folder, kv_cache_memory_bytes=1 << 20).create_engine_config().cache_config
+    assert given.kv_cache_memory_bytes == 1 << 20
