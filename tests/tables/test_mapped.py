@@ -194,6 +194,22 @@ def test_a_file_cut_after_its_header_was_read_is_refused_when_it_is_mapped(tmp_p
         opened(shards)
 
 
+def test_rows_cut_away_while_the_file_is_mapped_are_refused_and_the_others_read(tmp_path):
+    shards = plain(tmp_path)
+    table, rows = opened(shards, dtype=torch.float32), torch.arange(NUM_ROWS)
+    whole = table.gather(rows)
+    content = (tmp_path / "one").read_bytes()
+    # Rows of pages that are gone: touching them would end this process.
+    os.truncate(tmp_path / "one", shards[0].start_bytes)
+    with pytest.raises(CheckpointError, match=r"one was cut after its header .* put the whole file back"):
+        table.gather(rows)
+    kept = [row for row, shard in enumerate(np.repeat([shard.file for shard in shards], SIZES)) if "one" not in shard]
+    assert torch.equal(table.gather(torch.tensor(kept)), whole[kept])
+    with open(tmp_path / "one", "r+b") as file:
+        file.write(content)
+    assert torch.equal(table.gather(rows), whole)
+
+
 def test_stats_tell_what_the_table_takes_in_its_files(tmp_path):
     stats = opened(plain(tmp_path), dtype=torch.float32).stats()
     assert stats["stored_bytes"] == NUM_ROWS * WIDTH * 2

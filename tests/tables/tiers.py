@@ -99,9 +99,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(folder, handler=Files):
+def serving(folder, handler=Files, port=0):
     """Serve a folder on loopback; yields the server, with ``address``, ``folder`` and the list ``requests``."""
-    server = Server(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", port), handler)
     server.folder, server.requests, server.connections = Path(folder), [], []
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -27,6 +27,7 @@ class EngramConfigCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Refuse what memory is not computed rightly with, and check the tokenizer and the place of the tables."""
+        from engram_lm.serving.vllm.request_errors import name_errors
         from engram_lm.serving.vllm.tables import OPTION, table_place
 
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
@@ -46,6 +47,12 @@ class EngramConfigCheck(VerifyAndUpdateConfig):
         if model.enable_prompt_embeds:
             raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
         table_place(vllm_config.additional_config)
+        # Together these end a request whose rows cannot be read; without them the engine ends.
+        name_errors()
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = "engram_lm.serving.vllm.worker.EngramWorker"
+        if vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = "engram_lm.serving.vllm.scheduler.make_scheduler"
         check_tokenizer(model)
         settle_cache(vllm_config.cache_config)
 

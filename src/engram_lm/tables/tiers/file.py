@@ -14,7 +14,7 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
-from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.record_table import RecordTable, cut_error
 
 # Direct reads begin, end and land on multiples of this many bytes: 4 KiB satisfies every common disk.
 _BLOCK_BYTES = 4096
@@ -189,19 +189,14 @@ class _OpenFile:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
         if found < needed:
             self.refuse_cut()
-            self._raise_cut(offset + found)  # the file was cut and has grown again since
+            # The file was cut and has grown again since.
+            raise cut_error(self.path, self.end_bytes, offset + found)
 
     def refuse_cut(self) -> None:
         """Check that the file still has all bytes of the table."""
         found = os.fstat(self.descriptor).st_size
         if found < self.end_bytes:
-            self._raise_cut(found)
-
-    def _raise_cut(self, found: int) -> None:
-        raise CheckpointError(
-            f"{self.path} was cut after its header was read: expected at least {self.end_bytes} bytes, found {found}; "
-            "put the whole file back and open the table again"
-        )
+            raise cut_error(self.path, self.end_bytes, found)
 
 
 def _open_direct(path: str) -> Descriptor:

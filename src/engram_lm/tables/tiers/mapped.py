@@ -12,15 +12,15 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.layout import Part, RowLayout
 from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
-from engram_lm.tables.tiers.record_table import RecordTable
+from engram_lm.tables.tiers.record_table import RecordTable, cut_error
 
 
 class MappedTable(RecordTable):
     """Rows read in place from files through memory mapping.
 
     Opening costs nothing however large the files are; reading costs the pages that the rows lie on, which stay in the
-    page cache, one copy for all processes of the machine. A file that is cut while it is mapped ends the process with
-    SIGBUS: use `FileTable` where that may happen.
+    page cache, one copy for all processes of the machine. A file that was cut is noticed before rows are read; one that
+    is cut at the moment of a read ends the process with SIGBUS: use `FileTable` where that may happen.
 
     Args:
         layout: Where the rows lie.
@@ -52,8 +52,11 @@ class MappedTable(RecordTable):
         # The usual case, which one call reads: whole records follow each other in one file.
         self._is_simple = [len(part.extents) for part in layout.parts] == [1]
         self._descriptors = {file: Descriptor(file) for file in layout.files}
+        extents = [extent for part in layout.parts for extent in part.extents]
+        self._ends = {file: max(extent.end_bytes for extent in extents if extent.file == file) for file in layout.files}
 
     def _read_from(self, held: list[list[np.ndarray]], numbers: np.ndarray) -> Tensor:
+        self._refuse_cut(numbers)
         self._request(numbers)
         records = torch.empty(len(numbers), self.codec.record_bytes, dtype=torch.uint8)
         if self._is_simple:
@@ -66,6 +69,17 @@ class MappedTable(RecordTable):
                 data[where, first : first + part.row_bytes] = views[index][inside // part.extents[index].shared_by]
             first += part.row_bytes
         return records
+
+    def _refuse_cut(self, numbers: np.ndarray) -> None:
+        """Check that the files still have these rows: touching one behind the end of its file would end the process."""
+        for file, descriptor in self._descriptors.items():
+            size = os.fstat(descriptor.number).st_size
+            if size >= self._ends[file]:
+                continue
+            for part in self.layout.parts:
+                for extent, _, offsets in part.divide(numbers):
+                    if extent.file == file and len(offsets) and offsets.max() + part.row_bytes > size:
+                        raise cut_error(file, self._ends[file], size)
 
     def _request(self, numbers: np.ndarray) -> None:
         """Have the kernel read missing pages all at once; touching them would wait for one after another."""
@@ -127,10 +141,7 @@ def _views(part: Part, files: dict[str, mmap.mmap]) -> list[np.ndarray]:
     for extent in part.extents:
         mapping, size = files[extent.file], extent.end_bytes - extent.start_bytes
         if extent.end_bytes > len(mapping):
-            raise CheckpointError(
-                f"{extent.file} was cut after its header was read: expected at least {extent.end_bytes} bytes, found "
-                f"{len(mapping)}"
-            )
+            raise cut_error(extent.file, extent.end_bytes, len(mapping))
         data = np.frombuffer(mapping, np.uint8, count=size, offset=extent.start_bytes)
         views.append(data.reshape(-1, extent.row_bytes))
     return views

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.table import Table
@@ -119,6 +119,14 @@ class RecordTable(Table):
             "num_gathers": self._num_gathers,
             "gathered_rows": self._rows_read,
         }
+
+
+def cut_error(file: str, expected: int, found: int) -> CheckpointError:
+    """Say that a file has fewer bytes than its table was opened with."""
+    return CheckpointError(
+        f"{file} was cut after its header was read: expected at least {expected} bytes, found {found}; put the whole "
+        "file back, in place or by opening the table again"
+    )
 
 
 def checked_out(out: Tensor, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
