@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from tests.adapt.small_models import TOKENIZER
 from tests.beginnings import with_template
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import DataError
 from engram_lm.tokenizing import beginning_tokens, prompt_tokens, starts_of, text_tokens
@@ -30,6 +34,16 @@ def test_a_text_begins_as_its_tokenizer_begins_it_and_ends_with_its_own_last_tok
     assert text_tokens(tokenizer, TEXT).tolist() == [*first, *TOKENIZER(TEXT).input_ids]
     if not template.endswith("</s>"):
         assert text_tokens(tokenizer, TEXT).tolist() == tokenizer(TEXT).input_ids
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_tokenizer_without_everyday_letters_begins_its_texts_too(wrapped):
+    tokenizer = Tokenizer(BPE(vocab={"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5}, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    wrapper = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    assert wrapper("ACGT").input_ids == [0, 2, 3, 4, 5, 1]
+    assert beginning_tokens(wrapper if wrapped else tokenizer) == (0,)
 
 
 def test_a_chat_that_spells_its_beginning_is_not_given_a_second_one():

@@ -5,12 +5,15 @@ tokens, T5 ends it with one. A model that has always seen such a beginning predi
 Qwen's add nothing.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from engram_lm.errors import DataError
+
+_NUM_SAMPLES = 100
 
 
 def beginning_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -20,17 +23,24 @@ def beginning_tokens(tokenizer: Any) -> tuple[int, ...]:
         tokenizer: A tokenizer of transformers, or a ``tokenizers.Tokenizer``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "post_processor"):
-        # Not by calling the tokenizer, which would change how its user had it cut and pad.
-        encoding = backend.encode("a", add_special_tokens=False)
-        processor = backend.post_processor
-        plain, whole = encoding.ids, (encoding if processor is None else processor.process(encoding, None, True)).ids
-    else:
-        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start])
+    for text in _samples(tokenizer):
+        if hasattr(backend, "post_processor"):
+            # Not by calling the tokenizer, which would change how its user had it cut and pad.
+            encoding, processor = backend.encode(text, add_special_tokens=False), backend.post_processor
+            plain = encoding.ids
+            whole = plain if processor is None else processor.process(encoding, None, True).ids
+        else:
+            plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        places = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+        if plain and len(places) == 1:  # Several if the sample is itself what stands around texts.
+            return tuple(whole[: places[0]])
     return ()
+
+
+def _samples(tokenizer: Any) -> Iterator[str]:
+    """Name short texts, of which the first has tokens in nearly every tokenizer; one for genes may know no ``a``."""
+    yield "a"
+    yield from itertools.islice(tokenizer.get_vocab(), _NUM_SAMPLES)
 
 
 def text_tokens(tokenizer: Any, text: str) -> np.ndarray:

@@ -337,6 +337,12 @@ def test_embeddings_without_tokens_and_continuous_batching_are_refused_in_words(
     assert torch.equal(whole(model, ids, inputs_embeds=embeddings), whole(model, ids))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,)])
+def test_input_without_tokens_or_without_a_batch_is_refused_in_words(model, shape):
+    with pytest.raises(ConfigError, match="at least one token"):
+        model(torch.ones(shape, dtype=torch.int64))
+
+
 @torch.no_grad()
 def test_sequences_that_share_a_row_read_what_they_read_alone(model):
     parts = [tokens(1, length, seed=length) for length in (7, 1, 9)]

@@ -148,7 +148,8 @@ class ForwardPass(nn.Module):
             raise ConfigError(
                 "a decoder layer is computed outside of a forward pass of its model, so memory does not know its "
                 "tokens; switch it off with `with adapter.disabled():`. Activation checkpointing that computes hooks a "
-                "second time cannot be used: take model.gradient_checkpointing_enable() and transformers 5.23 or newer"
+                "second time cannot be used: take model.gradient_checkpointing_enable() with transformers 5.23 or "
+                "newer, or train without it (gradient_checkpointing=False)"
             )
         if call is None or call.step is None or call.tokens is None:
             return None

@@ -137,7 +137,7 @@ class EngramModel(EngramPreTrainedModel):
                 row end; memory then keeps them apart, and recorded gates have gaps between them.
 
         Raises:
-            ConfigError: There are no tokens.
+            ConfigError: There are no tokens, or they are not ``[B, L]``.
             MismatchError: What earlier steps left is handed over under an unknown name, or is no `Cache`.
         """
         cache = find_cache({"past_key_values": past_key_values, "cache": cache, **kwargs}, ("past_key_values", "cache"))
@@ -152,6 +152,8 @@ class EngramModel(EngramPreTrainedModel):
             cache = DynamicCache(config=self.config)
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
+        if given.dim() < 2 or not given.numel():
+            raise ConfigError(f"pass at least one token, [batch, length]; the input is {list(given.shape)}")
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(given.shape[1], device=given.device) + past_length)[None]
