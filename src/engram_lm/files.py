@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The contents reach the disk before the rename, so a crash leaves the old file or the new one. When the block raises,
     the temporary file is removed and ``path`` stays as it was. Missing parent folders are created.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(descriptor)
@@ -55,7 +55,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     the block raises, the temporary folder is removed. Missing parent folders are created. A ``path`` that exists
     already must be an empty folder, else this is a `FileExistsError`.
     """
-    path = Path(path).absolute()
+    path = user_path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty, so it is left alone; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def replacing_folder(path: str | os.PathLike[str], check: Callable[[Path], None]
     Programs that have files of the old folder open can still read them. Missing parent folders are created. ``check``
     is called with an existing folder that holds something, and raises where that must not be replaced.
     """
-    path = Path(path).resolve()  # a link stays one
+    path = user_path(path).resolve()  # a link stays one
     if not (path.is_dir() and any(path.iterdir())):
         with new_folder(path) as aside:
             yield aside
@@ -118,7 +118,7 @@ def read_text(path: str | os.PathLike[str], *, errors: str = "strict") -> str:
         OSError: It cannot be read.
         UnicodeDecodeError: It is not UTF-8; not with ``errors="replace"``.
     """
-    return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+    return user_path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_json(
@@ -130,7 +130,7 @@ def read_json(
     message ends in the ``advice``.
     """
     try:
-        text = Path(path).read_bytes()
+        text = user_path(path).read_bytes()
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause.strerror}){advice and '; ' + advice}") from cause
     return parse_json(text, str(path), error=error, advice=advice)

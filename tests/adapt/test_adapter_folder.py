@@ -14,13 +14,13 @@ from tests.adapt.small_models import CONFIGS, TOKENIZER, small_model
 from tests.tables.tiers import serving
 from transformers import AutoModelForCausalLM
 
-from engram_lm import HashSpec, MemoryAdapter
+from engram_lm import HashSpec, MemoryAdapter, TokenMap, open_table
 from engram_lm.adapt import attached_adapters
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import _exchange_in_steps
 from engram_lm.tables import table_layouts
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.convert import build_packed
+from engram_lm.tables.files.convert import build_packed, build_random
 
 
 def tokens(batch=2, length=20, seed=2):
@@ -37,6 +37,21 @@ def saved(adapted, tmp_path):
     model, adapter = adapted()
     adapter.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", whole(model, tokens())
+
+
+def test_what_is_saved_in_the_home_folder_is_loaded_from_there(tmp_path, monkeypatch, adapted):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, adapter = adapted()
+    adapter.save_pretrained("~/memory")
+    adapter.detach()
+    MemoryAdapter.from_pretrained(model, "~/memory")
+    adapter.spec.save("~/spec.json")
+    assert HashSpec.load("~/spec.json").digest == adapter.spec.digest
+    adapter.spec.token_map.save("~/map.safetensors")
+    assert TokenMap.load("~/map.safetensors") == adapter.spec.token_map.made
+    build_random("~/packed/table.safetensors", 8, RowCodec(4, torch.float32), seed=0)
+    assert open_table("~/packed/table.safetensors").num_rows == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.safetensors", "memory", "packed", "spec.json"]
 
 
 @pytest.mark.parametrize("tier", [None, "device", "mmap", "file", "host"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.files import replacing
+from engram_lm.files import replacing, user_path
 from engram_lm.tables.files.safetensors_file import local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 from engram_lm.tables.stored_tensor import StoredTensor
@@ -137,7 +137,7 @@ def write_patch(
 
 def read_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a patch's file, check everything in it, and return the fields of a `RowPatch`, as `RowPatch.load` says."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; a row patch is a file as RowPatch.save writes it")
     whole = local_header(path)

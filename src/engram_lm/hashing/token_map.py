@@ -5,13 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engram_lm.errors import TokenError, TokenMapError
-from engram_lm.files import write_atomically
+from engram_lm.files import user_path, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,7 +279,7 @@ class TokenMap:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path)
+        path = user_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no token map at {path}")
         try:
@@ -375,7 +374,7 @@ def load_tokenizer(tokenizer: Any) -> Any:
     if isinstance(tokenizer, str | os.PathLike):
         from tokenizers import Tokenizer
 
-        path = Path(tokenizer)
+        path = user_path(tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise TokenMapError(f"there is no tokenizer at {path}; pass a tokenizer.json or the folder that holds one")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.files import user_path
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 from engram_lm.tables.files.packed_writer import write_packed
@@ -95,7 +96,7 @@ def convert(
         layouts = {key: layout for key, layout in layouts.items() if layout is chosen}
     if error_rows is not None and error_rows < 1:
         raise ConfigError(f"the error is measured on at least 1 row, not {error_rows}")
-    folder = Path(target_folder)
+    folder = user_path(target_folder)
     # Before the first is written: a wrong type should not be noticed after hours.
     codecs = {
         key: layout.codec if dtype is None else RowCodec.named(dtype, layout.codec.width)

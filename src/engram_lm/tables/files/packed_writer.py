@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.files import put_in_place, replacing
+from engram_lm.files import put_in_place, replacing, user_path
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 
@@ -61,7 +61,7 @@ def write_packed(
         CheckpointError: ``records`` returned something else than promised, or another process is writing this file.
         OSError: The folder cannot be written or the disk is full; what stood under ``path`` is still there.
     """
-    path = Path(path)
+    path = user_path(path)
     header = PackedHeader(
         file=str(path),
         codec=codec,
