@@ -1,16 +1,19 @@
 """What memory cannot be served with is refused in words, before anything is loaded; everything else is left alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from tests.serving.vllm.engines import GREEDY, assert_equal, engine, generate
-from tests.serving.vllm.models import prompts
+from tests.serving.vllm.models import prompts, save_checkpoint
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
-from engram_lm.errors import ConfigError
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.serving.vllm.tables import OPTION
 from engram_lm.serving.vllm.version import check_version
 
 FOREIGN = """
@@ -49,6 +52,33 @@ def test_another_tokenizer_is_refused_with_both_digests(checkpoints, other_token
     other_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"hashes with the token map .*, the given map is"):
         LLM(str(folder), tokenizer=str(tmp_path), dtype="float32", max_model_len=64)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"rows_per_head": 110}, "one of them belongs to another model"),
+        ({"memory_dim": 48}, "one of them belongs to another model"),
+        ({"seed": 7}, "was made for HashSpec .*, the model reads its table .* with HashSpec"),
+    ],
+    ids=["rows", "width", "hash"],
+)
+def test_tables_of_another_geometry_are_refused(other, words, checkpoints, tmp_path):
+    folder, _ = checkpoints("dense")
+    save_checkpoint("dense", tmp_path / "other", other)
+    assert main(["table", "convert", str(tmp_path / "other"), str(tmp_path / "packed")]) == 0
+    option = {OPTION: {"source": str(tmp_path / "packed")}}
+    with pytest.raises(MismatchError, match=words), engine(folder, additional_config=option):
+        pass
+
+
+def test_weights_of_another_geometry_are_refused(checkpoints, tmp_path):
+    folder, _ = checkpoints("dense")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    save_checkpoint("dense", tmp_path / "other", {"rows_per_head": 110})
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(MismatchError, match="one of them belongs to another model"), engine(tmp_path):
+        pass
 
 
 def test_another_version_of_vllm_is_refused_by_name():

@@ -198,6 +198,12 @@ def test_servers_end_with_all_their_processes(servers):
     assert ours.ended() and other.ended()
 
 
+def test_transformers_own_server_names_what_it_does_not_serve(checkpoints):
+    words = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(checkpoints("dense")[0])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.returncode != 0 and "model type `engram_lm`" in done.stderr, done.stderr[-2000:]
+
+
 def test_the_cache_takes_a_part_of_the_free_memory_of_a_machine_without_a_gpu(checkpoints, monkeypatch):
     folder = str(checkpoints("dense")[0])
     settled = EngineArgs(model=folder).create_engine_config().cache_config.kv_cache_memory_bytes
