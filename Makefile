@@ -17,7 +17,7 @@ LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_
 	tests/model/test_decoding.py tests/model/test_huggingface.py tests/model/test_loading.py tests/adapt/test_adapted_decoding.py \
 	tests/adapt/test_attachment.py tests/adapt/test_backbones.py tests/adapt/test_adapter_folder.py tests/adapt/test_peft.py \
 	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py
-BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py benchmarks/serve.py,$(wildcard benchmarks/*.py))
 
 # Make an environment that finds in $(VENV) what it does not have itself, and then in the folders given.
 venv_beside = $(PYTHON) -m venv --clear $(1) && \
@@ -57,7 +57,7 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --clean --quiet
 	@echo "==> site/index.html"
 
-bench: $(VENV)/.installed-dev ## run every benchmark and write benchmarks/results/NAME.json
+bench: $(VENV)/.installed-dev ## run every benchmark but serve.py, which needs vLLM, and write benchmarks/results/NAME.json
 	@mkdir -p benchmarks/results
 	@set -e; for script in $(BENCHMARKS); do \
 		name=$$(basename "$$script" .py); \

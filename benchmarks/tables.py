@@ -314,11 +314,42 @@ def deviation(values: list[float]) -> float:
     return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
 
 
+SERVED = {
+    "dense": "dense, 8 blocks of width 512",
+    "streams": "12 blocks with experts and four streams (`engram-tiny`)",
+    "dense_hf": "dense, against transformers",
+    "streams_hf": "experts and streams, against transformers",
+    "tiny": "`engram-tiny`, larger tables",
+}
+
+
+def serving() -> str:
+    """What memory costs vLLM: the cases of ``benchmarks/serve.py``."""
+    record = load("serve")
+    lines = ["| model | tables | arm | tokens per CPU second | of none | tokens/s | read from the disk per token |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    for found in record["results"]:
+        model = f"{SERVED[found['case']]} | {found['tables']['bytes'] / 1e9:.3g} GB"
+        for arm in found["arms"]:
+            ratio, disk = arm.get("tokens_per_cpu_second_ratio"), arm.get("disk_bytes_per_token")
+            low, high = arm.get("tokens_per_cpu_second_ratio_range", (None, None))
+            ratios = "" if ratio is None else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+            read = "" if disk is None or disk < 1 else f"{disk / 1e3:,.1f} kB"
+            cells = (f"{arm['tokens_per_cpu_second']:,.0f}", ratios, f"{arm['tokens_per_second']:,.0f}", read)
+            lines.append(f"| {model} | `{arm['arm']}` | {' | '.join(cells)} |")
+            model = " | "
+    machine = record["machine"]
+    lines += ["", f"Medians of interleaved passes, with the lowest and the highest ratio of a round to `none`; "
+              f"{machine['processor']}, {machine['cores']} cores, one thread."]  # fmt: skip
+    return "\n".join(lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
     "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
+    "docs/serving.md": {"serving": serving},
 }
 """Page to the tables on it, by the name in its marks."""
 

@@ -27,6 +27,10 @@ _TABLE_VERBS = {
     "simulate": ("engram_lm.serving.bench.simulate:Simulate", "row reuse and cache hit rates of a text or a trace"),
 }
 
+_BENCHES = {
+    "serve": ("engram_lm.serving.bench.serve:ServeBench", "tokens per second of vLLM with tables in every place"),
+}
+
 _STUDIES = {
     "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
     "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
@@ -48,6 +52,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "hash": ("engram_lm.hashing.command:Hash", "row numbers of a text under any published config"),
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
     "doctor": ("engram_lm.doctor.command:Doctor", "what a bug report needs: versions, machine, tiers that work here"),
+    "bench": (_BENCHES, "what memory costs an engine that serves"),
     "study": (_STUDIES, "ask one of the paper's questions of small models, by one command"),
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""

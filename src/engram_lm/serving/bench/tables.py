@@ -188,7 +188,7 @@ class Bench:
             warm = {"warm_seconds": _seconds(lambda: plain.gather(rows))}
             return {**warm, **_prefetched(tier.kept, rows, "warm")} if self.prefetch else warm
         left = _drop(tier.files)
-        cold = _is_cold(left)
+        cold = is_cold(left)
         values: dict[str, Any] = {"resident_share_before_cold": left}
         with contextlib.closing(tier.opener()) as table:
             first = _seconds(lambda: table.gather(rows))
@@ -199,10 +199,10 @@ class Bench:
             return values
         with contextlib.closing(_ahead(tier.opener())) as table:
             values.update(_prefetched(table, rows, "warm"))
-        if cold and _is_cold(_drop(tier.files)):
+        if cold and is_cold(_drop(tier.files)):
             with contextlib.closing(_ahead(tier.opener())) as table:
                 values.update(_prefetched(table, rows, "cold"))
-        if cold and _is_cold(_drop(tier.files)):
+        if cold and is_cold(_drop(tier.files)):
             with contextlib.closing(_ahead(tier.opener())) as table:
                 _start_threads(table)
                 table.prefetch(rows)
@@ -239,7 +239,8 @@ def _start_threads(table: Any) -> None:
     table.gather(last)
 
 
-def _is_cold(resident_share: float | None) -> bool:
+def is_cold(resident_share: float | None) -> bool:
+    """Whether so little of a file is in the page cache that reads come from the disk."""
     return resident_share is not None and resident_share < _COLD_BELOW
 
 

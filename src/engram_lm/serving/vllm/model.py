@@ -211,7 +211,7 @@ class EngramForCausalLM(nn.Module):
         loaded = load_parameters(self, parameters(), num_experts=experts)
         if self.model.served is not None:
             spec = self._bound_spec(token_map).covering(self.config.vocab_size)
-            self.model.served.bind(spec, self._open_tables(spec))
+            self.model.served.bind(spec, self.open_tables(spec))
         return loaded
 
     def _bound_spec(self, token_map: list[Tensor]) -> HashSpec:
@@ -227,7 +227,8 @@ class EngramForCausalLM(nn.Module):
         bound: HashSpec = spec.bind(TokenMap(canonical, vocabulary_digest=spec.vocabulary_digest))
         return bound
 
-    def _open_tables(self, spec: HashSpec) -> dict[int, Any]:
+    def open_tables(self, spec: HashSpec) -> dict[int, Any]:
+        """Open the tables where vLLM was told that they lie: block → its table."""
         memory = self.config.memory_config
         assert memory is not None
         device = self.model.embed_tokens.weight.device
