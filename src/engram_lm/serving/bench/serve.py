@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json as json_module
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,7 @@ from engram_lm.serving.bench.serve_process import ArmProcess, file_server, nurse
 from engram_lm.serving.bench.serve_results import BASE, print_results, summarize
 from engram_lm.serving.bench.tables import COLD_METHOD
 from engram_lm.serving.bench.text_requests import cut_requests, draw_lengths
+from engram_lm.tables.byte_size import byte_size
 from engram_lm.threads import allowed_cores
 from engram_lm.training.data.documents import Corpus, pack, read_documents
 from engram_lm.training.run_folder import commit, machine, versions
@@ -177,7 +179,7 @@ class ServeBench:
         with contextlib.ExitStack() as stack:
             base = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engram-bench-")))
             corpus = read_documents(self.data)
-            folders = self._written(base, corpus, {ARMS[name].is_cold for name in priced.arms})
+            folders = self._written(base, corpus, priced)
             tokenizer = AutoTokenizer.from_pretrained(folders["model"])
             requests = cut_requests(pack(corpus.documents, tokenizer), lengths, self.seed)
             found: dict[str, Any] = {
@@ -214,13 +216,15 @@ class ServeBench:
             found["raw_passes"] = passes
         return found
 
-    def _written(self, base: Path, corpus: Corpus, coldness: set[bool]) -> dict[str, Path]:
+    def _written(self, base: Path, corpus: Corpus, priced: Price) -> dict[str, Path]:
         """Write the model, its twin without memory and, for cold arms, its copy, or find what an earlier call wrote."""
         made = {
             name: str(getattr(self, name))
             for name in ("model", "table_gigabytes", "holes", "dtype", "seed", "tokenizer")
         }
         made["text"] = corpus.source
+        if not self._is_shape:
+            made["written"] = str((Path(self.model) / "config.json").stat().st_mtime_ns)
         base.mkdir(parents=True, exist_ok=True)
         noted = base / _MADE
         if noted.exists():
@@ -232,6 +236,12 @@ class ServeBench:
                 )
         elif any(base.iterdir()):
             raise ConfigError(f"{base} is not empty and holds nothing of engram-lm bench serve; name another --folder")
+        elif priced.disk_bytes > shutil.disk_usage(base).free:
+            free = shutil.disk_usage(base).free
+            raise ConfigError(
+                f"{byte_size(priced.disk_bytes)} are to be written to {base}, {byte_size(free)} are free there; name "
+                "another --folder, smaller tables, or --holes"
+            )
         noted.write_text(json_module.dumps(made), encoding="utf-8")
         model = base / "model" if self._is_shape else Path(self.model)
         if self._is_shape and not model.exists():
@@ -247,9 +257,10 @@ class ServeBench:
                     holes=self.holes,
                     seed=self.seed,
                 )
+        is_cold = any(ARMS[name].is_cold for name in priced.arms)
         folders = {"model": model, "none": base / "none", "cold": base / "cold"}
         for name, write in (("none", copy_without_memory), ("cold", copy_tables)):
-            if not folders[name].exists() and (name == "none" or True in coldness):
+            if not folders[name].exists() and (name == "none" or is_cold):
                 _say(f"writing {folders[name]}")
                 with new_folder(folders[name]) as aside:
                     write(model, aside)

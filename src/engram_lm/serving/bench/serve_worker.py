@@ -35,8 +35,8 @@ class Engine(Protocol):
     def spec(self) -> Any:
         """The `HashSpec` of the memory, bound to its token map; None without memory."""
 
-    def reopen(self, drop: Any) -> None:
-        """Close the tables, call ``drop``, and open them again."""
+    def open_tables(self) -> None:
+        """Open the tables again after they were closed."""
 
 
 class VllmEngine:
@@ -80,12 +80,9 @@ class VllmEngine:
         """See `Engine`."""
         return None if self._model.model.served is None else self._model.model.served.spec
 
-    def reopen(self, drop: Any) -> None:
+    def open_tables(self) -> None:
         """See `Engine`."""
         served = self._model.model.served
-        for table in self.tables():
-            table.close()
-        drop()
         served.bind(served.spec, self._model.open_tables(served.spec))
 
 
@@ -139,7 +136,7 @@ class TransformersEngine:
         """See `Engine`."""
         return self._model.model.bound_spec  # since the first forward pass
 
-    def reopen(self, drop: Any) -> None:
+    def open_tables(self) -> None:
         """See `Engine`."""
         raise NotImplementedError("no arm of transformers is cold")
 
@@ -160,7 +157,13 @@ class ArmRunner:
         self._engine.generate(self._requests[:2], 4)
         if settings["warm"]:
             self._touch_rows()
+        if settings["cold"]:
+            self._close_tables()
         self._answers: list[list[int]] = []
+
+    def _close_tables(self) -> None:
+        for table in self._engine.tables():
+            table.close()
 
     def _touch_rows(self) -> None:
         """Read the rows of all prompts once, so that they are in the page cache."""
@@ -175,15 +178,21 @@ class ArmRunner:
     def take_pass(self) -> dict[str, Any]:
         """Run all requests once; cold where that is asked for."""
         settings, files = self._settings, [Path(file) for file in self._settings["files"]]
-        if settings["cold"]:
-            self._engine.reopen(lambda: [drop_from_memory(file) for file in files])
-        before, read = self._counted(), _read_from_disk()
+        for file in files if settings["cold"] else ():
+            drop_from_memory(file)
         shares = [resident_share(file) for file in files]
+        if settings["cold"]:
+            self._engine.open_tables()
+        before, read = self._counted(), _read_from_disk()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         started, cpu = time.perf_counter(), time.process_time()
         self._answers = self._engine.generate(self._requests, settings["new_tokens"])
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
         after, read_after = self._counted(), _read_from_disk()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+        if settings["cold"]:
+            # Pages that are mapped cannot be dropped, by this arm or by another one that reads the same files.
+            self._close_tables()
         prompt = sum(map(len, self._requests))
         new = sum(map(len, self._answers))
         return {
@@ -195,7 +204,7 @@ class ArmRunner:
             "read_tokens": prompt + new - len(self._answers),
             **{name: after[name] - before[name] for name in after},
             "disk_bytes": None if read is None or read_after is None else read_after - read,
-            "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
+            "major_faults": faults,
             "resident_shares_before": shares,
             "resident_shares_after": [resident_share(file) for file in files],
         }
