@@ -18,8 +18,8 @@ from engram_lm.tables.available_memory import available_bytes
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.tables.choose import spare_bytes
 
-_ENGINE_BYTES = 1 << 30
-"""Memory of a process with an engine, beside weights, cache and tables (measured)."""
+_ENGINE_BYTES = 512 << 20
+"""Memory of an arm beside weights, cache and tables; what was imported is shared (measured: 0.2 to 0.4 GB)."""
 _SMALLEST_CACHE_BYTES = 256 << 20
 # For the estimate of minutes, as measured on two cores: shares of the rate of a large product of matrices, seconds to
 # load an engine, bytes written in a second, and rows that a file server answers in a second.
