@@ -3,11 +3,14 @@
 import contextlib
 import gc
 
+import torch
 from tests.serving.vllm.models import NEW_TOKENS
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms.cpu import CpuPlatform
 
+# vLLM puts another function in its place once an engine runs.
+set_num_threads = torch.set_num_threads
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False)
 
 
@@ -28,6 +31,7 @@ def engine(folder, **options):
         # vLLM replaces kernels at each start, and cannot do so again once speculation has been imported.
         CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
         llm.llm_engine.engine_core.shutdown()
+        set_num_threads(1)  # speculation asks for more, which wait for each other on a busy machine
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

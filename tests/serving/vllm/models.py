@@ -14,6 +14,21 @@ SIZE = 300
 
 # Name of a checkpoint to what differs from the plain small model: (backbone, memory).
 CHECKPOINTS = {
+    # The shape of what `engram-lm quickstart` trains.
+    "quickstart": (
+        {
+            "num_hidden_layers": 4,
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 64,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+        {"hidden_size": 128, "layers": (0, 1, 2), "num_heads": 8, "memory_dim": 128, "rows_per_head": 3000},
+    ),
     "dense": ({}, {}),
     "experts_streams": ({**EXPERTS, "num_streams": 4}, {"num_streams": 4}),
     "shared_signed": ({}, {"tables": "shared", "signs": "hashed"}),
@@ -23,7 +38,6 @@ CHECKPOINTS = {
         {**YARN, "q_lora_rank": 24, "tie_word_embeddings": False},
         {"norm_weight": "zero_centered", "kernel_size": 3, "dilation": 2, "orders": (2, 3, 4)},
     ),
-    "plain_heads": ({"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}, {}),
     "no_convolution": ({}, {"kernel_size": 0, "gate": "none", "layers": (1,)}),
 }
 
@@ -36,6 +50,8 @@ class Expected:
     """The tokens generated greedily."""
     logprobs: list[float]
     """The logarithm of the probability of each."""
+    margins: list[float]
+    """How far each is above the next most probable token, in nats."""
 
 
 def save_checkpoint(name, folder, more_memory=None, **how):
@@ -137,6 +153,6 @@ def expect(model, given):
         )
         tokens = output.sequences[0, len(prompt) :]
         logits = torch.cat(output.logits)
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        expected.append(Expected(tokens.tolist(), logprobs.tolist()))
+        first, second = logits.float().log_softmax(-1).topk(2).values.unbind(-1)
+        expected.append(Expected(tokens.tolist(), first.tolist(), (first - second).tolist()))
     return expected

@@ -52,7 +52,7 @@ with engine(sys.argv[1], hf_overrides={"architectures": ["RawEngram"]}, enforce_
 
 
 def test_the_transformers_backend_of_vllm_is_no_way_to_serve_memory(checkpoints):
-    folder, expected = checkpoints("plain_heads")
+    folder, expected = checkpoints("quickstart")
     # In a process of its own, because it changes the classes of the model.
     done = subprocess.run([sys.executable, "-c", RAW, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
