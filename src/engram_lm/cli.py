@@ -44,6 +44,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
         "give a pretrained model memory, with controls",
     ),
     "export": ("engram_lm.training.export:Export", "the model of a training's checkpoint as a Hugging Face folder"),
+    "join": ("engram_lm.serving.join:Join", "a model of others and its memory adapters as one folder for vLLM"),
     "eval": ("engram_lm.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),
     "analyze": ("engram_lm.analysis.command:Analyze", "what the memory of a model does: gates, lens, CKA, rows"),
     "generate": ("engram_lm.serving.generate:Generate", "continue a prompt with a model"),

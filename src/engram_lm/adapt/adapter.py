@@ -280,7 +280,7 @@ class MemoryAdapter(ForwardPass):
         files = files_of(
             path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        stored = read_adapter(files, decoder)
+        stored = read_adapter(files, BaseModel.of(model, decoder))
         if tokenizer is not None:
             stored.spec.bind(tokenizer)
         place = TablePlace(

@@ -139,7 +139,7 @@ def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segment
     check_tokenizer_kind(tokenizer)
     spec = config.hash_spec_for(tokenizer, segments=segments)
     rows = decoder.vocab_size
-    check_vocabulary(spec.num_tokens, decoder)
+    check_vocabulary(spec.num_tokens, decoder.vocab_size)
     if spec.num_tokens > rows:
         _LOG.warning(
             "the tokenizer has tokens up to the id %d, the model embeds %d: the model refuses a text with one of those "

@@ -304,8 +304,10 @@ class StoredAdapter:
         return {name: header[full] for full, name in expected.items()}
 
 
-def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
-    """Read and check an adapter without its tables. Large files are fetched only when the small ones are right.
+def read_adapter(files: AdapterFiles, model: BaseModel) -> StoredAdapter:
+    """Read and check an adapter of a model, without its tables.
+
+    Large files are fetched only when the small ones are right.
 
     Raises:
         CheckpointError: A file is missing or malformed, or its tensors are not those that the configuration describes.
@@ -317,7 +319,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
     try:
         base = BaseModel(**values["base_model"])
         # First, because a hash over raw ids builds its token map, however many tokens the file claims.
-        _check_sizes(files.name, base, values["memory"]["hidden_size"], values["hash_spec"]["num_tokens"], decoder)
+        _check_sizes(files.name, base, values["memory"]["hidden_size"], values["hash_spec"]["num_tokens"], model)
         config, spec = EngramConfig.from_dict(values["memory"]), HashSpec.from_dict(values["hash_spec"])
     except MismatchError:
         raise
@@ -325,7 +327,7 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
         raise CheckpointError(f"{where} does not describe an adapter ({error!s:.300}); download it again") from error
     geometry = (config.layers, config.orders, config.num_heads, config.tables == "shared", config.num_streams)
     if geometry != (spec.blocks, spec.orders, spec.num_heads, spec.shared_table, 1) or not all(
-        block < len(decoder.layers) for block in spec.blocks
+        block < model.num_layers for block in spec.blocks
     ):
         raise CheckpointError(
             f"{where}: 'memory' and 'hash_spec' describe different layers, orders or heads; download it again"
@@ -351,32 +353,32 @@ def read_adapter(files: AdapterFiles, decoder: Decoder) -> StoredAdapter:
         raise CheckpointError(f"{header[TOKEN_MAP]}: expected integers; download it again")
     token_map = TokenMap(header[TOKEN_MAP].load().numpy(), spec.vocabulary_digest)
     layers = {name: header[name].load() for name in expected}
-    return StoredAdapter(files, config, spec.bind(token_map).covering(decoder.vocab_size), base, layers)
+    return StoredAdapter(files, config, spec.bind(token_map).covering(model.vocab_size), base, layers)
 
 
-def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, decoder: Decoder) -> None:
+def _check_sizes(name: str, base: BaseModel, hidden_size: Any, num_tokens: Any, model: BaseModel) -> None:
     if type(num_tokens) is not int:
         raise ConfigError(f"num_tokens is {num_tokens!r:.100}, expected a whole number")
     for what, theirs, ours in (
-        ("hidden size", hidden_size, decoder.hidden_size),
-        ("number of decoder layers", base.num_layers, len(decoder.layers)),
+        ("hidden size", hidden_size, model.hidden_size),
+        ("number of decoder layers", base.num_layers, model.num_layers),
     ):
         if theirs != ours:
             raise MismatchError(
                 f"the adapter in {name} was made for a {what} of {theirs!r:.40} ({base.name or base.model_type:.100}), "
                 f"this model has {ours}; attach it to the model it was made for"
             )
-    check_vocabulary(num_tokens, decoder)
+    check_vocabulary(num_tokens, model.vocab_size)
 
 
-def check_vocabulary(num_tokens: int, decoder: Decoder) -> None:
+def check_vocabulary(num_tokens: int, vocab_size: int) -> None:
     """Refuse, with a `MismatchError`, a tokenizer of which the model embeds less than half.
 
     Some tokens may lie beyond the embedding, such as placeholders of images that a text model shares a tokenizer with.
     """
-    if num_tokens > 2 * decoder.vocab_size:
+    if num_tokens > 2 * vocab_size:
         raise MismatchError(
-            f"the tokenizer has {num_tokens} tokens, the model embeds {decoder.vocab_size}; pass the tokenizer "
+            f"the tokenizer has {num_tokens} tokens, the model embeds {vocab_size}; pass the tokenizer "
             "that belongs to the model, or resize its embedding first"
         )
 

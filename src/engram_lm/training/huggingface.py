@@ -17,7 +17,7 @@ from torch import nn
 
 from engram_lm.adapt.adapter import CONTAINER, MemoryAdapter
 from engram_lm.adapt.decoder import find_decoder
-from engram_lm.adapt.folder import LocalFiles, read_adapter
+from engram_lm.adapt.folder import BaseModel, LocalFiles, read_adapter
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.table_place import TablePlace
@@ -387,7 +387,8 @@ def _restore(adapters: dict[str, MemoryAdapter], checkpoint: str) -> None:
                 "without MemoryTrainerMixin, or for other adapters: resume from another checkpoint, or begin anew"
             )
         assert adapter.model is not None
-        stored = read_adapter(LocalFiles(folder), find_decoder(adapter.model, adapter.layer_list))
+        decoder = find_decoder(adapter.model, adapter.layer_list)
+        stored = read_adapter(LocalFiles(folder), BaseModel.of(adapter.model, decoder))
         if stored.spec.digest != adapter.spec.digest:
             raise MismatchError(
                 f"the memory {name!r} in {checkpoint} has the hash {stored.spec.digest}, the attached one "

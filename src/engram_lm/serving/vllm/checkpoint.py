@@ -4,15 +4,17 @@ from pathlib import Path
 
 from vllm.config import VllmConfig
 
+from engram_lm.adapt.adapter import CONTAINER
+
 
 def checkpoint_folder(vllm_config: VllmConfig) -> Path:
-    """Return the folder; the files of a repository are in the cache, because vLLM has just loaded the weights."""
+    """Return the folder; the files of a repository are downloaded unless vLLM has just loaded the weights."""
     model, load = vllm_config.model_config, vllm_config.load_config
     if Path(model.model).is_dir():
         return Path(model.model)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", f"{CONTAINER}/*"]
     return Path(
         snapshot_download(model.model, revision=model.revision, cache_dir=load.download_dir, allow_patterns=wanted)
     )

@@ -7,6 +7,7 @@ import vllm
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from engram_lm.errors import ConfigError
+from engram_lm.hashing import HashSpec
 from engram_lm.serving.vllm.version import check_version
 from engram_lm.tables.available_memory import available_bytes
 
@@ -20,41 +21,53 @@ class EngramConfigCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Refuse another version of vLLM; choose eager execution."""
-        check_version(vllm.__version__)
-        # Rows are read by the host, which has no place in a captured graph.
-        model_config.enforce_eager = True
+        choose_eager(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Refuse what memory is not computed rightly with, and check the tokenizer and the place of the tables."""
-        from engram_lm.serving.vllm.request_errors import name_errors
-        from engram_lm.serving.vllm.tables import OPTION, table_place
+        check_engine(vllm_config)
+        model = vllm_config.model_config
+        if model.hf_config.spec is not None:
+            check_tokenizer(model, model.hf_config.spec)
 
-        parallel, model = vllm_config.parallel_config, vllm_config.model_config
-        if vllm_config.engram_config is not None:
+
+def choose_eager(model_config: "ModelConfig") -> None:
+    """Have a model with memory run without captured graphs; refuse another version of vLLM by a ConfigError."""
+    check_version(vllm.__version__)
+    # Rows are read by the host, which has no place in a captured graph.
+    model_config.enforce_eager = True
+
+
+def check_engine(vllm_config: "VllmConfig") -> None:
+    """Prepare an engine for memory; refuse, by a ConfigError, what memory does not go with, and impossible tables."""
+    from engram_lm.serving.vllm.request_errors import name_errors
+    from engram_lm.serving.vllm.tables import OPTION, table_place
+
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if vllm_config.engram_config is not None:
+        raise ConfigError(
+            "--engram-config is for the models that vLLM itself has; say where this model's tables are read from "
+            f"with --additional-config '{json.dumps({OPTION: {'tier': 'mmap'}})}'"
+        )
+    for name, flag in _ONE:
+        if getattr(parallel, name, 1) > 1:
             raise ConfigError(
-                "--engram-config is for the models that vLLM itself has; say where this model's tables are read from "
-                f"with --additional-config '{json.dumps({OPTION: {'tier': 'mmap'}})}'"
+                f"{flag} must be 1 for a model with memory, not {getattr(parallel, name)}; "
+                "--tensor-parallel-size and --data-parallel-size may be larger"
             )
-        for name, flag in _ONE:
-            if getattr(parallel, name, 1) > 1:
-                raise ConfigError(
-                    f"{flag} must be 1 for a model with memory, not {getattr(parallel, name)}; "
-                    "--tensor-parallel-size and --data-parallel-size may be larger"
-                )
-        if parallel.use_ubatching:
-            raise ConfigError("a model with memory is not split into microbatches; leave out --enable-dbo")
-        if model.enable_prompt_embeds:
-            raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
-        table_place(vllm_config.additional_config)
-        # Together these end a request whose rows cannot be read; without them the engine ends.
-        name_errors()
-        if parallel.worker_cls == "auto":
-            parallel.worker_cls = "engram_lm.serving.vllm.worker.EngramWorker"
-        if vllm_config.scheduler_config.scheduler_cls is None:
-            vllm_config.scheduler_config.scheduler_cls = "engram_lm.serving.vllm.scheduler.make_scheduler"
-        check_tokenizer(model)
-        settle_cache(vllm_config.cache_config)
+    if parallel.use_ubatching:
+        raise ConfigError("a model with memory is not split into microbatches; leave out --enable-dbo")
+    if model.enable_prompt_embeds:
+        raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
+    table_place(vllm_config.additional_config)
+    # Together these end a request whose rows cannot be read; without them the engine ends.
+    name_errors()
+    if parallel.worker_cls == "auto":
+        parallel.worker_cls = "engram_lm.serving.vllm.worker.EngramWorker"
+    if vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = "engram_lm.serving.vllm.scheduler.make_scheduler"
+    settle_cache(vllm_config.cache_config)
 
 
 _ONE = (
@@ -82,14 +95,13 @@ def settle_cache(cache_config: "CacheConfig") -> None:
         cache_config.kv_cache_memory_bytes = min(int(_CACHE_SHARE * free), _MOST_CACHE_BYTES)
 
 
-def check_tokenizer(model_config: "ModelConfig") -> None:
-    """Refuse a tokenizer other than the one that the model's memory was trained with.
+def check_tokenizer(model_config: "ModelConfig", spec: HashSpec) -> None:
+    """Refuse a tokenizer other than the one that a memory was trained with.
 
     Raises:
         MismatchError: With both digests.
     """
-    spec = model_config.hf_config.spec
-    if spec is None or model_config.skip_tokenizer_init:
+    if model_config.skip_tokenizer_init:
         return
     from transformers import AutoTokenizer
 
