@@ -1,7 +1,10 @@
 """Models of others with a memory adapter that decides, and what transformers generates from them."""
 
+import json
+
 import torch
 import transformers
+from safetensors.torch import save_file
 from tests.beginnings import with_template
 from tests.serving.vllm.models import SIZE, expect, perturb, prompts
 from tests.small_model import TEXT
@@ -53,7 +56,7 @@ BASES = {
             vocab_size=SIZE + 20, n_embd=64, n_layer=3, n_head=2, n_positions=256, bos_token_id=None, eos_token_id=0
         ),
         (1,),
-        3,
+        20,
     ),
 }
 
@@ -96,6 +99,24 @@ def save_adapter(name, base, folder, seed=5, **more):
     share = float(changed.float().mean())
     assert share > 0.9, f"memory decides {share:.0%} of the next tokens only"
     return model
+
+
+@torch.no_grad()
+def save_lora(model, folder):
+    """Save random low-rank matrices for the queries of a model as peft does, and add them to the model itself."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):
+            outputs, inputs = module.weight.shape
+            down, up = (torch.randn(shape, generator=generator) for shape in ((4, inputs), (outputs, 4)))
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up
+            module.weight.add_(up @ down)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def save_adapted(name, folder):

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
-from tests.serving.vllm.adapted import BASES, SHAPE, save_adapted, save_adapter, save_base
-from tests.serving.vllm.engines import assert_equal, count, engine, generate, num_equal
+from tests.serving.vllm.adapted import BASES, SHAPE, save_adapted, save_adapter, save_base, save_lora
+from tests.serving.vllm.engines import GREEDY, assert_equal, count, engine, generate, num_equal
 from tests.serving.vllm.models import expect, prompts
 from tests.serving.vllm.test_exact import CHUNKS, FEW_BLOCKS, NGRAM, SMALL_BLOCKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 import engram_lm
 from engram_lm.errors import MismatchError
@@ -92,7 +93,7 @@ def test_tables_of_an_adapter_lie_where_they_are_wanted(tables, adapted):
 
 def test_several_adapters_add_up(adapted, tmp_path):
     folder, _ = adapted("qwen3")
-    save_adapter("qwen3", folder / "base", tmp_path / "second", seed=6, layers=(1, 2), memory_dim=32)
+    save_adapter("qwen3", folder / "base", tmp_path / "second", seed=6, layers=(0, 1))
     model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
     both = [str(folder / "adapter"), str(tmp_path / "second")]
     for index, adapter in enumerate(both):
@@ -101,6 +102,22 @@ def test_several_adapters_add_up(adapted, tmp_path):
         assert_equal(generate(llm, prompts()), expect(model, prompts()))
     with pytest.raises(ValueError, match="2 adapters are to be served, and one source of tables"):
         refused(folder / "base", additional_config={OPTION: both, TABLES: {"tier": "mmap", "source": both[0]}})
+
+
+def test_lora_of_vllm_and_memory_add_up(adapted, tmp_path):
+    folder, expected = adapted("qwen3")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    engram_lm.MemoryAdapter.from_pretrained(model, folder / "adapter")
+    save_lora(model, tmp_path / "lora")
+    with_both = expect(model, prompts())
+    assert num_equal([each.tokens for each in expected], with_both) == 0
+    request = LoRARequest("lora", 1, str(tmp_path / "lora"))
+    with engine(folder / "base", enable_lora=True, max_lora_rank=8, **with_adapter(folder)) as llm:
+        assert_equal(generate(llm, prompts()), expected)
+        answers = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts()], GREEDY, use_tqdm=False, lora_request=request
+        )
+    assert [list(answer.outputs[0].token_ids) for answer in answers] == [each.tokens for each in with_both]
 
 
 def test_a_joined_folder_is_served_without_a_flag(adapted, tmp_path):
