@@ -94,6 +94,10 @@ def join(base: str, adapters: tuple[str, ...], out: Path, *, copy: bool = False)
         raise CheckpointError(
             f"{folder / _CONFIG}: expected the name of one architecture, found {architectures!r:.100}"
         )
+    if architectures[0].startswith(ADAPTED):
+        raise CheckpointError(
+            f"{folder} holds {architectures[0]}, which has memory already; join the model that the adapter was made for"
+        )
     config: Any = AutoConfig.from_pretrained(folder)
     text = config.get_text_config(decoder=True)
     model = BaseModel(

@@ -56,7 +56,7 @@ BASES = {
             vocab_size=SIZE + 20, n_embd=64, n_layer=3, n_head=2, n_positions=256, bos_token_id=None, eos_token_id=0
         ),
         (1,),
-        20,
+        3,
     ),
 }
 
@@ -67,9 +67,10 @@ def save_base(name, folder):
     torch.manual_seed(4)
     model = AutoModelForCausalLM.from_config(config()).eval()
     perturb(model)
-    with torch.no_grad():
+    if name in ("qwen3", "llama"):
         # Few tokens are ever generated, so that some of what is generated was there before and a draft may guess it.
-        model.get_output_embeddings().weight[FEW:] *= 0.2
+        with torch.no_grad():
+            model.get_output_embeddings().weight[FEW:] *= 0.2
     model.save_pretrained(folder)
     tokenizer = train_tokenizer([TEXT], SIZE)
     if name == "llama":

@@ -65,6 +65,16 @@ def test_preempted_requests_and_speculation(name, adapted):
         assert count(llm, "spec_decode_num_accepted_tokens") >= 5
 
 
+def test_two_processes_share_a_model(adapted):
+    folder, expected = adapted("llama")
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    options = {"enable_prefix_caching": True, **CHUNKS, **SMALL_BLOCKS, **two}
+    with engine(folder / "base", **options, **with_adapter(folder, **{TABLES: {"tier": "mmap"}})) as llm:
+        for _ in range(2):
+            assert_equal(generate(llm, prompts()), expected)
+        assert count(llm, "prefix_cache_hits") > 0
+
+
 def test_without_the_adapter_the_base_is_what_it_was(adapted):
     folder, expected = adapted("qwen3")
     with engine(folder / "base") as llm:
