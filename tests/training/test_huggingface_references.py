@@ -1,6 +1,8 @@
 """TRL's trainers compare a model with memory with what it was at the beginning, its memory included."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -225,3 +227,29 @@ def test_a_model_of_ours_is_compared_with_its_checkpoint(tmp_path):
     trainer = dpo(engram_lm.EngramForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(LOG_2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "given", "words"),
+    [
+        (False, False, "reference model has no memory"),
+        (False, True, None),
+        (True, False, "memory as trained so far.*; its checkpoints hold peft's adapters without"),
+    ],
+)
+def test_a_trainer_that_knows_nothing_of_memory_is_warned_of_once(lora, given, words, base, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    # TRL copies what is called default, which is peft's adapter and would be the memory.
+    speak(engram_lm.attach(model, TOKENIZER, EngramConfig(**MEMORY | {"table_gradient": "dense"}), name="facts"))
+    more = {"ref_model": copy.deepcopy(model)} if given else {}
+    model = peft.get_peft_model(model, low_rank()) if lora else model
+    train_memory(model)
+    args = trl.DPOConfig(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_steps=2, disable_tqdm=True)
+    data, tokenizer = datasets.Dataset.from_list(PAIRS), copy.deepcopy(TOKENIZER)
+    trainer = trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **more)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(warning.message) for warning in caught if "knows nothing of memory" in str(warning.message)]
+    assert len(said) == (words is not None)
+    assert words is None or re.search(words, said[0])

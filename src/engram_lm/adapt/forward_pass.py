@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from engram_lm.adapt.decoder import embedded_tokens
+from engram_lm.adapt.trainers import warn_of_trainer
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.token_map import check_tokens
@@ -60,6 +61,7 @@ class ForwardPass(nn.Module):
         # What its state in a cache is called: another adapter of this name must not take it for its own.
         self._cache_key = f"{name}:{uuid.uuid4().hex}"
         self._calls = threading.local()
+        self._has_looked_at_trainer = False
 
     def __getstate__(self) -> dict[str, Any]:
         # What other threads and calls see stays with the original.
@@ -97,6 +99,10 @@ class ForwardPass(nn.Module):
                 "input_ids alone, also to generate, which hands on embeddings alone where it has both. Without tokens, "
                 "compute inside `with adapter.disabled():`"
             )
+        is_trained = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_trained and not self._has_looked_at_trainer:
+            self._has_looked_at_trainer = True
+            warn_of_trainer(self)
         self._check_vocabulary(module, given.get("input_ids"))
         cache = None if runs_twice(module) else find_cache(given, names)
         positions = _text_positions(given.get("position_ids"))
