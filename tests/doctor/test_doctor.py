@@ -8,7 +8,10 @@ import sys
 import pytest
 from tests.tables.mooncake_store import reason_to_skip
 
+from engram_lm import threads
 from engram_lm.cli import main
+from engram_lm.doctor import machine
+from engram_lm.tables import available_memory
 from engram_lm.versions import declared_packages, is_within
 
 
@@ -60,6 +63,24 @@ def test_where_transformers_does_not_load_it_says_so_and_looks_at_the_rest(tmp_p
     assert "engram_lm.model does not load, no: ImportError: broken" in done.stdout
     assert "mmap" in done.stdout and "works" in done.stdout
     assert "very-secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_the_control_group_that_a_process_is_in_are_shown(version, tmp_path, monkeypatch):
+    files = {"memory.max": 3_000_000_000, "memory.current": 1_000_000_000, "cpu.max": "100000 100000"}
+    if version == 1:
+        files = {"memory.limit_in_bytes": 3_000_000_000, "memory.usage_in_bytes": 1_000_000_000}
+        files |= {"cpu.cfs_quota_us": 100_000, "cpu.cfs_period_us": 100_000}
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    for name, value in files.items():
+        (tmp_path / name).write_text(f"{value}\n")
+    for module in (available_memory, threads):
+        groups = [(tmp_path, version == 2), (tmp_path / "outer", version == 2)]
+        monkeypatch.setattr(module, "control_groups", lambda controller, groups=groups: groups)
+    assert machine.processor()["cores allowed"] == 1
+    assert machine.memory()["container limit"] == "3.0 GB"
+    assert float(machine.memory()["available within the container"].split()[0]) <= 2
 
 
 def test_a_version_that_was_not_tested_is_said_once_with_the_range(tmp_path):

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from engram_lm.threads import allowed_cores
+
 _FEATURES = (
     "avx2",
     "avx512f",
@@ -40,8 +42,7 @@ def processor() -> dict[str, Any]:
     return {
         "model": described.get("model name") or platform.machine(),
         "cores": os.cpu_count(),
-        "cores allowed": len(os.sched_getaffinity(0)),
-        "container limit": _read("/sys/fs/cgroup/cpu.max"),
+        "cores allowed": allowed_cores(),
         "features": [name for name in _FEATURES if name in flags],
         "load of the last minute": round(os.getloadavg()[0], 2),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -76,7 +77,11 @@ def torch_build() -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     """Say how much memory there is, how much may be taken, and how much may be locked."""
-    from engram_lm.tables.available_memory import available_bytes, read_meminfo  # needs torch
+    from engram_lm.tables.available_memory import (  # needs torch
+        available_bytes,
+        container_limit_bytes,
+        read_meminfo,
+    )
 
     found = read_meminfo(Path("/proc/meminfo"))
     allowed = available_bytes()
@@ -85,7 +90,7 @@ def memory() -> dict[str, Any]:
         "total": _gigabytes(found.get("MemTotal")),
         "available": _gigabytes(found.get("MemAvailable")),
         "available within the container": _gigabytes(allowed),
-        "container limit": _read("/sys/fs/cgroup/memory.max"),
+        "container limit": _gigabytes(container_limit_bytes()),
         "swap": _gigabytes(found.get("SwapTotal")),
         "may be locked": "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes (ulimit -l)",
         "shared memory": _free("/dev/shm"),

@@ -10,6 +10,8 @@ _NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
     "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs", "virtiofs", "wekafs", "beegfs",
 }  # fmt: skip
+_NO_LIMIT = 1 << 62
+"""The first version of control groups says by a number of about this size that there is no limit."""
 
 
 def available_bytes() -> int | None:
@@ -32,15 +34,24 @@ def read_meminfo(path: Path) -> dict[str, int]:
     return found
 
 
+def container_limit_bytes() -> int | None:
+    """Memory that a container allows this process and those beside it, in bytes; None where there is no limit."""
+    limits = (_number(folder / _names(is_second)[0]) for folder, is_second in control_groups("memory"))
+    return min((limit for limit in limits if limit is not None and limit < _NO_LIMIT), default=None)
+
+
+def _names(is_second: bool) -> tuple[str, str, str]:
+    """Name the files of a control group: its limit, what it has taken, and its count of file pages."""
+    if is_second:
+        return "memory.max", "memory.current", "inactive_file"
+    return "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+
+
 def _container_bytes() -> int | None:
     """What the narrowest of this process's control groups, and of the groups around it, leaves."""
     found = []
     for folder, is_second in control_groups("memory"):
-        limit, used, cache = (
-            ("memory.max", "memory.current", "inactive_file")
-            if is_second
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        )
+        limit, used, cache = _names(is_second)
         allowed, taken = _number(folder / limit), _number(folder / used)
         if allowed is not None and taken is not None:
             # The kernel gives file pages up first; they count as used although they are free.
