@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import resource
+import tempfile
 
 import pytest
 from tests.serving.vllm.engines import GREEDY, engine
@@ -26,16 +28,32 @@ def tokens(answers):
     return [list(answer.token_ids) for answer in answers]
 
 
+@contextlib.contextmanager
+def full_disk():
+    """Nothing can be written into any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with tempfile.TemporaryFile(buffering=0) as file, pytest.raises(OSError, match="File too large"):
+            file.write(b"1")
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_table_that_is_cut_fails_those_who_need_what_is_gone_until_it_is_back(checkpoints, tmp_path):
+    _, expected = checkpoints("dense")
+    right = [each.tokens for each in expected]
     save_checkpoint("dense", tmp_path, max_shard_size="20kB")
     table = TensorFolder(tmp_path).find("model.memory_tables.2.weight")
     with open(table.file, "rb") as file:
         content = file.read()
     with engine(tmp_path, additional_config={OPTION: {"tier": "mmap"}}, **BLOCKS) as llm:
-        right = tokens(asked(llm, prompts()))
-        llm.reset_prefix_cache()
-        os.truncate(table.file, table.start_bytes + table.num_bytes * 199 // 200)
-        answers = asked(llm, prompts())
+        with full_disk():
+            assert tokens(asked(llm, prompts())) == right
+            llm.reset_prefix_cache()
+            os.truncate(table.file, table.start_bytes + table.num_bytes * 199 // 200)
+            answers = asked(llm, prompts())
         failed = [answer.finish_reason == "error" for answer in answers]
         assert 0 < sum(failed) < len(failed)
         for answer, whole, has_failed in zip(answers, right, failed):

@@ -18,6 +18,7 @@ from tests.serving.vllm.models import NEW_TOKENS, prompts, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
+from engram_lm.tables import TensorFolder
 from engram_lm.tables.available_memory import available_bytes
 
 SECONDS = 400
@@ -178,6 +179,23 @@ def test_a_request_that_cannot_be_answered_is_told_why_and_the_server_goes_on(ou
     assert ours.ask("/v1/completions", **request, prompt=[5])[0] == 401
     ours.key = "secret"
     assert ours.choice("/v1/completions", **request, prompt=[5])["text"]
+
+
+def test_rows_that_cannot_be_read_are_named_to_whoever_needs_them_and_the_server_goes_on(ours, folder):
+    request = {"model": str(folder), "prompt": [9, 8, 7], "max_tokens": 3, "temperature": 0}
+    table = TensorFolder(folder).find("model.memory_tables.2.weight")
+    content = Path(table.file).read_bytes()
+    os.truncate(table.file, table.start_bytes)
+    try:
+        for stream in (False, True):
+            status, text = ours.ask("/v1/completions", **request, stream=stream)
+            assert "CheckpointError: <path> was cut" in text  # vLLM tells no paths
+            assert (status, "choices" in text) == (200 if stream else 500, False)
+    finally:
+        with open(table.file, "r+b") as file:
+            file.write(content)
+    assert ours.choice("/v1/completions", **request)["finish_reason"] == "length"
+    assert f"{table.file} was cut" in ours.log.read_text()
 
 
 def test_a_folder_is_served_without_a_flag(servers, checkpoints):

@@ -2,7 +2,8 @@
 
 import pytest
 from tests.serving.vllm.engines import assert_equal, engine, generate
-from tests.serving.vllm.models import prompts, save_checkpoint
+from tests.serving.vllm.models import expect, prompts, save_checkpoint
+from transformers import AutoModelForCausalLM
 
 from engram_lm.errors import ConfigError
 from engram_lm.serving.vllm.tables import OPTION, table_place
@@ -25,6 +26,31 @@ def test_every_tier_gives_the_same_tokens(options, checkpoints):
     folder, expected = checkpoints("dense")
     with engine(folder, additional_config={OPTION: options}) as llm:
         assert_equal(generate(llm, prompts()), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3", "int8", "int4"])
+def test_rounded_tables_give_the_tokens_that_transformers_gives_with_them(dtype, checkpoints, tmp_path):
+    folder, exact = checkpoints("dense")
+    convert(folder, tmp_path / "packed", dtype=dtype)
+    source = str(tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(folder, table_tier="mmap", table_source=source)
+    expected = expect(model.eval(), prompts())
+    if dtype == "int4":
+        assert [each.tokens for each in expected] != [each.tokens for each in exact]
+    with engine(folder, additional_config={OPTION: {"source": source, "tier": "mmap"}}) as llm:
+        assert_equal(generate(llm, prompts()), expected)
+
+
+def test_rows_are_asked_for_at_the_beginning_and_no_layer_reads_any_itself(checkpoints):
+    folder, expected = checkpoints("dense")
+    with engine(folder, additional_config={OPTION: {"tier": "file"}}) as llm:
+        assert_equal(generate(llm, prompts()), expected)
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        for layer in model.model.served.layers.values():
+            ahead = layer.table.stats()
+            assert ahead["staged_rows"] == ahead["used_rows"] > 0
+            # What came from the file came by asking ahead alone.
+            assert layer.table.table.stats()["gathered_rows"] == ahead["staged_rows"]
 
 
 @pytest.mark.parametrize("name", ["dense", "shared_signed"])

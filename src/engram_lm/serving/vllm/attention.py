@@ -81,7 +81,7 @@ class LatentAttention(nn.Module):
         )
         # vLLM's kernel for CPUs misreads [T, heads, numbers], and YaRN's has no other form.
         self.rotate = self.rotary.forward_native if current_platform.is_cpu() else self.rotary
-        self.head_dim = _kernel_size(max(self.key_dim, self.value_dim))
+        self.head_dim = kernel_head_dim(max(self.key_dim, self.value_dim))
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -115,7 +115,7 @@ class LatentAttention(nn.Module):
         return result
 
 
-def _kernel_size(head_dim: int) -> int:
+def kernel_head_dim(head_dim: int) -> int:
     """The smallest head, of at least this size, that the kernel takes."""
     if not current_platform.is_cpu():
         return head_dim

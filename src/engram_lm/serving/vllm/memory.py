@@ -15,7 +15,7 @@ from engram_lm.memory.interface import MemoryLayer
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.memory.step import begin_step
 from engram_lm.serving.vllm.lost_rows import read_or_note
-from engram_lm.serving.vllm.state import STATE, MemoryMetadata, MemoryRow, MemoryState, Slots
+from engram_lm.serving.vllm.state import STATE, MemoryMetadata, MemoryState, Slots, memory_rows
 from engram_lm.tables import Table
 
 # Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1).
@@ -89,20 +89,12 @@ class ServedMemory:
         self, layers: Mapping[int, MemoryLayer], *, prefix: str, dtype: torch.dtype, vllm_config: VllmConfig
     ) -> None:
         self.layers: dict[int, EngramLayer] = {}
-        self.states: dict[int, MemoryState] = {}
         for block, layer in layers.items():
             if not isinstance(layer, EngramLayer):
                 raise ConfigError(f"vLLM serves the layer 'engram', not {layer.config.layer!r}")
-            kept = bool(layer.config.kernel_size)
-            row = MemoryRow(
-                num_values=layer.config.hidden_size if kept else 0,
-                num_gates=layer.config.num_streams if kept else 0,
-                holds_code=not self.layers,
-                dtype=dtype,
-            )
             self.layers[block] = layer
-            if kept or row.holds_code:
-                self.states[block] = MemoryState(f"{prefix}.{block}{STATE}", row, vllm_config)
+        rows = memory_rows(next(iter(self.layers.values())).config, self.layers, dtype)
+        self.states = {block: MemoryState(f"{prefix}.{block}{STATE}", row, vllm_config) for block, row in rows.items()}
         self._first = next(iter(self.layers))
         self._taps = next(iter(self.layers.values())).tap_distances
         self.spec: HashSpec | None = None

@@ -5,6 +5,7 @@ draft that is rejected and written over, a connector that moves blocks to anothe
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from engram_lm.memory.config import EngramConfig
 
 # Dimension key: T tokens of all requests side by side, D hidden, S streams, N tokens in a block of the cache.
 
@@ -50,6 +53,27 @@ class MemoryRow:
         """Bytes of the row."""
         used = self.code_start + 4 * self.holds_code
         return max(1, -(-used // _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
+
+
+def memory_rows(memory: EngramConfig, blocks: Iterable[int], dtype: torch.dtype) -> dict[int, MemoryRow]:
+    """Describe what is kept of each token: block, in the order in which they run, to its row, where it has one.
+
+    Args:
+        memory: What all layers of the model have in common.
+        blocks: The blocks with memory.
+        dtype: Type of the hidden states.
+    """
+    kept = bool(memory.kernel_size)
+    rows = {}
+    for index, block in enumerate(blocks):
+        if kept or index == 0:
+            rows[block] = MemoryRow(
+                num_values=memory.hidden_size if kept else 0,
+                num_gates=memory.num_streams if kept else 0,
+                holds_code=index == 0,
+                dtype=dtype,
+            )
+    return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,7 +30,9 @@ class EngramWorker(Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample what the forward pass gave."""
-        return self._with_note(super().sample_tokens(grammar_output))
+        # The first request for log-probabilities compiles a function; without it, as on a full disk, it runs as it is.
+        with torch._dynamo.config.patch(suppress_errors=True):
+            return self._with_note(super().sample_tokens(grammar_output))
 
     def execute_dummy_batch(self) -> None:
         """Run along with other replicas, for nobody."""
