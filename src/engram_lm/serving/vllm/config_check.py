@@ -61,11 +61,10 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     if model.enable_prompt_embeds:
         raise ConfigError("memory is addressed by tokens; leave out --enable-prompt-embeds")
     table_place(vllm_config.additional_config)
-    # Together these end a request whose rows cannot be read; without them the engine ends.
+    # Both together end a request whose rows cannot be read. Without them the engine ends, and one alone would do harm.
     name_errors()
-    if parallel.worker_cls == "auto":
+    if parallel.worker_cls == "auto" and vllm_config.scheduler_config.scheduler_cls is None:
         parallel.worker_cls = "engram_lm.serving.vllm.worker.EngramWorker"
-    if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = "engram_lm.serving.vllm.scheduler.make_scheduler"
     settle_cache(vllm_config.cache_config)
 

@@ -33,8 +33,8 @@ class LostRows:
 
     requests: set[int] = dataclasses.field(default_factory=set)
     """Places of the requests in the batch."""
-    slots: set[int] = dataclasses.field(default_factory=set)
-    """Slots of the cache that hold what was computed without rows."""
+    slots: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+    """Name of a layer with a cache to its slots that hold what was computed without rows."""
     reason: str = ""
     """The first error."""
     out_of_reach: bool = False
@@ -43,8 +43,21 @@ class LostRows:
     def merge(self, other: "LostRows") -> None:
         """Add what another rank could not read."""
         self.requests |= other.requests
-        self.slots |= other.slots
+        for layer, slots in other.slots.items():
+            self.slots.setdefault(layer, set()).update(slots)
         self.reason = self.reason or other.reason
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Owners:
+    """Whose the tokens of a forward pass are, and where what is computed of them is kept."""
+
+    layer: str
+    """Name of a layer with a cache."""
+    ends: Tensor
+    """Where each request ends among the tokens, ``[requests]``; empty while vLLM measures memory."""
+    slots: Tensor
+    """Slot of each token in the cache of the layer, ``[T]``; fewer where a GPU pads the tokens."""
 
 
 _COLLECTED: ContextVar[LostRows | None] = ContextVar("engram_lost_rows", default=None)
@@ -61,14 +74,13 @@ def collecting() -> Iterator[LostRows]:
         _COLLECTED.reset(token)
 
 
-def read_or_note(layer: EngramLayer, rows: Tensor, ends: Tensor, slots: Tensor) -> Tensor:
+def read_or_note(layer: EngramLayer, rows: Tensor, owners: Owners) -> Tensor:
     """Read the rows of a forward pass; those that cannot be read are zeros, and noted.
 
     Args:
         layer: The memory layer that reads.
         rows: Row numbers, int64 ``[T, 1, H]``.
-        ends: Where each request ends among the tokens, ``[requests]``; empty while vLLM measures memory.
-        slots: Slot of each token in the cache, ``[T]`` or fewer, where a GPU pads the tokens.
+        owners: Whose they are.
 
     Returns:
         Memory vectors, ``[T, 1, M]``.
@@ -88,7 +100,7 @@ def read_or_note(layer: EngramLayer, rows: Tensor, ends: Tensor, slots: Tensor) 
     assert lost is not None and layer.table is not None
     vectors = torch.zeros(len(rows), 1, layer.config.memory_dim, dtype=layer.table.dtype, device=rows.device)
     start = 0
-    for request, stop in enumerate(ends.tolist()):
+    for request, stop in enumerate(owners.ends.tolist()):
         try:
             if not lost.out_of_reach:
                 # Alone, because the others may have all their rows.
@@ -98,7 +110,7 @@ def read_or_note(layer: EngramLayer, rows: Tensor, ends: Tensor, slots: Tensor) 
         except (EngramError, OSError) as error:
             _note(lost, error)
         lost.requests.add(request)
-        lost.slots.update(slots[start:stop].tolist())
+        lost.slots.setdefault(owners.layer, set()).update(owners.slots[start:stop].tolist())
         start = stop
     return vectors
 

@@ -14,8 +14,8 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.interface import MemoryLayer
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.memory.step import begin_step
-from engram_lm.serving.vllm.lost_rows import read_or_note
-from engram_lm.serving.vllm.state import STATE, MemoryMetadata, MemoryState, Slots, memory_rows
+from engram_lm.serving.vllm.lost_rows import Owners, read_or_note
+from engram_lm.serving.vllm.state import MemoryMetadata, MemoryState, Slots, memory_rows
 from engram_lm.tables import Table
 
 # Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1).
@@ -45,15 +45,13 @@ class MemoryPass:
     """Block → row numbers, int64 ``[T, 1, H]``."""
     places: Mapping[int, Places]
     """Block → where its state lies; empty while vLLM measures memory and there is no cache."""
-    ends: Tensor
-    """Where each request ends among the tokens, ``[requests]``; empty likewise."""
-    slots: Tensor
-    """Slot of each token in the cache, ``[T]``; empty likewise."""
+    owners: Owners
+    """Whose the tokens are."""
 
     def update(self, block: int, hidden_states: Tensor) -> Tensor:
         """Compute what the memory of a block adds to hidden states ``[T, D]`` or ``[T, S, D]``; of their shape."""
         layer = self.layers[block]
-        vectors = read_or_note(layer, self.rows[block], self.ends, self.slots)
+        vectors = read_or_note(layer, self.rows[block], self.owners)
         value, gates = layer.weigh(hidden_states.unsqueeze(1), vectors, self.active)
         earlier_value = earlier_gates = None
         places = self.places.get(block)
@@ -94,7 +92,7 @@ class ServedMemory:
                 raise ConfigError(f"vLLM serves the layer 'engram', not {layer.config.layer!r}")
             self.layers[block] = layer
         rows = memory_rows(next(iter(self.layers.values())).config, self.layers, dtype)
-        self.states = {block: MemoryState(f"{prefix}.{block}{STATE}", row, vllm_config) for block, row in rows.items()}
+        self.states = {block: MemoryState(f"{prefix}.{block}.memory", row, vllm_config) for block, row in rows.items()}
         self._first = next(iter(self.layers))
         self._taps = next(iter(self.layers.values())).tap_distances
         self.spec: HashSpec | None = None
@@ -125,7 +123,7 @@ class ServedMemory:
             places[block] = (
                 places[same[0]] if same else Places(known.slots(size), known.slots_before(positions, taps, size))
             )
-        ends = slots = tokens.new_empty(0)
+        owners = Owners("", tokens.new_empty(0), tokens.new_empty(0))
         if metadata:
             first, known = self.states[self._first], metadata[self._first]
             codes = self.spec.encode_unchecked(tokens[: known.num_tokens, None])
@@ -133,10 +131,10 @@ class ServedMemory:
             first.write_codes(places[self._first].tokens, codes[:, 0])
             before = known.slots_before(positions, look_back, first.block_size)
             context[: known.num_tokens] = first.read_codes(before)
-            ends, slots = known.query_ends, known.slot_mapping[: known.num_tokens]
+            owners = Owners(first.name, known.query_ends, known.slot_mapping[: known.num_tokens])
         tables = {block: layer.table for block, layer in self.layers.items()}
         step = begin_step(self.spec, tables, tokens[:, None], context=context, checked=False)
-        return MemoryPass(self.layers, self.states, step.active, step.rows, places, ends, slots)
+        return MemoryPass(self.layers, self.states, step.active, step.rows, places, owners)
 
     def _metadata(self) -> dict[int, MemoryMetadata]:
         """Where tokens lie, for each block with a state; empty while vLLM measures memory."""

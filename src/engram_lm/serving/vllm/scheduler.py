@@ -9,7 +9,6 @@ from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 
 from engram_lm.serving.vllm.lost_rows import LOST, LostRows
-from engram_lm.serving.vllm.state import STATE
 
 
 def make_scheduler(**options: Any) -> Scheduler:
@@ -49,16 +48,16 @@ class _EndsRequests:
     def _forget(self, lost: LostRows, model_runner_output: ModelRunnerOutput) -> set[str]:
         """Take what was computed without rows out of the prefix cache; return whose requests it spoils."""
         scheduler: Any = self
-        groups = scheduler.kv_cache_config.kv_cache_groups
-        group = next(i for i, each in enumerate(groups) if any(name.endswith(STATE) for name in each.layer_names))
-        size = groups[group].kv_cache_spec.block_size
-        blocks = {slot // size for slot in lost.slots}
-        scheduler.kv_cache_manager.evict_blocks(blocks)
         ended = {model_runner_output.req_ids[request] for request in lost.requests}
-        # A prefix may be shared as soon as it is scheduled, before it has been computed.
-        for request in scheduler.running:
-            if not blocks.isdisjoint(scheduler.kv_cache_manager.get_block_ids(request.request_id)[group]):
-                ended.add(request.request_id)
+        for layer, slots in lost.slots.items():
+            groups = scheduler.kv_cache_config.kv_cache_groups
+            group = next(index for index, each in enumerate(groups) if layer in each.layer_names)
+            blocks = {slot // groups[group].kv_cache_spec.block_size for slot in slots}
+            scheduler.kv_cache_manager.evict_blocks(blocks)
+            # A prefix may be shared as soon as it is scheduled, before it has been computed.
+            for request in scheduler.running:
+                if not blocks.isdisjoint(scheduler.kv_cache_manager.get_block_ids(request.request_id)[group]):
+                    ended.add(request.request_id)
         return ended & scheduler.requests.keys()
 
 

@@ -19,9 +19,6 @@ from engram_lm.memory.config import EngramConfig
 
 # Dimension key: T tokens of all requests side by side, D hidden, S streams, N tokens in a block of the cache.
 
-STATE = ".memory"
-"""End of the name of each layer that holds memory's state in the cache."""
-
 _ALIGNMENT_BYTES = 16
 
 
