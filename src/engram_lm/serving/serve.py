@@ -14,6 +14,7 @@ import tyro
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.files import read_json, user_path
 from engram_lm.serving.load import ModelFlags, model_folder
+from engram_lm.serving.vllm.adapted_names import ADAPTED, OPTION
 from engram_lm.serving.vllm.version import InstalledVllm, require_vllm
 from engram_lm.threads import allowed_cores
 
@@ -21,10 +22,8 @@ _SERVER = "vllm.entrypoints.launchers.api_server.entry"
 """vLLM's server as a module, which starts where the ``vllm`` command does not; it takes the model as ``--model``."""
 _COMMAND = "vllm.entrypoints.cli.main"
 """What the ``vllm`` command is."""
-_ADAPTER, _TABLES, _MORE = "engram_adapter", "engram_tables", "--additional-config"
-"""Keys of vLLM's additional configuration that our models read, and its flag."""
-_WITH_MEMORY = "Engram"
-"""How the architecture of a model with memory begins, in its ``config.json``."""
+_TABLES, _MORE = "engram_tables", "--additional-config"
+"""A key of vLLM's additional configuration that our models read, and its flag."""
 _CONFIG_BYTES = 16 << 20
 """The largest config.json that is downloaded."""
 _FEW_CORES = 4
@@ -113,7 +112,7 @@ class Serve(ModelFlags):
         model, config = self._find()
         # Also a folder that holds a model of others with its memory.
         architectures = config.get("architectures") or []
-        self.check_places(model, has_memory=any(str(name).startswith(_WITH_MEMORY) for name in architectures))
+        self.check_places(model, has_memory=any(str(name).startswith(ADAPTED) for name in architectures))
         words = ["vllm", "serve", model] if vllm.name == "vllm" else ["python", "-m", _SERVER, "--model", model]
         if model != self.model or self.served_model_name:
             words += ["--served-model-name", self.served_model_name or self.model]
@@ -150,7 +149,7 @@ class Serve(ModelFlags):
             for name, value in options.items()
             if value not in (None, usual.get(name))
         }
-        more: dict[str, Any] = {} if self.adapter is None else {_ADAPTER: self.adapter}
+        more: dict[str, Any] = {} if self.adapter is None else {OPTION: self.adapter}
         return more | ({_TABLES: tables} if tables else {})
 
     def _find(self) -> tuple[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 from tests.serving.vllm.engines import GREEDY, assert_equal, engine, generate
 from tests.serving.vllm.models import prompts, save_checkpoint
 from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from engram_lm.cli import main
@@ -38,6 +39,7 @@ assert "Qwen3ForCausalLM" in ModelRegistry.get_supported_archs()
         ({"enable_prompt_embeds": True}, "memory is addressed by tokens"),
         ({"additional_config": {"engram_tables": {"teir": "mmap"}}}, "engram_tables has no field 'teir'"),
         ({"additional_config": {"engram_tables": {"tier": "remote"}}}, "reads from an address"),
+        ({"additional_config": {"engram_tables": {"source": "nowhere"}}}, "nowhere does not exist"),
     ],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value),
 )
@@ -68,8 +70,15 @@ def test_tables_of_another_geometry_are_refused(other, words, checkpoints, tmp_p
     save_checkpoint("dense", tmp_path / "other", other)
     assert main(["table", "convert", str(tmp_path / "other"), str(tmp_path / "packed")]) == 0
     option = {OPTION: {"source": str(tmp_path / "packed")}}
-    with pytest.raises(MismatchError, match=words), engine(folder, additional_config=option):
-        pass
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(model=str(folder), additional_config=option).create_engine_config()
+
+
+def test_tables_that_were_packed_of_the_model_are_taken(checkpoints, tmp_path):
+    folder, expected = checkpoints("dense")
+    assert main(["table", "convert", str(folder), str(tmp_path / "packed")]) == 0
+    with engine(folder, additional_config={OPTION: {"source": str(tmp_path / "packed")}}) as llm:
+        assert_equal(generate(llm, prompts()), expected)
 
 
 def test_weights_of_another_geometry_are_refused(checkpoints, tmp_path):

@@ -15,7 +15,7 @@ from vllm.model_executor.models import config as model_configs
 from engram_lm.errors import ConfigError
 from engram_lm.files import user_path
 from engram_lm.serving.vllm.adapted_names import ADAPTED, OPTION
-from engram_lm.serving.vllm.config_check import check_engine, check_tokenizer, choose_eager
+from engram_lm.serving.vllm.config_check import check_engine, check_source, check_tokenizer, choose_eager
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ class AdaptedConfigCheck:
         check_engine(vllm_config)
         for stored in read_adapters(vllm_config):
             check_tokenizer(vllm_config.model_config, stored.spec)
+            check_source(vllm_config, stored.spec, stored.config.head_dim)
 
 
 def register_adapted() -> None:

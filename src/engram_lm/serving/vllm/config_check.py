@@ -27,9 +27,10 @@ class EngramConfigCheck(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Refuse what memory is not computed rightly with, and check the tokenizer and the place of the tables."""
         check_engine(vllm_config)
-        model = vllm_config.model_config
-        if model.hf_config.spec is not None:
-            check_tokenizer(model, model.hf_config.spec)
+        config = vllm_config.model_config.hf_config
+        if config.spec is not None:
+            check_tokenizer(vllm_config.model_config, config.spec)
+            check_source(vllm_config, config.spec, config.memory_config.head_dim)
 
 
 def choose_eager(model_config: "ModelConfig") -> None:
@@ -92,6 +93,17 @@ def settle_cache(cache_config: "CacheConfig") -> None:
     free = available_bytes()
     if current_platform.is_cpu() and is_open and free:
         cache_config.kv_cache_memory_bytes = min(int(_CACHE_SHARE * free), _MOST_CACHE_BYTES)
+
+
+def check_source(vllm_config: "VllmConfig", spec: HashSpec, width: int) -> None:
+    """Look for the tables where they are said to be, other than in the checkpoint, before anything is loaded.
+
+    The workers find them again; what is wrong with them would be said there, far above the last words of a log.
+    """
+    from engram_lm.model.table_place import wanted_tables
+    from engram_lm.serving.vllm.tables import table_place
+
+    table_place(vllm_config.additional_config).locate(wanted_tables(spec, width))
 
 
 def check_tokenizer(model_config: "ModelConfig", spec: HashSpec) -> None:
