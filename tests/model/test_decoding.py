@@ -210,8 +210,10 @@ def test_a_cache_is_cut_back_without_being_told_beforehand_or_refuses_to_be(buil
     cache.crop(-6)
     logits = model(ids[:, 14:], past_key_values=cache).logits
     torch.testing.assert_close(logits, whole(model, ids)[:, 14:], atol=2e-5, rtol=1e-5)
+    held = cache.get_seq_length()
     with pytest.raises(HistoryError, match=r"takes back 7 tokens.*activate_past_recording"):
         cache.crop(-7)
+    assert cache.get_seq_length() == held
 
 
 @torch.no_grad()
