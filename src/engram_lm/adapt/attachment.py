@@ -81,8 +81,8 @@ def attach(
             f"{', '.join(options)} would change the configuration that is passed too; set them in the configuration, "
             "or pass no configuration"
         )
-    chosen = config.layers if layers is None else tuple(layers)
-    config = dataclasses.replace(config, layers=chosen, value_init="zero")
+    chosen: Mapping[str, Any] = {} if layers is None else {"layers": layers}
+    config = dataclasses.replace(config, value_init="zero", **chosen)
     spec = adapter_spec(decoder, tokenizer, config, segments)
     if dtype is None:
         # The matrices of a quantized layer hold integers, its norms do not.
