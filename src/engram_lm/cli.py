@@ -59,7 +59,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""
 
 _PLAINLY = "engram-lm-plainly"
-"""What the error handler is called that spells what a terminal cannot print."""
+"""Name of the error handler that spells what a terminal cannot print."""
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "×": "x", "·": "*", "±": "+-", "…": "...", "“": '"', "”": '"',
     "‘": "'", "’": "'", "│": "|", "─": "-", "█": "#", "•": "*", "✓": "ok", "≥": ">=", "≤": "<=",
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Spell characters that a terminal or a pipe cannot print in ASCII: an error handler of `codecs`."""
+    """Spell in ASCII what a terminal or a pipe cannot print; an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -149,7 +149,7 @@ def _run(program: str, command: str, arguments: list[str]) -> int:
         command_class = getattr(importlib.import_module(module), name)
         try:
             with _paths():
-                if hasattr(command_class, "from_arguments"):  # it knows flags that are no fields
+                if hasattr(command_class, "from_arguments"):  # some of its flags are not fields
                     chosen = command_class.from_arguments(arguments, program)
                 else:
                     config = (tyro.conf.FlagCreatePairsOff,)

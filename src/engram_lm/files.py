@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and how text and paths of people are read."""
+"""Files and folders that are written whole or not at all, and how text files and paths that people write are read."""
 
 import collections
 import contextlib

@@ -40,8 +40,8 @@ def settle_threads(environment: MutableMapping[str, str]) -> None:
     """
     if environment.get("OMP_DYNAMIC", "").strip().lower() == "true":
         raise ConfigError(
-            "OMP_DYNAMIC=TRUE lets torch compute wrong numbers on a busy machine; unset it, and say by "
-            "OMP_NUM_THREADS how many threads there should be"
+            "OMP_DYNAMIC=TRUE lets torch compute wrong numbers on a busy machine; unset it, and set "
+            "OMP_NUM_THREADS to the number of threads instead"
         )
     if not any(name in environment for name in _WAITING):
         environment["GOMP_SPINCOUNT"] = str(NUM_SPINS)

@@ -159,7 +159,7 @@ def test_what_could_not_be_loaded_again_is_not_saved(change, adapted, tmp_path):
 def test_a_table_that_was_wrapped_is_refused(adapted, tmp_path):
     _, adapter = adapted()
     adapter.memory_tables["0"] = nn.Sequential(adapter.memory_tables["0"])
-    with pytest.raises(ConfigError, match="in the place of the table 0 there is now a Sequential"):
+    with pytest.raises(ConfigError, match="a Sequential has taken the place of the table 0"):
         adapter.save_pretrained(tmp_path / "memory")
 
 

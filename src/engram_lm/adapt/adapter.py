@@ -163,7 +163,7 @@ class MemoryAdapter(ForwardPass):
     def write(
         self, folder: str | os.PathLike[str], *, tables: bool, license: str | None = None, extra: str = ""
     ) -> None:
-        """Do the work of `save_pretrained`, for those who save what peft has put on the memory themselves."""
+        """Do the work of `save_pretrained` without its warning, for callers that also save what peft has added."""
         write_adapter(
             folder,
             config=self.config,
@@ -340,7 +340,7 @@ class MemoryAdapter(ForwardPass):
 
 
 def _check_peft(model: nn.Module, adapter: MemoryAdapter) -> None:
-    """Refuse a memory that comes after adapters of peft which were to lie on it, and were dropped without a word."""
+    """Refuse a memory that is attached after the adapters that peft should have put on it, and silently has not."""
     configs = getattr(model, "peft_config", None) or {}
     if not configs or any(under_peft(other) for other in attached_adapters(model).values()):
         return

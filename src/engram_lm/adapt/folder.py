@@ -135,8 +135,8 @@ def write_adapter(
     for name, table in tables.items():
         if not isinstance(table, Table):
             raise ConfigError(
-                f"in the place of the table {name} there is now a {type(table).__name__}, which the memory does not "
-                "read and which could not be loaded again; leave the memory's tables out of what is wrapped"
+                f"a {type(table).__name__} has taken the place of the table {name}; the memory does not read it, and "
+                "it could not be loaded again: keep other libraries from wrapping the memory's tables"
             )
         if tables_inside and isinstance(_innermost(table), RemoteTable | MooncakeTable):
             raise ConfigError(

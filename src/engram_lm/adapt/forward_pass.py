@@ -131,7 +131,7 @@ class ForwardPass(nn.Module):
         self._calls.call = _Call(tokens, step)
 
     def _check_vocabulary(self, module: nn.Module, tokens: Tensor | None) -> None:
-        """Hash all tokens that the model embeds, also when its embedding has grown, and name one that it does not.
+        """Hash all tokens that the model embeds, even after its embedding has grown, and refuse one that it does not.
 
         A wrapper that embeds tokens itself may have ids of images that are no tokens, so those are not looked at.
         """

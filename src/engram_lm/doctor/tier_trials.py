@@ -61,7 +61,7 @@ def try_tiers() -> dict[str, Any]:
 
 
 def _mooncake() -> str:
-    """Import Mooncake in a process of its own, which its libraries may end."""
+    """Import Mooncake in a process of its own, because its libraries may end the process that loads them."""
     done = subprocess.run(
         [sys.executable, "-c", "import mooncake.store"],
         capture_output=True, text=True, errors="replace", check=False, timeout=_MOONCAKE_SECONDS,

@@ -125,7 +125,7 @@ def _map_of_old_tokens(spec: Any, tokenizer: Any) -> tuple[TokenMap, list[str]]:
         holes = np.flatnonzero(spec.token_map.made.canonical < 0)
         old = [None if place in holes else token for place, token in enumerate(old)] if holes.size else old
     if spec.vocabulary_digest is not None:
-        # There is no such beginning of another tokenizer's tokens, which is then refused as a whole.
+        # No beginning of another tokenizer's tokens has this digest, so that tokenizer is refused as a whole.
         end = find_beginning(old, spec.vocabulary_digest)
         old = tokens if end is None else old[:end]
     elif spec.fill is not None:

@@ -21,7 +21,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 """What the installed transformers calls the cache, among arguments and in outputs; ``cache`` from 5.24 on."""
 _OLDER_NAMES = ("past_key_values", "cache_params")
 CACHE_NAMES = ("cache", *_OLDER_NAMES, "past_key_value", "layer_past", "state", "mems", "past_buckets_states")
-"""Arguments by which models of transformers are handed what earlier steps left."""
+"""Arguments in which models of transformers receive the state of earlier steps."""
 
 MAX_ROLLBACK = 64
 """Tokens that ``crop`` of a cache can take back although the cache was not told to record them. The convolution's
@@ -30,7 +30,7 @@ CONTINUOUS_BATCHING = (
     "continuous batching (generate_batch, transformers serve) packs requests into one row and keeps their state in "
     "pages, which memory cannot follow; use generate, which also takes a padded batch of prompts"
 )
-# Where a kind of cache brings its own, it keeps state outside of its layers.
+# A kind of cache that overrides one of these keeps state outside of its layers.
 _WALKS_LAYERS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset")
 
 # What the methods of a layer of unknown kind are called on.

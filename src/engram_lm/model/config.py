@@ -42,7 +42,7 @@ class EngramLMConfig(DeepseekV3Config):
     __slots__ = _BESIDE_THE_FIELDS
 
     model_type = "engram_lm"
-    # Code of a repository that is asked for: none. TRL looks for this in every configuration that is not transformers'.
+    # No code of a repository is used. TRL looks for this in every configuration that is not transformers' own.
     auto_map: ClassVar[dict[str, str]] = {}
     # What transformers' hyper-connection calls the fields of the streams.
     attribute_map = {

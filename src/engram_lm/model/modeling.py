@@ -173,7 +173,7 @@ class EngramModel(EngramPreTrainedModel):
         if num_streams > 1:
             hidden_states = hidden_states.unsqueeze(2).expand(-1, -1, num_streams, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        # Fewer where an early exit drafts tokens: transformers then lowers the number for a while.
+        # Assisted decoding by early exit lowers this number while it drafts tokens.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -213,7 +213,7 @@ class EngramModel(EngramPreTrainedModel):
         packed = packed_row(ends, input_ids, memory_config.look_back)
         state = None
         # With gradient checkpointing blocks run twice and would move their state twice; transformers drops the cache.
-        # What is packed is not gone on with.
+        # A packed row is never continued, so it needs no state.
         if cache is not None and packed is None and not runs_twice(self):
             state = follow_cache(cache, "model", input_ids, context=spec.context, max_rollback=self.max_rollback)
         return begin_step(

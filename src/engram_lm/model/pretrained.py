@@ -55,7 +55,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "chosen_experts": OutputRecorder(Router, index=2),
     }
-    # Small, and decisive for every sublayer: routers as transformers keeps them from 5.24 on, streams as DeepSeek-V4.
+    # These are small, and every sublayer depends on them. From 5.24 on, transformers keeps routers in float32 too.
     _keep_in_fp32_modules_strict = [
         "mlp.gate.weight",
         "e_score_correction_bias",
@@ -118,7 +118,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the model's memory was trained with.
 
-        One that has got more tokens since, while the ids of the old ones stayed, is accepted with a warning in the log.
+        A tokenizer that has gained tokens since, with the old ids unchanged, is accepted with a warning in the log.
 
         Raises:
             MismatchError: With both digests, and the first token that is canonical in another way.

@@ -38,7 +38,7 @@ class Extent:
     row_bytes: int
     """Bytes of each row."""
     shared_by: int = 1
-    """Rows that follow each other and have the same bytes, which are there once: a scale of several rows."""
+    """A run of rows that all have the same bytes, which are stored once: one scale for several rows."""
 
     def offsets(self, inside: np.ndarray) -> np.ndarray:
         """First byte, in the file, of rows counted from the beginning of the run: int64 ``[n]`` → int64 ``[n]``."""

@@ -200,10 +200,8 @@ def _find(source: TextSource, skipped: Counter[str]) -> list[_File]:
             raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; name what it should lead to")
         matches = sorted(glob.glob(source.path, recursive=True))
         if not matches:
-            raise DataError(
-                f"{path} is neither a file nor a folder; check the path, or write hf://owner/name for a dataset of the "
-                "hub"
-            )
+            what = "matches nothing" if glob.has_magic(source.path) else "is neither a file nor a folder"
+            raise DataError(f"{path} {what}; check the path, or write hf://owner/name for a dataset of the hub")
         each = (dataclasses.replace(source, path=match) for match in matches if match != source.path)
         return [file for match in each for file in _find(match, skipped)]
     found = []
