@@ -18,7 +18,15 @@ from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.model.row_recorder import record_rows
 from engram_lm.serving.load import ModelFlags, load_model
-from engram_lm.tables import CachedTable, MappedTable, ParameterTable, ReadAheadTable, StagedTable, most_frequent
+from engram_lm.tables import (
+    CachedTable,
+    HostTable,
+    MappedTable,
+    ParameterTable,
+    ReadAheadTable,
+    StagedTable,
+    most_frequent,
+)
 from engram_lm.tables.choose import TIERS
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -44,6 +52,13 @@ def close(model):
     for table in model.tables.values():
         if not isinstance(table, ParameterTable):
             table.close()
+
+
+def test_rows_in_the_memory_of_the_process_are_not_read_ahead(build, tmp_path):
+    saved(build, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, table_tier="host")
+    assert [type(table) for table in model.tables.values()] == [HostTable] * len(model.tables)
+    close(model)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import (
     CachedTable,
+    HostTable,
     MooncakeTable,
     ParameterTable,
     RecordTable,
@@ -116,7 +117,7 @@ class TablePlace:
     cache_bytes: int = 0
     """What a cache of records before each table may take; 0 for none."""
     read_ahead: bool = False
-    """Whether rows are read in the background from when the tokens are known."""
+    """Whether rows are read in the background from when the tokens are known; never from the tier ``"host"``."""
     cache_policy: Policy = "clock"
     """Which record of a full cache gives way, see `CachedTable`."""
     pinned: str | os.PathLike[str] | None = None
@@ -220,7 +221,9 @@ class TablePlace:
                         [rows for _, rows, _, _ in trace], self.cache_bytes, table.codec.record_bytes
                     )
                 table = CachedTable(table, self.cache_bytes, policy=self.cache_policy, pinned_rows=pinned)
-            return ReadAheadTable(table) if self.read_ahead else table
+            # Rows that this process has in its memory are there: finding them twice costs more than reading them once.
+            is_read_ahead = self.read_ahead and not isinstance(table, HostTable)
+            return ReadAheadTable(table) if is_read_ahead else table
         except BaseException:
             table.close()
             raise
