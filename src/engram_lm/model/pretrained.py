@@ -170,8 +170,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             table_cache_policy: Which of them give way, ``"clock"`` or ``"lru"``; see `CachedTable`.
             table_pinned: A trace that `record_rows` saved: the rows it reads most are put into the cache at once, as
                 many as fit, and never give way.
-            table_read_ahead: Whether rows are read in the background from when the tokens are known; never from ``"host"``,
-                where they are in memory already.
+            table_read_ahead: Whether rows are read in the background from when the tokens are known; never from the
+                tier ``"host"``, where they are in memory already.
             **kwargs: As in ``PreTrainedModel.from_pretrained``.
 
         Raises:
