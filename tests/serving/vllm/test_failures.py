@@ -8,6 +8,7 @@ import tempfile
 import pytest
 from tests.serving.vllm.engines import GREEDY, engine
 from tests.serving.vllm.models import prompts, save_checkpoint
+from tests.serving.vllm.test_exact import CHUNKS, NGRAM
 from tests.tables.mooncake_store import reason_to_skip, running
 from tests.tables.tiers import serving
 
@@ -48,7 +49,7 @@ def test_a_table_that_is_cut_fails_those_who_need_what_is_gone_until_it_is_back(
     table = TensorFolder(tmp_path).find("model.memory_tables.2.weight")
     with open(table.file, "rb") as file:
         content = file.read()
-    with engine(tmp_path, additional_config={OPTION: {"tier": "mmap"}}, **BLOCKS) as llm:
+    with engine(tmp_path, additional_config={OPTION: {"tier": "mmap"}}, **BLOCKS, **CHUNKS, **NGRAM) as llm:
         with full_disk():
             assert tokens(asked(llm, prompts())) == right
             llm.reset_prefix_cache()
