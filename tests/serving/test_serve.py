@@ -118,6 +118,8 @@ def test_what_is_no_model_or_has_no_tables_is_refused(tmp_path, folder):
     assert Serve(model=str(tmp_path), adapter="memory", table_tier="mmap").words(GPU)
     with pytest.raises(ConfigError, match="is no EngramForCausalLM"):
         Serve(model=str(tmp_path), table_tier="mmap").words(GPU)
+    (tmp_path / "engram_adapters").mkdir()  # as a trainer leaves them
+    assert Serve(model=str(tmp_path), table_tier="mmap").words(GPU)
     with pytest.raises(ConfigError, match="--port is a number from 1 to 65535"):
         Serve(model=str(folder), port=70_000)
 

@@ -110,9 +110,9 @@ class Serve(ModelFlags):
     def words(self, vllm: InstalledVllm) -> list[str]:
         """Return the command line that starts the server, word by word, with the vLLM that is installed."""
         model, config = self._find()
-        # Also a folder that holds a model of others with its memory.
         architectures = config.get("architectures") or []
-        self.check_places(model, has_memory=any(str(name).startswith(ADAPTED) for name in architectures))
+        has_memory = any(str(name).startswith(ADAPTED) for name in architectures) or _holds_adapters(model)
+        self.check_places(model, has_memory=has_memory)
         words = ["vllm", "serve", model] if vllm.name == "vllm" else ["python", "-m", _SERVER, "--model", model]
         if model != self.model or self.served_model_name:
             words += ["--served-model-name", self.served_model_name or self.model]
@@ -168,3 +168,10 @@ class Serve(ModelFlags):
 def _names(word: str, *flags: str) -> bool:
     """Whether a word of a command line is one of some flags, as vLLM reads them: ``--a_b.c=d`` is ``--a-b``."""
     return word.partition("=")[0].partition(".")[0].replace("_", "-") in flags
+
+
+def _holds_adapters(model: str) -> bool:
+    """Whether a folder holds the adapters of its model beside it, as those of trainers do."""
+    from engram_lm.adapt.adapter import CONTAINER
+
+    return (Path(model) / CONTAINER).is_dir()
