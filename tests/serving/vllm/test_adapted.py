@@ -13,8 +13,9 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 import engram_lm
-from engram_lm.errors import MismatchError
+from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.serving.join import join
+from engram_lm.serving.vllm.adapted import decoder_layers
 from engram_lm.serving.vllm.adapted_names import OPTION
 from engram_lm.serving.vllm.state import MemoryState
 from engram_lm.serving.vllm.tables import OPTION as TABLES
@@ -154,7 +155,10 @@ def test_a_joined_folder_is_served_without_a_flag(adapted, tmp_path):
 
 def test_a_folder_that_holds_an_adapter_as_a_trainer_leaves_it_is_served_with_it(adapted, tmp_path):
     folder, expected = adapted("qwen3")
-    shutil.copytree(folder / "base", tmp_path / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    engram_lm.MemoryAdapter.from_pretrained(model, folder / "adapter")
+    model.save_pretrained(tmp_path / "checkpoint")  # with the memory among the weights
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "checkpoint")
     shutil.copytree(folder / "adapter", tmp_path / "checkpoint/engram_adapters/default")
     with engine(tmp_path / "checkpoint") as llm:
         assert_equal(generate(llm, prompts()), expected)
@@ -193,5 +197,33 @@ def test_what_memory_cannot_be_added_to_is_refused(adapted, tmp_path):
         refused(base, additional_config={OPTION: str(tmp_path / "nothing")})
     with pytest.raises(ValueError, match="memory is added to text models that vLLM itself has"):
         refused(base, model_impl="transformers", **with_adapter(folder))
+    with pytest.raises(ValueError, match="for generating alone, not as --runner pooling"):
+        refused(base, runner="pooling", **with_adapter(folder))
     with pytest.raises(ValueError, match="holds no adapter in engram_adapters"):
         refused(base, hf_overrides={"architectures": ["EngramQwen3ForCausalLM"]})
+
+
+class Layer(torch.nn.Module):
+    def forward(self, positions, hidden_states, residual):
+        raise NotImplementedError
+
+
+class OtherLayer(torch.nn.Module):
+    def forward(self, positions, hidden_states, per_layer_input):
+        raise NotImplementedError
+
+
+def lists(*kinds):
+    return torch.nn.ModuleDict(
+        {str(i): torch.nn.ModuleList([kind() for _ in range(3)]) for i, kind in enumerate(kinds)}
+    )
+
+
+def test_layers_that_memory_cannot_be_added_to_are_refused():
+    assert all(isinstance(layer, Layer) for layer in decoder_layers(lists(torch.nn.Identity, Layer), 3))
+    with pytest.raises(ConfigError, match="has no lists of 3 layers that take hidden_states"):
+        decoder_layers(lists(torch.nn.Identity), 3)
+    with pytest.raises(ConfigError, match="has 2 lists of 3 layers that take hidden_states"):
+        decoder_layers(lists(Layer, Layer), 3)
+    with pytest.raises(ConfigError, match="take per_layer_input, and it is not known"):
+        decoder_layers(lists(OtherLayer), 3)

@@ -37,9 +37,6 @@ def adapted_class(native: type[nn.Module]) -> type[nn.Module]:
 class Adapted(nn.Module):
     """What stands before the class of a model of vLLM. It is run eagerly; see `engram_lm.serving.vllm.config_check`."""
 
-    config: Any
-    model: Any
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._engram_config = vllm_config

@@ -44,10 +44,10 @@ class AdaptedConfigCheck:
     """The check that vLLM itself has for the architecture; None without one."""
 
     def verify_and_update_model_config(self, model_config: ModelConfig) -> None:
-        """Do what the architecture needs; choose eager execution."""
+        """Do what the architecture needs; choose eager execution, and refuse, by a ConfigError, all but generation."""
         if self.native is not None:
             self.native.verify_and_update_model_config(model_config)
-        choose_eager(model_config)
+        _prepare(model_config)
 
     def verify_and_update_config(self, vllm_config: VllmConfig) -> None:
         """Do what the architecture needs, and refuse what memory is not computed rightly with.
@@ -112,8 +112,14 @@ def choose_adapted(vllm_config: VllmConfig) -> None:
             f"vLLM runs {model.model} as {model.architecture}, and memory is added to text models that vLLM itself has "
             "(Qwen3ForCausalLM, LlamaForCausalLM and others); generate with transformers instead"
         )
-    if model.runner_type != "generate":
-        raise ConfigError(f"a model with a memory adapter generates text; leave out --runner {model.runner_type}")
+    _prepare(model)
     model.hf_config.architectures = model.model_arch_config.architectures = [name]
     model._architecture = name
-    choose_eager(model)
+
+
+def _prepare(model_config: ModelConfig) -> None:
+    if model_config.runner_type != "generate":
+        raise ConfigError(
+            f"vLLM runs a model with a memory adapter for generating alone, not as --runner {model_config.runner_type}"
+        )
+    choose_eager(model_config)
