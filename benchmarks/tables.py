@@ -349,6 +349,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
+    "docs/serving.md": {"serving": serving},
 }
 """Page to the tables on it, by the name in its marks."""
 
