@@ -6,14 +6,16 @@ import resource
 import tempfile
 
 import pytest
+from tests.serving.vllm.adapted import save_adapted
 from tests.serving.vllm.engines import GREEDY, engine
 from tests.serving.vllm.models import prompts, save_checkpoint
 from tests.serving.vllm.test_exact import CHUNKS, NGRAM
 from tests.tables.mooncake_store import reason_to_skip, running
 from tests.tables.tiers import serving
 
-from engram_lm.serving.vllm.tables import OPTION
-from engram_lm.tables import TensorFolder, table_layouts
+from engram_lm.serving.vllm.adapted_names import OPTION as ADAPTER
+from engram_lm.serving.vllm.tables import OPTION as TABLES
+from engram_lm.tables import table_layouts
 from engram_lm.tables.tiers.mooncake_store import publish_to_mooncake
 
 BLOCKS = {"enable_prefix_caching": True, "block_size": 32}
@@ -42,18 +44,27 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_table_that_is_cut_fails_those_who_need_what_is_gone_until_it_is_back(checkpoints, tmp_path):
-    _, expected = checkpoints("dense")
+@pytest.mark.parametrize("kind", ["ours", "gemma3"])
+def test_a_table_that_is_cut_fails_those_who_need_what_is_gone_until_it_is_back(kind, checkpoints, tmp_path):
+    options = {TABLES: {"tier": "mmap"}}
+    if kind == "ours":
+        folder, (_, expected) = tmp_path, checkpoints("dense")
+        save_checkpoint("dense", folder, max_shard_size="20kB")
+        where = folder
+    else:
+        # Its layers lie in several groups of blocks.
+        expected = save_adapted(kind, tmp_path)
+        folder, where = tmp_path / "base", tmp_path / "adapter"
+        options[ADAPTER] = str(where)
     right = [each.tokens for each in expected]
-    save_checkpoint("dense", tmp_path, max_shard_size="20kB")
-    table = TensorFolder(tmp_path).find("model.memory_tables.2.weight")
+    table = list(table_layouts(where).values())[-1].parts[0].extents[0]
     with open(table.file, "rb") as file:
         content = file.read()
-    with engine(tmp_path, additional_config={OPTION: {"tier": "mmap"}}, **BLOCKS, **CHUNKS, **NGRAM) as llm:
+    with engine(folder, additional_config=options, **BLOCKS, **CHUNKS, **NGRAM) as llm:
         with full_disk():
             assert tokens(asked(llm, prompts())) == right
             llm.reset_prefix_cache()
-            os.truncate(table.file, table.start_bytes + table.num_bytes * 199 // 200)
+            os.truncate(table.file, table.end_bytes - (table.end_bytes - table.start_bytes) // 200)
             answers = asked(llm, prompts())
         failed = [answer.finish_reason == "error" for answer in answers]
         assert 0 < sum(failed) < len(failed)
@@ -82,7 +93,7 @@ def test_a_file_server_that_dies_and_comes_back(checkpoints):
     with contextlib.ExitStack() as first:
         server = first.enter_context(serving(folder))
         options = {"source": server.address, "tier": "remote"}
-        with engine(folder, additional_config={OPTION: options}, **BLOCKS) as llm:
+        with engine(folder, additional_config={TABLES: options}, **BLOCKS) as llm:
             assert tokens(asked(llm, prompts())) == right
             llm.reset_prefix_cache()
             first.close()
@@ -100,7 +111,7 @@ def test_a_mooncake_store_that_dies(checkpoints):
         for name, layout in table_layouts(folder).items():
             publish_to_mooncake(layout, store.address, name=f"table-{name}")
         options = {"source": f"{store.address}/table-{{table}}", "tier": "remote"}
-        with engine(folder, additional_config={OPTION: options}, **BLOCKS) as llm:
+        with engine(folder, additional_config={TABLES: options}, **BLOCKS) as llm:
             assert tokens(asked(llm, prompts())) == right
             known = prompts()[9]
             store.kill("mooncake_master")

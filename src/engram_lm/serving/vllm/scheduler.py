@@ -48,17 +48,28 @@ class _EndsRequests:
     def _forget(self, lost: LostRows, model_runner_output: ModelRunnerOutput) -> set[str]:
         """Take what was computed without rows out of the prefix cache; return whose requests it spoils."""
         scheduler: Any = self
-        ended = {model_runner_output.req_ids[request] for request in lost.requests}
+        manager, groups = scheduler.kv_cache_manager, scheduler.kv_cache_config.kv_cache_groups
+        sizes = [group.kv_cache_spec.block_size for group in groups]
+        noted = {model_runner_output.req_ids[request] for request in lost.requests}
+        ended, spoiled = set(), set()
         for layer, slots in lost.slots.items():
-            groups = scheduler.kv_cache_config.kv_cache_groups
-            group = next(index for index, each in enumerate(groups) if layer in each.layer_names)
-            blocks = {slot // groups[group].kv_cache_spec.block_size for slot in slots}
-            scheduler.kv_cache_manager.evict_blocks(blocks)
+            index = next(index for index, group in enumerate(groups) if layer in group.layer_names)
+            blocks = {slot // sizes[index] for slot in slots}
+            spoiled |= blocks
             # A prefix may be shared as soon as it is scheduled, before it has been computed.
             for request in scheduler.running:
-                if not blocks.isdisjoint(scheduler.kv_cache_manager.get_block_ids(request.request_id)[group]):
+                held = manager.get_block_ids(request.request_id)
+                first = next((place for place, block in enumerate(held[index]) if block in blocks), None)
+                if first is not None:
                     ended.add(request.request_id)
-        return ended & scheduler.requests.keys()
+                    # All that comes after it was computed from it, in every group of layers.
+                    for size, ids in zip(sizes, held, strict=True):
+                        spoiled.update(ids[first * sizes[index] // size :])
+        if len(groups) > 1 and not noted <= ended:
+            # A request has left since: which blocks of other groups were its own is not known any more.
+            spoiled = set(range(scheduler.kv_cache_config.num_blocks))
+        manager.evict_blocks(spoiled)
+        return (noted | ended) & scheduler.requests.keys()
 
 
 class _Scheduler(_EndsRequests, Scheduler):
