@@ -61,6 +61,37 @@ def test_tokens_of_ragged_requests_side_by_side_read_what_whole_requests_read(op
     torch.testing.assert_close(update, wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_streams": 2}, {"norm_weight": "zero_centered", "gate": "none"}, {"kernel_size": 0}],
+    ids=str,
+)
+def test_what_an_engine_keeps_of_each_token_gives_the_updates_of_the_whole_text(options):
+    layer = build(**options)
+    config, spec = layer.config, spec_of(layer.config)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(NUM_TOKENS, (1, 14), generator=generator)
+    tokens[0, 5] = NUM_TOKENS + 1
+    hidden = torch.randn(1, 14, config.num_streams, config.hidden_size, generator=generator)
+    layer.table = ParameterTable(spec.num_rows(1), config.head_dim)
+    step = begin_step(spec, {}, tokens, checked=False)
+    expected = layer(hidden, step.rows[1], active=step.active)
+    with torch.no_grad():
+        value, gates = layer.weigh(hidden, layer.read(step.rows[1]), step.active)
+        kept = {}
+        if config.kernel_size:
+            scales = layer.convolution_scales(value, gates)
+            before = torch.arange(14)[:, None] - torch.tensor(layer.tap_distances)
+            kept = {
+                "scales": scales[0, :, None],
+                "earlier_value": value[0, before.clamp(min=0)],
+                "earlier_scales": scales[0, before.clamp(min=0)].masked_fill(before[..., None] < 0, 0),
+            }
+        update = layer.refine(value[0, :, None], gates[0, :, None], **kept, active=step.active[0, :, None])
+    assert expected.count_nonzero() == 13 * config.num_streams * config.hidden_size
+    torch.testing.assert_close(update[:, 0], expected.view(hidden.shape)[0], atol=1e-6, rtol=1e-6)
+
+
 def test_tokens_outside_the_vocabulary_are_dead_where_nothing_is_checked():
     spec = spec_of(build().config)
     tokens = torch.tensor([[1, NUM_TOKENS + 5, 2, 3]])

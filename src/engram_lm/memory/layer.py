@@ -96,40 +96,56 @@ class EngramLayer(MemoryLayer):
         self,
         value: Tensor,
         gates: Tensor,
+        scales: Tensor | None = None,
         earlier_value: Tensor | None = None,
-        earlier_gates: Tensor | None = None,
+        earlier_scales: Tensor | None = None,
         *,
         active: Tensor | None = None,
     ) -> Tensor:
-        """Compute the updates of single tokens from what `weigh` gave for them and for the positions their taps read.
+        """Compute the updates of single tokens from what was kept of them and of the positions that their taps read.
 
-        For engines that keep the results of `weigh` themselves, which are fewer numbers than the convolution's input.
+        For engines that keep values and `convolution_scales` themselves, which are fewer numbers than the convolution's
+        input. They give what `forward` gives, rounded alike; gradients do not go through.
 
         Args:
             value: Values of T tokens, ``[T, 1, D]``.
             gates: Their gates, ``[T, 1, S]``.
-            earlier_value: Values at the `tap_distances` before each token, ``[T, taps - 1, D]``; may be None where the
-                layer has no convolution, or where nothing came before.
-            earlier_gates: The gates there, ``[T, taps - 1, S]``; 0 before the start of a text.
+            scales: Their `convolution_scales`, ``[T, 1, S]``; not used, nor the next two, where the layer has no
+                convolution.
+            earlier_value: Values at the `tap_distances` before each token, ``[T, taps - 1, D]``; None where nothing
+                came before.
+            earlier_scales: The scales there, ``[T, taps - 1, S]``; 0 before the start of a text.
             active: Bool ``[T, 1]``; where False the update is 0.
 
         Returns:
             The updates, ``[T, 1, S, D]``.
         """
-        update = gated_values(value, gates)
-        if self.config.kernel_size:
-            earlier = None
-            if earlier_value is not None and earlier_gates is not None:
-                earlier = self.convolution_input(gated_values(earlier_value, earlier_gates))
+        if not self.config.kernel_size:
+            return gated_values(value, gates)
+        assert scales is not None, "there is a convolution"
+        if value.dtype != torch.float32:
+            update, earlier = gated_values(value, gates), None
+            if earlier_value is not None and earlier_scales is not None:
+                earlier = self.convolution_input(gated_values(earlier_value, earlier_scales))
             # Only the positions that taps meet were given, so they lie side by side.
-            update = update + self._taps(update, self.convolution_input(update), earlier, 1, active)
-        return update
+            return update + self._taps(update, self.convolution_input(update), earlier, 1, active)
+        # A tap adds value x scale x (norm weight x tap weight). The last two are one factor for all tokens, so that no
+        # position has to be normalized again for each token that reads it.
+        gain = self._gain(self.conv_norm)
+        weights = (self.conv_weight.unflatten(0, gain.shape) * gain.unsqueeze(-1)).movedim(-1, 0).contiguous()
+        result = gated_values(value, scales).mul_(weights[-1])
+        if earlier_value is not None and earlier_scales is not None:
+            taps = zip(earlier_value.split(1, dim=1), earlier_scales.split(1, dim=1), weights, strict=False)
+            for values, factors, weight in taps:
+                result.addcmul_(gated_values(values, factors), weight)
+        result = F.silu(result, inplace=True).addcmul_(gates.unsqueeze(-1), value.unsqueeze(-2))
+        return result if active is None else result.masked_fill_(~active[..., None, None], 0)
 
     def weigh(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute what a token reads, and how much of it each stream takes.
 
         The two are all that the convolution of later positions depends on, and fewer numbers than its input: an engine
-        that keeps its own state may store them and call `convolution_input` when it reads.
+        that keeps its own state may store them, or the values with their `convolution_scales`, and call `refine`.
 
         Args:
             hidden_states: As for `forward`.
@@ -172,6 +188,25 @@ class EngramLayer(MemoryLayer):
         wide = gated.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
         return (wide * scale * self._gain(self.conv_norm)).to(gated.dtype).flatten(-2)
+
+    def convolution_scales(self, value: Tensor, gates: Tensor) -> Tensor:
+        """Compute what an engine keeps beside a value for the convolution: one number per stream.
+
+        In float32 it turns the value into the normalized gated value, before the norm's weight: RMSNorm(gate x value)
+        is value x gate / sqrt(gate² x mean(value²) + eps). In lower types `forward` rounds the gated value before it
+        normalizes it; so that the same is rounded later, the gates themselves are kept.
+
+        Args:
+            value: Values ``[B, L, D]``, as `weigh` gives them.
+            gates: Their gates, float32 ``[B, L, S]``.
+
+        Returns:
+            Scales, float32 ``[B, L, S]``; 0 where the gate is 0.
+        """
+        if value.dtype != torch.float32:
+            return gates
+        mean_square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square() / value.shape[-1]
+        return gates * torch.rsqrt(gates.square() * mean_square + self.config.norm_eps)
 
     def gate_gain(self) -> Tensor:
         """Return the product of the norm weights of query and key, float32 ``[S, D]``."""

@@ -53,17 +53,21 @@ class MemoryPass:
         layer = self.layers[block]
         vectors = read_or_note(layer, self.rows[block], self.owners)
         value, gates = layer.weigh(hidden_states.unsqueeze(1), vectors, self.active)
-        earlier_value = earlier_gates = None
+        if not layer.config.kernel_size:
+            update = layer.refine(value, gates)
+            return update.reshape(hidden_states.shape).to(hidden_states.dtype)
+        scales = layer.convolution_scales(value, gates)
+        earlier_value = earlier_scales = None
         places = self.places.get(block)
-        if places is not None and layer.config.kernel_size:
-            state, count = self.states[block], len(places.tokens.block)
-            state.write(places.tokens, value[:count, 0], gates[:count, 0])
-            earlier_value, earlier_gates = state.read(places.taps)
+        if places is not None:
+            state, count = self.states[block], len(places.tokens.number)
+            state.write(places.tokens, value[:count, 0], scales[:count, 0])
+            earlier_value, earlier_scales = state.read(places.taps)
             if count < len(value):
                 # A GPU may pad the tokens; nobody reads the updates of padding.
                 spare = (0, 0, 0, 0, 0, len(value) - count)
-                earlier_value, earlier_gates = F.pad(earlier_value, spare), F.pad(earlier_gates, spare)
-        update = layer.refine(value, gates, earlier_value, earlier_gates, active=self.active)
+                earlier_value, earlier_scales = F.pad(earlier_value, spare), F.pad(earlier_scales, spare)
+        update = layer.refine(value, gates, scales, earlier_value, earlier_scales, active=self.active)
         return update.reshape(hidden_states.shape).to(hidden_states.dtype)
 
 
@@ -121,7 +125,7 @@ class ServedMemory:
             size = self.states[block].block_size
             same = [other for other in places if metadata[other].block_table is known.block_table]
             places[block] = (
-                places[same[0]] if same else Places(known.slots(size), known.slots_before(positions, taps, size))
+                places[same[0]] if same else Places(known.slots(), known.slots_before(positions, taps, size))
             )
         owners = Owners("", tokens.new_empty(0), tokens.new_empty(0))
         if metadata:

@@ -28,22 +28,22 @@ class MemoryRow:
 
     num_values: int
     """Numbers of the value, D; 0 where the layer has no convolution."""
-    num_gates: int
-    """Gates, S, float32; 0 where the layer has no convolution."""
+    num_scales: int
+    """Scales, S, float32, see `EngramLayer.convolution_scales`; 0 where the layer has no convolution."""
     holds_code: bool
     """Whether the row holds the token's code too, int32; one memory layer of a model does."""
     dtype: torch.dtype
     """Type of the value."""
 
     @property
-    def gates_start(self) -> int:
-        """First byte of the gates."""
+    def scales_start(self) -> int:
+        """First byte of the scales."""
         return -(-self.num_values * self.dtype.itemsize // 4) * 4
 
     @property
     def code_start(self) -> int:
         """First byte of the code."""
-        return self.gates_start + 4 * self.num_gates
+        return self.scales_start + 4 * self.num_scales
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +66,7 @@ def memory_rows(memory: EngramConfig, blocks: Iterable[int], dtype: torch.dtype)
         if kept or index == 0:
             rows[block] = MemoryRow(
                 num_values=memory.hidden_size if kept else 0,
-                num_gates=memory.num_streams if kept else 0,
+                num_scales=memory.num_streams if kept else 0,
                 holds_code=index == 0,
                 dtype=dtype,
             )
@@ -77,10 +77,8 @@ def memory_rows(memory: EngramConfig, blocks: Iterable[int], dtype: torch.dtype)
 class Slots:
     """Places in the cache."""
 
-    block: Tensor
-    """Number of the block, int64 ``[T]`` or ``[T, n]``."""
-    offset: Tensor
-    """Place in the block, of the same shape."""
+    number: Tensor
+    """Number of the slot, counted through all blocks, int64 ``[T]`` or ``[T, n]``."""
     exists: Tensor | None = None
     """Bool of the same shape: whether there is such a token; None where all exist."""
 
@@ -126,35 +124,55 @@ class MemoryState(AttentionLayerBase):
         """Take the rows, ``[blocks, 1, N, bytes]``; called again whenever vLLM allocates them anew."""
         self.kv_cache = kv_cache
         row, rows = self.row, kv_cache.squeeze(1)
+        if rows.is_contiguous():
+            # One index finds a row. Blocks that vLLM has padded need two.
+            rows = rows.view(-1, row.num_bytes)
         values = rows[..., : row.num_values * row.dtype.itemsize]
         self._values = values.view(row.dtype)
-        self._gates = rows[..., row.gates_start : row.code_start].view(torch.float32)
+        self._scales = rows[..., row.scales_start : row.code_start].view(torch.float32)
         self._codes = rows[..., row.code_start : row.code_start + 4].view(torch.int32) if row.holds_code else None
 
-    def write(self, slots: Slots, value: Tensor, gates: Tensor) -> None:
-        """Store values ``[T, D]`` and gates, float32 ``[T, S]``."""
-        self._values[slots.block, slots.offset] = value.to(self._values.dtype)
-        self._gates[slots.block, slots.offset] = gates
+    def write(self, slots: Slots, value: Tensor, scales: Tensor) -> None:
+        """Store values ``[T, D]`` and scales, float32 ``[T, S]``."""
+        _put(self._values, slots, value.to(self._values.dtype))
+        _put(self._scales, slots, scales)
 
     def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Return values ``[T, n, D]`` and gates, float32 ``[T, n, S]``; gates are 0 where there is no such token."""
-        value, gates = self._values[slots.block, slots.offset], self._gates[slots.block, slots.offset]
+        """Return values ``[T, n, D]`` and scales, float32 ``[T, n, S]``.
+
+        Where there is no such token, the scales are 0 and the value is that of the slot that is named instead.
+        """
+        value, scales = _take(self._values, slots), _take(self._scales, slots)
         if slots.exists is not None:
-            # A slot of nobody may hold anything, NaN included.
-            value = value.masked_fill(~slots.exists.unsqueeze(-1), 0)
-            gates = gates.masked_fill(~slots.exists.unsqueeze(-1), 0)
-        return value, gates
+            scales = scales.masked_fill(~slots.exists.unsqueeze(-1), 0)
+        return value, scales
 
     def write_codes(self, slots: Slots, codes: Tensor) -> None:
         """Store codes, int64 ``[T]``, see `engram_lm.hashing.codes`."""
         assert self._codes is not None
-        self._codes[slots.block, slots.offset, 0] = codes.to(torch.int32)
+        _put(self._codes, slots, codes.to(torch.int32).unsqueeze(-1))
 
     def read_codes(self, slots: Slots) -> Tensor:
         """Return codes, int64 ``[T, n]``; -1 where there is no such token."""
         assert self._codes is not None and slots.exists is not None
-        codes = self._codes[slots.block, slots.offset, 0].long()
+        codes = _take(self._codes, slots).squeeze(-1).long()
         return codes.masked_fill(~slots.exists, -1)
+
+
+def _take(held: Tensor, slots: Slots) -> Tensor:
+    """Copy rows out of ``[slots, n]`` or ``[blocks, N, n]``."""
+    if held.dim() == 2:
+        # Copies whole rows; indexing with several tensors would copy number by number.
+        return held.index_select(0, slots.number.flatten()).unflatten(0, slots.number.shape)
+    return held[slots.number // held.shape[1], slots.number % held.shape[1]]
+
+
+def _put(held: Tensor, slots: Slots, rows: Tensor) -> None:
+    """Copy rows ``[T, n]`` into ``[slots, n]`` or ``[blocks, N, n]``."""
+    if held.dim() == 2:
+        held[slots.number] = rows
+    else:
+        held[slots.number // held.shape[1], slots.number % held.shape[1]] = rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,13 +188,12 @@ class MemoryMetadata:
     slot_mapping: Tensor
     """Slot of each token, counted through all blocks; -1 at padding."""
 
-    def slots(self, block_size: int) -> Slots:
+    def slots(self) -> Slots:
         """Return the places of the tokens; padding is sent to the first block, which is nobody's."""
-        slots = self.slot_mapping[: self.num_tokens].long().clamp(min=0)
-        return Slots(slots // block_size, slots % block_size)
+        return Slots(self.slot_mapping[: self.num_tokens].long().clamp(min=0))
 
     def slots_before(self, positions: Tensor, distances: Tensor, block_size: int) -> Slots:
-        """Return the places of the tokens at some distances before each.
+        """Return the places of the tokens at some distances before each, or of a request's first where there is none.
 
         Args:
             positions: Position of each token in its request, int64 ``[T]``.
@@ -189,7 +206,7 @@ class MemoryMetadata:
         exists = earlier >= 0
         earlier = earlier.clamp(min=0)
         blocks = self.block_table[request].gather(1, earlier // block_size).long()
-        return Slots(blocks, earlier % block_size, exists)
+        return Slots(blocks * block_size + earlier % block_size, exists)
 
 
 class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
