@@ -177,7 +177,7 @@ def test_impossible_flags_are_refused_in_words(flags, said, capsys):
 def test_a_checkpoint_without_memory_is_refused(model, tmp_path, capsys):
     copy_without_memory(model, tmp_path / "none")
     assert main(["bench", "serve", str(tmp_path / "none"), "--dry-run"]) == 1
-    assert "no model of ours with memory" in capsys.readouterr().err
+    assert "not an engram-lm model with memory" in capsys.readouterr().err
     assert read_config(model).memory is not None
 
 

@@ -257,7 +257,7 @@ class HashSpec:
         )
 
     def covering(self, num_tokens: int) -> "HashSpec":
-        """Return the spec for a model that embeds so many ids; a token map must be bound.
+        """Return the spec for a model whose embedding has `num_tokens` rows; a token map must be bound.
 
         Each id that the map lacks, as of a token added later, is hashed as a token of its own (`TokenMap.covering`).
         Rows of other tokens, the digest and what is saved stay as they are.

@@ -152,7 +152,7 @@ def packed_row(ends: Any, tokens: Tensor, look_back: int) -> PackedRow | None:
 
 
 def follow_vocabulary(spec: HashSpec, num_tokens: int) -> HashSpec:
-    """Return the spec for a model that embeds so many ids now, and say in the log if these are more than before."""
+    """Return the spec for a model whose embedding has `num_tokens` rows, and log a warning if it has grown."""
     assert spec.token_map is not None
     if num_tokens > spec.token_map.num_tokens:
         _LOG.warning(

@@ -161,7 +161,7 @@ class Serve(ModelFlags):
 
         config = files_of(self.model).fetch("config.json", _CONFIG_BYTES)
         if config is None:
-            raise CheckpointError(f"{self.model} has no config.json, so it is no model of transformers")
+            raise CheckpointError(f"{self.model} has no config.json, so it is not a transformers model")
         return self.model, read_json(config)
 
 

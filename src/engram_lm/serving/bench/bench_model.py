@@ -63,7 +63,7 @@ def shape_fields(shape: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def shape_memory(shape: str, table_bytes: int | None, dtype: torch.dtype) -> EngramConfig:
-    """Describe the memory of a shape, with tables of so many bytes in all (None: those of the shape)."""
+    """Describe the memory of a shape, with `table_bytes` bytes of tables in all (None: as many as the shape has)."""
     backbone, fields = shape_fields(shape)
     memory = EngramConfig(hidden_size=backbone["hidden_size"], num_streams=backbone["num_streams"], **fields)
     if table_bytes is None:
@@ -177,17 +177,17 @@ def copy_tables(model: Path, folder: Path) -> None:
 
 
 def read_config(model: Path) -> EngramLMConfig:
-    """Read the configuration of a checkpoint of ours.
+    """Read the configuration of an engram-lm checkpoint.
 
     Raises:
-        ConfigError: It is none, or it has no memory.
+        ConfigError: It is not one, or it has no memory.
     """
     try:
         config = EngramLMConfig.from_pretrained(model)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{model} is no checkpoint of ours: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{model} cannot be read as a model of engram-lm: {str(error).splitlines()[0]}") from error
     if config.model_type != EngramLMConfig.model_type or config.memory is None:
-        raise ConfigError(f"{model} is no model of ours with memory, so there is nothing to compare")
+        raise ConfigError(f"{model} is not an engram-lm model with memory, so there is nothing to compare")
     return config
 
 

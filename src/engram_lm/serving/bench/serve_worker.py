@@ -27,7 +27,7 @@ class Engine(Protocol):
     """What generates."""
 
     def generate(self, requests: list[list[int]], new_tokens: int) -> list[list[int]]:
-        """Generate so many tokens for each request, greedily, whatever they are."""
+        """Generate `new_tokens` tokens for each request, greedily; end-of-text does not stop them."""
 
     def tables(self) -> list[Any]:
         """The open tables, each once."""

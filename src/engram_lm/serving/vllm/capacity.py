@@ -24,5 +24,5 @@ def cache_bytes_per_token(config: EngramLMConfig, dtype: torch.dtype, *, ranks: 
 
 
 def cache_tokens(cache_bytes: int, bytes_per_token: int, block_size: int) -> int:
-    """Tokens that a cache of so many bytes holds, in whole blocks of tokens, one of which vLLM keeps for itself."""
+    """Return how many tokens a cache of `cache_bytes` bytes holds, in whole blocks; vLLM keeps one block for itself."""
     return cache_bytes // (bytes_per_token * block_size) * block_size
