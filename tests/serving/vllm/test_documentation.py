@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from engram_lm.model import EngramLMConfig
-from engram_lm.serving.vllm.attention import _kernel_size
-from engram_lm.serving.vllm.state import MemoryRow
+from engram_lm.serving.vllm.capacity import cache_bytes_per_token
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "serving.md"
 ROWS = re.findall(r"^\| `(\S+)` \| (float32|bfloat16) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", PAGE.read_text(), re.M)
@@ -16,21 +15,19 @@ ROWS = re.findall(r"^\| `(\S+)` \| (float32|bfloat16) \| ([\d,]+) \| ([\d,]+) \|
 
 @pytest.mark.parametrize(("name", "dtype", "total", "memory", "tokens"), ROWS, ids=lambda value: value)
 def test_a_line_of_the_table_of_capacity(name, dtype, total, memory, tokens):
-    """Written from the formula above the table, and from the parts of the model."""
+    """The formula above the table gives the line, and so does the model."""
     config, num_bytes = EngramLMConfig.preset(name), getattr(torch, dtype).itemsize
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
     sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
     head = next(size for size in sizes if size >= max(key, config.v_head_dim))
-    assert head == _kernel_size(max(key, config.v_head_dim))
     attention = config.num_hidden_layers * 2 * config.num_attention_heads * head * num_bytes
     rows = []
     for index in range(len(config.memory_layers)):
         used = config.hidden_size * num_bytes + 4 * config.num_streams + 4 * (index == 0)
         rows.append(-(-used // 16) * 16)
-        row = MemoryRow(config.hidden_size, config.num_streams, index == 0, getattr(torch, dtype))
-        assert row.num_bytes == rows[-1]
     expected = [attention + sum(rows), sum(rows), (1 << 30) // (attention + sum(rows))]
     assert [int(each.replace(",", "")) for each in (total, memory, tokens)] == expected
+    assert cache_bytes_per_token(config, getattr(torch, dtype)) == expected[0]
 
 
 def test_the_table_has_lines():
