@@ -276,6 +276,26 @@ def adaptation_rates() -> str:
     return "\n".join(lines)
 
 
+def busy_machine() -> str:
+    """How fast a training is alone and beside other work, by how its threads wait and how many there are."""
+    record = load("busy_machine")
+    shares: dict[str, dict[str, float]] = {}
+    for result in record["results"]:
+        shares.setdefault(result["setting"], {})[result["case"]] = result["ratio_to_own_setting_alone"]
+    cases = list(next(iter(shares.values())))
+    lines = [f"| setting | {' | '.join(cases)} |", "|---" + "|---:" * len(cases) + "|"]
+    lines += [
+        f"| {setting if ' ' in setting else f'`{setting}`'} | {' | '.join(f'{found[case]:.2f}' for case in cases)} |"
+        for setting, found in shares.items()
+    ]
+    machine = record["machine"]
+    lines += [
+        "",
+        f"Median speed of one training over interleaved rounds; {machine['processor']}, {machine['cores']} cores.",
+    ]
+    return "\n".join(lines)
+
+
 DRAWN = {"normal": "normal", "Student t, 3 degrees of freedom": "Student's t₃"}
 """How a distribution is called in a table."""
 
@@ -348,6 +368,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
     "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
+    "docs/training.md": {"busy machine": busy_machine},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
     "docs/serving.md": {"serving": serving},
 }
