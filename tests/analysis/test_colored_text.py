@@ -8,8 +8,8 @@ from rich.console import Console
 
 from engram_lm.analysis import GateTrace, colored_gates, colored_html
 from engram_lm.analysis.gates.trace import gates_to_show
-from engram_lm.analysis.token_text import visible_text
 from engram_lm.errors import ConfigError
+from engram_lm.evaluation.token_text import visible_text
 
 
 def trace_of(texts, gates):

@@ -107,3 +107,22 @@ def test_every_sequence_begins_as_texts_do_and_beginnings_are_never_predicted():
     assert some.loss == held_out_loss(one, tokens[:57], length=17, beginning=(given,)).loss
     with pytest.raises(ConfigError, match="length is a whole number from 2"):
         held_out_loss(one, tokens, length=1, beginning=(given, given))
+
+
+@pytest.mark.parametrize("beginning", [(), (3,)])
+def test_losses_of_tokens_add_up_to_the_loss_and_stand_where_their_tokens_do(beginning):
+    one = model()
+    tokens = np.where(TOKENS[:70] == 3, 4, TOKENS[:70])
+    nats = np.full(70, np.nan)
+
+    def take(places, losses):
+        assert (losses[places < 0] == 0).all() and np.isnan(nats[places[places >= 0]]).all()  # each once
+        nats[places[places >= 0]] = losses[places >= 0]
+
+    found = held_out_loss(one, tokens, length=32, batch_size=2, beginning=beginning, on_token_losses=take)
+    assert np.isfinite(nats).sum() == found.num_tokens
+    assert math.fsum(nats[np.isfinite(nats)]) / found.num_tokens == pytest.approx(found.loss, rel=1e-12)
+    assert found.loss == held_out_loss(one, tokens, length=32, batch_size=2, beginning=beginning).loss
+    part = torch.tensor([*beginning, *tokens[64:].tolist()])  # the last sequence
+    losses = torch.nn.functional.cross_entropy(one.eval()(part[None, :-1]).logits[0], part[1:], reduction="none")
+    assert nats[65 - len(beginning) :] == pytest.approx(losses.detach().numpy(), rel=1e-4)

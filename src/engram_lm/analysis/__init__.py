@@ -18,7 +18,8 @@ from engram_lm.analysis.rows.neighbours import nearest_ngrams, nearest_rows
 from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.run import analyze
 from engram_lm.analysis.subject import Subject, find_subject, group_by_tokenizer
-from engram_lm.analysis.suppression import suppressed, suppression_effect
+from engram_lm.analysis.suppression import suppression_effect
+from engram_lm.evaluation.suppressing import suppressed
 
 __all__ = [
     "Analysis",

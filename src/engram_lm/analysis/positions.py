@@ -1,6 +1,5 @@
 """Positions of a text at which hidden states are compared: ends of words, of names, or of recurring N-grams."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -8,8 +7,8 @@ import numpy as np
 
 from engram_lm.analysis.protocol import Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import text_places, token_texts
 from engram_lm.errors import ConfigError, check_whole
+from engram_lm.evaluation.token_text import WORD, text_places, token_texts
 from engram_lm.hashing.counting import ngram_keys, ngrams_of, scattered
 from engram_lm.hashing.multipliers import splitmix64
 
@@ -17,8 +16,6 @@ from engram_lm.hashing.multipliers import splitmix64
 
 Positions = Literal["all", "word_ends", "names", "ngrams"]
 
-# Letters, with combining accents and apostrophes inside.
-_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f]|['\u2019](?=[^\W\d_]))*")
 _BREAK = "\n"
 """Stands for special tokens, where words end."""
 _NUM_COUNTERS = 1 << 20
@@ -40,7 +37,7 @@ def thinned(places: np.ndarray, one_in: int) -> np.ndarray:
 
 def word_ends(text: str) -> list[int]:
     """Find the place of the last character of each word; a word is a run of letters."""
-    return [match.end() - 1 for match in _WORD.finditer(text)]
+    return [match.end() - 1 for match in WORD.finditer(text)]
 
 
 def name_ends(text: str) -> list[int]:
@@ -51,7 +48,7 @@ def name_ends(text: str) -> list[int]:
     """
     ends: list[int] = []
     words, last = 0, -2
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         capital = match.group()[0].isupper()
         joined = match.start() == last + 2 and text[last + 1] in " -\u00a0"
         last = match.end() - 1
@@ -146,7 +143,7 @@ class PositionChoice:
             ends, closed = word_ends(text), len(text)
         else:
             ends, closed = name_ends(text), len(text.rstrip())  # the next word may belong to the name
-        first = _WORD.match(text, len("".join(texts[:num_given])))
+        first = WORD.match(text, len("".join(texts[:num_given])))
         # The beginning or end of the window may have cut a word.
         low = first.end() if first is not None and not begins_text else 0
         ends = [end for end in ends if low <= end < closed - 1]

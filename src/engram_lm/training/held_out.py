@@ -19,7 +19,7 @@ from engram_lm.memory.layer import EngramLayer
 from engram_lm.tokenizing import starts_of
 from engram_lm.training.data.batches import restarting_positions
 from engram_lm.training.distribution import LossModule, Ranks, reshard, share
-from engram_lm.training.loss import NOT_SCORED, language_model_loss
+from engram_lm.training.loss import NOT_SCORED, language_model_loss, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ def held_out_loss(
     loss_module: nn.Module | None = None,
     document_ends: np.ndarray | None = None,
     beginning: Sequence[int] = (),
+    on_token_losses: Callable[[np.ndarray, np.ndarray], None] | None = None,
     on_progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> HeldOutLoss:
     """Evaluate on packed tokens, cut into sequences of equal length that do not see each other.
@@ -82,6 +83,9 @@ def held_out_loss(
         document_ends: One past the last token of each document, in order, where positions restart with documents as
             they do in training; None where they do not.
         beginning: Tokens that every sequence begins with, from `engram_lm.tokenizing.beginning_tokens`.
+        on_token_losses: Called with the places in ``tokens`` of those that some sequences predict, int64 ``[B, L]``,
+            -1 where none is predicted, and with the nats of each, float32 ``[B, L]``, which add up to the loss. Only
+            without a ``loss_module``, and for the sequences of this rank.
         on_progress: Called with the number of tokens just evaluated, over all ranks.
 
     Raises:
@@ -104,7 +108,9 @@ def held_out_loss(
             "more"
         )
     ranks = ranks or Ranks()
-    loss_module = loss_module or LossModule(model, functools.partial(language_model_loss, dtype=dtype))
+    assert loss_module is None or on_token_losses is None
+    each = language_model_loss if on_token_losses is None else token_losses
+    loss_module = loss_module or LossModule(model, functools.partial(each, dtype=dtype))
     device, num_before = next(model.parameters()).device, max(1, len(beginning))
     layers = _memory_layers(model)
     gate_sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)
@@ -134,6 +140,9 @@ def held_out_loss(
                     if document_ends is None
                     else _positions(own, document_ends, num_before).to(device),
                 )
+                if on_token_losses is not None:
+                    on_token_losses(_places(own, counts), loss.cpu().numpy())
+                    loss = loss.double().sum() / int(counts[:, 1:].sum())
                 if shared or ranks.is_first:
                     total += loss.double() * int(counts[:, 1:].sum())
                     gate_sums += pass_sums
@@ -185,6 +194,13 @@ def _windows(
         windows.append(np.concatenate([before, tokens[piece]]))
         counts.append(np.concatenate([np.zeros(len(before), dtype=bool), scored[piece]]))
     return np.stack(windows).astype(np.int64), np.stack(counts)
+
+
+def _places(pieces: list[slice], counts: np.ndarray) -> np.ndarray:
+    """Find where in the text the tokens stand that `_windows` says are predicted; -1 for the others."""
+    num_before = counts.shape[1] - (pieces[0].stop - pieces[0].start)
+    places = np.stack([np.arange(piece.start - num_before, piece.stop) for piece in pieces])
+    return np.where(counts, places, -1)[:, 1:]
 
 
 def _positions(pieces: list[slice], document_ends: np.ndarray, num_before: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The loss of a language model, for training and for evaluation."""
 
 import contextlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,38 +44,66 @@ def language_model_loss(
     if not isinstance(model, EngramForCausalLM):
         return _loss_of_logits(model, inputs, targets, dtype, position_ids)
     balance = model.config.sequence_balance if model.training and model.config.has_experts else 0.0
-    with autocast(inputs.device, dtype):
-        wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
-        outputs = model.model(input_ids=inputs, position_ids=position_ids, use_cache=False, **wanted)
-    hidden = outputs.last_hidden_state
-    weight = model.lm_head.weight
-    if dtype != "float32":
-        hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
+    wanted = dict.fromkeys(("output_router_logits", "output_chosen_experts"), True) if balance else {}
+    outputs, hidden, weight = _before_the_head(model, inputs, dtype, position_ids, **wanted)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     count = (targets != NOT_SCORED).sum()
     if torch.is_grad_enabled():
         # Each token's loss has the type of the products; their mean is taken in float32.
         loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().sum() / count
     else:
-        at_once = max(1, _LOGITS_AT_ONCE // len(weight))
-        pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        loss = _sum_of_losses((F.linear(some, weight), following) for some, following in pairs) / count
+        loss = _losses_in_parts(hidden, weight, targets).double().sum() / count
     if balance:
         loss = loss + balance * sequence_balance_loss(outputs.router_logits, outputs.chosen_experts, len(inputs))
     return loss
 
 
-def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
+@torch.no_grad()
+def token_losses(
+    model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32", *, position_ids: Tensor | None = None
+) -> Tensor:
+    """Compute the nats of each token, float32 ``[B, L]``; 0 where a target does not count.
+
+    Takes what `language_model_loss` takes. Without gradients, that one returns the mean of these.
+    """
+    if isinstance(model, EngramForCausalLM):
+        _, hidden, weight = _before_the_head(model, inputs, dtype, position_ids)
+        return _losses_in_parts(hidden.flatten(0, 1), weight, targets.flatten()).view_as(targets)
+    logits = _logits(model, inputs, dtype, position_ids)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _before_the_head(
+    model: EngramForCausalLM, inputs: Tensor, dtype: str, position_ids: Tensor | None, **wanted: bool
+) -> tuple[Any, Tensor, Tensor]:
+    """Run a model of ours up to its head: its outputs, the hidden states and the head's weight, ready to multiply."""
+    with autocast(inputs.device, dtype):
+        outputs = model.model(input_ids=inputs, position_ids=position_ids, use_cache=False, **wanted)
+    hidden, weight = outputs.last_hidden_state, model.lm_head.weight
+    if dtype != "float32":
+        hidden, weight = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
+    return outputs, hidden, weight
+
+
+def _losses_in_parts(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Losses of hidden states ``[n, D]``, taken in float32; only some have their logits in memory at a time."""
+    at_once = max(1, _LOGITS_AT_ONCE // len(weight))
+    parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+    return torch.cat(
+        [F.cross_entropy(F.linear(some, weight).float(), following, reduction="none") for some, following in parts]
+    )
+
+
+def _logits(model: Any, inputs: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
     # Not every model accepts positions.
     wanted = {} if position_ids is None else {"position_ids": position_ids}
     with autocast(inputs.device, dtype):
-        logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+        logits: Tensor = model(input_ids=inputs, use_cache=False, **wanted).logits
+    return logits
+
+
+def _loss_of_logits(model: Any, inputs: Tensor, targets: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
     if not torch.is_grad_enabled():
-        return _sum_of_losses([(logits.flatten(0, 1), targets.flatten())]) / (targets != NOT_SCORED).sum()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _sum_of_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Add up the losses of logits ``[n, V]`` and targets ``[n]``, each taken in float32; float64."""
-    sums = [F.cross_entropy(logits.float(), targets, reduction="sum").double() for logits, targets in parts]
-    return torch.stack(sums).sum()
+        losses = token_losses(model, inputs, targets, dtype, position_ids=position_ids)
+        return losses.double().sum() / (targets != NOT_SCORED).sum()
+    return F.cross_entropy(_logits(model, inputs, dtype, position_ids).flatten(0, 1).float(), targets.flatten())

@@ -10,8 +10,8 @@ import numpy as np
 from engram_lm.analysis.gates.trace import NgramGate
 from engram_lm.analysis.protocol import ModelAnalysis, ModelFindings, PlainResult, Reading
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import REPLACEMENT, spelled, text_places
 from engram_lm.errors import check_whole
+from engram_lm.evaluation.token_text import REPLACEMENT, spelled, text_places
 from engram_lm.hashing.counting import NgramCounter, NgramEntries, ngram_keys, ngrams_of
 
 # Dimension key: G blocks with memory, S streams, O orders, F classes of frequency, K classes of tokens, V vocabulary.

@@ -13,7 +13,7 @@ from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
 from engram_lm.analysis.part import Part, Work
 from engram_lm.analysis.protocol import Analysis, ModelFindings
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import REPLACEMENT, spelled, visible_text
+from engram_lm.evaluation.token_text import REPLACEMENT, spelled, visible_text
 from engram_lm.hashing.counting import NgramEntries
 from engram_lm.page.figure import DASHES, Picture
 from engram_lm.page.frame import escape, section, table

@@ -12,8 +12,8 @@ from torch import Tensor
 from engram_lm.analysis.protocol import ModelAnalysis, Reading
 from engram_lm.analysis.reading import look
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import token_texts, visible_text
 from engram_lm.errors import ConfigError
+from engram_lm.evaluation.token_text import token_texts, visible_text
 from engram_lm.tokenizing import begin, beginning_tokens, text_tokens
 
 if TYPE_CHECKING:

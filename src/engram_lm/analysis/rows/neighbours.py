@@ -13,8 +13,8 @@ from engram_lm.analysis.protocol import NotApplicable, PlainResult
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import spelled
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError, check_whole
+from engram_lm.evaluation.token_text import spelled
 from engram_lm.hashing.counting import FrequentNgrams, ngram_rows
 from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.memory.interface import row_signs

@@ -12,8 +12,8 @@ from engram_lm.analysis.rows.collisions import CollisionStudy, TextNgrams, colli
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
 from engram_lm.analysis.rows.usage import RowUse
 from engram_lm.analysis.subject import Subject
-from engram_lm.analysis.token_text import spelled, visible_text
 from engram_lm.errors import ConfigError
+from engram_lm.evaluation.token_text import spelled, visible_text
 from engram_lm.page.figure import INK, Panels, Picture, line_style
 from engram_lm.page.frame import escape, section, table
 from engram_lm.page.number_text import NOTHING, count_text, mean_of

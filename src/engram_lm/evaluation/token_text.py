@@ -1,5 +1,6 @@
 """What tokens spell, and text made safe to show."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 
 REPLACEMENT = "\ufffd"
 """What a tokenizer makes of a piece of a character."""
+WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f]|['\u2019](?=[^\W\d_]))*")
+"""A word: letters, with combining accents and apostrophes inside."""
 # A character has at most four bytes, but a text may hold replacement characters of its own, which look unfinished.
 _LONGEST_WAIT = 16
 # Invisible characters that end lines, move the cursor, start escape sequences or turn the direction of writing.
