@@ -1,88 +1,20 @@
 """A server in a process of its own answers as transformers does, and ends with all its processes when it is told to."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 from tests.serving.vllm.models import NEW_TOKENS, prompts, save_checkpoint
+from tests.serving.vllm.servers import CHAT, SECONDS, generated, running, streamed, text_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 from engram_lm.tables import TensorFolder
 from engram_lm.tables.available_memory import available_bytes
-
-SECONDS = 400
-"""How long a server may take to start on a busy machine."""
-CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
-
-
-class Server:
-    """A server that was started, as a shell would start it."""
-
-    def __init__(self, words, folder):
-        self.log, self.key = folder / "server.log", None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *words, "--port", str(self.port)], stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            )  # fmt: skip
-
-    def ask(self, path, **request):
-        """The status of an answer, and its text."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        data = json.dumps(request).encode() if request else None
-        url = f"http://127.0.0.1:{self.port}{path}"
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def choice(self, path, **request):
-        """The first choice of an answer."""
-        status, text = self.ask(path, **request)
-        assert status == 200, text
-        return json.loads(text)["choices"][0]
-
-    def wait(self):
-        """Return when it answers."""
-        until = time.monotonic() + SECONDS
-        while self.process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(OSError):
-                if self.ask("/health")[0] == 200:
-                    return self
-            time.sleep(0.2)
-        raise AssertionError(self.log.read_text()[-4000:])
-
-    def processes(self):
-        """Processes of its session that are alive."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.process.pid and state != "Z":
-                    found.append(int(stat.parent.name))
-        return found
-
-    def ended(self):
-        """Wait until no process is left; those that are left after a minute."""
-        until = time.monotonic() + 60
-        while (self.process.poll() is None or self.processes()) and time.monotonic() < until:
-            time.sleep(0.1)
-        return self.processes() == []
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +33,8 @@ def servers(folder, checkpoints, tmp_path_factory):
     """Our command, and the line that documentation gives for a run folder without a flag; both start at once."""
     our_words = ["engram_lm", "serve", str(folder), "--api-key", "secret", "--table-tier", "file"]
     other_words = ["vllm.entrypoints.launchers.api_server.entry", "--model", str(checkpoints("dense")[0])]
-    started = [Server(words, tmp_path_factory.mktemp("log")) for words in (our_words, other_words)]
-    try:
-        yield [server.wait() for server in started]
-    finally:
-        for server in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait()
+    with running(our_words, other_words, logs=tmp_path_factory.mktemp("log")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -117,20 +43,9 @@ def ours(servers):
     return servers[0]
 
 
-@torch.no_grad()
 def greedy(folder, tokens):
     """What transformers generates, as ids."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    given = torch.tensor([tokens])
-    output = model.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=1
-    )
-    return output[0, len(tokens) :].tolist()
-
-
-def text_of(text):
-    """A text without the half of a character at its end, which a server keeps back."""
-    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+    return generated(AutoModelForCausalLM.from_pretrained(folder).eval(), tokens)
 
 
 def test_a_completion_is_the_text_that_transformers_generates(ours, folder):
@@ -162,10 +77,7 @@ def test_a_chat_and_its_stream_are_what_transformers_generates(ours, folder):
     assert choice["token_ids"] == expected
     content = choice["message"]["content"]
     assert text_of(content) == text_of(tokenizer.decode(expected, skip_special_tokens=True))
-    status, text = ours.ask("/v1/chat/completions", **request, stream=True)
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    assert status == 200 and lines[-1] == "[DONE]"
-    parts = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines[:-1]]
+    parts = streamed(ours, **request)
     assert len(list(filter(None, parts))) > 3
     assert "".join(parts) == content
 
