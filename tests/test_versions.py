@@ -5,6 +5,7 @@ import re
 import tomllib
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,12 +20,13 @@ def declared():
         *project["dependencies"],
         *(line for name in extras if name not in OTHERS for line in extras[name]),
     ]
-    return {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
+    return {canonicalize_name(requirement.name): requirement.specifier for requirement in map(Requirement, lines)}
 
 
 def pinned(file):
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    return dict(re.fullmatch(r"(\S+)==(\S+)", line).groups() for line in lines if line and not line.startswith("#"))
+    pins = (re.fullmatch(r"(\S+)==(\S+)", line).groups() for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins}
 
 
 def ends(specifier):

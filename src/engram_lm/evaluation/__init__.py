@@ -1,4 +1,11 @@
-"""How good a model is: its loss on held-out text, its answers to the questions of task files, what rounding costs it.
+"""How good a model is: its loss on held-out text, benchmarks of lm-evaluation-harness, what rounding a table costs.
 
-Reading order: ``command.py`` (``engram-lm eval``), ``tasks.py`` and ``task_scores.py``, ``rounding.py``.
+Reading order: ``command.py`` (``engram-lm eval``), ``benchmarks.py`` (`run_tasks` and its results),
+``harness_model.py`` and ``batching.py`` (how the harness asks a model), ``harness_tasks.py``, ``task_data.py`` and
+``suites/`` (which tasks there are, and where their data lies), ``tasks.py`` and ``task_scores.py`` (task files),
+``rounding.py``.
 """
+
+from engram_lm.evaluation.benchmarks import BenchmarkResults, Score, TaskResult, run_tasks
+
+__all__ = ["BenchmarkResults", "Score", "TaskResult", "run_tasks"]
