@@ -120,7 +120,18 @@ def test_a_run_leaves_a_folder_that_says_everything(whole):
 
 def test_the_model_of_a_run_can_be_used_and_evaluated(whole, text, capsys):
     assert main(["eval", str(whole / "model"), "--data", str(text), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] < 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] < 5 and "diagnostics" not in found
+    command = ["eval", str(whole / "model"), "--data", str(text), "--diagnostics", "--sequence-length", "16"]
+    assert main([*command, "--json"]) == 0
+    read = capsys.readouterr()
+    diagnostics = json.loads(read.out)["diagnostics"]
+    assert diagnostics["reference"] == f"the training text of {whole.name}" and diagnostics["reference"] in read.err
+    assert diagnostics["models"] == ["memory on", "memory off"]
+    assert "ngrams_2" in diagnostics["divisions"]
+    assert main([*command, "--reference", str(text)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rare" in printed and f"counted in {text.name}" in printed
     assert main(["generate", str(whole / "model"), "--prompt", "the cat", "--max-new-tokens", "4"]) == 0
 
 

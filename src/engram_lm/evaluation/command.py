@@ -7,17 +7,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from engram_lm.errors import ConfigError, check_flags
+from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
+from engram_lm.evaluation.diagnostics.tables import print_diagnostics
+from engram_lm.evaluation.diagnostics.text import find_reference
 from engram_lm.evaluation.task_scores import score_tasks
 from engram_lm.evaluation.tasks import TaskItem, read_tasks
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
-from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,12 @@ class Eval(ModelFlags):
     """Sequences at a time."""
     max_tokens: int | None = None
     """Tokens to evaluate at most, from the beginning of the text."""
+    diagnostics: bool = False
+    """Also say for which tokens of the text the model pays: by frequency, on rare words that a document repeats, after
+    known N-grams; with the memory on and off, with standard errors."""
+    reference: tuple[str, ...] = ()
+    """Text in which --diagnostics counts how frequent something is, best the one that the model was trained on. Where
+    MODEL or --adapter lies in the folder of a training run, that run's text is the default."""
     device: str = "cpu"
     """Device to run on, as torch names it."""
     json: bool = False
@@ -57,6 +67,8 @@ class Eval(ModelFlags):
         check_flags(self, "sequence_length", "batch_size", "max_tokens")
         if not self.data and not self.tasks:
             raise ConfigError("name what to evaluate on: text with --data, or task files with --tasks")
+        if (self.diagnostics and not self.data) or (self.reference and not self.diagnostics):
+            raise ConfigError("--diagnostics are of the text that --data names, and --reference is for --diagnostics")
 
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed, and scores by family."""
@@ -77,18 +89,22 @@ class Eval(ModelFlags):
     def _measure_loss(self, corpus: Corpus, model: Any, tokenizer: Any) -> dict[str, Any]:
         longest = getattr(model.config, "max_position_embeddings", None) or 1024
         length = self.sequence_length or min(longest, 1024)
-        tokens = pack(corpus.documents, tokenizer)
-        with _progress("evaluating", min(len(tokens) - 1, self.max_tokens or len(tokens))) as advance:
-            found = held_out_loss(
-                model,
-                tokens,
-                length=length,
-                batch_size=self.batch_size,
-                max_tokens=self.max_tokens,
-                num_bytes=corpus.num_bytes if self.max_tokens is None else None,
-                beginning=beginning_tokens(tokenizer),
-                on_progress=advance,
-            )
+        details: dict[str, Any] = {}
+        if self.diagnostics:
+            found, details = self._diagnose(corpus, model, tokenizer, length)
+        else:
+            tokens = pack(corpus.documents, tokenizer)
+            with _progress("evaluating", min(len(tokens) - 1, self.max_tokens or len(tokens))) as advance:
+                found = held_out_loss(
+                    model,
+                    tokens,
+                    length=length,
+                    batch_size=self.batch_size,
+                    max_tokens=self.max_tokens,
+                    num_bytes=corpus.num_bytes if self.max_tokens is None else None,
+                    beginning=beginning_tokens(tokenizer),
+                    on_progress=advance,
+                )
         if not self.json:
             print(f"loss            {found.loss:.4f} nats per token")
             print(f"perplexity      {found.perplexity:.2f}")
@@ -99,8 +115,31 @@ class Eval(ModelFlags):
             for reason, number in corpus.skipped.items():
                 print(f"skipped         {number} files: {reason}")
             print(f"speed           {found.tokens_per_second:,.0f} tokens/s")
+            if details:
+                print_diagnostics(details["diagnostics"])
         values = {"files": len(corpus.documents), "skipped": corpus.skipped, "sequence_length": length}
-        return {**values, **dataclasses.asdict(found)}
+        return {**values, **dataclasses.asdict(found), **details}
+
+    def _diagnose(self, corpus: Corpus, model: Any, tokenizer: Any, length: int) -> tuple[HeldOutLoss, dict[str, Any]]:
+        """Measure the loss together with the diagnostics, which share a pass over the text."""
+        folders = [Path(folder) for folder in (self.adapter, self.model) if folder is not None]
+        reference = find_reference(self.reference, folders, tokenizer, note=Console(stderr=True).print)
+        parts = [pack([document], tokenizer) for document in corpus.documents]
+        num_tokens = sum(map(len, parts))
+        with _progress("evaluating", num_passes(model) * min(num_tokens, self.max_tokens or num_tokens)) as advance:
+            found = diagnose(
+                model,
+                tokenizer,
+                np.concatenate(parts),
+                document_ends=np.cumsum([len(part) for part in parts]),
+                length=length,
+                batch_size=self.batch_size,
+                max_tokens=self.max_tokens,
+                num_bytes=corpus.num_bytes if self.max_tokens is None else None,
+                reference=reference,
+                on_progress=advance,
+            )
+        return next(iter(found.losses.values())), {"diagnostics": found.to_dict()}
 
     def _ask(self, items: tuple[TaskItem, ...], model: Any, tokenizer: Any) -> dict[str, Any]:
         num_answers = sum(max(1, len(item.choices)) for item in items)
