@@ -86,10 +86,12 @@ def model_config(recipe: Recipe, tokenizer: Any = None) -> EngramLMConfig:
         MismatchError: A configuration made for another tokenizer.
     """
     config = _architecture(recipe.model, tokenizer)
+    recipe.stage.apply(config, sequence_length=recipe.data.sequence_length)
     if recipe.data.sequence_length > config.max_position_embeddings:
+        way = "set model.backbone.max_position_embeddings" if recipe.model.weights is None else "set stage.factor"
         raise ConfigError(
             f"data.sequence_length {recipe.data.sequence_length} is more than the model's max_position_embeddings "
-            f"{config.max_position_embeddings}; shorten it, or set model.backbone.max_position_embeddings"
+            f"{config.max_position_embeddings}; shorten it, or {way}"
         )
     return config
 
@@ -138,7 +140,7 @@ def build_model(recipe: Recipe, config: EngramLMConfig, tokenizer: Any, ranks: R
     torch.manual_seed(recipe.train.seed)
     model: Any
     if recipe.model.weights is not None:
-        model = EngramForCausalLM.from_pretrained(recipe.model.weights, dtype=torch.float32)
+        model = EngramForCausalLM.from_pretrained(recipe.model.weights, config=config, dtype=torch.float32)
     else:
         model = _new_model(config)
         for like in recipe.model.like:

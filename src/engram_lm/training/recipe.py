@@ -16,6 +16,7 @@ from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import RecipeFile
 from engram_lm.training.schedules import ScheduleOptions
+from engram_lm.training.stage import StageOptions
 
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
 """How ``--keys`` shows a key that takes text: as paths, because a flag's help cannot show the tables it also takes."""
@@ -341,6 +342,8 @@ class Recipe(RecipeFile):
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Which model is trained."""
+    stage: StageOptions = dataclasses.field(default_factory=StageOptions)
+    """How ``model.weights`` go on with longer sequences than they were trained on."""
     adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
     """The memory that is added to ``model.base``."""
     lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
@@ -367,3 +370,7 @@ class Recipe(RecipeFile):
     def __post_init__(self) -> None:
         if self.model.base is None and (self.adapter.layers or self.lora.rank):
             raise ConfigError("[adapter] and [lora] are added to a pretrained model; name it as model.base")
+        if self.model.weights is None and self.stage.factor is not None:
+            raise ConfigError(
+                "[stage] goes on with a model of this project on longer sequences; name its folder as model.weights"
+            )
