@@ -26,6 +26,8 @@ def build(seed=0, **options) -> EngramLayer:
     with torch.no_grad():
         for parameter in [*layer.parameters(), layer.table.weight]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+        if config.occupancy != "none":
+            layer.table.weight[torch.rand(NUM_ROWS, generator=generator) < 0.6] = 0  # never written
     return layer
 
 
@@ -52,6 +54,9 @@ OPTIONS = [
     {"signs": "hashed"},
     {"orders": (2, 3, 4), "memory_dim": 18},
     {"orders": (3,), "memory_dim": 4},
+    {"occupancy": "rows"},
+    {"occupancy": "ngrams", "num_streams": 2, "bias": True},
+    {"occupancy": "rows", "gate": "none", "signs": "hashed"},
 ]
 
 

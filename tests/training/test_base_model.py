@@ -46,6 +46,7 @@ def table(material, **sections):
 
 KINDS = {
     "memory": {"adapter": MEMORY},
+    "memory with occupancy": {"adapter": {**MEMORY, "rows_per_head": 4999, "occupancy": "ngrams"}},
     "memory and LoRA": {"adapter": MEMORY, "lora": {"rank": 2, "dropout": 0.3}},
     "rows of hidden states": {"adapter": {**MEMORY, "initialization": "transfer", "transfer_tokens": 600}},
     "all of it": {},

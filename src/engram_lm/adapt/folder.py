@@ -6,6 +6,7 @@ names by which every tier finds them, so that the folder is also a source of tab
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import build_layer
 from engram_lm.model.plain_weights import plain_weights, refuse_unknown
 from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
-from engram_lm.tables import MooncakeTable, ParameterTable, RemoteTable, StoredTensor, Table, tensor_layout
+from engram_lm.tables import MooncakeTable, RemoteTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
@@ -150,7 +151,8 @@ def write_adapter(
         "memory": config.to_dict(),
         "hash_spec": spec.to_dict(),
     }
-    card = model_card(
+    card = functools.partial(
+        model_card,
         config=config,
         spec=spec,
         base_name=base.name,
@@ -160,14 +162,14 @@ def write_adapter(
         license=license,
         extra=extra,
     )
+    card()  # refuses an impossible license before anything is written
     with replacing_folder(folder, lambda there: _check_replaceable(there, tables_inside)) as aside:
         small = {name: tensor.cpu().contiguous() for name, tensor in found.weights.items()}
         small[TOKEN_MAP] = torch.tensor(spec.token_map.made.canonical, dtype=torch.int32)
         save_file(small, aside / LAYERS, metadata={"format": "pt"})
-        if tables_inside:
-            _write_tables(aside / TABLES, tables)
+        num_written = _write_tables(aside / TABLES, tables) if tables_inside else None
         (aside / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        (aside / _CARD).write_text(card, encoding="utf-8")
+        (aside / _CARD).write_text(card(num_written=num_written), encoding="utf-8")
 
 
 def layer_weights(config: EngramConfig, spec: HashSpec) -> dict[str, Tensor]:
@@ -213,16 +215,21 @@ def _check_replaceable(folder: Path, tables_inside: bool) -> None:
         )
 
 
-def _write_tables(path: Path, tables: Mapping[str, Table]) -> None:
+def _write_tables(path: Path, tables: Mapping[str, Table]) -> dict[str, int]:
+    """Write the tables, and count the rows of each that are not zeros."""
     promised = {
         f"{TABLE_PREFIX}{name}.weight": (table.dtype, (table.num_rows, table.width)) for name, table in tables.items()
     }
+    num_written = dict.fromkeys(tables, 0)
     with TensorWriter(path, promised) as writer, torch.no_grad():
         for name, table in tables.items():
             step = max(1, _PIECE_BYTES // table.row_bytes)
             for start in range(0, table.num_rows, step):
                 rows = torch.arange(start, min(start + step, table.num_rows))
-                writer.append(f"{TABLE_PREFIX}{name}.weight", table.gather(rows))
+                values = table.stored(rows)
+                num_written[name] += int((values != 0).any(-1).sum())
+                writer.append(f"{TABLE_PREFIX}{name}.weight", values)
+    return num_written
 
 
 def _innermost(table: Table) -> Table:
@@ -282,10 +289,9 @@ class StoredAdapter:
             return place.open(where, wanted, dtype)
         stored = where.torch_dtype if isinstance(where, StoredTensor) else self.dtype
         layout = tensor_layout([where]) if isinstance(where, StoredTensor) else where
-        table = ParameterTable(
-            wanted.num_rows, wanted.width, gradient=self.config.table_gradient, std=self.config.table_std, device="meta"
-        )
+        table = wanted.new(self.config, "meta")
         table.weight = nn.Parameter(place.load(layout, wanted, dtype or stored))
+        table.fill()
         return table
 
     def _stored(self, wanted: Mapping[str, WantedTable]) -> dict[str, StoredTensor]:

@@ -64,6 +64,13 @@ _TABLES_ELSEWHERE = (
     "The tables are not here. Name them with `table_source`: a folder or file of tables, or an address "
     "(`https://`, `mooncake://`); they are compared with the HashSpec below."
 )
+_UNITS = {"rows": "", "ngrams": ", and nor do the other rows of its N-gram"}
+_OCCUPANCY = """
+## Occupancy
+
+A row of zeros was never written, and adds nothing{unit}. Where a token reads none that counts, the memory adds \
+nothing to its hidden state, bit for bit.{rows}
+"""
 
 
 def model_card(
@@ -74,13 +81,15 @@ def model_card(
     model_type: str,
     tables: Mapping[str, Table],
     tables_inside: bool,
+    num_written: Mapping[str, int] | None = None,
     license: str | None = None,
     extra: str = "",
 ) -> str:
     """Write the page of an adapter: Markdown with the header that the Hugging Face Hub reads.
 
     Names that come from other people's files are shown only if they look like names; a path on the author's machine, or
-    a text that would act as markup, is left out. ``extra`` is the author's own Markdown and is put at the end as it is.
+    a text that would act as markup, is left out. ``num_written`` counts the written rows of each table, where there is
+    occupancy and they are known. ``extra`` is the author's own Markdown and is put at the end as it is.
     """
     if license is not None and not _WORD.fullmatch(license):
         raise ConfigError(f"license is an identifier such as 'apache-2.0' or 'other', not {license!r:.100}")
@@ -106,6 +115,10 @@ def model_card(
             for name, table in tables.items()
         ),
     )
+    if config.occupancy != "none":
+        known = [f"{rows:,} of {tables[name].num_rows:,} in table {name}" for name, rows in (num_written or {}).items()]
+        rows = f" Written rows: {', '.join(known)}." if known else ""
+        page += _OCCUPANCY.format(unit=_UNITS[config.occupancy], rows=rows)
     return page + (f"\n{extra.rstrip(chr(10))}\n" if extra else "")
 
 

@@ -57,15 +57,17 @@ class PatchableMemory:
 
     @torch.no_grad()
     def read(self, table: str, rows: Tensor) -> Tensor:
-        """Copy rows ``[N]`` of a table to the host, ``[N, E]``."""
-        weight = self.tables[table].weight
-        return weight[rows.to(weight.device)].cpu()
+        """Copy rows ``[N]`` of a table to the host, ``[N, E]``; zeros for those that occupancy calls unwritten."""
+        return self.tables[table].stored(rows.cpu())
+
+    def beginning(self, table: str, rows: Tensor) -> Tensor:
+        """Copy rows ``[N]`` to the host as a fit begins with them: first numbers in place of zeros, ``[N, E]``."""
+        return self.tables[table].beginning(rows.cpu())
 
     @torch.no_grad()
     def write(self, table: str, rows: Tensor, values: Tensor) -> None:
-        """Replace rows ``[N]`` of a table by values ``[N, E]``."""
-        weight = self.tables[table].weight
-        weight.index_copy_(0, rows.to(weight.device), values.to(weight.device))
+        """Replace rows ``[N]`` of a table by values ``[N, E]``. With occupancy a row of zeros is then unwritten."""
+        self.tables[table].store(rows, values)
 
     def logits(self, tokens: np.ndarray | Sequence[int]) -> Tensor:
         """Compute the logits of one sequence ``[L]``, or of a batch of sequences of one length ``[B, L]``.

@@ -164,11 +164,12 @@ def fit_rows(
     # The caller may have switched gradients off.
     with torch.inference_mode(False), torch.enable_grad(), evaluating(memory.model):
         before = {name: memory.read(name, numbers) for name, numbers in rows.items()}
+        begin = {name: memory.beginning(name, numbers) for name, numbers in rows.items()}
         leaves = {
             name: values.to(memory.tables[name].weight.device, torch.promote_types(values.dtype, torch.float32))
             .clone()
             .requires_grad_()
-            for name, values in before.items()
+            for name, values in begin.items()
         }
         optimizer = torch.optim.Adam(
             [
@@ -203,7 +204,7 @@ def fit_rows(
     changes = {}
     for name, numbers in rows.items():
         after = best[2][name].cpu().to(before[name].dtype)
-        changed = (bits(after) != bits(before[name])).any(-1)
+        changed = (bits(after) != bits(begin[name])).any(-1)
         if bool(changed.any()):
             changes[name] = RowChange(numbers[changed], before[name][changed], after[changed])
     if not changes:

@@ -70,8 +70,13 @@ class EngramConfig:
     table_gradient: Literal["sparse", "dense"] = "sparse"
     """Whether a table's gradient holds the rows that were read (for `engram_lm.training.optimizers.RowAdam`) or all of
     them (what ordinary optimizers, ``clip_grad_norm_`` and ``transformers.Trainer`` need; only for small tables)."""
+    occupancy: Literal["none", "rows", "ngrams"] = "none"
+    """Whether memory speaks only where training has written rows; a row of zeros was never written. With ``"rows"``
+    each written row counts, and a token that reads none gets no update. With ``"ngrams"`` the rows of an N-gram count
+    if all of them (one for each head) were written: training writes them together, so any other N-gram is one that it
+    has not met, and that shares some of its rows by chance."""
     seed: int = 0
-    """Seed of the hash multipliers."""
+    """Seed of the hash multipliers, and of first numbers with ``occupancy``."""
     layer: str = "engram"
     """Name of the layer that reads memory, one of `engram_lm.memory.registry.LAYERS`."""
 
@@ -114,6 +119,13 @@ class EngramConfig:
         if self.signs == "hashed" and self.num_heads < 2:
             raise ConfigError(
                 "signs='hashed' takes the sign from the next head of the order, so num_heads must be 2 or more"
+            )
+        if self.occupancy != "none" and self.table_gradient == "dense":
+            raise ConfigError(
+                f"occupancy={self.occupancy!r} needs table_gradient='sparse': an optimizer of dense gradients changes "
+                "rows that no text has read (by weight decay, for example), and they would count as written; train "
+                "with engram_lm.training.huggingface.MemoryTrainer, or with the optimizer of "
+                "engram_lm.training.optimizers.build_optimizer"
             )
         check_layer(self.layer)
         for name, kind in typing.get_type_hints(EngramConfig).items():
@@ -233,10 +245,12 @@ class EngramConfig:
         return len(self.layers) * int(layer_class(self.layer).count_flops(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. The layer is left out where it is the usual one, as files of version 0.1 have it."""
+        """Plain values for JSON. What a file of version 0.1 does not have is left out where it is as there."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         if self.layer == "engram":
             del values["layer"]
+        if self.occupancy == "none":
+            del values["occupancy"]
         return values
 
     @classmethod

@@ -93,8 +93,32 @@ class MemoryLayer(nn.Module, abc.ABC):
             RowRangeError: A row number outside the table.
         """
         vectors = memory if memory.is_floating_point() else self.read(memory)
+        vectors, active = self.heard(vectors, active)
         output = self.respond(hidden_states, vectors, state, active, lengths)
         return output if return_gates else output.update
+
+    def heard(self, vectors: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Leave out what does not count as written: see ``occupancy`` of `EngramConfig`.
+
+        Args:
+            vectors: Memory vectors ``[B, L, M]``, with zeros where a row was never written.
+            active: Bool ``[B, L]``; None where all positions are active.
+
+        Returns:
+            The vectors, with zeros in place of all that does not count, and the active positions that have anything
+            else than zeros.
+        """
+        config = self.config
+        if config.occupancy == "none":
+            return vectors, active
+        if config.occupancy == "ngrams":
+            rows = vectors.unflatten(-1, (len(config.orders), config.num_heads, config.head_dim))
+            is_written = (rows != 0).any(-1).all(-1)
+            vectors = rows.masked_fill(~is_written[..., None, None], 0).flatten(-3)
+            speaks = is_written.any(-1)
+        else:
+            speaks = (vectors != 0).any(-1)
+        return vectors, speaks if active is None else speaks & active.to(speaks.device, torch.bool)
 
     @abc.abstractmethod
     def respond(

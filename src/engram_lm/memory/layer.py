@@ -14,6 +14,9 @@ from engram_lm.tables.table import Table
 # Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width,
 # W positions before the current one that the convolution reads.
 
+_NOTHING = -0.0
+"""The number that leaves every other as it is when it is added: 0.0 turns -0.0 into 0.0."""
+
 
 class EngramLayer(MemoryLayer):
     """Read rows, weigh them by the context, refine them over the last few tokens.
@@ -85,6 +88,8 @@ class EngramLayer(MemoryLayer):
         update = gated_values(value, gates_BLS)
         if self.config.kernel_size:
             update = update + self._convolve(update, state, active, lengths)
+        if self.config.occupancy != "none" and active is not None:
+            update = update.masked_fill(~active[..., None, None].to(update.device), _NOTHING)
         return EngramOutput(update.reshape(hidden_states.shape).to(hidden_states.dtype), gates_BLS)
 
     @property
@@ -139,7 +144,7 @@ class EngramLayer(MemoryLayer):
             for values, factors, weight in taps:
                 result.addcmul_(gated_values(values, factors), weight)
         result = F.silu(result, inplace=True).addcmul_(gates.unsqueeze(-1), value.unsqueeze(-2))
-        return result if active is None else result.masked_fill_(~active[..., None, None], 0)
+        return result if active is None else result.masked_fill_(~active[..., None, None], _NOTHING)
 
     def weigh(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute what a token reads, and how much of it each stream takes.

@@ -22,6 +22,9 @@ def layer_reference(
     config = layer.config
     assert layer.table is not None
     batch, length, streams, hidden = hidden_states.shape
+    if active is None:
+        active = torch.ones(batch, length, dtype=torch.bool)
+    active = active.clone()
     updates = torch.zeros(batch, length, streams, hidden, dtype=hidden_states.dtype)
     gates = torch.zeros(batch, length, streams, dtype=hidden_states.dtype)
     for b in range(batch):
@@ -29,7 +32,8 @@ def layer_reference(
             gated: list[Tensor] = []
             normed: list[Tensor] = []
             for t in range(length):
-                memory = _memory_vector(layer, rows[b, t])
+                is_written = _written(layer, rows[b, t])
+                memory = _memory_vector(layer, rows[b, t], is_written)
                 bias = layer.key_value.bias
                 weight_key = layer.key_value.weight[m * hidden : (m + 1) * hidden]
                 weight_value = layer.key_value.weight[streams * hidden :]
@@ -38,14 +42,16 @@ def layer_reference(
                     key = key + bias[m * hidden : (m + 1) * hidden]
                     value = value + bias[streams * hidden :]
                 alpha = _gate(layer, hidden_states[b, t, m], key, m)
-                if active is not None and not active[b, t]:
+                if not any(is_written):
+                    active[b, t] = False
+                if not active[b, t]:
                     alpha = alpha * 0
                 gates[b, t, m] = alpha
                 gated.append(alpha * value)  # Eq. 4
                 if config.kernel_size:
                     normed.append(_rms_norm(gated[t], layer.conv_norm[m], layer))
             for t in range(length):
-                if active is not None and not active[b, t]:
+                if not active[b, t]:
                     continue
                 updates[b, t, m] = gated[t]
                 if config.kernel_size:  # Eq. 5
@@ -59,18 +65,33 @@ def layer_reference(
     return updates, gates
 
 
-def _memory_vector(layer: EngramLayer, rows: Tensor) -> Tensor:
-    """Eq. 2: the rows of all heads, one after the other."""
+def _written(layer: EngramLayer, rows: Tensor) -> list[bool]:
+    """Whether what each head of a token reads counts as written; everything does without occupancy."""
+    config = layer.config
+    if config.occupancy == "none":
+        return [True] * len(rows)
+    assert layer.table is not None
+    result = [bool((layer.table.gather(row) != 0).any()) for row in rows]
+    if config.occupancy == "ngrams":
+        for first in range(0, len(rows), config.num_heads):
+            heads = slice(first, first + config.num_heads)
+            result[heads] = [all(result[heads])] * config.num_heads
+    return result
+
+
+def _memory_vector(layer: EngramLayer, rows: Tensor, is_written: list[bool]) -> Tensor:
+    """Eq. 2: the rows of all heads, one after the other; zeros for those that do not count as written."""
     config = layer.config
     assert layer.table is not None
-    parts = []
+    parts: list[Tensor] = []
     for order in range(len(config.orders)):
         for head in range(config.num_heads):
             row = layer.table.gather(rows[order * config.num_heads + head])
             if config.signs == "hashed":
                 neighbour = rows[order * config.num_heads + (head + 1) % config.num_heads]
                 row = row if int(neighbour) % 2 == 0 else -row
-            parts.append(row)
+            # A row of zeros is zeros already, and keeps its gradient.
+            parts.append(row if is_written[len(parts)] or config.occupancy == "rows" else torch.zeros_like(row))
     return torch.cat(parts)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from engram_lm.errors import ConfigError
+from engram_lm.tables.occupancy import TrainedTable
 
 # The names under which others keep the module whose place they take: torch.compile, peft's layers (LoRA, DoRA, IA3, …),
 # peft's modules_to_save, and torch's activation checkpointing.
@@ -40,7 +41,9 @@ class Place:
 
     @property
     def value(self) -> Tensor:
-        """The weight, without its history."""
+        """The weight, without its history; of a table that is trained, as files hold it."""
+        if isinstance(self.owner, TrainedTable) and self.attribute == "weight":
+            return self.owner.saved_weight()
         value: Tensor = getattr(self.owner, self.attribute).detach()
         return value
 

@@ -34,6 +34,7 @@ from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.choose import check_tier
 from engram_lm.tables.files.byte_source import is_address
 from engram_lm.tables.files.sources import choose_layout
+from engram_lm.tables.occupancy import FirstRows
 from engram_lm.tables.tiers.remote_files import RemoteFolder
 
 TABLES = "memory_tables"
@@ -72,10 +73,21 @@ class WantedTable:
     def new(
         self, memory: EngramConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ParameterTable:
-        """Make a table of random rows of this size, as the configuration of the memory has them."""
+        """Make a table of this size with the rows that the configuration of the memory begins with."""
         return ParameterTable(
-            self.num_rows, self.width, gradient=memory.table_gradient, std=memory.table_std, device=device, dtype=dtype
+            self.num_rows,
+            self.width,
+            gradient=memory.table_gradient,
+            std=memory.table_std,
+            device=device,
+            dtype=dtype,
+            first_rows=self.first_rows(memory),
         )
+
+    def first_rows(self, memory: EngramConfig) -> FirstRows | None:
+        """What unwritten rows of this table hold in training; None without occupancy."""
+        name = f"seed {memory.seed}, table {self.name}"
+        return FirstRows(name, memory.table_std) if memory.occupancy != "none" else None
 
     def check(self, where: str, shape: tuple[int, ...], spec_digest: str | None = None) -> None:
         """Refuse, by a MismatchError that names ``where``, a table of another size or of another hash."""

@@ -58,6 +58,10 @@ class Table(abc.ABC):
             TableClosedError: The table has been closed.
         """
 
+    def stored(self, rows: Tensor) -> Tensor:
+        """Read rows as files hold them, without gradients. A table that is trained may show others to its layers."""
+        return self.gather(rows)
+
     @property
     def reads_ahead(self) -> bool:
         """Whether `prefetch` does anything. Where not, asking would cost a count of distinct rows for nothing."""

@@ -404,7 +404,7 @@ def _restore(adapters: dict[str, MemoryAdapter], checkpoint: str) -> None:
             for key, table in tables.items():
                 for start in range(0, table.num_rows, _PIECE_ROWS):
                     rows = torch.arange(start, min(start + _PIECE_ROWS, table.num_rows))
-                    table.weight[start : start + len(rows)] = opened[key].gather(rows).to(table.weight.device)
+                    table.store(rows, opened[key].gather(rows))
         finally:
             for stored_table in opened.values():
                 stored_table.close()

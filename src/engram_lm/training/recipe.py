@@ -118,8 +118,11 @@ class AdapterOptions:
     """Taps of the short convolution; 0 leaves it out."""
     table_std: float = 0.02
     """Standard deviation of the first rows."""
+    occupancy: Literal["none", "rows", "ngrams"] = "none"
+    """Whether memory speaks only where training has written rows, by row or by whole N-grams, and otherwise leaves the
+    base as it is."""
     seed: int = 0
-    """Seed of the hash multipliers."""
+    """Seed of the hash multipliers, and of the first rows with ``occupancy``."""
 
     def __post_init__(self) -> None:
         check_whole(at_least=2, transfer_tokens=self.transfer_tokens)

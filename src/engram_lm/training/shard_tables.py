@@ -53,6 +53,7 @@ def shard_tables(
         target = torch.device(device) if device is not None else table.weight.device
         # Drawn at once only where a seed says so: what exists is about to be copied.
         options = {"group": group, "std": table.std, "dtype": table.dtype, "deduplicate": deduplicate}
+        options["first_rows"] = table.first_rows
         seeds = (0 if seed is None else seed, number)
         sharded = ShardedTable(table.num_rows, table.width, seed=seeds, device="meta", **options)
         if target.type != "meta":

@@ -235,6 +235,11 @@ def _check_parts(memory: PublishedMemory) -> dict[int, Table]:
     ):
         if ours != theirs:
             raise MismatchError(f"the memory has the {name} {ours}, its hash has {theirs}")
+    if config.occupancy != "none":
+        raise ConfigError(
+            "published formats cannot say that rows of zeros were never written (occupancy); save the memory as an "
+            "adapter or a model of this project"
+        )
     tables = {}
     for published, block in zip(spec.layers, spec.blocks, strict=True):
         layer = memory.layers[block]

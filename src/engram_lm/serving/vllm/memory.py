@@ -52,7 +52,8 @@ class MemoryPass:
         """Compute what the memory of a block adds to hidden states ``[T, D]`` or ``[T, S, D]``; of their shape."""
         layer = self.layers[block]
         vectors = read_or_note(layer, self.rows[block], self.owners)
-        value, gates = layer.weigh(hidden_states.unsqueeze(1), vectors, self.active)
+        vectors, active = layer.heard(vectors, self.active)
+        value, gates = layer.weigh(hidden_states.unsqueeze(1), vectors, active)
         if not layer.config.kernel_size:
             update = layer.refine(value, gates)
             return update.reshape(hidden_states.shape).to(hidden_states.dtype)
@@ -67,7 +68,7 @@ class MemoryPass:
                 # A GPU may pad the tokens; nobody reads the updates of padding.
                 spare = (0, 0, 0, 0, 0, len(value) - count)
                 earlier_value, earlier_scales = F.pad(earlier_value, spare), F.pad(earlier_scales, spare)
-        update = layer.refine(value, gates, scales, earlier_value, earlier_scales, active=self.active)
+        update = layer.refine(value, gates, scales, earlier_value, earlier_scales, active=active)
         return update.reshape(hidden_states.shape).to(hidden_states.dtype)
 
 

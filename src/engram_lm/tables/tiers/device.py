@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError
 from engram_lm.tables.layout import RowLayout
+from engram_lm.tables.occupancy import FirstRows, TrainedTable
 from engram_lm.tables.table import Table
 from engram_lm.tables.tiers.host import load_in_pieces
 from engram_lm.tables.tiers.record_table import RecordTable
@@ -78,7 +79,7 @@ def load_resident(
     return ResidentTable(weight)
 
 
-class ParameterTable(nn.Module, Table):
+class ParameterTable(TrainedTable):
     """A table that is trained: one parameter, whose gradient holds only the rows that were read.
 
     Args:
@@ -90,6 +91,8 @@ class ParameterTable(nn.Module, Table):
             (worst row gradient about 5 at 1.0, 65 at 0.02, 1e4 and more at 1e-6), so it must not be zero.
         device: Where the rows are; ``"meta"`` allocates nothing.
         dtype: Floating type of the rows.
+        first_rows: What rows hold that were never written, and that are read as zeros except in training (occupancy);
+            where None, all rows begin from a normal distribution and count as written.
 
     Optimizers tell tables from other parameters by this class: a mark on the parameter itself would be lost when a
     model is copied or loaded.
@@ -104,22 +107,22 @@ class ParameterTable(nn.Module, Table):
         std: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        first_rows: FirstRows | None = None,
     ) -> None:
         super().__init__()
         if gradient not in ("sparse", "dense"):
             raise ConfigError(f"gradient must be 'sparse' or 'dense', not {gradient!r}")
         self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
+        self.first_rows = first_rows
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all rows anew from a normal distribution."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the numbers that `gather` returns."""
-        return self.weight.dtype
+        """Draw all rows anew from a normal distribution, or let them begin as `first_rows` says."""
+        if self.first_rows is not None:
+            self._reset_to_first_rows()
+        else:
+            nn.init.normal_(self.weight, std=self.std)
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Read rows, differentiably. See `Table.gather`.
@@ -137,7 +140,7 @@ class ParameterTable(nn.Module, Table):
             )
         try:
             result = F.embedding(rows.to(self.weight.device), self.weight, sparse=self.gradient == "sparse")
-            result = result.to(rows.device)
+            result = self._as_read(rows, result.to(rows.device))
         except (IndexError, RuntimeError):
             self._check_rows(rows)
             raise

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from engram_lm.errors import ConfigError, MismatchError
-from engram_lm.tables.table import Table, Ticket
+from engram_lm.tables.occupancy import FirstRows, TrainedTable
+from engram_lm.tables.table import Ticket
 from engram_lm.tables.tiers.row_exchange import COUNTED, RankShare, RowExchange
 
 _ROWS_DRAWN_AT_ONCE = 4096
@@ -52,7 +53,7 @@ def draw_rows(weight: Tensor, first_row: int, *, seed: int | tuple[int, ...], st
         weight[start - first_row : stop - first_row].copy_(values[start - block * size : stop - block * size])
 
 
-class ShardedTable(nn.Module, Table):
+class ShardedTable(TrainedTable):
     """A trained table of which every rank of a group has its own rows.
 
     Reading is collective: all ranks of the group call `gather` (and `prefetch`, if any does) equally often and in the
@@ -74,6 +75,7 @@ class ShardedTable(nn.Module, Table):
         device: Where this rank's rows are; ``"meta"`` allocates nothing. The group must be able to exchange from there.
         dtype: Floating type of the rows.
         deduplicate: Whether a row that is read twice travels once. False is for comparison: nothing else changes.
+        first_rows: As for `ParameterTable`.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class ShardedTable(nn.Module, Table):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         deduplicate: bool = True,
+        first_rows: FirstRows | None = None,
     ) -> None:
         super().__init__()
+        self.first_rows = first_rows
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self._group = group
@@ -104,14 +108,11 @@ class ShardedTable(nn.Module, Table):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw this rank's rows anew, from ``seed`` and their numbers."""
-        if not self.weight.is_meta:
+        """Draw this rank's rows anew, from ``seed`` (or as `first_rows` says) and their numbers."""
+        if self.first_rows is not None:
+            self._reset_to_first_rows()
+        elif not self.weight.is_meta:
             draw_rows(self.weight, self.first_row, seed=self.seed, std=self.std)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the numbers that `gather` returns."""
-        return self.weight.dtype
 
     @property
     def reads_ahead(self) -> bool:
@@ -154,7 +155,7 @@ class ShardedTable(nn.Module, Table):
         else:
             exchange = self._asked_before(rows) or RowExchange(self._share(), rows)
             result = _Gather.apply(self.weight, exchange)
-            result = result.view(*rows.shape, self.width).to(rows.device)
+            result = self._as_read(rows, result.view(*rows.shape, self.width).to(rows.device))
         return result if out is None else out.copy_(result)
 
     forward = gather
@@ -166,7 +167,8 @@ class ShardedTable(nn.Module, Table):
     def _gather_own(self, rows: Tensor) -> Tensor:
         self._counts["requested_rows"] += rows.numel()
         try:
-            return F.embedding(rows.to(self.weight.device), self.weight, sparse=True).to(rows.device)
+            read = F.embedding(rows.to(self.weight.device), self.weight, sparse=True).to(rows.device)
+            return self._as_read(rows, read)
         except (IndexError, RuntimeError):
             self._check_rows(rows)
             raise
@@ -227,7 +229,7 @@ class ShardedTable(nn.Module, Table):
         if self.world_size == 1:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         else:
-            destination[f"{prefix}weight"] = self.distributed(self.weight.detach())
+            destination[f"{prefix}weight"] = self.distributed(self.saved_weight())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take this rank's rows from the whole table, or from a DTensor divided as this table is."""

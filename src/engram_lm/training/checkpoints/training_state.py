@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import new_folder, write_atomically
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.model.table_place import TABLES, wanted_tables
 from engram_lm.tables.files.safetensors_file import INDEX_NAME
 from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.occupancy import FirstRows
 from engram_lm.tables.stored_tensor import DTYPES
 from engram_lm.tables.tiers.sharded import ShardedTable
 from engram_lm.training.checkpoints.saved_state import SavedState, SavedTensor
@@ -144,13 +146,18 @@ def export_model(
     named = {_MODEL + name: tensor for name, tensor in saved.items()}
     reader = StateReader(checkpoint, SavedState(state.step, {}, state.files, named))
     reader.verify()
+    first_rows = _first_rows(config)
     with new_folder(out) as aside:
         empty = {name: torch.empty(saved[name].shape, dtype=target[name], device="meta") for name in saved}
         files = split_torch_state_dict_into_shards(empty, max_shard_size=_LARGEST_FILE_BYTES)
         for file, names in files.filename_to_tensors.items():
             with TensorWriter(aside / file, {name: (target[name], saved[name].shape) for name in names}) as writer:
                 for name in names:
+                    row = 0
                     for piece in _whole(reader, _MODEL + name, saved[name]):
+                        if (first := first_rows.get(name)) is not None:
+                            piece = first.silenced(torch.arange(row, row + len(piece)), piece)
+                            row += len(piece)
                         writer.append(name, piece.to(target[name]))
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
@@ -159,6 +166,15 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
     return out
+
+
+def _first_rows(config: EngramLMConfig) -> dict[str, FirstRows]:
+    """What unwritten rows of each table hold in a checkpoint, by the table's name in the model; files have zeros."""
+    memory, spec = config.memory_config, config.spec
+    if memory is None or spec is None:
+        return {}
+    found = {name: table.first_rows(memory) for name, table in wanted_tables(spec, memory.head_dim).items()}
+    return {f"model.{TABLES}.{name}.weight": first for name, first in found.items() if first is not None}
 
 
 def _config_of(checkpoint: Path, state: SavedState) -> EngramLMConfig:

@@ -120,8 +120,8 @@ def build_optimizer(
             same matrices. If None, sharded tables are divided over all ranks.
 
     Raises:
-        ConfigError: Nothing in the model is trainable, or a table's gradient is dense and its optimizer is not
-            ``row_adam``.
+        ConfigError: Nothing in the model is trainable, a table's gradient is dense and its optimizer is not
+            ``row_adam``, or rows would decay although the memory has occupancy.
     """
     options = options or OptimizerOptions()
     kinds = sort_parameters(model)
@@ -135,6 +135,11 @@ def build_optimizer(
         group = {"params": list(parameters.items()), "name": name, "lr_multiplier": 1.0, **group_options}
         return [{**group, "lr": options.lr * group["lr_multiplier"]}] if parameters else []
 
+    if options.table_weight_decay and any(getattr(table, "first_rows", None) for table in model.modules()):
+        raise ConfigError(
+            "table_weight_decay would also change rows that were read and not trained, at padding for example, and "
+            "with occupancy they would count as written; set it to 0"
+        )
     table = {"lr_multiplier": options.table_lr_multiplier, "weight_decay": options.table_weight_decay}
     matrices, decayed = kinds.matrices, kinds.decayed
     if options.backbone == "adamw":
