@@ -44,6 +44,20 @@ def test_the_stable_keys_of_the_paper_s_model(capsys):
     assert 1e7 < build["values_per_second"] < 1e11 and 0 < build["hash_seconds"] < 60
 
 
+def test_tokens_in_the_cache_of_an_engine(capsys, tmp_path, build):
+    found = planned(capsys, "engram-27b")["vllm_cache"]["bfloat16"]
+    # 32 heads of 192 (keys are larger than values) in 30 blocks; value, gates of four streams and a code in 2 of them.
+    memory = (2560 * 2 + 4 * 4 + 4 + 12) + (2560 * 2 + 4 * 4)
+    assert found["memory_bytes_per_token"] == memory
+    assert found["bytes_per_token"] == 30 * 32 * 2 * 192 * 2 + memory
+    assert found["tokens_per_gib"] == (1 << 30) // found["bytes_per_token"]
+    assert planned(capsys, "dense-nano")["vllm_cache"]["float32"]["memory_bytes_per_token"] == 0
+    build(backbone={"v_head_dim": 640}).config.save_pretrained(tmp_path)
+    assert planned(capsys, str(tmp_path))["vllm_cache"]["float32"] is None
+    assert main(["plan", "engram-tiny"]) == 0
+    assert "18,380 tokens in a GiB" in " ".join(capsys.readouterr().out.split())
+
+
 def test_state_of_decoding_is_what_decoding_keeps(capsys, tmp_path, build):
     model = build(backbone={"num_streams": 4}, memory={"num_streams": 4}).bfloat16()
     model.config.save_pretrained(tmp_path)

@@ -19,6 +19,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.presets import NAMES
 from engram_lm.planning.budget import allocate
+from engram_lm.planning.served_cache import cache_bytes_per_token, cache_tokens
 from engram_lm.planning.shape import ITEM_BYTES
 from engram_lm.planning.sizes import model_sizes, muon_parameters
 from engram_lm.tables.block_float8 import num_blocks
@@ -200,6 +201,7 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
         "flops_per_token": {"inference": sizes.flops_per_token, "training": 3 * sizes.flops_per_token},
         "reads_per_token": {"rows": rows, "bytes": _row_bytes(width, rows)},
         "decode": _decode(config, memory, context, batch_size),
+        "vllm_cache": {name: _served(config, name) for name in ITEM_BYTES},
         # In float32: two moments (Adam, RowAdam), or one for what Muon updates.
         "optimizer_bytes": {
             "backbone_adamw": 8 * rest,
@@ -244,6 +246,21 @@ def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, b
         "memory_state_bytes_per_sequence": state,
         "bytes_per_sequence": per_sequence,
         "bytes_of_batch": per_sequence * batch_size,
+    }
+
+
+def _served(config: EngramLMConfig, dtype: str) -> dict[str, int] | None:
+    """What vLLM keeps of a token on a CPU, and how many tokens a GiB of its cache holds; None where it cannot serve."""
+    import torch
+
+    found = cache_bytes_per_token(config, getattr(torch, dtype))
+    if found is None:
+        return None
+    attention, memory = found
+    return {
+        "bytes_per_token": attention + memory,
+        "memory_bytes_per_token": memory,
+        "tokens_per_gib": cache_tokens(1 << 30, attention + memory),
     }
 
 
@@ -329,6 +346,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("", _count(flops["training"]), "training: forward and backward"),
         ("key-value cache", byte_size(decode["kv_cache_bytes_per_sequence"]), f"per sequence, bfloat16; {batch}"),
         ("memory's decode state", byte_size(decode["memory_state_bytes_per_sequence"]), "per sequence, bfloat16"),
+        *_served_rows(found["vllm_cache"]),
         ("optimizer state", byte_size(optimizer["total_adamw"]), "AdamW, and Adam on rows for the tables, float32"),
     ]
     if parameters["memory"]:
@@ -341,6 +359,17 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
         rows += rows_for_people(found["placement"])
     return rows
+
+
+def _served_rows(served: dict[str, dict[str, int] | None]) -> list[tuple[str, str, str]]:
+    lines, title = [], "cache of vLLM on a CPU"
+    for name, kept in served.items():
+        if kept is not None:
+            remark = f"of a token, {name}, {byte_size(kept['memory_bytes_per_token'])} of it memory's: "
+            remark += f"{kept['tokens_per_gib']:,} tokens in a GiB"
+            lines.append((title, byte_size(kept["bytes_per_token"]), remark))
+            title = ""
+    return lines
 
 
 def _count(number: float) -> str:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tests.serving.vllm.engines import engine
 from tests.small_model import BACKBONE
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.serving.vllm.capacity import cache_bytes_per_token, cache_tokens
+from engram_lm.planning.served_cache import CPU_HEAD_DIMS, cache_bytes_per_token, cache_tokens
 
 
 def without_memory(folder):
@@ -28,5 +29,9 @@ def test_the_cache_holds_as_many_tokens_as_we_say(name, dtype, num_bytes, checkp
     found = cache_bytes_per_token(EngramLMConfig.from_pretrained(folder), dtype)
     with engine(folder, dtype=dtype, block_size=32, skip_tokenizer_init=name is None) as llm:
         cache = llm.llm_engine.vllm_config.cache_config
-        assert cache.num_gpu_blocks * cache.block_size == cache_tokens(1 << 30, found, 32)
-    assert found == num_bytes
+        assert cache.num_gpu_blocks * cache.block_size == cache_tokens(1 << 30, sum(found), 32)
+    assert sum(found) == num_bytes
+
+
+def test_heads_are_filled_up_to_the_sizes_that_the_attention_of_vllm_takes():
+    assert list(CPU_HEAD_DIMS) == sorted(CPUAttentionBackend.get_supported_head_sizes())

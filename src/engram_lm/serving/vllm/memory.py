@@ -11,11 +11,12 @@ from vllm.forward_context import get_forward_context
 
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
+from engram_lm.memory.cache_row import memory_rows
 from engram_lm.memory.interface import MemoryLayer
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.memory.step import begin_step
 from engram_lm.serving.vllm.lost_rows import Owners, read_or_note
-from engram_lm.serving.vllm.state import MemoryMetadata, MemoryState, Slots, memory_rows
+from engram_lm.serving.vllm.state import MemoryMetadata, MemoryState, Slots
 from engram_lm.tables import Table
 
 # Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1).
