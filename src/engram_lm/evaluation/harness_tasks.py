@@ -177,7 +177,7 @@ def _downloader(made_by: Any, data: Path | None) -> Any:
         name = getattr(config, "dataset_path", None) or task.DATASET_PATH
         configuration = getattr(config, "dataset_name", None) or task.DATASET_NAME
         generated = callable(getattr(config, "custom_dataset", None))
-        if data is not None and name and not generated and name not in _FILE_READERS and not Path(name).exists():
+        if data is not None and name and not generated and name not in _FILE_READERS and not Path(name).is_absolute():
             task.dataset = task_data.load_dataset(data, name, configuration)
             _check_splits(task, config, name)
             return
