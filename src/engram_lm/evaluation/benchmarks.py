@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import time
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 
 from engram_lm.errors import ConfigError, DataError, MissingExtraError, check_whole
+from engram_lm.evaluation.ruler.harness import build_task, is_ruler
+from engram_lm.evaluation.ruler.tasks import RulerData
+from engram_lm.files import user_path
 
 _SOURCE = "engram_lm"
 
@@ -115,6 +119,7 @@ def run_tasks(
             training flag is put back afterwards.
         tokenizer: Its tokenizer.
         names: Names of tasks, groups and tags; patterns of names, such as ``arc_*``; paths of YAML files; or tasks.
+            Those that begin with ``ruler`` are this library's own and may end with a length: ``ruler_vt_8192``.
         limit: Ask the first so many questions of each task; all where None.
         num_fewshot: Examples before each question; what each task says where None. Tasks that say 0 keep to it.
         task_data: A folder from which alone data sets are read, and whose YAML files in ``tasks`` are tasks too (see
@@ -140,8 +145,19 @@ def run_tasks(
     from engram_lm.evaluation.harness_model import HarnessModel
     from engram_lm.evaluation.harness_tasks import Tasks
 
+    counter = _Counter(on_progress)
+    asked = HarnessModel(model, tokenizer, batch_size=batch_size, max_length=max_length, on_progress=counter.advance)
+    counter.watch(asked)
+    ruler = functools.partial(
+        build_task,
+        tokenizer=tokenizer,
+        num_samples=limit,
+        seed=seed,
+        data=RulerData(folder=None if task_data is None else user_path(task_data) / "ruler"),
+        longest=asked.max_length,
+    )
     with _chance(seed):
-        loaded = Tasks(task_data).load(names)
+        loaded = Tasks(task_data).load([ruler(name) if is_ruler(name) else name for name in names])
         unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and not run_unsafe_code:
             raise ConfigError(
@@ -150,11 +166,6 @@ def run_tasks(
             )
         for task in loaded["tasks"].values():
             _settle_few_shot(task, num_fewshot, seed)
-        counter = _Counter(on_progress)
-        asked = HarnessModel(
-            model, tokenizer, batch_size=batch_size, max_length=max_length, on_progress=counter.advance
-        )
-        counter.watch(asked)
         started = time.time()
         raw: Any = evaluate(
             lm=asked,

@@ -56,10 +56,9 @@ class RulerData:
             raise DataError(f"ruler_{task} needs the published file {name} in {where}; it cannot be made")
         return read(path)
 
-    def missing(self, task: str) -> str | None:
-        """The name of the file that a task needs and that is not in the folder; None if nothing is missing."""
-        name = _QUESTIONS.get(task, (None,))[0]
-        return name if name is not None and not (self.folder and (self.folder / name).is_file()) else None
+    def essay_digest(self, task: str) -> str | None:
+        """Names the prose of a task, for what is written about its samples; None where it uses none."""
+        return self.essay().digest if task in NEEDLES and NEEDLES[task].haystack == "essay" else None
 
 
 def answer_tokens(task: str) -> int:
