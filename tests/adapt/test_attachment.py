@@ -58,7 +58,7 @@ def test_the_model_says_how_wide_the_memory_is(config):
         engram_lm.attach(model, TOKENIZER, layers=(1,), rows_per_haed=97)
     with pytest.raises(ConfigError, match="memory_dim would change"):
         engram_lm.attach(model, TOKENIZER, config(), memory_dim=48)
-    with pytest.raises(ConfigError, match="layers is a sequence of whole numbers, not 1"):
+    with pytest.raises(ConfigError, match="layers is a sequence of whole numbers .*, not 1"):
         engram_lm.attach(model, TOKENIZER, layers=1)
     assert not attached_adapters(model)
 
@@ -414,7 +414,7 @@ def without_weights():
         (lambda: torch.compile(small_model(), backend="eager"), {}, "attach to the model itself, then wrap it"),
         (small_model, {"layer_list": "model.blocks"}, "has no module 'model.blocks'"),
         (small_model, {"layer_list": "model"}, "must be an nn.ModuleList"),
-        (small_model, {"layers": (0, 3)}, r"layers \(0, 3\).*model.layers has 3"),
+        (small_model, {"layers": (0, 3)}, r"layers \[0, 3\].*has 3 decoder layers"),
     ],
 )
 def test_a_model_without_the_layers_asked_for_is_refused(model, options, message, config):

@@ -137,7 +137,7 @@ def test_a_frozen_backbone_keeps_the_selection_biases_of_its_experts():
 def test_the_recipe_of_the_project_is_read_back_as_it_was():
     one = AdaptationRecipe.read(Path(__file__).parents[2] / "recipes" / "adapt-cpu.toml")
     again = AdaptationRecipe.from_dict(tomllib.loads(write_toml(one.to_dict())))
-    assert again == one and one.memory.for_width(128).memory_dim == 128
+    assert again == one and one.memory.for_base(128, 4).memory_dim == 128
 
 
 def _opened(folder, **data):

@@ -12,6 +12,7 @@ from engram_lm.adapt.adapter import MemoryAdapter, check_free, home
 from engram_lm.adapt.decoder import Decoder, embedded_tokens, find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.folder import BaseModel, check_vocabulary
+from engram_lm.adapt.placement import Placement, resolve_layers
 from engram_lm.errors import ConfigError, MismatchError, suggestion
 from engram_lm.hashing import HashSpec, Segments
 from engram_lm.memory.config import EngramConfig, check_tokenizer_kind
@@ -27,7 +28,7 @@ def attach(
     tokenizer: Any,
     config: EngramConfig | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | Placement] | Placement | None = None,
     name: str = "default",
     layer_list: str | None = None,
     segments: Segments | None = None,
@@ -49,7 +50,9 @@ def attach(
             of tokens that are added later, are each hashed as a token of its own.
         config: Geometry and options; ``hidden_size`` is the model's, ``num_streams`` is 1. Where None, it is made of
             ``layers``, ``options`` and the width of the model.
-        layers: Decoder layers, from 0, that read memory before they run; those of ``config`` where None.
+        layers: Decoder layers, from 0, that read memory before they run, or places: ``"early"`` (layer 1),
+            ``"middle"`` (the layer before the middle) and ``"late"`` (the layer after three quarters), which become
+            numbers. Those of ``config`` where None.
         name: Which adapter this is; a model may have several, and their updates add up where several are enabled.
         layer_list: Path of the decoder layers, such as ``"model.layers"``, where structure does not tell.
         segments: Where N-grams stop. By default at the end-of-text token; name image placeholders of a multimodal
@@ -81,7 +84,7 @@ def attach(
             f"{', '.join(options)} would change the configuration that is passed too; set them in the configuration, "
             "or pass no configuration"
         )
-    chosen: Mapping[str, Any] = {} if layers is None else {"layers": layers}
+    chosen: Mapping[str, Any] = {} if layers is None else {"layers": resolve_layers(layers, len(decoder.layers))}
     config = dataclasses.replace(config, value_init="zero", **chosen)
     spec = adapter_spec(decoder, tokenizer, config, segments)
     if dtype is None:

@@ -82,6 +82,8 @@ def open_text(recipe: Recipe, tokenizer: Any, progress: RunProgress | None = Non
             max_held_out_tokens=recipe.evaluation.max_tokens,
             max_bytes=data.max_bytes,
             texts=recipe.evaluation.texts,
+            general=data.general,
+            general_held_out=data.general_held_out,
             on_progress=advance,
         )
     if text.about is not None:

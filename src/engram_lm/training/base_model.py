@@ -18,13 +18,19 @@ from engram_lm.adapt.controls import permuted_hash
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.hashing import HashSpec
+from engram_lm.memory.step import RowMap
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import local_or_hub
+from engram_lm.training.build import checkpoint_activations
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
+from engram_lm.training.dependence import DependenceLoss
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import flops_per_token
 from engram_lm.training.recipe import LoraOptions, Recipe
+from engram_lm.training.retention import RetentionLoss
+from engram_lm.training.writing import trained_tables
 
 _FINGERPRINT_NUMBERS = 64
 
@@ -59,7 +65,16 @@ class AdaptedBase:
         if recipe.adapter.layers:
             self.adapter = self._attach(tokenizer)
         if recipe.train.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self.module)
+        self.retention_loss: RetentionLoss | None = None
+        """Holds what is trained to the base; None without it."""
+        if recipe.retention.weight:
+            self.retention_loss = RetentionLoss(self.module, layer_list=options.layer_list)
+        self.dependence_loss: DependenceLoss | None = None
+        """Makes the model depend on the memory; None without it."""
+        if recipe.dependence.weight:
+            assert self.adapter is not None
+            self.dependence_loss = DependenceLoss(self.adapter, recipe.dependence)
         self._parts = ["memory"] * (self.adapter is not None) + ["lora"] * (self.peft_model is not None)
 
     needs_checkpoint = False
@@ -68,11 +83,7 @@ class AdaptedBase:
     def _attach(self, tokenizer: Any) -> MemoryAdapter:
         recipe, layer_list = self._recipe, self._recipe.model.layer_list
         decoder = find_decoder(self.module, layer_list)
-        memory = recipe.adapter.for_width(decoder.hidden_size)
-        if max(memory.layers) >= len(decoder.layers):
-            raise ConfigError(
-                f"adapter.layers {list(memory.layers)}: the base has {len(decoder.layers)} decoder layers, from 0"
-            )
+        memory = recipe.adapter.for_base(decoder.hidden_size, len(decoder.layers))
         adapter = attach(self.module, tokenizer, memory, layer_list=layer_list)
         if recipe.model.frozen_tables:
             adapter.memory_tables.requires_grad_(False)
@@ -104,8 +115,27 @@ class AdaptedBase:
         return {"total": total, "tables": in_tables, "active": total - in_tables, "trained": trained}
 
     def training_flops_per_token(self) -> float:
-        """Operations that training on one token takes, without those of hidden states that rows are made of."""
-        return flops_per_token(self.module, self._recipe.data.sequence_length, training=True)
+        """Operations that training on one token takes, without those of hidden states that rows are made of.
+
+        Those of the retention and dependence losses of a step are divided among the tokens that are trained on.
+        """
+        length, dependence = self._recipe.data.sequence_length, self.dependence_loss
+
+        def both(tokens: Tensor) -> Tensor:
+            assert dependence is not None
+            return dependence(self.module, tokens, tokens).sum()
+
+        count = flops_per_token(self.module, length, training=True, loss=None if dependence is None else both)
+        if self.retention_loss is not None:
+            share = self._recipe.retention.batch_size / self._recipe.train.batch_size
+            count += share * flops_per_token(self.module, length, training=True, loss=self.retention_loss)
+        return count
+
+    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, Any]] | None:
+        """How the memory reads rows, and its tables that are trained, by name; None without memory."""
+        if self.adapter is None:
+            return None
+        return self.adapter.spec, self.adapter.row_map, trained_tables(self.adapter.tables)
 
     def identity(self) -> dict[str, Any]:
         """Say what must be the same in a checkpoint: the base's weights, by a fingerprint, and the memory's hash."""

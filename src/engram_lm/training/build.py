@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from engram_lm.errors import ConfigError, MismatchError, suggestion
+from engram_lm.hashing import HashSpec
 from engram_lm.hashing.token_map import read_vocabulary
+from engram_lm.memory.step import RowMap
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
 from engram_lm.planning.sizes import model_sizes
@@ -21,6 +23,7 @@ from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.recipe import ArchitectureOptions, ModelOptions, Recipe
 from engram_lm.training.shard_tables import shard_tables
+from engram_lm.training.writing import trained_tables
 
 
 class OwnModel:
@@ -44,6 +47,15 @@ class OwnModel:
 
     def prepare(self, text: TrainingText) -> None:
         """Do nothing: only a model with a base takes something from the text before training."""
+
+    retention_loss = dependence_loss = None
+    """Losses that compare a model with its frozen base, which this one has not."""
+
+    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, Any]] | None:
+        """How the memory reads rows, and its tables that are trained, by name; None without memory."""
+        if self.module.config.memory is None:
+            return None
+        return self.module.hash_spec, None, trained_tables(self.module.tables)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -148,14 +160,23 @@ def build_model(recipe: Recipe, config: EngramLMConfig, tokenizer: Any, ranks: R
                 torch.manual_seed(recipe.train.seed)
                 _take_weights(_new_model(_architecture(like, tokenizer)), model, like.part)
     if recipe.train.gradient_checkpointing:
-        # Its new name in transformers; the old one warns there.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        checkpoint_activations(model)
     if any(table.gradient == "sparse" for table in model.tables.values()):
         seed = None if recipe.model.weights is not None else recipe.train.seed
         shard_tables(model, ranks.group, seed=seed, device=ranks.device, deduplicate=recipe.parallel.deduplicate)
     for table in model.tables.values():
         table.weight.requires_grad_(not recipe.model.frozen_tables)
     return model.to(ranks.device)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let the blocks of a model be computed twice in training, to keep less of them in memory."""
+    # The new name in transformers; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    # transformers lets the embeddings' outputs have a gradient, which the other kind of checkpointing needs. The
+    # backward pass would then go through every block of a frozen base, also through those below the first memory.
+    model.disable_input_require_grads()
 
 
 def _new_model(config: EngramLMConfig) -> Any:

@@ -2,10 +2,12 @@
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +29,9 @@ _ACCELERATORS = {
 _SIZE, _REPEATS = 1024, 5
 
 
-def flops_per_token(model: Any, length: int, *, training: bool) -> float:
+def flops_per_token(
+    model: Any, length: int, *, training: bool, loss: Callable[[Tensor], Tensor] | None = None
+) -> float:
     """Count the operations that a token of a sequence of ``length`` takes, for the model as it stands.
 
     One sequence goes forward, and back for training, while torch counts the matrix products, including those of
@@ -35,8 +39,19 @@ def flops_per_token(model: Any, length: int, *, training: bool) -> float:
     not counted, nor are those of activations below the first trainable weight. Reading rows, norms, gates and the
     optimizer are left out. In the usual symbols training takes 4N for N weights behind the first trainable one, 2N for
     those before it, and 2 more for each trainable weight. The model's gradients are cleared.
+
+    Args:
+        model: A causal language model.
+        length: Tokens in a sequence.
+        training: Whether it is trained, and not only computed.
+        loss: Computes what is trained from tokens ``[1, length]``; the loss of the tokens themselves where None.
     """
     tokens = torch.zeros(1, length, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+
+    def own_loss(tokens: Tensor) -> Tensor:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) if training else logits
+
     config, was_training = model.config.get_text_config(), model.training
     experts = getattr(config, "_experts_implementation", None)
     # The plain paths: the fast ones of attention and experts are not known to the counter.
@@ -50,9 +65,9 @@ def flops_per_token(model: Any, length: int, *, training: bool) -> float:
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            logits = model(input_ids=tokens, use_cache=False).logits
+            found = (loss or own_loss)(tokens)
             if training:
-                F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
+                found.backward()
     finally:
         if experts is not None:
             config._experts_implementation = experts

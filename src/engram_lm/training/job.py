@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.errors import CheckpointError, DivergedError, MismatchError
+from engram_lm.errors import CheckpointError, ConfigError, DivergedError, MismatchError
 from engram_lm.files import write_atomically
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import find_tokenizer, open_text
@@ -30,10 +30,16 @@ from engram_lm.training.loop import StepRecord, Trainer, best_dtype
 from engram_lm.training.metrics import Metrics, check_installed, read_metrics
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_file import to_plain
+from engram_lm.training.retention import Retention
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
+from engram_lm.training.writing import WRITABLE, WritableRows, choose_rows, kept_choice
 
 METRICS, RESULT, MODEL, FAILED = "metrics.jsonl", "result.json", "model", "failed.json"
 """What a run writes into its folder: a line per step, the result, and the trained model; or why training diverged."""
+
+_COUNTED_AT_ONCE = 1 << 15
+"""Tokens whose rows are counted at a time."""
 
 
 class Job:
@@ -66,29 +72,30 @@ class Job:
             kind = OwnModel if recipe.model.base is None else AdaptedBase
             self.trained: OwnModel | AdaptedBase = kind(recipe, self.tokenizer, ranks)
             """The model, and how it is saved."""
-            batches = Batches(
-                self.text.train,
-                recipe.train.batch_size,
-                recipe.data.sequence_length,
-                recipe.train.seed,
-                restart_documents=recipe.data.restart_documents,
-                num_tokens=self.text.num_tokens,
-                beginning=beginning_tokens(self.tokenizer),
-            )
             dtype = self._dtype()
+            retention = None
+            if self.trained.retention_loss is not None:
+                general = self._batches(self.text.general, recipe.retention.batch_size)
+                retention = Retention(self.trained.retention_loss, general, recipe.retention.weight)
         self.trainer = Trainer(
             self.model,
-            batches,
+            self._batches(self.text.train, recipe.train.batch_size),
             dataclasses.replace(recipe.train, dtype=dtype),
             recipe.optimizer,
             recipe.schedule,
             ranks=ranks,
             backbone=recipe.parallel.backbone,
+            retention=retention,
+            dependence=self.trained.dependence_loss,
         )
         self._random = self._random_states()
         self.flops_per_token = self.trained.training_flops_per_token()
         """Operations that training on one token takes."""
         self._checkpoints = Checkpoints(out / CHECKPOINTS, keep_last=max(1, recipe.checkpoint.keep_last))
+        self.writable: WritableRows | None = None
+        """The rows of memory that may be trained; None where all may."""
+        if recipe.writing.rule != "all":
+            self.writable = self._choose_rows()
         self._restore(resume)
         self._first = self.trainer.num_steps_done
         with agree(ranks):
@@ -223,6 +230,40 @@ class Job:
             found["mfu"] = flops / (self._peak_flops * self.ranks.world_size)
         return found
 
+    def _batches(self, tokens: Any, batch_size: int) -> Batches:
+        """Sequences of the text to train on, or of the general text."""
+        recipe = self.recipe
+        return Batches(
+            tokens,
+            batch_size,
+            recipe.data.sequence_length,
+            recipe.train.seed,
+            restart_documents=recipe.data.restart_documents,
+            num_tokens=self.text.num_tokens if tokens is self.text.train else None,
+            beginning=beginning_tokens(self.tokenizer),
+        )
+
+    def _choose_rows(self) -> WritableRows:
+        """Restrict the tables to the rows that may be trained, which are chosen once and kept in the run folder."""
+        found = self.trained.rows()
+        if found is None or not found[2]:
+            raise ConfigError("writing.rule chooses rows of memory to train, and none is trained here")
+        spec, row_map, tables = found
+        recipe = self.recipe
+        at_once = max(1, _COUNTED_AT_ONCE // recipe.data.sequence_length)
+        domain, general = (self._batches(text, at_once) for text in (self.text.train, self.text.general))
+        data = [recipe.data.sequence_length, recipe.data.restart_documents, recipe.train.seed]
+        made_from = {"text": self.text.digest, "hash": spec.digest, "permuted_hash": recipe.adapter.permuted_hash}
+        self.progress.note("counting which rows the texts read")
+        writable = kept_choice(
+            self.out / WRITABLE,
+            lambda: choose_rows(spec, domain, general, recipe.writing, row_map=row_map),
+            made_from={**made_from, "writing": to_plain(recipe.writing), "train": data},
+            ranks=self.ranks,
+        )
+        writable.restrict(tables)
+        return writable
+
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(values)
@@ -342,6 +383,7 @@ class Job:
             "held_out": self.held_out,
             "curve": _curve(self.out / METRICS) if self.ranks.rank == 0 else None,
             "texts": self._measured.get("texts", {}),
+            "writing": None if self.writable is None else dict(self.writable.facts),
             "interrupted": not self.done,
             "out": str(self.out),
         }

@@ -14,6 +14,7 @@ from torch import Tensor
 from engram_lm.errors import ConfigError, DataError, DivergedError, check_whole
 from engram_lm.model.experts import Router, balance_experts
 from engram_lm.training.data.batches import Batch, Batches
+from engram_lm.training.dependence import DependenceLoss
 from engram_lm.training.diagnostics import TableUse, gradient_norms, update_norms
 from engram_lm.training.distribution import (
     LossModule,
@@ -28,6 +29,7 @@ from engram_lm.training.distribution import (
 from engram_lm.training.loss import language_model_loss
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
 from engram_lm.training.optimizers.muon import product_dtype
+from engram_lm.training.retention import Retention
 from engram_lm.training.schedules import ScheduleOptions, learning_rate_factor
 
 
@@ -74,13 +76,16 @@ class StepRecord:
     """How long this step took, in seconds."""
     skipped: bool = False
     """Whether the gradient was not finite, so that nothing was changed."""
+    other_losses: dict[str, float] | None = None
+    """``retention_loss`` and ``dependence_loss`` before they are weighed, where the step has them, over all processes;
+    ``loss`` is without them."""
     details: dict[str, Any] | None = None
     """Norms by group, use of the tables and expert load, if they were asked for: see `Trainer.step`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as one dictionary, with the entries of ``details`` beside the others."""
-        values = vars(self) | (self.details or {})
-        del values["details"]
+        """The fields as one dictionary, with the entries of ``other_losses`` and ``details`` beside the others."""
+        values = vars(self) | (self.other_losses or {}) | (self.details or {})
+        del values["details"], values["other_losses"]
         return values
 
 
@@ -119,6 +124,8 @@ class Trainer:
         schedule: How the learning rate changes.
         ranks: The processes; None means this one alone.
         backbone: With several processes, whether each holds the whole backbone (``"ddp"``) or a part (``"fsdp2"``).
+        retention: Keeps the model near its base on general text, in each step; for one process.
+        dependence: Computes the loss of the text that is trained on together with the dependence loss; for one process.
 
     Raises:
         ConfigError: A batch has fewer sequences than there are processes.
@@ -134,8 +141,11 @@ class Trainer:
         *,
         ranks: Ranks | None = None,
         backbone: Literal["ddp", "fsdp2"] = "ddp",
+        retention: Retention | None = None,
+        dependence: DependenceLoss | None = None,
     ) -> None:
         self.model, self.batches, self.options = model, batches, options
+        self.retention, self.dependence = retention, dependence
         self.optimizer_options = optimizer or OptimizerOptions()
         self.schedule = schedule or ScheduleOptions()
         self.ranks = ranks or Ranks()
@@ -171,7 +181,7 @@ class Trainer:
         self.optimizer.set_lr(rate)
         device = next(self.model.parameters()).device
         self.model.train()
-        loss = self._backward(device)
+        loss, others = self._backward(device)
         found = gradient_norms(self.model, self.optimizer, self.ranks) if details else {}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = clip_gradients(
@@ -180,7 +190,7 @@ class Trainer:
             is_sharded=lambda parameter: id(parameter) in self._own_rows,
             group=self.ranks.group,
         )
-        skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        skipped = not all(map(math.isfinite, (norm, loss, *others.values())))
         if not skipped:
             self.table_use.note()
             with update_norms(self.model, self.optimizer, self.ranks, enabled=details) as norms:
@@ -209,12 +219,14 @@ class Trainer:
             num_tokens=self.num_steps_done * self.batches.batch_size * self.batches.length,
             seconds=time.perf_counter() - started,
             skipped=skipped,
+            other_losses=others or None,
             details=found if details else None,
         )
 
-    def _backward(self, device: torch.device) -> float:
-        """Compute the gradients of the whole batch's mean loss, and that loss."""
+    def _backward(self, device: torch.device) -> tuple[float, dict[str, float]]:
+        """Compute the gradients of the whole batch's mean loss, and that loss; and the other losses of the step."""
         total = torch.zeros((), device=device)
+        others: dict[str, Tensor] = {}
         # A process that cannot read its text must not leave the others waiting in an exchange.
         with agree(self.ranks, f"reading the text of step {self.num_steps_done + 1}"):
             batches = [self.batches.part(self.num_steps_done, start, stop) for start, stop in self._parts]
@@ -223,11 +235,34 @@ class Trainer:
             batch = batches[index].to(device)
             last = index == len(self._parts) - 1
             with contextlib.nullcontext() if last else without_sync(self.loss_module):
-                loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids)
-                loss = loss * loss_weight(stop - start, self.batches.batch_size, self.ranks)
-                loss.backward()
+                weight = loss_weight(stop - start, self.batches.batch_size, self.ranks)
+                if self.dependence is None:
+                    loss = self.loss_module(batch.inputs, batch.targets, position_ids=batch.position_ids) * weight
+                    loss.backward()
+                else:
+                    both = self.dependence(
+                        self.model, batch.inputs, batch.targets, self.options.dtype, position_ids=batch.position_ids
+                    )
+                    loss, missing = both * weight
+                    (loss + self.dependence.weight * missing).backward()
+                    others["dependence_loss"] = missing.detach() + others.get(
+                        "dependence_loss", torch.zeros_like(missing)
+                    )
             total += loss.detach()
-        return self.ranks.mean(total)
+        if self.retention is not None:
+            others["retention_loss"] = self._retain(self.retention, device)
+        return self.ranks.mean(total), {name: self.ranks.mean(value) for name, value in others.items()}
+
+    def _retain(self, retention: Retention, device: torch.device) -> Tensor:
+        """Add the gradients of this step's retention loss, weighed, to those that are there; return the loss itself."""
+        total, batches = torch.zeros((), device=device), retention.batches
+        for start, stop in _divide(batches.batch_size, self.options.micro_batch_size, self.ranks):
+            batch = batches.part(self.num_steps_done, start, stop).to(device)
+            loss = retention.loss(batch.inputs, self.options.dtype, position_ids=batch.position_ids)
+            loss = loss * loss_weight(stop - start, batches.batch_size, self.ranks)
+            (loss * retention.weight).backward()
+            total += loss.detach()
+        return total
 
     def _check_tokens(self, batches: list[Batch]) -> None:
         """Refuse tokens that the model would refuse on this process alone, while the others wait in an exchange."""

@@ -8,18 +8,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from engram_lm.adapt.placement import Placement, resolve_layers
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.memory import EngramConfig
 from engram_lm.training.data.text import EvaluationText
 from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.loop import TrainOptions
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe_file import RecipeFile
+from engram_lm.training.retention import RetentionOptions
 from engram_lm.training.schedules import ScheduleOptions
 from engram_lm.training.stage import StageOptions
+from engram_lm.training.writing import WritingOptions
 
 PATHS = tyro.conf.arg(constructor=tuple[str, ...], metavar="[PATH [PATH ...]]")
 """How ``--keys`` shows a key that takes text: as paths, because a flag's help cannot show the tables it also takes."""
+_DEEP = 1 << 30
+"""A number of layers that no model reaches, for checks before the model is known."""
 TABLES = tyro.conf.arg(constructor=tuple[str, ...], metavar="[{KEY = VALUE, ...} ...]")
 """How ``--keys`` shows a key that takes a list of tables."""
 
@@ -97,8 +103,9 @@ class AdapterOptions:
     """Whose hidden states: of the last decoder layer, or those that go into the layer that reads the memory."""
     permuted_hash: bool = False
     """Whether an N-gram reads other rows at every position, so that rows cannot learn what N-grams mean: a control."""
-    layers: tuple[int, ...] = ()
-    """Decoder layers that read memory before they run, counted from 0; no memory is added where empty."""
+    layers: tuple[int | Placement, ...] = ()
+    """Decoder layers that read memory before they run, counted from 0, or places: ``early`` (layer 1), ``middle`` (the
+    layer before the middle) and ``late`` (the layer after three quarters). No memory is added where empty."""
     orders: tuple[int, ...] = (2, 3)
     """Orders of the N-grams that are looked up."""
     num_heads: int = 8
@@ -127,10 +134,10 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         check_whole(at_least=2, transfer_tokens=self.transfer_tokens)
         if self.layers:
-            self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be
+            self.for_base(max(self.memory_dim or 0, 64), _DEEP)  # refuses what cannot be
 
-    def for_width(self, hidden_size: int) -> EngramConfig:
-        """Configure the memory of a model of this width.
+    def for_base(self, hidden_size: int, num_layers: int) -> EngramConfig:
+        """Configure the memory of a model of this width and depth.
 
         Raises:
             ConfigError: An impossible memory.
@@ -138,6 +145,7 @@ class AdapterOptions:
         heads = self.num_heads * len(self.orders)
         own = ("initialization", "transfer_tokens", "transfer_source", "permuted_hash")
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in own}
+        values["layers"] = resolve_layers(self.layers, num_layers)
         if heads and self.memory_dim is None:
             values["memory_dim"] = max(1, round(hidden_size / heads)) * heads
         return EngramConfig(hidden_size=hidden_size, value_init="zero", **values)
@@ -206,6 +214,12 @@ class DataOptions:
     the text ``validation``."""
     held_out_sources: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Where text to evaluate on comes from, in place of ``held_out``."""
+    general: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Where text comes from that the model knew before and should not forget: what ``[writing]`` compares with, and
+    what ``[retention]`` is measured on. ``["python:standard-library"]`` names Python's own sources."""
+    general_held_out: float = 0.0
+    """Share of its documents that is not used for that. With the ``held_out`` of ``evaluation.texts`` over the same
+    sources, these are the documents that are evaluated on there."""
     restart_documents: bool = False
     """Whether positions, attention and N-grams start anew at each document within a sequence. The short convolution of
     memory does not: it reads up to nine tokens of the previous document."""
@@ -220,6 +234,8 @@ class DataOptions:
                 f"validation is a share beside held_out, and both leave something to train on; not {self.validation} "
                 f"and {self.held_out}"
             )
+        if not 0 <= self.general_held_out < 1:
+            raise ConfigError(f"general_held_out is a share from 0 and below 1, not {self.general_held_out}")
         if self.validation and self.held_out_sources:
             raise ConfigError("validation is a share of sources; with held_out_sources there are no such shares")
 
@@ -357,6 +373,12 @@ class Recipe(RecipeFile):
     """What is trained on."""
     train: RunOptions
     """How many steps, of how many sequences, in which type."""
+    writing: WritingOptions = dataclasses.field(default_factory=WritingOptions)
+    """Which rows of memory are trained."""
+    retention: RetentionOptions = dataclasses.field(default_factory=RetentionOptions)
+    """How strongly a model with a frozen base is held to what its base says of ``data.general``."""
+    dependence: DependenceOptions = dataclasses.field(default_factory=DependenceOptions)
+    """How strongly a model with a frozen base is made to depend on its memory."""
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     """How gradients become updates."""
     schedule: ScheduleOptions = dataclasses.field(default_factory=ScheduleOptions)
@@ -377,3 +399,25 @@ class Recipe(RecipeFile):
             raise ConfigError(
                 "[stage] goes on with a model of this project on longer sequences; name its folder as model.weights"
             )
+        uses_general = [
+            name
+            for name, used in (
+                ("writing.rule", self.writing.rule != "all"),
+                ("retention.weight", self.retention.weight),
+            )
+            if used
+        ]
+        if uses_general and not self.data.general:
+            raise ConfigError(
+                f"{' and '.join(uses_general)} need text that the model knew before; name it as data.general, such as "
+                '["python:standard-library"]'
+            )
+        if self.writing.rule != "all" and (self.model.frozen_tables or (self.model.base and not self.adapter.layers)):
+            raise ConfigError("writing.rule chooses rows of memory to train, and none is trained here")
+        if self.retention.weight and not (self.model.base and (self.adapter.layers or self.lora.rank)):
+            raise ConfigError(
+                "retention.weight holds a model to its frozen base, and all of this one is trained; add [adapter] or "
+                "[lora] to a model.base"
+            )
+        if self.dependence.weight and not (self.model.base and self.adapter.layers):
+            raise ConfigError("dependence.weight is for memory that is added to a model.base; add [adapter]")

@@ -5,6 +5,7 @@ from typing import Literal
 
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.training.data.text import EvaluationText
+from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import (
     AdapterOptions,
@@ -17,6 +18,8 @@ from engram_lm.training.recipe import (
     Recipe,
     RunOptions,
 )
+from engram_lm.training.retention import RetentionOptions
+from engram_lm.training.writing import WritingOptions
 
 RETAINED = "retained"
 """Name of the text that the base knew before, in the result of a run."""
@@ -135,6 +138,8 @@ def arm_recipe(
             sequence_length=data.sequence_length,
             held_out=data.held_out,
             validation=data.validation,
+            general=data.general,
+            general_held_out=data.general_held_out,
         ),
         train=RunOptions(
             num_steps=num_steps,
@@ -152,6 +157,9 @@ def arm_recipe(
             weight_decay=recipe.rates.weight_decay,
         ),
         schedule=recipe.schedule,
+        writing=recipe.writing if kind.memory and not kind.frozen_tables else WritingOptions(),
+        retention=recipe.retention if kind.memory or kind.lora else RetentionOptions(),
+        dependence=recipe.dependence if kind.memory else DependenceOptions(),
         evaluation=EvaluationOptions(
             points=train.curve_points,
             start=True,

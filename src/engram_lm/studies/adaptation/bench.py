@@ -58,7 +58,7 @@ class Bench:
                 "data.domain is not given: name the text that the model should learn, files or folders, such as "
                 "--data.domain '[\"my-text/\"]'"
             )
-        self.recipe, base = recipe, recipe.base
+        base = recipe.base
         device = recipe.train.device
         if device == "auto":
             device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -70,12 +70,10 @@ class Bench:
         """Digest of the base's weights."""
         model.to(self.ranks.device).eval()
         decoder = find_decoder(model, base.layer_list)
-        self.memory: EngramConfig = recipe.memory.for_width(decoder.hidden_size)
+        self.memory: EngramConfig = recipe.memory.for_base(decoder.hidden_size, len(decoder.layers))
         """Geometry of the memory."""
-        if max(self.memory.layers) >= len(decoder.layers):
-            raise ConfigError(
-                f"memory.layers {list(self.memory.layers)}: the base has {len(decoder.layers)} decoder layers, from 0"
-            )
+        # The recipes of the runs name layers by their numbers, whatever words this one has.
+        self.recipe = dataclasses.replace(recipe, memory=dataclasses.replace(recipe.memory, layers=self.memory.layers))
         targets = lora_targets(model, recipe.lora.targets, base.layer_list)
         rank = recipe.lora.rank
         self.lora_rank: int = matched_rank(model, targets, self.memory) if rank == "auto" else rank

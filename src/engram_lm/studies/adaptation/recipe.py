@@ -5,11 +5,15 @@ import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
+from engram_lm.adapt.placement import Placement
 from engram_lm.errors import ConfigError, check_whole
 from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.recipe import PATHS, AdapterOptions, LoraOptions
 from engram_lm.training.recipe_file import RecipeFile
+from engram_lm.training.retention import RetentionOptions
 from engram_lm.training.schedules import ScheduleOptions
+from engram_lm.training.writing import WritingOptions
 
 ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
 """What can be compared; `engram_lm.studies.adaptation.arms` says what each is."""
@@ -53,6 +57,12 @@ class DomainOptions:
     the documents that the base was not trained on. 0 uses all of the text."""
     retained_tokens: int = 65_536
     """Tokens of the retained text that are used at most."""
+    general: Annotated[tuple[TextSource, ...], PATHS] = ()
+    """Where text comes from that the model knew before and should not forget: what ``[writing]`` compares with, and
+    what ``[retention]`` is measured on. It must not be what forgetting is measured on: see ``general_held_out``."""
+    general_held_out: float = 0.0
+    """Share of its documents that is not used for that. Over the sources of ``retained`` and with
+    ``retained_held_out``, these are the documents that forgetting is measured on."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     cache: Path | None = None
@@ -83,12 +93,14 @@ class DomainOptions:
 class MemoryOptions(AdapterOptions):
     """The memory that is added: fields of ``EngramConfig``."""
 
-    layers: tuple[int, ...] = (1,)
-    """Decoder layers that read memory before they run, counted from 0."""
+    layers: tuple[int | Placement, ...] = (1,)
+    """Decoder layers that read memory before they run, counted from 0, or places: ``early`` (layer 1), ``middle`` (the
+    layer before the middle) and ``late`` (the layer after three quarters)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.for_width(max(self.memory_dim or 0, 64))  # refuses what cannot be, no layers among it
+        if not self.layers:
+            raise ConfigError("layers names at least one decoder layer, such as [1] or ['early', 'middle']")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,5 +230,12 @@ class AdaptationRecipe(RecipeFile):
     """Learning rates of the arms."""
     schedule: ScheduleOptions = dataclasses.field(default_factory=ScheduleOptions)
     """How they change."""
+    writing: WritingOptions = dataclasses.field(default_factory=WritingOptions)
+    """Which rows are trained, in every arm whose rows are."""
+    retention: RetentionOptions = dataclasses.field(default_factory=RetentionOptions)
+    """How strongly the model is held to what it says of ``data.general``, in every arm but ``full``, which has no base
+    beside it."""
+    dependence: DependenceOptions = dataclasses.field(default_factory=DependenceOptions)
+    """How strongly the model is made to depend on its memory, in every arm with memory."""
     arms: ArmOptions = dataclasses.field(default_factory=ArmOptions)
     """What is trained and compared."""

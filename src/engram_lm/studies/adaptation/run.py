@@ -195,6 +195,7 @@ class Adaptation:
             "curve": result["curve"],
             "validation": loss_values(result["texts"].get("validation")),
             **inside,
+            "writing": result["writing"],
             "num_steps": result["num_steps"],
             "seconds": result["seconds"],
         }

@@ -68,6 +68,8 @@ class TrainingText:
     """Digest of sources, tokenizer and division."""
     texts: Mapping[str, HeldOutText]
     """Other texts to evaluate on, by name: ``validation``, and those that were named."""
+    general: TokenShards | None
+    """General text, such as the model knew before; None where none is named."""
     about: str | None
     """What people should know of how the text was divided; None where whole documents are held out."""
     facts: dict[str, Any]
@@ -94,6 +96,8 @@ def prepare_text(
     max_held_out_tokens: int = 65_536,
     max_bytes: int | None = None,
     texts: Iterable[EvaluationText] = (),
+    general: Sources = (),
+    general_held_out: float = 0.0,
     on_progress: Callable[[str, int, int | None], None] = lambda task, num_bytes, total_bytes: None,
 ) -> TrainingText:
     """Tokenize text into shards, or open those that an earlier run made of it, and divide it.
@@ -113,9 +117,11 @@ def prepare_text(
         max_held_out_tokens: Evaluate on this many tokens at most, from the start, and on half as many for validation.
         max_bytes: Of more files than this, read some; see `open_sources`.
         texts: Other texts to evaluate on.
+        general: General text, such as the model knew before; there is none where empty.
+        general_held_out: Share of its documents that is left out, in [0, 1).
         on_progress: See `pack_to_shards`, whose errors are raised too.
     """
-    sources, held_out_sources = list(sources), list(held_out_sources)
+    sources, held_out_sources, general = list(sources), list(held_out_sources), list(general)
 
     def pack(sources: Sources, held_out: float, max_bytes: int | None = None) -> PackedCorpus:
         return pack_to_shards(
@@ -150,18 +156,31 @@ def prepare_text(
         if stop - middle < 2:
             raise DataError("the held-out text gives less than 2 tokens; give more, or data.held_out = 0 for none")
         tokens, ends = apart[middle:stop], apart.document_ends(middle, stop) - middle
-    for text in texts:
+
+    def pack_other(where: str, sources: Sources, held_out: float) -> PackedCorpus:
         try:
-            packed = pack(text.sources, text.held_out)
+            return pack(sources, held_out)
         except OneSidedError as error:
             raise DataError(
-                f"held_out = {text.held_out} of the text {text.name} selects no document or all of them; set it to 0 "
-                "to use all of the text"
+                f"held_out = {held_out} of {where} selects no document or all of them; set it to 0 to use all of the "
+                "text"
             ) from error
-        shards = packed.held_out or packed.train
+
+    for text in texts:
         where = f"the text {text.name}"
+        packed = pack_other(where, text.sources, text.held_out)
+        shards = packed.held_out or packed.train
         measured[text.name] = _held_out_text(where, shards, 0, shards.num_tokens, text.max_tokens, tokenizer)
         digest = f"{digest}, {text.name}: {packed.digest}"
+    known = None
+    if general:
+        packed = pack_other("the general text", general, general_held_out)
+        known, digest = packed.train, f"{digest}, general: {packed.digest}"
+        if known.num_tokens < sequence_length + 1:
+            raise DataError(
+                f"the general text gives {known.num_tokens} tokens, one sequence needs {sequence_length + 1}; name "
+                "more text in data.general"
+            )
     sides = [side for side in (corpus.train, corpus.held_out) if side is not None]
     return TrainingText(
         train=corpus.train,
@@ -171,6 +190,7 @@ def prepare_text(
         held_out_ends=ends,
         digest=digest,
         texts=measured,
+        general=known,
         about=about,
         facts={
             "source": name_sources(sources),
