@@ -58,7 +58,7 @@ def test_the_model_says_how_wide_the_memory_is(config):
         engram_lm.attach(model, TOKENIZER, layers=(1,), rows_per_haed=97)
     with pytest.raises(ConfigError, match="memory_dim would change"):
         engram_lm.attach(model, TOKENIZER, config(), memory_dim=48)
-    with pytest.raises(ConfigError, match="layers is a sequence of whole numbers .*, not 1"):
+    with pytest.raises(ConfigError, match=r"layers is a sequence of whole numbers .*, not 1"):
         engram_lm.attach(model, TOKENIZER, layers=1)
     assert not attached_adapters(model)
 

@@ -15,10 +15,11 @@ from engram_lm.adapt.controls import permuted_hash
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.tables.files.safetensors_file import TensorFolder
 from engram_lm.training import job as job_module
+from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
 from engram_lm.training.recipe import Recipe
-from engram_lm.training.writing import WRITABLE, WritingOptions, choose_rows, trained_tables
+from engram_lm.training.writing import WRITABLE, WritingOptions, choose_rows, count_use, trained_tables
 
 __all__ = ["material"]
 
@@ -182,3 +183,31 @@ def test_hostile_choices_are_refused_before_anything_is_loaded(material):
     batches = Batches(np.full(200, 7), 4, LENGTH, seed=0)
     with pytest.raises(DataError, match="no row of the table"):
         choose_rows(adapter.spec, batches, batches, WritingOptions(rule="tf_idf"))
+
+
+@pytest.mark.parametrize("initialization", ["random", "transfer"])
+@pytest.mark.parametrize("occupancy", ["rows", "ngrams"])
+@pytest.mark.parametrize("rule", ["tf_idf", "all"])
+def test_with_occupancy_no_row_counts_as_written_that_may_not_be(rule, occupancy, initialization, material, tmp_path):
+    """Neither the loss on general text writes a row, nor a row's beginning as a hidden state."""
+    values = sections(material, retention={"weight": 1.0, "batch_size": 4})
+    values["writing"]["rule"] = rule
+    values["adapter"] = {**MEMORY, "occupancy": occupancy, "initialization": initialization, "transfer_tokens": 600}
+    run(tmp_path / "whole", values)
+    run(tmp_path / "stopped", values, stop_after=3)
+    run(tmp_path / "stopped", values, resume=True)
+    assert measured(tmp_path / "stopped") == measured(tmp_path / "whole")
+    stored = TensorFolder(tmp_path / "whole" / "memory", "tables.safetensors")
+    if rule == "all":
+        recipe = Recipe.from_dict(values)
+        tokenizer = find_tokenizer(recipe, tmp_path / "whole" / "tokenizer")
+        text = open_text(recipe, tokenizer)
+        adapter = engram_lm.attach(small_model(), tokenizer, recipe.adapter.for_base(32, 3))
+        use = count_use(adapter.spec, Batches(text.train, 4, 32, seed=0, num_tokens=text.num_tokens))
+        may = {name: counts.num_reads > 0 for name, counts in use.items()}
+    else:
+        may = {block: TensorFolder(tmp_path / "whole", WRITABLE).load(block) != 0 for block in ("0", "2")}
+    for block in ("0", "2"):
+        name = next(name for name in stored.names if block in name.split("."))
+        written = (stored.load(name) != 0).any(1)
+        assert bool(written.any()) and not bool(written[~may[block]].any())

@@ -377,6 +377,9 @@ def _write_head(table: ParameterTable, rows: Tensor, values: Tensor, weights: Te
     if not size > 0:
         return 0
     # N-grams that share a row partly cancel out, so the whole head is scaled back to the size that rows should have.
-    weight = table.weight
-    weight[distinct.to(weight.device)] = (mean * (std / size)).to(weight)
+    weight, values = table.weight, mean * (std / size)
+    if table.trained_rows is not None:
+        chosen = table.trained_rows[distinct.to(table.trained_rows.device)].to(distinct.device)
+        distinct, values = distinct[chosen], values[chosen]
+    weight[distinct.to(weight.device)] = values.to(weight)
     return len(distinct)

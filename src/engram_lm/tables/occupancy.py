@@ -8,6 +8,7 @@ nothing has to be kept beside the rows, and nothing has to be agreed on between 
 row has written it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -86,6 +87,8 @@ class TrainedTable(nn.Module, Table):
     trained_rows: Tensor | None = None
     """Bool ``[num_rows]``: the rows that training may write; all where None. In training mode the others are read as in
     evaluation mode, and get no gradient."""
+    reads_written_only = False
+    """Whether rows are read as in evaluation mode in training, too: see `written_only`."""
     _is_filled = False
     _has_warned = False
 
@@ -156,13 +159,13 @@ class TrainedTable(nn.Module, Table):
 
     def _as_read(self, rows: Tensor, values: Tensor) -> Tensor:
         """What a layer reads, of what the weight holds at these rows."""
-        trains = self.training and self.weight.requires_grad
+        trains = self.training and self.weight.requires_grad and not self.reads_written_only
         if self.first_rows is None and (not trains or self.trained_rows is None):
             return values
         if not trains:
             assert self.first_rows is not None
             values = self.first_rows.silenced(rows, values)
-            if values.requires_grad and not self._has_warned:
+            if values.requires_grad and not self._has_warned and not self.reads_written_only:
                 values.register_hook(self._warn_of_mode)
             return values
         if self.trained_rows is None:
@@ -202,6 +205,23 @@ class TrainedTable(nn.Module, Table):
         self._is_filled = False
         if self.training:
             self.fill()
+
+
+@contextlib.contextmanager
+def written_only(model: nn.Module) -> Iterator[None]:
+    """Let training read rows as evaluation does inside a ``with`` block: those that were never written are zeros.
+
+    For losses on text that should write no row of its own: they see what memory says there, and train the rows that
+    other text has written.
+    """
+    tables = [part for part in model.modules() if isinstance(part, TrainedTable) and not part.reads_written_only]
+    for table in tables:
+        table.reads_written_only = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.reads_written_only = False
 
 
 def num_written_rows(table: Table) -> int:

@@ -20,6 +20,7 @@ from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.step import RowMap
+from engram_lm.tables.occupancy import TrainedTable
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import local_or_hub
 from engram_lm.training.build import checkpoint_activations
@@ -131,7 +132,7 @@ class AdaptedBase:
             count += share * flops_per_token(self.module, length, training=True, loss=self.retention_loss)
         return count
 
-    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, Any]] | None:
+    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, TrainedTable]] | None:
         """How the memory reads rows, and its tables that are trained, by name; None without memory."""
         if self.adapter is None:
             return None

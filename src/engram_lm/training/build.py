@@ -18,6 +18,7 @@ from engram_lm.memory.step import RowMap
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
 from engram_lm.planning.sizes import model_sizes
+from engram_lm.tables.occupancy import TrainedTable
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, export_model, model_facts, training_tensors
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
@@ -51,7 +52,7 @@ class OwnModel:
     retention_loss = dependence_loss = None
     """Losses that compare a model with its frozen base, which this one has not."""
 
-    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, Any]] | None:
+    def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, TrainedTable]] | None:
         """How the memory reads rows, and its tables that are trained, by name; None without memory."""
         if self.module.config.memory is None:
             return None

@@ -74,7 +74,9 @@ class TableUse:
             if gradient is None:
                 continue
             if gradient.is_sparse:
-                self.touched[name][gradient._indices()[0]] = 1
+                # A row whose gradient is 0, such as one that was read at padding, is not trained by it.
+                rows, values = gradient._indices()[0], gradient._values()
+                self.touched[name][rows[(values != 0).any(1)]] = 1
             else:
                 self.touched[name] |= (_local(gradient) != 0).any(1).to(torch.uint8)
 

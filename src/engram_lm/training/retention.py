@@ -19,6 +19,7 @@ from engram_lm.adapt.adapter import attached_adapters
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError, check_whole
+from engram_lm.tables.occupancy import written_only
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.loss import autocast
 
@@ -158,7 +159,9 @@ class RetentionLoss:
         with autocast(tokens.device, dtype):
             with torch.no_grad(), as_base(self._model):
                 base = self._states(tokens, position_ids)
-            own = self._states(tokens, position_ids)
+            # General text must not write rows of its own, and says nothing through those that were never written.
+            with written_only(self._model):
+                own = self._states(tokens, position_ids)
             size = self._model.config.get_text_config().vocab_size
             return mean_divergence(base, own, self._head, at_once=max(1, _LOGITS_AT_ONCE // size))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, RunFolderError, check_whole
@@ -27,6 +27,7 @@ from engram_lm.memory.step import RowMap, begin_step
 from engram_lm.model.table_place import table_name
 from engram_lm.tables.files.safetensors_file import local_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
+from engram_lm.tables.occupancy import TrainedTable
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.distribution import Ranks, agree
 
@@ -109,9 +110,10 @@ class WritableRows:
             raise CheckpointError(f"{path} cannot be read ({error!s:.200}); delete it, and it is made again") from error
         return cls(masks, facts)
 
-    def restrict(self, tables: Mapping[str, Any]) -> contextlib.ExitStack:
+    def restrict(self, tables: Mapping[str, TrainedTable]) -> contextlib.ExitStack:
         """Let no gradient reach the other rows of these trainable tables, until what is returned is closed.
 
+        `TrainedTable.trained_rows` says so to the tables, which with occupancy read the others as never written.
         Gradients lose those rows as soon as a backward pass has made them: before they are clipped, averaged over
         processes, counted as use, or given to an optimizer. A table of which this process has some rows only is
         restricted in those.
@@ -125,10 +127,12 @@ class WritableRows:
         if shapes != ours:
             raise MismatchError(f"rows were chosen of tables with {ours} rows, the memory's have {shapes}")
         for name, table in tables.items():
-            weight, first = table.weight, getattr(table, "first_row", 0)
-            mask = self.masks[name][first : first + len(weight)].to(weight.device)
-            handle: RemovableHandle = weight.register_hook(functools.partial(_without_other_rows, mask))
+            weight, mask = table.weight, self.masks[name].to(table.weight.device)
+            own = mask[table.first_row : table.first_row + len(weight)]
+            handle: RemovableHandle = weight.register_hook(functools.partial(_without_other_rows, own))
             stack.callback(handle.remove)
+            stack.callback(setattr, table, "trained_rows", table.trained_rows)
+            table.trained_rows = mask
         return stack
 
 
@@ -296,8 +300,8 @@ def kept_choice(
     return found
 
 
-def trained_tables(tables: Mapping[str, Any]) -> dict[str, Any]:
+def trained_tables(tables: Mapping[str, Any]) -> dict[str, TrainedTable]:
     """Those of the tables that are trained."""
     return {
-        name: table for name, table in tables.items() if isinstance(table, nn.Module) and table.weight.requires_grad
+        name: table for name, table in tables.items() if isinstance(table, TrainedTable) and table.weight.requires_grad
     }
