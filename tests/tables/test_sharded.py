@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from engram_lm.errors import ConfigError, EngramError, MismatchError, RowRangeError
 from engram_lm.tables import ParameterTable
+from engram_lm.tables.occupancy import FirstRows
 from engram_lm.tables.tiers.row_exchange import in_order
 from engram_lm.tables.tiers.sharded import ShardedTable, block_of, draw_rows
 
@@ -287,3 +288,32 @@ def test_blocks_are_those_of_dtensor():
         assert [first for first, _ in blocks] == np.minimum(
             np.cumsum([0, *(c for _, c in blocks[:-1])]), num_rows
         ).tolist()
+
+
+def read_sparsely(rank, num_rows):
+    """Read a table with unwritten rows in evaluation mode and in training mode, and train one row of each rank's."""
+    table = ShardedTable(num_rows, WIDTH, first_rows=FirstRows("test", 1.0))
+    rows = torch.arange(num_rows)
+    before = table.eval().gather(rows).detach()
+    read = table.train().gather(rows)
+    (read[rank] * torch.ones(WIDTH)).sum().backward()
+    with torch.no_grad():
+        table.weight.sub_(table.weight.grad.to_dense())
+    after = table.eval().gather(rows).detach()
+    held = table.state_dict()["weight"]
+    held = held.full_tensor() if isinstance(held, DTensor) else held
+    again = ShardedTable(num_rows, WIDTH, first_rows=FirstRows("test", 1.0))
+    again.load_state_dict({"weight": held})
+    return before, read.detach(), after, held, again.train().gather(rows).detach()
+
+
+def test_unwritten_rows_of_all_ranks_are_silent_except_in_training(processes):
+    num_rows = 50
+    first = FirstRows("test", 1.0).numbers(torch.arange(num_rows), WIDTH, torch.float32)
+    for before, read, after, held, again in processes.run(read_sparsely, num_rows):
+        assert not before.any()
+        assert torch.equal(read, first)
+        written = torch.arange(num_rows) < processes.world_size
+        assert torch.equal((after != 0).any(-1), written)
+        assert torch.equal(held, after)
+        assert torch.equal(again, torch.where(written[:, None], after, first))

@@ -127,12 +127,13 @@ class Losses(transformers.TrainerCallback):
         self.losses += [(logs["loss"], logs["grad_norm"])] if "grad_norm" in logs else []
 
 
-def trained(rank, folder, gradient="sparse", seed=0, resume=None, stop=None, parts=1, batch=2):
+def trained(rank, folder, gradient="sparse", seed=0, resume=None, stop=None, parts=1, batch=2, occupancy="none"):
     """Train by the trainer, in whatever group this process is in."""
     if dist.is_initialized():
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="1", ACCELERATE_USE_CPU="true")  # fmt: skip
-    model = adapted(table_gradient=gradient, seed=seed)
+    changes = {} if occupancy == "none" else {"rows_per_head": 4999}
+    model = adapted(table_gradient=gradient, seed=seed, occupancy=occupancy, **changes)
     trainer = trainer_of(
         model, folder, max_steps=4, warmup_steps=1, logging_strategy="steps", logging_steps=1, save_strategy="steps",
         save_steps=2, per_device_train_batch_size=batch // parts, gradient_accumulation_steps=parts,
@@ -176,3 +177,18 @@ def test_two_ranks_that_stop_and_go_on_end_with_the_same_bits(processes, tmp_pat
     assert_same(other, whole)
     assert [row["tables"] for row in rates] == pytest.approx([5 * row["group0"] for row in rates])
     assert len(rates) == 2
+
+
+def test_two_ranks_agree_which_rows_were_written_and_go_on_with_the_same_bits(processes, tmp_path):
+    (whole, *_), (other, *_) = processes.run(trained, str(tmp_path / "whole"), "sparse", 0, None, None, 1, 2, "rows")
+    assert_same(whole, other)
+    alone, *_ = trained(0, str(tmp_path / "one"), batch=2 * WORLD, occupancy="rows")
+    for block in (0, 2):
+        name = f"engram_adapters.default.memory_tables.{block}.weight"
+        written = (whole[name] != 0).any(-1)
+        assert torch.equal(written, (alone[name] != 0).any(-1))
+        assert 0 < written.sum() < len(written) // 10
+    processes.run(trained, str(tmp_path / "parts"), "sparse", 0, None, 2, 1, 2, "rows")
+    (one, *_), (other, *_) = processes.run(trained, str(tmp_path / "parts"), "sparse", 9, True, None, 1, 2, "rows")
+    assert_same(one, whole)
+    assert_same(other, whole)

@@ -291,8 +291,7 @@ class StoredAdapter:
         layout = tensor_layout([where]) if isinstance(where, StoredTensor) else where
         table = wanted.new(self.config, "meta")
         table.weight = nn.Parameter(place.load(layout, wanted, dtype or stored))
-        table.fill()
-        return table
+        return table.eval()  # as it is read where no model takes it in, such as in an engine
 
     def _stored(self, wanted: Mapping[str, WantedTable]) -> dict[str, StoredTensor]:
         numbers = sum(table.num_rows * table.width for table in wanted.values())

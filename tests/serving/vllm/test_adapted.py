@@ -66,6 +66,20 @@ def test_preempted_requests_and_speculation(name, adapted):
         assert count(llm, "spec_decode_num_accepted_tokens") >= 5
 
 
+@pytest.mark.parametrize("tier", ["mmap", "device"])
+def test_memory_that_is_silent_where_rows_were_never_written(tier, adapted, tmp_path):
+    folder, _ = adapted("llama")
+    model = save_adapter("llama", folder / "base", tmp_path / "adapter", occupancy="ngrams")
+    adapter = model.engram_adapters["default"]
+    for number, table in enumerate(adapter.tables.values()):
+        rows = (torch.rand(table.num_rows, generator=torch.Generator().manual_seed(number)) < 0.4).nonzero()[:, 0]
+        table.store(rows, torch.zeros(len(rows), table.width))
+    adapter.save_pretrained(tmp_path / "adapter")
+    expected = expect(model, prompts())
+    with engine(folder / "base", **CHUNKS, **with_adapter(tmp_path, **{TABLES: {"tier": tier}})) as llm:
+        assert_equal(generate(llm, prompts()), expected)
+
+
 def test_two_processes_share_a_model(adapted):
     folder, expected = adapted("llama")
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
