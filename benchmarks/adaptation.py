@@ -49,15 +49,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for arm in result["arms"].values():
         for run in arm["runs"]:
             run["curve"] = [[tokens, round(loss, 4)] for tokens, loss in run["curve"]]
-    result["seed_0_by_rate"] = {name: _by_rate(folder, name) for name in ("memory", "lora", "memory_lora", "full")}
     return result
-
-
-def _by_rate(folder: Path, arm: str) -> list[dict[str, float]]:
-    """What each learning rate that the first seed tried gained and forgot, lowest rate first."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"runs/{arm}-0-*.json")]
-    found = [{"lr": run["lr"], **{text: run[text]["loss"] for text in ("domain", "retained")}} for run in runs]
-    return sorted(found, key=lambda one: one["lr"])
 
 
 def main() -> None:

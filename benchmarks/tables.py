@@ -269,9 +269,11 @@ def adaptation_rates() -> str:
     before = result["before"]["retained"]["loss"]
     lines = ["| what is trained | rate | domain loss | change on the old text |", "|---|---:|---:|---:|"]
     lines += [
-        f"| {result['arms'][name]['title']} | {run['lr']:g} | {run['domain']:.3f} | {run['retained'] - before:+.3f} |"
-        for name, runs in result["seed_0_by_rate"].items()
-        for run in runs
+        f"| {arm['title']} | {trial['lr']:g} | {trial['domain']['loss']:.3f} | "
+        f"{trial['retained']['loss'] - before:+.3f} |"
+        for arm in result["arms"].values()
+        if len(arm["trials"]) > 1
+        for trial in arm["trials"]
     ]
     return "\n".join(lines)
 

@@ -22,7 +22,18 @@ from engram_lm.training.job import Job
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 
-ALL_ARMS = ["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
+ALL_ARMS = [
+    "memory",
+    "lora",
+    "memory_lora",
+    "full",
+    "random_table",
+    "permuted_hash",
+    "one_row",
+    "embeddings",
+    "transfer",
+]
+CONTROLS = ("random_table", "permuted_hash", "one_row", "embeddings")
 NAMES = ["Alexander", "Diana", "Isaac", "Ada", "Marie"]
 
 
@@ -37,6 +48,15 @@ def material(tmp_path_factory):
         lines = [f"{NAMES[(number + i) % 5]} met {NAMES[(number * i) % 5]} in {1000 + i + number}." for i in range(12)]
         (folder / "domain" / f"{number}.txt").write_text("\n".join(lines))
     (folder / "old.txt").write_text(TEXT)
+    (folder / "older.txt").write_text(TEXT.upper())
+    questions = [{"query": "the cat sat on", "choices": ["the mat", "a rat"], "gold": n % 2} for n in range(6)]
+    (folder / "cats.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "cats.yaml").write_text(
+        f"task: cats\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'cats.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
     return folder
 
 
@@ -104,7 +124,7 @@ def test_every_arm_and_seed_is_measured_against_the_base(result):
     for name, arm in result["arms"].items():
         assert [one["seed"] for one in arm["runs"]] == [0, 1]
         losses = [one["domain"]["loss"] for one in arm["runs"]]
-        if name not in ("random_table", "permuted_hash"):
+        if name not in CONTROLS:
             assert max(losses) < before["domain"]["loss"] - 0.05, name
         assert arm["summary"]["domain_mean"] == pytest.approx(np.mean(losses))
         assert arm["summary"]["domain_std"] == pytest.approx(np.std(losses, ddof=1))
@@ -128,11 +148,12 @@ def test_all_arms_train_with_as_many_operations_as_memory(result):
 
 def test_a_rate_is_chosen_on_validation_text_and_kept_for_the_other_seeds(run, result):
     arm = result["arms"]["memory"]
-    assert arm["lr"] == 1e-2 and [rate for rate, _ in arm["rates_tried"]] == [1e-2, 1e-5]
-    assert arm["rates_tried"][0][1] < arm["rates_tried"][1][1]
+    assert arm["lr"] == 1e-2 and [trial["lr"] for trial in arm["trials"]] == [1e-2, 1e-5]
+    assert arm["trials"][0]["validation"]["loss"] < arm["trials"][1]["validation"]["loss"]
+    assert arm["trials"][1]["retained"]["loss"] != arm["trials"][0]["retained"]["loss"]
     assert {one["lr"] for one in arm["runs"]} == {1e-2}
-    for other in ("random_table", "permuted_hash", "transfer"):
-        assert result["arms"][other]["lr"] == 1e-2 and len(result["arms"][other]["rates_tried"]) == 1
+    for other in (*CONTROLS, "transfer"):
+        assert result["arms"][other]["lr"] == 1e-2 and len(result["arms"][other]["trials"]) == 1
     names = {path.name for path in (run / "runs").glob("memory-*.json")}
     assert names == {"memory-0-0.01.json", "memory-0-1e-05.json", "memory-1.json"}
 
@@ -156,13 +177,13 @@ def test_the_memory_that_is_left_behind_gives_the_recorded_loss(material, run, r
 
 def test_memory_switched_off_or_misaddressed_is_measured_and_looked_into(result):
     before = result["before"]
-    for name in ("memory", "random_table", "permuted_hash", "transfer"):
+    for name in ("memory", "random_table", "permuted_hash", "one_row", "transfer"):
         one = result["arms"][name]["runs"][0]
         assert one["memory_off"]["domain"]["loss"] == before["domain"]["loss"]
         assert one["rows_shuffled"]["domain"]["loss"] != one["domain"]["loss"]
         gates = one["gates"]["2"]
-        assert gates["p10"] <= gates["p50"] <= gates["p90"] and 0 < gates["share_above_half"] < 1
-        assert (one["collisions"] is None) is (name == "permuted_hash")
+        assert gates["p10"] <= gates["p50"] <= gates["p90"] and 0 < gates["share_above_half"] <= 1
+        assert (one["collisions"] is None) is (name in ("permuted_hash", "one_row"))
         assert (one["occupancy"] is None) is (name == "random_table")
     memory = result["arms"]["memory"]["runs"][0]
     assert memory["rows_shuffled"]["domain"]["loss"] > memory["domain"]["loss"] + 0.02
@@ -176,7 +197,7 @@ def test_memory_switched_off_or_misaddressed_is_measured_and_looked_into(result)
 
 def test_what_says_nothing_of_the_ngram_gains_less(result):
     means = {name: arm["summary"]["domain_mean"] for name, arm in result["arms"].items()}
-    assert means["memory"] < means["permuted_hash"] and means["memory"] < means["random_table"]
+    assert all(means["memory"] < means[control] for control in CONTROLS)
 
 
 class SignalAtStep(RunProgress):
@@ -230,14 +251,34 @@ def test_a_run_that_is_stopped_goes_on_with_the_first_unfinished_arm(material, t
         assert (one["domain"], one["retained"], one["curve"]) == (other["domain"], other["retained"], other["curve"])
 
 
+def test_several_old_texts_and_benchmarks_are_measured_before_and_after(material, table, tmp_path):
+    pytest.importorskip("lm_eval")
+    recipe = changed(
+        {**table, "tasks": {"names": ["cats"], "limit": 4, "data": str(material)}},
+        data={"retained": [str(material / "old.txt"), str(material / "older.txt")]},
+        arms={"names": ["lora"]},
+        train={"seeds": 1, "num_steps": 2, "look_inside": False},
+    )
+    result = adaptation(recipe, tmp_path / "run").execute()
+    before, (run,) = result["before"], result["arms"]["lora"]["runs"]
+    for found in (before, run):
+        assert list(found["texts"]) == ["old.txt", "older.txt"]
+        assert found["retained"]["loss"] == pytest.approx(np.mean([one["loss"] for one in found["texts"].values()]))
+        # The same answer to all questions is right every second time.
+        assert found["tasks"]["cats"]["value"] == 0.5 and found["tasks"]["cats"]["right"] in ("0101", "1010")
+    assert run["texts"]["old.txt"] != before["texts"]["old.txt"] and run["gates"] is None
+    assert result["data"]["retained"] == "old.txt, older.txt"
+
+
 def test_a_rate_that_is_far_too_high_loses_and_ends_nothing(material, table, tmp_path):
     names = {"names": ["full"]}
     recipe = changed(table, arms=names, train={"seeds": 1, "num_steps": 16}, rates={"full": [1e30, 1e-4]})
     result = adaptation(recipe, tmp_path / "run").execute()
     arm = result["arms"]["full"]
-    assert arm["lr"] == 1e-4 and arm["rates_tried"][0] == [1e30, None] and len(arm["runs"]) == 1
+    assert arm["lr"] == 1e-4 and len(arm["runs"]) == 1
+    assert arm["trials"][0]["lr"] == 1e30 and arm["trials"][0]["validation"] is None
     again = adaptation(recipe, tmp_path / "run", resume=True).execute()
-    assert again["arms"]["full"]["rates_tried"] == arm["rates_tried"]
+    assert again["arms"]["full"]["trials"] == arm["trials"]
     with pytest.raises(DataError, match="lower the learning rate"):
         adaptation(changed(table, arms=names, rates={"full": 1e30}), tmp_path / "other").execute()
 

@@ -12,10 +12,11 @@ from tests.small_model import BACKBONE
 
 import engram_lm
 from engram_lm import EngramConfig
-from engram_lm.adapt.controls import permuted_hash, shuffled_rows
+from engram_lm.adapt.controls import EmbeddingMeans, one_row, permuted_hash, shuffled_rows
+from engram_lm.adapt.decoder import find_decoder
 from engram_lm.errors import DataError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.studies.adaptation.arms import RETAINED, arm_recipe
+from engram_lm.studies.adaptation.arms import arm_recipe
 from engram_lm.studies.adaptation.bench import matched_rank
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe
 from engram_lm.training.assembly import open_text
@@ -54,6 +55,42 @@ def test_a_permuted_hash_moves_the_rows_of_a_head_of_any_size():
         starts = torch.tensor(spec.offsets(spec.layers[0]))
         moved = permuted_hash(spec)(0, starts.expand(1, 2, -1))
         assert (moved[0, 0] == starts).all() and (moved[0, 1] != starts).all(), wanted
+
+
+def test_one_row_of_each_head_is_read_everywhere():
+    spec = engram_lm.attach(small_model(), TOKENIZER, MEMORY).spec
+    rows = spec.rows_for_layers(spec.encode(torch.tensor([[5, 6, 7, 8]])))[spec.layers[1]]
+    moved = one_row(spec)(2, rows)
+    assert moved.shape == rows.shape
+    assert moved[0].tolist() == [list(spec.offsets(spec.layers[1]))] * 4
+
+
+def test_means_of_embeddings_are_gated_by_their_cosine_with_the_hidden_state():
+    means = EmbeddingMeans(8, (2, 3))
+    hidden, embedded = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(means(hidden, embedded), torch.zeros_like(hidden))  # it begins as nothing
+    with torch.no_grad():
+        means.scale.copy_(torch.arange(16.0).view(2, 8))
+    expected = torch.zeros_like(hidden)
+    for row in range(2):
+        for place in range(5):
+            for index, order in enumerate((2, 3)):
+                mean = embedded[row, max(0, place + 1 - order) : place + 1].mean(0)
+                gate = max(0.0, float(F.cosine_similarity(hidden[row, place], mean, dim=0)))
+                expected[row, place] += means.scale[index].detach() * gate * mean
+    torch.testing.assert_close(means(hidden, embedded), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_with_means_of_embeddings_reads_those_of_its_own_tokens():
+    model = small_model()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    before = model(tokens).logits
+    means = EmbeddingMeans.attach(model, find_decoder(model), (1,), (2,))
+    assert torch.equal(model(tokens).logits, before)
+    torch.nn.init.ones_(means.scale)
+    after = model(tokens).logits
+    assert not torch.equal(after, before) and not torch.equal(model(tokens.flip(1)).logits.flip(1), after)
+    assert [name for name, _ in model.named_parameters() if "means" in name] == ["embedding_means.scale"]
 
 
 def test_shuffled_rows_are_a_permutation_inside_each_head():
@@ -172,12 +209,12 @@ def test_of_many_documents_whole_ones_are_held_out_and_retained(tmp_path):
     more = {"held_out": 0.2, "validation": 0.05, "retained": [str(folder)]}
     text = _opened(folder, **more, retained_held_out=0.25, retained_tokens=100_000)
     train = TOKENIZER.decode(text.train[: text.num_tokens].tolist())
-    retained = TOKENIZER.decode(text.texts[RETAINED].tokens.tolist())
+    retained = TOKENIZER.decode(text.texts["text"].tokens.tolist())
     trained = {number for number in range(200) if f"document {number} of" in train}
     kept = {number for number in range(200) if f"document {number} of" in retained}
     # The same share of the same documents: what a training with this share held out.
     assert text.about is None and len(trained) + len(kept) == 200 and not trained & kept
-    with pytest.raises(DataError, match=r"held_out = 0\.01 of the text retained selects no document or all of them"):
+    with pytest.raises(DataError, match=r"held_out = 0\.01 of the text 1.txt selects no document or all of them"):
         _opened(folder, retained=[str(folder / "1.txt")])
 
 

@@ -7,11 +7,14 @@ import pytest
 import rich.console
 from tests.page_reading import HOSTILE, Page, contrast, hostile
 
+from engram_lm.studies.adaptation.figures import trade_points
 from engram_lm.studies.adaptation.finding import (
     COLUMNS,
     arm_rows,
     compare,
     headline,
+    kept_columns,
+    kept_rows,
     markdown_table,
     terminal_table,
 )
@@ -34,6 +37,10 @@ def evaluated(loss):
     return {"loss": loss, "perplexity": math.exp(loss), "num_tokens": 65_536, "bits_per_byte": loss / 2.4}
 
 
+def scored(value):
+    return {"measure": "acc", "value": value, "stderr": 0.02, "right": None}
+
+
 def make_run(name, seed, loss, change, tokens, memory):
     # Seeds move all arms together, as their batches do, and each arm a little more in a way of its own.
     loss += 0.02 * (seed - 1) + 0.004 * math.cos(2.1 * seed + len(name))
@@ -41,6 +48,8 @@ def make_run(name, seed, loss, change, tokens, memory):
         "seed": seed,
         "domain": evaluated(loss),
         "retained": evaluated(2.5 + change + 0.004 * seed),
+        "texts": {"prose": evaluated(2.0 + 2 * change + 0.008 * seed), "code": evaluated(3.0)},
+        "tasks": {"piqa": scored(0.6 - change / 2), "arc": scored(0.4)},
         "curve": [[tokens * step // 6, loss + (4.9 - loss) * 0.5**step] for step in range(7)],
         "seconds": 72.0,
         "memory_off": {"domain": evaluated(4.9), "retained": evaluated(2.5)} if memory else None,
@@ -52,6 +61,15 @@ def make_run(name, seed, loss, change, tokens, memory):
         "gates": {"1": {"mean": 0.31, "p10": 0.05, "p50": 0.24, "p90": 0.77, "share_above_half": 0.23}}
         if memory
         else None,
+    }
+
+
+def make_trial(rate, loss, change):
+    return {
+        "lr": rate,
+        "validation": evaluated(loss),
+        "domain": evaluated(loss),
+        "retained": evaluated(2.45 + change),
     }
 
 
@@ -74,7 +92,9 @@ def make_result(*, arms=tuple(ARMS), num_seeds=3, losses=None, changes=None, **f
             "training_flops": tokens * flops + 1e11 * (name == "transfer"),
             "lora_rank": 9 if "lora" in name else None,
             "lr": 0.004,
-            "rates_tried": [[0.002, loss + 0.1], [0.004, loss]] if name == "lora" else [[0.004, None]],
+            "trials": [make_trial(rate, loss + 0.2 - 50 * rate, change) for rate in (0.002, 0.004)]
+            if name == "lora"
+            else [],
             "runs": [make_run(name, seed, loss, change, tokens, memory) for seed in range(num_seeds)],
         }
     return {
@@ -89,7 +109,12 @@ def make_result(*, arms=tuple(ARMS), num_seeds=3, losses=None, changes=None, **f
             "retained_tokens": 65_535,
         },
         "memory": {"layers": [1], "orders": [2, 3], "num_rows": 262_144, "table_bytes": 8_388_608, "digest": "d1ce"},
-        "before": {"domain": evaluated(4.9), "retained": evaluated(2.5)},
+        "before": {
+            "domain": evaluated(4.9),
+            "retained": evaluated(2.5),
+            "texts": {"prose": evaluated(2.0), "code": evaluated(3.0)},
+            "tasks": {"piqa": scored(0.6), "arc": scored(0.4)},
+        },
         "arms": made,
         "seconds": 1500.0,
         "interrupted": False,
@@ -126,7 +151,26 @@ def test_page_answers_its_questions_from_top_to_bottom():
         assert re.sub(r"\s", "", said) in re.sub(r"\s", "", page.text), said
     cells = re.sub(r"\s", "", page.text)
     assert all(re.sub(r"\s", "", cell) in cells for row in arm_rows(result) for cell in row)
-    assert page.tags.count("figure") == 3
+    assert all(re.sub(r"\s", "", cell) in cells for row in kept_rows(result) for cell in row)
+    assert page.tags.count("figure") == 4
+
+
+def test_the_trade_shows_every_seed_and_every_rate():
+    result = make_result(arms=("memory", "lora"))
+    points = trade_points(result, "retained")
+    assert [len(points[name]) for name in ("memory", "lora")] == [3, 4]  # LoRA has a rate that was not chosen
+    assert points["lora"][3] == (pytest.approx(0.10), pytest.approx(4.35), False)
+    assert points["memory"][0].kept == pytest.approx(0.03) and points["memory"][0].is_chosen
+    # Of the benchmarks every one weighs the same: one kept 0.585 of 0.6, the other all.
+    assert trade_points(result, "tasks")["memory"][1].kept == pytest.approx((0.585 / 0.6 + 1) / 2)
+    rows = dict(zip(kept_columns(result), kept_rows(result)[1], strict=True))
+    assert rows == {
+        "Model": "Memory",
+        "prose": "+0.068 ± 0.008",
+        "code": "+0.000 ± 0.000",
+        "piqa": "58.5",
+        "arc": "40.0",
+    }
 
 
 def test_page_asks_nothing_of_the_network_and_runs_no_script():
@@ -259,9 +303,14 @@ def test_diverged_and_missing_runs_are_named_and_not_averaged():
 
 def test_what_was_not_measured_leaves_a_shorter_page():
     result = make_result(arms=("memory",), num_seeds=1)
-    result["before"]["retained"] = result["data"]["retained"] = None
+    result["data"]["retained"] = None
+    result["before"].update(dict.fromkeys(("retained", "texts", "tasks")))
     for run in result["arms"]["memory"]["runs"]:
-        run.update(dict.fromkeys(("retained", "memory_off", "rows_shuffled", "occupancy", "collisions", "gates")))
+        run.update(
+            dict.fromkeys(
+                ("retained", "texts", "tasks", "memory_off", "rows_shuffled", "occupancy", "collisions", "gates")
+            )
+        )
     page = Page(render_report(result))
     assert "One seed, so how much of this is chance is not known." in page.text
     assert "No old text was given" in page.text
@@ -294,8 +343,10 @@ def test_tables_hold_the_same_numbers_in_the_terminal_and_in_markdown(capsys):
             cell = row[COLUMNS.index(column)]
             assert any(cell in line for line in shown.splitlines()), (column, cell)
     lines = markdown_table(make_result()).splitlines()
-    assert lines[1] == "|" + " :-- |" + " --: |" * 8
-    assert lines[3].startswith("| Memory | 4.100 ± 0.017 | +0.034 ± 0.004 | 4.900 ± 0.000 | 4.770 ± 0.000 | 82.0 k |")
+    assert lines[1] == "|" + " :-- |" + " --: |" * 9
+    assert lines[3].startswith(
+        "| Memory | 4.100 ± 0.017 | +0.034 ± 0.004 | 98.8 % | 4.900 ± 0.000 | 4.770 ± 0.000 | 82.0 k |"
+    )
     assert lines[3].endswith("| 2.10 M | 1.03 M | 3.00 T |")
     assert lines[-1].startswith("| Memory, transferred") and lines[-1].endswith("| 3.10 T |")
 

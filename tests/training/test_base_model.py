@@ -91,7 +91,7 @@ def test_controls_keep_their_rows_or_read_others(material, tmp_path):
     frozen["model"]["frozen_tables"] = True
     kept = run(tmp_path / "frozen", frozen)
     assert kept["parameters"]["trained"] == plain["parameters"]["trained"] - plain["parameters"]["tables"]
-    permuted = run(tmp_path / "permuted", table(material, adapter={**MEMORY, "permuted_hash": True}))
+    permuted = run(tmp_path / "permuted", table(material, adapter={**MEMORY, "control": "permuted_hash"}))
     losses = [one["held_out"]["loss"] for one in (plain, kept, permuted)]
     assert len(set(losses)) == 3 and losses[0] == min(losses)
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import engram_lm.model  # noqa: F401 - AutoModelForCausalLM then knows the project's own models
 from engram_lm.adapt import MemoryAdapter, attach
-from engram_lm.adapt.controls import permuted_hash
+from engram_lm.adapt.controls import EmbeddingMeans, one_row, permuted_hash
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
 from engram_lm.errors import ConfigError, EngramError, MissingExtraError
@@ -34,6 +34,7 @@ from engram_lm.training.retention import RetentionLoss
 from engram_lm.training.writing import trained_tables
 
 _FINGERPRINT_NUMBERS = 64
+_ROW_MAPS = {"permuted_hash": permuted_hash, "one_row": one_row}
 
 
 class AdaptedBase:
@@ -81,15 +82,18 @@ class AdaptedBase:
     needs_checkpoint = False
     """Whether `write` takes the model out of a checkpoint."""
 
-    def _attach(self, tokenizer: Any) -> MemoryAdapter:
+    def _attach(self, tokenizer: Any) -> MemoryAdapter | None:
         recipe, layer_list = self._recipe, self._recipe.model.layer_list
         decoder = find_decoder(self.module, layer_list)
         memory = recipe.adapter.for_base(decoder.hidden_size, len(decoder.layers))
+        if recipe.adapter.control == "embeddings":
+            EmbeddingMeans.attach(self.module, decoder, memory.layers, memory.orders)
+            return None
         adapter = attach(self.module, tokenizer, memory, layer_list=layer_list)
         if recipe.model.frozen_tables:
             adapter.memory_tables.requires_grad_(False)
-        if recipe.adapter.permuted_hash:
-            adapter.row_map = permuted_hash(adapter.spec)
+        if (move := _ROW_MAPS.get(recipe.adapter.control)) is not None:
+            adapter.row_map = move(adapter.spec)
         return adapter
 
     def prepare(self, text: TrainingText) -> None:

@@ -101,8 +101,9 @@ class AdapterOptions:
     """Tokens whose hidden states are taken for that, at least 2; the pass over them counts as training."""
     transfer_source: Literal["last", "block"] = "last"
     """Whose hidden states: of the last decoder layer, or those that go into the layer that reads the memory."""
-    permuted_hash: bool = False
-    """Whether an N-gram reads other rows at every position, so that rows cannot learn what N-grams mean: a control."""
+    control: Literal["none", "permuted_hash", "one_row", "embeddings"] = "none"
+    """For comparisons, what memory reads in place of its rows: other rows at every position, so that rows cannot learn
+    what N-grams mean; the same row everywhere; or no rows, but means of the model's own token embeddings."""
     layers: tuple[int | Placement, ...] = ()
     """Decoder layers that read memory before they run, counted from 0, or places: ``early`` (layer 1), ``middle`` (the
     layer before the middle) and ``late`` (the layer after three quarters). No memory is added where empty."""
@@ -143,7 +144,7 @@ class AdapterOptions:
             ConfigError: An impossible memory.
         """
         heads = self.num_heads * len(self.orders)
-        own = ("initialization", "transfer_tokens", "transfer_source", "permuted_hash")
+        own = ("initialization", "transfer_tokens", "transfer_source", "control")
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in own}
         values["layers"] = resolve_layers(self.layers, num_layers)
         if heads and self.memory_dim is None:
@@ -421,3 +422,7 @@ class Recipe(RecipeFile):
             )
         if self.dependence.weight and not (self.model.base and self.adapter.layers):
             raise ConfigError("dependence.weight is for memory that is added to a model.base; add [adapter]")
+        if self.adapter.control == "embeddings" and self.checkpoint.write_model:
+            raise ConfigError(
+                "adapter.control = 'embeddings' has no memory that could be saved; set checkpoint.write_model = false"
+            )

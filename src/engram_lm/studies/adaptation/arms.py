@@ -21,9 +21,6 @@ from engram_lm.training.recipe import (
 from engram_lm.training.retention import RetentionOptions
 from engram_lm.training.writing import WritingOptions
 
-RETAINED = "retained"
-"""Name of the text that the base knew before, in the result of a run."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmKind:
@@ -39,15 +36,15 @@ class ArmKind:
     """Whether it has low-rank matrices."""
     frozen_tables: bool = False
     """Whether the rows stay as they were drawn."""
-    permuted: bool = False
-    """Whether an N-gram reads other rows at every position."""
+    control: Literal["none", "permuted_hash", "one_row", "embeddings"] = "none"
+    """What memory reads in place of its rows: see `AdapterOptions.control`."""
     transfer: bool = False
     """Whether rows begin as the base's hidden states, whatever the recipe says."""
 
     @property
     def is_control(self) -> bool:
         """Whether it is there to be compared with, and not to be used."""
-        return self.frozen_tables or self.permuted
+        return self.frozen_tables or self.control != "none"
 
     @property
     def is_kept(self) -> bool:
@@ -77,7 +74,20 @@ ARMS: dict[ArmName, ArmKind] = {
         about="memory where an N-gram reads other rows at every position; a gain that remains does not come from "
         "knowing N-grams",
         memory=True,
-        permuted=True,
+        control="permuted_hash",
+    ),
+    "one_row": ArmKind(
+        title="one row",
+        about="memory that reads the same row everywhere; a gain that remains does not need a table",
+        memory=True,
+        control="one_row",
+    ),
+    "embeddings": ArmKind(
+        title="no table",
+        about="gated means of the model's own token embeddings in place of memory, as in NGM; a gain that remains "
+        "needs no rows",
+        memory=True,
+        control="embeddings",
     ),
     "transfer": ArmKind(
         title="memory, transferred",
@@ -107,21 +117,15 @@ def arm_recipe(
     adapter, lora = AdapterOptions(), LoraOptions()
     if kind.memory:
         initialization = "random" if kind.is_control else "transfer" if kind.transfer else recipe.memory.initialization
-        adapter = dataclasses.replace(recipe.memory, initialization=initialization, permuted_hash=kind.permuted)
+        adapter = dataclasses.replace(recipe.memory, initialization=initialization, control=kind.control)
     if kind.lora:
         lora = LoraOptions(
             rank=lora_rank, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout, targets=recipe.lora.targets
         )
-    texts: tuple[EvaluationText, ...] = ()
-    if data.retained:
-        texts = (
-            EvaluationText(
-                name=RETAINED,
-                sources=data.retained_sources,
-                held_out=data.retained_held_out,
-                max_tokens=data.retained_tokens,
-            ),
-        )
+    texts = tuple(
+        EvaluationText(name=name, sources=(source,), held_out=data.retained_held_out, max_tokens=data.retained_tokens)
+        for name, source in data.retained_texts.items()
+    )
     return Recipe(
         model=ModelOptions(
             base=base.model,

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from engram_lm.adapt.attachment import adapter_spec
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.adaptation.arms import ARMS, RETAINED, arm_recipe
-from engram_lm.studies.adaptation.diagnostics import loss_values
+from engram_lm.studies.adaptation.arms import ARMS, arm_recipe
+from engram_lm.studies.adaptation.diagnostics import loss_values, measure_tasks, retained_losses
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import load_tokenizer, open_text
@@ -89,7 +90,7 @@ class Bench:
         """What is trained and measured on."""
         progress.note("measuring the base")
         self.before: dict[str, dict[str, Any] | None] = self._measure(model)
-        """Losses of the base, by text."""
+        """Losses and scores of the base, as those of a run."""
         self.base = {
             "name": base.model,
             "model_type": str(model.config.model_type),
@@ -143,12 +144,9 @@ class Bench:
     def _measure(self, model: Any) -> dict[str, dict[str, Any] | None]:
         recipe, text = self.arm_recipe("memory"), self.text
         assert text.held_out is not None
-        texts: dict[str, tuple[Any, int | None]] = {"domain": (text.held_out, text.held_out_bytes)}
-        if RETAINED in text.texts:
-            texts[RETAINED] = text.texts[RETAINED].tokens, text.texts[RETAINED].num_bytes
-        found: dict[str, dict[str, Any] | None] = {"domain": None, RETAINED: None}
-        for name, (tokens, num_bytes) in texts.items():
-            measured = held_out_loss(
+
+        def loss(tokens: np.ndarray, num_bytes: int | None) -> dict[str, Any]:
+            return held_out_loss(
                 model,
                 tokens,
                 length=recipe.data.sequence_length,
@@ -156,9 +154,14 @@ class Bench:
                 num_bytes=num_bytes,
                 dtype=self.dtype,
                 beginning=beginning_tokens(self.tokenizer),
-            )
-            found[name] = loss_values(measured.to_dict())
-        return found
+            ).to_dict()
+
+        texts = {name: loss(one.tokens, one.num_bytes) for name, one in text.texts.items() if name != "validation"}
+        return {
+            "domain": loss_values(loss(text.held_out, text.held_out_bytes)),
+            **retained_losses(texts),
+            "tasks": measure_tasks(model, self.tokenizer, self.recipe.tasks),
+        }
 
 
 def matched_rank(model: Any, targets: list[str], memory: EngramConfig) -> int:

@@ -1,5 +1,6 @@
 """What a trained memory does: which rows are in use, how many N-grams share them, and how far the gates open."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from engram_lm.adapt import MemoryAdapter
 from engram_lm.adapt.controls import shuffled_rows
+from engram_lm.evaluation import run_tasks
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.memory.gate_recorder import record_gates
-from engram_lm.studies.adaptation.arms import RETAINED
+from engram_lm.page.number_text import mean_of
+from engram_lm.studies.adaptation.recipe import TaskOptions
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.job import Job
@@ -22,13 +25,14 @@ _COUNTED_TOKENS = 1 << 20
 """Tokens of the domain whose N-grams are counted."""
 
 
-def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
+def look_inside(job: Job, counted: dict[str, Any], *, measure: bool = True) -> dict[str, Any]:
     """Measure a trained arm with its memory off and with its rows exchanged, and look at what the memory does.
 
     Collisions are kept in ``counted`` for the other arms and seeds, which have the same hash and text. The result has
-    ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each is None without memory.
+    ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each is None without memory, or if
+    none of it is to be measured.
     """
-    adapter = job.trained.adapter if isinstance(job.trained, AdaptedBase) else None
+    adapter = job.trained.adapter if isinstance(job.trained, AdaptedBase) and measure else None
     if adapter is None:
         return dict.fromkeys(("memory_off", "rows_shuffled", "occupancy", "collisions", "gates"))
     length, own_map = job.recipe.data.sequence_length, adapter.row_map
@@ -56,10 +60,55 @@ def look_inside(job: Job, counted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _losses(job: Job) -> dict[str, Any]:
-    """Losses of the model as it stands, on the domain and on the retained text."""
-    retained = job.text.texts.get(RETAINED)
-    measured = None if retained is None else job.evaluate(retained.tokens, num_bytes=retained.num_bytes).to_dict()
-    return {"domain": loss_values(job.evaluate_held_out().to_dict()), "retained": loss_values(measured)}
+    """Losses of the model as it stands, on the domain and on the retained texts."""
+    texts = {
+        name: job.evaluate(text.tokens, num_bytes=text.num_bytes).to_dict()
+        for name, text in job.text.texts.items()
+        if name != "validation"
+    }
+    return {"domain": loss_values(job.evaluate_held_out().to_dict()), **retained_losses(texts)}
+
+
+def retained_losses(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Say what a result holds of the retained texts: their mean, as ``retained``, and each of them in ``texts``.
+
+    Every text weighs the same, whatever its length. Both are None without such texts.
+    """
+    found = {name: loss_values(text) for name, text in texts.items() if name != "validation"}
+    known = [values for values in found.values() if values is not None]
+    if not known:
+        return {"retained": None, "texts": None}
+    mean = {key: mean_of(values[key] for values in known) for key in ("loss", "bits_per_byte")}
+    perplexity = None if mean["loss"] is None else math.exp(min(mean["loss"], 700.0))
+    retained = {**mean, "perplexity": perplexity, "num_tokens": sum(values["num_tokens"] for values in known)}
+    return {"retained": known[0] if len(known) == 1 else retained, "texts": found}
+
+
+def measure_tasks(model: Any, tokenizer: Any, options: TaskOptions) -> dict[str, dict[str, Any]] | None:
+    """Let a model answer the benchmarks of a recipe; None where it names none.
+
+    By task: ``measure`` (accuracy by the answers' lengths where the task has it), its ``value`` and ``stderr``, and
+    ``right``, a digit for each question: 1 where it was answered rightly, so that two models can be compared question
+    by question; None where the measure is no such yes or no.
+    """
+    if not options.names:
+        return None
+    results = run_tasks(
+        model, tokenizer, options.names, limit=options.limit, num_fewshot=options.few_shot, task_data=options.data
+    )
+    found = {}
+    for name, task in results.tasks.items():
+        measure = next(one for one in ("acc_norm", "acc", *task.scores) if one in task.scores)
+        score = task.scores[measure]
+        answers = [sample.get(measure) for sample in results.raw.get("samples", {}).get(name, ())]
+        yes_or_no = bool(answers) and all(answer in (0, 1) for answer in answers)
+        found[name] = {
+            "measure": measure,
+            "value": score.value,
+            "stderr": score.standard_error,
+            "right": "".join(str(int(answer)) for answer in answers) if yes_or_no else None,
+        }
+    return found
 
 
 def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

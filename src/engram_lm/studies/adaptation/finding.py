@@ -19,6 +19,7 @@ COLUMNS = (
     "Model",
     "Domain loss",
     "Change on old text",
+    "Benchmarks kept",
     "Domain loss, memory off",
     "Domain loss, rows shuffled",
     "Trainable outside tables",
@@ -43,13 +44,13 @@ RUN_COLUMNS = (
 _TERMINAL_COLUMNS = {
     "Domain loss": "Domain loss",
     "Change on old text": "On old text",
+    "Benchmarks kept": "Benchmarks",
     "Domain loss, memory off": "Memory off",
-    "Domain loss, rows shuffled": "Rows shuffled",
     "Trainable outside tables": "Trainable",
     "Trainable in tables": "In tables",
 }
 """Columns of a terminal, and what they are called there."""
-_ONLY_MEANS = ("Domain loss, memory off", "Domain loss, rows shuffled")
+_ONLY_MEANS = ("Domain loss, memory off",)
 _MEMORY = "memory"
 # What memory has to beat, the most telling first: the same compute without memory, then memory that cannot learn.
 _RIVALS = {
@@ -112,8 +113,8 @@ def losses(arm: Mapping[str, Any], text: str = "domain", *, kind: str | None = N
 
 def forgetting(result: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[Any, float]:
     """By how much the loss on the old text rose, for every seed, in nats per token; empty where not measured."""
-    before = loss_before(result, "retained")
-    return {} if before is None else {seed: loss - before for seed, loss in losses(arm, "retained").items()}
+    found = {run.get("seed"): change_on_old_text(result, run) for run in arm_runs(arm)}
+    return {seed: change for seed, change in found.items() if change is not None}
 
 
 def compare(result: Mapping[str, Any], name: str, other: str, text: str = "domain") -> Difference | None:
@@ -126,6 +127,63 @@ def compare(result: Mapping[str, Any], name: str, other: str, text: str = "domai
         theirs = dict(losses(arms.get(other) or {}, text))
     found = paired_difference(own, theirs)
     return None if found["mean"] is None else Difference(found["mean"], found["std"], len(found["per_seed"]))
+
+
+def change_on_old_text(result: Mapping[str, Any], entry: Mapping[str, Any], name: str | None = None) -> float | None:
+    """By how much a run raised the loss on the old text, or on one text of it, in nats per token; None if unknown."""
+    before: Any = (result.get("before") or {}, entry)
+    old, new = (one.get("retained") if name is None else (one.get("texts") or {}).get(name) for one in before)
+    old_loss, new_loss = finite_loss(old), finite_loss(new)
+    return None if old_loss is None or new_loss is None else new_loss - old_loss
+
+
+def share_kept(result: Mapping[str, Any], entry: Mapping[str, Any], name: str | None = None) -> float | None:
+    """What share of the base's benchmark scores a run has kept: the mean over benchmarks, or of one; None if unknown.
+
+    Above 1 the model answers better than the base did.
+    """
+    before = (result.get("before") or {}).get("tasks") or {}
+    after = entry.get("tasks") or {}
+    shares = [
+        after[task]["value"] / before[task]["value"]
+        for task in before
+        if name in (None, task) and task in after and before[task]["value"]
+    ]
+    return mean_of(shares)
+
+
+def kept_columns(result: Mapping[str, Any]) -> list[str]:
+    """The columns of `kept_rows`: old texts and benchmarks, by name."""
+    before = result.get("before") or {}
+    return ["Model", *(before.get("texts") or {}), *(before.get("tasks") or {})]
+
+
+def kept_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Say text by text how the loss changed, and benchmark by benchmark what is scored: the base, then every arm."""
+    before = result.get("before") or {}
+    texts, tasks = before.get("texts") or {}, before.get("tasks") or {}
+    scores = [
+        f"{number_text(_hundred(task.get('value')), 1)} ± {number_text(_hundred(task.get('stderr')), 1)}"
+        for task in tasks.values()
+    ]
+    rows = [["Base, untouched", *(number_text(finite_loss(text), 3) for text in texts.values()), *scores]]
+    for name, arm in (result.get("arms") or {}).items():
+        runs = arm_runs(arm)
+        changes = [[change_on_old_text(result, run, text) for run in runs] for text in texts]
+        cells = [_values_text(_known(change), signed=True) for change in changes]
+        for task in tasks:
+            found = [(run.get("tasks") or {}).get(task) or {} for run in runs]
+            cells.append(number_text(_hundred(mean_of(one.get("value") for one in found)), 1))
+        rows.append([arm_title(arm, name), *cells])
+    return rows
+
+
+def _known(values: Sequence[float | None]) -> dict[int, float]:
+    return {place: value for place, value in enumerate(values) if value is not None}
+
+
+def _hundred(value: float | None) -> float | None:
+    return None if value is None else 100 * value
 
 
 def headline(result: Mapping[str, Any]) -> Headline:
@@ -250,7 +308,8 @@ def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Describe the base and every arm: a cell for each of `COLUMNS`, means over seeds with their standard deviation."""
     unchanged = NOTHING if loss_before(result, "retained") is None else "0.000"
     base = number_text(loss_before(result, "domain"), 3)
-    rows = [["Base, untouched", base, unchanged, NOTHING, NOTHING, "0", "0", "0", "0"]]
+    scored = "100 %" if (result.get("before") or {}).get("tasks") else NOTHING
+    rows = [["Base, untouched", base, unchanged, scored, NOTHING, NOTHING, "0", "0", "0", "0"]]
     for name, arm in (result.get("arms") or {}).items():
         runs, found = arm_runs(arm), losses(arm)
         domain = _values_text(found)
@@ -266,8 +325,10 @@ def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
             arm.get("training_flops"),  # with those of the hidden states that rows were made of
         ]
         change = _values_text(forgetting(result, arm), signed=True)
+        kept = mean_of(share_kept(result, run) for run in runs)
+        scores = NOTHING if kept is None else f"{number_text(100 * kept, 1)} %"
         without = [_values_text(losses(arm, kind=kind)) for kind in ("memory_off", "rows_shuffled")]
-        rows.append([arm_title(arm, name), domain, change, *without, *map(count_text, counts)])
+        rows.append([arm_title(arm, name), domain, change, scores, *without, *map(count_text, counts)])
     return rows
 
 
@@ -314,8 +375,19 @@ def terminal_table(result: Mapping[str, Any]) -> Table:
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """Write all of `COLUMNS` for the base and every arm as a Markdown table, ending in a line break."""
-    lines: list[Sequence[str]] = [COLUMNS, (":--", *["--:"] * (len(COLUMNS) - 1)), *arm_rows(result)]
+    """Write those of `COLUMNS` that are known as a Markdown table of the base and every arm, ending in a line break."""
+    rows = arm_rows(result)
+    filled = [place for place in range(len(COLUMNS)) if any(row[place] != NOTHING for row in rows)]
+    return _markdown_lines([COLUMNS[place] for place in filled], [[row[place] for place in filled] for row in rows])
+
+
+def kept_markdown(result: Mapping[str, Any]) -> str:
+    """Write `kept_rows` as a Markdown table, ending in a line break."""
+    return _markdown_lines(kept_columns(result), kept_rows(result))
+
+
+def _markdown_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines: list[Sequence[str]] = [columns, (":--", *["--:"] * (len(columns) - 1)), *rows]
     return "".join(f"| {' | '.join(map(_markdown, line))} |\n" for line in lines)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from engram_lm.adapt.placement import Placement
 from engram_lm.errors import ConfigError, check_whole
-from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.data.text_source import STANDARD_LIBRARY, TextSource, name_sources
 from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.recipe import PATHS, AdapterOptions, LoraOptions
 from engram_lm.training.recipe_file import RecipeFile
@@ -15,7 +15,9 @@ from engram_lm.training.retention import RetentionOptions
 from engram_lm.training.schedules import ScheduleOptions
 from engram_lm.training.writing import WritingOptions
 
-ArmName = Literal["memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"]
+ArmName = Literal[
+    "memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "one_row", "embeddings", "transfer"
+]
 """What can be compared; `engram_lm.studies.adaptation.arms` says what each is."""
 
 _CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
@@ -50,13 +52,14 @@ class DomainOptions:
     held_out_tokens: int = 65_536
     """Tokens of the held-out share that are used at most; half as many of the validation share are used."""
     retained: Annotated[Literal["standard-library"] | tuple[TextSource, ...], PATHS] = ()
-    """Text that the model knew before, to measure what it forgets: files, or ``standard-library`` for the Python
-    sources that ``engram-lm train`` trains on unless told otherwise. Without it forgetting is not measured."""
+    """Texts unlike the domain, to measure what the model forgets: files or folders, each of them a text of its own, or
+    ``standard-library`` for the Python sources that ``engram-lm train`` trains on unless told otherwise. What is
+    reported as the old text is the mean over them. Without them forgetting is not measured."""
     retained_held_out: float = 0.01
-    """Share of its documents that is used. With the ``data.held_out`` of the recipe that trained the base, these are
-    the documents that the base was not trained on. 0 uses all of the text."""
+    """Share of the documents of each that is used. With the ``data.held_out`` of the recipe that trained the base,
+    these are the documents that the base was not trained on. 0 uses all of the text."""
     retained_tokens: int = 65_536
-    """Tokens of the retained text that are used at most."""
+    """Tokens of each retained text that are used at most."""
     general: Annotated[tuple[TextSource, ...], PATHS] = ()
     """Where text comes from that the model knew before and should not forget: what ``[writing]`` compares with, and
     what ``[retention]`` is measured on. It must not be what forgetting is measured on: see ``general_held_out``."""
@@ -84,9 +87,14 @@ class DomainOptions:
             raise ConfigError(f"retained_held_out is a share from 0 and below 1, not {self.retained_held_out}")
 
     @property
-    def retained_sources(self) -> tuple[TextSource, ...]:
-        """Sources of the retained text; empty for the standard library."""
-        return () if isinstance(self.retained, str) else self.retained
+    def retained_texts(self) -> dict[str, TextSource]:
+        """The retained texts by name: that of the file or folder, with a number where several have the same."""
+        sources = (TextSource(path=STANDARD_LIBRARY),) if isinstance(self.retained, str) else self.retained
+        found: dict[str, TextSource] = {}
+        for number, source in enumerate(sources, 1):
+            name = name_sources([source])
+            found[name if name not in found and name != "validation" else f"{name} ({number})"] = source
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +149,9 @@ class StepOptions:
     """How often the held-out loss is measured during training."""
     curve_tokens: int = 16_384
     """Held-out tokens used for each of these measurements."""
+    look_inside: bool = True
+    """Whether trained memory is also measured switched off and with its rows exchanged, which takes as long as
+    measuring every text twice more."""
 
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.epochs is None):
@@ -160,7 +171,7 @@ class RateOptions:
     """Learning rates. Where several are given, the first seed tries each and the lowest validation loss decides."""
 
     memory: tuple[float, ...] = (4e-3,)
-    """Rates of ``memory``. ``random_table``, ``permuted_hash`` and ``transfer`` use the one that is chosen for it."""
+    """Rates of ``memory``. Its controls and ``transfer`` use the one that is chosen for it."""
     lora: tuple[float, ...] = (4e-3,)
     """Rates of ``lora``."""
     memory_lora: tuple[float, ...] = (4e-3,)
@@ -195,7 +206,8 @@ class ArmOptions:
 
     names: tuple[ArmName, ...] = ("memory",)
     """memory; lora; memory_lora (both); full (every weight); random_table (rows that stay as drawn); permuted_hash (an
-    N-gram reads other rows at every position); transfer (rows made of the base's hidden states)."""
+    N-gram reads other rows at every position); one_row (the same row everywhere); embeddings (means of the model's own
+    token embeddings, and no rows); transfer (rows made of the base's hidden states)."""
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
@@ -204,6 +216,24 @@ class ArmOptions:
     def with_controls(self) -> Self:
         """Add the controls."""
         return dataclasses.replace(self, names=tuple(dict.fromkeys((*self.names, *_CONTROLS))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Benchmarks that the base and every trained model answer, to measure what the model still can do."""
+
+    names: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, as for ``engram-lm eval --tasks``; none are run where empty."""
+    limit: int | None = None
+    """Questions of each task at most; all of them where None."""
+    few_shot: int | None = None
+    """Examples before each question; the task's own number where None."""
+    data: Path | None = None
+    """Folder with the tasks' data, for machines without a network: see ``engram-lm eval --task-data``."""
+
+    def __post_init__(self) -> None:
+        check_whole(limit=self.limit)
+        check_whole(at_least=0, few_shot=self.few_shot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,5 +267,7 @@ class AdaptationRecipe(RecipeFile):
     beside it."""
     dependence: DependenceOptions = dataclasses.field(default_factory=DependenceOptions)
     """How strongly the model is made to depend on its memory, in every arm with memory."""
+    tasks: TaskOptions = dataclasses.field(default_factory=TaskOptions)
+    """Benchmarks for what the model still can do."""
     arms: ArmOptions = dataclasses.field(default_factory=ArmOptions)
     """What is trained and compared."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from engram_lm.page.frame import Html, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text, mean_of, number_text
-from engram_lm.studies.adaptation.figures import curve_figures, forgetting_figures
+from engram_lm.studies.adaptation.figures import curve_figures, trade_figures
 from engram_lm.studies.adaptation.finding import (
     COLUMNS,
     RUN_COLUMNS,
@@ -16,7 +16,10 @@ from engram_lm.studies.adaptation.finding import (
     arm_runs,
     arm_title,
     compare,
+    finite_loss,
     headline,
+    kept_columns,
+    kept_rows,
     loss_before,
     losses,
     run_rows,
@@ -37,6 +40,16 @@ _CONTROLS = {
         "Permuted hash",
         "Rows are read in the same number and at the same cost, but an N-gram reads other rows at every position. If "
         "this does as well as memory, it does not matter which N-gram is looked up: memory is only more parameters.",
+    ),
+    "one_row": (
+        "One row",
+        "The same row is read everywhere. If this does as well, the gain comes from the layers that read, which see "
+        "the hidden state, and needs no table.",
+    ),
+    "embeddings": (
+        "No table",
+        "Means of the model’s own token embeddings are gated and added, and nothing is looked up. What this gains "
+        "needs no memory.",
     ),
     "lora": (
         "LoRA",
@@ -123,14 +136,21 @@ def _header(result: Mapping[str, Any]) -> str:
 
 
 def _forgetting(result: Mapping[str, Any]) -> str:
-    figures = forgetting_figures(result)
+    figures = trade_figures(result)
     if not _arms_of(result) or (not figures and _has_old_text(result)):
         return ""
     if figures:
         figures += (
-            '<p class="note">Each point is one seed. Lower is better on the domain; further left is better on the old '
-            "text, and right of 0 something was forgotten.</p>"
+            '<p class="note">Each point is one seed; a hollow one is a learning rate that was tried and not chosen. '
+            "Lower is better on the domain; further left is better on the old text, and right of 0 something was "
+            "forgotten. A dotted line marks +0.01 nats on the old text, or 99 % of the benchmarks’ scores.</p>"
         )
+        if len(kept_columns(result)) > 2:
+            figures += table(kept_columns(result), kept_rows(result), label="What was kept, a wide table", kind="arms")
+            figures += (
+                '<p class="note">Change of the loss on each old text, in nats per token, and score on each benchmark '
+                "in percent; of the base, its loss and its scores with their standard errors.</p>"
+            )
     else:
         figures = (
             '<p class="notice">No old text was given, so what was forgotten is not known. Name text like that which '
@@ -296,9 +316,11 @@ def _use(result: Mapping[str, Any]) -> str:
 def _facts(result: Mapping[str, Any]) -> str:
     recipe = result.get("recipe") or {}
     rates = {
-        arm_title(arm, name): ", ".join(f"{plain_text(rate)}: {number_text(loss, 3)}" for rate, loss in tried)
+        arm_title(arm, name): ", ".join(
+            f"{plain_text(trial.get('lr'))}: {number_text(finite_loss(trial.get('validation')), 3)}" for trial in tried
+        )
         for name, arm in _arms_of(result).items()
-        if len(tried := arm.get("rates_tried") or ()) > 1
+        if len(tried := arm.get("trials") or ()) > 1
     }
     minutes = {"minutes": number_text(result["seconds"] / 60)} if result.get("seconds") is not None else {}
     groups = {

@@ -10,12 +10,11 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, DataError, DivergedError, MismatchError, RunFolderError
 from engram_lm.files import read_json, replacing_folder, user_path, write_atomically
-from engram_lm.studies.adaptation.arms import ARMS, RETAINED
+from engram_lm.studies.adaptation.arms import ARMS
 from engram_lm.studies.adaptation.bench import ArmCost, Bench
-from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values
+from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values, measure_tasks, retained_losses
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.summary import spread
-from engram_lm.training.data.text_source import name_sources
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
@@ -24,6 +23,7 @@ from engram_lm.training.run import Run
 from engram_lm.training.run_folder import commit, hold_folder, run_facts, to_json
 
 _RECIPE, _ORIGIN = "recipe.toml", "before.json"
+_TRIAL = ("lr", "validation", "domain", "retained", "texts", "tasks")
 _DELETE = "delete it, and its run is done again"
 
 _Entry = dict[str, Any]
@@ -140,7 +140,8 @@ class Adaptation:
                 if seed == 0 and not several:
                     raise
                 self.progress.note(f"{ARMS[name].title}, seed {seed}, learning rate {rate:g}: {error}")
-                entry = {"seed": seed, "lr": rate, "failed": str(error), "domain": None, "retained": None}
+                nothing = dict.fromkeys(("domain", "retained", "texts", "tasks"))
+                entry = {"seed": seed, "lr": rate, "failed": str(error), **nothing}
                 self._write_entry(label, entry)
             if entry is None:
                 return False
@@ -185,13 +186,15 @@ class Adaptation:
                 raise DivergedError(
                     f"the trained model's loss is {math.nan if loss is None else loss}; lower the learning rate"
                 )
-            inside = look_inside(job, self._counted)
+            tasks = measure_tasks(job.model, job.tokenizer, self.recipe.tasks)
+            inside = look_inside(job, self._counted, measure=self.recipe.train.look_inside)
             result = job.finish()
         found = {
             "seed": seed,
             "lr": rate,
             "domain": loss_values(result["held_out"]),
-            "retained": loss_values(result["texts"].get(RETAINED)),
+            **retained_losses(result["texts"]),
+            "tasks": tasks,
             "curve": result["curve"],
             "validation": loss_values(result["texts"].get("validation")),
             **inside,
@@ -212,7 +215,7 @@ class Adaptation:
 
     def _result(self, bench: Bench, plan: Mapping[ArmName, tuple[ArmCost, int]], interrupted: bool) -> dict[str, Any]:
         text, recipe, memory = bench.text, self.recipe, bench.memory
-        retained = text.texts.get(RETAINED)
+        retained = {name: len(one.tokens) for name, one in text.texts.items() if name != "validation"}
         tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
         arms = {}
         for name, (cost, num_steps) in plan.items():
@@ -225,7 +228,7 @@ class Adaptation:
                 "num_tokens": num_steps * tokens_per_step,
                 "training_flops": cost.preparation_flops + num_steps * tokens_per_step * cost.flops_per_token,
                 "lr": runs[0]["lr"] if runs else None,
-                "rates_tried": [[run["lr"], (run.get("validation") or {}).get("loss")] for run in tried],
+                "trials": [{key: run.get(key) for key in _TRIAL} for run in tried],
                 "runs": runs,
                 "summary": _summary(runs, bench.before),
             }
@@ -238,8 +241,8 @@ class Adaptation:
                 "domain": text.facts["source"],
                 "domain_tokens": text.num_tokens,
                 "held_out_tokens": 0 if text.held_out is None else len(text.held_out),
-                "retained": None if retained is None else name_sources(recipe.data.retained_sources),
-                "retained_tokens": 0 if retained is None else len(retained.tokens),
+                "retained": ", ".join(retained) or None,
+                "retained_tokens": sum(retained.values()),
                 "digest": text.digest,
             },
             "memory": {
