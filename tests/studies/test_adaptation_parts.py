@@ -14,11 +14,11 @@ import engram_lm
 from engram_lm import EngramConfig
 from engram_lm.adapt.controls import EmbeddingMeans, one_row, permuted_hash, shuffled_rows
 from engram_lm.adapt.decoder import find_decoder
-from engram_lm.errors import DataError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
-from engram_lm.studies.adaptation.arms import arm_recipe
+from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.bench import matched_rank
-from engram_lm.studies.adaptation.recipe import AdaptationRecipe
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
 from engram_lm.training.assembly import open_text
 from engram_lm.training.base_model import AdaptedBase, lora_targets
 from engram_lm.training.data.batches import Batches
@@ -55,6 +55,30 @@ def test_a_permuted_hash_moves_the_rows_of_a_head_of_any_size():
         starts = torch.tensor(spec.offsets(spec.layers[0]))
         moved = permuted_hash(spec)(0, starts.expand(1, 2, -1))
         assert (moved[0, 0] == starts).all() and (moved[0, 1] != starts).all(), wanted
+
+
+def test_features_are_added_to_the_arms_that_name_them():
+    names = ["memory", "memory+occupancy+sparse", "lora+retention"]
+    recipe = AdaptationRecipe.from_dict(
+        {
+            "data": {"domain": ["a"], "general": ["b"]},
+            "train": {"num_steps": 1},
+            "rates": {"lora": [1e-3, 1e-4]},
+            "arms": {"names": names},
+        }
+    )
+    plain, both, lora = (arm_recipe(recipe, name, lora_rank=2, dtype="float32") for name in names)
+    assert (plain.adapter.occupancy, plain.writing.rule, plain.retention.weight) == ("none", "all", 0)
+    assert (both.adapter.occupancy, both.writing.rule, both.retention.weight) == ("ngrams", "tf_idf", 0)
+    assert (lora.adapter.layers, lora.lora.rank, lora.retention.weight) == ((), 2, 1)
+    assert arm_kind("memory+occupancy+sparse").title == "memory + occupancy + sparse"
+    assert recipe.rates.of("lora+retention") == (1e-3, 1e-4)
+    with pytest.raises(ConfigError, match="there is no arm 'memry'; did you mean 'memory'"):
+        ArmOptions(names=("memry",))
+    with pytest.raises(ConfigError, match="'lora' cannot have 'occupancy'"):
+        ArmOptions(names=("lora+occupancy",))
+    with pytest.raises(ConfigError, match="at most once behind a plus"):
+        ArmOptions(names=("memory+sparse+sparse",))
 
 
 def test_one_row_of_each_head_is_read_everywhere():

@@ -253,7 +253,7 @@ class Job:
         at_once = max(1, _COUNTED_AT_ONCE // recipe.data.sequence_length)
         domain, general = (self._batches(text, at_once) for text in (self.text.train, self.text.general))
         data = [recipe.data.sequence_length, recipe.data.restart_documents, recipe.train.seed]
-        made_from = {"text": self.text.digest, "hash": spec.digest, "permuted_hash": recipe.adapter.permuted_hash}
+        made_from = {"text": self.text.digest, "hash": spec.digest, "control": recipe.adapter.control}
         self.progress.note("counting which rows the texts read")
         writable = kept_choice(
             self.out / WRITABLE,

@@ -40,6 +40,8 @@ class ArmKind:
     """What memory reads in place of its rows: see `AdapterOptions.control`."""
     transfer: bool = False
     """Whether rows begin as the base's hidden states, whatever the recipe says."""
+    features: tuple[str, ...] = ()
+    """What was added to it: see `FEATURES`."""
 
     @property
     def is_control(self) -> bool:
@@ -52,7 +54,7 @@ class ArmKind:
         return (self.memory or self.lora) and not self.is_control
 
 
-ARMS: dict[ArmName, ArmKind] = {
+ARMS: dict[str, ArmKind] = {
     "memory": ArmKind(title="memory", about="memory is trained, the base stays as it is", memory=True),
     "lora": ArmKind(
         title="LoRA",
@@ -96,7 +98,29 @@ ARMS: dict[ArmName, ArmKind] = {
         transfer=True,
     ),
 }
-"""Every arm by its name in a recipe."""
+"""Every way to adapt by its name in a recipe."""
+
+
+FEATURES = {
+    "occupancy": "it speaks only where training has written",
+    "sparse": "only rows whose use stands out against general text are trained",
+    "retention": "it is held to what the base says of general text",
+}
+"""What can be added to an arm, and what that means."""
+
+
+def arm_kind(name: ArmName) -> ArmKind:
+    """Return what an arm is, of its name in a recipe."""
+    plain, *features = name.split("+")
+    kind = ARMS[plain]
+    if not features:
+        return kind
+    return dataclasses.replace(
+        kind,
+        title=" + ".join([kind.title, *features]),
+        about="; ".join([kind.about, *(FEATURES[feature] for feature in features)]),
+        features=tuple(features),
+    )
 
 
 def arm_recipe(
@@ -113,15 +137,22 @@ def arm_recipe(
 
     ``rate`` is the peak learning rate, and ``lora_rank`` matters to arms with low-rank matrices alone.
     """
-    kind, base, data, train = ARMS[name], recipe.base, recipe.data, recipe.train
+    kind, base, data, train = arm_kind(name), recipe.base, recipe.data, recipe.train
     adapter, lora = AdapterOptions(), LoraOptions()
     if kind.memory:
         initialization = "random" if kind.is_control else "transfer" if kind.transfer else recipe.memory.initialization
         adapter = dataclasses.replace(recipe.memory, initialization=initialization, control=kind.control)
+        if "occupancy" in kind.features and adapter.occupancy == "none":
+            adapter = dataclasses.replace(adapter, occupancy="ngrams")
     if kind.lora:
         lora = LoraOptions(
             rank=lora_rank, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout, targets=recipe.lora.targets
         )
+    writing, retention = recipe.writing, recipe.retention
+    if "sparse" in kind.features and writing.rule == "all":
+        writing = dataclasses.replace(writing, rule="tf_idf")
+    if "retention" in kind.features and not retention.weight:
+        retention = dataclasses.replace(retention, weight=1.0)
     texts = tuple(
         EvaluationText(name=name, sources=(source,), held_out=data.retained_held_out, max_tokens=data.retained_tokens)
         for name, source in data.retained_texts.items()
@@ -161,8 +192,8 @@ def arm_recipe(
             weight_decay=recipe.rates.weight_decay,
         ),
         schedule=recipe.schedule,
-        writing=recipe.writing if kind.memory and not kind.frozen_tables else WritingOptions(),
-        retention=recipe.retention if kind.memory or kind.lora else RetentionOptions(),
+        writing=writing if kind.memory and not kind.frozen_tables else WritingOptions(),
+        retention=retention if kind.memory or kind.lora else RetentionOptions(),
         dependence=recipe.dependence if kind.memory else DependenceOptions(),
         evaluation=EvaluationOptions(
             points=train.curve_points,

@@ -11,7 +11,7 @@ from engram_lm.adapt.attachment import adapter_spec
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.adaptation.arms import ARMS, arm_recipe
+from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values, measure_tasks, retained_losses
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.tokenizing import beginning_tokens
@@ -138,7 +138,7 @@ class Bench:
             flops_per_token=trained.training_flops_per_token(),
             preparation_flops=transferred
             * flops_per_token(trained.module, recipe.data.sequence_length, training=False),
-            lora_rank=self.lora_rank if ARMS[name].lora else None,
+            lora_rank=self.lora_rank if arm_kind(name).lora else None,
         )
 
     def _measure(self, model: Any) -> dict[str, dict[str, Any] | None]:

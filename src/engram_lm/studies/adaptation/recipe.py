@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from engram_lm.adapt.placement import Placement
-from engram_lm.errors import ConfigError, check_whole
+from engram_lm.errors import ConfigError, check_whole, suggestion
 from engram_lm.training.data.text_source import STANDARD_LIBRARY, TextSource, name_sources
 from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.recipe import PATHS, AdapterOptions, LoraOptions
@@ -15,10 +15,23 @@ from engram_lm.training.retention import RetentionOptions
 from engram_lm.training.schedules import ScheduleOptions
 from engram_lm.training.writing import WritingOptions
 
-ArmName = Literal[
-    "memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "one_row", "embeddings", "transfer"
-]
-"""What can be compared; `engram_lm.studies.adaptation.arms` says what each is."""
+ArmName = str
+"""What is compared: a name of `ARM_NAMES`, and behind it any of `FEATURES`, each after a plus sign."""
+
+ARM_NAMES = (
+    "memory",
+    "lora",
+    "memory_lora",
+    "full",
+    "random_table",
+    "permuted_hash",
+    "one_row",
+    "embeddings",
+    "transfer",
+)
+"""Ways to adapt a model; `engram_lm.studies.adaptation.arms` says what each is."""
+FEATURES = ("occupancy", "sparse", "retention")
+"""What can be added to some of them, also there."""
 
 _CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
 
@@ -196,7 +209,8 @@ class RateOptions:
 
     def of(self, arm: ArmName) -> tuple[float, ...]:
         """The rates to try for an arm."""
-        rates: tuple[float, ...] = getattr(self, arm if arm in ("lora", "memory_lora", "full") else "memory")
+        plain = arm.partition("+")[0]
+        rates: tuple[float, ...] = getattr(self, plain if plain in ("lora", "memory_lora", "full") else "memory")
         return rates
 
 
@@ -207,11 +221,24 @@ class ArmOptions:
     names: tuple[ArmName, ...] = ("memory",)
     """memory; lora; memory_lora (both); full (every weight); random_table (rows that stay as drawn); permuted_hash (an
     N-gram reads other rows at every position); one_row (the same row everywhere); embeddings (means of the model's own
-    token embeddings, and no rows); transfer (rows made of the base's hidden states)."""
+    token embeddings, and no rows); transfer (rows made of the base's hidden states). Behind a plus sign, as in
+    ``memory+occupancy`` or ``lora+retention``: occupancy (memory speaks only where training has written), sparse (only
+    rows whose use stands out against ``data.general`` are trained), retention (the model is held to what its base says
+    of ``data.general``). What the sections of the recipe turn on, every arm has."""
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise ConfigError(f"names lists one arm or several, each once, not {list(self.names)}")
+        for name in self.names:
+            plain, *features = name.split("+")
+            if plain not in ARM_NAMES:
+                raise ConfigError(f"there is no arm {name!r}; {suggestion(plain, ARM_NAMES)}")
+            memory = plain not in ("lora", "full")
+            for feature in features:
+                if feature not in FEATURES or features.count(feature) > 1:
+                    raise ConfigError(f"the arm {name!r} has each of {', '.join(FEATURES)} at most once behind a plus")
+                if not (memory or (feature == "retention" and plain == "lora")):
+                    raise ConfigError(f"the arm {plain!r} cannot have {feature!r}")
 
     def with_controls(self) -> Self:
         """Add the controls."""

@@ -26,7 +26,10 @@ from engram_lm.studies.adaptation.finding import (
 )
 from engram_lm.studies.page import facts_section, page_footer
 
-_ARM_COLORS = ("memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer")
+_ARM_COLORS = (
+    *("memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"),
+    *("memory-occupancy", "memory-sparse", "memory-retention", "lora-retention"),
+)
 _USEFUL = ("memory", "memory_lora", "transfer")
 _KEY_COLUMNS = {"Domain loss", "Change on old text"}
 
@@ -104,7 +107,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             _facts(result),
         ],
         footer=page_footer(result),
-        colors=[name if name in _ARM_COLORS else "other" for name in _arms_of(result)],
+        colors=[_color(name) for name in _arms_of(result)],
         style=style,
     )
 
@@ -285,7 +288,7 @@ def _inside(result: Mapping[str, Any]) -> str:
 
 def _use(result: Mapping[str, Any]) -> str:
     # The folder is written at the end of a whole run, of the first arm that is no control.
-    useful = [name for name, arm in _arms_of(result).items() if name in _USEFUL and losses(arm)]
+    useful = [name for name, arm in _arms_of(result).items() if name.partition("+")[0] in _USEFUL and losses(arm)]
     if not useful or result.get("interrupted"):
         return ""
     recipe = (result.get("recipe") or {}).get("base") or {}
@@ -332,6 +335,12 @@ def _facts(result: Mapping[str, Any]) -> str:
     runs = run_rows(result)
     every = table(RUN_COLUMNS, runs, label="Every run", row_headings=False)
     return facts_section(result, groups, f"<details><summary>Every run</summary>{every}</details>" if runs else "")
+
+
+def _color(arm: str) -> str:
+    """The CSS variable with an arm's color."""
+    name = arm.replace("+", "-")
+    return name if name in _ARM_COLORS else "other"
 
 
 def _arms_of(result: Mapping[str, Any]) -> Mapping[str, Any]:

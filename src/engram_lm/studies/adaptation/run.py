@@ -10,7 +10,7 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, DataError, DivergedError, MismatchError, RunFolderError
 from engram_lm.files import read_json, replacing_folder, user_path, write_atomically
-from engram_lm.studies.adaptation.arms import ARMS
+from engram_lm.studies.adaptation.arms import arm_kind
 from engram_lm.studies.adaptation.bench import ArmCost, Bench
 from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values, measure_tasks, retained_losses
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
@@ -107,7 +107,9 @@ class Adaptation:
 
     def _publish_adapter(self) -> None:
         """Copy the memory of the first arm that is no control to ``adapter/``."""
-        useful = [name for name, runs in self._runs.items() if runs and ARMS[name].memory and ARMS[name].is_kept]
+        useful = [
+            name for name, runs in self._runs.items() if runs and arm_kind(name).memory and arm_kind(name).is_kept
+        ]
         if useful:
             rate, several = self._runs[useful[0]][0]["lr"], len(self._tried[useful[0]]) > 1
             source = self.out / "runs" / _label(useful[0], 0, rate if several else None) / "memory"
@@ -139,7 +141,7 @@ class Adaptation:
                 # A rate that is too high has lost the comparison, and a later seed is told of; neither ends the others.
                 if seed == 0 and not several:
                     raise
-                self.progress.note(f"{ARMS[name].title}, seed {seed}, learning rate {rate:g}: {error}")
+                self.progress.note(f"{arm_kind(name).title}, seed {seed}, learning rate {rate:g}: {error}")
                 nothing = dict.fromkeys(("domain", "retained", "texts", "tasks"))
                 entry = {"seed": seed, "lr": rate, "failed": str(error), **nothing}
                 self._write_entry(label, entry)
@@ -153,7 +155,7 @@ class Adaptation:
 
     def _rates(self, name: ArmName) -> tuple[float, ...]:
         """The rates that an arm tries. What is the same as memory but for one thing has the same rate, too."""
-        if "memory" in self._tried and (ARMS[name].is_control or ARMS[name].transfer):
+        if "memory" in self._tried and (arm_kind(name).is_control or arm_kind(name).transfer):
             return (_best(self._tried["memory"])["lr"],)
         return self.recipe.rates.of(name)
 
@@ -171,7 +173,7 @@ class Adaptation:
                 recipe.check_resumable(Recipe.read(folder / _RECIPE).to_dict())
         except (MismatchError, ConfigError):
             shutil.rmtree(folder)  # its learning rate was another
-        title = ARMS[name].title
+        title = arm_kind(name).title
         self.progress.note(f"{title}, seed {seed}, learning rate {rate:g}")
         with Run(recipe, folder, bench.ranks, resume=True).open() as job:
             with self.progress.training(job.num_steps_done, job.last_step) as show:
@@ -221,8 +223,8 @@ class Adaptation:
         for name, (cost, num_steps) in plan.items():
             runs, tried = self._runs[name], self._tried.get(name, [])
             arms[name] = {
-                "title": ARMS[name].title,
-                "about": ARMS[name].about,
+                "title": arm_kind(name).title,
+                "about": arm_kind(name).about,
                 **dataclasses.asdict(cost),
                 "num_steps": num_steps,
                 "num_tokens": num_steps * tokens_per_step,
