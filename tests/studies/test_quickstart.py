@@ -1,6 +1,7 @@
 """The quickstart from end to end on a small corpus: what it compares, what it leaves behind, how it ends."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -107,6 +108,18 @@ def built(study, seed):
         name: build_model(recipe, model_config(recipe, tokenizer), tokenizer, Ranks())
         for name, recipe in recipes.items()
     }
+
+
+def test_the_result_and_the_page_say_which_tokens_cost_how_much(run):
+    result = json.loads((run / "result.json").read_text())
+    found = result["diagnostics"]
+    assert found["models"] == ["with memory", "memory off", "without memory"]
+    assert found["total"]["num_tokens"] == min(16_384, result["data"]["held_out_tokens"] - 1)
+    assert found["reference_tokens"] == result["data"]["train_tokens"]
+    loss = result["arms"]["memory"]["runs"][0]["loss"]  # of all held-out tokens
+    assert found["total"]["bits"]["with memory"]["per_token"] == pytest.approx(loss / math.log(2), rel=0.02)
+    page = (run / "report.html").read_text()
+    assert "Bits by kind of token" in page and "3-gram before the token" in page
 
 
 def test_seeds_differ_in_their_weights_and_in_their_batches(run):

@@ -92,6 +92,7 @@ def test_a_few_lines_are_a_study_with_a_result_pictures_and_a_page(study):
     assert found["with"][0] != found["with"][1]
     page = (study / "report.html").read_text()
     assert "Does memory help?" in page and "too few to tell" in page and "data:image/png;base64," in page
+    assert len(result["diagnostics"]["models"]) == 3 and "Bits by kind of token" in page
     assert (study / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -74,7 +74,7 @@ def find_memories(subject: Any) -> dict[int, list[tuple[EngramLayer, HashSpec]]]
     else:
         modules = list(subject.modules())  # the model may be inside another one, such as peft's
         for model in modules:
-            if isinstance(model, EngramModel):
+            if isinstance(model, EngramModel) and model.config.memory_layers:
                 found += [(block, layer.memory, model.hash_spec) for block, layer in enumerate(model.layers)]
         adapters = [adapter for module in modules for adapter in attached_adapters(module).values()]
         for adapter in [subject] if isinstance(subject, MemoryAdapter) else adapters:

@@ -18,7 +18,7 @@ from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
 from engram_lm.studies.page import print_finding, render_study
 from engram_lm.studies.progress import StudyProgress
-from engram_lm.studies.result import study_result
+from engram_lm.studies.result import arm_diagnostics, study_result
 from engram_lm.studies.runner import Mode, Runner
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.training.interrupts import Interrupt
@@ -113,6 +113,8 @@ class StudyCommand:
                     if outcome.interrupted:
                         raise KeyboardInterrupt
                     found = self.measure(outcome.seeds, runner)
+                    progress.note("measuring bits by kind of token")
+                    diagnostics = arm_diagnostics(outcome.seeds[0], runner.text(study.arms[0].recipe))
             except KeyboardInterrupt:
                 again = command_line()
                 again += "" if "--resume" in shlex.split(again) else " --resume"
@@ -120,7 +122,7 @@ class StudyCommand:
                 return 130
             free = {name: value for name, value in plain_flags(self).items() if name in ("seeds", *self.free)}
             facts = {"format": self.result_format, **run_facts(started, made_at)}
-            self._publish({**facts, "settings": settings | free, **found}, study)
+            self._publish({**facts, "settings": settings | free, **found, "diagnostics": diagnostics}, study)
         return 0
 
     @property

@@ -12,6 +12,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from engram_lm.page.frame import definitions, escape, render_page, section, table
+from engram_lm.studies.diagnostics import diagnostics_section
 
 _STYLE = "figure img { max-width: 100%; background: white; border-radius: 4px }"
 
@@ -69,6 +70,7 @@ def render_study(question: str, finding: Finding, pictures: Mapping[str, Path], 
         )
         for number, one in enumerate(finding.tables)
     ]
+    sections.append(diagnostics_section(result.get("diagnostics")))
     figures = "\n".join(
         f'<figure><h3>{escape(title)}</h3><img alt="{escape(title)}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram_lm.studies.budget import price
+from engram_lm.studies.diagnostics import diagnose_models
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
+from engram_lm.training.data.text import TrainingText
 
 
 def run_record(trained: TrainedArm, *, curve_points: int) -> dict[str, Any]:
@@ -76,3 +78,28 @@ def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dic
         "seeds": list(range(len(seeds))),
         "arms": arms,
     }
+
+
+def arm_diagnostics(arms: Mapping[str, TrainedArm], text: TrainingText) -> dict[str, Any] | None:
+    """Say for which tokens the first arm of a seed pays, and the best of those that share its text; by their titles.
+
+    None where no arm was trained to its end, or nothing is held out.
+    """
+    losses = {
+        name: float(loss)
+        for name, arm in arms.items()
+        if (loss := (arm.result.get("held_out") or {}).get("loss")) is not None
+    }
+    trained = list(losses)
+    if not trained or text.held_out is None:
+        return None
+    first, recipe = arms[trained[0]], arms[trained[0]].arm.recipe
+    others = [
+        name
+        for name in trained[1:]
+        if (other := arms[name].arm.recipe).data == recipe.data and other.tokenizer == recipe.tokenizer
+    ]
+    chosen = [first, *(arms[name] for name in sorted(others, key=losses.__getitem__)[:1])]
+    loaded = {arm.arm.title: arm.load() for arm in chosen}
+    tokenizer = loaded[first.arm.title][1]
+    return diagnose_models({title: model for title, (model, _) in loaded.items()}, tokenizer, text, recipe)

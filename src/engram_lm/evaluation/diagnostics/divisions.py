@@ -149,7 +149,7 @@ def divide(
         ngrams = seen[before[:, None] + np.arange(-order, 0)]
         before, ngrams = before[(ngrams >= 0).all(-1)], ngrams[(ngrams >= 0).all(-1)]
         known[before] = np.where(reference.knows_ngrams(ngrams, canonical, vocab_size), 0, 1)
-        yield Division(name=f"ngrams_{order}", title=f"{order}-gram before", groups=NGRAMS, of_token=known)
+        yield Division(name=f"ngrams_{order}", title=f"{order}-gram before the token", groups=NGRAMS, of_token=known)
 
 
 def _elsewhere(things: np.ndarray, document: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def _by_word(
     group[rare & (earlier < 0)] = 2
     group[rare & (earlier < 0) & (_of_tokens(repeated.astype(np.int64), spelled) == 1)] = 3
     group[rare & (earlier >= 0)] = np.where(earlier >= in_sight, 4, 5)[rare & (earlier >= 0)]
-    return Division(name="rare_words", title="words", groups=WORDS, of_token=group)
+    return Division(name="rare_words", title="rare and repeated words", groups=WORDS, of_token=group)
 
 
 def documents_of(num_tokens: int, document_ends: np.ndarray) -> np.ndarray:

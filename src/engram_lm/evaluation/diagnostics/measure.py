@@ -18,7 +18,7 @@ from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 
 MEMORY_ON, MEMORY_OFF = "memory on", "memory off"
-"""What a model is called with its memory and with its memory suppressed; the latter stands behind a name of its own."""
+"""What a model is called with its memory and with its memory suppressed, unless several models have one."""
 _ENOUGH_DOCUMENTS = 10
 
 
@@ -205,13 +205,13 @@ def num_passes(models: Any) -> int:
 def _conditions(models: Any) -> list[tuple[str, Any, bool]]:
     """List names, models, and whether their memory is suppressed."""
     if not isinstance(models, Mapping):
-        has_memory = bool(find_memories(models))
-        return [(MEMORY_ON, models, False), (MEMORY_OFF, models, True)] if has_memory else [("model", models, False)]
+        models = {MEMORY_ON if find_memories(models) else "model": models}
+    with_memory = [name for name, model in models.items() if find_memories(model)]
     found = []
     for name, model in models.items():
         found.append((name, model, False))
-        if find_memories(model):
-            found.append((f"{name}, {MEMORY_OFF}", model, True))
+        if name in with_memory:
+            found.append((MEMORY_OFF if len(with_memory) == 1 else f"{name}, {MEMORY_OFF}", model, True))
     return found
 
 

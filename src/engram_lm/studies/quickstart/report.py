@@ -9,6 +9,7 @@ from engram_lm.page.figure import Picture, line_legend
 from engram_lm.page.frame import Html, escape, plain_text, render_page, section, table
 from engram_lm.page.number_text import count_text
 from engram_lm.studies.curves import curve_figure, draw_curves, smooth
+from engram_lm.studies.diagnostics import diagnostics_section
 from engram_lm.studies.page import facts_section, page_footer
 from engram_lm.studies.quickstart.summary import COLUMNS, arm_rows, headline, run_rows
 
@@ -32,6 +33,7 @@ def render_report(result: Mapping[str, Any], gate_texts: Sequence[GateTrace]) ->
         sections=[
             _arms(result),
             _curves(result),
+            diagnostics_section(result.get("diagnostics")),
             *((_gates(gate_texts), _ngrams(gate_texts)) if gate_texts else ()),
             _samples(result),
             _facts(result),

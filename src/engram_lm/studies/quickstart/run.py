@@ -19,6 +19,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, estimated_seconds
 from engram_lm.studies.command import plain_flags
+from engram_lm.studies.diagnostics import diagnose_models
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.quickstart.report import curve_pictures, render_report
 from engram_lm.studies.quickstart.result import (
@@ -197,6 +198,12 @@ class Quickstart(SmallModelFlags):
             "data": data,
             "settings": plain_flags(self) | chosen,
             **quickstart_result(seeds, data["bytes_per_token"]),
+            "diagnostics": diagnose_models(
+                {seeds[0][name].arm.title: models[name][0] for name in (MEMORY, TWIN)},
+                models[MEMORY][1],
+                text,
+                study.arms[0].recipe,
+            ),
             "interrupted": outcome.interrupted,
             "samples": write_samples(models, documents),
         }
