@@ -3,20 +3,22 @@
 Source: Whittle (a retrofit of a table into a larger model), whose loss is ``relu(margin - (CE_off - CE_on))``.
 """
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_lm.adapt.adapter import MemoryAdapter
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.errors import ConfigError
 from engram_lm.training.loss import NOT_SCORED, autocast
 
-# Dimension key: B batch, L length.
+# Dimension key: B batch, L length, V vocabulary.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +59,42 @@ class DependenceLoss:
 
         Arguments are those of `engram_lm.training.loss.language_model_loss`.
         """
-        with torch.no_grad(), evaluating(model), self._adapter.disabled():
-            off = sequence_losses(model, inputs, targets, dtype, position_ids=position_ids)
-        on = sequence_losses(model, inputs, targets, dtype, position_ids=position_ids)
+        with torch.no_grad(), memory_off(model, [self._adapter]):
+            off = mean_of_sequences(_logits(model, inputs, dtype, position_ids), targets)
+        on = mean_of_sequences(_logits(model, inputs, dtype, position_ids), targets)
         counted = (targets != NOT_SCORED).sum(1)
-        missing = F.relu(self._margin - (off - on)).mean()
-        return torch.stack([(on * counted).sum() / counted.sum().clamp(min=1), missing])
+        mean = (on * counted).sum() / counted.sum().clamp(min=1)
+        return torch.stack([mean, missing_gain(off, on, self._margin)])
 
 
-def sequence_losses(
-    model: Any, inputs: Tensor, targets: Tensor, dtype: str, *, position_ids: Tensor | None = None
-) -> Tensor:
-    """Compute the mean nats per token of each sequence, over the tokens that count, float32 ``[B]``."""
-    wanted = {} if position_ids is None else {"position_ids": position_ids}  # not every model accepts positions
-    with autocast(inputs.device, dtype):
-        logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+@contextlib.contextmanager
+def memory_off(model: nn.Module, adapters: Iterable[MemoryAdapter]) -> Iterator[None]:
+    """Let a model compute in evaluation mode and without these memories inside a ``with`` block."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for adapter in adapters:
+            stack.enter_context(adapter.disabled())
+        yield
+
+
+def missing_gain(off: Tensor, on: Tensor, margin: float) -> Tensor:
+    """What memory lacks to lowering the losses of sequences ``[B]`` by a margin, without and with it, on average."""
+    return F.relu(margin - (off - on)).mean()
+
+
+def mean_of_sequences(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute the mean nats per token of each sequence, over the tokens that count, float32 ``[B]``.
+
+    Args:
+        logits: ``[B, L, V]``.
+        targets: The token that each position predicts, ``[B, L]``; `NOT_SCORED` where it does not count.
+    """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
     return losses.sum(1) / (targets != NOT_SCORED).sum(1).clamp(min=1)
+
+
+def _logits(model: Any, inputs: Tensor, dtype: str, position_ids: Tensor | None) -> Tensor:
+    wanted = {} if position_ids is None else {"position_ids": position_ids}  # not every model accepts positions
+    with autocast(inputs.device, dtype):
+        logits: Tensor = model(input_ids=inputs, use_cache=False, **wanted).logits
+    return logits

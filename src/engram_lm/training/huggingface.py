@@ -16,13 +16,10 @@ import torch
 from torch import nn
 
 from engram_lm.adapt.adapter import CONTAINER, MemoryAdapter
-from engram_lm.adapt.decoder import find_decoder
-from engram_lm.adapt.folder import BaseModel, LocalFiles, read_adapter
-from engram_lm.errors import CheckpointError, ConfigError, MismatchError, MissingExtraError
+from engram_lm.errors import ConfigError, MissingExtraError
 from engram_lm.memory.layer import EngramLayer
-from engram_lm.model.table_place import TablePlace
 from engram_lm.planning.shape import TableOptimizer
-from engram_lm.tables import ParameterTable
+from engram_lm.training.dependence import DependenceOptions
 from engram_lm.training.optimizers import (
     CombinedOptimizer,
     OptimizerOptions,
@@ -32,6 +29,9 @@ from engram_lm.training.optimizers import (
 )
 from engram_lm.training.reference_model import References, found_as_reference
 from engram_lm.training.table_gradients import SharedTables, share_tables, sparse_tables
+from engram_lm.training.trainer_checkpoints import is_memory, refuse_what_is_not_saved, restore_adapters, restore_model
+from engram_lm.training.trainer_losses import OtherLosses, RetentionTraining, stop_at_first_trained
+from engram_lm.training.writing import WritableRows, trained_tables
 
 if importlib.util.find_spec("accelerate") is None:
     raise MissingExtraError(
@@ -45,9 +45,6 @@ else:
     _Trainer = object
 
 from transformers import Trainer
-
-# Rows of a table that are restored at a time.
-_PIECE_ROWS = 1 << 16
 
 
 def train_memory(
@@ -131,20 +128,37 @@ class MemoryTrainerMixin(_Trainer):
       gets the memory, and the weights, that the model has when the trainer is made; with peft, where they switch its
       adapters off instead, the memory is then read as it was. A ``ref_model`` that is given is left as it is.
     - Memory that was trainable stays so when the trainer itself wraps the model in peft (``peft_config``).
+    - **Gradient checkpointing** (not reentrant, the default) computes nothing backward below the first trained weight.
 
     Args:
         *args: The trainer's own.
         tables: How tables are trained; None means the defaults.
+        writing: The rows that may be trained, from `engram_lm.training.writing.choose_rows`; None means all.
+        retention: Holds the model to what its frozen base says of general text; None does not.
+        dependence: Asks memory for a gain on every sequence of a batch with ``labels``; None does not.
         **kwargs: The trainer's own.
 
+    The means of the two losses are logged as ``retention_loss`` and ``dependence_loss``, and are part of ``loss``.
+
     Raises:
-        ConfigError: When training begins: memory together with FSDP, DeepSpeed or DataParallel.
+        ConfigError: Retention or dependence for a model without a frozen base or without memory. When training begins:
+            memory together with FSDP, DeepSpeed or DataParallel; rows to be written that would decay.
+        MismatchError: When training begins: the rows were chosen for another memory.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *args: Any, tables: TableTraining | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        tables: TableTraining | None = None,
+        writing: WritableRows | None = None,
+        retention: RetentionTraining | None = None,
+        dependence: DependenceOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.table_training = tables or TableTraining()
+        self._writing, self._restriction = writing, contextlib.ExitStack()
         self._shared_tables: SharedTables | None = None
         model = kwargs.get("model", args[0] if args else None)
         memory = _adapters(model).values() if isinstance(model, nn.Module) else ()
@@ -153,6 +167,7 @@ class MemoryTrainerMixin(_Trainer):
             super().__init__(*args, **kwargs)
         for parameter in trained:
             parameter.requires_grad_(True)
+        self._other_losses = OtherLosses(self, _adapters(self.model), retention, dependence)
         names = inspect.signature(super().__init__).parameters
         self._references = References(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
@@ -177,11 +192,14 @@ class MemoryTrainerMixin(_Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, once, and prepare the tables for several processes."""
         opt_model: nn.Module = self.model if model is None else model
+        stop_at_first_trained(opt_model, self.args)  # the trainer has switched checkpointing on before
         if (adapters := _trained(opt_model)) or sparse_tables(opt_model):
             self._refuse_other_strategies()
-            _refuse_what_is_not_saved(self.model, adapters)
+            refuse_what_is_not_saved(self.model, adapters)
+        self._end_sharing()
+        if self._writing is not None:
+            self._restriction = _restricted(opt_model, self._writing, self.table_training)
         if sparse_tables(opt_model):
-            self._end_sharing()
             self._shared_tables = share_tables(opt_model, is_due=lambda: bool(self.accelerator.sync_gradients))
         if self.optimizer is not None:
             return self.optimizer
@@ -237,7 +255,7 @@ class MemoryTrainerMixin(_Trainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self._saves_model():
             if state_dict is None and self._saves_plain_model():
-                state_dict = {name: value for name, value in self.model.state_dict().items() if not _is_memory(name)}
+                state_dict = {name: value for name, value in self.model.state_dict().items() if not is_memory(name)}
             super()._save(output_dir, state_dict)
         elif (tokenizer := self.processing_class or getattr(self.data_collator, "tokenizer", None)) is not None:
             tokenizer.save_pretrained(folder)
@@ -249,18 +267,18 @@ class MemoryTrainerMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapters = _trained(self.model)
         if adapters and self._saves_plain_model():
-            _restore_model(self.model, resume_from_checkpoint)
+            restore_model(self.model, resume_from_checkpoint)
         elif not adapters or self._saves_model():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        _restore(adapters, resume_from_checkpoint)
+        restore_adapters(adapters, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         adapters = _trained(self.model)
         if adapters and self._saves_plain_model():
-            _restore_model(self.model, self.state.best_model_checkpoint)
+            restore_model(self.model, self.state.best_model_checkpoint)
         elif not adapters or self._saves_model():
             super()._load_best_model()
-        _restore(adapters, self.state.best_model_checkpoint)
+        restore_adapters(adapters, self.state.best_model_checkpoint)
 
     def _saves_model(self) -> bool:
         """Whether something beside attached memory is trained and has to be saved."""
@@ -284,7 +302,31 @@ class MemoryTrainerMixin(_Trainer):
                 "(DataParallel); start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Compute the trainer's own loss and, in training, add the others."""
+        others = self._other_losses
+        if not (model.training and others.is_any):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        batch = dict(inputs)  # some trainers take labels out of theirs
+        outputs = None
+        if return_outputs or others.needs_outputs:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        else:
+            loss = super().compute_loss(model, inputs, **kwargs)
+        plain = self.accelerator.unwrap_model(model)
+        loss = others.add(loss, outputs, plain, batch, num_items=kwargs.get("num_items_in_batch"))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the means of the other losses where the trainer's own is logged."""
+        if "loss" in logs:
+            logs.update(self._other_losses.means())
+        super().log(logs, *args, **kwargs)
+
     def _end_sharing(self) -> None:
+        self._restriction.close()
         if self._shared_tables is not None:
             self._shared_tables.remove()
             self._shared_tables = None
@@ -315,34 +357,21 @@ def _trained(model: nn.Module) -> dict[str, MemoryAdapter]:
     }
 
 
-def _is_memory(name: str) -> bool:
-    return CONTAINER in name.split(".")
-
-
-def _refuse_what_is_not_saved(model: nn.Module, adapters: dict[str, MemoryAdapter]) -> None:
-    """Refuse, before training, to train what a checkpoint would not hold or could not give back."""
-    for name, adapter in adapters.items():
-        if parametrized := [weight for weight, place in adapter.weights().items() if place.is_parametrized]:
-            raise ConfigError(
-                f"{', '.join(parametrized)} of the memory {name!r} are parametrized: a checkpoint holds the weights "
-                "that they give, from which training could not go on exactly; remove the parametrizations "
-                "first"
-            )
-    if getattr(model, "peft_config", None) is None or not hasattr(model, "get_base_model"):
-        return
-    from peft import get_peft_model_state_dict
-
-    saved = {parameter.data_ptr() for adapter in adapters.values() for parameter in adapter.own_parameters()}
-    for name in model.peft_config:  # type: ignore[union-attr]
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        saved |= {tensor.data_ptr() for tensor in state.values()}
-    lost = [name for name, value in model.named_parameters() if value.requires_grad and value.data_ptr() not in saved]
-    if lost:
+def _restricted(model: nn.Module, writing: WritableRows, training: TableTraining) -> contextlib.ExitStack:
+    """Let only the rows that may be written be trained, until what is returned is closed."""
+    adapters = list(_trained(model).values())
+    tables = trained_tables(adapters[0].tables if len(adapters) == 1 else getattr(model, "tables", {}))
+    if len(adapters) > 1 or not tables:
         raise ConfigError(
-            f"{len(lost)} parameters are trained and no checkpoint would hold them, because with peft a checkpoint "
-            f"holds peft's adapters and the memory: {', '.join(lost[:3])}, …; name them in modules_to_save of peft's "
-            "configuration, freeze them, or train the whole model without peft"
+            f"writing says which rows of one memory are trained, and {len(adapters) or 'no'} memories are; freeze the "
+            "others (train_memory(model, adapters=[...])), or leave writing out"
         )
+    if training.weight_decay and any(table.gradient == "dense" for table in tables.values()):
+        raise ConfigError(
+            "with gradient='dense', weight decay of tables also changes rows that may not be written; set "
+            "TableTraining(weight_decay=0), or make the tables with sparse gradients"
+        )
+    return writing.restrict(tables)
 
 
 @contextlib.contextmanager
@@ -356,55 +385,3 @@ def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in hidden:
             parameter.requires_grad_(True)
-
-
-def _restore_model(model: Any, checkpoint: str) -> None:
-    """Read everything but the memory from a checkpoint, in place.
-
-    Trainer itself takes the tensors by their names in the file, where the experts of a mixture, for example, are called
-    otherwise than in the model; what it does not find stays as it is.
-    """
-    stored, report = type(model).from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
-    found = stored.state_dict()
-    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
-    lacking |= {name for name in model.state_dict() if name not in found and not _is_memory(name)}
-    if lacking:
-        raise CheckpointError(
-            f"{checkpoint} lacks {len(lacking)} weights of the model, such as {sorted(lacking)[0]}; it was written for "
-            "another model: resume from another checkpoint, or begin anew"
-        )
-    model.load_state_dict(found, strict=False)
-
-
-@torch.no_grad()
-def _restore(adapters: dict[str, MemoryAdapter], checkpoint: str) -> None:
-    """Read the weights of attached adapters from a checkpoint, in place."""
-    for name, adapter in adapters.items():
-        folder = Path(checkpoint) / CONTAINER / name
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{checkpoint} holds no memory {name!r} (expected the folder {CONTAINER}/{name}); it was written "
-                "without MemoryTrainerMixin, or for other adapters: resume from another checkpoint, or begin anew"
-            )
-        assert adapter.model is not None
-        decoder = find_decoder(adapter.model, adapter.layer_list)
-        stored = read_adapter(LocalFiles(folder), BaseModel.of(adapter.model, decoder))
-        if stored.spec.digest != adapter.spec.digest:
-            raise MismatchError(
-                f"the memory {name!r} in {checkpoint} has the hash {stored.spec.digest}, the attached one "
-                f"{adapter.spec.digest}; attach with the configuration and tokenizer of the run that is resumed"
-            )
-        for weight, place in adapter.weights().items():
-            place.value.copy_(stored.layers[weight])
-        tables = {key: table for key, table in adapter.tables.items() if isinstance(table, ParameterTable)}
-        if not tables:
-            continue
-        opened = stored.open_tables(TablePlace(tier="mmap", read_ahead=False), None)
-        try:
-            for key, table in tables.items():
-                for start in range(0, table.num_rows, _PIECE_ROWS):
-                    rows = torch.arange(start, min(start + _PIECE_ROWS, table.num_rows))
-                    table.store(rows, opened[key].gather(rows))
-        finally:
-            for stored_table in opened.values():
-                stored_table.close()
