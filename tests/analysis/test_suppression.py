@@ -177,7 +177,7 @@ def test_the_effect_is_what_each_condition_measures_by_itself(build):
     assert effect.families == ("cat", "free") and effect.num_items.tolist() == [1, 1]
     for row, condition in enumerate(effect.conditions):
         with suppressed(model, condition.blocks, condition.how or "zero"):
-            scores = score_tasks(model, TOKENIZER, ITEMS).families
+            scores = score_tasks(model, TOKENIZER, ITEMS)
             loss = held_out_loss(model, tokens, length=8).loss
         assert effect.loss[row] == pytest.approx(loss, rel=1e-5)
         for column, name in enumerate(effect.families):

@@ -1,14 +1,10 @@
-"""Our scores are those of EleutherAI's lm-evaluation-harness, for a model whose texts begin with a special token."""
-
-import math
+"""Our losses are those of EleutherAI's lm-evaluation-harness, for a model whose texts begin with a special token."""
 
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.beginnings import with_template
 
-from engram_lm.evaluation.task_scores import score_tasks
-from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Document, pack
 from engram_lm.training.held_out import held_out_loss
@@ -82,21 +78,3 @@ def test_windows_of_a_long_text_are_the_harness_s_with_a_beginning_before_each(m
     found = loss(model, TEXT[5:], max_tokens=len(tokens), beginning=beginning_tokens(BEGINS))
     assert len(windows) == 3 and found.num_tokens == len(tokens)
     assert found.loss == pytest.approx(-sum(nats for nats, _ in scored) / len(tokens), rel=1e-5)
-
-
-def test_answers_are_scored_as_the_harness_scores_them(model, harness):
-    items = [
-        TaskItem(id="a", family="f", prompt="the cat sat on", answer=" the mat", choices=(" the mat", " a rat", " it")),
-        TaskItem(id="b", family="f", prompt="The Cat saw ", answer="a rat", choices=("the", "a rat")),  # a space behind
-        TaskItem(id="c", family="f", prompt="", answer="the rat ran", choices=("the rat ran", "The Cat")),
-        TaskItem(id="d", family="f", prompt="<s>the rat", answer=" ran to", choices=(" ran to", " saw")),
-    ]
-    asked = [(item.prompt, choice) for item in items for choice in item.choices]
-    answers = harness().loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
-    by_pair = dict(zip(asked, answers, strict=True))
-    for item, score in zip(items, score_tasks(model, BEGINS, items).items, strict=True):
-        nats = [by_pair[item.prompt, choice][0] for choice in item.choices]
-        assert score.answer_nats == pytest.approx(-nats[item.choices.index(item.answer)], rel=1e-5)
-        assert score.chosen == nats.index(max(nats))
-        assert score.exact == by_pair[item.prompt, item.answer][1]
-        assert not math.isclose(nats[0], nats[1], rel_tol=1e-3)

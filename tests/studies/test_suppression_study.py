@@ -126,7 +126,7 @@ def test_one_command_trains_asks_and_says_what_is_retained(study, capsys):
     found = json.loads(capsys.readouterr().out)["tasks"]
     for column, name in enumerate(effect["families"]):
         told = result["seeds"][1]["run"]["effect"]["answer_loss"][0][column]
-        assert found[name]["answer_loss"] == pytest.approx(told, rel=1e-4)
+        assert found[name]["answer_loss"]["value"] == pytest.approx(told, rel=1e-4)
 
 
 def test_a_study_is_gone_on_with_and_trains_nothing_twice(study, capsys):

@@ -155,7 +155,7 @@ def suppression_effect(
                 stack.enter_context(suppressed(model, condition.blocks, condition.how, seed=seed))
             if families:
                 scores = score_tasks(inner, tokenizer, items, batch_size=batch_size)
-                for column, family in enumerate(map(scores.families.__getitem__, families)):
+                for column, family in enumerate(map(scores.__getitem__, families)):
                     for measure, array in values.items():
                         array[row, column] = getattr(family, measure)  # None becomes NaN
                     chance[column], counts[column] = family.chance, family.num_items

@@ -17,6 +17,7 @@ import torch
 from engram_lm.errors import ConfigError, DataError, MissingExtraError, check_whole
 from engram_lm.evaluation.ruler.harness import build_task, is_ruler
 from engram_lm.evaluation.ruler.tasks import RulerData
+from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import user_path
 
 _SOURCE = "engram_lm"
@@ -118,8 +119,9 @@ def run_tasks(
         model: An `EngramForCausalLM` or any causal language model of transformers, with memory attached or without; its
             training flag is put back afterwards.
         tokenizer: Its tokenizer.
-        names: Names of tasks, groups and tags; patterns of names, such as ``arc_*``; paths of YAML files; or tasks.
-            Those that begin with ``ruler`` are this library's own and may end with a length: ``ruler_vt_8192``.
+        names: Names of tasks, groups and tags; patterns of names, such as ``arc_*``; paths of YAML files or of task
+            files (``.jsonl``, see `engram_lm.evaluation.tasks`); tasks; or tuples of `TaskItem`. Names that begin with
+            ``ruler`` are this library's own and may end with a length: ``ruler_vt_8192``.
         limit: Ask the first so many questions of each task; all where None.
         num_fewshot: Examples before each question; what each task says where None. Tasks that say 0 keep to it.
         task_data: A folder from which alone data sets are read, and whose YAML files in ``tasks`` are tasks too (see
@@ -157,7 +159,8 @@ def run_tasks(
         longest=asked.max_length,
     )
     with _chance(seed):
-        loaded = Tasks(task_data).load([ruler(name) if is_ruler(name) else name for name in names])
+        wanted = [ruler(name) if is_ruler(name) else name for name in names]
+        loaded = Tasks(task_data).load(_with_families(wanted, asked))
         unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and not run_unsafe_code:
             raise ConfigError(
@@ -202,6 +205,19 @@ def need_harness() -> None:
             f"benchmarks run on lm-evaluation-harness, which cannot be imported ({error}): "
             'pip install "engram-lm[eval]"'
         ) from error
+
+
+def _with_families(names: Sequence[Any], asked: Any) -> list[Any]:
+    """Put tasks in the place of task files and of questions."""
+    from engram_lm.evaluation.family_tasks import family_tasks
+
+    files = [name for name in names if isinstance(name, str | Path) and str(name).endswith(".jsonl")]
+    items = [
+        *(read_tasks(files) if files else ()),
+        *(item for name in names if isinstance(name, tuple) for item in name),
+    ]
+    others = [name for name in names if name not in files and not isinstance(name, tuple)]
+    return [*others, *family_tasks(items, asked.encode_pair, asked.max_length)]
 
 
 class _Counter:

@@ -1,9 +1,9 @@
-"""``engram-lm eval``: the loss of a model on text, and its answers to the questions of task files."""
+"""``engram-lm eval``: the loss of a model on text, and its scores in benchmarks."""
 
 import contextlib
 import dataclasses
 import json as json_module
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,42 +13,68 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engram_lm.errors import ConfigError, check_flags
+from engram_lm.evaluation.benchmarks import need_harness, run_tasks
 from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
 from engram_lm.evaluation.diagnostics.tables import print_diagnostics
 from engram_lm.evaluation.diagnostics.text import find_reference
-from engram_lm.evaluation.task_scores import score_tasks
-from engram_lm.evaluation.tasks import TaskItem, read_tasks
+from engram_lm.evaluation.result_files import print_table, write_results
+from engram_lm.evaluation.task_list import list_tasks
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
 
+_TEXT_BATCH = 16
+"""Sequences of a text at a time, where the caller does not say."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(ModelFlags):
-    """Measure the loss of a model on text, or ask it the questions of task files, or both.
+    """Measure the loss of a model on text, or ask it the questions of benchmarks, or both.
 
     The model is a quickstart run, or any folder with a causal language model and its tokenizer; --adapter adds memory
-    to it. A task file has one question per line, {"prompt": "The capital of France is", "choices": [" Rome", " Paris"],
-    "answer": 1}, or without choices and with the answer itself; "id" and "family" (what scores are averaged over) may
-    be given too.
+    to it. Benchmarks are tasks of lm-evaluation-harness (the extra eval), RULER, and task files: one question per line,
+    {"prompt": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1}, or without choices and with the
+    answer itself; "id" and "family" (what scores are averaged over) may be given too.
 
     Examples::
 
         engram-lm eval runs/quickstart --data notes.txt
+        engram-lm eval SmolLM2-135M --adapter memory --tasks hellaswag,arc_challenge --limit 500
         engram-lm eval runs/quickstart --tasks capitals.jsonl dates.jsonl --json
+        engram-lm eval --list --tasks engram-paper
     """
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None
     """Folder of the model."""
     data: tuple[str, ...] = ()
     """Text: files, folders, or hf://owner/name for a dataset of the Hugging Face hub."""
-    tasks: tuple[Path, ...] = ()
-    """Task files (JSON lines)."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks and groups, with commas or spaces between them; patterns such as 'arc_*'; task files (.jsonl); or
+    YAML files of lm-evaluation-harness."""
+    list: bool = False
+    """Say which tasks there are; with --tasks what those consist of, and which data they read."""
+    task_data: Path | None = None
+    """Folder from which alone the data sets of tasks are read, for machines without a network; YAML files in its folder
+    tasks are tasks too."""
+    limit: int | None = None
+    """Ask the first so many questions of each task."""
+    few_shot: int | None = None
+    """Examples before each question; by default what each task says."""
+    chat_template: bool = False
+    """Write each question as a chat, as the tokenizer's template does."""
+    run_unsafe_code: bool = False
+    """Agree that tasks such as humaneval run what the model writes, on this machine and without any protection."""
+    max_length: int | None = None
+    """Tokens that the model sees of a question at most; by default what its configuration says."""
+    seed: int = 1234
+    """Chooses examples, and whatever else a task leaves to chance."""
+    out: Path | None = None
+    """Folder for results and answers as lm-evaluation-harness writes them."""
     sequence_length: int | None = None
     """Tokens in a sequence; by default what the model was trained with, 1024 at most."""
-    batch_size: int = 16
-    """Sequences at a time."""
+    batch_size: int | None = None
+    """Sequences at a time; by default 16 of a text, and for tasks as many as fit."""
     max_tokens: int | None = None
     """Tokens to evaluate at most, from the beginning of the text."""
     diagnostics: bool = False
@@ -64,24 +90,36 @@ class Eval(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(self, "sequence_length", "batch_size", "max_tokens")
+        check_flags(self, "sequence_length", "batch_size", "max_tokens", "limit", "max_length")
+        if self.list:
+            return
+        if self.model is None:
+            raise ConfigError("name the folder of a model, or ask with --list which tasks there are")
         if not self.data and not self.tasks:
-            raise ConfigError("name what to evaluate on: text with --data, or task files with --tasks")
+            raise ConfigError("name what to evaluate on: text with --data, or benchmarks with --tasks")
+        if self.out is not None and not self.tasks:
+            raise ConfigError("--out is for the results of --tasks")
         if (self.diagnostics and not self.data) or (self.reference and not self.diagnostics):
             raise ConfigError("--diagnostics are of the text that --data names, and --reference is for --diagnostics")
 
     def run(self) -> int:
-        """Print loss, perplexity, bits per byte and speed, and scores by family."""
+        """Print loss, perplexity, bits per byte and speed, and the scores of tasks."""
+        names = [name for words in self.tasks for name in words.split(",") if name]
+        if names or self.list:
+            need_harness()
+        if self.list:
+            list_tasks(names, self.task_data, as_json=self.json)
+            return 0
+        assert self.model is not None
         corpus = read_documents(self.data) if self.data else None
-        items = read_tasks(self.tasks) if self.tasks else ()
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         values: dict[str, Any] = {"model": str(self.model)}
         if self.adapter is not None:
             values["adapter"] = self.adapter
         if corpus is not None:
             values |= self._measure_loss(corpus, model, tokenizer)
-        if items:
-            values |= self._ask(items, model, tokenizer)
+        if names:
+            values |= self._ask(names, model, tokenizer)
         if self.json:
             print(json_module.dumps(values))
         return 0
@@ -99,7 +137,7 @@ class Eval(ModelFlags):
                     model,
                     tokens,
                     length=length,
-                    batch_size=self.batch_size,
+                    batch_size=self.batch_size or _TEXT_BATCH,
                     max_tokens=self.max_tokens,
                     num_bytes=corpus.num_bytes if self.max_tokens is None else None,
                     beginning=beginning_tokens(tokenizer),
@@ -133,7 +171,7 @@ class Eval(ModelFlags):
                 np.concatenate(parts),
                 document_ends=np.cumsum([len(part) for part in parts]),
                 length=length,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size or _TEXT_BATCH,
                 max_tokens=self.max_tokens,
                 num_bytes=corpus.num_bytes if self.max_tokens is None else None,
                 reference=reference,
@@ -141,18 +179,28 @@ class Eval(ModelFlags):
             )
         return next(iter(found.losses.values())), {"diagnostics": found.to_dict()}
 
-    def _ask(self, items: tuple[TaskItem, ...], model: Any, tokenizer: Any) -> dict[str, Any]:
-        num_answers = sum(max(1, len(item.choices)) for item in items)
-        with _progress("asking", num_answers) as advance:
-            scores = score_tasks(model, tokenizer, items, batch_size=self.batch_size, on_progress=advance)
+    def _ask(self, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, Any]:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("asking", total=None)
+            results = run_tasks(
+                model,
+                tokenizer,
+                names,
+                limit=self.limit,
+                num_fewshot=self.few_shot,
+                task_data=self.task_data,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                seed=self.seed,
+                chat_template=self.chat_template,
+                run_unsafe_code=self.run_unsafe_code,
+                on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+        if self.out is not None:
+            write_results(self.out, results)
         if not self.json:
-            print(f"{'family':24} {'questions':>9} {'exact match':>14} {'accuracy':>14} {'by length':>14} {'loss':>8}")
-            for family in scores.families.values():
-                names = ("exact_match", "accuracy", "accuracy_by_length")
-                cells = (_share(getattr(family, name), getattr(family, f"{name}_error")) for name in names)
-                line = " ".join(f"{cell:>14}" for cell in cells)
-                print(f"{family.family:24} {family.num_items:>9,} {line} {family.answer_loss:>8.4f}")
-        return {"tasks": scores.to_dict()["families"]}
+            print_table(results)
+        return {"tasks": results.to_dict(), "num_truncated": results.num_truncated}
 
 
 @contextlib.contextmanager
@@ -160,7 +208,3 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
-
-
-def _share(value: float | None, error: float | None) -> str:
-    return "–" if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"

@@ -71,6 +71,10 @@ class Tasks:
         specs: list[Any] = []
         for name in names:
             specs.extend([name] if isinstance(name, Task | Group) else self._specs(name))
+        made = [spec.task_name for spec in specs if isinstance(spec, Task)]
+        repeated = {name for name in made if made.count(name) > 1 or name in specs}
+        if repeated:
+            raise ConfigError(f"there are two tasks {', '.join(sorted(repeated))}; give one another name")
         if not specs:
             raise ConfigError("name at least one task")
         files = all(not isinstance(spec, str) or spec.endswith(".yaml") for spec in specs)
@@ -93,18 +97,25 @@ class Tasks:
         index = self.index
         found: list[dict[str, Any]] = []
 
+        def members(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+            """Visit what a group consists of; its settings give way to those of the groups that it is in."""
+            for member in config["task"]:
+                described = {"task": member} if isinstance(member, str) else dict(member)
+                inner = {**{key: described[key] for key in described if key not in ("group", "task")}, **settings}
+                if described.get("group") in index or "group" not in described:
+                    visit(described.get("group") or described["task"], inner)
+                else:  # a group of a group's own
+                    members(described, inner)
+
         def visit(one: str, settings: Mapping[str, Any]) -> None:
             entry = index.get(one)
             if entry is None:
-                raise ConfigError(f"there is no task {one!r}; {suggestion(one, index)}")
+                raise ConfigError(f"there is no task {one!r}; {_near(one, index)}")
             if entry.kind is Kind.TAG:
                 for member in sorted(entry.tags):
                     visit(member, settings)
             elif entry.kind is Kind.GROUP:
-                for member in (entry.cfg or {}).get("task", []):
-                    described = {} if isinstance(member, str) else dict(member)
-                    inner = member if isinstance(member, str) else described.pop("group", None) or described.pop("task")
-                    visit(inner, {**described, **settings})
+                members(entry.cfg or {}, settings)
             else:
                 found.append({**(entry.cfg or {}), **settings, "task": one})
 

@@ -150,7 +150,7 @@ class SuppressionStudy(StudyCommand):
         items = read_tasks(one.folder.with_name(_TASKS))
         if one.arm.name == _TWIN:
             scores = score_tasks(model, tokenizer, items, batch_size=self.batch_size)
-            return {"training": training, "scores": scores.to_dict()["families"]}
+            return {"training": training, "scores": {name: score.to_dict() for name, score in scores.items()}}
         runner.progress.note(f"seed {one.seed}: asking {len(items):,} questions with memory on and suppressed")
 
         def asked(condition: Condition) -> None:
