@@ -256,6 +256,12 @@ def _settle_few_shot(task: Any, number: int | None, seed: int) -> None:
         raise DataError(
             f"{missing}, from which the task {task.task_name} takes its examples; bring it, or ask for none"
         )
+    examples = getattr(getattr(task, "sampler", None), "df", None)
+    if examples is not None and len(examples) < task.get_config("num_fewshot"):
+        raise DataError(
+            f"the task {task.task_name} has {len(examples)} examples to show and was asked for "
+            f"{task.get_config('num_fewshot')}"
+        )
     task.set_fewshot_seed(seed=seed)
 
 
