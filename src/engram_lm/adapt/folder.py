@@ -290,8 +290,8 @@ class StoredAdapter:
         stored = where.torch_dtype if isinstance(where, StoredTensor) else self.dtype
         layout = tensor_layout([where]) if isinstance(where, StoredTensor) else where
         table = wanted.new(self.config, "meta")
-        table.weight = nn.Parameter(place.load(layout, wanted, dtype or stored))
-        return table.eval()  # as it is read where no model takes it in, such as in an engine
+        table.take(place.load(layout, wanted, dtype or stored))
+        return table
 
     def _stored(self, wanted: Mapping[str, WantedTable]) -> dict[str, StoredTensor]:
         numbers = sum(table.num_rows * table.width for table in wanted.values())

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
 from engram_lm.files import parse_json, user_path
@@ -351,14 +351,14 @@ class TablesApart:
                 unexpected.difference_update(_names_of(name))
                 self.elsewhere[name] = elsewhere[name]
                 if resident:
-                    table.weight = nn.Parameter(place.load(elsewhere[name], wanted[name], dtype))
+                    table.take(place.load(elsewhere[name], wanted[name], dtype))
                 else:
                     self.tables[name] = place.open(elsewhere[name], wanted[name], dtype)
             elif source is not None:
                 unexpected.discard(source.name)
                 wanted[name].check(str(source), source.shape)
                 if resident:
-                    table.weight = nn.Parameter(source.load().to(device=device, dtype=dtype))
+                    table.take(source.load().to(device=device, dtype=dtype))
                 else:
                     self.tables[name] = place.open(source, wanted[name], dtype)
                     self.stored[name] = source

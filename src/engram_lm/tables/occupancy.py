@@ -90,6 +90,7 @@ class TrainedTable(nn.Module, Table):
     reads_written_only = False
     """Whether rows are read as in evaluation mode in training, too: see `written_only`."""
     _is_filled = False
+    _may_hold_first_numbers = True
     _has_warned = False
 
     @property
@@ -103,6 +104,12 @@ class TrainedTable(nn.Module, Table):
             self.fill()
         return super().train(mode)
 
+    def take(self, weight: Tensor) -> None:
+        """Take rows as files hold them, ``[own rows, width]``, in evaluation mode, whose reads then compare nothing."""
+        self.weight = nn.Parameter(weight)
+        self._is_filled = self._may_hold_first_numbers = False
+        self.eval()
+
     @torch.no_grad()
     def fill(self) -> None:
         """Give rows of zeros, as files have them, their first numbers. Done once after the rows were loaded."""
@@ -112,7 +119,7 @@ class TrainedTable(nn.Module, Table):
             empty = (values == 0).all(-1).nonzero()[:, 0]
             if len(empty):
                 self.weight[rows[0] + empty] = self._first(rows[empty])
-        self._is_filled = True
+        self._is_filled = self._may_hold_first_numbers = True
 
     @torch.no_grad()
     def stored(self, rows: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ class TrainedTable(nn.Module, Table):
         """Replace different rows ``[n]`` of this process by ``[n, width]``; a row of zeros is then unwritten."""
         place, values = (rows - self.first_row).to(self.weight.device), values.to(self.weight)
         self.weight.index_copy_(0, place, values)
-        if self.first_rows is not None:
+        if self.first_rows is not None and self._may_hold_first_numbers:
             empty = (values == 0).all(-1).nonzero()[:, 0]
             self.weight.index_copy_(0, place[empty], self._first(place[empty]))
 
@@ -164,7 +171,8 @@ class TrainedTable(nn.Module, Table):
             return values
         if not trains:
             assert self.first_rows is not None
-            values = self.first_rows.silenced(rows, values)
+            if self._may_hold_first_numbers:
+                values = self.first_rows.silenced(rows, values)
             if values.requires_grad and not self._has_warned and not self.reads_written_only:
                 values.register_hook(self._warn_of_mode)
             return values

@@ -64,6 +64,7 @@ def shard_tables(
                 stop = sharded.first_row + sharded.weight.shape[0]
                 with torch.no_grad():
                     sharded.weight.copy_(table.weight[sharded.first_row : stop])
+            sharded.fill()  # a checkpoint that is loaded next may hold first numbers
         sharded.weight.requires_grad_(table.weight.requires_grad)
         made[name] = sharded.train(table.training)
         base.memory_tables[name] = sharded
