@@ -33,6 +33,7 @@ def attach(
     layer_list: str | None = None,
     segments: Segments | None = None,
     dtype: torch.dtype | None = torch.float32,
+    table_dtype: torch.dtype | None = None,
     check: bool = True,
     **options: Any,
 ) -> MemoryAdapter:
@@ -58,6 +59,8 @@ def attach(
         segments: Where N-grams stop. By default at the end-of-text token; name image placeholders of a multimodal
             model as ``dead_tokens``.
         dtype: Type of tables and layers; the model's own where None.
+        table_dtype: Type of the tables, if another than ``dtype``. Rows of bfloat16 take half the room, and the row
+            optimizers of `engram_lm.training.optimizers` move them also by updates that rounding would lose.
         check: Whether to run the model on a few tokens with and without the memory and compare all logits.
         **options: Other fields of `EngramConfig`, such as ``rows_per_head=50_000``, where no ``config`` is given.
 
@@ -95,7 +98,7 @@ def attach(
     tables: dict[str, Table] = {}
     for key, wanted in wanted_tables(spec, config.head_dim).items():
         try:
-            tables[key] = wanted.new(config, device, dtype)
+            tables[key] = wanted.new(config, device, table_dtype or dtype)
         except RuntimeError as error:  # There is no class for a host whose memory is at an end.
             raise ConfigError(
                 f"there is no room on {device} for a table of {wanted.num_rows:,} rows of {wanted.width} numbers "

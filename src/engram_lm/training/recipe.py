@@ -126,6 +126,9 @@ class AdapterOptions:
     """Taps of the short convolution; 0 leaves it out."""
     table_std: float = 0.02
     """Standard deviation of the first rows."""
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the rows. The optimizer's state stays in float32; small updates of bfloat16 rows are rounded at random, so
+    that they are not lost."""
     occupancy: Literal["none", "rows", "ngrams"] = "none"
     """Whether memory speaks only where training has written rows, by row or by whole N-grams, and otherwise leaves the
     base as it is."""

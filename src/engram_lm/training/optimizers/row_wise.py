@@ -70,7 +70,7 @@ class RowWiseAdam(RowOptimizer):
             scale = square.sqrt_().add_(group["eps"]).reciprocal_().unsqueeze(1)
             if correction is not None:
                 scale *= correction
-            add_to_rows(weight, some, mean, size, group, scale)
+            add_to_rows(weight, some, mean, size, state, group, scale)
 
 
 class RowWiseAdagrad(RowOptimizer):
@@ -98,7 +98,7 @@ class RowWiseAdagrad(RowOptimizer):
             total = state["sum"].index_select(0, some).add_(_mean_square(gradient))
             state["sum"].index_copy_(0, some, total)
             scale = total.sqrt_().add_(group["eps"]).reciprocal_().unsqueeze(1)
-            add_to_rows(weight, some, gradient, group["lr"], group, scale)
+            add_to_rows(weight, some, gradient, group["lr"], state, group, scale)
 
 
 def _mean_square(gradient: Tensor) -> Tensor:

@@ -58,9 +58,9 @@ class Sharing(NamedTuple):
 class RowOptimizer(ExactStateOptimizer):
     """What all optimizers of tables share: rows without a gradient keep weights and state, bit for bit.
 
-    Gradients must be sparse (``ParameterTable(gradient="sparse")``). State is float32 whatever the table's type. Its
-    first dimension is the table's rows (except for the count of steps), so dividing the table by rows also divides
-    the state.
+    Gradients must be sparse (``ParameterTable(gradient="sparse")``). State is float32 whatever the table's type, and
+    rows of bfloat16 move by updates of any size (`write_rows`). The first dimension of state is the table's rows
+    (except for the count of steps), so dividing the table by rows also divides the state.
 
     ``weight_decay`` of a group is decoupled as in AdamW, and lazy: a row is multiplied by ``1 - lr * weight_decay`` in
     the steps that touch it, and only in those. Rows that are read rarely therefore decay rarely.
@@ -107,19 +107,59 @@ def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows[first : first + num_rows], values[first : first + num_rows].float()
 
 
+def write_rows(weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any]) -> None:
+    """Replace distinct rows ``[n]`` of a table by float32 values ``[n, width]``, in the table's type.
+
+    To bfloat16, which has 8 digits, they are rounded up or down at random, so that the mean is the value: an update that
+    is smaller than the distance between two numbers would be lost every time otherwise. Nothing but the ``step`` of the
+    state is needed to repeat it.
+    """
+    if weight.dtype == torch.bfloat16:
+        values = _rounded_at_random(values, int(state["step"]))
+    weight.index_copy_(0, rows, values.to(weight.dtype))
+
+
+def _rounded_at_random(values: Tensor, step: int) -> Tensor:
+    """Round float32 ``[n, width]`` to numbers of bfloat16, up with a probability of the distance from the lower one.
+
+    The chance is drawn from the step, the column and the number itself: the same on every device and for every division
+    of a table over ranks. Numbers that bfloat16 has stay as they are.
+
+    Source: a hash of 32 bits (``lowbias32``, hash-prospector).
+    """
+    bits = values.view(torch.int32)
+    column = torch.arange(values.shape[1], dtype=torch.int64, device=values.device) * 0x9E3779B1
+    seeds = (column + step * 0x85EBCA77).bitwise_and_(2**31 - 1).to(torch.int32)
+    noise = bits ^ seeds
+    noise ^= (noise >> 16) & 0xFFFF
+    noise *= 0x7FEB352D
+    noise ^= (noise >> 15) & 0x1FFFF
+    noise *= -0x7B935975
+    noise ^= (noise >> 16) & 0xFFFF
+    # The upper half of a float32 is the bfloat16 below it; adding up to the lower half carries as often as it should.
+    noise.bitwise_and_(0xFFFF).add_(bits).bitwise_and_(-0x10000)
+    return torch.where(values.isfinite(), noise.view(torch.float32), values)
+
+
 def add_to_rows(
-    weight: Tensor, rows: Tensor, update: Tensor, size: float, group: dict[str, Any], scale: Tensor | None = None
+    weight: Tensor,
+    rows: Tensor,
+    update: Tensor,
+    size: float,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    scale: Tensor | None = None,
 ) -> None:
     """Move distinct rows ``[n]`` of a table: ``w <- w * (1 - lr * weight_decay) - size * scale * update``.
 
-    The update is float32 ``[n, width]``, the scale one factor per row, float32 ``[n, 1]``.
+    The update is float32 ``[n, width]``, the scale one factor per row, float32 ``[n, 1]``; see `write_rows`.
     """
     now = weight.index_select(0, rows).float()
     decay = group["lr"] * group["weight_decay"]
     if decay:
         now.mul_(1 - decay)
     now = now.add_(update, alpha=-size) if scale is None else now.addcmul_(update, scale, value=-size)
-    weight.index_copy_(0, rows, now.to(weight.dtype))
+    write_rows(weight, rows, now, state)
 
 
 def bias_sizes(state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> tuple[float, Tensor | None]:
@@ -226,7 +266,7 @@ class RowAdam(RowOptimizer):
         )
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
-        weight.index_copy_(0, rows, now.to(weight.dtype))
+        write_rows(weight, rows, now, state)
 
     @staticmethod
     def _by_rows(weight: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Any], group: Any) -> None:
@@ -236,4 +276,4 @@ class RowAdam(RowOptimizer):
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
         size, scale = bias_sizes(state, rows, group)
-        add_to_rows(weight, rows, mean.div_(square.sqrt_().add_(group["eps"])), size, group, scale)
+        add_to_rows(weight, rows, mean.div_(square.sqrt_().add_(group["eps"])), size, state, group, scale)

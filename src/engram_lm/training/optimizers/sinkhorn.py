@@ -101,7 +101,8 @@ class SinkhornMomentum(RowOptimizer):
         momentum.mul_(torch.pow(beta, missed.float()).unsqueeze(1)).add_(gradient, alpha=1 - beta)
         state["momentum"].index_copy_(0, rows, momentum)
         balanced = self._balance(momentum.mul_(beta).add_(gradient, alpha=1 - beta), group)
-        add_to_rows(weight, rows, balanced, group["lr"] * group["update_rms"] * weight.shape[1] ** 0.5, group)
+        size = group["lr"] * group["update_rms"] * weight.shape[1] ** 0.5
+        add_to_rows(weight, rows, balanced, size, state, group)
 
     def _balance(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         """Mask and balance a matrix, float32 ``[n, width]``, in place.
