@@ -47,6 +47,7 @@ def table(material, **sections):
 KINDS = {
     "memory": {"adapter": MEMORY},
     "memory with occupancy": {"adapter": {**MEMORY, "rows_per_head": 4999, "occupancy": "ngrams"}},
+    "memory in bfloat16": {"adapter": {**MEMORY, "table_dtype": "bfloat16", "occupancy": "rows"}},
     "memory and LoRA": {"adapter": MEMORY, "lora": {"rank": 2, "dropout": 0.3}},
     "rows of hidden states": {"adapter": {**MEMORY, "initialization": "transfer", "transfer_tokens": 600}},
     "all of it": {},

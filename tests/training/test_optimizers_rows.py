@@ -74,6 +74,59 @@ def test_touched_rows_are_trained_as_by_the_plain_twin_and_others_not_at_all(nam
         torch.testing.assert_close(one.weight.detach().double(), expected, atol=2e-6, rtol=1e-5)
 
 
+def pushed(name, dtype, steps, one=None, optimizer=None):
+    """A table all of whose rows are pushed the same way, step after step, by far less than bfloat16 can hold."""
+    if one is None:
+        one = ParameterTable(64, 32, dtype=dtype)
+        with torch.no_grad():
+            one.weight.copy_(torch.linspace(1.01, 1.9, 64 * 32).view(64, 32).bfloat16())
+        lr = {"sinkhorn": 5e-4, "row-wise adagrad": 1e-3}.get(name, 1e-4)
+        optimizer = OPTIMIZERS[name]([one.weight], lr=lr)
+    for step in steps:
+        push = 1 + 0.1 * torch.randn(64, 32, generator=torch.Generator().manual_seed(step))
+        (one.gather(torch.arange(64)) * push.to(dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return one, optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_of_bfloat16_move_under_tiny_updates_as_those_of_float32_do_in_the_mean(name):
+    start = torch.linspace(1.01, 1.9, 64 * 32).view(64, 32).bfloat16()
+    exact = pushed(name, torch.float32, range(200))[0].weight.detach() - start
+    found = pushed(name, torch.bfloat16, range(200))[0].weight.detach().float() - start
+    step = exact.abs().max() / 200
+    assert step < 2**-7 / 2  # less than half the distance between two numbers: rounding to the nearest moves nothing
+    assert float(found.mean() / exact.mean()) == pytest.approx(1, abs=0.06)
+    assert float((found - exact).std()) < 4 * 2**-7
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bfloat16_table_that_is_resumed_ends_with_the_same_bits(name):
+    whole, _ = pushed(name, torch.bfloat16, range(20))
+    part, optimizer = pushed(name, torch.bfloat16, range(9))
+    again = ParameterTable(64, 32, dtype=torch.bfloat16)
+    again.load_state_dict(copy.deepcopy(part.state_dict()))
+    resumed = OPTIMIZERS[name]([again.weight], lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    pushed(name, torch.bfloat16, range(9, 20), again, resumed)
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_rounding_at_random_keeps_what_bfloat16_has_and_is_the_number_in_the_mean():
+    values = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    total = sum(rows._rounded_at_random(values, step) for step in range(400))
+    distance = values.abs().log2().floor().exp2() * 2**-7
+    error = (total / 400 - values) / distance
+    assert abs(float(error.mean())) < 1e-3
+    assert float(error.std()) == pytest.approx(6**-0.5 / 20, rel=0.05)  # of 400 independent draws
+    special = torch.tensor([[0.0, -0.0, torch.inf, -torch.inf, 1.5, -(2.0**-126), 3.3895313892515355e38]])
+    assert torch.equal(rows._rounded_at_random(special, 7).view(torch.int32), special.view(torch.int32))
+    assert rows._rounded_at_random(torch.tensor([[torch.nan]]), 7).isnan()
+    # No matter how a table is divided.
+    assert torch.equal(rows._rounded_at_random(values[100:], 3), rows._rounded_at_random(values, 3)[100:])
+
+
 @pytest.mark.parametrize("every_row", [True, False])
 def test_sinkhorn_is_the_published_update_with_the_rows_of_the_step_as_its_matrix(every_row):
     one = table()

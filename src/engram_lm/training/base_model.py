@@ -89,7 +89,8 @@ class AdaptedBase:
         if recipe.adapter.control == "embeddings":
             EmbeddingMeans.attach(self.module, decoder, memory.layers, memory.orders)
             return None
-        adapter = attach(self.module, tokenizer, memory, layer_list=layer_list)
+        table_dtype = getattr(torch, recipe.adapter.table_dtype)
+        adapter = attach(self.module, tokenizer, memory, layer_list=layer_list, table_dtype=table_dtype)
         if recipe.model.frozen_tables:
             adapter.memory_tables.requires_grad_(False)
         if (move := _ROW_MAPS.get(recipe.adapter.control)) is not None:

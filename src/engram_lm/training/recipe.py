@@ -127,8 +127,8 @@ class AdapterOptions:
     table_std: float = 0.02
     """Standard deviation of the first rows."""
     table_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the rows. The optimizer's state stays in float32; small updates of bfloat16 rows are rounded at random, so
-    that they are not lost."""
+    """Type of the rows. The optimizer's state stays in float32; updates of bfloat16 rows are rounded at random, so that
+    small ones are not lost."""
     occupancy: Literal["none", "rows", "ngrams"] = "none"
     """Whether memory speaks only where training has written rows, by row or by whole N-grams, and otherwise leaves the
     base as it is."""
@@ -147,7 +147,7 @@ class AdapterOptions:
             ConfigError: An impossible memory.
         """
         heads = self.num_heads * len(self.orders)
-        own = ("initialization", "transfer_tokens", "transfer_source", "control")
+        own = ("initialization", "transfer_tokens", "transfer_source", "control", "table_dtype")
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in own}
         values["layers"] = resolve_layers(self.layers, num_layers)
         if heads and self.memory_dim is None:

@@ -110,9 +110,9 @@ def chunks(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def write_rows(weight: Tensor, rows: Tensor, values: Tensor, state: dict[str, Any]) -> None:
     """Replace distinct rows ``[n]`` of a table by float32 values ``[n, width]``, in the table's type.
 
-    To bfloat16, which has 8 digits, they are rounded up or down at random, so that the mean is the value: an update that
-    is smaller than the distance between two numbers would be lost every time otherwise. Nothing but the ``step`` of the
-    state is needed to repeat it.
+    To bfloat16, which has 8 binary digits, they are rounded up or down at random, so that the mean is the value: an
+    update far smaller than the distance between two numbers would be lost every time otherwise. Nothing but the
+    ``step`` of the state is needed to repeat it.
     """
     if weight.dtype == torch.bfloat16:
         values = _rounded_at_random(values, int(state["step"]))
