@@ -19,7 +19,8 @@ from engram_lm.serving.vllm.lost_rows import Owners, read_or_note
 from engram_lm.serving.vllm.state import MemoryMetadata, MemoryState, Slots
 from engram_lm.tables import Table
 
-# Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1).
+# Dimension key: T tokens of all requests side by side, D hidden, S streams, W context (highest order - 1),
+# M memory width, H heads of all orders.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +34,18 @@ class Places:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class StagedRows:
+    """What was hashed and read before a forward pass, see `engram_lm.serving.vllm.staging`: the first T of each."""
+
+    vectors: Mapping[int, Tensor]
+    """Block → memory vectors, ``[at least T, 1, M]``."""
+    active: Tensor
+    """Bool ``[at least T, 1]``; False where memory adds nothing."""
+    codes: Tensor
+    """Codes of the tokens, int64 ``[at least T]``."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class MemoryPass:
     """What one forward pass hands from its beginning to its memory layers."""
 
@@ -43,7 +56,9 @@ class MemoryPass:
     active: Tensor
     """Bool ``[T, 1]``; False where memory adds nothing."""
     rows: Mapping[int, Tensor]
-    """Block → row numbers, int64 ``[T, 1, H]``."""
+    """Block → row numbers, int64 ``[T, 1, H]``; empty where the rows were read before the pass."""
+    vectors: Mapping[int, Tensor]
+    """Block → memory vectors ``[T, 1, M]`` that were read before the pass."""
     places: Mapping[int, Places]
     """Block → where its state lies; empty while vLLM measures memory and there is no cache."""
     owners: Owners
@@ -52,7 +67,9 @@ class MemoryPass:
     def update(self, block: int, hidden_states: Tensor) -> Tensor:
         """Compute what the memory of a block adds to hidden states ``[T, D]`` or ``[T, S, D]``; of their shape."""
         layer = self.layers[block]
-        vectors = read_or_note(layer, self.rows[block], self.owners)
+        vectors = self.vectors.get(block)
+        if vectors is None:
+            vectors = read_or_note(layer, self.rows[block], self.owners)
         vectors, active = layer.heard(vectors, self.active)
         value, gates = layer.weigh(hidden_states.unsqueeze(1), vectors, active)
         if not layer.config.kernel_size:
@@ -110,17 +127,22 @@ class ServedMemory:
         for block, layer in self.layers.items():
             layer.table = tables[block]
 
-    def begin(self, tokens: Tensor, positions: Tensor) -> MemoryPass:
+    @property
+    def first_state(self) -> MemoryState:
+        """The state of the first block with memory, which also holds the codes of tokens."""
+        return self.states[self._first]
+
+    def begin(self, tokens: Tensor, positions: Tensor, staged: StagedRows | None = None) -> MemoryPass:
         """Hash the tokens for all blocks and ask the tables for their rows; ids outside the vocabulary are dead.
 
         Args:
             tokens: Ids of the tokens of all requests, ``[T]``.
             positions: Their positions in their requests, ``[T]``.
+            staged: What was hashed and read before, where the engine does so.
         """
         assert self.spec is not None, "the checkpoint has not been loaded"
         tokens = tokens.long()
         look_back, taps = self._distances_on(tokens.device)
-        context = tokens.new_full((len(tokens), self.spec.context), -1)
         metadata = self._metadata()
         places: dict[int, Places] = {}
         for block, known in metadata.items():
@@ -129,18 +151,23 @@ class ServedMemory:
             places[block] = (
                 places[same[0]] if same else Places(known.slots(), known.slots_before(positions, taps, size))
             )
+        codes = self.spec.encode_unchecked(tokens[:, None])[:, 0] if staged is None else staged.codes
+        context = tokens.new_full((len(tokens), self.spec.context), -1)
         owners = Owners("", tokens.new_empty(0), tokens.new_empty(0))
         if metadata:
-            first, known = self.states[self._first], metadata[self._first]
-            codes = self.spec.encode_unchecked(tokens[: known.num_tokens, None])
+            first, known = self.first_state, metadata[self._first]
             # Written before others are read: a token may look back at one of the same forward pass.
-            first.write_codes(places[self._first].tokens, codes[:, 0])
-            before = known.slots_before(positions, look_back, first.block_size)
-            context[: known.num_tokens] = first.read_codes(before)
+            first.write_codes(places[self._first].tokens, codes[: known.num_tokens])
+            if staged is None:
+                before = known.slots_before(positions, look_back, first.block_size)
+                context[: known.num_tokens] = first.read_codes(before)
             owners = Owners(first.name, known.query_ends, known.slot_mapping[: known.num_tokens])
+        if staged is not None:
+            vectors = {block: each[: len(tokens)] for block, each in staged.vectors.items()}
+            return MemoryPass(self.layers, self.states, staged.active[: len(tokens)], {}, vectors, places, owners)
         tables = {block: layer.table for block, layer in self.layers.items()}
         step = begin_step(self.spec, tables, tokens[:, None], context=context, checked=False)
-        return MemoryPass(self.layers, self.states, step.active, step.rows, places, owners)
+        return MemoryPass(self.layers, self.states, step.active, step.rows, {}, places, owners)
 
     def _metadata(self) -> dict[int, MemoryMetadata]:
         """Where tokens lie, for each block with a state; empty while vLLM measures memory."""

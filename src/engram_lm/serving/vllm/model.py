@@ -20,7 +20,7 @@ from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.model.table_place import table_name, wanted_tables
 from engram_lm.serving.vllm.attention import LatentAttention
 from engram_lm.serving.vllm.checkpoint import checkpoint_folder
-from engram_lm.serving.vllm.memory import MemoryPass, ServedMemory
+from engram_lm.serving.vllm.memory import MemoryPass, ServedMemory, StagedRows
 from engram_lm.serving.vllm.tables import open_tables, table_place
 from engram_lm.serving.vllm.weights import is_table, load_parameters
 
@@ -127,9 +127,9 @@ class EngramModel(nn.Module):
         embedded: Tensor = self.embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
         return embedded
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, staged: StagedRows | None = None) -> Tensor:
         """Compute the last hidden states, ``[T, D]``."""
-        step = None if self.served is None else self.served.begin(input_ids, positions)
+        step = None if self.served is None else self.served.begin(input_ids, positions, staged)
         hidden_states = self.embed_input_ids(input_ids)
         num_streams = self.config.num_streams
         if num_streams > 1:
@@ -176,11 +176,19 @@ class EngramForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
+        staged: StagedRows | None = None,
     ) -> Tensor:
-        """Compute the last hidden states of the tokens of all requests, ``[T, D]``."""
+        """Compute the last hidden states of the tokens of all requests, ``[T, D]``; memory may be read already."""
         assert input_ids is not None, "prompts of embeddings are refused"
-        hidden_states: Tensor = self.model(input_ids, positions)
+        hidden_states: Tensor = self.model(input_ids, positions, staged)
         return hidden_states
+
+    @staticmethod
+    def get_model_state_cls() -> Any:
+        """Return what prepares the inputs of a forward pass; vLLM asks for it on GPUs alone."""
+        from engram_lm.serving.vllm.staging import StagingModelState
+
+        return StagingModelState
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Compute logits ``[T, V]``; None on the ranks that vLLM does not sample on."""
