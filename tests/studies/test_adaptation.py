@@ -1,6 +1,7 @@
 """`engram-lm adapt` from end to end on a small model: what it compares, what it leaves behind, how it goes on."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -185,14 +186,19 @@ def test_memory_switched_off_or_misaddressed_is_measured_and_looked_into(result)
         assert gates["p10"] <= gates["p50"] <= gates["p90"] and 0 < gates["share_above_half"] <= 1
         assert (one["collisions"] is None) is (name in ("permuted_hash", "one_row"))
         assert (one["occupancy"] is None) is (name == "random_table")
+        assert one["bits"]["models"] == ["memory on", "memory off"]
     memory = result["arms"]["memory"]["runs"][0]
+    on, off = memory["bits"]["total"]["bits"].values()
+    assert on["per_token"] == pytest.approx(memory["domain"]["loss"] / math.log(2), rel=1e-6)
+    assert off["per_token"] == pytest.approx(before["domain"]["loss"] / math.log(2), rel=1e-6)
+    assert off["more"] == pytest.approx(off["per_token"] - on["per_token"], rel=1e-6)
     assert memory["rows_shuffled"]["domain"]["loss"] > memory["domain"]["loss"] + 0.02
     assert memory["collisions"]["0"]["ngrams_per_row"] > 1
     # Each row that a step has read has been trained, and no other.
     assert 0.1 < memory["occupancy"]["0"] <= memory["collisions"]["0"]["rows_hit"] / (result["memory"]["num_rows"] / 2)
     both = result["arms"]["memory_lora"]["runs"][0]
     assert both["memory_off"]["domain"]["loss"] < before["domain"]["loss"]  # LoRA is still there
-    assert result["arms"]["lora"]["runs"][0]["gates"] is None
+    assert result["arms"]["lora"]["runs"][0]["gates"] is None is result["arms"]["lora"]["runs"][0]["bits"]
 
 
 def test_what_says_nothing_of_the_ngram_gains_less(result):

@@ -15,7 +15,9 @@ _MAX_TOKENS = 16_384
 _SHOWN = ("rare_words", "token_frequency", "ngrams_2", "ngrams_3")
 
 
-def diagnose_models(models: Any, tokenizer: Any, text: TrainingText, recipe: Recipe) -> dict[str, Any] | None:
+def diagnose_models(
+    models: Any, tokenizer: Any, text: TrainingText, recipe: Recipe, *, dtype: str = "float32"
+) -> dict[str, Any] | None:
     """Diagnose models on the beginning of held-out text, against the text that they were trained on.
 
     Args:
@@ -23,6 +25,7 @@ def diagnose_models(models: Any, tokenizer: Any, text: TrainingText, recipe: Rec
         tokenizer: The models' tokenizer.
         text: The text of the study.
         recipe: How the models were trained.
+        dtype: Type of matrix products.
 
     Returns:
         `Diagnostics.to_dict`; None where nothing is held out.
@@ -36,14 +39,18 @@ def diagnose_models(models: Any, tokenizer: Any, text: TrainingText, recipe: Rec
         document_ends=text.held_out_ends,
         length=recipe.data.sequence_length,
         max_tokens=_MAX_TOKENS,
+        dtype=dtype,
         restart_documents=recipe.data.restart_documents,
         reference=ReferenceText(name="the training text", tokens=text.train, num_tokens=text.num_tokens),
     )
     return found.to_dict()
 
 
-def diagnostics_section(found: Mapping[str, Any] | None) -> str:
-    """Show `Diagnostics.to_dict` as a part of a page; nothing where there is none."""
+def diagnostics_section(found: Mapping[str, Any] | None, subject: str = "") -> str:
+    """Show `Diagnostics.to_dict` as a part of a page; nothing where there is none.
+
+    ``subject`` says in a sentence which model or text it is about, where the page does not.
+    """
     if not found:
         return ""
     tables = [
@@ -51,10 +58,11 @@ def diagnostics_section(found: Mapping[str, Any] | None) -> str:
         + table(columns(found), some, label=title or "All tokens", kind="arms")
         for title, some in rows(found, _SHOWN)
     ]
-    return section(
-        "bits",
-        "Bits by kind of token",
-        "<p>Bits for each token of held-out text, by what the token is. <em>More</em> is what a model needs above the "
-        "first one; with its memory off a model is not one that was trained without memory, for the rest of it still "
-        "counts on its memory.</p>" + "\n".join(tables) + f'<p class="note">{escape(about(found))}</p>',
+    lead = (
+        "Bits for each token of held-out text, by what the token is. <em>More</em> is what a model needs above the "
+        "first one. With its memory off, a model is not what it would be if it had been trained without memory, because "
+        "the rest of it still counts on the memory."
     )
+    note = f'<p class="note">{escape(about(found))}</p>'
+    about_whom = f"{escape(subject)} " * bool(subject)
+    return section("bits", "Bits by kind of token", "\n".join([f"<p>{about_whom}{lead}</p>", *tables, note]))

@@ -15,6 +15,7 @@ from engram_lm.hashing.collisions import row_collisions
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.page.number_text import mean_of
 from engram_lm.studies.adaptation.recipe import TaskOptions
+from engram_lm.studies.diagnostics import diagnose_models
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.job import Job
@@ -29,17 +30,20 @@ def look_inside(job: Job, counted: dict[str, Any], *, measure: bool = True) -> d
     """Measure a trained arm with its memory off and with its rows exchanged, and look at what the memory does.
 
     Collisions are kept in ``counted`` for the other arms and seeds, which have the same hash and text. The result has
-    ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions`` and ``gates``; each is None without memory, or if
-    none of it is to be measured.
+    ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions``, ``gates`` and, for the first seed, ``bits`` by
+    kind of token; each is None without memory, or if none of it is to be measured.
     """
     adapter = job.trained.adapter if isinstance(job.trained, AdaptedBase) and measure else None
     if adapter is None:
-        return dict.fromkeys(("memory_off", "rows_shuffled", "occupancy", "collisions", "gates"))
+        return dict.fromkeys(("memory_off", "rows_shuffled", "occupancy", "collisions", "gates", "bits"))
     length, own_map = job.recipe.data.sequence_length, adapter.row_map
     with adapter.disabled():
         off = _losses(job)
     assert job.text.held_out is not None
     options: dict[str, Any] = {"dtype": job.trainer.options.dtype, "beginning": job.trainer.batches.beginning}
+    bits = None
+    if job.recipe.train.seed == 0:
+        bits = diagnose_models(job.model, job.tokenizer, job.text, job.recipe, dtype=options["dtype"])
     gates = gate_statistics(job.model, adapter, job.text.held_out, length=length, **options)
     shuffle = shuffled_rows(adapter.spec)
     adapter.row_map = lambda block, rows: shuffle(block, rows if own_map is None else own_map(block, rows))
@@ -56,6 +60,7 @@ def look_inside(job: Job, counted: dict[str, Any], *, measure: bool = True) -> d
         # A hash that looks at positions has no count of N-grams.
         "collisions": dict(counted) if own_map is None else None,
         "gates": gates,
+        "bits": bits,
     }
 
 

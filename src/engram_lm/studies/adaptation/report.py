@@ -24,6 +24,7 @@ from engram_lm.studies.adaptation.finding import (
     losses,
     run_rows,
 )
+from engram_lm.studies.diagnostics import diagnostics_section
 from engram_lm.studies.page import facts_section, page_footer
 
 _ARM_COLORS = (
@@ -103,6 +104,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             _curves(result),
             _controls(result),
             _inside(result),
+            _bits(result),
             _use(result),
             _facts(result),
         ],
@@ -284,6 +286,16 @@ def _inside(result: Mapping[str, Any]) -> str:
         "looked up into the model, 1 all of it; the bar goes from the 10th to the 90th percentile over held-out text, "
         "with a mark at the median. Blocks are counted from 0.</p>" + "\n".join(tables),
     )
+
+
+def _bits(result: Mapping[str, Any]) -> str:
+    """The bits by kind of token of the first arm with memory that was measured."""
+    for name, arm in _arms_of(result).items():
+        for run in arm_runs(arm):
+            if run.get("bits"):
+                subject = f"{arm_title(arm, name)}, the first seed, on held-out text of the domain."
+                return diagnostics_section(run["bits"], subject)
+    return ""
 
 
 def _use(result: Mapping[str, Any]) -> str:
