@@ -3,7 +3,8 @@
 Reading order: ``command.py`` (``engram-lm eval``), ``benchmarks.py`` (`run_tasks` and its results),
 ``harness_model.py`` and ``batching.py`` (how the harness asks a model), ``harness_tasks.py``, ``task_data.py`` and
 ``suites/`` (which tasks there are, and where their data lies), ``tasks.py`` and ``task_scores.py`` (task files),
-``rounding.py``.
+``diagnostics/`` (which tokens cost how much), ``recall_questions.py`` and ``recall.py`` (recall against reading), both
+with memory switched off by ``suppressing.py``; ``rounding.py``.
 """
 
 from engram_lm.evaluation.benchmarks import BenchmarkResults, Score, TaskResult, run_tasks

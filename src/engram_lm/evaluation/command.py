@@ -17,8 +17,11 @@ from engram_lm.evaluation.benchmarks import need_harness, run_tasks
 from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
 from engram_lm.evaluation.diagnostics.tables import print_diagnostics
 from engram_lm.evaluation.diagnostics.text import find_reference
+from engram_lm.evaluation.recall import print_recall, recall_and_reading
+from engram_lm.evaluation.recall_questions import recall_questions
 from engram_lm.evaluation.result_files import print_table, write_results
 from engram_lm.evaluation.task_list import list_tasks
+from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
@@ -42,6 +45,7 @@ class Eval(ModelFlags):
         engram-lm eval runs/quickstart --data notes.txt
         engram-lm eval SmolLM2-135M --adapter memory --tasks hellaswag,arc_challenge --limit 500
         engram-lm eval runs/quickstart --tasks capitals.jsonl dates.jsonl --json
+        engram-lm eval runs/notes/model --data held-out.txt --diagnostics --recall notes.txt
         engram-lm eval --list --tasks engram-paper
     """
 
@@ -83,6 +87,9 @@ class Eval(ModelFlags):
     reference: tuple[str, ...] = ()
     """Text in which --diagnostics counts how frequent something is, best the one that the model was trained on. Where
     MODEL or --adapter lies in the folder of a training run, that run's text is the default."""
+    recall: tuple[str, ...] = ()
+    """Text, best the one that the model was trained on, of which --limit questions are made (256 by default): what the
+    model recalls of it, and what it reads in the question itself. They are asked with the memory on and off."""
     device: str = "cpu"
     """Device to run on, as torch names it."""
     json: bool = False
@@ -95,8 +102,8 @@ class Eval(ModelFlags):
             return
         if self.model is None:
             raise ConfigError("name the folder of a model, or ask with --list which tasks there are")
-        if not self.data and not self.tasks:
-            raise ConfigError("name what to evaluate on: text with --data, or benchmarks with --tasks")
+        if not self.data and not self.tasks and not self.recall:
+            raise ConfigError("name what to evaluate on: text with --data or --recall, or benchmarks with --tasks")
         if self.out is not None and not self.tasks:
             raise ConfigError("--out is for the results of --tasks")
         if (self.diagnostics and not self.data) or (self.reference and not self.diagnostics):
@@ -105,13 +112,15 @@ class Eval(ModelFlags):
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed, and the scores of tasks."""
         names = [name for words in self.tasks for name in words.split(",") if name]
-        if names or self.list:
+        if names or self.list or self.recall:
             need_harness()
         if self.list:
             list_tasks(names, self.task_data, as_json=self.json)
             return 0
         assert self.model is not None
         corpus = read_documents(self.data) if self.data else None
+        texts = [document.text for document in read_documents(self.recall).documents] if self.recall else ()
+        items = recall_questions(texts, num_questions=self.limit or 256, seed=self.seed) if self.recall else ()
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         values: dict[str, Any] = {"model": str(self.model)}
         if self.adapter is not None:
@@ -120,6 +129,8 @@ class Eval(ModelFlags):
             values |= self._measure_loss(corpus, model, tokenizer)
         if names:
             values |= self._ask(names, model, tokenizer)
+        if items:
+            values |= self._recall(items, model, tokenizer)
         if self.json:
             print(json_module.dumps(values))
         return 0
@@ -180,8 +191,7 @@ class Eval(ModelFlags):
         return next(iter(found.losses.values())), {"diagnostics": found.to_dict()}
 
     def _ask(self, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, Any]:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("asking", total=None)
+        with _asking() as advance:
             results = run_tasks(
                 model,
                 tokenizer,
@@ -194,7 +204,7 @@ class Eval(ModelFlags):
                 seed=self.seed,
                 chat_template=self.chat_template,
                 run_unsafe_code=self.run_unsafe_code,
-                on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+                on_progress=advance,
             )
         if self.out is not None:
             write_results(self.out, results)
@@ -202,9 +212,25 @@ class Eval(ModelFlags):
             print_table(results)
         return {"tasks": results.to_dict(), "num_truncated": results.num_truncated}
 
+    def _recall(self, items: Sequence[TaskItem], model: Any, tokenizer: Any) -> dict[str, Any]:
+        with _asking() as advance:
+            found = recall_and_reading(
+                model, tokenizer, items, batch_size=self.batch_size, max_length=self.max_length, on_progress=advance
+            )
+        if not self.json:
+            print_recall(found)
+        return {"recall": {name: dataclasses.asdict(family) for name, family in found.items()}}
+
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[Callable[[int, int], None]]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("asking", total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from engram_lm.evaluation.benchmarks import run_tasks
 from engram_lm.evaluation.diagnostics.measure import MEMORY_OFF, MEMORY_ON
 from engram_lm.evaluation.suppressing import find_memories, suppressed
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.page.number_text import spread_text
 
 MEASURES = ("acc", "exact_match", "answer_bits")
 """Share of right choices; share of answers that greedy decoding gives; bits of the right answer."""
@@ -37,6 +41,7 @@ def recall_and_reading(
     items: Sequence[TaskItem],
     *,
     batch_size: int | None = None,
+    max_length: int | None = None,
     on_progress: Callable[[int, int], None] = lambda num_done, num_requests: None,
 ) -> dict[str, FamilyAnswers]:
     """Ask questions, twice where the model has memory: with it, and with it suppressed.
@@ -46,6 +51,7 @@ def recall_and_reading(
         tokenizer: Its tokenizer.
         items: Questions with choices, as from `recall_questions`.
         batch_size: Sequences at a time; found by itself where None.
+        max_length: Tokens that the model sees at most; what its configuration says where None.
         on_progress: Called with the numbers of requests that are done and that there are, in each of the rounds.
 
     Returns:
@@ -99,3 +105,24 @@ def _mean(values: np.ndarray) -> tuple[float | None, float | None]:
     if not np.isfinite(values).all():
         return None, None
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def print_recall(found: Mapping[str, FamilyAnswers]) -> None:
+    """Print a table of the families, with standard errors."""
+    shown = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    conditions = list(next(iter(found.values())).scores)
+    off = MEMORY_OFF in conditions
+    for column in ("family", "measure", *conditions, *(["off − on"] * off)):
+        shown.add_column(column, justify="left" if column in ("family", "measure") else "right")
+    for family, answers in found.items():
+        for measure in MEASURES:
+            scores = [answers.scores[name][measure] for name in conditions]
+            cells = [spread_text(score["value"], score["standard_error"]) for score in scores]
+            if off:
+                cells.append(spread_text(scores[-1]["difference"], scores[-1]["difference_error"], signed=True))
+            shown.add_row(family if measure == MEASURES[0] else "", measure, *cells)
+    shown.caption = "; ".join(
+        f"{family}: {answers.num_questions:,} questions, guessing gives acc {answers.chance:.2f}"
+        for family, answers in found.items()
+    )
+    Console().print(shown)

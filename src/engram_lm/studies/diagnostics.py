@@ -60,8 +60,8 @@ def diagnostics_section(found: Mapping[str, Any] | None, subject: str = "") -> s
     ]
     lead = (
         "Bits for each token of held-out text, by what the token is. <em>More</em> is what a model needs above the "
-        "first one. With its memory off, a model is not what it would be if it had been trained without memory, because "
-        "the rest of it still counts on the memory."
+        "first one. With its memory off, a model is not what it would be if it had been trained without memory: the "
+        "rest of it still counts on the memory."
     )
     note = f'<p class="note">{escape(about(found))}</p>'
     about_whom = f"{escape(subject)} " * bool(subject)

@@ -13,16 +13,9 @@ from engram_lm.evaluation.token_text import WORD, text_places, token_texts
 
 FREQUENCIES = ("0", "1-9", "10-99", "100-999", "1,000-9,999", "10,000 and more")
 """Occurrences in the reference."""
-WORDS = (
-    "no word",
-    "frequent",
-    "rare, only once",
-    "rare, first time",
-    "rare, again, in sight",
-    "rare, again, not in sight",
-)
-"""What the word of a token is. Occurrences are counted within its document; the earlier one is in sight if it stands in
-the same sequence, which is all that a model sees."""
+WORDS = ("no word", "frequent word", "rare, only once", "rare, first time", "rare, again, near", "rare, again, far")
+"""What the word of a token is. Occurrences are counted within its document; again is near where an earlier occurrence
+stands in the same sequence, which is all that a model sees, and far where none does."""
 NGRAMS = ("known", "unknown", "none in sight")
 """Whether the reference has the N-gram before a token; none is in sight at the start of a sequence."""
 ORDERS = (2, 3)
@@ -149,7 +142,7 @@ def divide(
         ngrams = seen[before[:, None] + np.arange(-order, 0)]
         before, ngrams = before[(ngrams >= 0).all(-1)], ngrams[(ngrams >= 0).all(-1)]
         known[before] = np.where(reference.knows_ngrams(ngrams, canonical, vocab_size), 0, 1)
-        yield Division(name=f"ngrams_{order}", title=f"{order}-gram before the token", groups=NGRAMS, of_token=known)
+        yield Division(name=f"ngrams_{order}", title=f"{order}-gram before", groups=NGRAMS, of_token=known)
 
 
 def _elsewhere(things: np.ndarray, document: np.ndarray) -> np.ndarray:
@@ -198,7 +191,7 @@ def _by_word(
     group[rare & (earlier < 0)] = 2
     group[rare & (earlier < 0) & (_of_tokens(repeated.astype(np.int64), spelled) == 1)] = 3
     group[rare & (earlier >= 0)] = np.where(earlier >= in_sight, 4, 5)[rare & (earlier >= 0)]
-    return Division(name="rare_words", title="rare and repeated words", groups=WORDS, of_token=group)
+    return Division(name="rare_words", title="rare words", groups=WORDS, of_token=group)
 
 
 def documents_of(num_tokens: int, document_ends: np.ndarray) -> np.ndarray:

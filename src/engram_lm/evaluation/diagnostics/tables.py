@@ -42,7 +42,8 @@ def about(found: Mapping[str, Any]) -> str:
         else "in the other documents of the evaluated text"
     )
     return (
-        f"Occurrences are counted {where}; a word is rare that occurs there less than {found['rare_below']} times. "
+        f"Occurrences are counted {where}; a word that occurs there fewer than {found['rare_below']} times is rare. It "
+        "is near where the model still sees an earlier occurrence in the document, and far where it does not. "
         f"Errors are standard errors over {found['num_blocks']:,} {found['blocks']}; those of differences are paired."
     )
 
