@@ -16,7 +16,8 @@ PINS := pyproject.toml constraints.txt
 LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_command.py tests/memory/test_qwen_oracle.py \
 	tests/model/test_decoding.py tests/model/test_huggingface.py tests/model/test_loading.py tests/adapt/test_adapted_decoding.py \
 	tests/adapt/test_attachment.py tests/adapt/test_backbones.py tests/adapt/test_adapter_folder.py tests/adapt/test_peft.py \
-	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py
+	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py \
+	tests/evaluation/test_harness_model.py tests/evaluation/test_benchmarks.py
 BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py benchmarks/serve.py benchmarks/published_scores.py,$(wildcard benchmarks/*.py))
 
 # Make an environment that finds in $(VENV) what it does not have itself, and then in the folders given.

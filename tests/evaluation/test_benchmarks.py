@@ -145,7 +145,7 @@ def test_chance_and_the_model_are_left_as_they_were(data):
     assert asked[0] == asked[1] != asked[2]
 
 
-@pytest.mark.parametrize("form", ["save_to_disk", "by split", "parquet", "arrow", "csv", "name only", "no part"])
+@pytest.mark.parametrize("form", ["save_to_disk", "by split", "parquet", "arrow", "name only", "no part"])
 def test_a_data_set_is_read_in_every_form(form, tmp_path):
     whole = datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS), "train": datasets.Dataset.from_list(ROWS)})
     folder = tmp_path / ("animals/small" if form == "name only" else "owner/animals/small")
@@ -158,9 +158,6 @@ def test_a_data_set_is_read_in_every_form(form, tmp_path):
     elif form == "parquet":
         for split, rows in whole.items():
             rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    elif form == "csv":
-        for split, rows in whole.items():
-            rows.remove_columns("ends").to_csv(folder / f"{split}.csv")
     elif form == "arrow":
         whole.save_to_disk(tmp_path / "saved")
         folder.mkdir(parents=True)
@@ -217,6 +214,9 @@ def test_tasks_that_run_code_need_consent_and_unknown_ones_are_refused(data):
     with pytest.raises(ConfigError, match="ends would run the code that the model writes"):
         run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data)
     assert run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data, run_unsafe_code=True).tasks
+    (data / "tasks/words.yaml").write_text(WORDS + "process_results: !function nowhere.score\n")
+    with pytest.raises(ConfigError, match=r"cannot make the task words ready: .*nowhere"):
+        run_tasks(small_model(), TOKENIZER, ["animals"], task_data=data, run_unsafe_code=True)
     with pytest.raises(ConfigError, match="there is no task file"):
         run_tasks(small_model(), TOKENIZER, ["none.yaml"], task_data=data)
     with pytest.raises(ConfigError, match="name at least one task"):

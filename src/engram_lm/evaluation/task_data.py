@@ -8,8 +8,8 @@ A task reads a data set by its name on the Hugging Face Hub and, where there are
 each of which may be
 
 - a folder that ``save_to_disk`` of ``datasets`` wrote, or one such folder for each split;
-- a folder of data files named by split, as in ``test.jsonl`` or ``test-00000-of-00001.parquet`` (JSON lines, Parquet,
-  Arrow or CSV), or a copy of a data set's repository.
+- a folder of data files named by split, as in ``test.jsonl`` or ``test-00000-of-00001.parquet`` (JSON lines, Parquet
+  or Arrow), or a copy of a data set's repository.
 
 Data of another name is given the expected one by a symbolic link. Code in a folder is never run.
 """
