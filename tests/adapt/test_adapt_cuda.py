@@ -14,7 +14,9 @@ import engram_lm
 from engram_lm import RowPatch
 from engram_lm.adapt import FitOptions, transfer_rows
 from engram_lm.analysis import suppressed
+from engram_lm.tables.occupancy import FirstRows
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer, clip_gradients
+from engram_lm.training.optimizers.rows import _rounded_at_random
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
 
@@ -33,6 +35,12 @@ def test_logits_are_the_cpu_s_and_decoding_is_the_whole_forward(name, config):
     torch.testing.assert_close(
         model(input_ids=IDS.cuda(), use_cache=False).logits.cpu(), expected, atol=1e-3, rtol=1e-3
     )
+    for table in adapter.tables.values():
+        first, rows = FirstRows("test", 0.02), torch.arange(table.num_rows)
+        ours = first.numbers(rows, table.width, torch.float32)
+        assert torch.equal(first.numbers(rows.cuda(), table.width, torch.float32).cpu(), ours)
+        values = table.weight * 1.001
+        assert torch.equal(_rounded_at_random(values, 3).cpu(), _rounded_at_random(values.cpu(), 3))
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
     found = model.generate(input_ids=IDS.cuda(), **asked)
     assert torch.equal(found, model.generate(input_ids=IDS.cuda(), **asked, use_cache=False))

@@ -71,8 +71,9 @@ def test_a_run_from_a_base_stops_and_goes_on_as_if_it_had_not(kind, material, tm
     assert ("model/model.embed_tokens.weight" in tensors) is (not parts)  # a frozen base is in no checkpoint
 
 
-def test_what_a_run_leaves_gives_the_loss_that_it_reports(material, tmp_path):
-    sections = table(material, adapter=MEMORY)
+@pytest.mark.parametrize("occupancy", ["none", "rows", "ngrams"])
+def test_what_a_run_leaves_gives_the_loss_that_it_reports(occupancy, material, tmp_path):
+    sections = table(material, adapter={**MEMORY, "occupancy": occupancy})
     result = run(tmp_path / "run", sections)
     recipe = Recipe.from_dict(sections)
     text = open_text(recipe, find_tokenizer(recipe, tmp_path / "run" / "tokenizer"))
