@@ -43,3 +43,17 @@ def load_into_another_size(repo_id):
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 2
     engram_lm.MemoryAdapter.from_pretrained(transformers.AutoModelForCausalLM.from_config(config), repo_id)
+
+
+def bytes_left(repo_id, **options):
+    """Bytes of a model that are still to be downloaded."""
+    from engram_lm.training.assembly import bytes_to_download
+
+    return bytes_to_download(repo_id, **options)
+
+
+def fetch(repo_id, name):
+    """Download one file of a repository."""
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo_id, name)

@@ -139,3 +139,13 @@ def test_a_missing_or_private_repository_and_a_missing_token_are_refused_with_th
         hub(hub_client.load, "me/never", local_files_only=True)
     with pytest.raises(CheckpointError, match=r"there is no me/none/config\.json"):
         hub(hub_client.load, "./me/none")
+
+
+def test_what_is_still_to_be_downloaded_of_a_model_is_counted(hub, tmp_path):
+    files = {"config.json": b"{}" * 50, "model.safetensors": b"x" * 1000, "original/consolidated.pth": b"y" * 5000}
+    hub.repositories["me/base"] = {"main": [files]}
+    assert hub(hub_client.bytes_left, "me/base") == 1100
+    hub(hub_client.fetch, "me/base", "model.safetensors")
+    assert hub(hub_client.bytes_left, "me/base") == 100
+    assert hub(hub_client.bytes_left, str(tmp_path)) == 0
+    assert hub(hub_client.bytes_left, "me/nothing") is None

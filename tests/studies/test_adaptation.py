@@ -356,13 +356,23 @@ def test_mistakes_are_answered_with_the_way_out(table, material, tmp_path, capsy
 
 
 def test_the_plan_says_what_each_arm_costs_and_trains_nothing(table, tmp_path, capsys):
-    path = recipe_file({**table, "arms": {"names": ["memory"]}}, tmp_path / "recipe.toml")
+    path = recipe_file({**table, "arms": {"names": ["memory"]}, "rates": {}}, tmp_path / "recipe.toml")
     out = tmp_path / "out"
     arguments = ["--controls", "--dry-run", "--json", "--out", str(out), "--train.equal", "tokens"]
     assert main(["adapt", str(path), *arguments]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert list(plan["arms"]) == ["memory", "random_table", "permuted_hash", "lora"] and not out.exists()
     assert {arm["num_steps"] for arm in plan["arms"].values()} == {24}
+    for arm in plan["arms"].values():
+        # A seed each, from a step that was taken; measuring comes on top.
+        assert arm["num_runs"] == 2 and arm["seconds"] == 2 * arm["seconds_per_run"]
+        assert 0 < 24 * arm["seconds_per_step"] < arm["seconds_per_run"]
+    (out / "runs").mkdir(parents=True)
+    for label in ("memory-0", "memory-1", "lora-0"):
+        (out / "runs" / f"{label}.json").write_text("{}")
+    assert main(["adapt", str(path), "--dry-run", "--out", str(out), "--arms.names", '["memory", "lora"]']) == 0
+    said = capsys.readouterr().out
+    assert "memory: 2 runs" not in said and "LoRA: 1 run of 25 steps of" in said and "on this machine" in said
     assert main(["adapt", "--keys"]) == 0
     keys = capsys.readouterr().out
     assert "--memory.rows-per-head" in keys and "--data.domain [PATH" in keys and "--data.retained [PATH" in keys

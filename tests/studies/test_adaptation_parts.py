@@ -18,6 +18,7 @@ from engram_lm.errors import ConfigError, DataError
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.bench import matched_rank
+from engram_lm.studies.adaptation.duration import duration_text, runs_left
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
 from engram_lm.training.assembly import open_text
 from engram_lm.training.base_model import AdaptedBase, lora_targets
@@ -79,6 +80,41 @@ def test_features_are_added_to_the_arms_that_name_them():
         ArmOptions(names=("lora+occupancy",))
     with pytest.raises(ConfigError, match="at most once behind a plus"):
         ArmOptions(names=("memory+sparse+sparse",))
+
+
+def test_what_has_no_rows_or_no_memory_is_not_asked_for_them(tmp_path):
+    recipe = AdaptationRecipe.from_dict(
+        {
+            "data": {"domain": ["a"], "general": ["b"]},
+            "train": {"num_steps": 1},
+            "writing": {"rule": "kl"},
+            "retention": {"weight": 1.0},
+            "dependence": {"weight": 1.0},
+        }
+    )
+    found = {
+        name: arm_recipe(recipe, name, lora_rank=2, dtype="float32")
+        for name in ("memory", "lora", "full", "random_table", "permuted_hash", "one_row")
+    }
+    assert {name for name, arm in found.items() if arm.writing.rule == "kl"} == {"memory", "permuted_hash"}
+    assert {name for name, arm in found.items() if not arm.retention.weight} == {"full"}
+    assert {name for name, arm in found.items() if not arm.dependence.weight} == {"lora", "full"}
+    assert not arm_kind("embeddings").has_memory and not arm_kind("embeddings").has_rows
+
+
+def test_runs_that_are_left_are_counted_and_durations_written():
+    recipe = AdaptationRecipe.from_dict(
+        {
+            "train": {"num_steps": 1, "seeds": 3},
+            "rates": {"memory": [1e-2, 1e-3], "full": 1e-3},
+            "arms": {"names": ["memory", "random_table", "memory+retention", "full"]},
+        }
+    )
+    left = runs_left(recipe, Path("nowhere"))
+    assert left == {"memory": 4, "random_table": 3, "memory+retention": 4, "full": 3}
+    assert [duration_text(seconds) for seconds in (0.4, 89, 90, 5_399, 7_260)] == [
+        "0 s", "89 s", "2 min", "1 h 30 min", "2 h 1 min",
+    ]  # fmt: skip
 
 
 def test_one_row_of_each_head_is_read_everywhere():

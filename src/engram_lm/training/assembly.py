@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import RepoFile, list_repo_tree, try_to_load_from_cache
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -15,6 +17,9 @@ from engram_lm.training.data.text import TrainingText, beginning, cache_folder, 
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
+
+_MODEL_FILES = ["model*.safetensors*", "*.json", "*.model", "*.txt"]
+"""What transformers downloads of a model, for most of them."""
 
 
 def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
@@ -49,6 +54,21 @@ def local_or_hub(source: str | Path) -> str:
     """Say where a model or a tokenizer is: in a folder of that name if there is one, otherwise on the Hub."""
     folder = user_path(source)
     return str(folder) if folder.is_dir() else str(source)
+
+
+def bytes_to_download(source: str, revision: str | None = None) -> int | None:
+    """Count the bytes of a model on the Hub that are not on this disk yet; 0 for a folder, None if nobody can say."""
+    if local_or_hub(source) != source or user_path(source).is_dir():
+        return 0
+    try:
+        files = [file for file in list_repo_tree(source, revision=revision) if isinstance(file, RepoFile)]
+    except Exception:  # the Hub, its client and the network each raise their own; loading will say what is wrong
+        return None
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.path, name) for name in _MODEL_FILES)]
+    here = {
+        file.path for file in wanted if isinstance(try_to_load_from_cache(source, file.path, revision=revision), str)
+    }
+    return sum(file.size for file in wanted if file.path not in here)
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:

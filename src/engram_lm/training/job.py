@@ -1,7 +1,6 @@
 """A run under way: the model, text, optimizer and checkpoints of a recipe, which take one step at a time."""
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import time
@@ -15,23 +14,21 @@ from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError, DivergedError, MismatchError
 from engram_lm.files import write_atomically
-from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.build import OwnModel
 from engram_lm.training.checkpoints import Checkpoints, latest_checkpoint, read_facts
-from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks, agree
 from engram_lm.training.export import CHECKPOINTS, TOKENIZER
 from engram_lm.training.flops import peak_flops
 from engram_lm.training.held_out import HeldOutLoss, held_out_loss
-from engram_lm.training.loop import StepRecord, Trainer, best_dtype
+from engram_lm.training.loop import StepRecord, best_dtype
 from engram_lm.training.metrics import Metrics, check_installed, read_metrics
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import to_plain
-from engram_lm.training.retention import Retention
+from engram_lm.training.recipe_trainer import batches_of, trainer_of
 from engram_lm.training.run_folder import commit, run_facts, to_json, versions
 from engram_lm.training.writing import WRITABLE, WritableRows, choose_rows, kept_choice
 
@@ -73,21 +70,7 @@ class Job:
             self.trained: OwnModel | AdaptedBase = kind(recipe, self.tokenizer, ranks)
             """The model, and how it is saved."""
             dtype = self._dtype()
-            retention = None
-            if self.trained.retention_loss is not None:
-                general = self._batches(self.text.general, recipe.retention.batch_size)
-                retention = Retention(self.trained.retention_loss, general, recipe.retention.weight)
-        self.trainer = Trainer(
-            self.model,
-            self._batches(self.text.train, recipe.train.batch_size),
-            dataclasses.replace(recipe.train, dtype=dtype),
-            recipe.optimizer,
-            recipe.schedule,
-            ranks=ranks,
-            backbone=recipe.parallel.backbone,
-            retention=retention,
-            dependence=self.trained.dependence_loss,
-        )
+        self.trainer = trainer_of(recipe, self.trained, self.text, self.tokenizer, dtype=dtype, ranks=ranks)
         self._random = self._random_states()
         self.flops_per_token = self.trained.training_flops_per_token()
         """Operations that training on one token takes."""
@@ -230,19 +213,6 @@ class Job:
             found["mfu"] = flops / (self._peak_flops * self.ranks.world_size)
         return found
 
-    def _batches(self, tokens: Any, batch_size: int) -> Batches:
-        """Sequences of the text to train on, or of the general text."""
-        recipe = self.recipe
-        return Batches(
-            tokens,
-            batch_size,
-            recipe.data.sequence_length,
-            recipe.train.seed,
-            restart_documents=recipe.data.restart_documents,
-            num_tokens=self.text.num_tokens if tokens is self.text.train else None,
-            beginning=beginning_tokens(self.tokenizer),
-        )
-
     def _choose_rows(self) -> WritableRows:
         """Restrict the tables to the rows that may be trained, which are chosen once and kept in the run folder."""
         found = self.trained.rows()
@@ -251,7 +221,9 @@ class Job:
         spec, row_map, tables = found
         recipe = self.recipe
         at_once = max(1, _COUNTED_AT_ONCE // recipe.data.sequence_length)
-        domain, general = (self._batches(text, at_once) for text in (self.text.train, self.text.general))
+        domain, general = (
+            batches_of(recipe, self.text, self.tokenizer, at_once, general=general) for general in (False, True)
+        )
         data = [recipe.data.sequence_length, recipe.data.restart_documents, recipe.train.seed]
         made_from = {"text": self.text.digest, "hash": spec.digest, "control": recipe.adapter.control}
         self.progress.note("counting which rows the texts read")

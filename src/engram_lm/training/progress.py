@@ -36,6 +36,8 @@ class RunProgress:
                 nonlocal said
                 if name not in tasks:
                     tasks[name] = bar.add_task(f"{name} text", total=total_bytes, detail="")
+                    if name == "tokenizing" and total_bytes:
+                        self.note(f"tokenizing {total_bytes / 1e6:,.1f} MB of text")
                 done[name] = done.get(name, 0) + num_bytes
                 bar.update(tasks[name], completed=done[name], detail=f"{done[name] / 1e6:,.1f} MB")
                 if bar.disable and time.perf_counter() - said > _SECONDS_BETWEEN_LINES:

@@ -49,6 +49,16 @@ class ArmKind:
         return self.frozen_tables or self.control != "none"
 
     @property
+    def has_memory(self) -> bool:
+        """Whether it has memory that can be switched off, and not something in its place."""
+        return self.memory and self.control != "embeddings"
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it trains rows that can be told apart by the texts that read them."""
+        return self.has_memory and self.control != "one_row" and not self.frozen_tables
+
+    @property
     def is_kept(self) -> bool:
         """Whether what was trained is written down; a whole model is as large as the base."""
         return (self.memory or self.lora) and not self.is_control
@@ -192,9 +202,9 @@ def arm_recipe(
             weight_decay=recipe.rates.weight_decay,
         ),
         schedule=recipe.schedule,
-        writing=writing if kind.memory and not kind.frozen_tables else WritingOptions(),
-        retention=retention if kind.memory or kind.lora else RetentionOptions(),
-        dependence=recipe.dependence if kind.memory else DependenceOptions(),
+        writing=writing if kind.has_rows else WritingOptions(),
+        retention=retention if kind.has_memory or kind.lora else RetentionOptions(),
+        dependence=recipe.dependence if kind.has_memory else DependenceOptions(),
         evaluation=EvaluationOptions(
             points=train.curve_points,
             start=True,

@@ -1,7 +1,8 @@
 """What an adaptation finds out before it trains: the base's own losses, and what each arm costs."""
 
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Container, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,9 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values, measure_tasks, retained_losses
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
+from engram_lm.tables.byte_size import byte_size
 from engram_lm.tokenizing import beginning_tokens
-from engram_lm.training.assembly import load_tokenizer, open_text
+from engram_lm.training.assembly import bytes_to_download, load_tokenizer, open_text
 from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
@@ -25,6 +27,7 @@ from engram_lm.training.job import sequences_at_once
 from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
+from engram_lm.training.recipe_trainer import seconds_per_step, trainer_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,20 @@ class ArmCost:
     """Operations before training: those of taking hidden states."""
     lora_rank: int | None
     """Rank of its low-rank matrices; None without them."""
+    seconds_per_step: float | None
+    """How long a step took on this machine before training, in seconds; None where nothing is left to train."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasuringSeconds:
+    """How long it takes to measure a model once, in seconds."""
+
+    texts: float = 0.0
+    """Losses of the domain's held-out text and of the retained ones."""
+    per_token: float = 0.0
+    """The same, for a token."""
+    tasks: float = 0.0
+    """Benchmarks."""
 
 
 class Bench:
@@ -64,7 +81,9 @@ class Bench:
         if device == "auto":
             device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         self.ranks = Ranks(device=find_device(device))
-        progress.note(f"loading {base.model}")
+        missing = bytes_to_download(base.model, base.revision)
+        progress.note(f"loading {base.model}" + (f", of which {byte_size(missing)} are downloaded" if missing else ""))
+        self._progress = progress
         model = load_base(base.model, base.revision, base.dtype)
         self.tokenizer = load_tokenizer(base.model, base.revision)
         self.fingerprint = fingerprint(model)
@@ -89,6 +108,8 @@ class Bench:
         self.text: TrainingText = open_text(self.arm_recipe("memory"), self.tokenizer, progress)
         """What is trained and measured on."""
         progress.note("measuring the base")
+        self.seconds = MeasuringSeconds()
+        """How long that takes."""
         self.before: dict[str, dict[str, Any] | None] = self._measure(model)
         """Losses and scores of the base, as those of a run."""
         self.base = {
@@ -104,15 +125,21 @@ class Bench:
         """A run of an arm as a recipe: see `arm_recipe`."""
         return arm_recipe(self.recipe, name, lora_rank=self.lora_rank, dtype=self.dtype, **options)
 
-    def plan(self) -> Mapping[ArmName, tuple[ArmCost, int]]:
-        """Say what each arm costs, and how many steps it gets."""
+    def plan(self, timed: Container[ArmName] | None = None) -> Mapping[ArmName, tuple[ArmCost, int]]:
+        """Say what each arm costs, and how many steps it gets.
+
+        Of each arm in ``timed``, of all where None, a step is taken to see how long it takes.
+        """
+        timed = self.recipe.arms.names if timed is None else timed
+        self._progress.note("taking a step of each arm to see how long it takes")
         train = self.recipe.train
         per_step = train.batch_size * self.recipe.data.sequence_length
         steps = train.num_steps
         if steps is None:
             assert train.epochs is not None
             steps = max(1, round(train.epochs * self.text.num_tokens / per_step))
-        costs = {name: self._cost(name) for name in dict.fromkeys(("memory", *self.recipe.arms.names))}
+        names = dict.fromkeys(("memory", *self.recipe.arms.names))
+        costs = {name: self._cost(name, is_timed=name in timed) for name in names}
         budget = steps * per_step * costs["memory"].flops_per_token + costs["memory"].preparation_flops
         plan = {}
         for name in self.recipe.arms.names:
@@ -124,7 +151,7 @@ class Bench:
             plan[name] = cost, own_steps
         return plan
 
-    def _cost(self, name: ArmName) -> ArmCost:
+    def _cost(self, name: ArmName, *, is_timed: bool) -> ArmCost:
         recipe = self.arm_recipe(name)
         trained = AdaptedBase(recipe, self.tokenizer, self.ranks)
         sizes = trained.sizes
@@ -132,14 +159,34 @@ class Bench:
         transferred = 0
         if recipe.adapter.layers and recipe.adapter.initialization == "transfer":
             transferred = min(recipe.adapter.transfer_tokens, self.text.num_tokens)
+        flops = trained.training_flops_per_token()
+        forward_flops = flops_per_token(trained.module, recipe.data.sequence_length, training=False)
+        seconds = None
+        if is_timed:
+            # Last, because it trains the model.
+            options: dict[str, Any] = {"dtype": self.dtype, "ranks": self.ranks}
+            seconds = seconds_per_step(trainer_of(recipe, trained, self.text, self.tokenizer, **options))
         return ArmCost(
             num_trainable=sizes["trained"],
             num_trainable_outside_tables=sizes["trained"] - in_tables,
-            flops_per_token=trained.training_flops_per_token(),
-            preparation_flops=transferred
-            * flops_per_token(trained.module, recipe.data.sequence_length, training=False),
+            flops_per_token=flops,
+            preparation_flops=transferred * forward_flops,
             lora_rank=self.lora_rank if arm_kind(name).lora else None,
+            seconds_per_step=seconds,
         )
+
+    def seconds_of_run(self, name: ArmName, cost: ArmCost, num_steps: int) -> float:
+        """Estimate how long a run of an arm takes: steps as long as the one taken, and measuring as long as the base's.
+
+        What it does before its first step (transferred rows, counting rows) is not in it.
+        """
+        kind, train, texts = arm_kind(name), self.recipe.train, self.text.texts
+        assert cost.seconds_per_step is not None
+        curve = (train.curve_points + 2) * min(train.curve_tokens, self.recipe.data.held_out_tokens)
+        tokens = curve + (len(texts["validation"].tokens) if "validation" in texts else 0)
+        times = 3 if kind.has_memory and train.look_inside else 1
+        measuring = times * self.seconds.texts + tokens * self.seconds.per_token + self.seconds.tasks
+        return num_steps * cost.seconds_per_step + measuring
 
     def _measure(self, model: Any) -> dict[str, dict[str, Any] | None]:
         recipe, text = self.arm_recipe("memory"), self.text
@@ -156,12 +203,18 @@ class Bench:
                 beginning=beginning_tokens(self.tokenizer),
             ).to_dict()
 
+        started = time.perf_counter()
+        domain = loss(text.held_out, text.held_out_bytes)
         texts = {name: loss(one.tokens, one.num_bytes) for name, one in text.texts.items() if name != "validation"}
-        return {
-            "domain": loss_values(loss(text.held_out, text.held_out_bytes)),
-            **retained_losses(texts),
-            "tasks": measure_tasks(model, self.tokenizer, self.recipe.tasks),
-        }
+        measured = time.perf_counter()
+        tasks = measure_tasks(model, self.tokenizer, self.recipe.tasks)
+        num_tokens = domain["num_tokens"] + sum(one["num_tokens"] for one in texts.values())
+        self.seconds = MeasuringSeconds(
+            texts=measured - started,
+            per_token=(measured - started) / num_tokens,
+            tasks=time.perf_counter() - measured,
+        )
+        return {"domain": loss_values(domain), **retained_losses(texts), "tasks": tasks}
 
 
 def matched_rank(model: Any, targets: list[str], memory: EngramConfig) -> int:

@@ -48,15 +48,20 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
         return 130 if result["interrupted"] else 0
 
     def plan(self, recipe: AdaptationRecipe, out: Path) -> int:
-        """Print what each arm costs."""
+        """Print what each arm costs, and how long it takes."""
         from engram_lm.studies.adaptation.bench import Bench
+        from engram_lm.studies.adaptation.duration import estimate, estimate_lines, runs_left
         from engram_lm.training.progress import RunProgress
 
         recipe = self._with_controls(recipe)
         bench = Bench(recipe, RunProgress(Console(stderr=True)))
+        left = runs_left(recipe, out)
+        plan = bench.plan(timed=[name for name, number in left.items() if number])
+        estimates = estimate(bench, plan, left)
+        nothing = {"num_runs": 0, "seconds_per_run": None, "seconds": 0.0}
         arms = {
-            name: {**dataclasses.asdict(cost), "num_steps": num_steps}
-            for name, (cost, num_steps) in bench.plan().items()
+            name: {**dataclasses.asdict(cost), "num_steps": num_steps, **estimates.get(name, nothing)}
+            for name, (cost, num_steps) in plan.items()
         }
         if self.json:
             memory = {**bench.memory.to_dict(), "num_rows": sum(bench.memory.num_table_rows())}
@@ -68,6 +73,8 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
                 f"{name}: {arm['num_trainable']:,} numbers are trained, {arm['num_trainable_outside_tables']:,} of "
                 f"them outside tables; {arm['flops_per_token'] / 1e6:,.2f} MFLOPs per token, {arm['num_steps']:,} steps"
             )
+        print()
+        print("\n".join(estimate_lines(plan, estimates)))
         return 0
 
     def _with_controls(self, recipe: AdaptationRecipe) -> AdaptationRecipe:

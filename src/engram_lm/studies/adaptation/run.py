@@ -13,6 +13,7 @@ from engram_lm.files import read_json, replacing_folder, user_path, write_atomic
 from engram_lm.studies.adaptation.arms import arm_kind
 from engram_lm.studies.adaptation.bench import ArmCost, Bench
 from engram_lm.studies.adaptation.diagnostics import look_inside, loss_values, measure_tasks, retained_losses
+from engram_lm.studies.adaptation.duration import estimate, estimate_lines, run_label, runs_left
 from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.studies.summary import spread
 from engram_lm.training.interrupts import Interrupt
@@ -67,7 +68,10 @@ class Adaptation:
             self._check_earlier()
             bench = Bench(self.recipe, self.progress)
             self._check_origin({"base": bench.fingerprint, "text": bench.text.digest, "hash": bench.spec.digest})
-            plan = bench.plan()
+            left = runs_left(self.recipe, self.out)
+            plan = bench.plan(timed=[name for name, number in left.items() if number])
+            for line in estimate_lines(plan, estimate(bench, plan, left)):
+                self.progress.note(line)
             with Interrupt() as interrupt:
                 interrupted = not all(
                     self._train(bench, name, seed, plan[name][1], interrupt) for name, seed in self._order()
@@ -112,7 +116,7 @@ class Adaptation:
         ]
         if useful:
             rate, several = self._runs[useful[0]][0]["lr"], len(self._tried[useful[0]]) > 1
-            source = self.out / "runs" / _label(useful[0], 0, rate if several else None) / "memory"
+            source = self.out / "runs" / run_label(useful[0], 0, rate if several else None) / "memory"
             with replacing_folder(self.out / "adapter", lambda folder: None) as aside:
                 shutil.copytree(source, aside, dirs_exist_ok=True)
 
@@ -134,7 +138,7 @@ class Adaptation:
         found: list[_Entry] = []
         for rate in rates:
             recipe = bench.arm_recipe(name, seed=seed, rate=rate, num_steps=num_steps)
-            label = _label(name, seed, rate if several else None)
+            label = run_label(name, seed, rate if several else None)
             try:
                 entry = self._run(bench, recipe, name, label, interrupt)
             except DivergedError as error:
@@ -258,11 +262,6 @@ class Adaptation:
             "arms": arms,
             "interrupted": interrupted,
         }
-
-
-def _label(name: ArmName, seed: int, rate: float | None) -> str:
-    """What a run is called in the folder; with its rate where several are tried."""
-    return f"{name}-{seed}" + ("" if rate is None else f"-{rate:g}")
 
 
 def _best(trials: Sequence[_Entry]) -> _Entry:
