@@ -8,7 +8,8 @@ import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.training.test_base_model import MEMORY, material, table
-from tests.training.test_run import measured, run
+from tests.training.test_run import cache, measured, run, run_on_rank, text, weights
+from tests.training.test_run import table as own_table
 
 import engram_lm
 from engram_lm.adapt.controls import permuted_hash
@@ -21,7 +22,7 @@ from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.writing import WRITABLE, WritingOptions, choose_rows, count_use, trained_tables
 
-__all__ = ["material"]
+__all__ = ["cache", "material", "text"]
 
 GENERAL = "a dog ran after the cat. the mat sat on a rat and the dog saw it. " * 40
 LENGTH = 12
@@ -211,3 +212,26 @@ def test_with_occupancy_no_row_counts_as_written_that_may_not_be(rule, occupancy
         name = next(name for name in stored.names if block in name.split("."))
         written = (stored.load(name) != 0).any(1)
         assert bool(written.any()) and not bool(written[~may[block]].any())
+
+
+def test_a_model_of_ours_on_two_processes_trains_the_rows_that_one_process_chooses(text, cache, rank_pools, tmp_path):
+    (tmp_path / "general.txt").write_text(GENERAL * 3)
+    values = own_table(text, cache, writing__rule="tf_idf", writing__share=0.3)
+    values["data"]["general"] = [str(tmp_path / "general.txt")]
+    values["train"]["num_steps"] = 4
+    alone = run(tmp_path / "one", values)
+    rank_pools(2).run(run_on_rank, str(tmp_path / "two"), values, {})
+    start = run(tmp_path / "start", values | {"optimizer": {"lr": 0.0, "table_lr_multiplier": 0.0}})
+    assert start["writing"]["tables"] == alone["writing"]["tables"]
+    one, two = (TensorFolder(tmp_path / name, WRITABLE) for name in ("one", "two"))
+    tables = [name for name in weights(tmp_path / "one") if "memory_tables" in name]
+    first = weights(tmp_path / "start")
+    for name in tables:
+        mask = one.load(name.split(".")[-2]) != 0
+        assert torch.equal(mask, two.load(name.split(".")[-2]) != 0) and bool(mask.any())
+        for folder in ("one", "two"):
+            moved = (weights(tmp_path / folder)[name] != first[name]).any(1)
+            assert bool(moved.any()) and not bool(moved[~mask].any())
+        torch.testing.assert_close(
+            weights(tmp_path / "one")[name], weights(tmp_path / "two")[name], rtol=1e-3, atol=1e-3
+        )
