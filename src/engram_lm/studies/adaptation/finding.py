@@ -51,7 +51,6 @@ _TERMINAL_COLUMNS = {
 }
 """Columns of a terminal, and what they are called there."""
 _ONLY_MEANS = ("Domain loss, memory off",)
-_MEMORY = "memory"
 # What memory has to beat, the most telling first: the same compute without memory, then memory that cannot learn.
 _RIVALS = {
     "lora": "LoRA",
@@ -186,20 +185,27 @@ def _hundred(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
+def judged_arm(result: Mapping[str, Any]) -> str:
+    """Name the arm that the finding is about: ``memory``, or the first trained arm of memory and more."""
+    arms = result.get("arms") or {}
+    trained = [name for name in arms if name.partition("+")[0] == "memory" and arm_runs(arms[name])]
+    return "memory" if "memory" in trained or not trained else trained[0]
+
+
 def headline(result: Mapping[str, Any]) -> Headline:
     """Say whether memory learned the domain, better or worse than what, and what was forgotten.
 
     A difference counts as one where it is more than twice its standard deviation over the seeds.
     """
-    arms = result.get("arms") or {}
-    if not arm_runs(arms.get(_MEMORY) or {}):
+    arms, memory = result.get("arms") or {}, judged_arm(result)
+    if not arm_runs(arms.get(memory) or {}):
         return Headline("No memory was trained, so there is nothing to say of it", _numbers(result, tuple(arms)))
-    gain = compare(result, _MEMORY, "base")
+    gain = compare(result, memory, "base")
     if gain is None:
-        why = "no seed ended with a finite loss" if not losses(arms[_MEMORY]) else "the base was not evaluated"
+        why = "no seed ended with a finite loss" if not losses(arms[memory]) else "the base was not evaluated"
         return Headline(f"Whether memory helped is not known: {why}", _numbers(result, tuple(arms)))
-    rival = next((name for name in _RIVALS if name in arms and compare(result, _MEMORY, name)), None)
-    shown = [name for name in dict.fromkeys((_MEMORY, rival or _MEMORY, "full")) if name in arms]
+    rival = next((name for name in _RIVALS if name in arms and compare(result, memory, name)), None)
+    shown = [name for name in dict.fromkeys((memory, rival or memory, "full")) if name in arms]
     said = [_numbers(result, shown)]
     for name in shown:
         runs, lost = len(arm_runs(arms[name])), len(arm_runs(arms[name])) - len(losses(arms[name]))
@@ -207,7 +213,7 @@ def headline(result: Mapping[str, Any]) -> Headline:
             title = arm_title(arms[name], name)
             said.append(f"{lost} of {runs} seeds of {title} ended without a finite loss and are left out.")
     for control in ("random_table", "permuted_hash"):
-        against = None if control == rival else compare(result, _MEMORY, control)
+        against = None if control == rival else compare(result, memory, control)
         if against is not None and against.verdict in {"equal", "higher"}:
             said.append(f"But {_RIVALS[control]} does as well, so it is not the memory's content that helps.")
     if gain.num_seeds == 1:
@@ -222,7 +228,7 @@ def _finding(result: Mapping[str, Any], gain: Difference, rival: str | None) -> 
     if gain.mean > 0:
         verb = "raises" if gain.verdict == "higher" else "raised, in the one seed run,"
         return f"Memory did not help: it {verb} the domain loss by {amount}" + _changed(result)
-    against = None if rival is None else compare(result, _MEMORY, rival)
+    against = None if rival is None else compare(result, judged_arm(result), rival)
     if rival is None or against is None:
         return f"Memory lowers the domain loss by {amount}" + _changed(result)
     title, word = _RIVALS[rival], "lower" if against.mean < 0 else "higher"
@@ -242,7 +248,7 @@ def _within(difference: Difference) -> str:
 
 def _forgotten(result: Mapping[str, Any], rival: str, learned: str) -> str:
     """The second half of the finding: what memory forgot, compared with its rival."""
-    difference = compare(result, _MEMORY, rival, "retained")
+    difference = compare(result, judged_arm(result), rival, "retained")
     if difference is None:
         return ""
     verdict = difference.verdict
@@ -255,7 +261,7 @@ def _forgotten(result: Mapping[str, Any], rival: str, learned: str) -> str:
 
 def _changed(result: Mapping[str, Any]) -> str:
     """The second half of the finding where there is nothing to compare with: what became of the old text."""
-    change = compare(result, _MEMORY, "base", "retained")
+    change = compare(result, judged_arm(result), "base", "retained")
     if change is None:
         return ""
     if change.verdict == "equal":

@@ -18,6 +18,7 @@ from engram_lm.studies.adaptation.finding import (
     compare,
     finite_loss,
     headline,
+    judged_arm,
     kept_columns,
     kept_rows,
     loss_before,
@@ -198,8 +199,8 @@ def _curves(result: Mapping[str, Any]) -> str:
 
 
 def _controls(result: Mapping[str, Any]) -> str:
-    arms = _arms_of(result)
-    if "memory" not in arms:
+    arms, memory = _arms_of(result), judged_arm(result)
+    if memory not in arms:
         return ""
     entries = []
     for name, (title, meaning) in _CONTROLS.items():
@@ -218,7 +219,7 @@ def _controls(result: Mapping[str, Any]) -> str:
             "The trained model reading other rows than it learned: what is lost is what the rows hold.",
         ),
     ):
-        found = _without_memory(arms["memory"], kind)
+        found = _without_memory(arms[memory], kind)
         if found:
             entries.append(f'<dt>{title}</dt><dd>{meaning}</dd><dd class="found">{found}</dd>')
     return section(
@@ -234,7 +235,7 @@ def _against_memory(result: Mapping[str, Any], name: str) -> str:
     """What an arm showed beside memory, in a sentence."""
     sentences = []
     for text, what in (("domain", "On the domain"), ("retained", "On the old text")):
-        difference = compare(result, name, "memory", text)
+        difference = compare(result, name, judged_arm(result), text)
         if difference is not None:
             verdict = {
                 "lower": "better than memory",
