@@ -267,18 +267,6 @@ def test_rows_without_effect_are_refused():
         RowPatch.fit(model, TOKENIZER, [FACT])
 
 
-def test_a_table_that_is_no_parameter_is_refused(tmp_path):
-    model = trained_model()
-    patch = handmade(model, [3], 1)
-    attached_adapters(model)["default"].save_pretrained(tmp_path / "adapter")
-    again = small_model()
-    adapter = MemoryAdapter.from_pretrained(again, tmp_path / "adapter", table_tier="mmap")
-    for attempt in (lambda: patch.apply(again), lambda: RowPatch.fit(adapter, TOKENIZER, [FACT])):
-        with pytest.raises(ConfigError, match=r'table 0 are read from a \w*Table .*table_tier="device"'):
-            attempt()
-    adapter.close()
-
-
 def test_the_memory_that_is_meant_must_be_clear_and_read():
     model = trained_model()
     patch = handmade(model, [3], 1)

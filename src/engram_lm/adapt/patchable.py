@@ -1,31 +1,33 @@
-"""The memory of a model as a row patch sees it: its hash, its trainable tables and the layers that read them.
+"""The memory of a model as a row patch sees it: its hash, its tables on any tier, and the layers that read them.
 
-Only this file knows that there are two kinds of models: those with an adapter, and the reference model.
+Only this file knows that there are two kinds of models, those with an adapter and the reference model, and two kinds of
+tables: rows of a parameter are changed in place, rows of any other table in an overlay around it.
 """
 
-# Dimension key: L length, N rows, E row width, V vocabulary.
+# Dimension key: B batch, L length, N rows, E row width, V vocabulary.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
+from engram_lm.adapt.row_change import bits
 from engram_lm.errors import ConfigError, MismatchError, RowRangeError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.layer import EngramLayer
-from engram_lm.model.table_place import table_name
-from engram_lm.tables import ParameterTable, Table
+from engram_lm.model.table_place import table_name, wanted_tables
+from engram_lm.tables import OverlayTable, ParameterTable, StagedTable, Table
+from engram_lm.tables.occupancy import TrainedTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchableMemory:
-    """Memory whose rows can be changed in place."""
+    """Memory whose rows can be changed."""
 
     owner: nn.Module
     """The module that the memory belongs to; it keeps the record of the patches that were applied."""
@@ -33,8 +35,10 @@ class PatchableMemory:
     """The model that computes logits from ``input_ids``."""
     spec: HashSpec
     """The hash, with its token map."""
-    tables: Mapping[str, ParameterTable]
+    tables: MutableMapping[str, Table]
     """The tables, named by the block that reads them, or one called ``shared``."""
+    apart: MutableMapping[str, Table]
+    """Where the owner keeps those that are no parameters."""
     layers: Mapping[int, EngramLayer]
     """The layers by block."""
 
@@ -58,16 +62,53 @@ class PatchableMemory:
     @torch.no_grad()
     def read(self, table: str, rows: Tensor) -> Tensor:
         """Copy rows ``[N]`` of a table to the host, ``[N, E]``; zeros for those that occupancy calls unwritten."""
-        return self.tables[table].stored(rows.cpu())
+        return self.tables[table].stored(rows.cpu()).cpu()
 
     def beginning(self, table: str, rows: Tensor) -> Tensor:
         """Copy rows ``[N]`` to the host as a fit begins with them: first numbers in place of zeros, ``[N, E]``."""
-        return self.tables[table].beginning(rows.cpu())
+        found = self.tables[table]
+        if isinstance(found, ParameterTable):
+            return found.beginning(rows.cpu())
+        values = self.read(table, rows)
+        first = wanted_tables(self.spec, found.width)[table].first_rows(next(iter(self.layers.values())).config)
+        if first is None:
+            return values
+        empty = (values == 0).all(-1, keepdim=True)
+        return torch.where(empty, first.numbers(rows.cpu(), found.width, values.dtype), values)
 
     @torch.no_grad()
     def write(self, table: str, rows: Tensor, values: Tensor) -> None:
-        """Replace rows ``[N]`` of a table by values ``[N, E]``. With occupancy a row of zeros is then unwritten."""
-        self.tables[table].store(rows, values)
+        """Replace rows ``[N]`` of a table by values ``[N, E]``. With occupancy a row of zeros is then unwritten.
+
+        A table that is no parameter is never written to: its layers read it through an overlay, which is there as long
+        as any row differs from the table's own.
+        """
+        found = self.tables[table]
+        if isinstance(found, ParameterTable):
+            found.store(rows, values)
+            return
+        beneath = found.table if isinstance(found, OverlayTable) else found
+        own = (bits(beneath.gather(rows.cpu()).cpu()) == bits(values.cpu())).all(-1)
+        if not isinstance(found, OverlayTable):
+            found = OverlayTable(found, rows[:0].cpu(), values[:0].cpu())
+        found.give_back(rows[own])
+        found.replace(rows[~own], values[~own])
+        self._put(table, found if len(found.rows) else beneath)
+
+    def device_of(self, table: str) -> torch.device:
+        """Return the device that rows of a table are read on."""
+        found = self.tables[table]
+        return found.weight.device if isinstance(found, ParameterTable) else torch.device("cpu")
+
+    def _put(self, table: str, read: Table) -> None:
+        """Let the owner and the layers have another table of this name."""
+        self.tables[table] = self.apart[table] = read
+        for block, layer in self.layers.items():
+            if table_name(self.spec, block) == table:
+                if isinstance(layer.table, StagedTable):
+                    layer.table.table = read
+                else:
+                    layer.table = read
 
     def logits(self, tokens: np.ndarray | Sequence[int]) -> Tensor:
         """Compute the logits of one sequence ``[L]``, or of a batch of sequences of one length ``[B, L]``.
@@ -91,45 +132,19 @@ class PatchableMemory:
             for block, layer in self.layers.items():
                 name = table_name(self.spec, block)
                 if name in rows:
-                    layer.table = _RowsApart(self.tables[name], rows[name], values[name])
+                    layer.table = OverlayTable(self.tables[name], rows[name], values[name])
             yield
         finally:
             for block, layer in self.layers.items():
                 layer.table = before[block]
 
 
-class _RowsApart(Table):
-    """A table that reads some of its rows from a small tensor; only this tensor gets a gradient."""
-
-    def __init__(self, table: ParameterTable, rows: Tensor, values: Tensor) -> None:
-        self.table, self.values = table, values
-        self.rows = rows.to(values.device)
-        self.num_rows, self.width = table.num_rows, table.width
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `Table.dtype`."""
-        return self.table.dtype
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Table.gather`."""
-        with torch.no_grad():
-            found = self.table.gather(rows)
-        numbers = rows.to(self.rows.device)
-        place = torch.searchsorted(self.rows, numbers).clamp(max=len(self.rows) - 1)
-        # Rounded as they will be stored, so that the fit sees the numbers that it will leave.
-        apart = F.embedding(place, self.values.to(self.dtype)).to(found.device)
-        here = (self.rows[place] == numbers).to(found.device)
-        result = torch.where(here.unsqueeze(-1), apart, found)
-        return result if out is None else out.copy_(result)
-
-
 def patchable_memory(target: Any) -> PatchableMemory:
     """Find the memory of what `RowPatch.fit` accepts.
 
     Raises:
-        ConfigError: There is no memory or more than one, the adapter is detached or disabled, or a table is not a
-            parameter in memory.
+        ConfigError: There is no memory or more than one, the adapter is detached or disabled, or a table has no rows
+            yet.
         TokenMapError: The reference model has not been given its token map.
     """
     from engram_lm.model.pretrained import EngramPreTrainedModel
@@ -137,7 +152,8 @@ def patchable_memory(target: Any) -> PatchableMemory:
     if isinstance(target, EngramPreTrainedModel) and target.config.memory is not None:
         owner: Any = target.base_model
         layers = {block: owner.layers[block].memory for block in target.config.memory_layers}
-        return PatchableMemory(owner, target, target.hash_spec, trainable_tables(target.tables), layers)
+        apart = owner.tables_apart.tables
+        return PatchableMemory(owner, target, target.hash_spec, _with_rows(target.tables), apart, layers)
     adapters = attached_adapters(target) if isinstance(target, nn.Module) else {}
     if not isinstance(target, MemoryAdapter):
         if not adapters:
@@ -157,7 +173,8 @@ def patchable_memory(target: Any) -> PatchableMemory:
             f"the memory adapter {target.name!r} is {state}, so its rows are not read; attach or enable it first"
         )
     layers = {block: target.layers[str(block)] for block in target.spec.blocks}
-    return PatchableMemory(target, target.model, target.spec, trainable_tables(target.tables), layers)
+    apart = target._tables_apart
+    return PatchableMemory(target, target.model, target.spec, _with_rows(target.tables), apart, layers)
 
 
 def trainable_tables(tables: Mapping[str, Table]) -> dict[str, ParameterTable]:
@@ -168,6 +185,15 @@ def trainable_tables(tables: Mapping[str, Table]) -> dict[str, ParameterTable]:
                 f"the rows of table {name} are read from a {type(table).__name__} and cannot be changed there; load "
                 'the model or adapter with table_tier="device", which makes its tables parameters in memory'
             )
-        if table.weight.is_meta:
+    return _with_rows(tables)  # type: ignore[return-value]
+
+
+def _with_rows(tables: Mapping[str, Table]) -> dict[str, Table]:
+    for name, table in tables.items():
+        if isinstance(table, TrainedTable) and not isinstance(table, ParameterTable):
+            raise ConfigError(
+                f"the rows of table {name} are divided over processes; load the model or adapter in one process"
+            )
+        if isinstance(table, ParameterTable) and table.weight.is_meta:
             raise ConfigError(f"the table {name} has no rows yet (its device is meta); load its weights first")
-    return dict(tables)  # type: ignore[arg-type]
+    return dict(tables)

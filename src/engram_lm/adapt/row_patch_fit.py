@@ -166,7 +166,7 @@ def fit_rows(
         before = {name: memory.read(name, numbers) for name, numbers in rows.items()}
         begin = {name: memory.beginning(name, numbers) for name, numbers in rows.items()}
         leaves = {
-            name: values.to(memory.tables[name].weight.device, torch.promote_types(values.dtype, torch.float32))
+            name: values.to(memory.device_of(name), torch.promote_types(values.dtype, torch.float32))
             .clone()
             .requires_grad_()
             for name, values in begin.items()

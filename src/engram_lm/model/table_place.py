@@ -29,6 +29,7 @@ from engram_lm.tables import (
     tensor_layout,
 )
 from engram_lm.tables.around.cache import Policy
+from engram_lm.tables.around.overlay import OverlayTable
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.around.row_trace import read_trace
 from engram_lm.tables.choose import check_tier
@@ -384,7 +385,8 @@ class TablesApart:
             yield name, table, place.device_map_name if isinstance(place, TablePlace) else place
 
     def mapped(self) -> dict[str, Tensor]:
-        """Map the tables that are read from the checkpoint, by name, without reading them."""
+        """Map the tables that are read from the checkpoint, by name, without reading them; rows that an overlay replaces
+        are replaced in memory alone."""
         tables = {}
         for name, stored in self.stored.items():
             # Copy on write, because torch warns of memory it must not write to; nothing is written.
@@ -392,6 +394,8 @@ class TablesApart:
                 stored.file, np.uint8, mode="c", offset=stored.start_bytes, shape=(stored.num_bytes,)
             )
             tables[name] = torch.from_numpy(data).view(stored.torch_dtype).view(stored.shape)
+            if isinstance(table := self.tables.get(name), OverlayTable):
+                tables[name][table.rows] = table.gather(table.rows).to(stored.torch_dtype)
         return tables
 
     def check_folder(self, folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 Reading order: ``table.py`` (the interface of every table); ``codec.py``, ``block_float8.py`` and
 ``block_integers.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie); ``tiers/`` (where rows are
-kept and read, one file each), ``around/`` (tables around tables: records kept, rows read early, rows brought to a GPU),
+kept and read, one file each), ``around/`` (tables around tables: records kept, rows read early, rows replaced, rows brought to a GPU),
 ``files/`` (what lies on disk); ``choose.py`` and ``open.py`` (which tier, and one call for all of it).
 """
 
 from engram_lm.tables.around.cache import CachedTable, most_frequent
+from engram_lm.tables.around.overlay import OverlayTable
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.around.staged import StagedTable
 from engram_lm.tables.codec import RowCodec
@@ -33,6 +34,7 @@ __all__ = [
     "HostTable",
     "MappedTable",
     "MooncakeTable",
+    "OverlayTable",
     "ParameterTable",
     "ReadAheadTable",
     "RecordTable",
