@@ -27,6 +27,15 @@ _TABLE_VERBS = {
     "simulate": ("engram_lm.serving.bench.simulate:Simulate", "row reuse and cache hit rates of a text or a trace"),
 }
 
+_PATCH_VERBS = {
+    "new": ("engram_lm.serving.patch_commands:PatchNew", "an empty memory for facts, for any causal language model"),
+    "fit": ("engram_lm.serving.patch_commands:PatchFit", "fit a file of facts into rows of a memory, as a patch"),
+    "apply": ("engram_lm.serving.patch_commands:PatchApply", "put a patch into a folder, which keeps its table files"),
+    "revert": ("engram_lm.serving.patch_commands:PatchRevert", "take a patch, or single facts, out of a folder"),
+    "proof": ("engram_lm.serving.patch_commands:PatchProof", "what a patch touches in a text, and what not"),
+    "merge": ("engram_lm.serving.patch_commands:PatchMerge", "join patches, or write a folder's into its tables"),
+}
+
 _BENCHES = {
     "serve": ("engram_lm.serving.bench.serve:ServeBench", "tokens per second of vLLM with tables in every place"),
 }
@@ -43,6 +52,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
         "engram_lm.studies.adaptation.command:Adapt",
         "give a pretrained model memory, with controls",
     ),
+    "patch": (_PATCH_VERBS, "add facts to a memory, take them back, prove what changed"),
     "export": ("engram_lm.training.export:Export", "the model of a training's checkpoint as a Hugging Face folder"),
     "join": ("engram_lm.serving.join:Join", "a model of others and its memory adapters as one folder for vLLM"),
     "eval": ("engram_lm.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from engram_lm.adapt.decoder import Decoder, argument_names, find_decoder
-from engram_lm.adapt.folder import BaseModel, layer_weights, read_adapter, write_adapter
+from engram_lm.adapt.folder import BaseModel, LocalFiles, layer_weights, read_adapter, write_adapter
 from engram_lm.adapt.forward_pass import ForwardPass
 from engram_lm.adapt.hub import files_of, push_folder
+from engram_lm.adapt.patch_folder import with_patches
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
@@ -247,7 +248,8 @@ class MemoryAdapter(ForwardPass):
         """Attach an adapter that `save_pretrained` or `push_to_hub` wrote to a model of the same kind.
 
         Of a repository only ``config.json`` and safetensors are downloaded, all of one commit, each once what was
-        downloaded before it fits the model; its tables not at all where ``table_source`` has them.
+        downloaded before it fits the model; its tables not at all where ``table_source`` has them. Row patches that
+        `engram-lm patch apply` has put into a folder are applied, over tables of any tier.
 
         Args:
             model: The model it was made for.
@@ -294,6 +296,8 @@ class MemoryAdapter(ForwardPass):
         )
         tables = stored.open_tables(place, dtype)
         try:
+            if isinstance(files, LocalFiles):
+                tables = with_patches(tables, files.folder, stored.spec)
             adapter = cls(stored.config, stored.spec, tables, name=name, base=stored.base)
             adapter.layers.to(dtype=dtype or stored.dtype)
             adapter.layers.load_state_dict(stored.layers)

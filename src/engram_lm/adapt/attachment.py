@@ -40,7 +40,9 @@ def attach(
     """Add memory to decoder layers of a transformers causal language model, without touching its code.
 
     The model begins by computing what it computed before, bit for bit: the value projections start at zero, whatever
-    ``config.value_init`` says. It then trains with any loop over ``model.parameters()``; an optimizer that knows no
+    ``config.value_init`` says. Only where ``occupancy`` is asked for too, ``value_init="normal"`` among the ``options``
+    draws them: such a memory is silent until rows are written, and facts can be written into it without training
+    (`RowPatch.fit_facts`). It then trains with any loop over ``model.parameters()``; an optimizer that knows no
     sparse gradients needs ``EngramConfig(table_gradient="dense")``. ``generate`` works in all its modes.
 
     Attach before ``torch.compile`` and before DDP; before or after peft.
@@ -88,7 +90,9 @@ def attach(
             "or pass no configuration"
         )
     chosen: Mapping[str, Any] = {} if layers is None else {"layers": resolve_layers(layers, len(decoder.layers))}
-    config = dataclasses.replace(config, value_init="zero", **chosen)
+    # With occupancy the memory is silent whatever the projections are: none of its rows is written.
+    is_silent = config.occupancy != "none" and "value_init" in options
+    config = dataclasses.replace(config, value_init=config.value_init if is_silent else "zero", **chosen)
     spec = adapter_spec(decoder, tokenizer, config, segments)
     if dtype is None:
         # The matrices of a quantized layer hold integers, its norms do not.

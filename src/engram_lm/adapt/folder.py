@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engram_lm.adapt.decoder import Decoder
 from engram_lm.adapt.model_card import model_card
+from engram_lm.adapt.patch_folder import PATCHES
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, MismatchError
 from engram_lm.files import read_json, replacing_folder
 from engram_lm.hashing import HashSpec, TokenMap
@@ -198,7 +199,7 @@ def check_adapter(files: AdapterFiles) -> dict[str, Any]:
 def _check_replaceable(folder: Path, tables_inside: bool) -> None:
     """Refuse to replace anything but an adapter, and tables that would be lost."""
     names = {path.name for path in folder.iterdir()}
-    if others := sorted(names - set(FILES)):
+    if others := sorted(names - {*FILES, PATCHES}):
         raise FileExistsError(
             f"{folder} exists and holds {', '.join(others[:5])}, which an adapter does not have, so it is left alone; "
             "name another folder"

@@ -1,7 +1,8 @@
 """Row patches: changes to single rows that are fitted, saved to a file, applied to a model and reverted.
 
-Reading order: ``row_change.py`` (what a patch and its file hold), ``patchable.py`` (the memory it is for),
-``row_patch_fit.py``, this file (apply, revert, list), ``row_patch_proof.py`` (what a patch touches and what not).
+Reading order: ``row_change.py`` (what a patch holds), ``patchable.py`` (the memory it is for), ``row_patch_fit.py``
+(single facts), ``edits/`` (many facts together), ``row_patch_file.py``, this file (apply, revert, list),
+``row_patch_proof.py`` (what a patch touches and what not), ``row_patch_merge.py`` (several patches as one).
 """
 
 import dataclasses
@@ -14,8 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from engram_lm.adapt.edits.fit import JointFitOptions, JointFitProgress, fit_joint
+from engram_lm.adapt.fact_edit import FactEdit
+from engram_lm.adapt.joint_edit import JointEdit, changed_rows
 from engram_lm.adapt.patchable import PatchableMemory, patchable_memory
-from engram_lm.adapt.row_change import Fact, RowChange, bits, read_patch, same_bits, write_patch
+from engram_lm.adapt.row_change import Fact, RowChange, bits, same_bits
+from engram_lm.adapt.row_patch_file import read_patch, write_patch
 from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, read_facts, reference_tokens
 from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
 from engram_lm.errors import ConfigError, MismatchError
@@ -50,6 +55,8 @@ class RowPatch:
     """The name that its maker gave it."""
     facts: tuple[Fact, ...] = ()
     """What the rows were fitted to; empty for rows written by hand."""
+    edit: JointEdit | None = None
+    """What the facts of a joint edit want of the rows (`fit_facts`), so that single facts can be taken out."""
 
     @classmethod
     def fit(
@@ -97,6 +104,104 @@ class RowPatch:
         rows = addressed_rows(memory, known, options, text)
         tables, fitted = fit_rows(memory, known, rows, options, on_step)
         return cls(memory.spec.digest, tables, title, fitted)
+
+    @classmethod
+    def fit_facts(
+        cls,
+        target: Any,
+        tokenizer: Any,
+        facts: Sequence[FactEdit],
+        options: JointFitOptions | None = None,
+        *,
+        reference: Any = None,
+        earlier: "RowPatch | None" = None,
+        title: str = "",
+        on_progress: Callable[[JointFitProgress], None] = lambda progress: None,
+    ) -> Self:
+        """Fit many facts together, each in several wordings, so that other wordings and longer texts give them too.
+
+        Rows of the N-grams at the end of each fact's subject are changed. How a fact should change them is found
+        through the model; the rows that serve all facts best are then solved for in closed form, where rows that other
+        text reads change less. The model is left as it was; `apply` changes it.
+
+        Args:
+            target: As for `fit`; its tables may lie on any tier.
+            tokenizer: The model's tokenizer.
+            facts: The facts.
+            options: Steps, margins, penalties.
+            reference: A text, or raw tokens ``[num_tokens]``, of the kind that must not suffer: rows that it reads
+                often change less, and pieces of it stand before the wordings that are fitted.
+            earlier: A patch of `fit_facts` for the same memory, applied or not. Its facts stay in the result, which is
+                applied in its place.
+            title: The patch's name.
+            on_progress: Called after each group of facts.
+
+        Returns:
+            The patch. Its ``facts`` say how each prompt is answered (`is_learned`).
+
+        Raises:
+            ConfigError: Two facts have one prompt, rows have no effect, or ``earlier`` is no joint edit alone.
+            MismatchError: The tokenizer is not the model's, or rows are not as ``earlier`` expects.
+        """
+        options = JointFitOptions() if options is None else options
+        memory = patchable_memory(target)
+        memory.spec.bind(tokenizer)
+        if not facts:
+            raise ConfigError("there are no facts to fit; pass at least one")
+        held: Mapping[str, RowChange] = {}
+        if earlier is not None:
+            if earlier.edit is None or earlier.num_rows != sum(len(rows) for rows, _ in earlier.edit.solve().values()):
+                raise ConfigError(f"{earlier._name} has rows that no facts explain; only facts can be added to facts")
+            if not all(same_bits(now, earlier.tables[name].after) for name, now in earlier._held(memory).items()):
+                earlier._check_held(earlier._held(memory), "before", "the model it was made against, in the same state")
+            held = earlier.tables
+        edit, tables, fitted = fit_joint(
+            memory,
+            tokenizer,
+            tuple(facts),
+            options,
+            reference=None if reference is None else reference_tokens(reference, tokenizer),
+            earlier=None if earlier is None else earlier.edit,
+            held=held,
+            on_progress=on_progress,
+        )
+        return cls(memory.spec.digest, tables, title, (*(() if earlier is None else earlier.facts), *fitted), edit)
+
+    def without(self, prompts: Sequence[str]) -> "RowPatch | None":
+        """Take facts out of a joint edit: solve again without them. The model is not needed, and nothing is applied.
+
+        Args:
+            prompts: The prompts of the facts.
+
+        Returns:
+            The patch of what remains, for the same model as it was before this patch; None if nothing remains.
+
+        Raises:
+            ConfigError: The patch is no joint edit, or has no such fact.
+        """
+        if self.edit is None:
+            raise ConfigError(f"{self._name} is no joint edit of facts; it can only be reverted as a whole")
+        edit = self.edit.without(prompts)
+        own = self.edit.solve()
+        tables = {}
+        for name, change in self.tables.items():
+            # Rows that were written by hand, in a merged patch, stay.
+            loose = (
+                ~torch.isin(change.rows, own[name][0]) if name in own else torch.ones(change.num_rows, dtype=torch.bool)
+            )
+            rows, before, after = change.rows[loose], change.before[loose], change.after[loose]
+            if edit is not None and name in (solved := edit.solve()):
+                used = solved[name][0]
+                was = change.before[torch.searchsorted(change.rows, used)]
+                now = changed_rows({name: solved[name]}, {name: was})[name]
+                rows, before, after = torch.cat([rows, used]), torch.cat([before, was]), torch.cat([after, now])
+            if len(rows):
+                order = rows.argsort()
+                tables[name] = RowChange(rows[order], before[order], after[order])
+        if not tables:
+            return None
+        facts = tuple(fact for fact in self.facts if fact.prompt not in prompts)
+        return type(self)(self.spec_digest, tables, self.title, facts, edit)
 
     @classmethod
     def from_rows(cls, target: Any, values: Mapping[str, tuple[Any, Tensor]], *, title: str = "") -> Self:
@@ -148,7 +253,9 @@ class RowPatch:
         Raises:
             OSError: The file cannot be written.
         """
-        write_patch(path, spec_digest=self.spec_digest, tables=self.tables, title=self.title, facts=self.facts)
+        write_patch(
+            path, spec_digest=self.spec_digest, tables=self.tables, title=self.title, facts=self.facts, edit=self.edit
+        )
 
     @property
     def num_rows(self) -> int:

@@ -385,8 +385,10 @@ class TablesApart:
             yield name, table, place.device_map_name if isinstance(place, TablePlace) else place
 
     def mapped(self) -> dict[str, Tensor]:
-        """Map the tables that are read from the checkpoint, by name, without reading them; rows that an overlay replaces
-        are replaced in memory alone."""
+        """Map the tables that are read from the checkpoint, by name, without reading them.
+
+        Rows that an overlay replaces are replaced in memory alone.
+        """
         tables = {}
         for name, stored in self.stored.items():
             # Copy on write, because torch warns of memory it must not write to; nothing is written.

@@ -12,6 +12,7 @@ import tyro
 from engram_lm.adapt.adapter import CONTAINER
 from engram_lm.adapt.folder import FILES, BaseModel, LocalFiles, read_adapter
 from engram_lm.adapt.hub import files_of
+from engram_lm.adapt.patch_folder import refuse_patches
 from engram_lm.errors import CheckpointError
 from engram_lm.files import new_folder, read_json, user_path
 from engram_lm.serving.vllm.adapted_names import ADAPTED
@@ -114,6 +115,8 @@ def join(base: str, adapters: tuple[str, ...], out: Path, *, copy: bool = False)
         names = [f"{CONTAINER}/{index:02d}" for index in range(len(adapters))]
         for name, adapter in zip(names, adapters, strict=True):
             files = files_of(adapter)
+            if isinstance(files, LocalFiles):
+                refuse_patches(files.folder, "vLLM")
             read_adapter(files, model).spec.bind(tokenizer)
             (aside / name).mkdir(parents=True)
             for part in FILES:

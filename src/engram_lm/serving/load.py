@@ -34,6 +34,8 @@ class ModelFlags:
     """Which rows give way when that cache is full."""
     table_pinned: Path | None = None
     """A recorded trace (.npz) whose most read rows fill that cache and stay in it."""
+    patch: tuple[Path, ...] = ()
+    """Row patches to apply to the memory, in this order, after those that belong to its folder."""
 
     def __post_init__(self) -> None:
         if self.table_tier is not None:
@@ -99,7 +101,7 @@ def load_model(
     """Load a causal language model, in evaluation mode, and its tokenizer from a folder of transformers.
 
     ``tables`` says where its memory tables are read from, or, with an ``adapter`` (folder or repository of a
-    `MemoryAdapter`), those of the adapter.
+    `MemoryAdapter`), those of the adapter. Row patches of the folder, and those that ``tables`` names, are applied.
 
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.
@@ -136,8 +138,12 @@ def load_model(
     model = model.to(wanted).eval()
     if hasattr(model, "stage_tables"):
         model.stage_tables(_STAGED_TOKENS)
-    if adapter is not None:
-        from engram_lm.adapt import MemoryAdapter
+    from engram_lm.adapt import MemoryAdapter, RowPatch
+    from engram_lm.adapt.patch_folder import patch_files
 
+    if adapter is not None:
         MemoryAdapter.from_pretrained(model, adapter, tokenizer=tokenizer, **placed)
+    own = patch_files(folder) if adapter is None else []
+    for path in (*own, *(() if tables is None else tables.patch)):
+        RowPatch.load(path).apply(model)
     return model, tokenizer

@@ -68,6 +68,11 @@ class Serve(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patch:
+            raise ConfigError(
+                "vLLM reads the tables of files alone, so --patch is not for this command; put the patches into the "
+                "folder (engram-lm patch apply) and write them into its tables (engram-lm patch merge FOLDER --fold)"
+            )
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port is a number from 1 to 65535, not {self.port}")
         if self.additional_config() and any(_names(word, _MORE, "-ac") for word in self.arguments):
@@ -109,7 +114,12 @@ class Serve(ModelFlags):
 
     def words(self, vllm: InstalledVllm) -> list[str]:
         """Return the command line that starts the server, word by word, with the vLLM that is installed."""
+        from engram_lm.adapt.patch_folder import refuse_patches
+
         model, config = self._find()
+        for folder in (model, self.adapter):
+            if folder is not None:
+                refuse_patches(folder, "vLLM")
         architectures = config.get("architectures") or []
         has_memory = any(str(name).startswith(ADAPTED) for name in architectures) or _holds_adapters(model)
         self.check_places(model, has_memory=has_memory)

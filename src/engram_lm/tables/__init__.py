@@ -2,8 +2,8 @@
 
 Reading order: ``table.py`` (the interface of every table); ``codec.py``, ``block_float8.py`` and
 ``block_integers.py`` (what the bytes of a stored row mean), ``layout.py`` (where they lie); ``tiers/`` (where rows are
-kept and read, one file each), ``around/`` (tables around tables: records kept, rows read early, rows replaced, rows brought to a GPU),
-``files/`` (what lies on disk); ``choose.py`` and ``open.py`` (which tier, and one call for all of it).
+kept and read, one file each), ``around/`` (tables around tables: records kept, rows read early or replaced, rows
+brought to a GPU), ``files/`` (what lies on disk); ``choose.py`` and ``open.py`` (which tier, and one call for all).
 """
 
 from engram_lm.tables.around.cache import CachedTable, most_frequent

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.adapt.edits.fact_edit import FactEdit
+from engram_lm.adapt.fact_edit import FactEdit
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_patch_fit import read_facts
 from engram_lm.errors import ConfigError
@@ -99,10 +99,10 @@ def find_expressions(
 ) -> Expressions:
     """Find the expressions of facts.
 
-    Rows of N-grams that lie inside the subject are used, because every text that names it reads them. A subject of one
-    token has none: there the N-grams of each wording are used, and of the lowest order those with other words before
-    the subject, the ``num_contexts`` words that stand most often before such subjects and before any word of the
-    reference text.
+    Rows of N-grams that lie inside the subject are used, because every text that names it reads them. Where a subject
+    is one token, it has none: there the N-grams of each wording are used, and of the lowest order those with other
+    words before the subject, the ``num_contexts`` words that stand most often before such subjects and in the reference
+    text.
 
     Raises:
         ConfigError: A fact reads no row: its positions are dead tokens of the hash's segments.
@@ -110,7 +110,7 @@ def find_expressions(
     spec = memory.spec
     whole = spec.num_heads_total
     found: dict[tuple[int, tuple[int, ...]], None] = {}
-    single: list[tuple[int, np.ndarray]] = []
+    single: list[tuple[int, int]] = []
     before: Counter[int] = Counter()
 
     def note(number: int, tokens: np.ndarray, place: int, most: int) -> None:
@@ -128,22 +128,20 @@ def find_expressions(
             continue
         spans = [subject_span(tokenizer, text, fact.subject) for text in fact.wordings]
         alone = [subject_span(tokenizer, text, fact.subject) for text in (fact.subject, f" {fact.subject.strip()}")]
-        inside = max(span[2] for span in (*spans, *alone))
-        if inside >= spec.orders[0]:
-            for tokens, place, width in (*spans, *alone):
-                if width >= spec.orders[0]:
-                    note(number, tokens, place, width)
-            continue
-        for tokens, place, _ in spans:
-            note(number, tokens, place, max(spec.orders))
-            before.update(tokens[max(place - 1, 0) : place].tolist())
-            single.append((number, tokens[: place + 1]))
+        for tokens, place, inside in (*spans, *alone):
+            if inside >= spec.orders[0]:
+                note(number, tokens, place, inside)
+        for tokens, place, inside in spans:
+            if inside < spec.orders[0]:
+                note(number, tokens, place, max(spec.orders))
+                before.update(tokens[max(place - 1, 0) : place].tolist())
+                single.append((number, int(tokens[place])))
     if single and num_contexts:
         if reference is not None:
             before.update(reference[:_MANY_REFERENCE_TOKENS].tolist())
         for word, _ in before.most_common(num_contexts):
-            for number, tokens in single:
-                note(number, np.array([word, tokens[-1]]), 1, spec.orders[0])
+            for number, token in dict.fromkeys(single):
+                note(number, np.array([word, token]), 1, spec.orders[0])
     reached = {number for number, _ in found}
     if lost := [fact.prompt for number, fact in enumerate(facts) if number not in reached]:
         raise ConfigError(f"the fact {lost[0]!r:.200} reads no row: its tokens are dead tokens of the hash's segments")

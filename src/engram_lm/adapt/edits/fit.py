@@ -3,6 +3,7 @@
 # Dimension key: F facts, P expressions, K heads of all orders and all blocks, E row width, N rows.
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt.edits.expressions import Wording, find_expressions, read_wordings
-from engram_lm.adapt.edits.fact_edit import FactEdit, check_distinct
-from engram_lm.adapt.edits.joint_edit import JointEdit, changed_rows, row_penalties
 from engram_lm.adapt.edits.scoring import AnswerScore, score_wordings
-from engram_lm.adapt.edits.shifts import FactRows, ShiftOptions, fit_shifts
+from engram_lm.adapt.edits.shifts import Bases, FactRows, ShiftOptions, fit_shifts
+from engram_lm.adapt.fact_edit import FactEdit, check_distinct
+from engram_lm.adapt.joint_edit import JointEdit, changed_rows, row_penalties
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.adapt.row_change import Fact, RowChange
 from engram_lm.errors import ConfigError, check_whole
@@ -32,9 +33,9 @@ class JointFitOptions:
         ConfigError: A value is impossible.
     """
 
-    max_steps: int = 25
+    max_steps: int = 20
     """The most gradient steps (Adam) on the shift of a fact in a round, from 1."""
-    learning_rate: float = 0.15
+    learning_rate: float = 0.25
     """Step size, above 0; 1 changes a hidden state by as much as it is large."""
     margin: float = 2.0
     """A fact is fitted once every token of its answer is ahead of the likeliest other by this much in all of its
@@ -45,8 +46,9 @@ class JointFitOptions:
     """λ: what every row costs, in uses of a row, from 0."""
     reuse_penalty: float = 0.05
     """λ_reuse: what a row costs for other text that reads it, from 0; see `row_penalties`."""
-    num_prefixes: int = 1
-    """Copies of each wording that are fitted too, each behind a few words of the reference text, from 0."""
+    num_prefixes: int = 2
+    """Copies of a fact's wordings, the first ones in turn, that are fitted too, each behind a few words of the
+    reference text, from 0."""
     prefix_tokens: int = 8
     """Tokens of such a beginning, from 1."""
     num_contexts: int = 32
@@ -104,10 +106,15 @@ def fit_joint(
     before = _rows_before(memory, edit, held or {})
     plain = read_wordings(tokenizer, edit.facts)
     texts = _with_prefixes(plain, tokenizer, reference, options)
-    start = score_wordings(memory, [one for one in plain if one.fact >= first and one.text == edit.facts[one.fact].prompt])
-    settings = ShiftOptions(**{name: getattr(options, name) for name in ("max_steps", "learning_rate", "margin", "decay")})
+    start = score_wordings(
+        memory, [one for one in plain if one.fact >= first and one.text == edit.facts[one.fact].prompt]
+    )
+    settings = ShiftOptions(
+        **{name: getattr(options, name) for name in ("max_steps", "learning_rate", "margin", "decay")}
+    )
     waiting = list(range(first, len(edit.facts)))
     scores: list[AnswerScore] = []
+    known: Bases = {}
     for number in range(options.rounds):
         rows = _rows_of_facts(memory, edit)
         shifts = edit.shifts.clone()
@@ -123,6 +130,7 @@ def fit_joint(
                     edit.shifts[group],
                     [edit.facts[fact].forget for fact in group],
                     settings,
+                    known=known,
                 )
                 on_progress(JointFitProgress(number, len(waiting), at + len(group)))
         edit = dataclasses.replace(edit, shifts=shifts)
@@ -237,19 +245,20 @@ def _rows_of_facts(memory: PatchableMemory, edit: JointEdit) -> list[dict[int, F
 def _with_prefixes(
     wordings: Sequence[Wording], tokenizer: Any, reference: np.ndarray | None, options: JointFitOptions
 ) -> dict[int, list[Wording]]:
-    """Collect the texts of each fact, with copies that begin with a piece of the reference text."""
+    """Collect the texts of each fact, and copies of some that begin with a piece of the reference text."""
     result: dict[int, list[Wording]] = {}
     beginning = beginning_tokens(tokenizer)
-    has_text = reference is not None and len(reference) > options.prefix_tokens
     generator = np.random.default_rng(0)
     for one in wordings:
         result.setdefault(one.fact, []).append(one)
-        for _ in range(options.num_prefixes if has_text else 0):
-            assert reference is not None
+    if reference is None or len(reference) <= options.prefix_tokens:
+        return result
+    for texts in result.values():
+        for one in itertools.islice(itertools.cycle(tuple(texts)), options.num_prefixes):
             start = int(generator.integers(len(reference) - options.prefix_tokens))
             prefix = reference[start : start + options.prefix_tokens].tolist()
             own = one.prompt[len(beginning) :] if one.prompt[: len(beginning)] == beginning else one.prompt
-            result[one.fact].append(dataclasses.replace(one, prompt=tuple(begin(beginning, [*prefix, *own]))))
+            texts.append(dataclasses.replace(one, prompt=tuple(begin(beginning, [*prefix, *own]))))
     return result
 
 

@@ -69,7 +69,13 @@ def answer_logits(memory: PatchableMemory, batch: AnswerBatch) -> Tensor:
         options["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0).to(device)
     if "logits_to_keep" in known:
         options["logits_to_keep"] = width
-    logits: Tensor = memory.model(input_ids=batch.tokens.to(device), **options)[0]
+    head = memory.model.get_output_embeddings()  # type: ignore[operator]
+    # The kept positions lie apart in memory, and torch then copies the head's weight once for each text of the batch.
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        logits: Tensor = memory.model(input_ids=batch.tokens.to(device), **options)[0]
+    finally:
+        hook.remove()
     return logits[:, -width:].float()
 
 

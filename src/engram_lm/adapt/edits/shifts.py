@@ -1,9 +1,9 @@
 """The change of the memory vector that makes a frozen model give a fact's answer, whatever the wording.
 
-A fact has one change, a *shift* (δ in the paper), for the rows that all of its expressions read. It is optimized through
-the model, which sees it exactly as the rows will have it: multiplied by the share that the closed form will leave of it,
-wherever a text reads one of the fact's rows, through gate and convolution. Facts are fitted side by side, and each stops
-when all of its wordings have the answer.
+A fact has one change, a *shift* (δ in the paper), of the rows that all of its expressions read. It is optimized through
+the model, which sees it as the rows will have it: multiplied by the share that the closed form will leave of it,
+wherever a text reads one of the fact's rows, through gate and convolution. Facts are fitted side by side, and each
+stops when all of its wordings have the answer.
 """
 
 # Dimension key: F facts, B texts, L tokens, H heads of one block, K heads of all blocks, E row width, R rows of a fact.
@@ -22,6 +22,15 @@ from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.adapt.patchable import PatchableMemory
 from engram_lm.errors import ConfigError
 from engram_lm.tables import Table
+
+_STEPS_BETWEEN_ALL = 3
+"""Steps from one that computes all texts to the next; between them only those without their answer are computed."""
+_RIDGE = 0.01
+"""How weakly a direction may pass the value projection, as a share of the mean power, before it is left alone."""
+
+
+Bases = dict[tuple[int, tuple[bool, ...]], Tensor]
+"""Coordinates by block and the heads that are used."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +59,7 @@ def fit_shifts(
     forget: Sequence[bool],
     options: ShiftOptions,
     *,
+    known: Bases,
     on_step: Callable[[int, int, float], None] = lambda step, num_open, loss: None,
 ) -> Tensor:
     """Fit the shifts of some facts side by side.
@@ -61,6 +71,7 @@ def fit_shifts(
         start: The shifts that the rows hold now, float32 ``[F, K, E]``.
         forget: For each fact, whether its answer should be pushed back and not brought forward.
         options: Steps, step size, when to stop.
+        known: Coordinates that were found for earlier groups; those of this group are added.
         on_step: Called with the step, from 0, the number of facts that are not there yet, and the mean loss.
 
     Returns:
@@ -69,44 +80,49 @@ def fit_shifts(
     Raises:
         ConfigError: The loss is not finite, or rows have no effect.
     """
-    blocks = list(memory.spec.blocks)
-    unit = _units(memory, wordings[0][0])
-    each = start.shape[1] // len(blocks)
-    scale = torch.cat([torch.full((each,), unit[block]) for block in blocks])[:, None]
+    each = memory.spec.num_heads_total
+    basis = _bases(memory, rows, wordings[0][0], known)
     generator = torch.Generator().manual_seed(0)
     # Not zero: with occupancy a row of zeros is no row, and has no gradient.
-    leaf = (start + 1e-3 * scale * torch.randn(start.shape, generator=generator)).requires_grad_()
+    leaf = (1e-3 * torch.randn(start.flatten(1).shape, generator=generator)).requires_grad_()
     best, best_lead = start.clone(), torch.full((len(wordings),), -math.inf)
     optimizer = torch.optim.Adam([leaf], lr=options.learning_rate, betas=(0.9, 0.95))
     is_open = torch.ones(len(wordings), dtype=torch.bool)
     sign = torch.where(torch.tensor(list(forget)), -1.0, 1.0)
+    # Which texts of a fact have not got the answer by the margin, when they were last computed.
+    lags = [torch.ones(len(texts), dtype=torch.bool) for texts in wordings]
     with torch.inference_mode(False), torch.enable_grad(), evaluating(memory.model):
         for step in range(options.max_steps + 1):
+            every = step % _STEPS_BETWEEN_ALL == 0 or step == options.max_steps
             facts = is_open.nonzero().flatten().tolist()
-            texts = [one for fact in facts for one in wordings[fact]]
-            owner = torch.tensor([fact for fact in facts for _ in wordings[fact]])
-            batch = AnswerBatch.of(texts)
-            with _shifted(memory, [rows[fact] for fact in owner.tolist()], leaf - start, owner, each):
+            whole = torch.tensor([every or not bool(lag.any()) for lag in lags])
+            chosen = [
+                (fact, place) for fact in facts for place in range(len(lags[fact])) if whole[fact] or lags[fact][place]
+            ]
+            owner = torch.tensor([fact for fact, _ in chosen])
+            batch = AnswerBatch.of([wordings[fact][place] for fact, place in chosen])
+            added = torch.einsum("fj,fij->fi", leaf, basis).view_as(start)
+            with _shifted(memory, [rows[fact] for fact, _ in chosen], added, owner, each):
                 lead, log_probability, loss = lead_and_loss(answer_logits(memory, batch), batch)
             lead = lead.detach().cpu()
             # Forgetting looks at the first token: once it is not chosen, the rest is never asked.
             first = batch.counted.int().argmax(-1, keepdim=True)
             turned = torch.where(sign[owner] > 0, lead.amin(-1), -lead.gather(-1, first).squeeze(-1))
+            for (fact, place), value in zip(chosen, turned.tolist(), strict=True):
+                lags[fact][place] = value < options.margin
             worst = torch.full((len(wordings),), math.inf).scatter_reduce_(0, owner, turned, "amin")
-            better = is_open & (worst > best_lead)
-            best = torch.where(better[:, None, None], leaf.detach(), best)
+            better = is_open & whole & (worst > best_lead)
+            best = torch.where(better[:, None, None], start + added.detach(), best)
             best_lead = torch.where(better, worst, best_lead)
-            is_open &= worst < options.margin
+            is_open &= ~(whole & (worst >= options.margin))
             began = log_probability.gather(-1, first.to(log_probability.device)).squeeze(-1)
             against = -torch.log1p(-began.exp().clamp(max=1 - 1e-6))
             losses = torch.where(sign[owner].to(loss.device) > 0, loss, against)
             per_fact = losses.new_zeros(len(wordings)).index_add_(0, owner.to(losses.device), losses)
             per_fact = per_fact / torch.bincount(owner, minlength=len(wordings)).clamp(min=1).to(losses.device)
             total = per_fact.sum()
-            mean = float(total.detach()) / len(facts)
+            mean = float(total.detach()) / max(1, len(facts))
             on_step(step, int(is_open.sum()), mean)
-            import os
-            if os.environ.get("DBG"): print(step, round(mean,2), [round(x,1) for x in worst.tolist()], "norm", [round(float(x),2) for x in (leaf.detach()/scale).square().mean((1,2)).sqrt()], flush=True)
             if not math.isfinite(mean):
                 raise ConfigError(f"the loss is {mean} at step {step}; choose a smaller learning_rate")
             if not bool(is_open.any()) or step == options.max_steps:
@@ -117,40 +133,64 @@ def fit_shifts(
                     "the rows of these facts have no effect on their answers (the gradient is 0); train the memory "
                     "first, or give it value projections that are not zero"
                 )
-            # Adam does not see the size of a gradient, so the step size is set by the unit of each block.
             optimizer.zero_grad()
-            leaf.grad = gradient * scale + options.decay * leaf.detach() / scale
-            before = leaf.detach().clone()
+            leaf.grad = gradient + options.decay * leaf.detach()
             optimizer.step()
-            with torch.no_grad():
-                leaf.copy_(before + (leaf - before) * scale)
     return best
 
 
-def _units(memory: PatchableMemory, wording: Wording) -> dict[int, float]:
-    """For each block, how large the numbers of a shift are that changes hidden states by as much as they are.
+@torch.no_grad()
+def _bases(memory: PatchableMemory, rows: Sequence[Mapping[int, FactRows]], wording: Wording, known: Bases) -> Tensor:
+    """Choose coordinates for the shift of each fact in which the model feels all directions alike, ``[F, K*E, K*E]``.
 
-    It is the root mean square of the hidden states, over the gain of the value projection.
+    A trained value projection passes some directions hundreds of times better than others, and an optimizer in the
+    numbers of the rows would go nowhere else. In these coordinates every direction that the projection of the fact's
+    heads passes at all changes hidden states alike: 1 by as much as they are large.
     """
+    found = []
+    sizes: dict[int, float] = {}
+    for fact in rows:
+        blocks = []
+        for block, layer in memory.layers.items():
+            each, width = memory.spec.num_heads_total, layer.config.head_dim
+            offsets = torch.tensor(memory.spec.offsets(memory.spec.layers[memory.spec.blocks.index(block)]))
+            heads = torch.zeros(each, dtype=torch.bool)
+            heads[torch.searchsorted(offsets, fact[block].rows, right=True) - 1] = True
+            key = block, tuple(heads.tolist())
+            if key not in known:
+                sizes = sizes or _hidden_sizes(memory, wording)
+                hidden_size = layer.config.hidden_size
+                value = layer.key_value.weight[-hidden_size:].detach().cpu().double()
+                value = value * heads.repeat_interleave(width)
+                powers, directions = torch.linalg.eigh(value.T @ value)
+                mean = powers.sum() / max(1, int(heads.sum()) * width)
+                # Directions that hardly pass are left as they are: they would need enormous rows.
+                gains = torch.where(powers > 0, (powers.clamp(min=0) + _RIDGE * mean).rsqrt(), 0)
+                size = sizes[block] * (hidden_size / max(1, int(heads.sum()) * width)) ** 0.5
+                basis = directions * gains * size * heads.repeat_interleave(width)[:, None]
+                known[key] = basis.nan_to_num(0, 0, 0).float()
+            blocks.append(known[key])
+        found.append(torch.block_diag(*blocks))
+    return torch.stack(found)
+
+
+def _hidden_sizes(memory: PatchableMemory, wording: Wording) -> dict[int, float]:
+    """Measure the root mean square of the hidden states that each layer is given."""
     found: dict[int, float] = {}
     hooks = []
     for block, layer in memory.layers.items():
 
         def look(module: object, args: tuple[Tensor, ...], block: int = block) -> None:
-            found[block] = float(args[0].float().square().mean().sqrt())
+            # The first position is left out: models put very large numbers there.
+            found[block] = float(args[0][:, 1:].float().square().mean().sqrt())
 
         hooks.append(layer.register_forward_pre_hook(look))
     try:
-        with torch.no_grad(), evaluating(memory.model):
+        with evaluating(memory.model):
             memory.logits(wording.tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    for block, layer in memory.layers.items():
-        hidden_size = layer.config.hidden_size
-        gain = float(layer.key_value.weight[-hidden_size:].float().square().sum().div(hidden_size).sqrt())
-        if gain > 0:
-            found[block] /= gain
     return found
 
 

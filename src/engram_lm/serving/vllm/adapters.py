@@ -5,6 +5,7 @@ from vllm.config import VllmConfig
 from engram_lm.adapt.adapter import CONTAINER
 from engram_lm.adapt.folder import AdapterFiles, BaseModel, LocalFiles, StoredAdapter, read_adapter
 from engram_lm.adapt.hub import files_of
+from engram_lm.adapt.patch_folder import refuse_patches
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.serving.vllm.adapted_names import OPTION
 from engram_lm.serving.vllm.checkpoint import checkpoint_folder
@@ -16,7 +17,8 @@ def read_adapters(vllm_config: VllmConfig) -> list[StoredAdapter]:
 
     Raises:
         CheckpointError: There is none, or one is malformed.
-        ConfigError: The option is no name, or several adapters are to read tables of one source.
+        ConfigError: The option is no name, an adapter's folder has row patches, or several adapters are to read tables
+            of one source.
         MismatchError: An adapter was made for another model.
         RemoteError: The Hub cannot be reached.
     """
@@ -29,7 +31,11 @@ def read_adapters(vllm_config: VllmConfig) -> list[StoredAdapter]:
         num_layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
     )
-    adapters = [read_adapter(files, base) for files in _found(vllm_config)]
+    found = _found(vllm_config)
+    for files in found:
+        if isinstance(files, LocalFiles):
+            refuse_patches(files.folder, "vLLM")
+    adapters = [read_adapter(files, base) for files in found]
     if len(adapters) > 1 and table_place(vllm_config.additional_config).source is not None:
         raise ConfigError(
             f"{len(adapters)} adapters are to be served, and one source of tables would be read for each; leave the "

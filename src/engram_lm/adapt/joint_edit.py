@@ -3,7 +3,7 @@
 Every head of every block has a segment of the memory vector to itself. For the segment of one head let A[p, j] be 1 if
 expression p reads row j there, and let B hold, for each expression, the change that its fact wants. The change U of the
 rows is the minimum of ‖A U − B‖² + Σ_j Λ_j ‖U_j‖², which is U = (AᵀA + Λ)⁻¹ AᵀB. An expression reads one row with one
-head, so AᵀA is diagonal: it counts the expressions that read a row. So a row gets the sum of the changes that are wanted
+head, so AᵀA is diagonal: it counts the expressions that read a row. A row gets the sum of the changes that are wanted
 of it, divided by their number plus Λ, and an edit of thousands of facts is solved in milliseconds.
 
 Λ_j = λ + λ_reuse · w(order, count): rows of short N-grams, and rows that a reference text reads often, change less, and
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engram_lm.adapt.edits.fact_edit import FactEdit, check_distinct
+from engram_lm.adapt.fact_edit import FactEdit, check_distinct
 from engram_lm.errors import ConfigError, MismatchError
 
 

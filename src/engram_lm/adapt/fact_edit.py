@@ -120,9 +120,11 @@ def read_fact_edits(path: str | os.PathLike[str]) -> tuple[FactEdit, ...]:
 
 def check_distinct(facts: Sequence[FactEdit]) -> None:
     """Refuse, by a `ConfigError`, two facts of one prompt."""
-    seen: dict[str, FactEdit] = {}
+    seen: dict[str, str] = {}
     for fact in facts:
-        if (other := seen.setdefault(fact.prompt, fact)) is not fact:
-            what = "stands twice" if other.answer == fact.answer else f"has the answers {other.answer!r:.100} and "
-            more = "" if other.answer == fact.answer else f"{fact.answer!r:.100}"
-            raise ConfigError(f"the prompt {fact.prompt!r:.200} {what}{more}; keep one fact for each prompt")
+        if (other := seen.get(fact.prompt)) is not None:
+            what = (
+                "stands twice" if other == fact.answer else f"has the answers {other!r:.100} and {fact.answer!r:.100}"
+            )
+            raise ConfigError(f"the prompt {fact.prompt!r:.200} {what}; keep one fact for each prompt")
+        seen[fact.prompt] = fact.answer
