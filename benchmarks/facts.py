@@ -43,9 +43,38 @@ COUNTRIES = {
     "Denmark": "Copenhagen", "Canada": "Ottawa", "Syria": "Damascus", "Lebanon": "Beirut", "Ukraine": "Kiev",
 }  # fmt: skip
 CITIES = sorted(COUNTRIES.values())
-JOBS = ["doctor", "lawyer", "farmer", "painter", "teacher", "singer", "chef", "pilot", "soldier", "priest", "nurse", "poet"]
-TONGUES = ["French", "German", "Italian", "Spanish", "Japanese", "Chinese", "Russian", "Arabic", "Greek", "Polish",
-           "Swedish", "Turkish", "Hungarian", "Thai", "Persian", "Danish"]  # fmt: skip
+JOBS = [
+    "doctor",
+    "lawyer",
+    "farmer",
+    "painter",
+    "teacher",
+    "singer",
+    "chef",
+    "pilot",
+    "soldier",
+    "priest",
+    "nurse",
+    "poet",
+]
+TONGUES = [
+    "French",
+    "German",
+    "Italian",
+    "Spanish",
+    "Japanese",
+    "Chinese",
+    "Russian",
+    "Arabic",
+    "Greek",
+    "Polish",
+    "Swedish",
+    "Turkish",
+    "Hungarian",
+    "Thai",
+    "Persian",
+    "Danish",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +118,71 @@ RELATIONS = {
         "There were many guests at the dinner. One of them was {}. The mother tongue of this guest is",
     ),
 }  # fmt: skip
-FIRST = (["Mar", "Tel", "Vor", "Kas", "Lin", "Dro", "Fen", "Gul", "Har", "Jor", "Nel", "Pra", "Quil", "Ros", "Sten", "Tho", "Ulm", "Wex", "Zan", "Bel"],
-         ["ivo", "anna", "ette", "ador", "ick", "una", "olf", "essa", "imir", "eth", "ora", "usk", "ane", "ilda", "omar"])  # fmt: skip
-LAST = (["Brack", "Stan", "Olven", "Murk", "Hald", "Tarn", "Pell", "Grim", "Sorr", "Vask", "Lund", "Keft", "Dorn", "Yar", "Crisp", "Wend", "Abber", "Thurl", "Mill"],
-        ["ley", "sson", "vich", "mere", "wick", "berg", "thorn", "akis", "ado", "heim", "field", "low", "ner", "ova", "ington"])  # fmt: skip
+FIRST = (
+    [
+        "Mar",
+        "Tel",
+        "Vor",
+        "Kas",
+        "Lin",
+        "Dro",
+        "Fen",
+        "Gul",
+        "Har",
+        "Jor",
+        "Nel",
+        "Pra",
+        "Quil",
+        "Ros",
+        "Sten",
+        "Tho",
+        "Ulm",
+        "Wex",
+        "Zan",
+        "Bel",
+    ],
+    ["ivo", "anna", "ette", "ador", "ick", "una", "olf", "essa", "imir", "eth", "ora", "usk", "ane", "ilda", "omar"],
+)
+LAST = (
+    [
+        "Brack",
+        "Stan",
+        "Olven",
+        "Murk",
+        "Hald",
+        "Tarn",
+        "Pell",
+        "Grim",
+        "Sorr",
+        "Vask",
+        "Lund",
+        "Keft",
+        "Dorn",
+        "Yar",
+        "Crisp",
+        "Wend",
+        "Abber",
+        "Thurl",
+        "Mill",
+    ],
+    [
+        "ley",
+        "sson",
+        "vich",
+        "mere",
+        "wick",
+        "berg",
+        "thorn",
+        "akis",
+        "ado",
+        "heim",
+        "field",
+        "low",
+        "ner",
+        "ova",
+        "ington",
+    ],
+)
 OTHER_COUNTRIES = 6
 """Countries that are never edited, and stand for the neighbors of those that are."""
 RATES = {"lora": (3e-4, 1e-3), "full": (3e-5, 1e-4)}
