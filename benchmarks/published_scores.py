@@ -29,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_lm.evaluation import BenchmarkResults, run_tasks
+from engram_lm.training.run_folder import commit
 
 AUTHORS = "HuggingFaceTB/SmolLM2-135M-Instruct, model card (lighteval)"
 HARNESS = "lldois/SmolLM2-135M-Reasoning-SLERP-Champion, model card: its baseline (lm-evaluation-harness, 0 examples)"
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=1000, help="questions of each task")
     parser.add_argument("--again", type=int, default=20, help="questions that are asked again in float32, both ways")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--out", default="benchmarks/results/published_scores.json")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -160,9 +162,12 @@ def main() -> None:
         dtype: AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
         for dtype in (torch.bfloat16, torch.float32)
     }
-    results: list[dict[str, Any]] = []
+    # What was measured before stays, but for the tasks that are asked now.
+    before = json.loads(Path(options.out).read_text())["results"] if Path(options.out).is_file() else []
+    results: list[dict[str, Any]] = [one for one in before if one["task"] not in options.tasks]
     with task_data(options.data) as data:
-        for name, (measure, published) in TASKS.items():
+        for name in options.tasks:
+            measure, published = TASKS[name]
             started = time.time()
             limit = min(options.limit, LIMITS.get(name, options.limit))
             found = run_tasks(models[torch.bfloat16], tokenizer, [name], limit=limit, task_data=data).tasks[name]
@@ -187,6 +192,7 @@ def main() -> None:
                         "hflm": theirs["results"][name][f"{measure},none"],
                     },
                     "seconds": time.time() - started,
+                    "commit": commit(),
                 }
             )
             print(json.dumps(results[-1]), flush=True)

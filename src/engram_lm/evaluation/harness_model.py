@@ -92,9 +92,9 @@ class HarnessModel(TemplateLM):
         self._on_progress = on_progress
 
     @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        token: int = self.tokenizer.eos_token_id
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text; None if the tokenizer has none."""
+        token: int | None = self.tokenizer.eos_token_id
         return token
 
     @property
@@ -321,14 +321,15 @@ class HarnessModel(TemplateLM):
             chosen.pop("temperature", None)
             chosen["do_sample"] = False
         stop = StopWords(self.tokenizer, until, tokens.shape[1])
-        pad = self.tokenizer.pad_token_id
+        # Any token of the vocabulary will do for padding, which is masked.
+        pad = next((one for one in (self.tokenizer.pad_token_id, self.eot_token_id) if one is not None), 0)
         with evaluating(self.model):
             made = self.model.generate(
                 input_ids=tokens.to(self._device),
                 attention_mask=mask.to(self._device),
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([stop]),
-                pad_token_id=self.eot_token_id if pad is None else pad,
+                pad_token_id=pad,
                 use_cache=True,
                 **chosen,
             )
