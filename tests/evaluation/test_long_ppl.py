@@ -1,6 +1,7 @@
 """LongPPL is that of a plain twin, which keeps every logit and asks for each token by itself."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from tests.beginnings import with_template
 
 import engram_lm.evaluation.long_ppl as module
 from engram_lm.adapt import attach
+from engram_lm.cli import main
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.evaluation.long_ppl import KeyTokens, long_ppl
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -142,3 +144,25 @@ def test_what_cannot_be_measured_is_refused_in_words(model, evaluator):
 
     with pytest.raises(MismatchError, match="Slow cannot say which characters"):
         long_ppl(model, Slow(), TEXTS, options=OPTIONS)
+
+
+def test_the_command_measures_it_with_another_model_as_evaluator(model, evaluator, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[2])
+    for name, one in (("model", model), ("evaluator", evaluator)):
+        one.save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    arguments = ["eval", str(tmp_path / "model"), "--data", str(text), "--long-ppl", "--evaluator"]
+    arguments += [str(tmp_path / "evaluator"), "--short-context", "24"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = long_ppl(
+        model, TOKENIZER, [TEXTS[2]], evaluator=evaluator, evaluator_tokenizer=TOKENIZER,
+        options=KeyTokens(short_context=24),
+    )  # fmt: skip
+    assert found["long_ppl"] == {"evaluator": str(tmp_path / "evaluator"), **dataclasses.asdict(expected)}
+    assert found["loss"] > 0
+    assert main(arguments) == 0
+    assert "LongPPL" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "model"), "--data", str(text), "--short-context", "24"]) == 2
+    assert "are for --long-ppl" in capsys.readouterr().err

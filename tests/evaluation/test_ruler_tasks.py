@@ -7,9 +7,10 @@ from tests.adapt.small_models import TOKENIZER, small_model
 
 pytest.importorskip("lm_eval")
 
+from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.evaluation import run_tasks
-from engram_lm.evaluation.ruler.harness import GROUPS, MEASURE, is_ruler, task_names
+from engram_lm.evaluation.ruler.harness import GROUPS, MEASURE, is_ruler, kinds
 from engram_lm.evaluation.ruler.tasks import NAMES, RulerData, answer_tokens, make_samples
 
 LENGTH = 1500
@@ -76,8 +77,8 @@ def test_a_model_that_knows_nothing_says_something_and_scores_nothing(model):
 
 
 def test_what_cannot_be_asked_is_refused_in_words(model):
-    assert len(task_names()) == len(NAMES) + 2
-    assert all(map(is_ruler, task_names())) and not is_ruler("ruled")
+    assert len(kinds()) == len(NAMES) + 2
+    assert all(map(is_ruler, kinds())) and not is_ruler("ruled")
     for name, words in (
         ("ruler_niah_singel_1", "there is no task 'ruler_niah_singel_1'; did you mean 'ruler_niah_single_1'"),
         ("ruler_vt_9000", "ruler_vt_9000 has samples of 9,000 tokens and the model sees 8,192; .* ruler_vt_8192"),
@@ -85,3 +86,10 @@ def test_what_cannot_be_asked_is_refused_in_words(model):
     ):
         with pytest.raises(ConfigError, match=words):
             run_tasks(model, TOKENIZER, [name], limit=1)
+
+
+def test_the_list_says_what_a_group_consists_of_and_what_to_bring(capsys):
+    assert main(["eval", "--list", "--tasks", "ruler_8192", "--json"]) == 0
+    rows = {row["task"]: row["bring"] for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == [f"ruler_{name}_8192" for name in NAMES]
+    assert rows["ruler_qa_1_8192"] == "bring ruler/dev-v2.0.json" and rows["ruler_vt_8192"] is None

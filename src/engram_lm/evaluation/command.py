@@ -17,6 +17,7 @@ from engram_lm.evaluation.benchmarks import need_harness, run_tasks
 from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
 from engram_lm.evaluation.diagnostics.tables import print_diagnostics
 from engram_lm.evaluation.diagnostics.text import find_reference
+from engram_lm.evaluation.long_ppl import KeyTokens, long_ppl
 from engram_lm.evaluation.recall import print_recall, recall_and_reading
 from engram_lm.evaluation.recall_questions import recall_questions
 from engram_lm.evaluation.result_files import print_table, write_results
@@ -46,6 +47,7 @@ class Eval(ModelFlags):
         engram-lm eval SmolLM2-135M --adapter memory --tasks hellaswag,arc_challenge --limit 500
         engram-lm eval runs/quickstart --tasks capitals.jsonl dates.jsonl --json
         engram-lm eval runs/notes/model --data held-out.txt --diagnostics --recall notes.txt
+        engram-lm eval runs/long/model --tasks ruler_synthetic_4096 --limit 50 --data books/ --long-ppl
         engram-lm eval --list --tasks engram-paper
     """
 
@@ -70,7 +72,8 @@ class Eval(ModelFlags):
     run_unsafe_code: bool = False
     """Agree that tasks such as humaneval run what the model writes, on this machine and without any protection."""
     max_length: int | None = None
-    """Tokens that the model sees of a question at most; by default what its configuration says."""
+    """Tokens that the model sees at most of a question, or of a document of --long-ppl; by default what its
+    configuration says."""
     seed: int = 1234
     """Chooses examples, and whatever else a task leaves to chance."""
     out: Path | None = None
@@ -87,6 +90,12 @@ class Eval(ModelFlags):
     reference: tuple[str, ...] = ()
     """Text in which --diagnostics counts how frequent something is, best the one that the model was trained on. Where
     MODEL or --adapter lies in the folder of a training run, that run's text is the default."""
+    long_ppl: bool = False
+    """Also measure LongPPL on the documents of --data: the perplexity at the tokens that need a long context."""
+    evaluator: Path | None = None
+    """Folder of the model that finds these tokens for --long-ppl; by default MODEL itself, which compares no models."""
+    short_context: int | None = None
+    """Tokens of the short context that --long-ppl compares a long one with; 4,096 by default."""
     recall: tuple[str, ...] = ()
     """Text, best the one that the model was trained on, of which --limit questions are made (256 by default): what the
     model recalls of it, and what it reads in the question itself. They are asked with the memory on and off."""
@@ -97,7 +106,7 @@ class Eval(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(self, "sequence_length", "batch_size", "max_tokens", "limit", "max_length")
+        check_flags(self, "sequence_length", "batch_size", "max_tokens", "limit", "max_length", "short_context")
         if self.list:
             return
         if self.model is None:
@@ -108,6 +117,10 @@ class Eval(ModelFlags):
             raise ConfigError("--out is for the results of --tasks")
         if (self.diagnostics and not self.data) or (self.reference and not self.diagnostics):
             raise ConfigError("--diagnostics are of the text that --data names, and --reference is for --diagnostics")
+        if self.long_ppl and not self.data:
+            raise ConfigError("--long-ppl is of the documents that --data names")
+        if (self.evaluator is not None or self.short_context is not None) and not self.long_ppl:
+            raise ConfigError("--evaluator and --short-context are for --long-ppl")
 
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed, and the scores of tasks."""
@@ -127,6 +140,8 @@ class Eval(ModelFlags):
             values["adapter"] = self.adapter
         if corpus is not None:
             values |= self._measure_loss(corpus, model, tokenizer)
+            if self.long_ppl:
+                values |= self._measure_long_ppl(corpus, model, tokenizer)
         if names:
             values |= self._ask(names, model, tokenizer)
         if items:
@@ -189,6 +204,31 @@ class Eval(ModelFlags):
                 on_progress=advance,
             )
         return next(iter(found.losses.values())), {"diagnostics": found.to_dict()}
+
+    def _measure_long_ppl(self, corpus: Corpus, model: Any, tokenizer: Any) -> dict[str, Any]:
+        judge = (None, None) if self.evaluator is None else load_model(self.evaluator, device=self.device)
+        with _progress("finding key tokens", len(corpus.documents)) as advance:
+            found = long_ppl(
+                model,
+                tokenizer,
+                [document.text for document in corpus.documents],
+                evaluator=judge[0],
+                evaluator_tokenizer=judge[1],
+                options=KeyTokens() if self.short_context is None else KeyTokens(short_context=self.short_context),
+                max_length=self.max_length,
+                on_progress=advance,
+            )
+        if not self.json:
+            value = (
+                "– (no token needs more than the short context)" if found.long_ppl is None else f"{found.long_ppl:.2f}"
+            )
+            print(f"LongPPL         {value}")
+            cut = f", {found.num_cut:,} of them cut" if found.num_cut else ""
+            print(
+                f"key tokens      {found.num_key_tokens:,} of {found.num_tokens:,}, in {found.num_documents:,} "
+                f"documents longer than the short context{cut}"
+            )
+        return {"long_ppl": {"evaluator": str(self.evaluator or self.model), **dataclasses.asdict(found)}}
 
     def _ask(self, names: Sequence[str], model: Any, tokenizer: Any) -> dict[str, Any]:
         with _asking() as advance:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engram_lm.evaluation.ruler.harness import is_ruler
-from engram_lm.evaluation.ruler.harness import task_names as ruler_names
+from engram_lm.evaluation.ruler.harness import describe, is_ruler
+from engram_lm.evaluation.ruler.harness import kinds as ruler_kinds
 from engram_lm.evaluation.task_data import find_dataset
 
 
@@ -22,7 +22,7 @@ def list_tasks(names: Sequence[str], data: Path | None, *, as_json: bool) -> Non
     tasks = Tasks(data)
     if not names:
         kinds = {name: entry.kind.name.lower().removeprefix("py_") for name, entry in tasks.index.items()}
-        kinds |= {name: "task" if name.count("_") else "group" for name in ruler_names()}
+        kinds |= ruler_kinds()
         if as_json:
             print(json.dumps(kinds))
         else:
@@ -31,7 +31,7 @@ def list_tasks(names: Sequence[str], data: Path | None, *, as_json: bool) -> Non
     rows = [
         _row(config, tasks.data)
         for name in names
-        for config in ([{"task": name, "num_fewshot": 0}] if is_ruler(name) else tasks.leaves(name))
+        for config in (describe(name) if is_ruler(name) else tasks.leaves(name))
     ]
     if as_json:
         print(json.dumps(rows))

@@ -10,6 +10,7 @@ from engram_lm.evaluation.ruler.tasks import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
     NAMES,
+    QUESTION_FILES,
     RulerData,
     answer_tokens,
     make_samples,
@@ -28,14 +29,41 @@ GROUPS: Mapping[str, Sequence[str]] = {
 _NAME = re.compile(r"ruler(_[a-z].*?)??(?:_(\d{3,}))?")
 
 
-def task_names() -> tuple[str, ...]:
-    """Every name without a length."""
-    return (*GROUPS, *(f"ruler_{name}" for name in NAMES))
+def kinds() -> dict[str, str]:
+    """Every name without a length, and whether it is a ``task`` or a ``group``."""
+    return {**dict.fromkeys(GROUPS, "group"), **dict.fromkeys((f"ruler_{name}" for name in NAMES), "task")}
 
 
 def is_ruler(name: Any) -> bool:
     """Whether a name asks for one of these tasks or groups."""
     return isinstance(name, str) and (name == "ruler" or name.startswith("ruler_"))
+
+
+def describe(name: str) -> list[dict[str, Any]]:
+    """What a name stands for, as the harness describes tasks; ``bring`` says which file a person must bring.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    plain, length = _parse(name)
+    return [
+        {
+            "task": f"ruler_{task}_{length}",
+            "num_fewshot": 0,
+            "metadata": {"bring": f"bring ruler/{QUESTION_FILES[task]}"} if task in QUESTION_FILES else {},
+        }
+        for task in GROUPS.get(plain, (plain.removeprefix("ruler_"),))
+    ]
+
+
+def _parse(name: str) -> tuple[str, int]:
+    """Divide a name into the name of a task or group and a length."""
+    found = _NAME.fullmatch(name)
+    assert found is not None, "is_ruler was asked before"
+    plain, length = f"ruler{found[1] or ''}", int(found[2] or DEFAULT_LENGTH)
+    if plain not in kinds():
+        raise ConfigError(f"there is no task {name!r}; {suggestion(plain, kinds())}, and a length behind it")
+    return plain, length
 
 
 def build_task(
@@ -44,7 +72,7 @@ def build_task(
     """Make a task or a group by its name, its samples written.
 
     Args:
-        name: A name of `task_names`, with ``_`` and a length in tokens behind it or without.
+        name: A name of `kinds`, with ``_`` and a length in tokens behind it or without.
         tokenizer: The tokenizer of the model that will be asked.
         num_samples: How many samples of each task; as many as published where None.
         seed: Which samples.
@@ -58,11 +86,7 @@ def build_task(
     from lm_eval.api.group import Group
     from lm_eval.config.group import AggMetricConfig
 
-    found = _NAME.fullmatch(name)
-    assert found is not None, "is_ruler was asked before"
-    plain, length = f"ruler{found[1] or ''}", int(found[2] or DEFAULT_LENGTH)
-    if plain not in task_names():
-        raise ConfigError(f"there is no task {name!r}; {suggestion(plain, task_names())}, and a length behind it")
+    plain, length = _parse(name)
     if longest is not None and length > longest:
         raise ConfigError(
             f"{name} has samples of {length:,} tokens and the model sees {longest:,}; ask for shorter ones, as in "

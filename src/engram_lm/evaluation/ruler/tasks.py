@@ -21,10 +21,9 @@ DEFAULT_SAMPLES = 500
 
 _ANSWER_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 _NEEDLE_TOKENS = 128
-_QUESTIONS: dict[str, tuple[str, Callable[[Path], QuestionSet]]] = {
-    "qa_1": ("dev-v2.0.json", read_squad),
-    "qa_2": ("hotpot_dev_distractor_v1.json", read_hotpotqa),
-}
+QUESTION_FILES = {"qa_1": "dev-v2.0.json", "qa_2": "hotpot_dev_distractor_v1.json"}
+"""The published file that each task with questions needs."""
+_QUESTION_READERS: dict[str, Callable[[Path], QuestionSet]] = {"qa_1": read_squad, "qa_2": read_hotpotqa}
 _ESSAYS = ("essays", "essays.txt")
 
 
@@ -50,11 +49,11 @@ class RulerData:
         Raises:
             DataError: They are not there, or cannot be read.
         """
-        name, read = _QUESTIONS[task]
+        name = QUESTION_FILES[task]
         if self.folder is None or not (path := self.folder / name).is_file():
             where = "a folder named with --task-data" if self.folder is None else str(self.folder)
             raise DataError(f"ruler_{task} needs the published file {name} in {where}; it cannot be made")
-        return read(path)
+        return _QUESTION_READERS[task](path)
 
     def essay_digest(self, task: str) -> str | None:
         """Names the prose of a task, for what is written about its samples; None where it uses none."""
@@ -68,7 +67,7 @@ def answer_tokens(task: str) -> int:
 
 def score(task: str, answer: str, references: Sequence[str]) -> float:
     """Check an answer as the task does; from 0 to 1."""
-    return (string_match_part if task in _QUESTIONS else string_match_all)(answer, references)
+    return (string_match_part if task in QUESTION_FILES else string_match_all)(answer, references)
 
 
 def make_samples(
@@ -113,7 +112,7 @@ def _drafting(task: str, length: int, seed: int, data: RulerData) -> Callable[[i
         needles = NEEDLES[task]
         essay = data.essay()
         return lambda index: needles.draft(sample_chance(task, seed, index), essay)
-    if task in _QUESTIONS:
+    if task in QUESTION_FILES:
         questions = data.questions(task)
         return lambda index: questions.draft(sample_chance(task, seed, index), index)
     write = {"vt": variable_tracking, "cwe": common_words, "fwe": frequent_words}[task]
