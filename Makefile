@@ -18,7 +18,7 @@ LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_
 	tests/adapt/test_attachment.py tests/adapt/test_backbones.py tests/adapt/test_adapter_folder.py tests/adapt/test_peft.py \
 	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py \
 	tests/evaluation/test_harness_model.py tests/evaluation/test_benchmarks.py
-BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py benchmarks/serve.py benchmarks/published_scores.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py benchmarks/serve.py benchmarks/published_scores.py benchmarks/adaptation_real.py,$(wildcard benchmarks/*.py))
 
 # Make an environment that finds in $(VENV) what it does not have itself, and then in the folders given.
 venv_beside = $(PYTHON) -m venv --clear $(1) && \

@@ -24,6 +24,7 @@ OPTIONS = {
     "--rates.memory_lora": "[4e-3, 1e-2, 2.5e-2]",
     "--rates.full": "[1e-3, 2e-3, 4e-3]",
     "--train.num_steps": "120",
+    "--memory.occupancy": "none",
     "--data.held_out_tokens": "32768",
     "--data.retained_tokens": "32768",
     "--arms.names": json.dumps(ARMS),

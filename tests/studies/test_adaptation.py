@@ -76,7 +76,7 @@ def table(material):
             "sequence_length": 32,
             "cache": str(material / "shards"),
         },
-        "memory": {"layers": [0, 2], "num_heads": 2, "rows_per_head": 199, "transfer_tokens": 600},
+        "memory": {"layers": [0, 2], "occupancy": "none", "num_heads": 2, "rows_per_head": 199, "transfer_tokens": 600},
         "train": {
             "num_steps": 24,
             "batch_size": 4,

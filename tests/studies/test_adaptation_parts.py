@@ -19,7 +19,7 @@ from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.bench import matched_rank
 from engram_lm.studies.adaptation.duration import duration_text, runs_left
-from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions, MemoryOptions
 from engram_lm.training.assembly import open_text
 from engram_lm.training.base_model import AdaptedBase, lora_targets
 from engram_lm.training.data.batches import Batches
@@ -64,6 +64,7 @@ def test_features_are_added_to_the_arms_that_name_them():
         {
             "data": {"domain": ["a"], "general": ["b"]},
             "train": {"num_steps": 1},
+            "memory": {"occupancy": "none"},
             "rates": {"lora": [1e-3, 1e-4]},
             "arms": {"names": names},
         }
@@ -72,6 +73,10 @@ def test_features_are_added_to_the_arms_that_name_them():
     assert (plain.adapter.occupancy, plain.writing.rule, plain.retention.weight) == ("none", "all", 0)
     assert (both.adapter.occupancy, both.writing.rule, both.retention.weight) == ("ngrams", "tf_idf", 0)
     assert (lora.adapter.layers, lora.lora.rank, lora.retention.weight) == ((), 2, 1)
+    # By default memory has occupancy, but rows that are never written would say nothing with it.
+    usual = dataclasses.replace(recipe, memory=MemoryOptions())
+    made = [arm_recipe(usual, name, lora_rank=2, dtype="float32") for name in ("memory", "one_row", "random_table")]
+    assert [one.adapter.occupancy for one in made] == ["ngrams", "ngrams", "none"]
     assert arm_kind("memory+occupancy+sparse").title == "memory + occupancy + sparse"
     assert recipe.rates.of("lora+retention") == (1e-3, 1e-4)
     with pytest.raises(ConfigError, match="there is no arm 'memry'; did you mean 'memory'"):

@@ -152,7 +152,9 @@ def arm_recipe(
     if kind.memory:
         initialization = "random" if kind.is_control else "transfer" if kind.transfer else recipe.memory.initialization
         adapter = dataclasses.replace(recipe.memory, initialization=initialization, control=kind.control)
-        if "occupancy" in kind.features and adapter.occupancy == "none":
+        if kind.frozen_tables:
+            adapter = dataclasses.replace(adapter, occupancy="none")  # no row of it is ever written
+        elif "occupancy" in kind.features and adapter.occupancy == "none":
             adapter = dataclasses.replace(adapter, occupancy="ngrams")
     if kind.lora:
         lora = LoraOptions(

@@ -114,9 +114,12 @@ class DomainOptions:
 class MemoryOptions(AdapterOptions):
     """The memory that is added: fields of ``EngramConfig``."""
 
-    layers: tuple[int | Placement, ...] = (1,)
+    layers: tuple[int | Placement, ...] = ("middle",)
     """Decoder layers that read memory before they run, counted from 0, or places: ``early`` (layer 1), ``middle`` (the
-    layer before the middle) and ``late`` (the layer after three quarters)."""
+    layer before the middle) and ``late`` (the layer after three quarters). Nothing is computed backward below them."""
+    occupancy: Literal["none", "rows", "ngrams"] = "ngrams"
+    """Whether memory speaks only where training has written rows, by row or by whole N-grams, and otherwise leaves the
+    base as it is. A random table, whose rows are never written, has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,7 +186,7 @@ class StepOptions:
 class RateOptions:
     """Learning rates. Where several are given, the first seed tries each and the lowest validation loss decides."""
 
-    memory: tuple[float, ...] = (4e-3,)
+    memory: tuple[float, ...] = (1.6e-2,)
     """Rates of ``memory``. Its controls and ``transfer`` use the one that is chosen for it."""
     lora: tuple[float, ...] = (4e-3,)
     """Rates of ``lora``."""
