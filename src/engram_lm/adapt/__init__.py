@@ -1,11 +1,11 @@
 """Memory for a pretrained model somebody else trained.
 
-Reading order: ``decoder.py`` (where its layers are), ``forward_pass.py`` (what its hooks do), ``trainers.py`` (what is
-said of trainers that know nothing of memory), ``adapter.py`` (the memory), ``folder.py`` and ``model_card.py`` (what is
-saved and loaded), ``hub.py`` (from and to the Hugging Face Hub), ``attachment.py`` (one call for all of it); then
-``row_patch.py`` (facts written into rows and taken back: one by one, or many together by ``edits/``),
-``patch_folder.py`` (patches that belong to a folder) and ``transfer.py`` (rows that start from what the model already
-knows).
+Reading order: ``decoder.py`` and ``placement.py`` (where its layers are), ``forward_pass.py`` (what its hooks do),
+``trainers.py`` (what is said of trainers that know nothing of memory), ``adapter.py`` (the memory), ``folder.py`` and
+``model_card.py`` (what is saved and loaded), ``hub.py`` (from and to the Hugging Face Hub), ``attachment.py`` (one call
+for all of it); then ``row_patch.py`` (facts written into rows and taken back: one by one, or many together by
+``edits/``), ``patch_folder.py`` (patches that belong to a folder) and ``transfer.py`` (rows that start from what the
+model already knows).
 """
 
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters, set_adapters

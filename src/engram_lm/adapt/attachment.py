@@ -176,10 +176,6 @@ def _check_identity(model: nn.Module, adapter: MemoryAdapter) -> None:
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     tokens = (torch.arange(1, _CHECKED_TOKENS + 1, device=device) * 7919 % size)[None]
     with evaluating(model):
-        for module in model.modules():
-            # bitsandbytes packs weights of 4 bits for the processor in evaluation mode, and then has no gradients any
-            # more. What such a layer computes does not depend on the mode otherwise.
-            module.training = type(module).__name__ == "Linear4bit"
         found = model(input_ids=tokens, use_cache=False)[0]
         with adapter.disabled():
             expected = model(input_ids=tokens, use_cache=False)[0]

@@ -226,10 +226,14 @@ class Job:
         )
         data = [recipe.data.sequence_length, recipe.data.restart_documents, recipe.train.seed]
         made_from = {"text": self.text.digest, "hash": spec.digest, "control": recipe.adapter.control}
-        self.progress.note("counting which rows the texts read")
+
+        def choose() -> WritableRows:
+            self.progress.note("counting which rows the texts read")
+            return choose_rows(spec, domain, general, recipe.writing, row_map=row_map)
+
         writable = kept_choice(
             self.out / WRITABLE,
-            lambda: choose_rows(spec, domain, general, recipe.writing, row_map=row_map),
+            choose,
             made_from={**made_from, "writing": to_plain(recipe.writing), "train": data},
             ranks=self.ranks,
         )
