@@ -173,7 +173,8 @@ class TrainedTable(nn.Module, Table):
             assert self.first_rows is not None
             if self._may_hold_first_numbers:
                 values = self.first_rows.silenced(rows, values)
-            if values.requires_grad and not self._has_warned and not self.reads_written_only:
+            is_surprising = values.requires_grad and not self.reads_written_only
+            if is_surprising and not self._has_warned and not torch.compiler.is_compiling():
                 values.register_hook(self._warn_of_mode)
             return values
         if self.trained_rows is None:
@@ -210,7 +211,7 @@ class TrainedTable(nn.Module, Table):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_filled = False
+        self._is_filled, self._may_hold_first_numbers = False, True
         if self.training:
             self.fill()
 
