@@ -21,7 +21,7 @@ class Store:
     def __init__(self, folder):
         self.folder, self.processes, self.address = Path(folder), {}, None
 
-    def open(self, *, lease="500", storage_bytes=160 << 20, storage=True):
+    def open(self, *, lease="30000", storage_bytes=160 << 20, storage=True):
         port, metrics = free_ports(2)
         self.address = f"mooncake://127.0.0.1:{port}"
         self.start(

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from unittest import mock
 
 import torch
 from tests.serving.vllm.models import NEW_TOKENS
@@ -12,6 +13,9 @@ from vllm.platforms.cpu import CpuPlatform
 # vLLM puts another function in its place once an engine runs.
 set_num_threads = torch.set_num_threads
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False)
+
+CACHE_BYTES = 1 << 30
+"""What VLLM_CPU_KVCACHE_SPACE says in these tests."""
 
 
 @contextlib.contextmanager
@@ -24,17 +28,20 @@ def engine(folder, **options):
         "disable_log_stats": False,
         "enable_prefix_caching": False,
     }
-    llm = LLM(str(folder), **{**usual, **options})
+    # Nine times in the life of an engine vLLM looks through all objects for garbage; once is enough here.
+    with mock.patch.object(gc, "collect"):
+        llm = LLM(str(folder), **{**usual, **options})
     try:
         yield llm
     finally:
-        # vLLM replaces kernels at each start, and cannot do so again once speculation has been imported.
-        CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
-        llm.llm_engine.engine_core.shutdown()
-        set_num_threads(1)  # speculation asks for more, which wait for each other on a busy machine
-        del llm
+        with mock.patch.object(gc, "collect"):
+            # vLLM replaces kernels at each start, and cannot do so again once speculation has been imported.
+            CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+            llm.llm_engine.engine_core.shutdown()
+            set_num_threads(1)  # speculation asks for more, which wait for each other on a busy machine
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def generate(llm, prompts):

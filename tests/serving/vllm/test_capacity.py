@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.serving.vllm.engines import engine
+from tests.serving.vllm.engines import CACHE_BYTES, engine
 from tests.small_model import BACKBONE
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -29,7 +29,7 @@ def test_the_cache_holds_as_many_tokens_as_we_say(name, dtype, num_bytes, checkp
     found = cache_bytes_per_token(EngramLMConfig.from_pretrained(folder), dtype)
     with engine(folder, dtype=dtype, block_size=32, skip_tokenizer_init=name is None) as llm:
         cache = llm.llm_engine.vllm_config.cache_config
-        assert cache.num_gpu_blocks * cache.block_size == cache_tokens(1 << 30, sum(found), 32)
+        assert cache.num_gpu_blocks * cache.block_size == cache_tokens(CACHE_BYTES, sum(found), 32)
     assert sum(found) == num_bytes
 
 

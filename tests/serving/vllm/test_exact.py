@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.serving.vllm.engines import assert_equal, count, engine, generate
+from tests.serving.vllm.engines import CACHE_BYTES, assert_equal, count, engine, generate
 from tests.serving.vllm.models import CHECKPOINTS, expect, prompts
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +25,18 @@ def test_every_kind_of_checkpoint(name, checkpoints):
     folder, expected = checkpoints(name)
     with engine(folder) as llm:
         assert_equal(generate(llm, prompts()), expected)
+        if name in MAIN:
+            assert_the_cache_holds_as_many_tokens_as_computed(llm)
+
+
+def assert_the_cache_holds_as_many_tokens_as_computed(llm):
+    config, cache = llm.llm_engine.model_config.hf_config, llm.llm_engine.vllm_config.cache_config
+    head = 32  # the smallest that vLLM's attention on CPUs takes
+    keys_values = 2 * config.num_hidden_layers * config.num_attention_heads * head * 4
+    memory = config.memory_config
+    rows = [4 * memory.hidden_size + 4 * memory.num_streams + 4 * (place == 0) for place in range(len(memory.layers))]
+    token_bytes = keys_values + sum(-(-row // 16) * 16 for row in rows)
+    assert cache.num_gpu_blocks == CACHE_BYTES // (token_bytes * cache.block_size)
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -134,18 +146,3 @@ def test_logits_of_16_bits_tie_and_change_tokens_of_both_engines_by_themselves(c
         tokens, _ = generate(llm, prompts())
     margins = margins_where_they_part(tokens, exact)
     assert len(margins) <= 8 and all(margin < 0.05 + STEP for margin in margins), margins
-
-
-@pytest.mark.parametrize("name", MAIN)
-def test_the_cache_holds_as_many_tokens_as_computed(name, checkpoints):
-    folder, _ = checkpoints(name)
-    with engine(folder) as llm:
-        config, cache = llm.llm_engine.model_config.hf_config, llm.llm_engine.vllm_config.cache_config
-        head = 32  # the smallest that vLLM's attention on CPUs takes
-        keys_values = 2 * config.num_hidden_layers * config.num_attention_heads * head * 4
-        memory = config.memory_config
-        rows = [
-            4 * memory.hidden_size + 4 * memory.num_streams + 4 * (place == 0) for place in range(len(memory.layers))
-        ]
-        token_bytes = keys_values + sum(-(-row // 16) * 16 for row in rows)
-        assert cache.num_gpu_blocks == (1 << 30) // (token_bytes * cache.block_size)
