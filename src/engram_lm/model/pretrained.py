@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,13 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 "or was edited"
             ) from error
         model = result[0] if isinstance(result, tuple) else result
+        if (Path(str(source)) / "patches").is_dir():
+            warnings.warn(
+                f"the row patches in {source}/patches are not applied here: load them with RowPatch.load(file).apply"
+                f"(model), in the order of their names, or write them into the tables: engram-lm patch merge {source} "
+                "--fold",
+                stacklevel=2,
+            )
         try:
             if places is not None:
                 model._adopt_tables(kwargs["device_map"])

@@ -1,6 +1,7 @@
 """Open a model folder: the model, its tokenizer, and the check that they belong together."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,7 +129,9 @@ def load_model(
         if tables is not None and options:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             tables.check_places(folder, has_memory=config.model_type == "engram_lm")
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the row patches in")  # they are applied below
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, EngramError):
             raise
