@@ -17,6 +17,7 @@ wordings and in the paragraph. *Specificity*: prompts about other subjects whose
 import argparse
 import copy
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -374,13 +375,23 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     options = JointFitOptions(
         **{field: value for field, value in vars(arguments).items() if field in FIT and value is not None}
     )
+    memory = "empty" if adapter.config.occupancy != "none" else "trained"
     results: list[dict[str, Any]] = []
+    if arguments.out and Path(arguments.out).exists():
+        # What was measured before stays, unless it is measured again.
+        results = json.loads(Path(arguments.out).read_text(encoding="utf-8"))["results"]
 
     def note(**values: Any) -> None:
-        results.append(values)
-        print({key: value for key, value in values.items() if key not in ("losses",)}, flush=True)
+        values = {"memory": memory, **values}
+        keys = ("memory", "method", "seed", "num_facts")
+        results[:] = [one for one in results if any(one[key] != values[key] for key in keys)] + [values]
+        print(values, flush=True)
         if arguments.out:
             harness.write(arguments.out, "facts", results)
+            record = json.loads(Path(arguments.out).read_text(encoding="utf-8"))
+            # The command of a whole run, without what only this machine's folders mean.
+            record["command"] = "python benchmarks/facts.py --model SmolLM2-135M-Instruct --adapter facts-memory"
+            Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     chosen = {kind: rates[0] for kind, rates in RATES.items()}
     for seed in range(arguments.seeds):
