@@ -259,6 +259,17 @@ def test_the_command_runs_lists_and_writes(data, tmp_path, capsys):
     assert found["num_truncated"] > 0 and found["tasks"]["ends"]["num_few_shot"] == 1
     assert main([*run, "--out", str(tmp_path / "out"), "--seed", "-1"]) != 0
     capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    nothing = str(tmp_path / "none")  # what is wrong is said before the model is loaded
+    for wrong, message in (
+        (["--tasks", ","], "name what to evaluate on"),
+        (["--tasks", "none.jsonl"], "cannot read the task file none.jsonl"),
+        (["--tasks", "no_such_task", "--task-data", str(data)], "there is no task 'no_such_task'"),
+        (["--tasks", "ruler_vt_512", "--few-shot", "-1"], "--few-shot is a whole number from 0"),
+        (["--tasks", "ruler_vt_512", "--out", str(tmp_path / "file")], "file"),
+    ):
+        assert main(["eval", nothing, *wrong]) != 0
+        assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert main(["eval", "--list", "--tasks", "animals,ruler_vt_512", "--task-data", str(data)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["ends", "1"], ["words", "0"], ["ruler_vt_512", "0"]]

@@ -7,6 +7,6 @@ Reading order: ``command.py`` (``engram-lm eval``), ``benchmarks.py`` (`run_task
 with memory switched off by ``suppressing.py``; ``rounding.py``.
 """
 
-from engram_lm.evaluation.benchmarks import BenchmarkResults, Score, TaskResult, run_tasks
+from engram_lm.evaluation.benchmarks import BenchmarkResults, Score, TaskResult, check_tasks, run_tasks
 
-__all__ = ["BenchmarkResults", "Score", "TaskResult", "run_tasks"]
+__all__ = ["BenchmarkResults", "Score", "TaskResult", "check_tasks", "run_tasks"]

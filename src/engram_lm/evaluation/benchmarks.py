@@ -192,6 +192,26 @@ def run_tasks(
     return BenchmarkResults(tasks=_task_results(raw), num_truncated=asked.num_truncated, raw=raw)
 
 
+def check_tasks(names: Sequence[str | Path], task_data: str | Path | None = None) -> None:
+    """Refuse names that `run_tasks` would refuse, before anything that takes long; no data are read.
+
+    Raises:
+        MissingExtraError: lm-evaluation-harness is not installed.
+        ConfigError: There is no such task.
+        DataError: There is no such task file, or no such folder.
+    """
+    need_harness()
+    from engram_lm.evaluation.harness_tasks import Tasks
+
+    files = [name for name in names if str(name).endswith(".jsonl")]
+    if files:
+        read_tasks(files)
+    tasks = Tasks(task_data)
+    for name in names:
+        if name not in files and not is_ruler(name):
+            tasks.find(name)
+
+
 def need_harness() -> None:
     """Refuse to go on without lm-evaluation-harness.
 
@@ -210,6 +230,7 @@ def need_harness() -> None:
 def _with_families(names: Sequence[Any], asked: Any) -> list[Any]:
     """Put tasks in the place of task files and of questions."""
     from engram_lm.evaluation.family_tasks import family_tasks
+    from engram_lm.evaluation.harness_tasks import quiet_harness
 
     files = [name for name in names if isinstance(name, str | Path) and str(name).endswith(".jsonl")]
     items = [
@@ -217,7 +238,8 @@ def _with_families(names: Sequence[Any], asked: Any) -> list[Any]:
         *(item for name in names if isinstance(name, tuple) for item in name),
     ]
     others = [name for name in names if name not in files and not isinstance(name, tuple)]
-    return [*others, *family_tasks(items, asked.encode_pair, asked.max_length)]
+    with quiet_harness():
+        return [*others, *family_tasks(items, asked.encode_pair, asked.max_length)]
 
 
 class _Counter:

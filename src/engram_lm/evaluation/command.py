@@ -12,8 +12,8 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from engram_lm.errors import ConfigError, check_flags
-from engram_lm.evaluation.benchmarks import need_harness, run_tasks
+from engram_lm.errors import ConfigError, check_flags, check_whole
+from engram_lm.evaluation.benchmarks import check_tasks, need_harness, run_tasks
 from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
 from engram_lm.evaluation.diagnostics.tables import print_diagnostics
 from engram_lm.evaluation.diagnostics.text import find_reference
@@ -23,6 +23,7 @@ from engram_lm.evaluation.recall_questions import recall_questions
 from engram_lm.evaluation.result_files import print_table, write_results
 from engram_lm.evaluation.task_list import list_tasks
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.files import user_path
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
@@ -107,13 +108,14 @@ class Eval(ModelFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flags(self, "sequence_length", "batch_size", "max_tokens", "limit", "max_length", "short_context")
+        check_whole(at_least=0, **{"--few-shot": self.few_shot, "--seed": self.seed})
         if self.list:
             return
         if self.model is None:
             raise ConfigError("name the folder of a model, or ask with --list which tasks there are")
-        if not self.data and not self.tasks and not self.recall:
+        if not self.data and not self.recall and not self.task_names:
             raise ConfigError("name what to evaluate on: text with --data or --recall, or benchmarks with --tasks")
-        if self.out is not None and not self.tasks:
+        if self.out is not None and not self.task_names:
             raise ConfigError("--out is for the results of --tasks")
         if (self.diagnostics and not self.data) or (self.reference and not self.diagnostics):
             raise ConfigError("--diagnostics are of the text that --data names, and --reference is for --diagnostics")
@@ -122,15 +124,24 @@ class Eval(ModelFlags):
         if (self.evaluator is not None or self.short_context is not None) and not self.long_ppl:
             raise ConfigError("--evaluator and --short-context are for --long-ppl")
 
+    @property
+    def task_names(self) -> Sequence[str]:
+        """The names that --tasks gives."""
+        return [name for words in self.tasks for name in words.split(",") if name]
+
     def run(self) -> int:
         """Print loss, perplexity, bits per byte and speed, and the scores of tasks."""
-        names = [name for words in self.tasks for name in words.split(",") if name]
+        names = self.task_names
         if names or self.list or self.recall:
             need_harness()
         if self.list:
             list_tasks(names, self.task_data, as_json=self.json)
             return 0
+        if names:
+            check_tasks(names, self.task_data)
         assert self.model is not None
+        if self.out is not None:
+            user_path(self.out).mkdir(parents=True, exist_ok=True)  # now: not after all questions were asked
         corpus = read_documents(self.data) if self.data else None
         texts = [document.text for document in read_documents(self.recall).documents] if self.recall else ()
         items = recall_questions(texts, num_questions=self.limit or 256, seed=self.seed) if self.recall else ()
@@ -174,8 +185,8 @@ class Eval(ModelFlags):
             print(f"perplexity      {found.perplexity:.2f}")
             if found.bits_per_byte is not None:
                 print(f"bits per byte   {found.bits_per_byte:.4f}")
-            documents = len(corpus.documents)
-            print(f"text            {documents:,} documents, {found.num_tokens:,} tokens, sequences of {length}")
+            documents = f"{len(corpus.documents):,} document{'s' * (len(corpus.documents) != 1)}"
+            print(f"text            {documents}, {found.num_tokens:,} tokens, sequences of {length}")
             for reason, number in corpus.skipped.items():
                 print(f"skipped         {number} files: {reason}")
             print(f"speed           {found.tokens_per_second:,.0f} tokens/s")

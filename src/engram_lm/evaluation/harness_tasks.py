@@ -45,7 +45,7 @@ class Tasks:
         if self.data is not None and not self.data.is_dir():
             raise DataError(f"there is no folder of data sets {self.data}")
         own = [SUITES, *([self.data / _USER_TASKS] if self.data is not None else [])]
-        with _quiet_harness():
+        with quiet_harness():
             self._own = TaskManager(include_path=own, include_defaults=False)
         self._manager: TaskManager | None = None
 
@@ -70,7 +70,7 @@ class Tasks:
         """
         specs: list[Any] = []
         for name in names:
-            specs.extend([name] if isinstance(name, Task | Group) else self._specs(name))
+            specs.extend([name] if isinstance(name, Task | Group) else self.find(name))
         made = [spec.task_name for spec in specs if isinstance(spec, Task)]
         repeated = {name for name in made if made.count(name) > 1 or name in specs}
         if repeated:
@@ -80,7 +80,7 @@ class Tasks:
         files = all(not isinstance(spec, str) or spec.endswith(".yaml") for spec in specs)
         manager = self._own if files else self._complete()
         manager._factory = _Factory(self.data)  # the harness has no public place for it
-        with _quiet_harness():
+        with quiet_harness():
             try:
                 loaded: dict[str, Any] = dict(manager.load(specs))
             except (KeyError, TypeError, ValueError) as error:  # a group that is not what it should be
@@ -119,11 +119,16 @@ class Tasks:
             else:
                 found.append({**(entry.cfg or {}), **settings, "task": one})
 
-        for one in self._specs(name):
+        for one in self.find(name):
             visit(one, {})
         return found
 
-    def _specs(self, name: str | Path) -> list[str]:
+    def find(self, name: str | Path) -> list[str]:
+        """Find what a name, a pattern of names or the path of a YAML file stands for, without loading anything.
+
+        Raises:
+            ConfigError: There is no such task.
+        """
         if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
             path = user_path(name)
             if not path.is_file():
@@ -151,7 +156,7 @@ class Tasks:
 
 @functools.cache
 def _harness_index() -> dict[str, Entry]:
-    with _quiet_harness():
+    with quiet_harness():
         return dict(TaskManager().task_index)
 
 
@@ -232,7 +237,7 @@ def _check_splits(task: Any, config: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Keep what the harness says of names that two of its own files share from every command's standard error."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -39,12 +39,16 @@ def about(found: Mapping[str, Any]) -> str:
     where = (
         f"in {found['reference']}, {count_text(found['reference_tokens'])} tokens"
         if found["reference"]
-        else "in the other documents of the evaluated text"
+        else "elsewhere in the evaluated text (in its other documents, if there are several)"
+    )
+    errors = (
+        f"Errors are standard errors over {found['num_blocks']:,} {found['blocks']}; those of differences are paired."
+        if found["num_blocks"] > 1
+        else "The text is too short for standard errors."
     )
     return (
         f"Occurrences are counted {where}; a word that occurs there fewer than {found['rare_below']} times is rare. It "
-        "is near where the model still sees an earlier occurrence in the document, and far where it does not. "
-        f"Errors are standard errors over {found['num_blocks']:,} {found['blocks']}; those of differences are paired."
+        "is near where the model still sees an earlier occurrence in the document, and far where it does not. " + errors
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from engram_lm.adapt.attachment import adapter_spec
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.errors import ConfigError
+from engram_lm.evaluation import check_tasks
 from engram_lm.memory import EngramConfig
 from engram_lm.studies.adaptation.arms import arm_kind, arm_recipe
 from engram_lm.studies.adaptation.diagnostics import loss_values, measure_tasks, retained_losses
@@ -76,6 +77,8 @@ class Bench:
                 "data.domain is not given: name the text that the model should learn, files or folders, such as "
                 "--data.domain '[\"my-text/\"]'"
             )
+        if recipe.tasks.names:
+            check_tasks(recipe.tasks.names, recipe.tasks.data)  # before the model and the text, which take minutes
         base = recipe.base
         device = recipe.train.device
         if device == "auto":
