@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.adapt.fact_edit import FactEdit, check_distinct
+from engram_lm.adapt.row_change import RowChange
 from engram_lm.errors import ConfigError, MismatchError
 
 
@@ -190,3 +191,29 @@ def row_penalties(
 def changed_rows(solved: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add solved changes to rows ``[N, E]`` before, and round to their type."""
     return {name: (before[name].double() + change).to(before[name].dtype) for name, (_, change) in solved.items()}
+
+
+def tables_without(tables: Mapping[str, RowChange], edit: JointEdit, rest: JointEdit | None) -> dict[str, RowChange]:
+    """Change a patch's rows to what remains of its facts; rows that no fact explains stay as they are.
+
+    Args:
+        tables: The patch's rows by table.
+        edit: All of its facts.
+        rest: Those that remain; None where none does.
+    """
+    own, solved = edit.solve(), {} if rest is None else rest.solve()
+    result = {}
+    for name, change in tables.items():
+        is_loose = torch.ones(change.num_rows, dtype=torch.bool)
+        if name in own:
+            is_loose = ~torch.isin(change.rows, own[name][0])
+        rows, before, after = change.rows[is_loose], change.before[is_loose], change.after[is_loose]
+        if name in solved:
+            used = solved[name][0]
+            was = change.before[torch.searchsorted(change.rows, used)]
+            now = changed_rows({name: solved[name]}, {name: was})[name]
+            rows, before, after = torch.cat([rows, used]), torch.cat([before, was]), torch.cat([after, now])
+        if len(rows):
+            order = rows.argsort()
+            result[name] = RowChange(rows[order], before[order], after[order])
+    return result

@@ -26,6 +26,14 @@ from engram_lm.tables.occupancy import TrainedTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class AppliedPatch:
+    """A row patch in a model's tables, and the rows that it replaced."""
+
+    patch: Any
+    replaced: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PatchableMemory:
     """Memory whose rows can be changed."""
 
@@ -41,6 +49,12 @@ class PatchableMemory:
     """Where the owner keeps those that are no parameters."""
     layers: Mapping[int, EngramLayer]
     """The layers by block."""
+
+    @property
+    def record(self) -> list[AppliedPatch]:
+        """The patches that were applied and not reverted, in their order; the owner keeps them."""
+        record: list[AppliedPatch] = self.owner.__dict__.setdefault("_row_patches", [])
+        return record
 
     def layers_of(self, table: str) -> list[int]:
         """Return the published ids of the layers that read a table."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engram_lm.adapt.edits.fit import JointFitOptions, JointFitProgress, fit_joint
 from engram_lm.adapt.fact_edit import FactEdit
-from engram_lm.adapt.joint_edit import JointEdit, changed_rows
-from engram_lm.adapt.patchable import PatchableMemory, patchable_memory
+from engram_lm.adapt.joint_edit import JointEdit, tables_without
+from engram_lm.adapt.patchable import AppliedPatch, PatchableMemory, patchable_memory
 from engram_lm.adapt.row_change import Fact, RowChange, bits, same_bits
 from engram_lm.adapt.row_patch_file import read_patch, write_patch
 from engram_lm.adapt.row_patch_fit import FitOptions, addressed_rows, fit_rows, read_facts, reference_tokens
@@ -26,8 +26,6 @@ from engram_lm.adapt.row_patch_proof import RowPatchProof, prove
 from engram_lm.errors import ConfigError, MismatchError
 
 # Dimension key: N rows, E row width.
-
-_RECORD = "_row_patches"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,19 +118,17 @@ class RowPatch:
     ) -> Self:
         """Fit many facts together, each in several wordings, so that other wordings and longer texts give them too.
 
-        Rows of the N-grams at the end of each fact's subject are changed. How a fact should change them is found
-        through the model; the rows that serve all facts best are then solved for in closed form, where rows that other
-        text reads change less. The model is left as it was; `apply` changes it.
+        Rows of the N-grams at the end of each fact's subject are changed: see `engram_lm.adapt.edits`. The model is
+        left as it was; `apply` changes it.
 
         Args:
             target: As for `fit`; its tables may lie on any tier.
             tokenizer: The model's tokenizer.
             facts: The facts.
             options: Steps, margins, penalties.
-            reference: A text, or raw tokens ``[num_tokens]``, of the kind that must not suffer: rows that it reads
-                often change less, and pieces of it stand before the wordings that are fitted.
-            earlier: A patch of `fit_facts` for the same memory, applied or not. Its facts stay in the result, which is
-                applied in its place.
+            reference: A text, or raw tokens ``[num_tokens]``: rows that it reads often change less, and pieces of it
+                stand before the wordings that are fitted.
+            earlier: A patch of `fit_facts`, applied or not, whose facts stay; the result is applied in its place.
             title: The patch's name.
             on_progress: Called after each group of facts.
 
@@ -148,13 +144,11 @@ class RowPatch:
         memory.spec.bind(tokenizer)
         if not facts:
             raise ConfigError("there are no facts to fit; pass at least one")
-        held: Mapping[str, RowChange] = {}
         if earlier is not None:
             if earlier.edit is None or earlier.num_rows != sum(len(rows) for rows, _ in earlier.edit.solve().values()):
                 raise ConfigError(f"{earlier._name} has rows that no facts explain; only facts can be added to facts")
             if not all(same_bits(now, earlier.tables[name].after) for name, now in earlier._held(memory).items()):
                 earlier._check_held(earlier._held(memory), "before", "the model it was made against, in the same state")
-            held = earlier.tables
         edit, tables, fitted = fit_joint(
             memory,
             tokenizer,
@@ -162,7 +156,7 @@ class RowPatch:
             options,
             reference=None if reference is None else reference_tokens(reference, tokenizer),
             earlier=None if earlier is None else earlier.edit,
-            held=held,
+            held={} if earlier is None else earlier.tables,
             on_progress=on_progress,
         )
         return cls(memory.spec.digest, tables, title, (*(() if earlier is None else earlier.facts), *fitted), edit)
@@ -182,22 +176,7 @@ class RowPatch:
         if self.edit is None:
             raise ConfigError(f"{self._name} is no joint edit of facts; it can only be reverted as a whole")
         edit = self.edit.without(prompts)
-        own = self.edit.solve()
-        tables = {}
-        for name, change in self.tables.items():
-            # Rows that were written by hand, in a merged patch, stay.
-            loose = (
-                ~torch.isin(change.rows, own[name][0]) if name in own else torch.ones(change.num_rows, dtype=torch.bool)
-            )
-            rows, before, after = change.rows[loose], change.before[loose], change.after[loose]
-            if edit is not None and name in (solved := edit.solve()):
-                used = solved[name][0]
-                was = change.before[torch.searchsorted(change.rows, used)]
-                now = changed_rows({name: solved[name]}, {name: was})[name]
-                rows, before, after = torch.cat([rows, used]), torch.cat([before, was]), torch.cat([after, now])
-            if len(rows):
-                order = rows.argsort()
-                tables[name] = RowChange(rows[order], before[order], after[order])
+        tables = tables_without(self.tables, self.edit, edit)
         if not tables:
             return None
         facts = tuple(fact for fact in self.facts if fact.prompt not in prompts)
@@ -298,14 +277,14 @@ class RowPatch:
         """
         memory = patchable_memory(target)
         held = self._held(memory)
-        record = _record(memory)
+        record = memory.record
         if any(entry.patch.digest == self.digest for entry in record):
             raise MismatchError(f"{self._name} is applied to this model already; revert it first")
         if not force:
             self._check_held(held, "before", "the model it was made against, in the same state (or pass force=True)")
         for name, change in self.tables.items():
             memory.write(name, change.rows, change.after)
-        record.append(_Applied(self, held))
+        record.append(AppliedPatch(self, held))
 
     def revert(self, target: Any, *, force: bool = False) -> None:
         """Put back the rows that were there before, bit for bit. All rows are put back, or none.
@@ -326,7 +305,7 @@ class RowPatch:
         """
         memory = patchable_memory(target)
         held = self._held(memory)
-        record = _record(memory)
+        record = memory.record
         replaced = {name: change.before for name, change in self.tables.items()}
         place = next((place for place, entry in enumerate(record) if entry.patch.digest == self.digest), None)
         if place is not None:
@@ -451,14 +430,6 @@ class RowPatch:
             )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Applied:
-    """A patch in a model's tables, and the rows that it replaced."""
-
-    patch: RowPatch
-    replaced: dict[str, Tensor]
-
-
 def applied_patches(target: Any) -> tuple[RowPatch, ...]:
     """List the patches that were applied to a model's memory and not reverted, in the order of their application.
 
@@ -470,9 +441,4 @@ def applied_patches(target: Any) -> tuple[RowPatch, ...]:
     Raises:
         ConfigError: As for `RowPatch.apply`.
     """
-    return tuple(entry.patch for entry in _record(patchable_memory(target)))
-
-
-def _record(memory: PatchableMemory) -> list[_Applied]:
-    record: list[_Applied] = memory.owner.__dict__.setdefault(_RECORD, [])
-    return record
+    return tuple(entry.patch for entry in patchable_memory(target).record)

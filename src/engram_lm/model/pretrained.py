@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from engram_lm.model.table_place import (
     stored_table,
     table_name,
     wanted_tables,
+    warn_of_patches,
 )
 from engram_lm.tables import ParameterTable, StoredTensor, Table, TensorFolder
 from engram_lm.tables.around.cache import Policy
@@ -211,17 +211,10 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
                 raise
             raise MismatchError(
                 f"weights of this checkpoint do not have the sizes that its configuration gives"
-                f"{_digest_of(source)}; the report above names them. The configuration belongs to another model, "
-                "or was edited"
+                f"{_digest_of(source)}; the report above names them. It belongs to another model, or was edited"
             ) from error
         model = result[0] if isinstance(result, tuple) else result
-        if (Path(str(source)) / "patches").is_dir():
-            warnings.warn(
-                f"the row patches in {source}/patches are not applied here: load them with RowPatch.load(file).apply"
-                f"(model), in the order of their names, or write them into the tables: engram-lm patch merge {source} "
-                "--fold",
-                stacklevel=2,
-            )
+        warn_of_patches(source)
         try:
             if places is not None:
                 model._adopt_tables(kwargs["device_map"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -434,3 +435,14 @@ def stored_table(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor 
 def _names_of(table: str) -> tuple[str, str]:
     """What a checkpoint of a whole model, and one of its base, call a table."""
     return f"model.{TABLES}.{table}.weight", f"{TABLES}.{table}.weight"
+
+
+def warn_of_patches(source: Any) -> None:
+    """Warn that the row patches of a model's folder are not applied by whoever loads the model itself."""
+    if Path(str(source), "patches").is_dir():
+        warnings.warn(
+            f"the row patches in {source}/patches are not applied here: load them with RowPatch.load(file).apply"
+            f"(model), in the order of their names, or write them into the tables: engram-lm patch merge {source} "
+            "--fold",
+            stacklevel=3,
+        )
