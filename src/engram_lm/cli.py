@@ -43,6 +43,7 @@ _BENCHES = {
 _STUDIES = {
     "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
     "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
+    "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
 }
 
 VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
