@@ -29,7 +29,17 @@ from engram_lm.cli import main as engram_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["arc_easy", "openbookqa", "hellaswag", "piqa", "winogrande"]
-RUNS: dict[str, dict[str, Any]] = {}
+RETENTION = {"retention.batch_size": 2, "tasks.names": TASKS}
+OTHERS = ["memory", "memory+occupancy+sparse", "one_row"]
+RUNS: dict[str, dict[str, Any]] = {
+    "occupancy": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-3, 1.6e-2], "tasks.names": TASKS},
+    "lora": {"arms.names": ["lora"], "rates.lora": [1e-3, 4e-3], "tasks.names": TASKS},
+    "occupancy-retention": {"arms.names": ["memory+occupancy+retention"], "rates.memory": [4e-2], **RETENTION},
+    "lora-retention": {"arms.names": ["lora+retention"], "rates.lora": [4e-3], **RETENTION},
+    "occupancy-faster": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2]},
+    "others": {"arms.names": OTHERS, "rates.memory": [4e-2]},
+    "late": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2], "memory.layers": ["late"]},
+}
 """Keys of the recipe that each run changes."""
 UNNAMED = ("Filename", "Size", "MD5sum", "SHA256", "Description-md5", "Ruby-Versions", "Build-Ids")
 """Fields of a package that say nothing of it."""
@@ -65,7 +75,11 @@ def adapt(name: str, arguments: argparse.Namespace, tasks: Path) -> None:
         "data.domain": [str(texts / "packages.jsonl")],
         "data.retained": [str(texts / "wikitext.txt"), str(texts / "prose.txt"), "python:standard-library"],
         "data.general": [str(texts / "general.txt"), str(texts / "postgres.jsonl")],
+        # What the recipe turns on is what an arm is named for here.
         "memory.occupancy": "none",
+        "retention.weight": 0.0,
+        "data.retained_held_out": 0.0,
+        "data.general_held_out": 0.0,
         "tasks.limit": 100,
         "tasks.data": str(tasks),
         **RUNS[name],
@@ -83,12 +97,16 @@ def collect(folder: Path) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for name, result in results.items():
         same = all(result["before"][text] == whole["before"][text] for text in ("domain", "texts"))
-        if result["interrupted"] or not same:
+        if not same or not all(result["arms"][key]["runs"] for key in RUNS[name]["arms.names"]):
             raise SystemExit(f"{folder / name} is not finished, or of another base or text")
         place = RUNS[name].get("memory.layers", ["middle"])[0]
-        for key, arm in result["arms"].items():
+        for key in RUNS[name]["arms.names"]:
+            arm = result["arms"][key]
             for run in arm["runs"]:
                 run.pop("curve")
+            found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"{name}/runs/{key}-0*.json")]
+            by_rate = {run["lr"]: run["validation"] for run in found}
+            arm["trials"] = [{**trial, "validation": by_rate[trial["lr"]]} for trial in arm["trials"]]
             if place != "middle":
                 key, arm["title"] = f"{key}@{place}", f"{arm['title']}, {place}"
             known = arms.setdefault(key, {**arm, "trials": [], "runs": []})

@@ -7,6 +7,7 @@ python benchmarks/tables.py --check  # exit 1 if one says something else
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,74 @@ def adaptation_rates() -> str:
     return "\n".join(lines)
 
 
+def adaptation_real() -> str:
+    """What each arm and rate gained and lost on the real model."""
+    from engram_lm.studies.adaptation.finding import change_on_old_text, share_kept
+
+    result = load("adaptation_real")["results"]
+    before, machine, data = result["before"], result["machine"], result["data"]
+    texts, tasks = before["texts"], before["tasks"]
+    heads = [
+        "what is trained",
+        "rate",
+        "seeds",
+        "steps",
+        "domain loss",
+        *texts,
+        "their mean",
+        "benchmarks kept",
+        "answers changed",
+    ]
+    base = [f"{text['loss']:.3f}" for text in texts.values()]
+    number = sum(len(task["right"]) for task in tasks.values())
+    first = ["nothing (the base)", "", "", "", f"{before['domain']['loss']:.3f}", *base]
+    rows = [[*first, f"{before['retained']['loss']:.3f}", "100", f"0 of {number}"]]
+
+    def of(values: list[float | None], form: str) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return "–"
+        spread = f" ± {statistics.stdev(known):{form.lstrip('+')}}" if len(known) > 1 else ""
+        return f"{statistics.fmean(known):{form}}{spread}"
+
+    for arm in result["arms"].values():
+        tried = [([trial], trial["lr"]) for trial in arm["trials"] if trial["lr"] != arm["lr"]]
+        for runs, rate in sorted([*tried, (arm["runs"], arm["lr"])], key=lambda pair: pair[1]):
+            changed = [
+                sum(old != new for task in tasks for old, new in zip(tasks[task]["right"], run["tasks"][task]["right"]))
+                if run["tasks"]
+                else None
+                for run in runs
+            ]
+            shares = [share_kept(result, run) for run in runs]
+            rows.append(
+                [
+                    arm["title"],
+                    f"{rate:g}",
+                    f"{len(runs)}",
+                    f"{arm['num_steps']}",
+                    of([run["domain"]["loss"] for run in runs], ".3f"),
+                ]
+                + [of([change_on_old_text(result, run, text) for run in runs], "+.3f") for text in texts]
+                + [of([change_on_old_text(result, run) for run in runs], "+.3f")]
+                + [of([None if share is None else 100 * share for share in shares], ".1f"), of(changed, ".0f")]
+            )
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Nats per token, ± the standard deviation over seeds; of the old texts, changes. Measured on "
+            f"{data['held_out_tokens']:,} tokens of the domain and {data['retained_tokens']:,} of the old texts. "
+            f"Benchmarks: the first questions of {', '.join(tasks)}; the mean share of the base's score that is left, "
+            "in percent, and how many answers became right or wrong.",
+            f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
+            f"{machine['threads']} thread.",
+        ]
+    )
+
+
 def busy_machine() -> str:
     """How fast a training is alone and beside other work, by how its threads wait and how many there are."""
     record = load("busy_machine")
@@ -368,7 +437,11 @@ def serving() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
-    "docs/adapt.md": {"adaptation": adaptation, "adaptation rates": adaptation_rates},
+    "docs/adapt.md": {
+        "adaptation real": adaptation_real,
+        "adaptation": adaptation,
+        "adaptation rates": adaptation_rates,
+    },
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
     "docs/training.md": {"busy machine": busy_machine},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
