@@ -435,6 +435,53 @@ def serving() -> str:
     return "\n".join(lines)
 
 
+METHODS = {
+    "unedited": "before",
+    "joint": "joint edit",
+    "single rows": "single-row patches",
+    "lora": "LoRA, rank 8",
+    "full": "full fine-tuning",
+}
+MEMORIES = {"empty": "empty memory with occupancy", "trained": "memory trained on Wikipedia, no occupancy"}
+
+
+def facts() -> str:
+    """Facts edited into a memory, and what they are compared with."""
+    record = load("facts")
+    groups: dict[tuple[str, int, str], list[Any]] = {}
+    for one in record["results"]:
+        groups.setdefault((one["memory"], one["num_facts"], one["method"]), []).append(one)
+    lines = ["| memory | facts | method | efficacy (greedy) | unseen wordings (greedy) | in paragraphs (greedy) | "
+             "generalization | specificity | loss, nats per token | CPU seconds | seeds |"]  # fmt: skip
+    lines.append("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    order = list(METHODS)
+    for memory, number, method in sorted(
+        groups, key=lambda key: (list(MEMORIES).index(key[0]), key[1], order.index(key[2]))
+    ):
+        found = groups[memory, number, method]
+
+        def mean(name: str, found: list[Any] = found) -> float:
+            return sum(one[name] for one in found) / len(found)
+
+        pairs = (
+            f"{100 * mean(name):.0f} ({100 * mean(f'{name}_greedy'):.0f})"
+            for name in ("efficacy", "unseen", "paragraph")
+        )
+        changes = [sum(one["loss_change"].values()) / len(one["loss_change"]) for one in found if "loss_change" in one]
+        specific = "" if not changes else f"{100 * mean('specificity'):.1f}"
+        change = "" if not changes else f"{sum(changes) / len(changes):+.4f}"
+        seconds = "" if method == "unedited" else f"{mean('fit_seconds'):.0f}"
+        lines.append(
+            f"| {MEMORIES[memory]} | {number} | {METHODS[method]} | {' | '.join(pairs)} | "
+            f"{100 * mean('generalization'):.0f} | {specific} | {change} | {seconds} | {len(found)} |"
+        )
+    machine = record["machine"]
+    asked = max(one["num_asked"] for one in record["results"])
+    lines += ["", f"Percent; at most {asked} of the facts were asked. Made by `{record['command']}` at commit "
+              f"`{record['commit']}` on {machine['processor']}, one thread."]  # fmt: skip
+    return "\n".join(lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
     "docs/adapt.md": {
@@ -443,6 +490,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "adaptation rates": adaptation_rates,
     },
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
+    "docs/facts.md": {"facts": facts},
     "docs/training.md": {"busy machine": busy_machine},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
     "docs/serving.md": {"serving": serving},
