@@ -19,7 +19,7 @@ from engram_lm.studies import small_models
 from engram_lm.studies.quickstart import run as run_module
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.studies.study import with_seed
-from engram_lm.training import job as job_module
+from engram_lm.training import recipe_trainer as trainer_module
 from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.documents import read_documents, split_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -142,9 +142,9 @@ def test_minutes_decide_how_many_tokens_are_trained_on(corpus, tmp_path, monkeyp
 
 def test_every_seed_has_its_own_order_of_batches(corpus, tmp_path, monkeypatch):
     seeds = []
-    batches = job_module.Batches
+    batches = trainer_module.Batches
     monkeypatch.setattr(
-        job_module, "Batches", lambda *given, **options: seeds.append(given[3]) or batches(*given, **options)
+        trainer_module, "Batches", lambda *given, **options: seeds.append(given[3]) or batches(*given, **options)
     )
     call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "256", "--seeds", "2"]
     assert main([*call, *SMALL]) == 0
@@ -156,13 +156,13 @@ def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_pat
     monkeypatch.setattr(
         small_models, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
     )
-    batches = job_module.Batches
+    batches = trainer_module.Batches
 
     def watched(tokens, *rest, **options):
         packed.append(tokens[0 : len(tokens)])
         return batches(tokens, *rest, **options)
 
-    monkeypatch.setattr(job_module, "Batches", watched)
+    monkeypatch.setattr(trainer_module, "Batches", watched)
     out = tmp_path / "run"
     assert main(["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "300", *SMALL]) == 0
     train, held_out = split_documents(read_documents([corpus]))
@@ -174,9 +174,9 @@ def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_pat
 
 def test_the_flags_reach_the_training(corpus, tmp_path, monkeypatch):
     options = []
-    trainer = job_module.Trainer
+    trainer = trainer_module.Trainer
     monkeypatch.setattr(
-        job_module, "Trainer", lambda *given, **rest: options.append(given[2:4]) or trainer(*given, **rest)
+        trainer_module, "Trainer", lambda *given, **rest: options.append(given[2:4]) or trainer(*given, **rest)
     )
     call = ["quickstart", "--data", str(corpus), "--out", str(tmp_path / "run"), "--tokens", "512", *SMALL]
     assert main([*call, "--lr", "0.001", "--table-lr-multiplier", "7"]) == 0
@@ -189,14 +189,14 @@ def test_a_seed_that_was_cut_short_is_not_averaged_with_whole_ones(corpus, tmp_p
     init = run_module.Interrupt.__init__
     monkeypatch.setattr(run_module.Interrupt, "__init__", lambda self: init(self) or interrupts.append(self))
     steps = []
-    step = job_module.Trainer.step
+    step = trainer_module.Trainer.step
 
     def counted(self, **options):
         steps.append(1)
         interrupts[0].asked = len(steps) > 14  # two arms of six steps, then the second seed's second step
         return step(self, **options)
 
-    monkeypatch.setattr(job_module.Trainer, "step", counted)
+    monkeypatch.setattr(trainer_module.Trainer, "step", counted)
     out = tmp_path / "run"
     call = ["quickstart", "--data", str(corpus), "--out", str(out), "--tokens", "1536", "--seeds", "3", *SMALL]
     assert main(call) == 130

@@ -210,8 +210,8 @@ def row_scores(rule: Literal["tf_idf", "kl"], domain: RowUse, reference: RowUse)
 
     A row that the domain does not read has a score of 0. It is 0 or less for one that does not stand out.
 
-    Source: after arXiv 2510.15103 (``tf_idf``) and 2604.05248 (``kl``), of which the abstracts were read: the exact forms
-    and the smoothing by 1 are ours.
+    Source: after arXiv 2510.15103 (``tf_idf``) and 2604.05248 (``kl``), of which the abstracts were read: their exact
+    forms and the smoothing by 1 are ours.
     """
     reads = domain.num_reads.double()
     share = reads / reads.sum().clamp(min=1)

@@ -9,6 +9,7 @@ from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.experts import Router
 from engram_lm.model.streams import StreamHead, StreamMixer
 from engram_lm.tables import Table
+from engram_lm.tables.tiers.sharded import ShardedTable
 
 # Parts that wrappers put into names: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -55,7 +56,7 @@ def sort_parameters(model: nn.Module) -> SortedParameters:
         own = {id(parameter) for parameter in module.parameters(recurse=False)}
         if is_trainable_table(module):
             (tables if getattr(module, "gradient", "sparse") == "sparse" else dense_tables).update(own)
-            num_sharded += hasattr(module, "first_row")
+            num_sharded += isinstance(module, ShardedTable)
         elif isinstance(module, EngramLayer | nn.Embedding):
             plain |= own  # norms of several streams and the convolution are 2-D but not matrices
         elif isinstance(module, Router | StreamMixer | StreamHead | _ConvNd):
