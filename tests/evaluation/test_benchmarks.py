@@ -201,6 +201,16 @@ def test_a_data_set_without_examples_will_do_for_none(data):
         run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data)
     found = run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data, num_fewshot=0)
     assert found.tasks["ends"].num_questions == 4
+    # A task that brings its examples, or has a split of them, needs no training split beside it.
+    plain = CHOICES.format(part="small").replace("fewshot_split: train", "training_split: train")
+    own = f"{plain}fewshot_config:\n  sampler: first_n\n  samples: {json.dumps(ROWS[:1])}\n"
+    for text in (own, f"{plain}fewshot_split: test\n"):
+        (data / "tasks/ends.yaml").write_text(text)
+        assert run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data).tasks["ends"].num_few_shot == 1
+    (data / "tasks/ends.yaml").write_text(plain)
+    with pytest.raises(DataError, match="no split 'train', from which the task ends takes its examples"):
+        run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data)
+    (data / "tasks/ends.yaml").write_text(CHOICES.format(part="small"))
     write_lines(data / "owner/animals/small/train.jsonl", ROWS[:2])
     with pytest.raises(DataError, match="the task ends has 2 examples to show and was asked for 3"):
         run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data, num_fewshot=3)
@@ -265,6 +275,7 @@ def test_the_command_runs_lists_and_writes(data, tmp_path, capsys):
         (["--tasks", ","], "name what to evaluate on"),
         (["--tasks", "none.jsonl"], "cannot read the task file none.jsonl"),
         (["--tasks", "no_such_task", "--task-data", str(data)], "there is no task 'no_such_task'"),
+        (["--tasks", "ruler_vs_512"], "there is no task 'ruler_vs_512'; did you mean 'ruler_vt'"),
         (["--tasks", "ruler_vt_512", "--few-shot", "-1"], "--few-shot is a whole number from 0"),
         (["--tasks", "ruler_vt_512", "--out", str(tmp_path / "file")], "file"),
     ):

@@ -164,5 +164,13 @@ def test_the_command_measures_it_with_another_model_as_evaluator(model, evaluato
     assert found["loss"] > 0
     assert main(arguments) == 0
     assert "LongPPL" in capsys.readouterr().out
+    # A model that is too short for what is asked is refused before the loss of the text is measured.
+    for wrong, message in (
+        (["--long-ppl", "--max-length", "20", "--short-context", "24"], "take a shorter short context"),
+        (["--tasks", "ruler_vt_500", "--max-length", "400"], "the model sees 400"),
+    ):
+        assert main(["eval", str(tmp_path / "model"), "--data", str(text), *wrong]) == 1
+        out, err = capsys.readouterr()
+        assert not out and message in " ".join(err.replace("│", "").split())
     assert main(["eval", str(tmp_path / "model"), "--data", str(text), "--short-context", "24"]) == 2
     assert "are for --long-ppl" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from tests.evaluation.diagnostics.test_measure import attached
 from tests.evaluation.test_recall_questions import TEXTS
 
 from engram_lm.cli import main
+from engram_lm.errors import DataError
 from engram_lm.evaluation import run_tasks
 from engram_lm.evaluation.recall import MEASURES, recall_and_reading
 from engram_lm.evaluation.recall_questions import recall_questions
@@ -38,6 +39,8 @@ def test_both_families_are_asked_with_memory_and_without_and_differences_are_pai
         bits = scores["memory off"]["answer_bits"]
         assert bits["difference"] == pytest.approx(difference.mean(), rel=1e-4) != 0
         assert bits["difference_error"] == pytest.approx(difference.std(ddof=1) / len(difference) ** 0.5, rel=1e-4)
+    with pytest.raises(DataError, match="the model sees 1;"):
+        recall_and_reading(model, TOKENIZER, ITEMS, max_length=1)
     plain = recall_and_reading(small_model(), TOKENIZER, ITEMS)["recall"].scores
     assert list(plain) == ["model"] and set(plain["model"]) == set(MEASURES)
 

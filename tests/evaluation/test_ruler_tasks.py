@@ -79,10 +79,15 @@ def test_a_model_that_knows_nothing_says_something_and_scores_nothing(model):
 def test_what_cannot_be_asked_is_refused_in_words(model):
     assert len(kinds()) == len(NAMES) + 2
     assert all(map(is_ruler, kinds())) and not is_ruler("ruled")
+    assert not any(is_ruler(f"ruler_mine.{end}") for end in ("jsonl", "yaml", "yml"))
     for name, words in (
         ("ruler_niah_singel_1", "there is no task 'ruler_niah_singel_1'; did you mean 'ruler_niah_single_1'"),
         ("ruler_vt_9000", "ruler_vt_9000 has samples of 9,000 tokens and the model sees 8,192; .* ruler_vt_8192"),
         ("ruler_vt_99", "there is no task"),
+        ("ruler_64", "there is no task 'ruler_64'; .*a length of at least 100 tokens"),
+        ("ruler_VT", "there is no task 'ruler_VT'"),
+        ("ruler_", "there is no task 'ruler_'"),
+        ("ruler_*", r"there is no task 'ruler_\*': RULER's names take no pattern"),
     ):
         with pytest.raises(ConfigError, match=words):
             run_tasks(model, TOKENIZER, [name], limit=1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engram_lm.errors import ConfigError, DataError, MissingExtraError, check_whole
-from engram_lm.evaluation.ruler.harness import build_task, is_ruler
+from engram_lm.evaluation.ruler.harness import build_task, check_length, describe, is_ruler
 from engram_lm.evaluation.ruler.tasks import RulerData
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import user_path
@@ -208,8 +208,24 @@ def check_tasks(names: Sequence[str | Path], task_data: str | Path | None = None
         read_tasks(files)
     tasks = Tasks(task_data)
     for name in names:
-        if name not in files and not is_ruler(name):
+        if is_ruler(name):
+            describe(str(name))
+        elif name not in files:
             tasks.find(name)
+
+
+def check_lengths(names: Sequence[str | Path], model: Any, tokenizer: Any, max_length: int | None = None) -> None:
+    """Refuse RULER's tasks whose samples are longer than the model sees, before anything that takes long.
+
+    Raises:
+        ConfigError: A task is too long.
+    """
+    from engram_lm.evaluation.harness_model import resolve_max_length
+
+    longest = max_length or resolve_max_length(model.config, tokenizer)
+    for name in names:
+        if is_ruler(name):
+            check_length(str(name), longest)
 
 
 def need_harness() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json as json_module
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engram_lm.errors import ConfigError, check_flags, check_whole
-from engram_lm.evaluation.benchmarks import check_tasks, need_harness, run_tasks
+from engram_lm.evaluation.benchmarks import check_lengths, check_tasks, need_harness, run_tasks
 from engram_lm.evaluation.diagnostics.measure import diagnose, num_passes
 from engram_lm.evaluation.diagnostics.tables import print_diagnostics
 from engram_lm.evaluation.diagnostics.text import find_reference
-from engram_lm.evaluation.long_ppl import KeyTokens, long_ppl
+from engram_lm.evaluation.long_ppl import KeyTokens, document_limits, long_ppl
 from engram_lm.evaluation.recall import print_recall, recall_and_reading
 from engram_lm.evaluation.recall_questions import recall_questions
 from engram_lm.evaluation.result_files import print_table, write_results
@@ -146,13 +146,17 @@ class Eval(ModelFlags):
         texts = [document.text for document in read_documents(self.recall).documents] if self.recall else ()
         items = recall_questions(texts, num_questions=self.limit or 256, seed=self.seed) if self.recall else ()
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
+        # Whatever the model is too short for is refused now, before anything is measured.
+        if names:
+            check_lengths(names, model, tokenizer, self.max_length)
+        asked = self._long_ppl_options(model, tokenizer) if self.long_ppl else {}
         values: dict[str, Any] = {"model": str(self.model)}
         if self.adapter is not None:
             values["adapter"] = self.adapter
         if corpus is not None:
             values |= self._measure_loss(corpus, model, tokenizer)
             if self.long_ppl:
-                values |= self._measure_long_ppl(corpus, model, tokenizer)
+                values |= self._measure_long_ppl(corpus, model, tokenizer, asked)
         if names:
             values |= self._ask(names, model, tokenizer)
         if items:
@@ -216,18 +220,28 @@ class Eval(ModelFlags):
             )
         return next(iter(found.losses.values())), {"diagnostics": found.to_dict()}
 
-    def _measure_long_ppl(self, corpus: Corpus, model: Any, tokenizer: Any) -> dict[str, Any]:
+    def _long_ppl_options(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Load the evaluator, and refuse options of `long_ppl` that would not do for these models."""
         judge = (None, None) if self.evaluator is None else load_model(self.evaluator, device=self.device)
+        options: dict[str, Any] = {
+            "evaluator": judge[0],
+            "evaluator_tokenizer": judge[1],
+            "options": KeyTokens() if self.short_context is None else KeyTokens(short_context=self.short_context),
+            "max_length": self.max_length,
+        }
+        document_limits(model, tokenizer, **options)
+        return options
+
+    def _measure_long_ppl(
+        self, corpus: Corpus, model: Any, tokenizer: Any, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         with _progress("finding key tokens", len(corpus.documents)) as advance:
             found = long_ppl(
                 model,
                 tokenizer,
                 [document.text for document in corpus.documents],
-                evaluator=judge[0],
-                evaluator_tokenizer=judge[1],
-                options=KeyTokens() if self.short_context is None else KeyTokens(short_context=self.short_context),
-                max_length=self.max_length,
                 on_progress=advance,
+                **options,
             )
         if not self.json:
             value = (

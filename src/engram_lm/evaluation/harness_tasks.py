@@ -232,7 +232,9 @@ def _check_splits(task: Any, config: Any, name: str) -> None:
             setattr(config, kind, None)
             if kind == "fewshot_split":
                 task.fewshot_cfg.split = None
-            if kind != "validation_split":
+            # Examples that the task brings itself, or has a split of their own for, come before the training split.
+            shown = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
+            if kind == "fewshot_split" or (kind == "training_split" and not shown):
                 task.missing_examples = f"the data set {name} has no split {split!r}"
 
 

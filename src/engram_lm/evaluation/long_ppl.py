@@ -110,19 +110,19 @@ def long_ppl(
 
     Cost: a pass of the model and one of the evaluator over each document, and one of the evaluator over windows of
     ``short_context + step`` tokens for every ``step`` tokens beyond the first ``short_context``. Logits of at most
-    1,024 tokens of a model of others are in memory at a time.
+    1,024 tokens of a model of others are in memory at a time, if it keeps a cache; else those of a whole document.
     """
     options = options or KeyTokens()
-    if (evaluator is None) != (evaluator_tokenizer is None):
-        raise ConfigError("give an evaluator together with its tokenizer")
+    limits = document_limits(
+        model,
+        tokenizer,
+        evaluator=evaluator,
+        evaluator_tokenizer=evaluator_tokenizer,
+        options=options,
+        max_length=max_length,
+    )
     own = evaluator is None or evaluator is model
     judge, judge_tokenizer = (model, tokenizer) if own else (evaluator, evaluator_tokenizer)
-    limits = [_limit(one, each, max_length) for one, each in ((model, tokenizer), (judge, judge_tokenizer))]
-    if limits[1] <= options.short_context:
-        raise ConfigError(
-            f"the evaluator reads {limits[1]:,} tokens of a document, and a short context has "
-            f"{options.short_context:,} of them; take a shorter short context, or an evaluator that reads more"
-        )
     key_nats, all_nats = 0.0, 0.0
     num_keys = num_tokens = num_documents = num_cut = 0
     with evaluating(model), evaluating(judge), torch.no_grad():
@@ -157,6 +157,31 @@ def long_ppl(
         num_documents=num_documents,
         num_cut=num_cut,
     )
+
+
+def document_limits(
+    model: Any,
+    tokenizer: Any,
+    *,
+    evaluator: Any,
+    evaluator_tokenizer: Any,
+    options: KeyTokens,
+    max_length: int | None,
+) -> tuple[int, int]:
+    """Return how many tokens of a document the model and the evaluator read at most.
+
+    The arguments and errors are those of `long_ppl`, which raises every `ConfigError` and `MismatchError` of its own here.
+    """
+    if (evaluator is None) != (evaluator_tokenizer is None):
+        raise ConfigError("give an evaluator together with its tokenizer")
+    judge, judge_tokenizer = (model, tokenizer) if evaluator is None else (evaluator, evaluator_tokenizer)
+    limits = _limit(model, tokenizer, max_length), _limit(judge, judge_tokenizer, max_length)
+    if limits[1] <= options.short_context:
+        raise ConfigError(
+            f"the evaluator reads {limits[1]:,} tokens of a document, and a short context has "
+            f"{options.short_context:,} of them; take a shorter short context, or an evaluator that reads more"
+        )
+    return limits
 
 
 def _limit(model: Any, tokenizer: Any, max_length: int | None) -> int:

@@ -66,10 +66,15 @@ def recall_and_reading(
     answers: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, off in rounds.items():
         with suppressed(model) if off else contextlib.nullcontext():
-            raw = run_tasks(model, tokenizer, [tuple(items)], batch_size=batch_size, on_progress=on_progress).raw[
-                "samples"
-            ]
-        answers[name] = {family: _measured(samples) for family, samples in raw.items()}
+            results = run_tasks(
+                model,
+                tokenizer,
+                [tuple(items)],
+                batch_size=batch_size,
+                max_length=max_length,
+                on_progress=on_progress,
+            )
+        answers[name] = {family: _measured(samples) for family, samples in results.raw["samples"].items()}
     families = {}
     for family, first in answers[next(iter(rounds))].items():
         own = [item for item in items if item.family == family]

@@ -36,7 +36,9 @@ def kinds() -> dict[str, str]:
 
 def is_ruler(name: Any) -> bool:
     """Whether a name asks for one of these tasks or groups."""
-    return isinstance(name, str) and (name == "ruler" or name.startswith("ruler_"))
+    if not isinstance(name, str) or name.endswith((".jsonl", ".yaml", ".yml")):
+        return False
+    return name == "ruler" or name.startswith("ruler_")
 
 
 def describe(name: str) -> list[dict[str, Any]]:
@@ -59,11 +61,25 @@ def describe(name: str) -> list[dict[str, Any]]:
 def _parse(name: str) -> tuple[str, int]:
     """Divide a name into the name of a task or group and a length."""
     found = _NAME.fullmatch(name)
-    assert found is not None, "is_ruler was asked before"
-    plain, length = f"ruler{found[1] or ''}", int(found[2] or DEFAULT_LENGTH)
-    if plain not in kinds():
-        raise ConfigError(f"there is no task {name!r}; {suggestion(plain, kinds())}, and a length behind it")
-    return plain, length
+    plain = name if found is None else f"ruler{found[1] or ''}"
+    if found is None or plain not in kinds():
+        if any(sign in name for sign in "*?["):
+            raise ConfigError(f"there is no task {name!r}: RULER's names take no pattern; 'ruler' asks for all of them")
+        raise ConfigError(
+            f"there is no task {name!r}; {suggestion(plain, kinds())} (a length of at least 100 tokens may follow the "
+            "name, as in ruler_vt_8192)"
+        )
+    return plain, int(found[2] or DEFAULT_LENGTH)
+
+
+def check_length(name: str, longest: int | None) -> None:
+    """Refuse, by a `ConfigError`, a name that is no task's, or whose samples are longer than a model sees."""
+    plain, length = _parse(name)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"{name} has samples of {length:,} tokens and the model sees {longest:,}; ask for shorter ones, as in "
+            f"{plain}_{longest}, or raise what it sees with --max-length"
+        )
 
 
 def build_task(
@@ -86,12 +102,8 @@ def build_task(
     from lm_eval.api.group import Group
     from lm_eval.config.group import AggMetricConfig
 
+    check_length(name, longest)
     plain, length = _parse(name)
-    if longest is not None and length > longest:
-        raise ConfigError(
-            f"{name} has samples of {length:,} tokens and the model sees {longest:,}; ask for shorter ones, as in "
-            f"{plain}_{longest}, or raise what it sees with --max-length"
-        )
     build = functools.partial(
         _build_one, tokenizer=tokenizer, length=length, num_samples=num_samples or DEFAULT_SAMPLES, seed=seed, data=data
     )
