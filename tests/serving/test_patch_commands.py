@@ -19,6 +19,7 @@ from engram_lm.adapt.edits.scoring import score_wordings
 from engram_lm.adapt.fact_report import report_facts
 from engram_lm.adapt.patch_folder import patch_files
 from engram_lm.adapt.patchable import patchable_memory
+from engram_lm.adapt.row_change import RowChange
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.serving.join import join
@@ -95,6 +96,22 @@ def test_an_applied_patch_is_read_by_every_load_and_reverted_to_the_bit(folder, 
     assert contents(folder / "adapter") == files
 
 
+@pytest.mark.parametrize("tier", ["device", "mmap"])
+def test_an_adapter_that_is_saved_without_tables_loses_no_facts(folder, tier):
+    adapter, elsewhere = folder / "adapter", folder / "elsewhere"
+    main(["patch", "apply", str(adapter), str(folder / "patch")])
+    elsewhere.mkdir()
+    (adapter / "tables.safetensors").rename(elsewhere / "tables.safetensors")
+    loaded = MemoryAdapter.from_pretrained(small_model(), adapter, table_source=elsewhere, table_tier=tier)
+    error, message = {
+        "device": (FileExistsError, "holds row patches"),
+        "mmap": (ConfigError, "row patches change rows of the table 0"),
+    }[tier]
+    with pytest.raises(error, match=message):
+        loaded.save_pretrained(adapter, tables=False)
+    assert len(patch_files(adapter)) == 1
+
+
 def test_one_fact_is_taken_out_of_an_applied_patch(folder, capsys):
     main(["patch", "apply", str(folder / "adapter"), str(folder / "patch")])
     assert main(["patch", "revert", str(folder / "adapter"), "--fact", "on a rat"]) == 0
@@ -144,6 +161,11 @@ def test_what_does_not_fit_is_refused_in_words(folder, capsys, tmp_path):
     RowPatch("ab" * 32, other.tables, "other", other.facts, other.edit).save(tmp_path / "other")
     assert main(["patch", "apply", adapter, str(tmp_path / "other")]) == 1
     assert "made for the hash abab" in capsys.readouterr().err
+    tables = {key: RowChange(one.rows, one.before.half(), one.after.half()) for key, one in other.tables.items()}
+    RowPatch(other.spec_digest, tables, "half", other.facts, other.edit).save(tmp_path / "half")
+    assert main(["patch", "apply", adapter, str(tmp_path / "half")]) == 1
+    assert "use the patch with --patch" in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert not patch_files(folder / "adapter")
     model = load(folder)
     hand = RowPatch.from_rows(model, {"0": (other.tables["0"].rows[:1], torch.ones(1, 6))}, title="hand")
     hand.save(tmp_path / "hand")

@@ -147,9 +147,11 @@ class MemoryAdapter(ForwardPass):
             extra: Markdown for the end of the card, such as results.
 
         Raises:
-            ConfigError: A table is on another machine, the license is no identifier, or the layers have been replaced
-                by something that could not be loaded again, such as quantized ones.
-            FileExistsError: There is something else in the folder, or (``tables=False``) tables that would be lost.
+            ConfigError: A table is on another machine, or (``tables=False``) has rows that patches change; the license
+                is no identifier; or the layers have been replaced by something that could not be loaded again, such as
+                quantized ones.
+            FileExistsError: There is something else in the folder, or (``tables=False``) tables or patches that would
+                be lost.
             OSError: The folder cannot be written.
         """
         if names := under_peft(self.layers):

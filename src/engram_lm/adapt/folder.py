@@ -28,7 +28,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import build_layer
 from engram_lm.model.plain_weights import plain_weights, refuse_unknown
 from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
-from engram_lm.tables import MooncakeTable, RemoteTable, StoredTensor, Table, tensor_layout
+from engram_lm.tables import MooncakeTable, OverlayTable, RemoteTable, StoredTensor, Table, tensor_layout
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
@@ -145,6 +145,12 @@ def write_adapter(
                 f"the table {name} is read from another machine and is not copied from there; save with tables=False "
                 "and load with the same table_source, or load the adapter with another table_tier first"
             )
+        if not tables_inside and _has_changed_rows(table):
+            raise ConfigError(
+                f"row patches change rows of the table {name}, and saving with tables=False would leave them out; save "
+                "with the tables, or revert the patches first and add them to the new folder with `engram-lm patch "
+                "apply`"
+            )
     assert spec.token_map is not None
     values = {
         "format": _FORMAT,
@@ -214,6 +220,10 @@ def _check_replaceable(folder: Path, tables_inside: bool) -> None:
         raise FileExistsError(
             f"{folder} holds tables, which saving with tables=False in its place would delete; name another folder"
         )
+    if PATCHES in names and not tables_inside:
+        raise FileExistsError(
+            f"{folder} holds row patches, which saving with tables=False in its place would delete; name another folder"
+        )
 
 
 def _write_tables(path: Path, tables: Mapping[str, Table]) -> dict[str, int]:
@@ -238,6 +248,14 @@ def _innermost(table: Table) -> Table:
     while isinstance(inner := getattr(table, "table", None), Table):
         table = inner
     return table
+
+
+def _has_changed_rows(table: Table) -> bool:
+    """Whether patches lie over a table, or over one behind it."""
+    if isinstance(table, OverlayTable) and len(table.rows):
+        return True
+    inner = getattr(table, "table", None)
+    return isinstance(inner, Table) and _has_changed_rows(inner)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -123,6 +123,12 @@ def add_patch(
             try:
                 if stored.dtype == change.before.dtype:
                     _check(folder / PATCHES, name, change, stored)
+                elif (folder / "tables.safetensors").exists():  # an adapter, whose tables are read as they are stored
+                    raise MismatchError(
+                        f"the patch changes rows of {change.before.dtype} numbers, and table {name} of {folder} is "
+                        f"stored in {stored.dtype}, so the folder could not be loaded with it; use the patch with "
+                        "--patch, or fit it again with the adapter in the type in which it is stored"
+                    )
             finally:
                 stored.close()
     if place is None:

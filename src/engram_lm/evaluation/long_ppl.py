@@ -170,7 +170,7 @@ def document_limits(
 ) -> tuple[int, int]:
     """Return how many tokens of a document the model and the evaluator read at most.
 
-    The arguments and errors are those of `long_ppl`, which raises every `ConfigError` and `MismatchError` of its own here.
+    The arguments and errors are those of `long_ppl`, which has all its own checks here, before it reads anything.
     """
     if (evaluator is None) != (evaluator_tokenizer is None):
         raise ConfigError("give an evaluator together with its tokenizer")
