@@ -47,6 +47,13 @@ def put_in_place(aside: Path, path: Path) -> None:
         flush(path.parent)
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Raise a `FileExistsError` where something lies at ``path`` already that is not an empty folder."""
+    path = user_path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty, so it is left alone; name another folder")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path`` and give it that name when the block ends well.
@@ -56,8 +63,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     already must be an empty folder, else this is a `FileExistsError`.
     """
     path = user_path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty, so it is left alone; name another folder")
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:

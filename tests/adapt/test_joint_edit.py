@@ -198,6 +198,16 @@ def hostile(path, change):
     save_file(tensors, path, metadata)
 
 
+def more_tables(tensors, metadata, number):
+    """Give the edit a table for each of so many heads, of which the patch has only two."""
+    count, facts = len(tensors["edit.fact"]), len(tensors["edit.shifts"])
+    tensors["edit.rows"] = torch.full((count, number), -1)
+    tensors["edit.penalty"] = torch.zeros(count, number)
+    tensors["edit.shifts"] = torch.zeros(facts, number, 1)
+    values = json.loads(metadata["edit"])
+    metadata["edit"] = json.dumps({**values, "tables": [str(name) for name in range(number)]})
+
+
 HOSTILE = {
     "a fact without expressions": lambda t, m: t.__setitem__("edit.fact", t["edit.fact"] * 0 + 1),
     "infinite shifts": lambda t, m: t["edit.shifts"].fill_(float("inf")),
@@ -212,6 +222,20 @@ HOSTILE = {
         "edit", m["edit"].replace(RAT.prompt, CAT.prompt).replace("The rat", "c")
     ),
     "no JSON": lambda t, m: m.__setitem__("edit", "[" * 100_000),
+    "very many tables that it does not have": lambda t, m: more_tables(t, m, 10**5),
+    "no heads": lambda t, m: t.update(
+        {name: t[name][:, :0].contiguous() for name in ("edit.rows", "edit.penalty", "edit.shifts")}
+    ),
+    "neither facts nor rows": lambda t, m: (
+        t.update({f"edit.{part}": t[f"edit.{part}"][:0] for part in ("fact", "rows", "penalty", "shifts")}),
+        m.__setitem__("edit", json.dumps({"tables": ["0", "2"], "facts": []})),
+    ),
+    "a subject that is no text": lambda t, m: m.__setitem__(
+        "edit", m["edit"].replace('"subject": "the cat"', '"subject": null')
+    ),
+    "a number that is too large": lambda t, m: m.__setitem__(
+        "facts", json.dumps([{**fact, "loss_after": 10**400} for fact in json.loads(m["facts"])])
+    ),
 }
 
 
@@ -228,7 +252,7 @@ def test_a_file_whose_edit_does_not_fit_together_is_refused(what, patch_file, tm
     path.write_bytes(patch_file.read_bytes())
     RowPatch.load(path)
     hostile(path, HOSTILE[what])
-    with pytest.raises(CheckpointError, match="edit"):
+    with pytest.raises(CheckpointError, match=r"edit|facts"):
         RowPatch.load(path)
 
 
@@ -236,6 +260,10 @@ BAD_LINES = {
     '{"prompt": "a", "answer": " b", "subjct": "a"}': "no 'subjct'; did you mean 'subject'",
     '{"prompt": "a"}': "lacks its 'answer'",
     '{"prompt": "a", "answer": " b", "subject": "c"}': "the subject 'c' is not in the wording 'a'",
+    '{"prompt": "a", "answer": " b", "subject": null}': "subject holds None",
+    '{"prompt": "a", "answer": " b", "subject": []}': r"subject holds \[\]",
+    '{"prompt": "a c", "answer": " b", "subject": "a "}': "begins or ends with a space",
+    '{"prompt": "a", "answer": " b", "paraphrases": [[]]}': r"paraphrases holds \[\]",
     '{"prompt": "a", "answer": 3}': "answer holds 3",
     '{"prompt": "a", "answer": " "}': "not empty",
     '{"prompt": "a", "answer": " b", "paraphrases": "a"}': "list of texts",
@@ -258,10 +286,25 @@ def test_a_file_of_facts_says_what_is_wrong_in_which_line(line, tmp_path):
     assert len(str(caught.value)) < 900
 
 
+def test_a_file_of_facts_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes('{"prompt": "é", "answer": " b"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_fact_edits(path)
+
+
+def test_repeated_wordings_of_a_fact_count_once():
+    repeated = dataclasses.replace(RAT, paraphrases=(RAT.prompt, "to a rat", "on the mat a rat", "to a rat"))
+    assert repeated.wordings == (RAT.prompt, "to a rat", "on the mat a rat")
+    assert len(RowPatch.fit_facts(trained_model(), TOKENIZER, [repeated], FAST).facts) == 1
+
+
 def test_facts_come_back_from_their_file(tmp_path):
     facts = (CAT, dataclasses.replace(RAT, old_answer=" a cat", neighbors=("The cat sat on",), forget=True), DOG)
     path = tmp_path / "facts.jsonl"
-    path.write_text("\n".join(json.dumps(fact.to_dict()) for fact in facts))
+    # This character divides lines for str.splitlines, and may stand in a JSON text.
+    facts = (*facts, FactEdit(prompt="a\u2028b", answer=" c"))
+    path.write_text("\n".join(json.dumps(fact.to_dict(), ensure_ascii=False) for fact in facts), encoding="utf-8")
     assert read_fact_edits(path) == facts
 
 

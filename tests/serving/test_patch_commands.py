@@ -112,6 +112,32 @@ def test_an_adapter_that_is_saved_without_tables_loses_no_facts(folder, tier):
     assert len(patch_files(adapter)) == 1
 
 
+def test_what_would_be_lost_is_refused_before_the_model_is_loaded(folder, capsys):
+    files = contents(folder / "adapter")
+    # There is no such model, so loading it would be another error.
+    assert main(["patch", "new", str(folder / "absent"), str(folder / "adapter")]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert contents(folder / "adapter") == files
+    for out in (folder, folder / "text.txt" / "patch"):
+        assert main(["patch", "fit", str(folder / "absent"), str(folder / "facts.jsonl"), "--out", str(out)]) == 1
+        assert "--out" in capsys.readouterr().err
+
+
+def test_of_several_patches_the_one_that_is_named_is_taken_out(folder, capsys):
+    adapter = str(folder / "adapter")
+    main(["patch", "apply", adapter, str(folder / "patch")])
+    (first,) = patch_files(folder / "adapter")
+    second = first.with_name("0002.safetensors")
+    second.write_bytes(first.read_bytes())
+    for flags in ([], ["--name", "0003.safetensors"], ["--name", first.name, "--all"]):
+        assert main(["patch", "revert", adapter, *flags]) == 1
+        assert "--name" in capsys.readouterr().err
+    assert main(["patch", "revert", adapter, "--name", first.name]) == 0
+    assert patch_files(folder / "adapter") == [second]
+    assert main(["patch", "revert", adapter]) == 0
+    assert not patch_files(folder / "adapter")
+
+
 def test_one_fact_is_taken_out_of_an_applied_patch(folder, capsys):
     main(["patch", "apply", str(folder / "adapter"), str(folder / "patch")])
     assert main(["patch", "revert", str(folder / "adapter"), "--fact", "on a rat"]) == 0
@@ -192,6 +218,21 @@ def test_a_patch_with_more_facts_takes_the_place_of_the_one_that_it_holds(folder
     main(["patch", "apply", adapter, str(folder / "both")])
     assert len(patch_files(folder / "adapter")) == 1
     assert min(leads(load(folder))) > 0
+
+
+def test_an_earlier_fact_to_forget_still_counts_as_asked(folder, capsys):
+    # Nobody gives this answer, so it is forgotten from the beginning.
+    forget = {**FACTS[0], "answer": " rat" if leads(load(folder), [EDITS[0]])[0] > 0 else " mat", "forget": True}
+    (folder / "one.jsonl").write_text(json.dumps(forget))
+    (folder / "two.jsonl").write_text(json.dumps(FACTS[1]))
+    fit = ["patch", "fit", str(folder / "model"), "--adapter", str(folder / "adapter"), "--max-steps", "40"]
+    fit += ["--margin", "0.5"]
+    assert main([*fit, str(folder / "one.jsonl"), "--out", str(folder / "one")]) == 0
+    earlier = ["--earlier", str(folder / "one"), "--out", str(folder / "both")]
+    assert main([*fit, str(folder / "two.jsonl"), *earlier]) == 0
+    assert "NOT" not in capsys.readouterr().out
+    patch = RowPatch.load(folder / "both")
+    assert patch.is_learned and "forgotten" in str(patch) and "not " not in str(patch)
 
 
 def test_the_proof_holds_and_says_what_is_left_of_a_fact(folder, capsys):

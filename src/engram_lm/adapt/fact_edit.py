@@ -1,4 +1,7 @@
-"""A fact that a model should know, or no longer know, in several wordings; and the file that lists facts."""
+"""A fact that a model should know, or no longer know, in several wordings; and the file that lists facts.
+
+``old_answer`` and ``neighbors`` change nothing in a fit, and no command reads them; ``benchmarks/facts.py`` does.
+"""
 
 import dataclasses
 import json
@@ -18,7 +21,8 @@ class FactEdit:
     """One fact: prompts that differ in wording alone, and the answer that all of them should get.
 
     Raises:
-        ConfigError: A field has another type, a text is empty or far too long, or the subject is missing from a prompt.
+        ConfigError: A field has another type, a text is empty or far too long, or the subject is missing from a prompt
+            or has spaces around it.
     """
 
     prompt: str
@@ -30,11 +34,11 @@ class FactEdit:
     """What the fact is about, as it stands in the prompt and in each paraphrase, such as ``"Elbonia"``. Where it is
     empty, the fact lies in the last tokens of each wording, and other wordings will not find it."""
     paraphrases: tuple[str, ...] = ()
-    """Other wordings that the answer should follow."""
+    """Other wordings that the answer should follow. Those that repeat the prompt or each other are dropped."""
     old_answer: str | None = None
-    """What the model says now; reports compare the two. It is not used to fit anything."""
+    """What the model says now; the benchmark compares the two."""
     neighbors: tuple[str, ...] = ()
-    """Prompts about other subjects, whose answers should stay as they are; reports count those that change."""
+    """Prompts about other subjects, whose answers should stay as they are; the benchmark counts those that change."""
     forget: bool = False
     """Whether the answer should no longer be given, in place of being given."""
 
@@ -47,8 +51,7 @@ class FactEdit:
         for name in ("prompt", "answer", "subject", "old_answer", *("paraphrases", "neighbors")):
             value = getattr(self, name)
             for text in value if isinstance(value, tuple) else (value,):
-                may_be_empty = name == "subject" or (name == "old_answer" and text is None)
-                if may_be_empty and not text:
+                if (name, text) in (("subject", ""), ("old_answer", None), ("old_answer", "")):
                     continue
                 if not isinstance(text, str) or not text.strip() or len(text) > _LONGEST_TEXT:
                     raise ConfigError(
@@ -57,6 +60,10 @@ class FactEdit:
                     )
         if type(self.forget) is not bool:
             raise ConfigError(f"forget is true or false, not {self.forget!r:.100}")
+        if self.subject != self.subject.strip():
+            raise ConfigError(f"the subject {self.subject!r:.100} begins or ends with a space; leave that out")
+        others = dict.fromkeys(text for text in self.paraphrases if text != self.prompt)
+        object.__setattr__(self, "paraphrases", tuple(others))
         for text in self.wordings:
             if self.subject not in text:
                 raise ConfigError(
@@ -97,10 +104,16 @@ def read_fact_edits(path: str | os.PathLike[str]) -> tuple[FactEdit, ...]:
     """Read a file of facts: JSON Lines, an object with the fields of `FactEdit` in each line.
 
     Raises:
-        DataError: The file cannot be read, holds no fact or too many, or a line is no fact, or contradicts another.
+        DataError: The file is not UTF-8, holds no fact or too many, or a line is no fact, or contradicts another.
+        OSError: The file cannot be read.
     """
     facts: list[FactEdit] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    try:
+        text = read_text(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error!s:.200}); save it as UTF-8") from error
+    # splitlines() would also divide at characters that may stand inside a JSON text, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -54,6 +54,8 @@ class JointEdit:
         shape = tuple(self.rows.shape)
         good = (
             len(shape) == 2
+            and len(self.facts) > 0
+            and self.rows.numel() > 0
             and self.fact.shape == shape[:1]
             and self.penalty.shape == shape
             and self.shifts.dim() == 3

@@ -1,8 +1,9 @@
 """Row patches that belong to a folder of a memory: ``patches/0001.safetensors`` and so on, beside its tables.
 
 They are applied in the order of their names whenever the folder is loaded, over tables of any tier; the tables' files
-are never written to. Each change of the folder is one rename or removal of one file, so a process that is killed leaves
-the patches from before or those after.
+are never written to. Each patch is written, replaced or removed in one step, so a process that is killed leaves it as
+it was or as it should be. Commands that change several patches (``revert --all``, and ``--fact`` with facts of several)
+may then leave some changed and others not.
 """
 
 import os

@@ -157,9 +157,10 @@ class RowPatch:
             reference=None if reference is None else reference_tokens(reference, tokenizer),
             earlier=None if earlier is None else earlier.edit,
             held={} if earlier is None else earlier.tables,
+            known_facts=() if earlier is None else earlier.facts,
             on_progress=on_progress,
         )
-        return cls(memory.spec.digest, tables, title, (*(() if earlier is None else earlier.facts), *fitted), edit)
+        return cls(memory.spec.digest, tables, title, fitted, edit)
 
     def without(self, prompts: Sequence[str]) -> "RowPatch | None":
         """Take facts out of a joint edit: solve again without them. The model is not needed, and nothing is applied.
@@ -247,9 +248,15 @@ class RowPatch:
         return sum(change.num_bytes for change in self.tables.values())
 
     @property
+    def is_as_asked(self) -> tuple[bool, ...]:
+        """Whether each fact is as asked: its target was greedy after the fit or, if it is to be forgotten, was not."""
+        forgotten = {fact.prompt for fact in (() if self.edit is None else self.edit.facts) if fact.forget}
+        return tuple(fact.is_greedy != (fact.prompt in forgotten) for fact in self.facts)
+
+    @property
     def is_learned(self) -> bool:
-        """Whether every fact's target was the greedy continuation at the end of the fit."""
-        return all(fact.is_greedy for fact in self.facts)
+        """Whether every fact is as asked (`is_as_asked`)."""
+        return all(self.is_as_asked)
 
     @cached_property
     def digest(self) -> str:
@@ -381,11 +388,10 @@ class RowPatch:
         """Return title, rows and facts, a line each."""
         lines = [f"{self._name}: {self.num_rows} rows, {self.num_bytes} bytes"]
         for name, change in self.tables.items():
-            numbers = change.rows.tolist()
-            some = ", ".join(map(str, numbers[:6])) + (", …" if len(numbers) > 6 else "")
+            some = ", ".join(map(str, change.rows[:6].tolist())) + (", …" if change.num_rows > 6 else "")
             lines.append(f"  table {name}: {change.num_rows} rows of {change.before.shape[1]} numbers ({some})")
-        for fact in self.facts:
-            answer = "learned" if fact.is_greedy else "not learned"
+        for fact, done in zip(self.facts, self.is_as_asked, strict=True):
+            answer = ("" if done else "not ") + ("learned" if fact.is_greedy == done else "forgotten")
             losses = f"{fact.loss_before:.3f} to {fact.loss_after:.3f} nats per token"
             lines.append(f"  {fact.prompt!r} → {fact.target!r}: {answer}, {losses}")
         return "\n".join(lines)

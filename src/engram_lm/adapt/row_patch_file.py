@@ -116,17 +116,20 @@ def _read_edit(path: Path, text: str | None, header: Mapping[str, StoredTensor])
             tables=tuple(values["tables"]),
             **{part: header[f"{_EDIT}.{part}"].load() for part in _EDIT_PARTS},
         )
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: the edit cannot be read ({error!s:.300}); download it again") from error
 
 
 def _check_edit(path: Path, edit: JointEdit, tables: Mapping[str, RowChange]) -> None:
     """Refuse an edit that uses rows or widths that the patch does not have."""
+    # Before the loop, which takes time for every name: a hostile file could name a great many.
+    if unknown := set(edit.tables) - tables.keys():
+        raise CheckpointError(f"{path}: the edit is of table {min(unknown)!r:.50}, which the patch does not have")
     for name in dict.fromkeys(edit.tables):
         used = edit.uses(name)[2]
         if not len(used):
             continue
-        fits = name in tables and tables[name].before.shape[1] == edit.shifts.shape[2]
+        fits = tables[name].before.shape[1] == edit.shifts.shape[2]
         if not fits or not bool(torch.isin(used, tables[name].rows).all()):
             raise CheckpointError(f"{path}: the edit uses rows of table {name!r:.50} that the patch does not have")
 
@@ -149,7 +152,7 @@ def _read_facts(path: Path, text: str) -> tuple[Fact, ...]:
         if not isinstance(values, list):
             raise ValueError("not a list of facts")
         return tuple(_fact(value) for value in values)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: the facts cannot be read ({error!s:.200}); download it again") from error
 
 

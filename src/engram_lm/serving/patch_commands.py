@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from engram_lm.errors import ConfigError
-from engram_lm.files import read_json, read_text, user_path
+from engram_lm.files import check_new_folder, read_json, read_text, user_path
 from engram_lm.serving.load import ModelFlags, load_model
 
 
@@ -23,7 +23,7 @@ class PatchNew:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the new memory."""
+    """Folder of the new memory; it must be new or empty."""
     layer: int | None = None
     """Decoder layer that reads it, from 0; two fifths of the way up where None."""
     orders: tuple[int, ...] = (2, 3, 4)
@@ -41,6 +41,7 @@ class PatchNew:
 
         from engram_lm.adapt import attach
 
+        check_new_folder(self.out)
         model, tokenizer = load_model(self.model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         layer = layers * 2 // 5 if self.layer is None else self.layer
@@ -112,6 +113,9 @@ class PatchFit(ModelFlags):
         """Fit, write, and say which facts are learned."""
         from engram_lm.adapt import JointFitOptions, RowPatch, read_fact_edits
 
+        out = user_path(self.out).absolute()
+        if out.is_dir() or not next(path for path in out.parents if path.exists()).is_dir():
+            raise ConfigError(f"{self.out} is a folder, or lies in a file; name with --out the file to write")
         facts = read_fact_edits(self.facts)
         names = ("max_steps", "margin", "rounds", "penalty", "reuse_penalty")
         options = JointFitOptions(**{name: getattr(self, name) for name in names})
@@ -135,8 +139,7 @@ class PatchFit(ModelFlags):
             on_progress=tell,
         )
         patch.save(self.out)
-        forgotten = {fact.prompt for fact in facts if fact.forget}
-        done = [fact.is_greedy != (fact.prompt in forgotten) for fact in patch.facts]
+        done = patch.is_as_asked
         if self.json:
             values = [dataclasses.asdict(fact) for fact in patch.facts]
             print(json_module.dumps({"patch": str(self.out), "num_rows": patch.num_rows, "facts": values}))
@@ -174,12 +177,14 @@ class PatchApply:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchRevert:
-    """Take the last patch, or facts, out of a folder again, which is then as if they had never been there."""
+    """Take a patch, or facts, out of a folder again, which is then as if they had never been there."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the memory adapter, or of the model with memory."""
     fact: tuple[str, ...] = ()
     """Prompts of facts: these alone are taken out, by solving again without them."""
+    name: str | None = None
+    """File name of the patch to take out, such as 0002.safetensors; needed where the folder has several."""
     all: bool = False
     """Take out all patches."""
 
@@ -191,8 +196,16 @@ class PatchRevert:
         files = patch_files(user_path(self.folder))
         if not files:
             raise ConfigError(f"no patch belongs to {self.folder}")
+        if bool(self.fact) + (self.name is not None) + self.all > 1:
+            raise ConfigError("--fact, --name and --all exclude each other; give one of them")
         if not self.fact:
-            for path in reversed(files if self.all else files[-1:]):
+            chosen = [path for path in files if self.name in (None, path.name)]
+            if not chosen or (self.name is None and not self.all and len(files) > 1):
+                there = ", ".join(path.name for path in files)
+                raise ConfigError(
+                    f"{self.folder} has the patches {there}; say which with --name, or give --fact or --all"
+                )
+            for path in reversed(chosen):
                 path.unlink()
                 print(f"removed {path}")
             return 0
@@ -244,10 +257,11 @@ class PatchProof(ModelFlags):
         patch = RowPatch.load(self.file)
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         tokens = text_tokens(tokenizer, read_text(self.reference, errors="replace"))
+        # The proof comes first because it checks that the patch belongs to this memory.
+        proof = patch.proof(model, tokens, window_tokens=self.window_tokens, max_windows=self.max_windows)
         reports = []
         if self.fact:
             reports = report_facts(patchable_memory(model), tokenizer, patch, self.fact, reference=tokens)
-        proof = patch.proof(model, tokens, window_tokens=self.window_tokens, max_windows=self.max_windows)
         if self.json:
             values = [dataclasses.asdict(report) for report in reports]
             print(json_module.dumps({"proof": proof.to_dict(), "facts": values}))

@@ -91,12 +91,14 @@ def fit_joint(
     reference: np.ndarray | None = None,
     earlier: JointEdit | None = None,
     held: Mapping[str, RowChange] | None = None,
+    known_facts: Sequence[Fact] = (),
     on_progress: Callable[[JointFitProgress], None] = lambda progress: None,
 ) -> tuple[JointEdit, dict[str, RowChange], tuple[Fact, ...]]:
     """Do the work of `RowPatch.fit_facts`.
 
-    ``earlier`` holds facts that stay, and ``held`` the rows of their patch, which the memory holds before or after.
-    Returned are the facts with what they want of the rows, the rows, and how each fact's prompt is answered.
+    ``earlier`` holds facts that stay, and ``held`` the rows of their patch, which the memory holds before or after,
+    and ``known_facts`` how its prompts were answered. Returned are the facts with what they want of the rows, the rows,
+    and how the prompts of all facts are answered with them, the earlier ones first.
     """
     check_distinct((*(() if earlier is None else earlier.facts), *facts))
     first = 0 if earlier is None else len(earlier.facts)
@@ -144,7 +146,13 @@ def fit_joint(
     changes = changed_rows(edit.solve(), before)
     tables = {name: RowChange(rows, before[name], changes[name]) for name, (rows, _) in edit.solve().items()}
     final = {one.fact: (one, score) for one, score in reversed(list(zip(plain, scores, strict=True)))}
-    learned = []
+    now = {edit.facts[fact].prompt: score for fact, (_, score) in final.items()}
+    learned = [
+        dataclasses.replace(fact, loss_after=now[fact.prompt].loss, is_greedy=now[fact.prompt].lead > 0)
+        if fact.prompt in now
+        else fact
+        for fact in known_facts
+    ]
     for fact, begin_score in zip(range(first, len(edit.facts)), start, strict=True):
         one, score = final[fact]
         learned.append(
