@@ -187,11 +187,13 @@ def test_what_does_not_fit_is_refused_in_words(folder, capsys, tmp_path):
     RowPatch("ab" * 32, other.tables, "other", other.facts, other.edit).save(tmp_path / "other")
     assert main(["patch", "apply", adapter, str(tmp_path / "other")]) == 1
     assert "made for the hash abab" in capsys.readouterr().err
-    tables = {key: RowChange(one.rows, one.before.half(), one.after.half()) for key, one in other.tables.items()}
-    RowPatch(other.spec_digest, tables, "half", other.facts, other.edit).save(tmp_path / "half")
-    assert main(["patch", "apply", adapter, str(tmp_path / "half")]) == 1
-    assert "use the patch with --patch" in " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert not patch_files(folder / "adapter")
+    for name, file in (("adapter", "patch"), ("own", "own-patch")):
+        one = RowPatch.load(folder / file)
+        tables = {key: RowChange(had.rows, had.before.half(), had.after.half()) for key, had in one.tables.items()}
+        RowPatch(one.spec_digest, tables, "half", one.facts, one.edit).save(tmp_path / "half")
+        assert main(["patch", "apply", str(folder / name), str(tmp_path / "half")]) == 1
+        assert "use the patch with --patch" in " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert not patch_files(folder / name)
     model = load(folder)
     hand = RowPatch.from_rows(model, {"0": (other.tables["0"].rows[:1], torch.ones(1, 6))}, title="hand")
     hand.save(tmp_path / "hand")

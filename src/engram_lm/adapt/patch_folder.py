@@ -17,7 +17,7 @@ from engram_lm.adapt.joint_edit import JointEdit
 from engram_lm.adapt.row_change import Fact, RowChange, bits, same_bits
 from engram_lm.adapt.row_patch_file import read_patch, write_patch
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError
-from engram_lm.files import replacing_folder, user_path
+from engram_lm.files import read_json, replacing_folder, user_path
 from engram_lm.hashing import HashSpec
 from engram_lm.model.table_place import TABLES, wanted_tables
 from engram_lm.tables import OverlayTable, ParameterTable, Table, open_table
@@ -119,16 +119,18 @@ def add_patch(
                 f"the patch changes rows that {path} changes too; fit its facts with --earlier {path}, or revert that "
                 "patch first"
             )
+    # A model's numbers are read in the type that its configuration names, an adapter's as they are stored.
+    loaded_as = read_json(folder / "config.json").get("dtype")
     for name, change in tables.items():
         if (stored := _stored_table(folder, name, spec)) is not None:
             try:
                 if stored.dtype == change.before.dtype:
                     _check(folder / PATCHES, name, change, stored)
-                elif (folder / "tables.safetensors").exists():  # an adapter, whose tables are read as they are stored
+                elif str(change.before.dtype) != f"torch.{loaded_as or str(stored.dtype).removeprefix('torch.')}":
                     raise MismatchError(
                         f"the patch changes rows of {change.before.dtype} numbers, and table {name} of {folder} is "
                         f"stored in {stored.dtype}, so the folder could not be loaded with it; use the patch with "
-                        "--patch, or fit it again with the adapter in the type in which it is stored"
+                        "--patch, or fit it again with the memory in the type in which it is stored"
                     )
             finally:
                 stored.close()
