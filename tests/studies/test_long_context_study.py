@@ -112,6 +112,18 @@ def test_both_models_have_as_many_parameters():
         LongContextStudy(long_length=512)
 
 
+def test_no_line_of_a_haystack_is_among_the_lines_of_the_text(tmp_path):
+    study = LongContextStudy(documents=20)
+    study.prepare(tmp_path)
+    text = {
+        line
+        for row in (tmp_path / "text.jsonl").read_text().splitlines()
+        for line in json.loads(row)["text"].split("\n")
+    }
+    asked = study.code()[1]
+    assert len(asked) > 1000 and not text & set(asked)
+
+
 def test_one_command_trains_extends_and_asks(tmp_path, capsys):
     out = tmp_path / "study"
     flags = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]

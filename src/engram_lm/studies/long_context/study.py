@@ -203,11 +203,17 @@ class LongContextStudy(StudyCommand):
         """Write the text."""
         find_device(self.device)
         if not (out / _TEXT).is_file():
-            options = self.notes
-            lines = code_lines(_UNSEEN + options.num_documents * options.lines_per_document)
-            documents = make_documents(options, lines[_UNSEEN:])
+            documents = make_documents(self.notes, self.code()[0])
             lines_of_json = (json_module.dumps({"text": document}) + "\n" for document in documents)
             write_atomically(out / _TEXT, "".join(lines_of_json))
+
+    def code(self) -> tuple[list[str], list[str]]:
+        """Lines of code for the text, and lines for the haystacks, of which none is among those for the text."""
+        # Files are chosen by how much is asked for, so both parts are taken of the same lines.
+        lines = code_lines(_UNSEEN + self.notes.num_documents * self.notes.lines_per_document)
+        trained = lines[_UNSEEN:]
+        known = set(trained)
+        return trained, [line for line in lines[:_UNSEEN] if line not in known]
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Find where the losses are equal, train the stages, and ask for notes before and after."""
@@ -217,7 +223,7 @@ class LongContextStudy(StudyCommand):
             raise DataError(failed[0] if failed else "no seed was trained to its end")
         equal = {arms[MOE].seed: self._equal_loss(arms, runner.out) for arms in whole}
         extended = self._extend(list(equal), runner)
-        lines, found = code_lines(_UNSEEN), list[dict[str, Any]]()
+        lines, found = self.code()[1], list[dict[str, Any]]()
         for arms in whole:
             seed = arms[MOE].seed
             runner.progress.note(f"seed {seed}: asking {2 + len(extended[seed])} models for notes")
