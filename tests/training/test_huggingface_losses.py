@@ -53,7 +53,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(parts, tmp_path):
     watch = Gradients()
     # One step of the whole data, in one or two parts, without clipping.
     changes = {"max_steps": 1, "per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
-    own = RetentionTraining(tokens=GENERAL, weight=0.7, per_device_batch_size=4 // parts, length=9)
+    own = RetentionTraining(tokens=GENERAL, weight=0.7, per_device_batch_size=4 // parts, length=9, beginning=(1,))
     trainer = trainer_of(
         adapted(), tmp_path, data, {**changes, "max_grad_norm": 0.0, "logging_steps": 1, "logging_strategy": "steps"},
         retention=own, dependence=DEPENDENCE,
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_step_is_that_of_all_its_losses(parts, tmp_path):
     with torch.no_grad(), memory_off(model, attached_adapters(model).values()):
         off = mean_of_sequences(model(input_ids=ids).logits, targets)
     missing = missing_gain(off, mean_of_sequences(model(input_ids=ids).logits, targets), 0.2)
-    kept = RetentionLoss(model)(Batches(GENERAL, 4, 9, 0)[0][0])
+    kept = RetentionLoss(model)(Batches(GENERAL, 4, 9, 0, beginning=(1,))[0][0])
     (model(input_ids=ids, labels=labels).loss + 0.7 * kept + 0.4 * missing).backward()
     theirs = {name: value.grad.to_dense() for name, value in model.named_parameters() if value.grad is not None}
     (ours,) = watch.found
@@ -109,6 +109,20 @@ def test_rows_that_were_not_chosen_keep_their_bits(gradient, tmp_path):
     if gradient == "dense":
         with pytest.raises(ConfigError, match="weight decay of tables"):
             trainer_of(model, tmp_path, tables=TableTraining(weight_decay=0.1), writing=rows).train()
+
+
+def test_training_that_was_stopped_inside_a_batch_can_be_done_again(tmp_path):
+    class Stops(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    changes = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = trainer_of(adapted(), tmp_path, dataset(4), changes, retention=RETENTION)
+    trainer.add_callback(Stops)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Stops)
+    assert trainer.train().global_step == 1
 
 
 def test_weights_of_0_change_nothing(tmp_path):

@@ -192,6 +192,7 @@ class MemoryTrainerMixin(_Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer, once, and prepare the tables for several processes."""
         opt_model: nn.Module = self.model if model is None else model
+        self._other_losses.begin()  # each time a trainer begins to train, it asks for its optimizer
         stop_at_first_trained(opt_model, self.args)  # the trainer has switched checkpointing on before
         if (adapters := _trained(opt_model)) or sparse_tables(opt_model):
             self._refuse_other_strategies()

@@ -33,6 +33,8 @@ class RetentionTraining:
     """Tokens in such a sequence, at least 1."""
     seed: int = 0
     """Decides their order."""
+    beginning: tuple[int, ...] = ()
+    """Tokens that begin each sequence: `engram_lm.tokenizing.beginning_tokens` of the tokenizer."""
 
     def __post_init__(self) -> None:
         RetentionOptions(weight=self.weight, batch_size=self.per_device_batch_size)  # refuses what cannot be
@@ -75,6 +77,7 @@ class OtherLosses:
                 self._retention.per_device_batch_size * args.world_size * args.gradient_accumulation_steps,
                 self._retention.length,
                 self._retention.seed,
+                beginning=self._retention.beginning,
             )
 
     @property
@@ -86,6 +89,10 @@ class OtherLosses:
     def needs_outputs(self) -> bool:
         """Whether `add` needs the outputs of the model."""
         return self._dependence is not None
+
+    def begin(self) -> None:
+        """Forget the parts of a batch that an earlier training was stopped in, and what it would still have logged."""
+        self._part, self._sums = 0, {}
 
     def add(self, loss: Tensor, outputs: Any, model: Any, inputs: Mapping[str, Any], *, num_items: Any) -> Tensor:
         """Add the losses of one batch of one process, weighed, to the trainer's own.
