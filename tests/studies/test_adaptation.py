@@ -16,7 +16,8 @@ from engram_lm import MemoryAdapter
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, DataError, MismatchError, RunFolderError
 from engram_lm.studies.adaptation.bench import Bench
-from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions
+from engram_lm.studies.adaptation.diagnostics import measure_tasks
+from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmOptions, TaskOptions
 from engram_lm.studies.adaptation.run import Adaptation
 from engram_lm.training.held_out import held_out_loss
 from engram_lm.training.job import Job
@@ -274,6 +275,20 @@ def test_several_old_texts_and_benchmarks_are_measured_before_and_after(material
         assert found["tasks"]["cats"]["value"] == 0.5 and found["tasks"]["cats"]["right"] in ("0101", "1010")
     assert run["texts"]["old.txt"] != before["texts"]["old.txt"] and run["gates"] is None
     assert result["data"]["retained"] == "old.txt, older.txt"
+
+
+def test_a_group_counts_as_its_own_score_or_else_as_its_tasks(material):
+    pytest.importorskip("lm_eval")
+    (material / "tasks" / "animals.yaml").write_text(
+        "group: animals\ntask: [cats]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    (material / "tasks" / "pets.yaml").write_text("group: pets\ntask: [cats]\n")
+    (material / "tasks" / "all.yaml").write_text("group: all_of_them\ntask: [animals]\n")
+    model = small_model("llama")
+    for name, counted in {"animals": "animals", "pets": "cats", "all_of_them": "animals"}.items():
+        found = measure_tasks(model, TOKENIZER, TaskOptions(names=(name,), limit=2, data=material))
+        assert list(found) == [counted]
+        assert found[counted]["value"] == 0.5 and found[counted]["higher_is_better"] is True
 
 
 def test_a_rate_that_is_far_too_high_loses_and_ends_nothing(material, table, tmp_path):

@@ -81,8 +81,15 @@ def test_features_are_added_to_the_arms_that_name_them():
     assert recipe.rates.of("lora+retention") == (1e-3, 1e-4)
     with pytest.raises(ConfigError, match="there is no arm 'memry'; did you mean 'memory'"):
         ArmOptions(names=("memry",))
-    with pytest.raises(ConfigError, match="'lora' cannot have 'occupancy'"):
-        ArmOptions(names=("lora+occupancy",))
+    for feature, arms in {
+        "occupancy": ("lora", "full", "embeddings", "random_table"),
+        "sparse": ("lora", "full", "embeddings", "random_table", "one_row"),
+        "retention": ("full", "embeddings"),
+    }.items():
+        for arm in arms:
+            with pytest.raises(ConfigError, match=f"'{arm}' cannot have '{feature}': it "):
+                ArmOptions(names=(f"{arm}+{feature}",))
+    ArmOptions(names=("random_table+retention", "one_row+occupancy", "permuted_hash+sparse"))
     with pytest.raises(ConfigError, match="at most once behind a plus"):
         ArmOptions(names=("memory+sparse+sparse",))
 

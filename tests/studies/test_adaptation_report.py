@@ -7,6 +7,7 @@ import pytest
 import rich.console
 from tests.page_reading import HOSTILE, Page, contrast, hostile
 
+from engram_lm.studies.adaptation.command import _last_words
 from engram_lm.studies.adaptation.figures import trade_points
 from engram_lm.studies.adaptation.finding import (
     COLUMNS,
@@ -16,6 +17,7 @@ from engram_lm.studies.adaptation.finding import (
     kept_columns,
     kept_rows,
     markdown_table,
+    share_kept,
     terminal_table,
 )
 from engram_lm.studies.adaptation.report import render_report
@@ -171,6 +173,29 @@ def test_the_trade_shows_every_seed_and_every_rate():
         "piqa": "58.5",
         "arc": "40.0",
     }
+
+
+def test_a_perplexity_is_neither_a_percentage_nor_a_share_that_is_kept():
+    result = make_result(arms=("memory",))
+    (before, *after) = (result["before"], *result["arms"]["memory"]["runs"])
+    kept = [share_kept(result, run) for run in after]
+    for entry, value in ((before, 20.0), *((run, 24.0) for run in after)):
+        entry["tasks"]["pages"] = {**scored(value), "measure": "word_perplexity", "higher_is_better": False}
+    assert [share_kept(result, run) for run in after] == kept and share_kept(result, after[0], "pages") is None
+    base, memory = kept_rows(result)
+    assert base[-1] == "20.0 ± 0.02" and memory[-1] == "24.0" and memory[-2] == "40.0"
+    for entry in (before, *after):
+        entry["tasks"] = {"pages": entry["tasks"]["pages"]}
+    assert {row[COLUMNS.index("Benchmarks kept")] for row in arm_rows(result)} == {"–"}
+
+
+@pytest.mark.parametrize("name", ["memory", "memory_lora", "memory_lora+retention"])
+def test_the_matrices_that_belong_to_an_adapter_are_named(name, tmp_path):
+    result = make_result(arms=("memory_lora" if "lora" in name else "memory", "lora"))
+    result["arms"] = {name: next(iter(result["arms"].values())), "lora": result["arms"]["lora"]}
+    (tmp_path / "adapter").mkdir()
+    said = "The LoRA that was trained with it lies under"
+    assert (said in render_report(result)) is (said in _last_words({**result, "out": str(tmp_path)})) is ("_" in name)
 
 
 def test_page_asks_nothing_of_the_network_and_runs_no_script():

@@ -82,6 +82,8 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
 
 
 def _last_words(result: dict[str, Any]) -> str:
+    from engram_lm.studies.adaptation.finding import adapter_arm
+
     out = result["out"]
     if result["interrupted"]:
         return (
@@ -90,4 +92,6 @@ def _last_words(result: dict[str, Any]) -> str:
     words = f"{result['seconds'] / 60:.1f} minutes\n  look: {out}/report.html"
     if (Path(out) / "adapter").is_dir():
         words += f"\n  load: MemoryAdapter.from_pretrained(model, {out + '/adapter'!r})"
+        if (adapter_arm(result) or "").partition("+")[0] == "memory_lora":
+            words += f"\n  The LoRA that was trained with it lies under {out}/runs, as peft writes it; load both."
     return words

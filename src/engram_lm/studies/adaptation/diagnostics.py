@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engram_lm.adapt import MemoryAdapter
 from engram_lm.adapt.controls import shuffled_rows
-from engram_lm.evaluation import run_tasks
+from engram_lm.evaluation import BenchmarkResults, run_tasks
 from engram_lm.hashing.collisions import row_collisions
 from engram_lm.memory.gate_recorder import record_gates
 from engram_lm.page.number_text import mean_of
@@ -92,9 +92,10 @@ def retained_losses(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def measure_tasks(model: Any, tokenizer: Any, options: TaskOptions) -> dict[str, dict[str, Any]] | None:
     """Let a model answer the benchmarks of a recipe; None where it names none.
 
-    By task: ``measure`` (accuracy by the answers' lengths where the task has it), its ``value`` and ``stderr``, and
-    ``right``, a digit for each question: 1 where it was answered rightly, so that two models can be compared question
-    by question; None where the measure is no such yes or no.
+    By task: ``measure`` (accuracy by the answers' lengths where the task has it), its ``value`` and ``stderr``,
+    ``higher_is_better`` (None where the task does not say), and ``right``, a digit for each question: 1 where it was
+    answered rightly, so that two models can be compared question by question; None where the measure is no such yes or
+    no.
     """
     if not options.names:
         return None
@@ -102,7 +103,8 @@ def measure_tasks(model: Any, tokenizer: Any, options: TaskOptions) -> dict[str,
         model, tokenizer, options.names, limit=options.limit, num_fewshot=options.few_shot, task_data=options.data
     )
     found = {}
-    for name, task in results.tasks.items():
+    for name in _benchmarks(results):
+        task = results.tasks[name]
         measure = next(one for one in ("acc_norm", "acc", *task.scores) if one in task.scores)
         score = task.scores[measure]
         answers = [sample.get(measure) for sample in results.raw.get("samples", {}).get(name, ())]
@@ -111,9 +113,24 @@ def measure_tasks(model: Any, tokenizer: Any, options: TaskOptions) -> dict[str,
             "measure": measure,
             "value": score.value,
             "stderr": score.standard_error,
+            "higher_is_better": score.higher_is_better,
             "right": "".join(str(int(answer)) for answer in answers) if yes_or_no else None,
         }
     return found
+
+
+def _benchmarks(results: BenchmarkResults) -> list[str]:
+    """The tasks that were asked for: a group that has a score counts once, one that has none is each of its tasks."""
+    parts: Mapping[str, Sequence[str]] = results.raw.get("group_subtasks", {})
+    inner = {name for group in parts.values() for name in group}
+    counted, open_names = set[str](), {*results.tasks, *parts} - inner
+    while open_names:
+        name = open_names.pop()
+        if name in results.tasks and results.tasks[name].scores:
+            counted.add(name)
+        else:
+            open_names |= set(parts.get(name, ()))
+    return [name for name in results.tasks if name in counted]
 
 
 def loss_values(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

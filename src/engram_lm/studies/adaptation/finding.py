@@ -139,14 +139,15 @@ def change_on_old_text(result: Mapping[str, Any], entry: Mapping[str, Any], name
 def share_kept(result: Mapping[str, Any], entry: Mapping[str, Any], name: str | None = None) -> float | None:
     """What share of the base's benchmark scores a run has kept: the mean over benchmarks, or of one; None if unknown.
 
-    Above 1 the model answers better than the base did.
+    Above 1 the model answers better than the base did. Benchmarks where a lower score is better, such as perplexities,
+    have no such share and are left out.
     """
     before = (result.get("before") or {}).get("tasks") or {}
     after = entry.get("tasks") or {}
     shares = [
         after[task]["value"] / before[task]["value"]
         for task in before
-        if name in (None, task) and task in after and before[task]["value"]
+        if name in (None, task) and task in after and before[task]["value"] and _is_share(before[task])
     ]
     return mean_of(shares)
 
@@ -162,17 +163,16 @@ def kept_rows(result: Mapping[str, Any]) -> list[list[str]]:
     before = result.get("before") or {}
     texts, tasks = before.get("texts") or {}, before.get("tasks") or {}
     scores = [
-        f"{number_text(_hundred(task.get('value')), 1)} ± {number_text(_hundred(task.get('stderr')), 1)}"
-        for task in tasks.values()
+        f"{_score_text(task, task.get('value'))} ± {_score_text(task, task.get('stderr'))}" for task in tasks.values()
     ]
     rows = [["Base, untouched", *(number_text(finite_loss(text), 3) for text in texts.values()), *scores]]
     for name, arm in (result.get("arms") or {}).items():
         runs = arm_runs(arm)
         changes = [[change_on_old_text(result, run, text) for run in runs] for text in texts]
         cells = [_values_text(_known(change), signed=True) for change in changes]
-        for task in tasks:
+        for task, before_it in tasks.items():
             found = [(run.get("tasks") or {}).get(task) or {} for run in runs]
-            cells.append(number_text(_hundred(mean_of(one.get("value") for one in found)), 1))
+            cells.append(_score_text(before_it, mean_of(one.get("value") for one in found)))
         rows.append([arm_title(arm, name), *cells])
     return rows
 
@@ -181,8 +181,16 @@ def _known(values: Sequence[float | None]) -> dict[int, float]:
     return {place: value for place, value in enumerate(values) if value is not None}
 
 
-def _hundred(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def _is_share(task: Mapping[str, Any]) -> bool:
+    """Whether a benchmark's score is a share of what can be had; results that do not say hold accuracies alone."""
+    return task.get("higher_is_better") is not False
+
+
+def _score_text(task: Mapping[str, Any], value: float | None) -> str:
+    """Write a benchmark's score in percent, or as it is where a lower one is better."""
+    if value is None or not _is_share(task):
+        return number_text(value)
+    return number_text(100 * value, 1)
 
 
 def judged_arm(result: Mapping[str, Any]) -> str:
@@ -190,6 +198,12 @@ def judged_arm(result: Mapping[str, Any]) -> str:
     arms = result.get("arms") or {}
     trained = [name for name in arms if name.partition("+")[0] == "memory" and arm_runs(arms[name])]
     return "memory" if "memory" in trained or not trained else trained[0]
+
+
+def adapter_arm(result: Mapping[str, Any]) -> str | None:
+    """Name the arm whose memory of the first seed is the run's ``adapter`` folder; None where no arm has one."""
+    arms, useful = result.get("arms") or {}, ("memory", "memory_lora", "transfer")
+    return next((name for name in arms if name.partition("+")[0] in useful and losses(arms[name])), None)
 
 
 def headline(result: Mapping[str, Any]) -> Headline:
@@ -314,7 +328,8 @@ def arm_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Describe the base and every arm: a cell for each of `COLUMNS`, means over seeds with their standard deviation."""
     unchanged = NOTHING if loss_before(result, "retained") is None else "0.000"
     base = number_text(loss_before(result, "domain"), 3)
-    scored = "100 %" if (result.get("before") or {}).get("tasks") else NOTHING
+    known = share_kept(result, result.get("before") or {})
+    scored = NOTHING if known is None else "100 %"
     rows = [["Base, untouched", base, unchanged, scored, NOTHING, NOTHING, "0", "0", "0", "0"]]
     for name, arm in (result.get("arms") or {}).items():
         runs, found = arm_runs(arm), losses(arm)

@@ -31,6 +31,18 @@ ARM_NAMES = (
 )
 """Ways to adapt a model; `engram_lm.studies.adaptation.arms` says what each is."""
 FEATURES = ("occupancy", "sparse", "retention")
+_WITHOUT = {
+    "occupancy": ("lora", "full", "embeddings", "random_table"),
+    "sparse": ("lora", "full", "embeddings", "random_table", "one_row"),
+    "retention": ("full", "embeddings"),
+}
+"""Arms that cannot have a feature."""
+_WHY = {
+    "occupancy": "it has no rows that training writes",
+    "sparse": "it trains no rows that can be told apart by the texts that read them",
+    "retention": "it has no base beside it that it could be held to",
+}
+"""What they lack."""
 """What can be added to some of them, also there."""
 
 _CONTROLS: tuple[ArmName, ...] = ("random_table", "permuted_hash", "lora")
@@ -236,12 +248,11 @@ class ArmOptions:
             plain, *features = name.split("+")
             if plain not in ARM_NAMES:
                 raise ConfigError(f"there is no arm {name!r}; {suggestion(plain, ARM_NAMES)}")
-            memory = plain not in ("lora", "full")
             for feature in features:
                 if feature not in FEATURES or features.count(feature) > 1:
                     raise ConfigError(f"the arm {name!r} has each of {', '.join(FEATURES)} at most once behind a plus")
-                if not (memory or (feature == "retention" and plain == "lora")):
-                    raise ConfigError(f"the arm {plain!r} cannot have {feature!r}")
+                if plain in _WITHOUT[feature]:
+                    raise ConfigError(f"the arm {plain!r} cannot have {feature!r}: {_WHY[feature]}")
 
     def with_controls(self) -> Self:
         """Add the controls."""
@@ -293,8 +304,8 @@ class AdaptationRecipe(RecipeFile):
     writing: WritingOptions = dataclasses.field(default_factory=WritingOptions)
     """Which rows are trained, in every arm whose rows are."""
     retention: RetentionOptions = dataclasses.field(default_factory=RetentionOptions)
-    """How strongly the model is held to what it says of ``data.general``, in every arm but ``full``, which has no base
-    beside it."""
+    """How strongly the model is held to what it says of ``data.general``, in every arm but ``full`` and
+    ``embeddings``, which have no base beside them to be held to."""
     dependence: DependenceOptions = dataclasses.field(default_factory=DependenceOptions)
     """How strongly the model is made to depend on its memory, in every arm with memory."""
     tasks: TaskOptions = dataclasses.field(default_factory=TaskOptions)

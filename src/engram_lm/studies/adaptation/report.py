@@ -12,6 +12,7 @@ from engram_lm.studies.adaptation.figures import curve_figures, trade_figures
 from engram_lm.studies.adaptation.finding import (
     COLUMNS,
     RUN_COLUMNS,
+    adapter_arm,
     arm_rows,
     arm_runs,
     arm_title,
@@ -32,7 +33,6 @@ _ARM_COLORS = (
     *("memory", "lora", "memory_lora", "full", "random_table", "permuted_hash", "transfer"),
     *("memory-occupancy", "memory-sparse", "memory-retention", "lora-retention"),
 )
-_USEFUL = ("memory", "memory_lora", "transfer")
 _KEY_COLUMNS = {"Domain loss", "Change on old text"}
 
 _CONTROLS = {
@@ -155,7 +155,8 @@ def _forgetting(result: Mapping[str, Any]) -> str:
             figures += table(kept_columns(result), kept_rows(result), label="What was kept, a wide table", kind="arms")
             figures += (
                 '<p class="note">Change of the loss on each old text, in nats per token, and score on each benchmark '
-                "in percent; of the base, its loss and its scores with their standard errors.</p>"
+                "in percent, or as it is where a lower one is better; of the base, its loss and its scores with their "
+                "standard errors.</p>"
             )
     else:
         figures = (
@@ -301,8 +302,8 @@ def _bits(result: Mapping[str, Any]) -> str:
 
 def _use(result: Mapping[str, Any]) -> str:
     # The folder is written at the end of a whole run, of the first arm that is no control.
-    useful = [name for name, arm in _arms_of(result).items() if name.partition("+")[0] in _USEFUL and losses(arm)]
-    if not useful or result.get("interrupted"):
+    useful = adapter_arm(result)
+    if useful is None or result.get("interrupted"):
         return ""
     recipe = (result.get("recipe") or {}).get("base") or {}
     # JSON and Python write strings alike; the list of layers is only named where structure did not tell.
@@ -317,7 +318,7 @@ def _use(result: Mapping[str, Any]) -> str:
     )
     lora = (
         "The LoRA that was trained with it lies under <code>runs/</code>, as peft writes it; load both. "
-        if useful[0] == "memory_lora"
+        if useful.partition("+")[0] == "memory_lora"
         else ""
     )
     return section(
