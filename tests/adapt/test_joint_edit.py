@@ -153,6 +153,17 @@ def test_later_facts_are_added_to_earlier_ones_whether_these_are_applied_or_not(
         RowPatch.fit_facts(model, TOKENIZER, [CAT], FAST, earlier=both)
 
 
+def test_a_patch_says_how_its_earlier_facts_are_answered_now():
+    model = trained_model()
+    first = RowPatch.fit_facts(model, TOKENIZER, [CAT], FAST)
+    same_subject = FactEdit(prompt="see the cat", answer=" ran", subject="the cat")
+    both = RowPatch.fit_facts(model, TOKENIZER, [same_subject], FAST, earlier=first)
+    both.apply(model)
+    now = score_wordings(patchable_memory(model), read_wordings(TOKENIZER, [dataclasses.replace(CAT, paraphrases=())]))
+    assert both.facts[0].loss_after == pytest.approx(now[0].loss, abs=1e-4)
+    assert abs(both.facts[0].loss_after - first.facts[0].loss_after) > 1e-3
+
+
 def test_an_answer_that_should_be_forgotten_is_no_longer_given():
     model = trained_model()
     known = FactEdit(prompt=CAT.prompt, answer=greedy(model, CAT.prompt, 1), subject="the cat", forget=True)
