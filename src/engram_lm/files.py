@@ -5,11 +5,12 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,15 @@ def parse_json(
     if not isinstance(values, dict):
         raise error(f"{where} holds a JSON {type(values).__name__}, not an object{end}")
     return values
+
+
+def only_finite(value: Any) -> Any:
+    """Replace numbers that JSON lacks, NaN and infinity, by None; also inside of mappings, lists and tuples."""
+    if isinstance(value, Mapping):
+        return {key: only_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush(path: Path) -> None:

@@ -23,7 +23,7 @@ def resolve_layers(layers: Any, num_layers: int) -> tuple[int, ...]:
         The numbers, in the order in which they were given.
 
     Raises:
-        ConfigError: An unknown word, a number that is no layer of the model, or the same layer twice.
+        ConfigError: A word is unknown, the model has no layer of a number, or a layer is named twice.
 
     Source: paper, Table 5 (layers 2 and 15 of 30, counted from 1).
     """

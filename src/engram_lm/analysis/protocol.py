@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -10,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from engram_lm.analysis.subject import Subject
+from engram_lm.files import only_finite
 
 
 class PlainResult:
@@ -36,7 +36,7 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return only_finite(value)
 
 
 # Dimension key: B windows at a time, L length, S streams, D hidden, V vocabulary, H heads of all orders, O orders.

@@ -18,7 +18,7 @@ from engram_lm.errors import ConfigError, DataError, MissingExtraError, check_wh
 from engram_lm.evaluation.ruler.harness import build_task, check_length, describe, is_ruler
 from engram_lm.evaluation.ruler.tasks import RulerData
 from engram_lm.evaluation.tasks import read_tasks
-from engram_lm.files import user_path
+from engram_lm.files import only_finite, user_path
 
 _SOURCE = "engram_lm"
 
@@ -85,7 +85,7 @@ class BenchmarkResults:
                 "num_questions": result.num_questions,
                 "num_few_shot": result.num_few_shot,
                 **{
-                    measure: {"value": _finite(score.value), "standard_error": _finite(score.standard_error)}
+                    measure: only_finite({"value": score.value, "standard_error": score.standard_error})
                     for measure, score in result.scores.items()
                 },
             }
@@ -122,7 +122,7 @@ def run_tasks(
         names: Names of tasks, groups and tags; patterns of names, such as ``arc_*``; paths of YAML files or of task
             files (``.jsonl``, see `engram_lm.evaluation.tasks`); tasks; or tuples of `TaskItem`. Names that begin with
             ``ruler`` are this library's own and may end with a length: ``ruler_vt_8192``.
-        limit: Ask the first so many questions of each task; all where None.
+        limit: Ask no more than this many questions of each task, from its beginning; all where None.
         num_fewshot: Examples before each question; what each task says where None. Tasks that say 0 keep to it.
         task_data: A folder from which alone data sets are read, and whose YAML files in ``tasks`` are tasks too (see
             `engram_lm.evaluation.task_data`); the Hugging Face Hub, or its cache, where None.
@@ -346,7 +346,3 @@ def _task_results(raw: Mapping[str, Any]) -> Mapping[str, TaskResult]:
             is_group=name in groups,
         )
     return MappingProxyType(results)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -65,7 +65,7 @@ class Eval(ModelFlags):
     """Folder from which alone the data sets of tasks are read, for machines without a network; YAML files in its folder
     tasks are tasks too."""
     limit: int | None = None
-    """Ask the first so many questions of each task."""
+    """Ask no more than this many questions of each task, from its beginning."""
     few_shot: int | None = None
     """Examples before each question; by default what each task says."""
     chat_template: bool = False

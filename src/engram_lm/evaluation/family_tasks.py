@@ -119,6 +119,7 @@ def family_tasks(items: Sequence[TaskItem], encode: Encode, max_length: int) -> 
 
 
 def _doc(item: TaskItem, encode: Encode, max_length: int) -> dict[str, Any]:
+    num_tokens = 0
     for answer in item.choices or (item.answer,):
         try:
             context, scored = encode(item.prompt, answer)
@@ -130,13 +131,14 @@ def _doc(item: TaskItem, encode: Encode, max_length: int) -> dict[str, Any]:
                 f"the question {item.id!r:.80} has {length} tokens with its answer, the model sees {max_length}; "
                 "shorten its prompt"
             )
-    _, scored = encode(item.prompt, item.answer)
+        if answer == item.answer:
+            num_tokens = len(scored)
     return {
         "id": item.id,
         "prompt": item.prompt,
         "answer": item.answer,
         "choices": list(item.choices),
-        "num_tokens": len(scored),
+        "num_tokens": num_tokens,
     }
 
 

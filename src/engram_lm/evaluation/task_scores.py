@@ -1,13 +1,13 @@
 """How a model answers the questions of task files, by family: for analyses and studies, which ask again and again."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engram_lm.errors import DataError
 from engram_lm.evaluation.benchmarks import run_tasks
 from engram_lm.evaluation.tasks import TaskItem
+from engram_lm.files import only_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,8 @@ class FamilyScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; None stands for values that are not a number."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        values: dict[str, Any] = only_finite(dataclasses.asdict(self))
+        return values
 
 
 def score_tasks(

@@ -3,14 +3,13 @@
 import contextlib
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import MissingExtraError, RunFolderError
-from engram_lm.files import read_text, replacing
+from engram_lm.files import only_finite, read_text, replacing
 
 
 class Metrics:
@@ -126,16 +125,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(values), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON lacks, such as NaN, by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(only_finite(values), allow_nan=False) + "\n"
 
 
 def _numbers(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from engram_lm.evaluation.ruler.sample import Draft
-from engram_lm.evaluation.ruler.words import ADJECTIVES, NOUNS
+from engram_lm.evaluation.ruler.words import ADJECTIVES, NOUNS, draw_different
 
 _NUM_COMMON = 10
 _SHORT_LENGTH = 4096
@@ -51,15 +51,14 @@ def common_words(chance: random.Random, length: int) -> Draft:
 
 
 def _word_pool(chance: random.Random, length: int) -> list[str]:
-    """Draw more different words than a list of so many tokens can have.
+    """Draw more different words than a list of ``length`` tokens can have.
 
     Beyond the words that there are, two nouns are written as one word: a list of 131,072 tokens has some 7,000.
     """
-    words = dict.fromkeys([*NOUNS, *ADJECTIVES])
-    number = len(words) if length < _SHORT_LIST else len(words) + min(length // 6, _MOST_COINED)
-    while len(words) < number:
-        words[chance.choice(NOUNS) + chance.choice(NOUNS)] = None
-    return chance.sample(list(words), len(words))
+    known = dict.fromkeys([*NOUNS, *ADJECTIVES])
+    number = len(known) if length < _SHORT_LIST else len(known) + min(length // 6, _MOST_COINED)
+    words = draw_different(number, lambda: chance.choice(NOUNS) + chance.choice(NOUNS), known)
+    return chance.sample(words, len(words))
 
 
 _PREFIX = "Answer: The top 10 words that appear most often in the list are:"
@@ -88,9 +87,8 @@ def frequent_words(chance: random.Random, length: int) -> Draft:
     The most frequent of all is a row of dots, which the question says to ignore. There are as many different words as
     a fiftieth of ``length``, at least 10.
     """
-    number, words = max(10, length // 50), dict[str, None]()
-    while len(words) < number:
-        words["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=_CODED_LETTERS))] = None
+    number = max(10, length // 50)
+    words = draw_different(number, lambda: "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=_CODED_LETTERS)))
     ranked, shuffling = ["...", *words][:number], chance.getrandbits(64)
 
     def write(size: int) -> str:

@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from engram_lm.evaluation.ruler.essay import Essay
 from engram_lm.evaluation.ruler.sample import Draft
-from engram_lm.evaluation.ruler.words import ADJECTIVES, NOUNS
+from engram_lm.evaluation.ruler.words import ADJECTIVES, NOUNS, draw_different
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _DEPTHS = 40
@@ -39,8 +39,8 @@ class Needles:
 
     def draft(self, chance: random.Random, essay: Essay) -> Draft:
         """Draw keys, values and places, and let the haystack around them have any size."""
-        keys = _different(self.num_keys, lambda: _draw(self.keys, chance))
-        values = _different(self.num_keys * self.num_values, lambda: _draw(self.values, chance))
+        keys = draw_different(self.num_keys, lambda: _draw(self.keys, chance))
+        values = draw_different(self.num_keys * self.num_values, lambda: _draw(self.values, chance))
         owners = [key for key in keys for _ in range(self.num_values)]
         needles = [self._sentence(key, value) for key, value in zip(owners, values, strict=True)]
         chance.shuffle(needles)
@@ -112,9 +112,9 @@ def variable_tracking(chance: random.Random, length: int) -> Draft:
     A short example with other variables and its answer comes first, as published; where ``length`` is below 4,096
     tokens, it has less haystack.
     """
-    example_names = _different(_CHAIN_HOPS + 1, lambda: _letters(3, chance))
-    names = _different(_CHAIN_HOPS + 1, lambda: _letters(5, chance))
-    values = _different(2, lambda: str(chance.randrange(10_000, 100_000)))
+    example_names = draw_different(_CHAIN_HOPS + 1, lambda: _letters(3, chance))
+    names = draw_different(_CHAIN_HOPS + 1, lambda: _letters(5, chance))
+    values = draw_different(2, lambda: str(chance.randrange(10_000, 100_000)))
     example_places, places = (sorted(chance.random() for _ in names) for _ in range(2))
     size = 15 if length >= 4096 else 3
     example = _chain(example_names, values[0], example_places, size)
@@ -152,14 +152,6 @@ def _insert(hay: Sequence[str], needles: Sequence[str], places: Sequence[float])
         result += [*hay[used:stop], needle]
         used = stop
     return [*result, *hay[used:]]
-
-
-def _different(number: int, draw: Callable[[], str]) -> list[str]:
-    """Draw until there are so many different ones."""
-    found: dict[str, None] = {}
-    while len(found) < number:
-        found[draw()] = None
-    return list(found)
 
 
 def _draw(kind: Kind, chance: random.Random) -> str:

@@ -1,5 +1,7 @@
 """The words that needles and word lists are made of, written for this project: the same on every machine."""
 
+from collections.abc import Callable, Iterable
+
 _ADJECTIVES = """
 able amber ample ancient arctic average awake bare bold brave brief bright brisk broad bronze busy calm careful cheap
 clever close cold common cool cosmic crisp curious daily damp dark deep dense direct distant double dry dusty early
@@ -43,3 +45,11 @@ ADJECTIVES = tuple(_ADJECTIVES.split())
 """Words that a key begins with."""
 NOUNS = tuple(_NOUNS.split())
 """Words that a key ends with."""
+
+
+def draw_different(number: int, draw: Callable[[], str], beginning: Iterable[str] = ()) -> list[str]:
+    """Draw strings until ``number`` of them differ, those of ``beginning`` included, which come first."""
+    found = dict.fromkeys(beginning)
+    while len(found) < number:
+        found[draw()] = None
+    return list(found)
