@@ -16,6 +16,7 @@ from typing import Any
 
 from engram_lm.errors import EngramError, suggestion
 from engram_lm.files import user_path
+from engram_lm.studies.registry import STUDIES
 from engram_lm.threads import settle_threads
 
 _TABLE_VERBS = {
@@ -40,12 +41,6 @@ _BENCHES = {
     "serve": ("engram_lm.serving.bench.serve:ServeBench", "tokens per second of vLLM with tables in every place"),
 }
 
-_STUDIES = {
-    "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
-    "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
-    "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
-}
-
 VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "quickstart": ("engram_lm.studies.quickstart.run:Quickstart", "train with memory and without, compare, report"),
     "train": ("engram_lm.training.command:Train", "train a model by a recipe, on one process or on many"),
@@ -65,7 +60,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
     "doctor": ("engram_lm.doctor.command:Doctor", "what a bug report needs: versions, machine, tiers that work here"),
     "bench": (_BENCHES, "what memory costs an engine that serves"),
-    "study": (_STUDIES, "ask one of the paper's questions of small models, by one command"),
+    "study": (STUDIES, "ask one of the paper's questions of small models, by one command"),
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""
 

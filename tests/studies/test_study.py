@@ -17,7 +17,8 @@ from engram_lm.cli import main
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.studies.budget import check_budget, price
 from engram_lm.studies.command import StudyCommand
-from engram_lm.studies.study import Arm, Budget, Study
+from engram_lm.studies.result import study_result
+from engram_lm.studies.study import Arm, Budget, Measure, Study, TrainedArm
 from engram_lm.studies.summary import paired_difference, paired_p_value, seeds_note
 from engram_lm.training.recipe import Recipe
 
@@ -193,6 +194,21 @@ def test_a_budget_that_the_arms_do_not_share_is_refused_before_anything_is_train
         check_budget(dataclasses.replace(tied, budget=Budget(equal=("tokens", "total"))))
     control = dataclasses.replace(arms[1], is_control=True)
     check_budget(dataclasses.replace(tied, arms=(arms[0], control), budget=Budget(equal=("total",))))
+    apart = dataclasses.replace(arms[1], group="larger")
+    check_budget(dataclasses.replace(tied, arms=(arms[0], apart), budget=Budget(equal=("total",))))
+
+
+def test_arms_are_compared_with_the_first_of_their_group(text, tmp_path):
+    arms = Whether(text=str(text)).study().arms
+    losses = iter((3.0, 2.0, 5.0, 4.5))
+    measure = Measure(name="loss", title="loss", unit="nats", of=lambda trained: next(losses))
+    both = tuple(dataclasses.replace(arm, name=arm.name + group, group=group) for group in "ab" for arm in arms)
+    study = Study(name="groups", question="?", arms=both, measures=(measure,))
+    (tmp_path / "metrics.jsonl").write_text("")
+    seed = {arm.name: TrainedArm(arm=arm, seed=0, folder=tmp_path, result={}) for arm in both}
+    found = study_result(study, [seed])["arms"]
+    differences = {name: arm["summary"]["loss"].get("difference", {}).get("mean") for name, arm in found.items()}
+    assert differences == {"withouta": None, "witha": -1.0, "withoutb": None, "withb": -0.5}
 
 
 def test_impossible_studies_are_refused(text):

@@ -9,7 +9,7 @@ from rich.table import Table
 from engram_lm.errors import ConfigError
 from engram_lm.page.number_text import count_text
 from engram_lm.planning.sizes import model_sizes
-from engram_lm.studies.study import Study
+from engram_lm.studies.study import Arm, Study
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.dry_run import priced_config
 from engram_lm.training.flops import peak_flops
@@ -54,8 +54,9 @@ def price(recipe: Recipe) -> Cost:
 def check_budget(study: Study) -> dict[str, Cost]:
     """Price every arm by name, and refuse a study whose arms do not share what it says they share."""
     costs = {arm.name: price(arm.recipe) for arm in study.arms}
-    first = study.arms[0]
-    for arm in study.arms[1:]:
+    firsts: dict[str, Arm] = {}
+    for arm in study.arms:
+        first = firsts.setdefault(arm.group, arm)
         for quantity in () if arm.is_control else study.budget.equal:
             ours, wanted = getattr(costs[arm.name], quantity), getattr(costs[first.name], quantity)
             if abs(ours - wanted) > study.budget.tolerance * wanted:

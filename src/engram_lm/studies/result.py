@@ -41,11 +41,11 @@ def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dic
 
     Returns:
         A result in the format ``engram.study.1``, without the facts of the run and the settings. The ``summary`` of an
-        arm gives, for each measure, ``mean``, ``std`` and, but for the first arm, ``difference``: see
+        arm gives, for each measure, ``mean``, ``std`` and, but for the first arm of a group, ``difference``: see
         `paired_difference`.
     """
     arms: dict[str, Any] = {}
-    firsts: dict[str, dict[int, float | None]] = {}
+    firsts: dict[tuple[str, str], dict[int, float | None]] = {}
     for arm in study.arms:
         runs = []
         for seed in seeds:
@@ -56,14 +56,14 @@ def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dic
         for one in study.measures:
             values = {run["seed"]: run["measures"].get(one.name) for run in runs}
             summary[one.name] = {**spread(values.values())}
-            if arm is study.arms[0]:
-                firsts[one.name] = values
-            else:
-                summary[one.name]["difference"] = paired_difference(values, firsts[one.name])
+            first = firsts.setdefault((arm.group, one.name), values)
+            if first is not values:
+                summary[one.name]["difference"] = paired_difference(values, first)
         arms[arm.name] = {
             "title": arm.title,
             "about": arm.about,
             "x": arm.x,
+            "group": arm.group,
             "is_control": arm.is_control,
             "cost": dataclasses.asdict(price(arm.recipe)),
             "recipe": arm.recipe.to_dict(),

@@ -34,13 +34,15 @@ class Arm:
     """What is special about it, in a sentence."""
     x: float | None = None
     """Its place on the axis of a sweep."""
+    group: str = ""
+    """Arms of one group share the budget, and are compared with the first of them."""
     is_control: bool = False
     """Whether it only shows what a difference consists of. The budget does not bind a control."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What all arms but the controls must have in common with the first; checked before anything is trained."""
+    """What the arms of a group, but for controls, have in common with its first; checked before anything is trained."""
 
     equal: tuple[Quantity, ...] = ()
     """Quantities that must be equal."""
@@ -118,7 +120,7 @@ class Study:
     question: str
     """The question, in a sentence."""
     arms: tuple[Arm, ...]
-    """The models; the others are compared with the first."""
+    """The models; the others are compared with the first one, or with the first of their group."""
     budget: Budget = Budget()
     """What the arms share."""
     seeds: int = 3

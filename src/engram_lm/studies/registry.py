@@ -1,0 +1,13 @@
+"""The studies by name, the most valuable first. A study is one file and one line here.
+
+``engram-lm study NAME`` and ``engram-lm study all`` share these lines; see ``every_study.py`` for what the order means.
+"""
+
+from collections.abc import Mapping
+
+STUDIES: Mapping[str, tuple[str, str]] = {
+    "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
+    "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
+    "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
+}
+"""For each study, the module and class of its command, and what it asks, in a line."""
