@@ -2,8 +2,9 @@
 
 Reading order: ``config.py`` (the choices, and what they cost), ``interface.py`` and ``registry.py`` (what a layer is,
 and which there are), ``layer.py`` (the Engram layer), ``gate.py`` and ``convolution.py`` (its two ideas),
-``reference.py`` (its plain twin), ``step.py`` (one forward pass, from tokens to rows and windows), ``decode_state.py``
-(what decoding remembers), ``formats/`` (memory from and for the checkpoints of others).
+``reference.py`` (its plain twin), ``over_encoding.py`` (a rival), ``step.py`` (one forward pass, from tokens to rows
+and windows), ``decode_state.py`` (what decoding remembers), ``formats/`` (memory from and for the checkpoints of
+others).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -5,7 +5,10 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, suggestion
 
-LAYERS: dict[str, str] = {"engram": "engram_lm.memory.layer.EngramLayer"}
+LAYERS: dict[str, str] = {
+    "engram": "engram_lm.memory.layer.EngramLayer",
+    "over_encoding": "engram_lm.memory.over_encoding.OverEncodingLayer",
+}
 """Name of a layer in `EngramConfig.layer` → where its class is. It is imported when it is built or priced."""
 
 
