@@ -118,7 +118,7 @@ def test_the_paper_s_tables_are_table_5_s():
     assert (config.num_streams, config.memory_config.num_streams) == (4, 4)
 
 
-@pytest.mark.parametrize("size", ["nano", "tiny", "small"])
+@pytest.mark.parametrize("size", ["micro-100k", "micro-500k", "micro-2m", "nano", "tiny", "small"])
 def test_the_three_of_a_size_match(size):
     dense, moe, engram = (sizes(f"{kind}-{size}") for kind in ("dense", "moe", "engram"))
     for other in (dense, engram):

@@ -105,16 +105,17 @@ class EngramLMConfig(DeepseekV3Config):
     ) -> "EngramLMConfig":
         """Configure a model by name.
 
-        ``{dense,moe,engram}-{nano,tiny,small}`` are for a CPU, a small and a large GPU; the three of a size have equal
-        active parameters (so equal FLOPs), ``moe`` and ``engram`` equal totals too. ``dense-4b``, ``moe-27b``,
+        ``{dense,moe,engram}-{nano,tiny,small}`` are for a CPU, a small and a large GPU, and
+        ``-{micro-100k,micro-500k,micro-2m}`` for studies on a CPU; the three of a size have equal active parameters (so
+        equal FLOPs), ``moe`` and ``engram`` equal totals too. ``dense-4b``, ``moe-27b``,
         ``engram-27b`` and ``engram-40b`` are the paper's.
 
         Args:
             name: One of `engram_lm.model.presets.NAMES`.
             tokenizer: The tokenizer the model is for: it decides the vocabulary, the special tokens and the canonical
-                tokens. Without one, ``nano`` and ``tiny`` hash raw tokens, and the larger ones are DeepSeek-V3's
-                (129,280 tokens, 99,092 of them canonical), whose map is bound later with ``model.bind_tokenizer``; with
-                a smaller ``vocab_size`` they hash raw tokens too.
+                tokens. Without one, ``micro``, ``nano`` and ``tiny`` hash raw tokens, and the larger ones are
+                DeepSeek-V3's (129,280 tokens, 99,092 of them canonical), whose map is bound later with
+                ``model.bind_tokenizer``; with a smaller ``vocab_size`` they hash raw tokens too.
             memory: Fields of `engram_lm.EngramConfig` to change.
             **backbone: Fields of this class to change.
 

@@ -1,4 +1,4 @@
-"""The named models: the paper's four, and three sizes of dense, MoE and memory models to train on smaller machines."""
+"""The named models: the paper's four, and six sizes of dense, MoE and memory models to train on smaller machines."""
 
 from typing import Any, NamedTuple
 
@@ -34,7 +34,51 @@ _COMMON: dict[str, Any] = {
 # Multi-head latent attention as in DeepSeek-V3, and in the mHC paper's three sizes.
 _LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
+# What the three sizes for studies on a CPU have in common; they are named by their active parameters. They have one
+# stream, and one mixture of experts, in the last block, which chooses 2: more of either makes a CPU far slower.
+_MICRO: dict[str, Any] = {
+    "vocab_size": 4096,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_experts_per_tok": 2,
+    "num_streams": 1,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    # The usual 0.02 is for wider models. At these widths attention then forms late, at a step that depends on the seed.
+    "initializer_range": 0.06,
+}
+
 _BACKBONES: dict[str, dict[str, Any]] = {
+    "micro-100k": {
+        **_MICRO,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "kv_lora_rank": 32,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 3,
+        "first_k_dense_replace": 1,
+    },
+    "micro-500k": {
+        **_MICRO,
+        "num_hidden_layers": 3,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "kv_lora_rank": 64,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 2,
+    },
+    "micro-2m": {
+        **_MICRO,
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "kv_lora_rank": 128,
+        "moe_intermediate_size": 128,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+    },
     "nano": {
         "vocab_size": 8192,
         "num_hidden_layers": 4,
@@ -85,6 +129,9 @@ _BACKBONES: dict[str, dict[str, Any]] = {
 
 # Memory where Table 5 has it: the second block, and the middle of the network where there is a second one.
 _MEMORIES: dict[str, dict[str, Any]] = {
+    "micro-100k": {"layers": (1,), "memory_dim": 64, "num_heads": 4, "table_std": 0.02, "value_init": "zero"},
+    "micro-500k": {"layers": (1,), "memory_dim": 128, "num_heads": 4, "table_std": 0.02, "value_init": "zero"},
+    "micro-2m": {"layers": (1,), "memory_dim": 256, "table_std": 0.02, "value_init": "zero"},
     "nano": {"layers": (1,), "memory_dim": 64, "num_heads": 4},
     "tiny": {"layers": (1, 5), "memory_dim": 192},
     "small": {"layers": (1, 5), "memory_dim": 640, "norm_eps": 1e-20},
@@ -93,6 +140,15 @@ _MEMORIES: dict[str, dict[str, Any]] = {
 
 # Whole numbers that `engram_lm.planning.budget.allocate` finds at a ratio of 0.75, and the dense width of equal FLOPs.
 _ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "dense-micro-100k": ("micro-100k", {"intermediate_size": 178}, None),
+    "moe-micro-100k": ("micro-100k", {"intermediate_size": 176, "n_routed_experts": 64}, None),
+    "engram-micro-100k": ("micro-100k", {"intermediate_size": 136, "n_routed_experts": 49}, {"rows_per_head": 1414}),
+    "dense-micro-500k": ("micro-500k", {"intermediate_size": 290}, None),
+    "moe-micro-500k": ("micro-500k", {"intermediate_size": 296, "n_routed_experts": 64}, None),
+    "engram-micro-500k": ("micro-500k", {"intermediate_size": 256, "n_routed_experts": 49}, {"rows_per_head": 2837}),
+    "dense-micro-2m": ("micro-2m", {"intermediate_size": 390}, None),
+    "moe-micro-2m": ("micro-2m", {"intermediate_size": 384, "n_routed_experts": 64}, None),
+    "engram-micro-2m": ("micro-2m", {"intermediate_size": 328, "n_routed_experts": 49}, {"rows_per_head": 5691}),
     "dense-nano": ("nano", {"intermediate_size": 656}, None),
     "moe-nano": ("nano", {"intermediate_size": 1024, "n_routed_experts": 64}, None),
     "engram-nano": ("nano", {"intermediate_size": 920, "n_routed_experts": 50}, {"rows_per_head": 16_090}),

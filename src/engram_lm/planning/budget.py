@@ -9,7 +9,7 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.planning.sizes import ModelSizes, expert_parameters, model_sizes
 
-_WIDTH_STEP = 8  # widths are multiples of this, as matrix products like them
+_WIDTH_STEP = 8  # widths are multiples of this, as matrix products like them, unless that is too coarse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def allocate(
             f"expert has {per_expert:,} parameters over all blocks"
         )
     # The model of experts alone has the dense width that this model gave up for its memory.
-    width = config.intermediate_size if own is None else _width(config, None, most, sizes.active)
+    width = config.intermediate_size if own is None else _width(config, None, most, sizes.active, tolerance)
     reference = _backbone(config, most, width)
     moe_total, moe_active = reference.without_vocabulary, reference.active
     if ratio == 1:
@@ -124,7 +124,7 @@ def allocate(
             f"a ratio of {ratio} rounds to all {most} experts and leaves nothing to memory; the highest below 1 is "
             f"{(most - group - chosen) / (most - chosen):.4f}"
         )
-    width = _width(config, memory, experts, moe_active)
+    width = _width(config, memory, experts, moe_active, tolerance)
     base, read = _backbone(config, experts, width), len(memory.layers) * memory.memory_dim
     projections = len(memory.layers) * memory.layer_parameters()
     memory = _with_rows(memory, moe_total - base.without_vocabulary - projections, ratio)
@@ -178,14 +178,17 @@ def _multiple(number: int, of: int) -> int:
     return max(of, round(number / of) * of)
 
 
-def _width(config: EngramLMConfig, memory: EngramConfig | None, experts: int, wanted: int) -> int:
+def _width(config: EngramLMConfig, memory: EngramConfig | None, experts: int, wanted: int, tolerance: float) -> int:
     """Width of the dense blocks at which active parameters are those wanted; the given one where there are none."""
     per_column = 3 * config.hidden_size * config.num_dense_layers
     if not per_column:
         return config.intermediate_size
     own = 0 if memory is None else len(memory.layers) * (memory.layer_parameters() + memory.memory_dim)
     excess = _backbone(config, experts, config.intermediate_size).active + own - wanted
-    return max(_WIDTH_STEP, _multiple(config.intermediate_size - math.ceil(excess / per_column), _WIDTH_STEP))
+    step = _WIDTH_STEP
+    while step > 1 and (step / 2 + 1) * per_column > tolerance * wanted:  # the nearest multiple may be that far away
+        step //= 2
+    return max(_WIDTH_STEP, _multiple(config.intermediate_size - math.ceil(excess / per_column), step))
 
 
 def _with_rows(memory: EngramConfig, parameters: int, ratio: float) -> EngramConfig:

@@ -1,62 +1,26 @@
-"""Small models on local text: the flags that the quickstart and other studies share, and the recipes they come to."""
+"""Small dense models with memory or without: what the quickstart and the study of depth train."""
 
 import dataclasses
 import math
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engram_lm.errors import ConfigError, check_flags
-from engram_lm.files import new_folder
 from engram_lm.memory import EngramConfig
-from engram_lm.training.data.documents import read_documents, split_documents
-from engram_lm.training.data.text_source import TextSource
-from engram_lm.training.data.tokenizer import train_tokenizer
-from engram_lm.training.export import TOKENIZER
+from engram_lm.studies.text_flags import TextFlags
 from engram_lm.training.optimizers import OptimizerOptions
-from engram_lm.training.recipe import (
-    CheckpointOptions,
-    DataOptions,
-    EvaluationOptions,
-    LikeOptions,
-    LogOptions,
-    ModelOptions,
-    Recipe,
-    RunOptions,
-    TokenizerOptions,
-)
+from engram_lm.training.recipe import ModelOptions
 
 _HEAD_WIDTH = 32
-_HELD_OUT_SHARE = 0.03
-"""Share of the documents that models are compared on and not trained on."""
-_ALL_TOKENS = 1 << 40
-_CURVE_TOKENS = 16_384
-"""Held-out tokens for a point along the way; the final figure uses all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmallModelFlags:
+class SmallModelFlags(TextFlags):
     """Text, sizes and training of small dense models with memory or without."""
 
-    data: tuple[Path, ...] = ()
-    """Text files or folders to train on, instead of the Python standard library's own sources."""
-    max_bytes: int = 64_000_000
-    """Text to read at most."""
-    tokens: int = 1_300_000
-    """Tokens each model is trained on."""
-    batch_size: int = 16
-    """Sequences in a batch."""
-    sequence_length: int = 256
-    """Tokens in a sequence."""
     lr: float = 4e-3
     """Peak learning rate."""
     table_lr_multiplier: float = 5.0
     """Learning rate of the tables relative to it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; auto takes bfloat16 where the processor multiplies it in hardware."""
-    device: str = "cpu"
-    """Where to train, as torch names it."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained."""
     hidden_size: int = 128
     """Width of the models."""
     blocks: int = 4
@@ -69,11 +33,8 @@ class SmallModelFlags:
     """Rows asked for per head."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "tokens", "batch_size", "sequence_length", "blocks", "max_bytes")
-        if self.vocab_size < 258:
-            raise ConfigError(
-                f"--vocab-size must be at least 258 (all bytes and two special tokens), not {self.vocab_size}"
-            )
+        super().__post_init__()
+        check_flags(self, "blocks")
         if self.hidden_size % _HEAD_WIDTH:
             raise ConfigError(
                 f"--hidden-size must be a multiple of {_HEAD_WIDTH} (the width of a head), not {self.hidden_size}"
@@ -82,9 +43,9 @@ class SmallModelFlags:
             raise ConfigError("--lr must be above 0 and --table-lr-multiplier at least 0")
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps that the tokens make."""
-        return max(1, round(self.tokens / (self.batch_size * self.sequence_length)))
+    def optimizer(self) -> OptimizerOptions:
+        """AdamW for the backbone, and faster learning tables."""
+        return OptimizerOptions(backbone="adamw", lr=self.lr, table_lr_multiplier=self.table_lr_multiplier)
 
     @property
     def num_streams(self) -> int:
@@ -137,50 +98,3 @@ class SmallModelFlags:
     def width_of(self, flops: int) -> int:
         """Channels that the feed-forward of every block grows by to spend some operations more per token."""
         return round(flops / (6 * self.hidden_size * self.blocks))
-
-    def prepare_tokenizer(self, study: Path) -> list[str]:
-        """Train the tokenizer of a study on the text of its models, and keep it where `Runner` looks for it.
-
-        Returns:
-            Names of the documents that are held out, in order; empty where the tokenizer is there already.
-        """
-        if (study / TOKENIZER).is_dir():
-            return []
-        train, held_out = split_documents(read_documents(self.data, max_bytes=self.max_bytes), _HELD_OUT_SHARE)
-        tokenizer = train_tokenizer((document.text for document in train), self.vocab_size)
-        with new_folder(study / TOKENIZER) as aside:
-            tokenizer.save_pretrained(aside)
-        return [document.name for document in held_out]
-
-    def recipe(self, model: ModelOptions, *, curve_points: int = 0) -> Recipe:
-        """Write the recipe of a model, with some measurements of held-out loss along the way."""
-        return Recipe(
-            model=model,
-            tokenizer=TokenizerOptions(vocab_size=self.vocab_size),
-            data=DataOptions(
-                sources=tuple(TextSource(path=str(path)) for path in self.data),
-                max_bytes=self.max_bytes,
-                sequence_length=self.sequence_length,
-                held_out=_HELD_OUT_SHARE,
-            ),
-            train=RunOptions(
-                num_steps=self.num_steps,
-                batch_size=self.batch_size,
-                max_skipped_steps=0,
-                dtype=self.dtype,
-                device=self.device,
-            ),
-            optimizer=OptimizerOptions(backbone="adamw", lr=self.lr, table_lr_multiplier=self.table_lr_multiplier),
-            evaluation=EvaluationOptions(
-                points=curve_points, max_tokens=_ALL_TOKENS, curve_tokens=_CURVE_TOKENS if curve_points else None
-            ),
-            checkpoint=CheckpointOptions(keep_last=1),
-            log=LogOptions(details_every=0, tensorboard="no", wandb="no"),
-        )
-
-
-def like(*models: ModelOptions, part: Literal["all", "memory"] = "all") -> tuple[LikeOptions, ...]:
-    """Models whose first weights an arm takes over."""
-    return tuple(
-        LikeOptions(preset=model.preset, backbone=model.backbone, memory=model.memory, part=part) for model in models
-    )

@@ -35,7 +35,8 @@ class ArchitectureOptions:
     """Shape of a model of this project."""
 
     preset: str = "engram-nano"
-    """A preset of ``engram-lm plan``: dense-, moe- or engram- with -nano, -tiny, -small, or one of the paper's."""
+    """A preset of ``engram-lm plan``: dense-, moe- or engram- with -micro-100k, -micro-500k, -micro-2m,
+    -nano, -tiny or -small, or one of the paper's."""
     config: Path | None = None
     """A config.json, or a folder that holds one, in place of a preset."""
     backbone: dict[str, Any] = dataclasses.field(default_factory=dict)

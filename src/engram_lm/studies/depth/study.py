@@ -15,8 +15,9 @@ from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.depth.summary import BASELINE, depth_finding, figures, summarize
 from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.small_models import SmallModelFlags, like
+from engram_lm.studies.small_models import SmallModelFlags
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
+from engram_lm.studies.text_flags import like
 from engram_lm.training.loop import find_device
 
 

@@ -31,8 +31,9 @@ from engram_lm.studies.quickstart.result import (
 )
 from engram_lm.studies.quickstart.summary import MEMORY, TWIN, last_words, terminal_table
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.small_models import SmallModelFlags, like
+from engram_lm.studies.small_models import SmallModelFlags
 from engram_lm.studies.study import Arm, Budget, Study
+from engram_lm.studies.text_flags import like
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.loop import best_dtype, find_device
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
