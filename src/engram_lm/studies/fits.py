@@ -69,7 +69,7 @@ def estimate(losses: np.ndarray, quantity: Quantity, *, seed: int = 0) -> Estima
     return Estimate(value, quantity(means + drawn * widened))
 
 
-def slope(x: Sequence[float]) -> Quantity:
+def slope(x: Sequence[float] | np.ndarray) -> Quantity:
     """The slope of a straight line through points at ``x``."""
     places = np.asarray(x, dtype=float)
 
@@ -79,7 +79,7 @@ def slope(x: Sequence[float]) -> Quantity:
     return of
 
 
-def bend(x: Sequence[float]) -> Quantity:
+def bend(x: Sequence[float] | np.ndarray) -> Quantity:
     """The second derivative of a parabola through points at ``x``, above 0 where a fall becomes flatter."""
     places = np.asarray(x, dtype=float)
 
@@ -94,7 +94,7 @@ def difference(first: int, second: int) -> Quantity:
     return lambda means: means[:, second] - means[:, first]
 
 
-def lowest_of_parabola(x: Sequence[float]) -> Quantity:
+def lowest_of_parabola(x: Sequence[float] | np.ndarray) -> Quantity:
     """Where a parabola through points at ``x`` is lowest, not outside of them."""
     places = np.asarray(x, dtype=float)
 
