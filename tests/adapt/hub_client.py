@@ -35,6 +35,15 @@ def load(repo_id, seed=1, **options):
     return torch.equal(logits(model), logits(adapter_of(seed)[0]))
 
 
+def load_facts(repo_id, folder, **options):
+    """Load an adapter from the Hub and from a folder; returns whether both have the same logits, to the bit."""
+    models = small_model(), small_model()
+    for model, place in zip(models, (repo_id, folder), strict=True):
+        model.load_state_dict(models[0].state_dict(), strict=False)
+        engram_lm.MemoryAdapter.from_pretrained(model, place, **(options if place == repo_id else {}))
+    return torch.equal(logits(models[0]), logits(models[1]))
+
+
 def load_into_another_size(repo_id):
     """Load an adapter into a model with one layer less."""
     import transformers

@@ -110,6 +110,8 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
         commits.append(files)
         number = self.files(repo, revision)[0]
         url = f"{self.server.address}/{repo}/commit/{number}"

@@ -6,11 +6,14 @@ import multiprocessing
 import re
 
 import pytest
+import torch
 import yaml
 from tests.adapt import hub_client
 from tests.adapt.hub_server import TOKEN, Hub
 from tests.tables.tiers import serving
 
+from engram_lm.adapt.patch_folder import add_patch
+from engram_lm.adapt.row_change import RowChange
 from engram_lm.errors import CheckpointError, ConfigError, MismatchError, RemoteError
 
 
@@ -74,7 +77,7 @@ def test_revisions_are_kept_apart_and_every_file_is_of_one_commit(hub, tmp_path)
     assert hub(hub_client.load, "me/versions", seed=2, revision="second")
     assert hub(hub_client.load, "me/versions", seed=2, revision=address.rsplit("/")[-1], cache_dir=tmp_path)
     # The branch is asked for once, and then the commit that it was.
-    assert {line.split("/")[-2] for line in hub.server.requests} == {address.rsplit("/")[-1]}
+    assert all(address.rsplit("/")[-1] in line for line in hub.server.requests)
     assert any(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="no revision 'third'"):
         hub(hub_client.load, "me/versions", revision="third")
@@ -91,6 +94,29 @@ def test_tables_that_are_elsewhere_are_not_downloaded(hub, tmp_path):
     assert hub(hub_client.load, "me/small", table_source=str(tmp_path / "adapter"))
     with pytest.raises(CheckpointError, match=r"me/small holds no tables.safetensors.*table_source="):
         hub(hub_client.load, "me/small")
+
+
+def test_patches_of_a_repository_are_applied_and_replaced_by_tables_that_hold_facts(hub, tmp_path):
+    _, adapter = hub_client.adapter_of()
+    adapter.save_pretrained(tmp_path / "adapter")
+    rows = torch.arange(adapter.tables["0"].num_rows)
+    before = adapter.tables["0"].stored(rows)
+    change = RowChange(rows, before, before + 1)
+    spec, about = adapter.spec, {"title": "", "facts": (), "edit": None}
+    add_patch(tmp_path / "adapter", spec=spec, spec_digest=spec.digest, tables={"0": change}, **about)
+    paths = [path for path in (tmp_path / "adapter").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(tmp_path / "adapter")): path.read_bytes() for path in paths}
+    hub.repositories["me/patched"] = {"main": [files]}
+    assert hub(hub_client.load_facts, "me/patched", tmp_path / "adapter")
+    assert "0001.safetensors" in hub.downloaded
+    assert not hub(hub_client.load, "me/patched")
+    assert hub(hub_client.load_facts, "me/patched", tmp_path / "adapter", local_files_only=True)
+    assert hub.server.requests == []
+    with pytest.raises(ConfigError, match=r"holds tables.*tables=True"):
+        hub(hub_client.push, "me/patched", token=TOKEN, tables=False)
+    hub(hub_client.push, "me/patched", token=TOKEN)
+    assert "patches/0001.safetensors" not in hub.repositories["me/patched"]["main"][-1]
+    assert hub(hub_client.load, "me/patched")
 
 
 def test_what_is_no_adapter_or_another_model_s_is_refused_before_anything_large_is_downloaded(hub):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,8 +56,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def folder(made, tmp_path):
     """A copy of all that, to change."""
-    import shutil
-
     shutil.copytree(made, tmp_path / "all")
     return tmp_path / "all"
 
@@ -99,17 +98,18 @@ def test_an_applied_patch_is_read_by_every_load_and_reverted_to_the_bit(folder, 
 @pytest.mark.parametrize("tier", ["device", "mmap"])
 def test_an_adapter_that_is_saved_without_tables_loses_no_facts(folder, tier):
     adapter, elsewhere = folder / "adapter", folder / "elsewhere"
+    shutil.copytree(adapter, folder / "plain")
     main(["patch", "apply", str(adapter), str(folder / "patch")])
     elsewhere.mkdir()
     (adapter / "tables.safetensors").rename(elsewhere / "tables.safetensors")
     loaded = MemoryAdapter.from_pretrained(small_model(), adapter, table_source=elsewhere, table_tier=tier)
-    error, message = {
-        "device": (FileExistsError, "holds row patches"),
-        "mmap": (ConfigError, "row patches change rows of the table 0"),
-    }[tier]
-    with pytest.raises(error, match=message):
-        loaded.save_pretrained(adapter, tables=False)
+    for place in (adapter, folder / "new"):
+        with pytest.raises(ConfigError, match="row patches change rows of the table 0"):
+            loaded.save_pretrained(place, tables=False)
     assert len(patch_files(adapter)) == 1
+    plain = MemoryAdapter.from_pretrained(small_model(), folder / "plain")
+    with pytest.raises(FileExistsError, match="holds row patches"):
+        plain.save_pretrained(adapter, tables=False)
 
 
 def test_what_would_be_lost_is_refused_before_the_model_is_loaded(folder, capsys):

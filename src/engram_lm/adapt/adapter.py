@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from engram_lm.adapt.decoder import Decoder, argument_names, find_decoder
-from engram_lm.adapt.folder import BaseModel, LocalFiles, layer_weights, read_adapter, write_adapter
+from engram_lm.adapt.folder import BaseModel, layer_weights, read_adapter, write_adapter
 from engram_lm.adapt.forward_pass import ForwardPass
 from engram_lm.adapt.hub import files_of, push_folder
-from engram_lm.adapt.patch_folder import with_patches
+from engram_lm.adapt.patch_folder import PATCHES, with_patches
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
@@ -251,7 +251,7 @@ class MemoryAdapter(ForwardPass):
 
         Of a repository only ``config.json`` and safetensors are downloaded, all of one commit, each once what was
         downloaded before it fits the model; its tables not at all where ``table_source`` has them. Row patches that
-        `engram-lm patch apply` has put into a folder are applied, over tables of any tier.
+        `engram-lm patch apply` has put into the folder are applied, over tables of any tier.
 
         Args:
             model: The model it was made for.
@@ -298,8 +298,9 @@ class MemoryAdapter(ForwardPass):
         )
         tables = stored.open_tables(place, dtype)
         try:
-            if isinstance(files, LocalFiles):
-                tables = with_patches(tables, files.folder, stored.spec)
+            # A patch holds its rows before and after, and what its facts want of them.
+            most_bytes = 4 * sum(table.num_rows * table.row_bytes for table in tables.values()) + (1 << 26)
+            tables = with_patches(tables, files.fetch_folder(PATCHES, most_bytes), stored.spec)
             adapter = cls(stored.config, stored.spec, tables, name=name, base=stored.base)
             adapter.layers.to(dtype=dtype or stored.dtype)
             adapter.layers.load_state_dict(stored.layers)

@@ -28,7 +28,15 @@ from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.interface import build_layer
 from engram_lm.model.plain_weights import plain_weights, refuse_unknown
 from engram_lm.model.table_place import Located, TablePlace, WantedTable, wanted_tables
-from engram_lm.tables import MooncakeTable, OverlayTable, RemoteTable, StoredTensor, Table, tensor_layout
+from engram_lm.tables import (
+    MooncakeTable,
+    OverlayTable,
+    ParameterTable,
+    RemoteTable,
+    StoredTensor,
+    Table,
+    tensor_layout,
+)
 from engram_lm.tables.files.safetensors_file import LONGEST_HEADER_BYTES, read_header
 from engram_lm.tables.files.safetensors_writer import TensorWriter
 
@@ -63,6 +71,12 @@ class AdapterFiles(Protocol):
             RemoteError: The source cannot be reached.
         """
 
+    def fetch_folder(self, name: str, most_bytes: int) -> Path:
+        """Bring the safetensors of a folder inside to this machine, and return the path that the folder lies in.
+
+        Errors as for `fetch`; where there is no such folder, there is none in the path either.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class LocalFiles:
@@ -80,6 +94,10 @@ class LocalFiles:
         """Return a file's path, or None if there is no such file."""
         path = self.folder / name
         return path if path.is_file() else None
+
+    def fetch_folder(self, name: str, most_bytes: int) -> Path:
+        """Return the folder; see `AdapterFiles.fetch_folder`."""
+        return self.folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,8 +269,10 @@ def _innermost(table: Table) -> Table:
 
 
 def _has_changed_rows(table: Table) -> bool:
-    """Whether patches lie over a table, or over one behind it."""
-    if isinstance(table, OverlayTable) and len(table.rows):
+    """Whether patches lie over a table or over one behind it, or were written into one that is a parameter."""
+    if (isinstance(table, OverlayTable) and len(table.rows)) or (
+        isinstance(table, ParameterTable) and table.is_patched
+    ):
         return True
     inner = getattr(table, "table", None)
     return isinstance(inner, Table) and _has_changed_rows(inner)

@@ -9,6 +9,7 @@ from typing import Any
 
 from engram_lm.adapt.folder import CONFIG, FILES, TABLES, AdapterFiles, LocalFiles, check_adapter
 from engram_lm.adapt.model_card import REPOSITORY
+from engram_lm.adapt.patch_folder import PATCHES
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteError
 from engram_lm.files import user_path
 
@@ -60,6 +61,24 @@ class HubFiles:
         except errors.EntryNotFoundError:
             return None
 
+    def fetch_folder(self, name: str, most_bytes: int) -> Path:
+        """Download the safetensors of a folder unless they are in the cache; see `AdapterFiles.fetch_folder`."""
+        from huggingface_hub import errors, snapshot_download
+
+        # With a file that is always there, because the client warns where nothing fits its patterns.
+        wanted: dict[str, Any] = {**self._options, "allow_patterns": [CONFIG, f"{name}/*.safetensors"]}
+        with _speaking(f"cannot fetch {name}/ of {self.name}"):
+            try:
+                listed = [] if wanted["local_files_only"] else snapshot_download(dry_run=True, **wanted)
+            except errors.DryRunError:  # without a network; then what was downloaded before is complete, or an error
+                listed = []
+            if (size := sum(file.file_size or 0 for file in listed)) > most_bytes:
+                raise CheckpointError(
+                    f"the files in {name}/ of the repository {self.name} have {size:,} bytes, but what its "
+                    f"configuration describes takes at most {most_bytes:,}; they are not downloaded"
+                )
+            return Path(snapshot_download(**wanted))
+
 
 def files_of(path_or_repo: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> AdapterFiles:
     """Tell a folder from a repository: whatever exists here, or cannot be the name of a repository, is a folder."""
@@ -84,7 +103,7 @@ def push_folder(
 
     The arguments are those of `MemoryAdapter.push_to_hub`; ``write`` writes the adapter into the folder it is given.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if not REPOSITORY.fullmatch(repo_id):
         raise ConfigError(f"a repository is called 'owner/name', not {repo_id!r:.200}")
@@ -102,19 +121,22 @@ def push_folder(
                 check_adapter(there)
             except CheckpointError as error:
                 raise ConfigError(f"the repository {repo_id} holds something else ({error}); name another") from error
-    if TABLES in held and not tables:
+    # Tables that are pushed hold what row patches say, and those of an earlier adapter do not fit them.
+    patches = sorted(name for name in held if name.startswith(f"{PATCHES}/"))
+    if (TABLES in held or patches) and not tables:
         raise ConfigError(
-            f"the repository {repo_id} holds tables, which need not belong to this adapter; push with tables=True, or "
-            "to another repository or revision"
+            f"the repository {repo_id} holds {'tables' if TABLES in held else 'row patches'}, which need not belong to "
+            "this adapter; push with tables=True, or to another repository or revision"
         )
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "adapter"
         write(written)
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=written / name)
             for name in FILES
             if (written / name).is_file()
         ]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in patches]
         with _speaking(f"the Hub does not take the files for {repo_id}"):
             done = api.create_commit(
                 repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr

@@ -99,10 +99,10 @@ def find_expressions(
 ) -> Expressions:
     """Find the expressions of facts.
 
-    Rows of N-grams that lie inside the subject are used, because every text that names it reads them. Where a subject
-    is one token, it has none: there the N-grams of each wording are used, and of the lowest order those with other
-    words before the subject, the ``num_contexts`` words that stand most often before such subjects and in the reference
-    text.
+    Rows of the longest N-gram that lies inside the subject are used: every text that names the subject reads them, and
+    other subjects that end in the same tokens read shorter ones. Where a subject is one token, it has none: there the
+    N-grams of each wording are used, and of the lowest order those with other words before the subject, the
+    ``num_contexts`` words that stand most often before such subjects and in the reference text.
 
     Raises:
         ConfigError: A fact reads no row: its positions are dead tokens of the hash's segments.
@@ -113,27 +113,27 @@ def find_expressions(
     single: list[tuple[int, int]] = []
     before: Counter[int] = Counter()
 
-    def note(number: int, tokens: np.ndarray, place: int, most: int) -> None:
+    def note(number: int, tokens: np.ndarray, place: int, used: Sequence[int]) -> None:
         rows = _rows_at(memory, tokens, place)
         if rows is None:
             return
         orders = np.tile(np.repeat(spec.orders, spec.num_heads), len(spec.blocks))
-        found.setdefault((number, tuple(np.where(orders <= most, rows, -1).tolist())))
+        found.setdefault((number, tuple(np.where(np.isin(orders, used), rows, -1).tolist())))
 
     for number, fact in enumerate(facts):
         if not fact.subject:
             for text in fact.wordings:
                 tokens = text_tokens(tokenizer, text)
-                note(number, tokens, len(tokens) - 1, max(spec.orders))
+                note(number, tokens, len(tokens) - 1, spec.orders)
             continue
         spans = [subject_span(tokenizer, text, fact.subject) for text in fact.wordings]
         alone = [subject_span(tokenizer, text, fact.subject) for text in (fact.subject, f" {fact.subject.strip()}")]
         for tokens, place, inside in (*spans, *alone):
             if inside >= spec.orders[0]:
-                note(number, tokens, place, inside)
+                note(number, tokens, place, [max(order for order in spec.orders if order <= inside)])
         for tokens, place, inside in spans:
             if inside < spec.orders[0]:
-                note(number, tokens, place, max(spec.orders))
+                note(number, tokens, place, spec.orders)
                 before.update(tokens[max(place - 1, 0) : place].tolist())
                 single.append((number, int(tokens[place])))
     if single and num_contexts:
@@ -141,7 +141,7 @@ def find_expressions(
             before.update(reference[:_MANY_REFERENCE_TOKENS].tolist())
         for word, _ in before.most_common(num_contexts):
             for number, token in dict.fromkeys(single):
-                note(number, np.array([word, token]), 1, spec.orders[0])
+                note(number, np.array([word, token]), 1, spec.orders[:1])
     reached = {number for number, _ in found}
     if lost := [fact.prompt for number, fact in enumerate(facts) if number not in reached]:
         raise ConfigError(f"the fact {lost[0]!r:.200} reads no row: its tokens are dead tokens of the hash's segments")

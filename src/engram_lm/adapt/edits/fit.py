@@ -51,7 +51,7 @@ class JointFitOptions:
     reference text, from 0."""
     prefix_tokens: int = 8
     """Tokens of such a beginning, from 1."""
-    num_contexts: int = 32
+    num_contexts: int = 256
     """Words before a subject of one token whose N-grams are changed too, from 0."""
     rounds: int = 2
     """How often the facts that are not there yet are fitted again, with all others in place, from 1."""

@@ -152,6 +152,8 @@ def arm_recipe(
     if kind.memory:
         initialization = "random" if kind.is_control else "transfer" if kind.transfer else recipe.memory.initialization
         adapter = dataclasses.replace(recipe.memory, initialization=initialization, control=kind.control)
+        # Another seed is another hash, and other first rows, as well as another order of the text.
+        adapter = dataclasses.replace(adapter, seed=recipe.memory.seed + seed)
         if kind.frozen_tables:
             adapter = dataclasses.replace(adapter, occupancy="none")  # no row of it is ever written
         elif "occupancy" in kind.features and adapter.occupancy == "none":

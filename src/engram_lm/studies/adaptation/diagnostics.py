@@ -29,7 +29,7 @@ _COUNTED_TOKENS = 1 << 20
 def look_inside(job: Job, counted: dict[str, Any], *, measure: bool = True) -> dict[str, Any]:
     """Measure a trained arm with its memory off and with its rows exchanged, and look at what the memory does.
 
-    Collisions are kept in ``counted`` for the other arms and seeds, which have the same hash and text. The result has
+    Collisions are kept in ``counted``, by the hash, for the other arms of the seed. The result has
     ``memory_off``, ``rows_shuffled``, ``occupancy``, ``collisions``, ``gates`` and, for the first seed, ``bits`` by
     kind of token; each is None without memory, or if none of it is to be measured.
     """
@@ -49,16 +49,17 @@ def look_inside(job: Job, counted: dict[str, Any], *, measure: bool = True) -> d
     adapter.row_map = lambda block, rows: shuffle(block, rows if own_map is None else own_map(block, rows))
     shuffled = _losses(job)
     adapter.row_map = own_map
-    if own_map is None and not counted:
+    digest = adapter.spec.digest
+    if own_map is None and digest not in counted:
         tokens = job.text.train[: min(job.text.num_tokens, _COUNTED_TOKENS)]
         # As in training, where no N-gram reaches back over the start of a sequence.
-        counted |= collisions(adapter, tokens[: len(tokens) // length * length].reshape(-1, length))
+        counted[digest] = collisions(adapter, tokens[: len(tokens) // length * length].reshape(-1, length))
     return {
         "memory_off": off,
         "rows_shuffled": shuffled,
         "occupancy": occupancy(adapter, job.trainer.table_use.touched),
         # A hash that looks at positions has no count of N-grams.
-        "collisions": dict(counted) if own_map is None else None,
+        "collisions": counted[digest] if own_map is None else None,
         "gates": gates,
         "bits": bits,
     }

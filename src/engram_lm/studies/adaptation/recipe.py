@@ -162,7 +162,8 @@ class StepOptions:
     equal: Literal["compute", "tokens"] = "compute"
     """What every arm gets as much of as the arm ``memory`` does: training operations, or tokens."""
     seeds: int = 1
-    """Repetitions with other first numbers and another order of the text. All arms of a seed see the same batches."""
+    """Repetitions with another hash, other first numbers and another order of the text. All arms of a seed see the same
+    batches."""
     batch_size: int = 16
     """Sequences in a step."""
     micro_batch_size: int | None = None
