@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from engram_lm.cli import main
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError, RunFolderError
 from engram_lm.studies.budget import check_budget, price
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.result import study_result
@@ -116,8 +117,57 @@ def test_what_is_finished_is_not_trained_again_and_seeds_can_be_added(text, tmp_
     before = model.stat().st_mtime_ns
     assert dataclasses.replace(command, seeds=2, resume=True).run() == 0
     assert model.stat().st_mtime_ns == before and len(losses(tmp_path)["with"]) == 2
-    with pytest.raises(MismatchError, match="other options"):
-        dataclasses.replace(command, rate=0.5, resume=True).run()
+
+
+def test_another_recipe_of_an_arm_invalidates_that_arm_alone(study, text, tmp_path, capsys):
+    command = Whether(out=tmp_path, text=str(text), seeds=2, rate=0.02)
+    assert command.run() == 0
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/without/*") if path.is_file()}
+    before = losses(tmp_path)
+    capsys.readouterr()
+    assert dataclasses.replace(command, rate=4e-3, resume=True).run() == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "trained again: with of seed 0, with of seed 1 (optimizer.lr is 0.004, was 0.02)" in said
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert losses(tmp_path) == losses(study) != before, "as if it had been so from the beginning"
+    kept = json.loads((tmp_path / "seed-1/with.earlier/result.json").read_text())
+    assert kept["held_out"]["loss"] == before["with"][1]["loss"]
+    with pytest.raises(RunFolderError, match="holds the study whether"):
+        Twice(out=tmp_path, text=str(text), resume=True).run()
+
+
+class Twice(Whether):
+    """The same model under two names, and under a third one with another budget."""
+
+    name = "twice"
+    unequal = False
+
+    def study(self):
+        recipe = tiny_recipe(self.text, "engram-nano", max_skipped_steps=0)
+        longer = tiny_recipe(self.text, "engram-nano", num_steps=7)
+        arms = [("one", recipe), ("other", recipe)] + [("longer", longer)] * self.unequal
+        return Study(
+            name=self.name,
+            question="Are they equal?",
+            arms=tuple(Arm(name=name, title=name, recipe=recipe) for name, recipe in arms),
+            budget=Budget(equal=("tokens",)),
+            seeds=1,
+        )
+
+
+def test_the_same_model_under_another_name_gives_the_same_numbers(text, tmp_path):
+    assert Twice(out=tmp_path, text=str(text), mode="interleaved").run() == 0
+    found = losses(tmp_path)
+    assert found["one"] == found["other"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["arms"]["other"]["summary"]["loss"]["difference"]["per_seed"] == [0.0]
+
+
+def test_a_study_whose_budget_cannot_be_met_writes_and_trains_nothing(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Twice, "unequal", True)
+    with pytest.raises(ConfigError, match="equal tokens, but longer has 896 and one 768"):
+        Twice(out=tmp_path / "none", text=str(text)).run()
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("mode", ["interleaved", "processes"])
@@ -170,6 +220,38 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(study, text, tmp_p
     assert not (out / "result.json").exists()
     assert Whether(out=out, text=str(text), seeds=2, mode=mode, resume=True).run() == 0
     assert losses(out) == losses(study)
+
+
+def killed(command, number):
+    """Run a study in a process that dies when it writes, renames or removes a file for the n-th time."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == signal.SIGKILL
+    seen = 0
+
+    def watch(event, arguments):
+        nonlocal seen
+        writes = event == "open" and isinstance(arguments[1], str) and not set("wax+").isdisjoint(arguments[1])
+        seen += writes or event in ("os.rename", "os.remove", "os.mkdir")
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        torch.set_num_threads(1)
+        sys.addaudithook(watch)
+        os._exit(command.run())
+    finally:
+        os._exit(1)
+
+
+def test_a_study_that_is_killed_again_and_again_comes_to_the_same_numbers(study, text, tmp_path):
+    command = Whether(out=tmp_path, text=str(text), seeds=2, mode="interleaved", resume=True)
+    chance, kills = random.Random(0), 0
+    while kills < 100 and killed(command, chance.randrange(1, 80)):
+        kills += 1
+    print(kills)
+    assert 10 < kills < 100
+    assert losses(tmp_path) == losses(study)
 
 
 def test_help_and_dry_run_show_the_question_the_arms_and_what_they_cost(text, tmp_path, capsys):

@@ -54,7 +54,6 @@ class AllocationStudy(MicroModelFlags, StudyCommand):
     """
 
     name: ClassVar[str] = "allocation"
-    free: ClassVar[tuple[str, ...]] = ("ratios", "experts", "sizes", "token_counts", "size", "tokens")
 
     ratios: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.0)
     """Shares of the sparse budget for experts; the first is what the others are compared with. 1 is experts alone, and

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from engram_lm.errors import MismatchError, RunFolderError
+from engram_lm.errors import RunFolderError
 from engram_lm.files import read_json, user_path, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
@@ -40,10 +40,6 @@ class StudyCommand:
     """What stands behind ``engram-lm study``."""
     result_format: ClassVar[str] = "engram.study.1"
     """Format of ``result.json``."""
-    free: ClassVar[tuple[str, ...]] = ()
-    """Flags of its own that may change when the study is continued, because no trained model depends on them."""
-    decided_by: ClassVar[str] = "options"
-    """Where the settings come from, for the message that says they differ."""
 
     out: Path | None = None
     """Folder of the study; runs/NAME unless given."""
@@ -53,7 +49,8 @@ class StudyCommand:
     """How to divide the work: all arms of a seed in turn, step by step; one arm after the other; or parallel processes
     of one thread each, which is the fastest. auto takes processes for what lasts longer than about a minute."""
     resume: bool = False
-    """Continue the study in the folder; what is trained is not trained again."""
+    """Continue the study in the folder. What is trained is not trained again, but for arms whose recipe is another one
+    now: change an option, and only the models that it concerns are trained anew."""
     dry_run: bool = False
     """Say what the study costs and check its budget, and train nothing."""
     json: bool = False
@@ -79,9 +76,9 @@ class StudyCommand:
         """Write what the arms are trained on, where that is not text that exists already."""
 
     def settings(self) -> dict[str, Any]:
-        """What the trained models depend on, as JSON can hold it."""
-        free = {field.name for field in dataclasses.fields(StudyCommand)} | set(self.free)
-        return {name: value for name, value in plain_flags(self).items() if name not in free}
+        """What decides the study, as JSON can hold it; its result shows it."""
+        shared = {field.name for field in dataclasses.fields(StudyCommand)} - {"seeds"}
+        return {name: value for name, value in plain_flags(self).items() if name not in shared}
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Make the result, but for the facts of the run and the settings, from the arms of each seed by name.
@@ -104,7 +101,7 @@ class StudyCommand:
         progress = StudyProgress(Console(stderr=True))
         out, settings = self.folder, self.settings()
         with hold_folder(out, _MARK, kind="a study", work="at work") as known:
-            self._check_earlier(known, settings)
+            self._take(known, settings)
             try:
                 with Interrupt() as interrupt:
                     self.prepare(out)
@@ -120,9 +117,8 @@ class StudyCommand:
                 again += "" if "--resume" in shlex.split(again) else " --resume"
                 progress.note(f"interrupted; continue with: {again}")
                 return 130
-            free = {name: value for name, value in plain_flags(self).items() if name in ("seeds", *self.free)}
             facts = {"format": self.result_format, **run_facts(started, made_at)}
-            self._publish({**facts, "settings": settings | free, **found, "diagnostics": diagnostics}, study)
+            self._publish({**facts, "settings": settings, **found, "diagnostics": diagnostics}, study)
         return 0
 
     @property
@@ -130,22 +126,17 @@ class StudyCommand:
         """The folder of the study, absolute."""
         return user_path(self.out or Path("runs") / self.name).resolve()
 
-    def _check_earlier(self, known: bool, settings: dict[str, Any]) -> None:
-        """Compare with the study that the folder holds, if it does, and mark it as this one's."""
-        mark = self.folder / _MARK
+    def _take(self, known: bool, settings: dict[str, Any]) -> None:
+        """Mark the folder as this study's, unless it holds one that must not be continued."""
         if known and not self.resume:
             raise RunFolderError(
                 f"{self.folder} holds a study already; continue it with --resume, or name another folder with --out"
             )
-        if known:
-            earlier = read_json(mark, error=RunFolderError, advice="name another folder with --out")
-            now = json.loads(json.dumps(settings))
-            if earlier | {name: now[name] for name in self.free if name in now} != now:
-                raise MismatchError(
-                    f"{self.folder} was begun with other {self.decided_by} (see {_MARK} there); give the same ones, or "
-                    "name another folder with --out"
-                )
-        write_atomically(mark, to_json(settings))
+        mark = self.folder / _MARK
+        earlier = read_json(mark, error=RunFolderError, advice="name another folder with --out") if known else {}
+        if (name := earlier.get("study", self.name)) != self.name:
+            raise RunFolderError(f"{self.folder} holds the study {name}; name another folder with --out")
+        write_atomically(mark, to_json({"study": self.name, **settings}))
 
     def _mode(self, study: Study) -> Mode:
         if self.mode != "auto":

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from engram_lm.errors import DivergedError, EngramError, RunFolderError
 from engram_lm.files import read_json, read_text, user_path, write_atomically
 from engram_lm.studies.progress import StudyProgress, recent_losses
-from engram_lm.studies.study import Arm, Study, TrainedArm
+from engram_lm.studies.study import Arm, Study, TrainedArm, short_digest
 from engram_lm.threads import allowed_cores
 from engram_lm.training.assembly import find_tokenizer, open_text
 from engram_lm.training.checkpoints import latest_checkpoint
@@ -28,7 +29,7 @@ from engram_lm.training.job import FAILED, METRICS, MODEL, RESULT, Job
 from engram_lm.training.metrics import read_metrics
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
-from engram_lm.training.run import Run
+from engram_lm.training.run import RECIPE, Run
 
 Mode = Literal["interleaved", "one_by_one", "processes"]
 """``interleaved``: all arms of a seed in this process, step by step in turn, which compares their speed fairly.
@@ -63,12 +64,17 @@ class _Planned:
         """A file beside the run's folder. Inside, it would not be an ordinary run's."""
         return self.folder.with_name(f"{self.arm.name}.{ending}")
 
+    def changes(self) -> list[str]:
+        """How the recipe differs from the one that the run was begun with, if anything was trained by that one."""
+        path = self.folder / RECIPE
+        begun = (self.folder / METRICS).exists() or latest_checkpoint(self.folder / CHECKPOINTS) is not None
+        return self.recipe.differences(Recipe.read(path).to_dict()) if begun and path.is_file() else []
+
     def finished(self) -> TrainedArm | None:
         """What the run came to, where it is finished."""
         place = next((path for name in (RESULT, FAILED) if (path := self.folder / name).is_file()), None)
-        if place is None:
+        if place is None or self.changes():
             return None
-        self.recipe.check_resumable(Recipe.read(self.folder / "recipe.toml").to_dict())
         advice = f"remove {self.folder}, and --resume trains this model again"
         found = read_json(place, error=RunFolderError, advice=advice)
         trained = TrainedArm(arm=self.arm, seed=self.seed, folder=self.folder, result=found)
@@ -84,7 +90,8 @@ class Runner:
     """Trains the arms of a study, each in ``seed-N/ARM/`` of its folder; see `engram_lm.training.run.Run`.
 
     All arms of a seed come before the next seed. An arm that is finished is not trained again, one that was stopped
-    goes on from its last checkpoint, and one that diverged is a result like any other.
+    goes on from its last checkpoint, and one that diverged is a result like any other. An arm whose recipe is another
+    one now is trained again, and what it came to before is moved to ``seed-N/ARM.earlier/``; the others stay.
 
     Parallel processes of one thread are faster than one process of several threads, which small models do not keep
     busy: six of them took 97 s and 54 s of computing on two busy cores, against 407 s and 154 s on two threads.
@@ -104,7 +111,7 @@ class Runner:
     ) -> None:
         self.study, self.out, self.mode, self.keep_unfinished = study, out, mode, keep_unfinished
         self.progress, self.interrupt = progress, interrupt
-        self._tokenizers: dict[Any, Path] = {}
+        self._tokenizers: set[Path] = set()
         self._texts: dict[Any, TrainingText] = {}
 
     def run(self) -> Outcome:
@@ -112,6 +119,7 @@ class Runner:
         seeds = [[self._planned(arm, seed) for arm in self.study.arms] for seed in range(self.study.seeds)]
         partial: dict[str, TrainedArm] = {}
         pending = [[one for one in seed if one.finished() is None] for seed in seeds]
+        self._move_aside([one for seed in pending for one in seed])
         if self.mode == "processes":
             self._in_processes([one for seed in pending for one in seed])
         else:
@@ -129,7 +137,7 @@ class Runner:
         recipe = self.complete(recipe)
         key = (recipe.data, recipe.evaluation)
         if key not in self._texts:
-            tokenizer = find_tokenizer(recipe, user_path(recipe.tokenizer.path or self.out / TOKENIZER))
+            tokenizer = find_tokenizer(recipe, user_path(recipe.tokenizer.path or tokenizer_folder(self.out, recipe)))
             self._texts[key] = open_text(recipe, tokenizer, self.progress)
         return self._texts[key]
 
@@ -139,15 +147,13 @@ class Runner:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache=self.out / "text"))
         if recipe.tokenizer.path is not None or recipe.model.weights is not None or recipe.model.base is not None:
             return recipe
-        key, number = (recipe.tokenizer, recipe.data), len(self._tokenizers) + 1
-        if key not in self._tokenizers:
-            folder = self.out / (TOKENIZER if number == 1 else f"{TOKENIZER}-{number}")
+        folder = tokenizer_folder(self.out, recipe)
+        if folder not in self._tokenizers:
             if not folder.is_dir():
                 self.progress.note("training a tokenizer")
             find_tokenizer(recipe, folder)
-            self._tokenizers[key] = folder
-        options = dataclasses.replace(recipe.tokenizer, path=str(self._tokenizers[key]))
-        return dataclasses.replace(recipe, tokenizer=options)
+            self._tokenizers.add(folder)
+        return dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, path=str(folder)))
 
     def stop_if_asked(self, amount: int = 0) -> None:
         """Raise a `KeyboardInterrupt` after a signal, to end what follows training; what was trained is kept."""
@@ -157,6 +163,22 @@ class Runner:
     def _planned(self, arm: Arm, seed: int) -> _Planned:
         recipe = self.complete(self.study.recipe_of(arm, seed))
         return _Planned(arm, seed, recipe, self.out / f"seed-{seed}" / arm.name)
+
+    def _move_aside(self, pending: Sequence[_Planned]) -> None:
+        """Make room for the runs whose recipe is another one now, and say how it differs."""
+        changed: dict[str, list[_Planned]] = {}
+        for one in pending:
+            if changes := one.changes():
+                changed.setdefault("; ".join(changes), []).append(one)
+        for words, runs in changed.items():
+            names = ", ".join(f"{one.arm.name} of seed {one.seed}" for one in runs)
+            self.progress.note(f"another recipe, so these are trained again: {names} ({words})")
+        for one in (one for runs in changed.values() for one in runs):
+            earlier = one.beside("earlier")
+            shutil.rmtree(earlier, ignore_errors=True)
+            one.folder.rename(earlier)
+        if changed:
+            self.progress.note("what they came to before is kept in seed-N/ARM.earlier until that happens again")
 
     def _prepare(self, planned: Sequence[_Planned]) -> None:
         """Write the recipes of runs, for ``engram-lm train`` to read, and tokenize their text."""
@@ -250,6 +272,13 @@ class Runner:
             log = one.beside("log")
             said = read_text(log, errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise EngramError(f"training {one.arm.name} with seed {one.seed} failed: {said[0]} (all of it is in {log})")
+
+
+def tokenizer_folder(study: Path, recipe: Recipe) -> Path:
+    """Name the folder of a study's tokenizer, in which all recipes agree that train the same one on the same text."""
+    data = recipe.data
+    made_of = (recipe.tokenizer, data.sources, data.max_bytes, data.held_out, data.validation)
+    return study / f"{TOKENIZER}-{short_digest(made_of)}"
 
 
 def _started(one: _Planned) -> "subprocess.Popen[bytes]":

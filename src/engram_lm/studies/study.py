@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +110,15 @@ HELD_OUT_LOSS = Measure(
 def with_seed(arm: Arm, seed: int) -> Recipe:
     """An arm's recipe with another seed, which decides its first weights and the order of its text."""
     return dataclasses.replace(arm.recipe, train=dataclasses.replace(arm.recipe.train, seed=seed))
+
+
+def short_digest(value: object) -> str:
+    """Name a value, such as options that a text is made by, in eight characters.
+
+    Files that are made for a study have it in their names, so that a recipe which names such a file is another one when
+    the file would be.
+    """
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

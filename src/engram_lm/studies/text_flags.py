@@ -8,10 +8,10 @@ from typing import Literal
 
 from engram_lm.errors import ConfigError, check_flags
 from engram_lm.files import new_folder
+from engram_lm.studies.runner import tokenizer_folder
 from engram_lm.training.data.documents import Document, read_documents, split_documents
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.data.tokenizer import train_tokenizer
-from engram_lm.training.export import TOKENIZER
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import (
     CheckpointOptions,
@@ -98,12 +98,13 @@ class TextFlags:
         Returns:
             Names of the documents that are held out, in order; empty where the tokenizer is there already.
         """
-        if (study / TOKENIZER).is_dir():
+        folder = tokenizer_folder(study, self.recipe(ModelOptions()))
+        if folder.is_dir():
             return []
         share = self.held_out_share + self.validation_share
         train, held_out = split_documents(read_documents(self.data, max_bytes=self.max_bytes), share)
         tokenizer = train_tokenizer(_sample(train, _TOKENIZER_BYTES), self.vocab_size)
-        with new_folder(study / TOKENIZER) as aside:
+        with new_folder(folder) as aside:
             tokenizer.save_pretrained(aside)
         return [document.name for document in held_out]
 

@@ -48,21 +48,24 @@ class RecipeFile:
         plain: dict[str, Any] = to_plain(self)
         return plain
 
-    def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to go on with another recipe than a run was begun with: ``saved``, as `to_dict` gave it.
-
-        Raises:
-            MismatchError: Naming every key that differs and must not.
-        """
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """Say which keys differ from another recipe's, as `to_dict` gave it, and must not when a run goes on."""
         ours = self.to_dict()
-        different = [
+        return [
             f"{place} is {_show(now)}, was {_show(then)}"
             for section in ours
             if section not in self.may_change
             for place, now, then in _differences(section, ours[section], saved.get(section, {}))
             if place not in self.may_change
         ]
-        if different:
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to go on with another recipe than a run was begun with: ``saved``, as `to_dict` gave it.
+
+        Raises:
+            MismatchError: Naming every key that differs and must not.
+        """
+        if different := self.differences(saved):
             raise MismatchError(
                 f"the run was begun with another recipe: {'; '.join(different)}. Resume with the recipe.toml of the "
                 "run folder, or begin a new run with another --out"

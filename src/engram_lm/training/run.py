@@ -20,7 +20,8 @@ from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import write_toml
 from engram_lm.training.run_folder import hold_folder
 
-_RECIPE = "recipe.toml"
+RECIPE = "recipe.toml"
+"""The recipe in a run's folder, with every key."""
 
 
 class Run:
@@ -102,11 +103,11 @@ class Run:
 
     def _take_folder(self, stack: contextlib.ExitStack) -> None:
         """Make the run folder this run's, or find that it is."""
-        known = stack.enter_context(hold_folder(self.out, _RECIPE, kind="a training run", work="training"))
+        known = stack.enter_context(hold_folder(self.out, RECIPE, kind="a training run", work="training"))
         if known:
-            self._check_earlier(Recipe.read(self.out / _RECIPE))
+            self._check_earlier(Recipe.read(self.out / RECIPE))
         try:
-            write_atomically(self.out / _RECIPE, write_toml(self.recipe.to_dict()))
+            write_atomically(self.out / RECIPE, write_toml(self.recipe.to_dict()))
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to {self.out}: {error.strerror}; name a folder you can write to with --out"

@@ -41,7 +41,6 @@ class DepthStudy(SmallModelFlags, StudyCommand):
 
     name: ClassVar[str] = "depth"
     result_format: ClassVar[str] = "engram.depth.1"
-    free: ClassVar[tuple[str, ...]] = ("parts", "analysis_tokens", "positions", "top_k")
 
     seeds: int = 1
     """Repetitions with other weights and another order of batches; gives mean and standard deviation."""

@@ -18,7 +18,7 @@ from engram_lm.studies.long_context.recall import recall
 from engram_lm.studies.long_context.summary import ENGRAM, EQUAL, MOE, figures, long_context_finding, summarize
 from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, with_seed
+from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, short_digest, with_seed
 from engram_lm.training.checkpoints.training_state import export_model
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.export import CHECKPOINTS
@@ -38,8 +38,8 @@ from engram_lm.training.recipe import (
 from engram_lm.training.schedules import ScheduleOptions
 from engram_lm.training.stage import StageOptions
 
-_TEXT, _LONG, _UNSEEN = "text.jsonl", "long", 5_000
-"""Names in the folder; and lines of code that no model is trained on."""
+_UNSEEN = 5_000
+"""Lines of code that no model is trained on."""
 _RATIO = 0.75
 """The experts' share of the sparse parameters, as in the paper's models."""
 
@@ -63,7 +63,6 @@ class LongContextStudy(StudyCommand):
 
     name: ClassVar[str] = "long_context"
     result_format: ClassVar[str] = "engram.long_context.1"
-    free: ClassVar[tuple[str, ...]] = ("haystacks",)
 
     seeds: int = 2
     """Repetitions with other first weights and another order of the text."""
@@ -121,6 +120,14 @@ class LongContextStudy(StudyCommand):
     def notes(self) -> NoteOptions:
         """What the text is made of."""
         return NoteOptions(num_documents=self.documents, num_keys=self.keys, num_values=self.values)
+
+    @property
+    def _text_name(self) -> str:
+        return f"text-{short_digest(self.notes)}.jsonl"
+
+    def _of_these_models(self, name: str) -> str:
+        """Name a folder with what was made of the short models, so that it is not taken for other models' later."""
+        return f"{name}-{short_digest([self._recipe(model) for model in self.models().values()])}"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -183,7 +190,7 @@ class LongContextStudy(StudyCommand):
             stage=StageOptions(factor=self.factor if long else None),
             tokenizer=TokenizerOptions(vocab_size=self.vocab_size),
             data=DataOptions(
-                sources=(TextSource(path=str(self.folder / _TEXT)),),
+                sources=(TextSource(path=str(self.folder / self._text_name)),),
                 cache=self.folder / "text",
                 sequence_length=length,
                 held_out=0.03,
@@ -202,10 +209,10 @@ class LongContextStudy(StudyCommand):
     def prepare(self, out: Path) -> None:
         """Write the text."""
         find_device(self.device)
-        if not (out / _TEXT).is_file():
+        if not (out / self._text_name).is_file():
             documents = make_documents(self.notes, self.code()[0])
             lines_of_json = (json_module.dumps({"text": document}) + "\n" for document in documents)
-            write_atomically(out / _TEXT, "".join(lines_of_json))
+            write_atomically(out / self._text_name, "".join(lines_of_json))
 
     def code(self) -> tuple[list[str], list[str]]:
         """Lines of code for the text, and lines for the haystacks, of which none is among those for the text."""
@@ -254,7 +261,7 @@ class LongContextStudy(StudyCommand):
             if "held_out" in line
         }
         step = min(curve, key=lambda one: abs(curve[one] - last[behind]))
-        folder = arms[ahead].folder.with_name(EQUAL)
+        folder = arms[ahead].folder.with_name(self._of_these_models(EQUAL))
         if not (folder / "config.json").is_file():
             _, tokenizer = arms[ahead].load()
             export_model(arms[ahead].folder / CHECKPOINTS / f"step-{step:08d}", folder, tokenizer=tokenizer)
@@ -264,7 +271,7 @@ class LongContextStudy(StudyCommand):
     def _extend(self, seeds: Sequence[int], runner: Runner) -> dict[int, dict[str, TrainedArm]]:
         """Train the stages of all seeds, in a folder of their own; they resume like everything else."""
         titles = {MOE: "mixture of experts", ENGRAM: "with memory", EQUAL: "the one ahead, at equal loss"}
-        places = {MOE: f"{MOE}/model", ENGRAM: f"{ENGRAM}/model", EQUAL: EQUAL}
+        places = {MOE: f"{MOE}/model", ENGRAM: f"{ENGRAM}/model", EQUAL: self._of_these_models(EQUAL)}
 
         def recipe_of(arm: Arm, index: int) -> Recipe:
             weights = runner.out / f"seed-{seeds[index]}" / places[arm.name]
@@ -280,7 +287,11 @@ class LongContextStudy(StudyCommand):
             recipe_of=recipe_of,
         )
         outcome = Runner(
-            stages, runner.out / _LONG, mode=runner.mode, progress=runner.progress, interrupt=runner.interrupt
+            stages,
+            runner.out / self._of_these_models("long"),
+            mode=runner.mode,
+            progress=runner.progress,
+            interrupt=runner.interrupt,
         ).run()
         if outcome.interrupted:
             raise KeyboardInterrupt

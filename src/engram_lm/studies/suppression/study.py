@@ -15,7 +15,7 @@ from engram_lm.evaluation.tasks import read_tasks, write_tasks
 from engram_lm.files import write_atomically
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.study import Arm, Study, TrainedArm
+from engram_lm.studies.study import Arm, Study, TrainedArm, short_digest
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
 from engram_lm.studies.suppression.summary import figures, summarize, suppression_finding
 from engram_lm.training.recipe import Recipe
@@ -24,7 +24,7 @@ from engram_lm.training.recipe_file import override, read_table
 RECIPE = Path(__file__).with_name("recipe.toml")
 """How the models are trained unless another recipe is named."""
 
-_TEXT, _TASKS, _RUN, _TWIN = "text.jsonl", "tasks.jsonl", "run", "twin"
+_TASKS, _RUN, _TWIN = "tasks.jsonl", "run", "twin"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,6 @@ class SuppressionStudy(StudyCommand):
 
     name: ClassVar[str] = "suppression"
     result_format: ClassVar[str] = "engram.suppression.1"
-    free: ClassVar[tuple[str, ...]] = ("twin",)  # it may be added to a study that had none
-    decided_by: ClassVar[str] = "options or another recipe"
 
     seeds: int = 1
     """Repetitions with other people, other facts and other weights; gives mean and standard deviation."""
@@ -79,8 +77,13 @@ class SuppressionStudy(StudyCommand):
         return read_table(self.recipe or RECIPE)
 
     def settings(self) -> dict[str, Any]:
-        """What the trained models depend on."""
-        return {"families": dataclasses.asdict(self.families(0)), "twin": self.twin, "recipe": self._recipe_table}
+        """What decides the study."""
+        families = dataclasses.asdict(self.families(0))
+        return {"seeds": self.seeds, "families": families, "twin": self.twin, "recipe": self._recipe_table}
+
+    def _text(self, seed: int) -> Path:
+        """The file with the text of a seed."""
+        return self.folder / f"seed-{seed}" / f"text-{short_digest(self.families(seed))}.jsonl"
 
     def study(self) -> Study:
         """The recipe's model with memory, and without if that is asked for."""
@@ -110,7 +113,7 @@ class SuppressionStudy(StudyCommand):
         """The recipe of an arm, on the text of a seed."""
         folder = self.folder / f"seed-{seed}"
         table = override(arm.recipe.to_dict(), ["--train.seed", str(seed)])
-        data = table.get("data", {}) | {"sources": [str(folder / _TEXT)], "cache": str(folder / "shards")}
+        data = table.get("data", {}) | {"sources": [str(self._text(seed))], "cache": str(folder / "shards")}
         return Recipe.from_dict(table | {"data": data})
 
     def prepare(self, out: Path) -> None:
@@ -118,7 +121,7 @@ class SuppressionStudy(StudyCommand):
         for seed in range(self.seeds):
             families = make_families(self.families(seed))
             lines = "".join(json_module.dumps({"text": document}) + "\n" for document in families.documents)
-            text = out / f"seed-{seed}" / _TEXT
+            text = self._text(seed)
             if not text.is_file() or text.read_text(encoding="utf-8") != lines:  # training remembers which file it was
                 write_atomically(text, lines)
             write_tasks(out / f"seed-{seed}" / _TASKS, families.items)
