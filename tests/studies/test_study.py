@@ -41,7 +41,7 @@ def tiny_recipe(text, preset, **train):
             "data": {"sources": [str(text)], "sequence_length": 32, "held_out": 0.1},
             "train": {"num_steps": 6, "batch_size": 4, "dtype": "float32", "device": "cpu", **train},
             "checkpoint": {"every": 2, "asynchronous": False},
-            "log": {"details_every": 0, "peak_tflops": 1.0},
+            "log": {"details_every": 0, "peak_tflops": 1.0, "tensorboard": "no"},
         }
     )
 
@@ -232,9 +232,10 @@ def killed(command, number):
     def watch(event, arguments):
         nonlocal seen
         writes = event == "open" and isinstance(arguments[1], str) and not set("wax+").isdisjoint(arguments[1])
-        seen += writes or event in ("os.rename", "os.remove", "os.mkdir")
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if writes or event in ("os.rename", "os.remove", "os.mkdir"):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     try:
         torch.set_num_threads(1)
@@ -247,10 +248,9 @@ def killed(command, number):
 def test_a_study_that_is_killed_again_and_again_comes_to_the_same_numbers(study, text, tmp_path):
     command = Whether(out=tmp_path, text=str(text), seeds=2, mode="interleaved", resume=True)
     chance, kills = random.Random(0), 0
-    while kills < 100 and killed(command, chance.randrange(1, 80)):
+    while kills < 100 and killed(command, chance.randrange(1, 160)):
         kills += 1
-    print(kills)
-    assert 10 < kills < 100
+    assert 5 < kills < 100
     assert losses(tmp_path) == losses(study)
 
 
