@@ -80,9 +80,10 @@ def test_arms_begin_with_the_same_weights_and_read_the_same_text(flags, tmp_path
 def test_documents_held_out_do_not_depend_on_the_study_and_validation_is_beside_them(flags, tmp_path):
     names = [flags.prepare_tokenizer(tmp_path / study) for study in ("one", "two")]
     assert names[0] == names[1] != []
-    tokenizers = [(tmp_path / study / "tokenizer/tokenizer.json").read_bytes() for study in ("one", "two")]
+    folders = [next((tmp_path / study).glob("tokenizer-*")) for study in ("one", "two")]
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in folders]
     assert tokenizers[0] == tokenizers[1]
-    tokenizer = find_tokenizer(flags.recipe(flags.model("dense")), tmp_path / "one/tokenizer")
+    tokenizer = find_tokenizer(flags.recipe(flags.model("dense")), folders[0])
     text = open_text(flags.recipe(flags.model("dense")), tokenizer)
     held_out, validation = (tokenizer.decode(part) for part in (text.held_out, text.texts["validation"].tokens))
     trained = tokenizer.decode(text.train[:])
