@@ -41,6 +41,8 @@ _BENCHES = {
     "serve": ("engram_lm.serving.bench.serve:ServeBench", "tokens per second of vLLM with tables in every place"),
 }
 
+_ALL = ("engram_lm.studies.every_study:EveryStudy", "as many of them as fit a budget of hours, resumable")
+
 VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "quickstart": ("engram_lm.studies.quickstart.run:Quickstart", "train with memory and without, compare, report"),
     "train": ("engram_lm.training.command:Train", "train a model by a recipe, on one process or on many"),
@@ -60,7 +62,7 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "table": (_TABLE_VERBS, "build, convert, verify, inspect, bench and simulate tables"),
     "doctor": ("engram_lm.doctor.command:Doctor", "what a bug report needs: versions, machine, tiers that work here"),
     "bench": (_BENCHES, "what memory costs an engine that serves"),
-    "study": (STUDIES, "ask one of the paper's questions of small models, by one command"),
+    "study": ({**STUDIES, "all": _ALL}, "ask one of the paper's questions of small models, by one command"),
 }
 """For each verb, the module and class of its command, or the verbs it has of its own; and what it does, in a line."""
 
