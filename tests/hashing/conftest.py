@@ -78,6 +78,12 @@ def small_specs() -> dict[str, HashSpec]:
         "one order": HashSpec.build(
             small_map(), layers=(8,), orders=(3,), heads=1, rows_per_head=2, pad_token_id=2, segments=segments
         ),
+        "token alone": HashSpec.build(
+            small_map(), layers=(8,), orders=(1,), heads=2, rows_per_head=30, pad_token_id=2, segments=segments
+        ),
+        "token and more": HashSpec.build(
+            small_map(), layers=(8, 3), orders=(1, 2, 3), heads=2, rows_per_head=30, pad_token_id=2, segments=segments
+        ),
         "gap in orders": HashSpec.build(
             small_map(), layers=(8, 9), orders=(2, 5), heads=2, rows_per_head=40_000, pad_token_id=2, shared_table=True
         ),

@@ -87,7 +87,7 @@ def test_a_shared_table_has_equal_primes_and_own_multipliers():
     ("changes", "message"),
     [
         ({"heads": 0}, "heads per order"),
-        ({"orders": (1, 2)}, "orders are ascending integers from 2"),
+        ({"orders": (0, 2)}, "orders are ascending integers from 1"),
         ({"orders": (3, 2)}, "orders are ascending"),
         ({"orders": ()}, "orders are ascending"),
         ({"layers": ()}, "one or more ids"),

@@ -60,7 +60,7 @@ def test_a_configuration_survives_json():
     ("change", "message"),
     [
         ({"memory_dim": 13}, "nearest that does is 12"),
-        ({"orders": (1, 2)}, "start at 2"),
+        ({"orders": (0, 2)}, "start at 1"),
         ({"orders": (3, 2)}, "increase"),
         ({"orders": ()}, "orders"),
         ({"layers": (1, 1)}, "distinct"),

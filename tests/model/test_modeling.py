@@ -64,8 +64,8 @@ def test_another_tokenizer_is_refused_with_both_digests(model, tokenizer, other_
 
 
 def test_a_model_that_hashes_raw_tokens_keeps_to_its_tokenizer_too(tokenizer, other_tokenizer, tmp_path):
-    raw = TokenMap.identity(len(tokenizer), tokenizer)
-    config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**MEMORY), token_map=raw, **BACKBONE)
+    config = EngramLMConfig.for_tokenizer(tokenizer, EngramConfig(**MEMORY, token_map="raw"), **BACKBONE)
+    assert config.spec.token_map == TokenMap.identity(len(tokenizer), tokenizer)
     model = EngramForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     loaded = EngramForCausalLM.from_pretrained(tmp_path, tokenizer=tokenizer)

@@ -149,7 +149,8 @@ def test_a_study_is_gone_on_with_and_trains_nothing_twice(study, capsys):
     assert main([*call, "--twin", "--people", "21", "--resume", "--json"]) == 0
     printed = capsys.readouterr()
     changed = json.loads(printed.out)
-    assert "trained again: run of seed 0, twin of seed 0 (data.sources is" in " ".join(printed.err.split())
+    said = " ".join(printed.err.split())
+    assert "trained again: run of seed 0, twin of seed 0 (" in said and "data.sources is" in said
     assert changed["seeds"][0]["run"]["training"]["held_out"] != result["seeds"][0]["run"]["training"]["held_out"]
 
 

@@ -31,7 +31,7 @@ class HashRule(abc.ABC):
     """A rule with the numbers of one model. Rules are values; a `HashSpec` makes its own from its fields."""
 
     orders: tuple[int, ...]
-    """N-gram orders, ascending, from 2."""
+    """N-gram orders, ascending, from 1, which is the token alone."""
     num_heads: int
     """Hash heads per order."""
     vocab_size: int
@@ -317,9 +317,9 @@ def check_layers(layers: tuple[int, ...]) -> None:
 def _check_geometry(orders: tuple[int, ...], heads: int) -> None:
     if (
         not orders
-        or any(type(order) is not int or order < 2 for order in orders)
+        or any(type(order) is not int or order < 1 for order in orders)
         or list(orders) != sorted(set(orders))
     ):
-        raise ConfigError(f"orders are ascending integers from 2, such as (2, 3), got {orders!r}")
+        raise ConfigError(f"orders are ascending integers from 1, such as (2, 3), got {orders!r}")
     if type(heads) is not int or heads < 1:
         raise ConfigError(f"heads per order is an integer from 1, got {heads!r}")

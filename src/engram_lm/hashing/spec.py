@@ -47,7 +47,7 @@ class HashSpec:
     layer_base: int = 0
     """What the published ids count from: 0, or 1 (Qwen)."""
     orders: tuple[int, ...]
-    """N-gram orders, ascending, from 2."""
+    """N-gram orders, ascending, from 1, which is the token alone."""
     num_heads: int
     """Hash heads per order, from 1."""
     primes: tuple[tuple[int, ...], ...]
@@ -97,7 +97,7 @@ class HashSpec:
         Args:
             token_map: The map of the tokenizer in use.
             layers: Ids of the layers with a memory: 0-based blocks, but 1-based for ``qwen_ple``.
-            orders: N-gram orders, ascending, from 2.
+            orders: N-gram orders, ascending, from 1.
             heads: Hash heads per order.
             rows_per_head: Rows asked for per head, one number or one per order; each head gets the next unused prime
                 (``longcat``: column i gets ``rows_per_head + 2 i + 1``).

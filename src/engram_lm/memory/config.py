@@ -37,13 +37,16 @@ class EngramConfig:
     num_streams: int = 1
     """Residual streams S (M in the paper, also called ``hc_mult``); 1 is an ordinary residual model."""
     orders: tuple[int, ...] = (2, 3)
-    """Orders of the suffix N-grams that are looked up, increasing, each at least 2."""
+    """Orders of the suffix N-grams that are looked up, increasing; 1 is the token alone, which the paper leaves out."""
     num_heads: int = 8
     """Hash heads per order (K in the paper)."""
     memory_dim: int = 1280
     """Width of the concatenated memory vector (d_mem); each row is memory_dim / (orders x heads) wide."""
     rows_per_head: int = 100_000
     """Rows asked for per head; the next unused prime is taken. Also called ``engram_vocab_size``."""
+    token_map: Literal["canonical", "raw"] = "canonical"
+    """Which tokens make N-grams: canonical ones, in which a word is the same with or without capitals and the space
+    before it (paper, section 2.2), or the tokenizer's own."""
     tables: Literal["per_layer", "shared"] = "per_layer"
     """One table for each layer, or one for all of them, which each layer then addresses by its own multipliers."""
     signs: Literal["none", "hashed"] = "none"
@@ -103,8 +106,8 @@ class EngramConfig:
                 raise ConfigError(f"{name} must be a finite number above 0, not {value!r}{hint}")
         if len(set(self.layers)) != len(self.layers) or any(layer < 0 for layer in self.layers) or not self.layers:
             raise ConfigError(f"layers must be distinct block numbers counted from 0, not {self.layers}")
-        if not self.orders or self.orders[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.orders)):
-            raise ConfigError(f"orders must increase and start at 2 or above, not {self.orders}")
+        if not self.orders or self.orders[0] < 1 or any(b <= a for a, b in itertools.pairwise(self.orders)):
+            raise ConfigError(f"orders must increase and start at 1 or above, not {self.orders}")
         heads = self.num_heads_total
         if self.orders[-1] > _HIGHEST_ORDER or heads * len(self.layers) > _MOST_HEADS:
             raise ConfigError(
@@ -188,7 +191,8 @@ class EngramConfig:
         Args:
             tokenizer: A fast tokenizer. Its pad token, or else its end-of-text token, stands for everything before the
                 start of a segment.
-            token_map: Canonical tokens; computed from the tokenizer by the published normalization where None.
+            token_map: Canonical tokens; those of the field ``token_map`` where None, made of the tokenizer by the
+                published normalization.
             segments: Which look-backs are blocked; by default N-grams do not cross an end-of-text token.
 
         Raises:
@@ -196,6 +200,7 @@ class EngramConfig:
             TokenMapError: The tokenizer has no Rust backend.
         """
         from engram_lm.hashing import Segments, TokenMap
+        from engram_lm.hashing.token_map import read_vocabulary
 
         check_tokenizer_kind(tokenizer)
         end = tokenizer.eos_token_id
@@ -205,6 +210,8 @@ class EngramConfig:
                 "the tokenizer has neither a pad nor an end-of-text token, and one of them must stand for the "
                 "positions before the start of a text; set tokenizer.pad_token first"
             )
+        if token_map is None and self.token_map == "raw":
+            token_map = TokenMap.identity(len(read_vocabulary(tokenizer)), tokenizer)
         return self.hash_spec(
             TokenMap.from_tokenizer(tokenizer) if token_map is None else token_map,
             pad_token_id=pad,
@@ -247,10 +254,9 @@ class EngramConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. What a file of version 0.1 does not have is left out where it is as there."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        if self.layer == "engram":
-            del values["layer"]
-        if self.occupancy == "none":
-            del values["occupancy"]
+        for name, usual in (("layer", "engram"), ("occupancy", "none"), ("token_map", "canonical")):
+            if values[name] == usual:
+                del values[name]
         return values
 
     @classmethod

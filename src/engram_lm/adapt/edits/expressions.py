@@ -120,6 +120,8 @@ def find_expressions(
         orders = np.tile(np.repeat(spec.orders, spec.num_heads), len(spec.blocks))
         found.setdefault((number, tuple(np.where(np.isin(orders, used), rows, -1).tolist())))
 
+    # A row that stands for a token alone would be read wherever the token occurs.
+    shortest = next((order for order in spec.orders if order > 1), 1)
     for number, fact in enumerate(facts):
         if not fact.subject:
             for text in fact.wordings:
@@ -129,10 +131,10 @@ def find_expressions(
         spans = [subject_span(tokenizer, text, fact.subject) for text in fact.wordings]
         alone = [subject_span(tokenizer, text, fact.subject) for text in (fact.subject, f" {fact.subject.strip()}")]
         for tokens, place, inside in (*spans, *alone):
-            if inside >= spec.orders[0]:
+            if inside >= shortest:
                 note(number, tokens, place, [max(order for order in spec.orders if order <= inside)])
         for tokens, place, inside in spans:
-            if inside < spec.orders[0]:
+            if inside < shortest:
                 note(number, tokens, place, spec.orders)
                 before.update(tokens[max(place - 1, 0) : place].tolist())
                 single.append((number, int(tokens[place])))
@@ -141,7 +143,7 @@ def find_expressions(
             before.update(reference[:_MANY_REFERENCE_TOKENS].tolist())
         for word, _ in before.most_common(num_contexts):
             for number, token in dict.fromkeys(single):
-                note(number, np.array([word, token]), 1, spec.orders[:1])
+                note(number, np.array([word, token]), 1, [shortest])
     reached = {number for number, _ in found}
     if lost := [fact.prompt for number, fact in enumerate(facts) if number not in reached]:
         raise ConfigError(f"the fact {lost[0]!r:.200} reads no row: its tokens are dead tokens of the hash's segments")
