@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -214,10 +214,26 @@ def allocation_finding(result: Mapping[str, Any]) -> Finding:
         tables.append(
             Table(title="Does it move", columns=("Sweep", "Parabola", "Two logarithms"), rows=moves, note=note)
         )
-    plain = study_finding(result)
-    return Finding(
-        headline=_headline(result), detail=seeds_note(len(result["seeds"])), tables=[*tables, *_named(plain, result)]
+    detail = f"{seeds_note(len(result['seeds']))} {_scope(result)}"
+    return Finding(headline=_headline(result), detail=detail, tables=[*tables, *_named(study_finding(result), result)])
+
+
+def _scope(result: Mapping[str, Any]) -> str:
+    """What can be claimed of a result, and what cannot."""
+    costs = [arm["cost"] for arm in result["arms"].values()]
+    seen = _range(f"{one:.1f}" for one in sorted(cost["tokens"] / cost["total"] for cost in costs))
+    active = _range(count_text(one) for one in sorted(round(cost["active"], -4) for cost in costs))
+    return (
+        f"They show how experts and memory share a budget in models of {active} active parameters that saw {seen} "
+        "tokens for each of all parameters, on this text. They do not show where the optimum is for larger models or "
+        "longer training (the paper's saw about 10 tokens for each parameter), nor that a parabola is the right curve: "
+        "the two fits differ by what that is worth."
     )
+
+
+def _range(words: Iterable[str]) -> str:
+    found = list(dict.fromkeys(words))
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _cells(found: Mapping[str, Any]) -> list[str]:

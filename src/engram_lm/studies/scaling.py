@@ -204,7 +204,20 @@ def scaling_finding(result: Mapping[str, Any]) -> Finding:
             note="Nats per token; differences are paired by seed.",
         ),
     ]
-    return Finding(headline=_headline(lines), detail=seeds_note(len(result["seeds"])), tables=tables)
+    return Finding(
+        headline=_headline(lines), detail=f"{seeds_note(len(result['seeds']))} {_scope(result)}", tables=tables
+    )
+
+
+def _scope(result: Mapping[str, Any]) -> str:
+    """What can be claimed of a result, and what cannot."""
+    active = round(result["arms"][WITHOUT]["cost"]["active"], -4)
+    return (
+        f"They show what bytes are worth to one backbone of {count_text(active)} active parameters after "
+        f"{count_text(result['tokens'])} tokens of this text, at learning rates that are the same for all sizes and "
+        "layers. They do not show where a larger table stops to pay: its rows are seen less often, and more tokens "
+        "would train them better."
+    )
 
 
 def _row(arm: Mapping[str, Any], without: Mapping[str, Any]) -> list[str]:
