@@ -1,0 +1,73 @@
+"""Keep what a study found: its result for benchmarks/results, and its pictures for docs/figures.
+
+    engram-lm study allocation --data corpus --out runs/allocation
+    python benchmarks/study.py runs/allocation runs/scaling
+
+``corpus`` is what ``benchmarks/text_corpus.py`` makes. The documents' tables are then made by ``benchmarks/tables.py``.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from engram_lm.page.figure import save_pictures
+from engram_lm.studies.registry import STUDIES
+
+ROOT = Path(__file__).resolve().parents[1]
+CURVE_POINTS = 20
+CORPUS = "corpus"
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Read a study's result, without what only that machine's folders mean; a training's curve has a few points."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result["command"] = portable(result["command"], has_data=bool(result["settings"].get("data")))
+    if result["settings"].get("data"):
+        result["settings"]["data"] = [CORPUS]
+    for number, arm in enumerate(result["arms"].values()):
+        recipe = arm["recipe"]
+        recipe["data"] |= {"sources": [CORPUS] * bool(recipe["data"].get("sources")), "cache": None}
+        if number:
+            arm["recipe"] = {"model": recipe["model"]}  # all else is the first arm's, but for the number of steps
+        for run in arm["runs"]:
+            curve = run["train_curve"]
+            run["train_curve"] = [[n, round(loss, 4)] for n, loss in curve[:: max(1, len(curve) // CURVE_POINTS)]]
+    return result
+
+
+def portable(command: str, *, has_data: bool) -> str:
+    """A command without the folders of the machine that it ran on."""
+    words, kept = shlex.split(command), list[str]()
+    skipped = False
+    for word in words:
+        if word.startswith("--"):
+            skipped = word.partition("=")[0] in ("--out", "--resume", "--data", "--mode")
+        if not skipped:
+            kept.append(word)
+    return shlex.join([*kept, *(["--data", CORPUS] if has_data else [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="finished studies")
+    for folder in parser.parse_args().folders:
+        result = collect(folder)
+        name = result["study"]
+        module, _, command = STUDIES[name][0].partition(":")
+        figures = getattr(importlib.import_module(module), command)().study().figures
+        pictures = ROOT / "docs" / "figures"
+        pictures.mkdir(exist_ok=True)
+        for path in save_pictures(figures(result), pictures):
+            print(path.relative_to(ROOT))
+        out = ROOT / "benchmarks" / "results" / f"study_{name}.json"
+        out.write_text(
+            json.dumps({"benchmark": f"study_{name}", "results": [result]}, indent=1) + "\n", encoding="utf-8"
+        )
+        print(out.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
