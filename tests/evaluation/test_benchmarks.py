@@ -219,11 +219,16 @@ def test_a_data_set_without_examples_will_do_for_none(data):
         run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data)
 
 
-def test_tasks_that_run_code_need_consent_and_unknown_ones_are_refused(data):
+def test_tasks_that_run_code_need_consent_and_unknown_ones_are_refused(data, capfd):
     (data / "tasks/ends.yaml").write_text(CHOICES.format(part="small") + "unsafe_code: true\n")
     with pytest.raises(ConfigError, match="ends would run the code that the model writes"):
         run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data)
+    # As soon as it is loaded, this one fetches what runs code.
+    with pytest.raises(ConfigError, match="humaneval would run the code that the model writes"):
+        run_tasks(small_model(), TOKENIZER, ["humaneval"], task_data=data)
+    capfd.readouterr()
     assert run_tasks(small_model(), TOKENIZER, ["ends"], task_data=data, run_unsafe_code=True).tasks
+    assert "it/s" not in capfd.readouterr().err
     (data / "tasks/words.yaml").write_text(WORDS + "process_results: !function nowhere.score\n")
     with pytest.raises(ConfigError, match=r"cannot make the task words ready: .*nowhere"):
         run_tasks(small_model(), TOKENIZER, ["animals"], task_data=data, run_unsafe_code=True)

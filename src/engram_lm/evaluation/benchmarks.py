@@ -160,24 +160,24 @@ def run_tasks(
     )
     with _chance(seed):
         wanted = [ruler(name) if is_ruler(name) else name for name in names]
-        loaded = Tasks(task_data).load(_with_families(wanted, asked))
-        unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
-        if unsafe and not run_unsafe_code:
-            raise ConfigError(
-                f"{', '.join(unsafe)} would run the code that the model writes, on this machine and without any "
-                "protection; agree with --run-unsafe-code, or leave them out"
-            )
+        tasks = Tasks(task_data)
+        if not run_unsafe_code:
+            _refuse_code(tasks.running_code(name for name in wanted if isinstance(name, str)))
+        loaded = tasks.load(_with_families(wanted, asked))
+        if not run_unsafe_code:
+            _refuse_code([name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)])
         for task in loaded["tasks"].values():
             _settle_few_shot(task, num_fewshot, seed)
         started = time.time()
-        raw: Any = evaluate(
-            lm=asked,
-            task_dict=loaded,
-            limit=limit,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-            confirm_run_unsafe_code=run_unsafe_code,
-        )
+        with _no_bars():
+            raw: Any = evaluate(
+                lm=asked,
+                task_dict=loaded,
+                limit=limit,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                confirm_run_unsafe_code=run_unsafe_code,
+            )
     raw["config"] = {
         "model": _SOURCE,
         "model_args": {"path": str(getattr(model.config, "_name_or_path", ""))},
@@ -317,6 +317,28 @@ def _chance(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _refuse_code(names: Sequence[str]) -> None:
+    """Refuse tasks that run code."""
+    if names:
+        raise ConfigError(
+            f"{', '.join(names)} would run the code that the model writes, on this machine and without any "
+            "protection; agree with --run-unsafe-code, or leave them out"
+        )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Show none of the harness's progress bars, one for each task, beside the progress that callers are told of."""
+    from tqdm import tqdm
+
+    begin: Any = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(begin, disable=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = begin  # type: ignore[method-assign]
 
 
 def _task_results(raw: Mapping[str, Any]) -> Mapping[str, TaskResult]:

@@ -123,6 +123,15 @@ class Tasks:
             visit(one, {})
         return found
 
+    def running_code(self, names: Iterable[str]) -> list[str]:
+        """Name the harness's tasks among these that run what a model writes, which some do as soon as they are loaded.
+
+        Not looked into are YAML files and a user's own tasks.
+        """
+        files = (".yaml", ".yml", ".jsonl")
+        known = [name for name in names if name not in self._own.task_index and not name.endswith(files)]
+        return [leaf["task"] for name in known for leaf in self.leaves(name) if leaf.get("unsafe_code")]
+
     def find(self, name: str | Path) -> list[str]:
         """Find what a name, a pattern of names or the path of a YAML file stands for, without loading anything.
 
