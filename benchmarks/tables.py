@@ -298,7 +298,7 @@ def adaptation_real() -> str:
         "answers changed",
     ]
     base = [f"{text['loss']:.3f}" for text in texts.values()]
-    number = sum(len(task["right"]) for task in tasks.values())
+    number = sum(len(task["right"] or "") for task in tasks.values())
     first = ["nothing (the base)", "", "", "", f"{before['domain']['loss']:.3f}", *base]
     rows = [[*first, f"{before['retained']['loss']:.3f}", "100", f"0 of {number}"]]
 
@@ -313,7 +313,11 @@ def adaptation_real() -> str:
         tried = [([trial], trial["lr"]) for trial in arm["trials"] if trial["lr"] != arm["lr"]]
         for runs, rate in sorted([*tried, (arm["runs"], arm["lr"])], key=lambda pair: pair[1]):
             changed = [
-                sum(old != new for task in tasks for old, new in zip(tasks[task]["right"], run["tasks"][task]["right"]))
+                sum(
+                    old != new
+                    for task in tasks
+                    for old, new in zip(tasks[task]["right"] or "", run["tasks"][task]["right"] or "", strict=True)
+                )
                 if run["tasks"]
                 else None
                 for run in runs

@@ -3,6 +3,7 @@
 # Dimension key: P expressions, K heads of all orders and all blocks, L length.
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,9 @@ def subject_span(tokenizer: Any, text: str, subject: str) -> tuple[np.ndarray, i
             "the tokenizer does not say which letters its tokens stand for, so a subject cannot be found in a text; "
             "load the fast tokenizer (use_fast=True), or leave the subject of the facts empty"
         ) from error
-    start = text.rindex(subject)
+    # Not inside a longer word, where the text has it outside of one; some languages put no spaces between words.
+    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
+    start = whole[-1] if whole else text.rindex(subject)
     end = start + len(subject.rstrip())
     spans = encoding["offset_mapping"]
     last = max(place for place, (first, _) in enumerate(spans) if first < end)
