@@ -334,11 +334,11 @@ def _no_bars() -> Iterator[None]:
     from tqdm import tqdm
 
     begin: Any = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(begin, disable=True)  # type: ignore[assignment]
+    tqdm.__init__ = functools.partialmethod(begin, disable=True)
     try:
         yield
     finally:
-        tqdm.__init__ = begin  # type: ignore[method-assign]
+        tqdm.__init__ = begin
 
 
 def _task_results(raw: Mapping[str, Any]) -> Mapping[str, TaskResult]:
