@@ -39,11 +39,17 @@ class EngramBlock(DeepseekV3DecoderLayer):
 
         Only a block that reads memory needs ``memory_step``; attention takes the rest.
         """
-        if self.memory is not None and not (self.single_fusion and self.num_streams > 1):
+        update_first = self.memory is not None and not (self.single_fusion and self.num_streams > 1)
+        if update_first:
             hidden_states = hidden_states + self._read_memory(hidden_states, memory_step)
-        if self.num_streams == 1:
-            return super().forward(hidden_states, **kwargs)
+        hidden_states = self.attend(hidden_states, None if update_first else memory_step, **kwargs)
+        return self.feed_forward(hidden_states)
 
+    def attend(self, hidden_states: Tensor, memory_step: MemoryStep | None = None, **kwargs: Any) -> Tensor:
+        """Do the first half of `forward`: attention, and with ``single_fusion`` memory beside it."""
+        if self.num_streams == 1:
+            output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            return hidden_states + output
         post, comb, read = self.attention_streams(hidden_states)
         update = None
         if self.memory is not None and self.single_fusion:
@@ -53,8 +59,12 @@ class EngramBlock(DeepseekV3DecoderLayer):
         if update is not None:
             # With one stream this is the ordinary residual: x + update + attention(norm(x + update)).
             output = output + update
-        hidden_states = self.attention_streams.write(hidden_states, output, post, comb)
+        return self.attention_streams.write(hidden_states, output, post, comb)
 
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """Do the second half of `forward`: the feed-forward network, dense or of experts."""
+        if self.num_streams == 1:
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         post, comb, read = self.feed_forward_streams(hidden_states)
         output = self.mlp(self.post_attention_layernorm(read))
         return self.feed_forward_streams.write(hidden_states, output, post, comb)

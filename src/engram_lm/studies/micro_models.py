@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig
@@ -15,6 +15,9 @@ from engram_lm.training.data.text import cache_folder
 from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import LikeOptions, ModelOptions
 from engram_lm.training.schedules import ScheduleOptions
+
+_FEW_TOKENS = 500_000
+"""Tokens of a run below which compiling takes longer than it saves."""
 
 Size = Literal["100k", "500k", "2m"]
 """Active parameters."""
@@ -87,9 +90,9 @@ class MicroModelFlags(TextFlags):
     table_lr_multiplier: float | None = None
     """Learning rate of the tables relative to it; the one that was tuned for the size unless given."""
 
-    held_out_share = 0.02
-    validation_share = 0.01
-    held_out_tokens = 1 << 19
+    held_out_share: ClassVar[float] = 0.02
+    validation_share: ClassVar[float] = 0.01
+    held_out_tokens: ClassVar[int] = 1 << 19
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +110,11 @@ class MicroModelFlags(TextFlags):
                 tuned.table_lr_multiplier if self.table_lr_multiplier is None else self.table_lr_multiplier
             ),
         )
+
+    @property
+    def compile(self) -> Literal["no", "auto"]:
+        """Compile where that is possible, unless a run is over before it would pay."""
+        return "no" if self.tokens < _FEW_TOKENS else "auto"
 
     @property
     def schedule(self) -> ScheduleOptions:

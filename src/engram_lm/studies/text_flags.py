@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from engram_lm.errors import ConfigError, check_flags
 from engram_lm.files import new_folder
@@ -68,17 +68,22 @@ class TextFlags:
 
     # What kinds of models decide ---------------------------------------------------------------------------------
 
-    held_out_share = 0.03
+    held_out_share: ClassVar[float] = 0.03
     """Share of the documents that models are compared on and not trained on."""
-    validation_share = 0.0
+    validation_share: ClassVar[float] = 0.0
     """Share beside it for choices such as that of a learning rate, which no result uses."""
-    held_out_tokens = _ALL_TOKENS
+    held_out_tokens: ClassVar[int] = _ALL_TOKENS
     """Held-out tokens that the final loss is measured on at most."""
 
     @property
     def optimizer(self) -> OptimizerOptions:
         """How all models are trained."""
         raise NotImplementedError
+
+    @property
+    def compile(self) -> Literal["no", "auto"]:
+        """Whether training is compiled where that is possible."""
+        return "no"
 
     @property
     def schedule(self) -> ScheduleOptions:
@@ -127,6 +132,7 @@ class TextFlags:
                 max_skipped_steps=0,
                 dtype=self.dtype,
                 device=self.device,
+                compile=self.compile,
             ),
             optimizer=self.optimizer,
             schedule=self.schedule,

@@ -1,6 +1,7 @@
 """Text on disk → trained weights.
 
-Reading order: ``data/`` (text → batches of tokens); ``loss.py`` (what is trained), ``distribution.py`` and
+Reading order: ``data/`` (text → batches of tokens); ``loss.py`` (what is trained),
+``compilation.py`` (the same, compiled), ``distribution.py`` and
 ``shard_tables.py`` (several processes as one), ``optimizers/`` and ``schedules.py`` (gradients → updates), ``loop.py``
 (steps), ``writing.py`` (which rows are trained), ``retention.py`` and ``dependence.py`` (losses that compare a model
 with its base), ``diagnostics.py``, ``held_out.py`` and ``flops.py`` (what is measured); ``checkpoints/`` (files that

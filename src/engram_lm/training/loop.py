@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engram_lm.errors import ConfigError, DataError, DivergedError, check_whole
 from engram_lm.model.experts import Router, balance_experts
+from engram_lm.training.compilation import compile_training, plain_head
 from engram_lm.training.data.batches import Batch, Batches
 from engram_lm.training.dependence import DependenceLoss
 from engram_lm.training.diagnostics import TableUse, gradient_norms, update_norms
@@ -47,6 +48,8 @@ class TrainOptions:
     """Steps in a row that may be skipped because their gradient is not finite, before training ends with an error."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; weights stay in float32."""
+    compile: bool = False
+    """Whether the passes of a model of ours are compiled: see `engram_lm.training.compilation`."""
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused too.
@@ -150,9 +153,10 @@ class Trainer:
         self.schedule = schedule or ScheduleOptions()
         self.ranks = ranks or Ranks()
         self.num_steps_done = self.num_skipped = self._skipped_in_a_row = 0
+        head = compile_training(model, batches.length) if options.compile else plain_head
         self._parts = _divide(batches.batch_size, options.micro_batch_size, self.ranks)
         self.loss_module = wrap_backbone(
-            LossModule(model, functools.partial(language_model_loss, dtype=options.dtype)),
+            LossModule(model, functools.partial(language_model_loss, dtype=options.dtype, head=head)),
             backbone if self.ranks.world_size > 1 else "none",
             self.ranks,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engram_lm.model import EngramForCausalLM
 from engram_lm.model.experts import sequence_balance_loss
+from engram_lm.training.compilation import Head, plain_head
 
 NOT_SCORED = -100
 """Target of a position whose prediction does not count; what torch's losses ignore."""
@@ -25,7 +26,13 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 
 def language_model_loss(
-    model: Any, inputs: Tensor, targets: Tensor, dtype: str = "float32", *, position_ids: Tensor | None = None
+    model: Any,
+    inputs: Tensor,
+    targets: Tensor,
+    dtype: str = "float32",
+    *,
+    position_ids: Tensor | None = None,
+    head: Head = plain_head,
 ) -> Tensor:
     """Compute the mean nats per token that counts.
 
@@ -40,6 +47,7 @@ def language_model_loss(
         targets: The token after each, ``[B, L]``; `NOT_SCORED` where it does not count.
         dtype: Type of matrix products.
         position_ids: ``[B, L]``, starting anew where a document does; one run of positions where None.
+        head: Computes the losses of a model of ours from its hidden states, with gradients.
     """
     if not isinstance(model, EngramForCausalLM):
         return _loss_of_logits(model, inputs, targets, dtype, position_ids)
@@ -50,7 +58,7 @@ def language_model_loss(
     count = (targets != NOT_SCORED).sum()
     if torch.is_grad_enabled():
         # Each token's loss has the type of the products; their mean is taken in float32.
-        loss = F.linear_cross_entropy(hidden, weight, targets, reduction="none").float().sum() / count
+        loss = head(hidden, weight, targets).float().sum() / count
     else:
         loss = _losses_in_parts(hidden, weight, targets).double().sum() / count
     if balance:

@@ -253,6 +253,9 @@ class RunOptions(TrainOptions):
     """Steps in a row that may be skipped because their gradient is not finite, before training ends with an error."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # type: ignore[assignment]
     """Type of matrix products; weights stay in float32. Auto takes bfloat16 where the device has it in hardware."""
+    compile: Literal["no", "auto", "yes"] = "no"  # type: ignore[assignment]
+    """Whether the passes of a model of ours are compiled by ``torch.compile``, which takes a minute at first and makes
+    small models about twice as fast. Auto does so on one process that has a compiler. Results differ by rounding."""
     batch_size: int = 16
     """Sequences in a step, over all processes."""
     seed: int = 0
@@ -361,7 +364,16 @@ class Recipe(RecipeFile):
     prog: ClassVar[str] = "engram-lm train"
     # What decides where, how fast and how often, and not what comes out beyond rounding.
     may_change: ClassVar[frozenset[str]] = frozenset(
-        {"evaluation", "checkpoint", "parallel", "log", "data.cache", "train.micro_batch_size", "train.device"}
+        {
+            "evaluation",
+            "checkpoint",
+            "parallel",
+            "log",
+            "data.cache",
+            "train.micro_batch_size",
+            "train.device",
+            "train.compile",
+        }
     )
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -400,6 +412,8 @@ class Recipe(RecipeFile):
     def __post_init__(self) -> None:
         if self.model.base is None and (self.adapter.layers or self.lora.rank):
             raise ConfigError("[adapter] and [lora] are added to a pretrained model; name it as model.base")
+        if self.train.compile == "yes" and (self.model.base is not None or self.parallel.backbone == "fsdp2"):
+            raise ConfigError("train.compile = 'yes' is for models of this project, without model.base and fsdp2")
         if self.model.weights is None and self.stage.factor is not None:
             raise ConfigError(
                 "[stage] goes on with a model of this project on longer sequences; name its folder as model.weights"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.base_model import AdaptedBase
 from engram_lm.training.build import OwnModel
+from engram_lm.training.compilation import can_compile
 from engram_lm.training.data.batches import Batches
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks, agree
@@ -51,10 +52,12 @@ def trainer_of(
         if trained.retention_loss is not None:
             general = batches_of(recipe, text, tokenizer, recipe.retention.batch_size, general=True)
             retention = Retention(trained.retention_loss, general, recipe.retention.weight)
+    wanted = recipe.train.compile
+    compiled = wanted == "yes" or (wanted == "auto" and _can_be_compiled(trained, ranks))
     return Trainer(
         trained.module,
         batches,
-        dataclasses.replace(recipe.train, dtype=dtype),
+        dataclasses.replace(recipe.train, dtype=dtype, compile=compiled),  # type: ignore[arg-type]
         recipe.optimizer,
         recipe.schedule,
         ranks=ranks,
@@ -62,6 +65,10 @@ def trainer_of(
         retention=retention,
         dependence=trained.dependence_loss,
     )
+
+
+def _can_be_compiled(trained: OwnModel | AdaptedBase, ranks: Ranks) -> bool:
+    return isinstance(trained, OwnModel) and ranks.group is None and can_compile(ranks.device)
 
 
 def seconds_per_step(trainer: Trainer) -> float:
