@@ -36,9 +36,9 @@ class Rates:
 
 
 RATES: dict[Size, Rates] = {
-    "100k": Rates(lr=6e-3, table_lr_multiplier=15.0),
-    "500k": Rates(lr=6e-3, table_lr_multiplier=15.0),
-    "2m": Rates(lr=4e-3, table_lr_multiplier=15.0),
+    "100k": Rates(lr=2e-2, table_lr_multiplier=15.0),
+    "500k": Rates(lr=1e-2, table_lr_multiplier=15.0),
+    "2m": Rates(lr=6e-3, table_lr_multiplier=15.0),
 }
 """Rates for each size, the same for all its families."""
 

@@ -11,5 +11,6 @@ STUDIES: Mapping[str, tuple[str, str]] = {
     "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
     "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
     "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
+    "rates": ("engram_lm.studies.rates:RatesStudy", "which learning rates suit micro models"),
 }
 """For each study, the module and class of its command, and what it asks, in a line."""
