@@ -56,6 +56,14 @@ VARIANTS = {
 }
 
 
+@torch.no_grad()
+def perturbed(model, size=0.2):
+    """Move all numbers of a new model a little, so that none of its parts is without effect."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * size)
+    return model
+
+
 def threads_get_what_one_gets(model):
     """Generate from several prompts one after the other, then in threads that share the model."""
     generator = torch.Generator().manual_seed(5)

@@ -13,7 +13,7 @@ from tests.adapt.small_models import TEXT, TOKENIZER
 
 from engram_lm import RowPatch
 from engram_lm.adapt import FactEdit, JointFitOptions, merge_patches, read_fact_edits
-from engram_lm.adapt.edits.expressions import find_expressions, read_wordings
+from engram_lm.adapt.edits.expressions import find_expressions, read_wordings, subject_span
 from engram_lm.adapt.edits.scoring import score_wordings
 from engram_lm.adapt.joint_edit import JointEdit, row_penalties
 from engram_lm.adapt.patchable import patchable_memory
@@ -94,6 +94,15 @@ def test_every_wording_of_a_subject_is_read_from_the_same_rows():
     # rows of the lower one.
     assert all(rows == used[0] for rows in used)
     assert len(used[0]) == memory.spec.num_heads * len(memory.spec.blocks)
+
+
+def test_a_subject_is_not_found_inside_a_longer_word():
+    text = "the rat ran; narrate"
+    tokens, last, inside = subject_span(TOKENIZER, text, "rat")
+    assert inside >= 1 and TOKENIZER.decode(tokens[last + 1 - inside : last + 1]).strip() == "rat"
+    assert last < len(tokens) - len(TOKENIZER(" narrate").input_ids)
+    # Where it never stands alone, as in languages without spaces.
+    assert subject_span(TOKENIZER, "ran; narrate", "rat")[2] >= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
-from tests.small_model import BACKBONE, MEMORY, VARIANTS
+from tests.small_model import BACKBONE, MEMORY, VARIANTS, perturbed
 
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
@@ -29,10 +29,7 @@ def own(variant="plain"):
     backbone, memory = VARIANTS[variant]
     config = EngramLMConfig.for_tokenizer(TOKENIZER, EngramConfig(**{**MEMORY, **memory}), **{**BACKBONE, **backbone})
     model = EngramForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return perturbed(model, 0.2)
 
 
 def attached():

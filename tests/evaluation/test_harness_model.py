@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
 from tests.beginnings import with_template
-from tests.small_model import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY, perturbed
 
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
@@ -35,10 +35,7 @@ PAIRS = [
 def with_memory():
     torch.manual_seed(0)
     model = EngramForCausalLM(EngramLMConfig.for_tokenizer(BEGINS, EngramConfig(**MEMORY), **BACKBONE)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return perturbed(model, 0.2)
 
 
 def attached():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.adapt.conftest import speak
 from tests.adapt.small_models import TOKENIZER, small_model
-from tests.small_model import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY, perturbed
 
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
@@ -28,10 +28,7 @@ def with_memory():
     torch.manual_seed(0)
     config = EngramLMConfig.for_tokenizer(TOKENIZER, EngramConfig(**MEMORY), **BACKBONE)
     model = EngramForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return perturbed(model, 0.2)
 
 
 def attached():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.adapt.small_models import TEXT, TOKENIZER, small_model
-from tests.small_model import BACKBONE, MEMORY
+from tests.small_model import BACKBONE, MEMORY, perturbed
 
 import engram_lm
 from engram_lm import EngramConfig, EngramForCausalLM, EngramLMConfig
@@ -28,10 +28,7 @@ def own(memory=MEMORY):
     torch.manual_seed(0)
     config = EngramLMConfig.for_tokenizer(TOKENIZER, memory and EngramConfig(**memory), **BACKBONE)
     model = EngramForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return perturbed(model, 0.05)
 
 
 def attached():
