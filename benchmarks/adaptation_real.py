@@ -27,6 +27,7 @@ from typing import Any
 from published_scores import task_data
 
 from engram_lm.cli import main as engram_lm
+from tables import answers_changed
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["arc_easy", "openbookqa", "hellaswag", "piqa", "winogrande"]
@@ -144,6 +145,42 @@ def collect(folder: Path) -> dict[str, Any]:
     return {**whole, "arms": arms, "changed_keys": RUNS}
 
 
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw the trade: what every arm, seed and learning rate gained in the domain, and what it lost elsewhere."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "adaptation", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot
+
+    before = result["before"]
+    figure, (texts, answers) = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    markers = "osD^v<>PX*hp"
+    for number, arm in enumerate(result["arms"].values()):
+        color, marker = f"C{number % 10}", markers[number % len(markers)]
+        for run in (*arm["runs"], *(trial for trial in arm["trials"] if trial["lr"] != arm["lr"])):
+            filled = color if run["lr"] == arm["lr"] else "none"
+            style = {"marker": marker, "color": color, "markerfacecolor": filled, "linestyle": "none"}
+            gain = before["domain"]["loss"] - run["domain"]["loss"]
+            first = run is arm["runs"][0]
+            label = arm["title"] if first else None
+            texts.plot([run["retained"]["loss"] - before["retained"]["loss"]], [gain], label=label, **style)
+            if run.get("tasks"):
+                changed = answers_changed(before["tasks"], run["tasks"])
+                answers.plot([changed], [gain], **style)
+    texts.set_xscale("symlog", linthresh=0.01, linscale=0.7)
+    texts.axvline(0.01, color="gray", linewidth=0.8, linestyle=":")
+    texts.set(
+        xlabel="loss on unlike text, change in nats per token (dotted: the goal)",
+        ylabel="gain in the domain, nats per token",
+    )
+    answers.set(xlabel="answers of the benchmarks that changed, of 500", xlim=(-2, None))
+    figure.legend(loc="outside right center", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of the base model")
@@ -153,6 +190,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/adaptation_real"), help="folder of the runs")
     parser.add_argument("--finished", action="store_true", help="collect runs that are finished, and train nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "adaptation_real.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "adaptation.svg")
     arguments = parser.parse_args()
     if arguments.write_packages:
         write_packages(arguments.texts / "packages.jsonl")
@@ -161,8 +199,10 @@ def main() -> None:
         with task_data(arguments.data) as tasks:
             for name in RUNS:
                 adapt(name, arguments, tasks)
-    text = json.dumps({"benchmark": "adaptation_real", "results": collect(arguments.folder)}, separators=(",", ":"))
+    result = collect(arguments.folder)
+    text = json.dumps({"benchmark": "adaptation_real", "results": result}, separators=(",", ":"))
     arguments.out.write_text(text + "\n", encoding="utf-8")
+    picture(result, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,30 +298,14 @@ def adaptation_real() -> str:
         "answers changed",
     ]
     base = [f"{text['loss']:.3f}" for text in texts.values()]
-    number = sum(len(task["right"] or "") for task in tasks.values())
+    number = num_answers(tasks)
     first = ["nothing (the base)", "", "", "", f"{before['domain']['loss']:.3f}", *base]
     rows = [[*first, f"{before['retained']['loss']:.3f}", "100", f"0 of {number}"]]
-
-    def of(values: list[float | None], form: str) -> str:
-        known = [value for value in values if value is not None]
-        if not known:
-            return "–"
-        spread = f" ± {statistics.stdev(known):{form.lstrip('+')}}" if len(known) > 1 else ""
-        return f"{statistics.fmean(known):{form}}{spread}"
 
     for arm in result["arms"].values():
         tried = [([trial], trial["lr"]) for trial in arm["trials"] if trial["lr"] != arm["lr"]]
         for runs, rate in sorted([*tried, (arm["runs"], arm["lr"])], key=lambda pair: pair[1]):
-            changed = [
-                sum(
-                    old != new
-                    for task in tasks
-                    for old, new in zip(tasks[task]["right"] or "", run["tasks"][task]["right"] or "", strict=True)
-                )
-                if run["tasks"]
-                else None
-                for run in runs
-            ]
+            changed = [answers_changed(tasks, run["tasks"]) if run["tasks"] else None for run in runs]
             shares = [share_kept(result, run) for run in runs]
             rows.append(
                 [
@@ -329,11 +313,14 @@ def adaptation_real() -> str:
                     f"{rate:g}",
                     f"{len(runs)}",
                     f"{arm['num_steps']}",
-                    of([run["domain"]["loss"] for run in runs], ".3f"),
+                    over_seeds([run["domain"]["loss"] for run in runs], ".3f"),
                 ]
-                + [of([change_on_old_text(result, run, text) for run in runs], "+.3f") for text in texts]
-                + [of([change_on_old_text(result, run) for run in runs], "+.3f")]
-                + [of([None if share is None else 100 * share for share in shares], ".1f"), of(changed, ".0f")]
+                + [over_seeds([change_on_old_text(result, run, text) for run in runs], "+.3f") for text in texts]
+                + [over_seeds([change_on_old_text(result, run) for run in runs], "+.3f")]
+                + [
+                    over_seeds([None if share is None else 100 * share for share in shares], ".1f"),
+                    over_seeds(changed, ".0f"),
+                ]
             )
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -403,6 +390,29 @@ def spread(found: dict[str, Any], digits: int, factor: float = 1) -> str:
     return mean + ("" if error is None else f" ± {error * factor:.{digits}f}")
 
 
+def over_seeds(values: Sequence[float | None], form: str) -> str:
+    """Mean, and standard deviation where there are several; a dash for nothing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):{form.lstrip('+')}}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):{form}}{spread}"
+
+
+def num_answers(tasks: dict[str, Any]) -> int:
+    """Questions of benchmarks that are answered rightly or wrongly."""
+    return sum(len(task["right"] or "") for task in tasks.values())
+
+
+def answers_changed(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """Answers that became right or wrong."""
+    return sum(
+        old != new
+        for name, task in before.items()
+        for old, new in zip(task["right"] or "", after[name]["right"] or "", strict=True)
+    )
+
+
 def deviation(values: list[float]) -> float:
     """Sample standard deviation."""
     mean = sum(values) / len(values)
@@ -456,8 +466,11 @@ def facts() -> str:
     for one in record["results"]:
         groups.setdefault((one["memory"], one["num_facts"], one["method"]), []).append(one)
     lines = ["| memory | facts | method | efficacy (greedy) | unseen wordings (greedy) | in paragraphs (greedy) | "
-             "generalization | specificity | loss, nats per token | CPU seconds | seeds |"]  # fmt: skip
-    lines.append("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+             "generalization | specificity | loss, nats per token | answers changed | CPU seconds | seeds |"]  # fmt: skip
+    lines.append("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    unedited = {
+        one["memory"]: one["tasks"] for one in record["results"] if "tasks" in one and one["method"] == "unedited"
+    }
     order = list(METHODS)
     for memory, number, method in sorted(
         groups, key=lambda key: (list(MEMORIES).index(key[0]), key[1], order.index(key[2]))
@@ -472,12 +485,16 @@ def facts() -> str:
             for name in ("efficacy", "unseen", "paragraph")
         )
         changes = [sum(one["loss_change"].values()) / len(one["loss_change"]) for one in found if "loss_change" in one]
-        specific = "" if not changes else f"{100 * mean('specificity'):.1f}"
+        specific = "" if not changes else over_seeds([100 * one["specificity"] for one in found], ".1f")
+        general = over_seeds([100 * one["generalization"] for one in found], ".0f")
         change = "" if not changes else f"{sum(changes) / len(changes):+.4f}"
         seconds = "" if method == "unedited" else f"{mean('fit_seconds'):.0f}"
+        answers = ""
+        if tasks := next((one["tasks"] for one in found if "tasks" in one and method != "unedited"), None):
+            answers = f"{answers_changed(unedited[memory], tasks)} of {num_answers(tasks)}"
         lines.append(
             f"| {MEMORIES[memory]} | {number} | {METHODS[method]} | {' | '.join(pairs)} | "
-            f"{100 * mean('generalization'):.0f} | {specific} | {change} | {seconds} | {len(found)} |"
+            f"{general} | {specific} | {change} | {answers} | {seconds} | {len(found)} |"
         )
     machine = record["machine"]
     asked = max(one["num_asked"] for one in record["results"])
