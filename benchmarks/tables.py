@@ -466,7 +466,7 @@ def facts() -> str:
     for one in record["results"]:
         groups.setdefault((one["memory"], one["num_facts"], one["method"]), []).append(one)
     lines = ["| memory | facts | method | efficacy (greedy) | unseen wordings (greedy) | in paragraphs (greedy) | "
-             "generalization | specificity | loss, nats per token | answers changed | CPU seconds | seeds |"]  # fmt: skip
+             "generalization | specificity | loss change | answers changed | CPU seconds | seeds |"]  # fmt: skip
     lines.append("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     unedited = {
         one["memory"]: one["tasks"] for one in record["results"] if "tasks" in one and one["method"] == "unedited"
