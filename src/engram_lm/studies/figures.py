@@ -47,6 +47,47 @@ def sweep(x: str) -> Figures:
     return figures
 
 
+def forest(
+    rows: Sequence[tuple[str, Mapping[str, Any], Sequence[float]]],
+    groups: Sequence[str],
+    *,
+    name: str,
+    title: str,
+    label: str,
+) -> Picture:
+    """Draw differences as points with intervals, one below the other; the groups of rows have colors and gaps.
+
+    Args:
+        rows: For each arm its title, ``value`` and ``interval`` (None where it is not known), and every seed's value.
+        groups: The group of each row.
+        name: Name of the file.
+        title: What it shows.
+        label: What the horizontal axis shows.
+    """
+    colors = {group: f"C{number % 10}" for number, group in enumerate(dict.fromkeys(groups))}
+    gaps = [index > 0 and groups[index] != groups[index - 1] for index in range(len(rows))]
+    places = [index + 0.6 * sum(gaps[: index + 1]) for index in range(len(rows))]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, group, (_, found, seeds) in zip(places, groups, rows, strict=True):
+            color, value, interval = colors[group], found["value"], found["interval"]
+            axes.plot(seeds, [place] * len(seeds), ".", color=color, alpha=0.4)
+            sides = None if interval is None else [[value - interval[0]], [interval[1] - value]]
+            axes.errorbar(value, place, xerr=sides, fmt="o", color=color, capsize=3)
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.set_yticks(places, [words for words, _, _ in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="x", color="0.9")
+        axes.set_xlabel(label)
+        # Most changes are small: one arm that is far off, such as no memory, must not hide the others.
+        ends = sorted(abs(found["value"]) for _, found, _ in rows)
+        if ends and ends[-1] > 10 * (linear := ends[len(ends) // 2] or ends[-1]):
+            axes.set_xscale("symlog", linthresh=2 * linear)
+
+    return Picture(name=name, title=title, size=(7.2, 1.2 + 0.3 * (places[-1] + 1 if places else 1)), draw=draw)
+
+
 def _first_measure(
     result: Mapping[str, Any], by: str, height: float, draw: Callable[[Any, str, str], None]
 ) -> Sequence[Picture]:

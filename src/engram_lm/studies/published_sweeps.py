@@ -1,6 +1,6 @@
-"""Points of the paper's Figure 3, read from the coordinates of its drawing: single runs, losses within 0.0001.
+"""Points of the paper's Figures 3 and 5, read from the coordinates of the drawings: single runs, losses within 0.0001.
 
-The paper prints few of them as numbers. Source: arXiv 2601.07372, Figure 3.
+The paper prints few of them as numbers. Source: arXiv 2601.07372.
 """
 
 from collections.abc import Mapping
@@ -36,3 +36,15 @@ SCALING: Mapping[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
 
 SCALING_WITHOUT = 1.8082
 """The loss of the same mixture of experts without memory."""
+
+ABLATIONS: Mapping[str, float] = {
+    "layers-0": 1.7730 - 1.7705,
+    "layers-two": 1.7678 - 1.7705,
+    "streams-single": 1.7743 - 1.7678,
+    "gate-none": 1.7724 - 1.7678,
+    "token_map-raw": 1.7735 - 1.7678,
+    "convolution-none": 1.7683 - 1.7678,
+    "orders-2-3-4": 1.7695 - 1.7678,
+}
+"""What a change of the reference costs in validation loss, section 6.2 and Figure 5. The names are those of the arms of
+``engram-lm study ablations``. Places of layers are compared with one module in layer 2, the rest with two layers."""

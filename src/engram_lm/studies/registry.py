@@ -8,7 +8,11 @@ from collections.abc import Mapping
 STUDIES: Mapping[str, tuple[str, str]] = {
     "allocation": ("engram_lm.studies.allocation:AllocationStudy", "how much of a sparse budget should be memory"),
     "scaling": ("engram_lm.studies.scaling:ScalingStudy", "how far a larger table lowers the loss, for three layers"),
-    "depth": ("engram_lm.studies.depth.study:DepthStudy", "where memory helps most, and how many layers it saves"),
+    "ablations": ("engram_lm.studies.ablations:AblationStudy", "what each part of the memory is worth"),
+    "mechanism": (
+        "engram_lm.studies.mechanism.study:MechanismStudy",
+        "how many layers memory saves, and what it holds",
+    ),
     "suppression": ("engram_lm.studies.suppression.study:SuppressionStudy", "what is still known without memory"),
     "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
     "rates": ("engram_lm.studies.rates:RatesStudy", "which learning rates suit micro models"),

@@ -70,7 +70,12 @@ def suppression_finding(result: Mapping[str, Any]) -> Finding:
 
 def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     """Draw bars of what each family retains, condition by condition."""
-    conditions = {name: row for name, row in result["summary"]["conditions"].items() if name != "memory on"}
+    return [suppression_bars(result["summary"]["conditions"])]
+
+
+def suppression_bars(conditions: Mapping[str, Any]) -> Picture:
+    """Draw bars of what each family retains, of `summarize`'s ``conditions``."""
+    conditions = {name: row for name, row in conditions.items() if name != "memory on"}
     families = list(next(iter(conditions.values())))
     height = 0.8 / len(families)
 
@@ -92,7 +97,7 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(conditions)), ncols=3, frameon=False)
 
     size = (6.8, 0.8 + 0.75 * len(conditions))
-    return [Picture(name="retained", title="Right answers retained", size=size, draw=draw)]
+    return Picture(name="retained", title="Right answers retained", size=size, draw=draw)
 
 
 def _rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -102,7 +107,7 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
     families = list(next(iter(conditions.values())))
     found = [["memory", *(title for family in families for title in (family, "retained"))]]
     for name, row in conditions.items():
-        cells = [_percent(row[family][key]) for family in families for key in ("exact_match", "retained")]
+        cells = [percent_text(row[family][key]) for family in families for key in ("exact_match", "retained")]
         found.append([name, *cells])
     if "twin" in summary:
         # One by one: a model has learned a family or has not, and what lies between is no seed's.
@@ -112,7 +117,8 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
-def _percent(value: Mapping[str, float | None]) -> str:
+def percent_text(value: Mapping[str, float | None]) -> str:
+    """Write a mean share and its standard deviation in percent."""
     if value["mean"] is None:
         return "–"
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.0f}"

@@ -9,47 +9,56 @@ from engram_lm.page.figure import MARKERS, Picture, line_style
 from engram_lm.page.number_text import NOTHING, mean_of, number_text, signed_text, spread_text
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import paired_difference, seeds_note, spread
+from engram_lm.studies.suppression.summary import percent_text, suppression_bars
+from engram_lm.studies.suppression.summary import summarize as summarize_suppression
 
 BASELINE = "baseline"
 """Name of the model without memory."""
-_COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers ahead")
+_COLUMNS = ("Memory in", "Held-out loss", "Gain", "KL depth", "Prediction depth", "Layers saved", "Layers ahead")
 _ABOUT = (
     "Losses in nats per token; mean ± standard deviation over the seeds. Gain: over no memory, at equal operations "
     "per token. KL depth: layers until half of the divergence from the model's own prediction is gone. Prediction "
-    "depth: layers until its most likely token stays. Layers ahead: how much deeper a layer of the model without "
+    "depth: layers until its most likely token stays. Layers saved: by the KL depth, seed "
+    "by seed. Layers ahead: how much deeper a layer of the model without "
     "memory is that is alike (CKA), averaged over layers; a correlation."
 )
 _UNKNOWN: Mapping[str, Any] = {"mean": None, "std": None}
 
 
-def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, Any]:
+def summarize(result: Mapping[str, Any], looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Average over seeds.
 
     Args:
-        seeds: What each seed gave: ``arms`` (what training gave, by arm), and ``lens`` and ``cka`` where asked for.
-        titles: What to call each arm, the one without memory first.
+        result: An ``engram.study.1`` of the arms; the one without memory is first.
+        looks: For each seed ``lens``, ``cka`` and ``suppression`` by arm, where asked for.
 
     Returns:
         ``arms``, by name: ``loss`` in nats per token; ``gain`` over the model without memory, subtracted seed by seed;
-        ``lens``: ``kl`` by entry, ``kl_depth`` and ``prediction_depth`` in layers; ``cka``: ``similarity``,
-        ``alignment`` and ``gain`` by entry, and ``layers_ahead``, the mean gain over the outputs of all layers. Spreads
-        are mean and standard deviation (None of one seed). Beside them ``best``, the arm with the lowest loss of those
-        with one module, and ``kept_by_worst``, the share of its gain that the one with the highest loss keeps (None
-        where no module gains anything).
+        ``lens``: ``kl`` by entry, ``kl_depth`` and ``prediction_depth`` in layers, and ``layers_saved``, the KL depth
+        of the model without memory minus this one's; ``cka``: ``similarity``, ``alignment`` and ``gain`` by entry, and
+        ``layers_ahead``, the mean gain over the outputs of all layers; ``suppression`` as
+        `engram_lm.studies.suppression.summary.summarize` has it. Spreads are mean and standard deviation (None of one
+        seed). Beside them ``best``, the arm with the lowest loss of those with one module, and ``kept_by_worst``, the
+        share of its gain that the one with the highest loss keeps (None where no module gains anything).
     """
     arms: dict[str, Any] = {}
-    losses = {name: {number: seed["arms"][name]["loss"] for number, seed in enumerate(seeds)} for name in titles}
-    for name, title in titles.items():
-        run = seeds[0]["arms"][name]
+    for name, arm in result["arms"].items():
+        gain = arm["summary"]["loss"].get("difference")
+        lenses = [look.get("lens", {}).get(name) for look in looks]
+        effects = [found for look in looks if "effect" in (found := look.get("suppression", {}).get(name, {}))]
+        scores = [found for look in looks if "scores" in (found := look.get("suppression", {}).get(name, {}))]
         arms[name] = {
-            "title": title,
-            "blocks": run["blocks"],
-            "flops_per_token": run["flops_per_token"],
-            "parameters": run.get("parameters"),
-            "loss": spread(losses[name].values()),
-            "gain": None if name == BASELINE else paired_difference(losses[BASELINE], losses[name]),
-            "lens": _lens([curve for seed in seeds if (curve := seed.get("lens", {}).get(name))]),
-            "cka": _cka([found for seed in seeds if (found := seed.get("cka", {}).get(name))]),
+            "title": arm["title"],
+            "blocks": list(arm["recipe"]["model"].get("memory", {}).get("layers", ())),
+            "loss": {key: arm["summary"]["loss"][key] for key in ("mean", "std")},
+            "gain": gain and _negative(gain),
+            "lens": _lens(lenses, [look.get("lens", {}).get(BASELINE) for look in looks]),
+            "cka": _cka([found for look in looks if (found := look.get("cka", {}).get(name))]),
+            "suppression": summarize_suppression([{"run": found} for found in effects]) if effects else None,
+            "answers": {
+                family: spread(found["scores"][family]["exact_match"] for found in scores)
+                for family in (scores[0]["scores"] if scores else ())
+            },
         }
     single = {
         name: arm["loss"]["mean"] for name, arm in arms.items() if len(arm["blocks"]) == 1 and arm["loss"]["mean"]
@@ -61,13 +70,26 @@ def summarize(seeds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     return {"arms": arms, "best": best, "kept_by_worst": kept}
 
 
-def _lens(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not curves:
+def _negative(difference: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference the other way round: what an arm gains over the first one."""
+    mean = None if difference["mean"] is None else -difference["mean"]
+    return {**difference, "mean": mean, "per_seed": [-value for value in difference["per_seed"]]}
+
+
+def _lens(
+    curves: Sequence[Mapping[str, Any] | None], without: Sequence[Mapping[str, Any] | None]
+) -> dict[str, Any] | None:
+    known = [curve for curve in curves if curve]
+    if not known:
         return None
+    depths, others = (
+        {seed: curve["kl_depth"] if curve else None for seed, curve in enumerate(one)} for one in (curves, without)
+    )
     return {
-        **{key: curves[0][key] for key in ("num_layers", "memory_blocks", "relative_depth")},
-        "kl": _mean([curve["kl"] for curve in curves]),
-        **{key: spread(curve[key] for curve in curves) for key in ("kl_depth", "prediction_depth")},
+        **{key: known[0][key] for key in ("num_layers", "memory_blocks", "relative_depth")},
+        "kl": _mean([curve["kl"] for curve in known]),
+        **{key: spread(curve[key] for curve in known) for key in ("kl_depth", "prediction_depth")},
+        "layers_saved": paired_difference(others, depths),
     }
 
 
@@ -87,19 +109,20 @@ def _mean(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
     return [mean_of(values) for values in zip(*rows, strict=True)]
 
 
-def depth_finding(result: Mapping[str, Any]) -> Finding:
-    """Say which block is best and by how much, and list all arms of a result in the format ``engram.depth.1``."""
+def mechanism_finding(result: Mapping[str, Any]) -> Finding:
+    """Say what the layers and the answers show, and list all arms of a result in the format ``engram.mechanism.1``."""
     summary, rows = result["summary"], []
     for arm in summary["arms"].values():
         gain, lens = arm["gain"] or _UNKNOWN, arm["lens"] or {}
-        ahead = (arm["cka"] or {}).get("layers_ahead", _UNKNOWN)["mean"]
+        saved = lens.get("layers_saved", _UNKNOWN) if arm["gain"] else _UNKNOWN
+        ahead = (arm["cka"] or {}).get("layers_ahead", _UNKNOWN)
         rows.append(
             [
                 arm["title"].removeprefix("memory in "),
                 spread_text(arm["loss"]["mean"], arm["loss"]["std"]),
                 spread_text(gain["mean"], gain["std"], signed=True),
                 *(number_text(lens.get(key, _UNKNOWN)["mean"]) for key in ("kl_depth", "prediction_depth")),
-                NOTHING if ahead is None else signed_text(ahead),
+                *(spread_text(one["mean"], one["std"], signed=True) for one in (saved, ahead)),
             ]
         )
     headline = "No model with one memory module was trained to its end"
@@ -109,9 +132,36 @@ def depth_finding(result: Mapping[str, Any]) -> Finding:
         headline = f"Of single modules, {best['title']} is best"
         if gain is not None:
             headline += f": {abs(gain):.3f} nats per token {'better' if gain > 0 else 'worse'} than no memory"
+        if best["lens"] is not None and (saved := best["lens"]["layers_saved"]["mean"]) is not None:
+            headline += f", with {signed_text(saved)} layers saved by the logit lens"
     seeds = len(result["seeds"])
     table = Table(title=f"Memory by depth, {seeds} seed{'s' * (seeds > 1)}", columns=_COLUMNS, rows=rows, note=_ABOUT)
-    return Finding(headline=headline, detail=seeds_note(seeds), tables=[table])
+    return Finding(headline=headline, detail=seeds_note(seeds), tables=[table, *_answers_tables(summary)])
+
+
+def _answers_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """What is answered rightly with memory on, and which share of it with all memory at zero."""
+    asked = {name: arm for name, arm in summary["arms"].items() if arm["suppression"] or arm["answers"]}
+    if not asked:
+        return []
+    families: list[str] = []
+    rows = []
+    for arm in asked.values():
+        cells = [arm["title"].removeprefix("memory in ")]
+        if arm["suppression"]:
+            on, off = list(arm["suppression"]["conditions"].values())[:2]
+            families = list(on)
+            for family in families:
+                cells += [percent_text(on[family]["exact_match"]), percent_text(off[family]["retained"])]
+        else:
+            cells += [cell for found in arm["answers"].values() for cell in (percent_text(found), NOTHING)]
+        rows.append(cells)
+    columns = ["Memory in", *(title for family in families for title in (family, "retained"))]
+    note = (
+        "Right answers of greedy decoding with memory on, and the share retained with all memory at zero. Recall: "
+        "facts that the text states again and again; reading: facts of the passage before the question."
+    )
+    return [Table(title="Answers with memory suppressed", columns=columns, rows=rows, note=note)]
 
 
 def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
@@ -135,6 +185,8 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     if summary["best"] in maps:
         draw = functools.partial(_draw_cka, arms, maps, summary["best"])
         pictures.append(Picture(name="cka", title="Similarity of layers (CKA)", size=(10.4, 4.4), draw=draw))
+    if summary["best"] and (found := arms[summary["best"]]["suppression"]):
+        pictures.append(suppression_bars(found["conditions"]))
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""The study of depth: arms that differ in nothing but where memory is, and one command that compares them."""
+"""The study of mechanism: arms that differ in nothing but where memory is, and one command that compares them."""
 
 import json
 import os
@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from tests.analysis.looking import layer_similarity, logit_lens
 
+from engram_lm.analysis.suppression import suppression_effect
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
+from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.planning.sizes import model_sizes
 from engram_lm.serving.load import load_model
-from engram_lm.studies.depth.study import DepthStudy, default_split
-from engram_lm.studies.depth.summary import depth_finding, summarize
+from engram_lm.studies.mechanism.study import MechanismStudy, default_split
+from engram_lm.studies.mechanism.summary import mechanism_finding, summarize
 from engram_lm.studies.study import with_seed
+from engram_lm.studies.summary import paired_difference, spread
 from engram_lm.training.assembly import open_text
 from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.tokenizer import train_tokenizer
@@ -38,6 +41,10 @@ SIZES = {
     "batch_size": 4,
     "tokens": 1024,
     "analysis_tokens": 512,
+    "streams": 1,
+    "people": 4,
+    "documents": 40,
+    "questions": 4,
 }
 ARMS = ["baseline", "block-0", "block-1", "block-2", "blocks-1-2"]
 
@@ -60,7 +67,7 @@ def as_flags(values):
 @pytest.fixture(scope="module")
 def built():
     """All arms before training, by name."""
-    study = DepthStudy(**{**SIZES, "streams": 2}).study()
+    study = MechanismStudy(**{**SIZES, "streams": 2}).study()
     tokenizer = train_tokenizer([some_text()], SIZES["vocab_size"])
     recipes = {arm.name: with_seed(arm, 1) for arm in study.arms}
     return {
@@ -100,8 +107,8 @@ def test_arms_spend_the_same_operations_and_hold_the_same_table(built):
 def test_the_split_and_the_lone_module_stand_where_the_papers_do():
     assert default_split(12) == (1, 5), "layers 2 and 6 of 12, counted from 1"
     assert [default_split(blocks) for blocks in (2, 3, 6)] == [(), (1, 2), (1, 2)]
-    assert DepthStudy(blocks=6).split == (1, 2)
-    arms = DepthStudy(blocks=2, parts=("lens",)).study().arms
+    assert MechanismStudy(blocks=6).split == (1, 2)
+    arms = MechanismStudy(blocks=2, parts=("lens",)).study().arms
     assert [(arm.name, arm.recipe.model.memory.get("layers")) for arm in arms] == [("baseline", None), ("block-1", [1])]
 
 
@@ -120,16 +127,16 @@ def test_the_split_and_the_lone_module_stand_where_the_papers_do():
 )
 def test_impossible_studies_are_refused(options, flag):
     with pytest.raises(ConfigError, match=flag):
-        DepthStudy(**options)
+        MechanismStudy(**options)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A study that was stopped after its first model, and gone on with."""
-    folder = tmp_path_factory.mktemp("depth")
+    folder = tmp_path_factory.mktemp("mechanism")
     (folder / "text.txt").write_text("\n".join(some_text().split(". ")))
     out = folder / "out"
-    call = ["study", "depth", "--out", str(out), "--data", str(folder / "text.txt"), *as_flags(SIZES)]
+    call = ["study", "mechanism", "--out", str(out), "--data", str(folder / "text.txt"), *as_flags(SIZES)]
 
     def stop():
         deadline = time.monotonic() + 60
@@ -155,15 +162,15 @@ def study(tmp_path_factory):
 def test_one_command_trains_every_arm_and_measures_what_it_says(study):
     out, _ = study
     result = json.loads((out / "result.json").read_text())
-    (seed,) = result["seeds"]
-    assert list(seed["arms"]) == ARMS and set(seed["cka"]) == set(ARMS[1:])
-    for name in ("sweep.png", "lens.png", "cka.png"):
+    (seed,) = result["looks"]
+    assert list(result["arms"]) == ARMS and set(seed["cka"]) == set(ARMS[1:])
+    for name in ("sweep.png", "lens.png", "cka.png", "retained.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     # The models and the text in the folder give what the result says.
     models = {name: load_model(out / "seed-0" / name / "model")[0] for name in ("baseline", "block-1")}
     tokenizer = load_model(out / "seed-0/block-1/model")[1]
     tokens = held_out_tokens(out)
-    told = seed["arms"]["block-1"]
+    (told,) = result["arms"]["block-1"]["runs"]
     assert told["tokens"] == 1024 and told["num_evaluated_tokens"] == len(tokens) - 1
     assert held_out_loss(models["block-1"], tokens, length=32).loss == pytest.approx(told["loss"], rel=1e-3)
     options = {"length": 32, "max_tokens": 512}
@@ -173,6 +180,16 @@ def test_one_command_trains_every_arm_and_measures_what_it_says(study):
     assert seed["cka"]["block-1"]["row_model"] == "baseline"
     assert np.array(seed["cka"]["block-1"]["similarity"]) == pytest.approx(found.similarity, rel=1e-4)
     assert seed["cka"]["block-1"]["gain"] == pytest.approx(found.gain(2).tolist(), rel=1e-3)
+    # What is asked for is in the text and not in what the loss is measured on.
+    items = read_tasks(out / "tasks.jsonl")
+    text, held_out = (next(out.glob(f"{name}-*.jsonl")).read_text() for name in ("text", "held-out"))
+    recalled = [item for item in items if item.family == "recall"]
+    assert len(items) == 12 and all(f"{item.prompt}{item.answer}." in text for item in recalled)
+    assert not any(item.prompt in held_out for item in items)
+    effect = suppression_effect(models["block-1"], tokenizer, items=items, tokens=tokens, length=32)
+    assert seed["suppression"]["block-1"]["effect"]["loss"] == pytest.approx(effect.loss.tolist(), rel=1e-3)
+    assert set(seed["suppression"]["baseline"]["scores"]) == {"recall", "recall-reworded", "reading"}
+    assert result["summary"]["arms"]["block-1"]["suppression"]["conditions"].keys() >= {"memory on", "zero in block 1"}
 
 
 def test_a_model_that_is_missing_is_trained_again_to_the_same_loss_and_no_other_is_touched(study, capsys):
@@ -183,8 +200,8 @@ def test_a_model_that_is_missing_is_trained_again_to_the_same_loss_and_no_other_
     shutil.rmtree(out / "seed-0/block-2")
     assert main([*call, "--resume", "--json"]) == 0
     second = json.loads(capsys.readouterr().out)
-    assert second["seeds"][0]["arms"]["block-2"]["loss"] == first["seeds"][0]["arms"]["block-2"]["loss"]
-    assert second["seeds"][0]["lens"] == first["seeds"][0]["lens"]
+    assert second["arms"]["block-2"]["runs"][0]["loss"] == first["arms"]["block-2"]["runs"][0]["loss"]
+    assert second["looks"][0]["lens"] == first["looks"][0]["lens"]
     changed = [
         name for name in ARMS if (out / "seed-0" / name / "model/model.safetensors").stat().st_mtime_ns != times[name]
     ]
@@ -214,29 +231,45 @@ def test_a_text_that_was_cut_off_is_refused(study, tmp_path, capsys):
     assert f"{tokens}has{len(whole) - 100}bytes,expected{len(whole)};remove" in said, said
     tokens.write_bytes(whole)
     (tmp_path / "letter.txt").write_text("dear reader")
-    assert main(["study", "depth", "--out", str(tmp_path)]) == 1
+    assert main(["study", "mechanism", "--out", str(tmp_path)]) == 1
     assert "is not a study" in capsys.readouterr().err
 
 
-def made_seed(**losses):
+def made_result(**losses):
+    """A result of two seeds, and what was looked at."""
     blocks = {"baseline": [], "block_0": [0], "block_1": [1], "both": [0, 1]}
-    return {
-        "arms": {name: {"loss": loss, "blocks": blocks[name], "flops_per_token": 1} for name, loss in losses.items()}
+    first = dict(enumerate(losses["baseline"]))
+    arms = {}
+    for name, found in losses.items():
+        memory = {"memory": {"layers": blocks[name]}} if blocks[name] else {}
+        difference = paired_difference(dict(enumerate(found)), first)
+        arms[name] = {
+            "title": name,
+            "recipe": {"model": memory},
+            "summary": {"loss": spread(found) | ({"difference": difference} if memory else {})},
+        }
+    depths = {"baseline": (3.0, 4.0), "block_0": (2.5, 3.0)}
+    curve = {
+        "num_layers": 2,
+        "memory_blocks": [],
+        "relative_depth": [0, 0.5, 1],
+        "kl": [2, 1, 0],
+        "prediction_depth": 1,
     }
+    looks = [{"lens": {name: curve | {"kl_depth": depth[seed]} for name, depth in depths.items()}} for seed in range(2)]
+    return {"arms": arms, "seeds": list(range(len(losses["baseline"])))}, looks
 
 
 def test_the_summary_compares_seed_by_seed_and_names_the_best_single_module():
-    seeds = [
-        made_seed(baseline=3.0, block_0=2.9, block_1=2.8, both=2.7),
-        made_seed(baseline=4.0, block_0=3.9, block_1=3.8, both=3.7),
-    ]
-    titles = {name: name for name in seeds[0]["arms"]}
-    summary = summarize(seeds, titles)
+    result, looks = made_result(baseline=[3.0, 4.0], block_0=[2.9, 3.9], block_1=[2.8, 3.8], both=[2.7, 3.7])
+    summary = summarize(result, looks)
     gain = summary["arms"]["block_1"]["gain"]
     assert gain["mean"] == pytest.approx(0.2) and gain["std"] == pytest.approx(0.0, abs=1e-12)
     assert summary["arms"]["block_1"]["loss"]["std"] == pytest.approx(0.5**0.5)
     assert summary["best"] == "block_1" and summary["kept_by_worst"] == pytest.approx(0.5)
-    (table,) = depth_finding({"seeds": seeds, "summary": summary}).tables
-    assert len(table.rows) == 4
-    worse = summarize([made_seed(baseline=3.0, block_0=3.2, block_1=3.1)], {name: name for name in list(titles)[:3]})
+    saved = summary["arms"]["block_0"]["lens"]["layers_saved"]
+    assert saved["per_seed"] == [0.5, 1.0] and saved["mean"] == 0.75, "without memory it takes as many layers more"
+    (table,) = mechanism_finding(result | {"summary": summary}).tables
+    assert len(table.rows) == 4 and table.rows[1][-2] == "+0.750 ± 0.354" and table.rows[0][-2] == "–"
+    worse = summarize(*made_result(baseline=[3.0], block_0=[3.2], block_1=[3.1]))
     assert worse["kept_by_worst"] is None and worse["arms"]["block_0"]["gain"]["std"] is None
