@@ -48,6 +48,11 @@ class SmallModelFlags(TextFlags):
         return OptimizerOptions(backbone="adamw", lr=self.lr, table_lr_multiplier=self.table_lr_multiplier)
 
     @property
+    def longest_question(self) -> int:
+        """Tokens that the models have to see at once after training, whatever they are trained on."""
+        return 0
+
+    @property
     def num_streams(self) -> int:
         """Residual streams of the models."""
         return 1
@@ -82,7 +87,7 @@ class SmallModelFlags(TextFlags):
             "qk_rope_head_dim": 16,
             "qk_nope_head_dim": 16,
             "v_head_dim": _HEAD_WIDTH,
-            "max_position_embeddings": self.sequence_length,
+            "max_position_embeddings": max(self.sequence_length, self.longest_question),
             # The usual 0.02 is for wider models. At this width attention then forms late, at a step that depends on
             # the seed, and seeds differ by more than models do.
             "initializer_range": 0.06,

@@ -115,6 +115,11 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
         _ = self.families  # refuses what cannot be, too
 
     @property
+    def longest_question(self) -> int:
+        """Tokens of a question at most: they have fewer bytes than this."""
+        return 256 if "suppression" in self.parts else 0
+
+    @property
     def num_streams(self) -> int:
         """Residual streams of the models."""
         return self.streams
