@@ -64,7 +64,7 @@ fmt: $(VENV)/.installed-dev ## format, and fix what can be fixed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --clean --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
 	@echo "==> site/index.html"
 
 bench: $(VENV)/.installed-dev ## run every benchmark but serve.py, which needs vLLM, and write benchmarks/results/NAME.json

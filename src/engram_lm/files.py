@@ -9,12 +9,26 @@ import math
 import os
 import shutil
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engram_lm.errors import CheckpointError, EngramError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    import msvcrt
+
+_FOLDERS_ARE_FILES = hasattr(os, "O_DIRECTORY")
+"""Whether folders can be opened, flushed and replaced by a rename, as files can: everywhere but on Windows."""
+_POSITION = threading.Lock()
+"""Held while a file's position is moved and used, where a system has no reads and writes at a position."""
+_LOCKED_BYTE = 1 << 43
+"""The byte that a lock covers on Windows, far behind all data, because other programs could not read a locked one."""
 
 
 @contextlib.contextmanager
@@ -72,6 +86,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield aside
         for inside in [*aside.rglob("*"), aside]:
             flush(inside)
+        if path.is_dir() and not _FOLDERS_ARE_FILES:
+            path.rmdir()
         os.replace(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -178,18 +194,80 @@ def only_finite(value: Any) -> Any:
 
 def flush(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk. Some file systems cannot flush folders: an `OSError`."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not _FOLDERS_ARE_FILES and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if _FOLDERS_ARE_FILES else os.O_RDWR)  # Windows flushes what it may write
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def lock_file(file: IO[Any], *, wait: bool = True) -> None:
+    """Hold an open file until it is closed, however its process ends. Others that lock it wait or are refused.
+
+    Args:
+        file: An open file; its position stays.
+        wait: Whether to wait for a process that holds it.
+
+    Raises:
+        BlockingIOError: Another process holds it, and this one does not wait.
+    """
+    descriptor = file.fileno()
+    if "fcntl" in globals():
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    with _POSITION:
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        try:
+            while True:
+                os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+                try:
+                    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                    return
+                except OSError as error:
+                    if not wait:
+                        raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the file") from error
+                    time.sleep(0.1)
+        finally:
+            os.lseek(descriptor, position, os.SEEK_SET)
+
+
+def read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read bytes from a position of an open file into ``target``; any number of threads may do so at a time.
+
+    Returns how many bytes were read: fewer than asked for at the end of the file, and none behind it.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    if hasattr(os, "pread"):
+        data = os.pread(descriptor, len(target), offset)
+    else:
+        with _POSITION:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(target))
+    target[: len(data)] = data
+    return len(data)
+
+
+def write_at(descriptor: int, data: Any, offset: int) -> None:
+    """Write all bytes of a buffer to a position of an open file."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, view, offset)
+        else:
+            with _POSITION:
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                count = os.write(descriptor, view)
+        view, offset = view[count:], offset + count
+
+
 def _exchange(one: Path, other: Path) -> None:
     """Let two folders of one file system change places."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # another C library than glibc's
+    except (AttributeError, TypeError):  # another C library than glibc's; Windows
         _exchange_in_steps(one, other)
         return
     current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -10,7 +10,8 @@ import re
 import warnings
 
 DISTRIBUTION = "engram-lm"
-_LINE = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;\s*extra\s*==\s*['\"](.+)['\"])?")
+_LINE = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?")
+_EXTRA = re.compile(r"\bextra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,12 @@ def declared_packages() -> list[Package]:
     found = []
     for line in lines:
         parts = _LINE.fullmatch(line.strip())
-        if parts is None or parts[3] in ("dev", "docs"):
+        of = _EXTRA.search((parts and parts[3]) or "")  # some are for one system alone, which does not matter here
+        extra = of and of[1]
+        if parts is None or extra in ("dev", "docs"):
             continue
         tested = ",".join(sorted(parts[2].replace(" ", "").split(","), reverse=True))
-        found.append(Package(parts[1], tested, parts[3], installed_version(parts[1])))
+        found.append(Package(parts[1], tested, extra, installed_version(parts[1])))
     return found
 
 

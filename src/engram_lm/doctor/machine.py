@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,17 +33,16 @@ _VARIABLES = (
 def processor() -> dict[str, Any]:
     """Say what the processor is, how many cores this process may use, how busy they are, and how threads are set."""
     described: dict[str, str] = {}
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            described.setdefault(name.strip(), value.strip())
+    for line in _lines("/proc/cpuinfo"):  # none but on Linux
+        name, _, value = line.partition(":")
+        described.setdefault(name.strip(), value.strip())
     flags = set((described.get("flags") or described.get("Features") or "").split())
     return {
-        "model": described.get("model name") or platform.machine(),
+        "model": described.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "cores allowed": allowed_cores(),
         "features": [name for name in _FEATURES if name in flags],
-        "load of the last minute": round(os.getloadavg()[0], 2),
+        "load of the last minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -69,7 +67,7 @@ def torch_build() -> dict[str, Any]:
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "CUDA of this build": torch.version.cuda,
         "ROCm of this build": getattr(torch.version, "hip", None),
-        "driver": _read("/proc/driver/nvidia/version"),
+        "driver": next(iter(_lines("/proc/driver/nvidia/version")), None),
         **(devices or {"devices": "none: the CPU computes"}),
         "pinned memory": pinned,
     }
@@ -85,15 +83,14 @@ def memory() -> dict[str, Any]:
 
     found = read_meminfo(Path("/proc/meminfo"))
     allowed = available_bytes()
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
         "total": _gigabytes(found.get("MemTotal")),
         "available": _gigabytes(found.get("MemAvailable")),
         "available within the container": _gigabytes(allowed),
         "container limit": _gigabytes(container_limit_bytes()),
         "swap": _gigabytes(found.get("SwapTotal")),
-        "may be locked": "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes (ulimit -l)",
-        "shared memory": _free("/dev/shm"),
+        "may be locked": _lockable(),
+        "shared memory": _free("/dev/shm") if os.path.isdir("/dev/shm") else None,
     }
 
 
@@ -126,9 +123,17 @@ def _gigabytes(size: int | None) -> str | None:
     return None if size is None else f"{size / 1e9:.1f} GB"
 
 
-def _read(path: str) -> str | None:
+def _lockable() -> str | None:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.readline().strip()
-    except OSError:
+        import resource
+    except ModuleNotFoundError:  # Windows
         return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes (ulimit -l)"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

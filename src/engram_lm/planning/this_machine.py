@@ -82,6 +82,9 @@ def read_machine(
     """Look at this machine. Sizes in GiB that are given replace what is found, and container limits then do not count.
 
     Rows of ``row_bytes`` are read to time the memory; a ``device_gib`` of 0 stands for no accelerator.
+
+    Raises:
+        ConfigError: The system does not say how much memory it has, and ``ram_gib`` does not either.
     """
     memory = read_meminfo(Path("/proc/meminfo"))
     total = memory.get("MemTotal", 0)
@@ -90,6 +93,8 @@ def read_machine(
     allowed = available if allowed is None else min(allowed, available)
     if ram_gib is not None:
         available = allowed = round(ram_gib * _GIB)
+    elif not total:
+        raise ConfigError("this system does not say how much memory it has: give --ram-gib")
     device = _device()
     if device_gib is not None:
         device["device_bytes"] = round(device_gib * _GIB)
@@ -187,7 +192,7 @@ def _largest_file(folder: Path) -> tuple[Path, int]:
         # Holes of a file are not read from the disk, so a file that is mostly holes does not count.
         if path.is_file() and not path.is_symlink():
             status = path.stat()
-            if status.st_size > size and status.st_blocks * 512 >= status.st_size // 2:
+            if status.st_size > size and getattr(status, "st_blocks", status.st_size) * 512 >= status.st_size // 2:
                 largest, size = path, status.st_size
     if largest is None:
         raise ConfigError(

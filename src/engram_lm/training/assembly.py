@@ -1,7 +1,6 @@
 """A recipe's text made real: tokenizer, and token shards to train and to evaluate on."""
 
 import contextlib
-import fcntl
 import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError
-from engram_lm.files import new_folder, user_path
+from engram_lm.files import lock_file, new_folder, user_path
 from engram_lm.training.data.text import TrainingText, beginning, cache_folder, prepare_text
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.progress import RunProgress
@@ -115,5 +114,5 @@ def open_text(recipe: Recipe, tokenizer: Any, progress: RunProgress | None = Non
 def _locked(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file)
         yield

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import RunFolderError
-from engram_lm.files import user_path
+from engram_lm.files import lock_file, user_path
 
 _MARK = "result.json"
 _LOCK = ".lock"
@@ -57,7 +56,7 @@ def hold_folder(path: Path, mark: str, *, kind: str, work: str) -> Iterator[bool
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((path / _LOCK).open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False)
         except BlockingIOError:
             raise RunFolderError(
                 f"another process is {work} in {path}; wait until it ends, or name another folder with --out"
@@ -157,14 +156,13 @@ def machine() -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    try:
+    with contextlib.suppress(OSError):  # only Linux has the file
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 facts["processor"] = line.split(":", 1)[1].strip()
                 break
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not on Windows
         facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (OSError, ValueError):
-        pass
     facts["threads"] = torch.get_num_threads()
     facts["system"] = f"{platform.system()} {platform.machine()}"
     if torch.cuda.is_available():

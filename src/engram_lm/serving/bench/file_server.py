@@ -42,7 +42,8 @@ class _Files(BaseHTTPRequestHandler):
                 if first > last:
                     self._send(416, {"Content-Range": f"bytes */{size}"}, b"")
                     return
-                body = os.pread(file.fileno(), last + 1 - first, first)
+                file.seek(first)
+                body = file.read(last + 1 - first)
                 self._send(206, {"Content-Range": f"bytes {first}-{last}/{size}"}, body)
             else:
                 self._send(200, {}, file.read())

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.files import put_in_place, replacing, user_path
+from engram_lm.files import lock_file, put_in_place, read_at, replacing, user_path, write_at
 from engram_lm.tables.codec import RowCodec
 from engram_lm.tables.files.packed import PackedHeader, read_packed_header
 
@@ -89,7 +88,8 @@ def write_packed(
             writer = _Chunks(file, header, journal)
             for index, crc in done.items():
                 writer.note(index, crc)
-        needed = header.file_bytes - os.fstat(file.fileno()).st_blocks * 512
+        there = os.fstat(file.fileno())
+        needed = header.file_bytes - getattr(there, "st_blocks", there.st_size // 512) * 512  # Windows counts no blocks
         if needed > free:  # said before work begins, not hours later
             raise OSError(
                 errno.ENOSPC,
@@ -98,11 +98,13 @@ def write_packed(
             )
         writer.write_missing(records, on_progress)
         checksums = np.array([writer.checksums[index] for index in range(header.num_chunks)], "<u4").tobytes()
-        _write_at(file, checksums, header.checksums_start)
+        write_at(file.fileno(), checksums, header.checksums_start)
         # Last: until here the file begins with a hole, and nobody can take it for a table.
-        _write_at(file, dataclasses.replace(header, checksums_crc=zlib.crc32(checksums)).encode(), 0)
+        write_at(file.fileno(), dataclasses.replace(header, checksums_crc=zlib.crc32(checksums)).encode(), 0)
         file.truncate(header.file_bytes)
         if resume_key is not None:
+            if not hasattr(os, "O_DIRECTORY"):  # Windows renames no file that is open
+                stack.close()
             put_in_place(aside, path)
             noted.unlink(missing_ok=True)
     return read_packed_header(path)
@@ -145,27 +147,18 @@ class _Chunks:
             for place, index in enumerate(missing):
                 data = coming.pop().result()
                 coming += [reader.submit(load, following) for following in missing[place + 1 : place + 2]]
-                _write_at(self._file, data.data, header.chunk_bytes(index)[0])
+                write_at(self._file.fileno(), data.data, header.chunk_bytes(index)[0])
                 self.note(index, zlib.crc32(data.data))
                 written += data.nbytes
                 on_progress(written)
 
 
-def _write_at(file: IO[bytes], data: Any, position: int) -> None:
-    """Write all of it, or raise."""
-    view = memoryview(data).cast("B")
-    while len(view):
-        count = os.pwrite(file.fileno(), view, position)
-        view, position = view[count:], position + count
-
-
 @contextlib.contextmanager
 def _open_alone(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading and writing, created where missing, while no other process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with open(descriptor, "r+b") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644), "r+b") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError as error:
             raise CheckpointError(f"{path} is being written by another process; wait for it, or end it") from error
         yield file
@@ -187,6 +180,7 @@ def _still_there(found: Mapping[int, int], file: IO[bytes], header: PackedHeader
     for index, crc in sorted(found.items()):
         if index < header.num_chunks:
             start, stop = header.chunk_bytes(index)
-            if zlib.crc32(os.pread(file.fileno(), stop - start, start)) == crc:
+            data = bytearray(stop - start)
+            if read_at(file.fileno(), memoryview(data), start) == len(data) and zlib.crc32(data) == crc:
                 done[index] = crc
     return done

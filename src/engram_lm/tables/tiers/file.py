@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.files import read_at
 from engram_lm.tables.layout import RowLayout
 from engram_lm.tables.tiers.page_cache import Descriptor, request_missing
 from engram_lm.tables.tiers.record_table import RecordTable, cut_error
@@ -179,7 +180,7 @@ class _OpenFile:
         found = 0
         try:
             while found < needed:
-                count = os.preadv(self.descriptor, [target[found:]], offset + found)
+                count = read_at(self.descriptor, target[found:], offset + found)
                 if count == 0:
                     break
                 found += count
@@ -205,7 +206,7 @@ def _open_direct(path: str) -> Descriptor:
             raise OSError("this system has no O_DIRECT")
         file = Descriptor(path, os.O_DIRECT)
         # Some file systems open such files and refuse to read them.
-        os.preadv(file.number, [mmap.mmap(-1, _BLOCK_BYTES)], 0)
+        read_at(file.number, memoryview(mmap.mmap(-1, _BLOCK_BYTES)), 0)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read with direct=True, its file system refuses O_DIRECT or aligned reads of "

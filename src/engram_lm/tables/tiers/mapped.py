@@ -126,7 +126,7 @@ def _keep_in_memory(mapping: mmap.mmap, start: int, stop: int, lock: bool) -> No
         library = ctypes.CDLL(None, use_errno=True)
         failed = library.mlock(ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(len(pages)))
         reason = os.strerror(ctypes.get_errno())
-    except (OSError, AttributeError) as error:  # a system without mlock
+    except (OSError, AttributeError, TypeError) as error:  # a system without mlock
         failed, reason = -1, str(error)
     if failed:
         raise ConfigError(

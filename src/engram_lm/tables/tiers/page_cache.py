@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PAGE_BYTES = mmap.PAGESIZE
 """Bytes of a page."""
 
 _CHUNK_BYTES = 1 << 30
@@ -26,7 +26,9 @@ class Descriptor:
 
     def __init__(self, file: str, flags: int = 0) -> None:
         self.number = -1
-        self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flags)
+        # Windows opens files as text unless told otherwise, and hands none of them on to other programs.
+        flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self.number = os.open(file, os.O_RDONLY | flags)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         # Bound here because the module may be gone before this object when the interpreter ends.
@@ -99,9 +101,9 @@ def resident_share(path: str | os.PathLike[str]) -> float | None:
 
     Source: mincore(2).
     """
-    if not os.access(path, os.W_OK) and os.stat(path).st_uid != os.geteuid():
-        return None
     try:
+        if not os.access(path, os.W_OK) and os.stat(path).st_uid != os.geteuid():
+            return None
         mincore = ctypes.CDLL(None, use_errno=True).mincore
     except (OSError, AttributeError, TypeError):  # a system without it
         return None

@@ -144,8 +144,7 @@ class Checkpoints:
             path: The folder of one checkpoint; the same on all ranks.
             tensors: What to fill, by name, in place.
             optional: Prefixes of names that may be missing on either side; such a tensor is left as it is. Random
-            states of
-                ranks are optional, as there may now be more or fewer ranks.
+                states of ranks are optional, as there may now be more or fewer ranks.
             expected: Facts that the checkpoint must have, such as ``{"spec_digest": ...}``.
 
         Returns:

@@ -14,7 +14,6 @@ sources alone, so packing that is continued writes the same bytes as packing wit
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -28,7 +27,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from engram_lm.errors import ConfigError, DataError, RunFolderError
-from engram_lm.files import write_atomically
+from engram_lm.files import lock_file, write_atomically
 from engram_lm.hashing.token_map import read_vocabulary
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import draw, text_encoder
@@ -140,7 +139,7 @@ def pack_to_shards(
         folder = cache / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
         with open(folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, however the process ends
+            lock_file(lock)  # let go when the file is closed, however the process ends
             reused = (folder / INDEX_NAME).is_file()
             if not reused:
                 _Packing(folder, opened, tokenizer, made_by, options).run(
