@@ -1,0 +1,191 @@
+"""What the documents say can be done: commands are read by their parsers, Python is run, links lead somewhere.
+
+A block that a document marks with ``<!-- not run: REASON -->`` is only compiled, and what it imports is looked up.
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import sys
+import textwrap
+
+import pytest
+
+from engram_lm.cli import VERBS, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *PAGES)}
+OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*$")
+RUN = ("README.md", "docs/add-layer.md", "docs/analysis.md", "docs/coming-from.md", "docs/systems.md", "docs/tables.md")
+"""Documents whose Python is run as one program each, on a small quickstart."""
+
+
+def blocks(document, *languages):
+    """The code blocks of a document: language, text, and whether it says that the block is not run."""
+    text = DOCUMENTS[document].read_text(encoding="utf-8")
+    for found in re.finditer(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        if found[2] in languages:
+            yield found[2], textwrap.dedent(found[3]), NOT_RUN.search(text[: found.start()]) is not None
+
+
+def command_lines(document):
+    """Every command line of ours in a document, comments left out, lines that go on joined."""
+    for _, block, _ in blocks(document, "", "console", "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            line = line.split(" | ")[0].split(" && ")[0]
+            words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
+            words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+            if "engram-lm" in words[:1]:
+                yield words[1:]
+
+
+COMMANDS = [(name, words) for name in DOCUMENTS for words in command_lines(name)]
+NAMES = [f"{name}: {' '.join(words)}" for name, words in COMMANDS]
+
+
+def test_there_are_commands_and_blocks_to_look_at():
+    assert len(COMMANDS) > 60 and len({words[0] for _, words in COMMANDS}) > 10
+
+
+@pytest.mark.parametrize(
+    ("document", "words"), COMMANDS, ids=[f"{name}: {' '.join(words)}" for name, words in COMMANDS]
+)
+def test_a_command_of_a_document_is_one_that_its_parser_reads(document, words, monkeypatch, capsys, tmp_path):
+    command, rest = VERBS, list(words)
+    if rest[0] in ("--version", "VERB") or "…" in words or "|" in " ".join(words):
+        pytest.skip("names no command")
+    while not isinstance(command, str):
+        if not rest or rest[0] not in command:
+            pytest.skip("names a group of commands")
+        command = command[rest.pop(0)][0]
+    module, _, name = command.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    for one in kind.__mro__[:-1]:
+        if "run" in vars(one):
+            monkeypatch.setattr(one, "run", lambda self: 0)
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_of_a_document_compiles_and_names_what_there_is(document):
+    for _, block, _ in blocks(document, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("engram_lm"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A folder with ``runs/quickstart``, its twin, and ``my-text``, as a reader has after the first commands."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "my-text").mkdir()
+    for number in range(8):
+        lines = [f"def main{number}_{line}():\n    return 'hello {line * number}'\n" for line in range(40)]
+        (folder / "my-text" / f"{number}.py").write_text("".join(lines))
+    (folder / "my-text" / "notes.txt").write_text("the cat sat on the mat, and a rat ran to the mat\n" * 40)
+    small = ["--vocab-size", "280", "--hidden-size", "32", "--blocks", "2", "--rows-per-head", "100", "--json"]
+    small += ["--tokens", "500", "--sequence-length", "64", "--batch-size", "2", "--dtype", "float32"]
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["quickstart", "--data", "my-text", *small]) == 0
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.mark.parametrize("document", RUN)
+def test_python_of_a_document_runs(document, quickstart, monkeypatch):
+    monkeypatch.chdir(quickstart)
+    module = type(sys)("read_in_" + re.sub(r"\W", "_", document))
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # so that what is defined in it can be imported
+    from engram_lm.memory.registry import LAYERS
+
+    monkeypatch.setattr("engram_lm.memory.registry.LAYERS", dict(LAYERS), raising=True)
+    ran = 0
+    for _, block, is_left_out in blocks(document, "python"):
+        if not is_left_out:
+            exec(compile(block, document, "exec"), module.__dict__)
+            ran += 1
+    assert ran
+
+
+def test_a_study_of_the_documents_plans_its_arms(monkeypatch):
+    _, block, _ = next(one for one in blocks("docs/add-study.md", "python"))
+    module = type(sys)("read_in_add_study")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(block, "docs/add-study.md", "exec"), module.__dict__)
+    monkeypatch.chdir(ROOT)
+    study = module.Gates().study()
+    assert [arm.name for arm in study.arms] == ["gated", "open"]
+
+
+def headings(path):
+    """The anchors of a document, as the site makes them."""
+    from markdown.extensions.toc import slugify
+
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {
+        slugify(re.sub(r"[`*]", "", line), "-") for line in re.findall(r"^#+ (.*?)(?: \{.*\})?$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("path", [*OTHERS, *DOCUMENTS.values()], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path if not file else path.parent / file
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            made = ("commands.md", "configuration.md", "api.md")  # whose headings the site makes
+            assert target.name in made or anchor in headings(target), link
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
+    import yaml
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    named = [
+        page for group in nav for pages in group.values() for page in ([pages] if isinstance(pages, str) else pages)
+    ]
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_pictures_are_what_their_script_draws():
+    spec = importlib.util.spec_from_file_location("draw_pictures", ROOT / "docs" / "draw_pictures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, draw in script.PICTURES.items():
+        assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == draw().svg()
+
+
+def test_pages_of_commands_and_keys_have_every_flag_and_key(monkeypatch):
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("reference_pages", ROOT / "docs" / "reference_pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    text = pages.command_pages()
+    for words, _, kind in pages.commands():
+        assert f"\n## {words.removeprefix('engram-lm ')} " in text
+        for field in dataclasses.fields(kind):
+            if "Suppress" not in str(field.type) and "Positional" not in str(field.type):
+                assert f"`--{field.name.replace('_', '-')}`" in text, (words, field.name)
+    keys = pages.configuration_pages()
+    from engram_lm import EngramConfig
+    from engram_lm.training.recipe import Recipe
+
+    assert all(f"[{field.name}]" in keys for field in dataclasses.fields(Recipe))
+    assert all(f"| `{field.name}` |" in keys for field in dataclasses.fields(EngramConfig))
+    assert "| `num_steps` | `int`, required |" in keys
