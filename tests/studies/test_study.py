@@ -16,11 +16,13 @@ import torch
 
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError, RunFolderError
+from engram_lm.page.number_text import count_text
 from engram_lm.studies.budget import check_budget, price
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.result import study_result
 from engram_lm.studies.study import Arm, Budget, Measure, Study, TrainedArm
 from engram_lm.studies.summary import paired_difference, paired_p_value, seeds_note
+from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.recipe import Recipe
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
@@ -95,6 +97,10 @@ def test_a_few_lines_are_a_study_with_a_result_pictures_and_a_page(study):
     page = (study / "report.html").read_text()
     assert "Does memory help?" in page and "too few to tell" in page and "data:image/png;base64," in page
     assert len(result["diagnostics"]["models"]) == 3 and "Bits by kind of token" in page
+    for name, arm in result["arms"].items():
+        cost = price(Recipe.from_dict(arm["recipe"]))
+        cells = (count_text(cost.total), count_text(cost.active), byte_size(cost.bytes), count_text(cost.flops))
+        assert "What each arm costs" in page and all(f"<td>{cell}" in page for cell in cells), name
     assert (study / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,12 +3,11 @@
 import dataclasses
 
 import torch
-from rich import box
-from rich.table import Table
 
 from engram_lm.errors import ConfigError
 from engram_lm.page.number_text import count_text
 from engram_lm.planning.sizes import model_sizes
+from engram_lm.studies.page import Table
 from engram_lm.studies.study import Arm, Study
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.dry_run import priced_config
@@ -82,12 +81,15 @@ def estimated_seconds(study: Study) -> float | None:
 
 def cost_table(study: Study) -> Table:
     """Lay out what each arm costs with one seed, a line for each."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Arm", no_wrap=True)
-    for title in ("Parameters", "Active", "Bytes", "Tokens", "FLOPs"):
-        table.add_column(title, justify="right")
+    rows = []
     for arm in study.arms:
         cost = price(arm.recipe)
         counts = [count_text(cost.total), count_text(cost.active), byte_size(cost.bytes)]
-        table.add_row(arm.title, *counts, count_text(cost.tokens), count_text(cost.flops))
-    return table
+        rows.append([arm.title, *counts, count_text(cost.tokens), count_text(cost.flops)])
+    return Table(
+        title="What each arm costs",
+        columns=("Arm", "Parameters", "Active", "Bytes", "Tokens", "FLOPs"),
+        rows=rows,
+        note="With one seed. Active parameters are those that take part in a token, without the vocabulary's; bytes "
+        "are those of the weights, and FLOPs those of the whole training.",
+    )

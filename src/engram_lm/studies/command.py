@@ -16,7 +16,7 @@ from engram_lm.errors import RunFolderError
 from engram_lm.files import read_json, user_path, write_atomically
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.budget import check_budget, cost_table, estimated_seconds
-from engram_lm.studies.page import print_finding, render_study
+from engram_lm.studies.page import print_finding, render_study, terminal_table
 from engram_lm.studies.progress import StudyProgress
 from engram_lm.studies.result import arm_diagnostics, study_result
 from engram_lm.studies.runner import Mode, Runner
@@ -147,6 +147,7 @@ class StudyCommand:
     def _publish(self, result: dict[str, Any], study: Study) -> None:
         """Write pictures, the page and then the result, each of them whole, and print what came out."""
         out, pictures, finding = self.folder, study.figures(result), study.finding(result)
+        finding = dataclasses.replace(finding, tables=[*finding.tables, cost_table(study)])
         files = save_pictures(pictures, out)
         titled = {picture.title: path for picture, path in zip(pictures, files, strict=True)}
         write_atomically(out / "report.html", render_study(study.question, finding, titled, result))
@@ -169,7 +170,7 @@ class StudyCommand:
             return 0
         console = Console()
         console.print(f"\n{study.question}")
-        console.print(cost_table(study))
+        console.print(terminal_table(cost_table(study)))
         words = f"{len(study.arms)} arm{'s' * (len(study.arms) > 1)}, {study.seeds} seed{'s' * (study.seeds > 1)}"
         words += "" if seconds is None else f", very roughly {max(seconds, 1) / 60:.1f} minutes on this machine"
         if study.budget.equal:

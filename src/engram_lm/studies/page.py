@@ -48,15 +48,20 @@ def print_finding(finding: Finding) -> None:
     console = Console()
     console.print(Text(f"\n{finding.headline}", style="bold"))
     for one in finding.tables:
-        shown = TerminalTable(
-            box=box.SIMPLE_HEAD, title=one.title, title_justify="left", caption=one.note, caption_justify="left"
-        )
-        for index, column in enumerate(one.columns):
-            shown.add_column(column, justify="right" if index else "left")
-        for row in one.rows:
-            shown.add_row(*map(Text, row))  # text, not markup: titles come from a file
-        console.print(shown)
+        console.print(terminal_table(one))
     console.print(finding.detail)
+
+
+def terminal_table(one: Table) -> TerminalTable:
+    """Lay a table out for the terminal."""
+    shown = TerminalTable(
+        box=box.SIMPLE_HEAD, title=one.title, title_justify="left", caption=one.note, caption_justify="left"
+    )
+    for index, column in enumerate(one.columns):
+        shown.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    for row in one.rows:
+        shown.add_row(*map(Text, row))  # text, not markup: titles come from a file
+    return shown
 
 
 def render_study(question: str, finding: Finding, pictures: Mapping[str, Path], result: Mapping[str, Any]) -> str:
