@@ -16,9 +16,6 @@ from engram_lm.training.optimizers import OptimizerOptions
 from engram_lm.training.recipe import LikeOptions, ModelOptions
 from engram_lm.training.schedules import ScheduleOptions
 
-_FEW_TOKENS = 500_000
-"""Tokens of a run below which compiling takes longer than it saves."""
-
 Size = Literal["100k", "500k", "2m"]
 """Active parameters."""
 Family = Literal["dense", "moe", "engram", "dense_engram"]
@@ -114,7 +111,7 @@ class MicroModelFlags(TextFlags):
     @property
     def compile(self) -> Literal["no", "auto"]:
         """Compile where that is possible, unless a run is over before it would pay."""
-        return "no" if self.tokens < _FEW_TOKENS else "auto"
+        return self.compiled_if_long
 
     @property
     def schedule(self) -> ScheduleOptions:

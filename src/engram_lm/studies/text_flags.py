@@ -27,6 +27,8 @@ from engram_lm.training.recipe import (
 from engram_lm.training.schedules import ScheduleOptions
 
 _ALL_TOKENS = 1 << 40
+_FEW_TOKENS = 500_000
+"""Tokens of a run below which compiling takes longer than it saves."""
 _CURVE_TOKENS = 16_384
 """Held-out tokens for a point along the way; the final figure uses more."""
 _TOKENIZER_BYTES = 64_000_000
@@ -79,6 +81,11 @@ class TextFlags:
     def optimizer(self) -> OptimizerOptions:
         """How all models are trained."""
         raise NotImplementedError
+
+    @property
+    def compiled_if_long(self) -> Literal["no", "auto"]:
+        """Whether to compile where that is possible, unless a run is over before it would pay."""
+        return "no" if self.tokens < _FEW_TOKENS else "auto"
 
     @property
     def compile(self) -> Literal["no", "auto"]:

@@ -125,6 +125,11 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
         return self.streams
 
     @property
+    def compile(self) -> Literal["no", "auto"]:
+        """Compile where that is possible, unless a run is over before it would pay."""
+        return self.compiled_if_long
+
+    @property
     def families(self) -> FamilyOptions:
         """What facts and passages are made of."""
         return FamilyOptions(num_people=self.people, num_documents=self.documents, num_questions=self.questions)
