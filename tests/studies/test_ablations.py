@@ -127,7 +127,7 @@ def test_an_equal_arm_is_within_the_noise_and_a_different_one_is_not():
     assert all(held[name] >= 33 for name in effects if name != REFERENCE), held
     finding = ablation_finding(result | {"differences": found})
     assert finding.headline.startswith("Worse than the reference: gate-none (+0.0") and "none" in finding.headline
-    assert "with another hash it differs from itself by" in finding.detail
+    assert "differs from itself with another hash by" in finding.detail
     row = next(row for row in finding.tables[0].rows if row[0] == "gate-none")
     assert row[3] == "+0.0046" and row[4:] == ["+0.0%", "+0.0%"], "the paper's difference and the costs"
     (picture,) = figures(result | {"differences": found})

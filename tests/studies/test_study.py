@@ -117,12 +117,16 @@ def test_an_arm_can_be_trained_alone_by_the_recipe_beside_it(study, tmp_path, ca
 
 
 def test_what_is_finished_is_not_trained_again_and_seeds_can_be_added(text, tmp_path):
-    command = Whether(out=tmp_path, text=str(text), seeds=1)
+    command = Whether(out=tmp_path / "first", text=str(text), seeds=1)
     assert command.run() == 0
-    model = tmp_path / "seed-0/with/model/model.safetensors"
-    before = model.stat().st_mtime_ns
+    models = [tmp_path / place / "seed-0/with/model/model.safetensors" for place in ("first", "moved")]
+    before = models[0].stat().st_mtime_ns
     assert dataclasses.replace(command, seeds=2, resume=True).run() == 0
-    assert model.stat().st_mtime_ns == before and len(losses(tmp_path)["with"]) == 2
+    assert models[0].stat().st_mtime_ns == before and len(losses(tmp_path / "first")["with"]) == 2
+    # Nor is it in another place.
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert dataclasses.replace(command, out=tmp_path / "moved", seeds=2, resume=True).run() == 0
+    assert models[1].stat().st_mtime_ns == before and len(losses(tmp_path / "moved")["with"]) == 2
 
 
 def test_another_recipe_of_an_arm_invalidates_that_arm_alone(study, text, tmp_path, capsys):

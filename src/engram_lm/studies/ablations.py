@@ -246,9 +246,9 @@ def _noise_text(result: Mapping[str, Any]) -> str:
     for name, what in (("controls-hash", "with another hash"), (AGAIN, "with other seeds")):
         if (one := result["differences"].get(name)) is not None:
             spread = result["arms"][name]["summary"]["loss"]["difference"]["std"]
-            words.append(f"{what} it differs from itself by {one['value']:+.4f}")
+            words.append(f"{what} by {one['value']:+.4f}")
             words[-1] += "" if spread is None else f" ± {spread:.4f}"
-    return f"The noise: the reference {', and '.join(words)}." if words else ""
+    return f"The noise: the reference differs from itself {' and '.join(words)}." if words else ""
 
 
 def figures(result: Mapping[str, Any]) -> Sequence[Picture]:

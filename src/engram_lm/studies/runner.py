@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -68,7 +69,9 @@ class _Planned:
         """How the recipe differs from the one that the run was begun with, if anything was trained by that one."""
         path = self.folder / RECIPE
         begun = (self.folder / METRICS).exists() or latest_checkpoint(self.folder / CHECKPOINTS) is not None
-        return self.recipe.differences(Recipe.read(path).to_dict()) if begun and path.is_file() else []
+        if not (begun and path.is_file()):
+            return []
+        return self.recipe.differences(_as_if_here(Recipe.read(path).to_dict(), self.recipe))
 
     def finished(self) -> TrainedArm | None:
         """What the run came to, where it is finished."""
@@ -272,6 +275,16 @@ class Runner:
             log = one.beside("log")
             said = read_text(log, errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise EngramError(f"training {one.arm.name} with seed {one.seed} failed: {said[0]} (all of it is in {log})")
+
+
+def _as_if_here(earlier: dict[str, Any], now: Recipe) -> dict[str, Any]:
+    """What the recipe of a run would have been, had its study always been in the folder where it is now."""
+    then, here = (Path(path) if path else None for path in (earlier["tokenizer"].get("path"), now.tokenizer.path))
+    if then is None or here is None or then.name != here.name or then == here:
+        return earlier
+    old, new = (json.dumps(f"{path.parent}/")[1:-1] for path in (then, here))
+    moved: dict[str, Any] = json.loads(json.dumps(earlier).replace(f'"{old}', f'"{new}'))
+    return moved
 
 
 def tokenizer_folder(study: Path, recipe: Recipe) -> Path:
