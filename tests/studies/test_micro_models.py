@@ -1,6 +1,7 @@
 """The smallest models: what the arms of a study share, and what they cost."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.studies.test_study import some_text
 from engram_lm.errors import ConfigError
 from engram_lm.studies.budget import check_budget, price
 from engram_lm.studies.micro_models import MicroModelFlags
+from engram_lm.studies.rates import FIRST_SEED, RatesStudy
 from engram_lm.studies.study import Arm, Budget, Study
 from engram_lm.studies.text_flags import like
 from engram_lm.training.assembly import find_tokenizer, open_text
@@ -89,6 +91,29 @@ def test_documents_held_out_do_not_depend_on_the_study_and_validation_is_beside_
     trained = tokenizer.decode(text.train[:])
     assert held_out[:2000] not in trained and validation[:2000] not in trained
     assert held_out[:2000] not in validation and validation[:2000] not in held_out
+
+
+def test_rates_are_compared_on_validation_text_with_seeds_that_no_other_study_has(flags, tmp_path):
+    rates = RatesStudy(
+        data=flags.data,
+        vocab_size=300,
+        tokens=4096,
+        families=("dense", "dense_engram"),
+        lrs=(0.01,),
+        table_lr_multipliers=(5.0, 15.0),
+        out=tmp_path / "rates",
+    )
+    assert rates.run() == 0
+    result = json.loads((tmp_path / "rates/result.json").read_text())
+    assert list(result["arms"]) == ["dense-0.01", "dense_engram-0.01-x5", "dense_engram-0.01-x15"]
+    for name, arm in result["arms"].items():
+        run = json.loads((tmp_path / "rates/seed-0" / name / "result.json").read_text())
+        loss = arm["runs"][0]["measures"]["validation_loss"]
+        assert loss == run["texts"]["validation"]["loss"] != run["held_out"]["loss"]
+        recipe = Recipe.read(tmp_path / "rates/seed-0" / name / "recipe.toml")
+        assert recipe.train.seed == FIRST_SEED and recipe.optimizer.lr == 0.01
+    losses = [arm["runs"][0]["measures"]["validation_loss"] for arm in result["arms"].values()]
+    assert len(set(losses)) == 3, "a rate of tables that changes nothing would be none"
 
 
 def test_impossible_rates_are_refused():

@@ -297,7 +297,7 @@ def tokenizer_folder(study: Path, recipe: Recipe) -> Path:
 def _started(one: _Planned) -> "subprocess.Popen[bytes]":
     """Start a process that trains one run. A signal to the terminal reaches only this process, which passes it on."""
     command = ["-m", "engram_lm", "train", str(one.beside("toml")), "--out", str(one.folder), "--resume"]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
     with one.beside("log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, *command],
