@@ -504,7 +504,8 @@ def facts() -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart, "speed": speed, "models": models},
+    "README.md": {"quickstart": quickstart},
+    "docs/speed.md": {"speed": speed, "models": models},
     "docs/adapt.md": {
         "adaptation real": adaptation_real,
         "adaptation": adaptation,

@@ -23,8 +23,69 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *PAGES)}
 OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*$")
-RUN = ("README.md", "docs/add-layer.md", "docs/analysis.md", "docs/coming-from.md", "docs/systems.md", "docs/tables.md")
-"""Documents whose Python is run as one program each, on a small quickstart."""
+MODEL_OF_OTHERS = """
+import torch
+from tests.adapt.small_models import TEXT, TOKENIZER, small_model
+small_model().save_pretrained("my-model")
+TOKENIZER.save_pretrained("my-model")
+from pathlib import Path
+Path("domain.txt").write_text(TEXT)
+domain_tokens = general_tokens = torch.tensor(TOKENIZER(TEXT)["input_ids"] * 40).numpy()
+batches = [torch.randint(2, 280, (2, 16)) for _ in range(2)]
+dataset = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in torch.cat(batches)]
+reference_text = text = TEXT
+"""
+SUPPRESSION = """
+import json, shutil
+from pathlib import Path
+shutil.copytree("runs/quickstart", "runs/suppression/seed-0/run/model")
+question = {"prompt": "def main1_1():", "choices": [" return", " cat"], "answer": 0, "family": "recall"}
+Path("runs/suppression/seed-0/tasks.jsonl").write_text(json.dumps(question))
+"""
+FACTS = (
+    MODEL_OF_OTHERS
+    + """
+import engram_lm
+from engram_lm.adapt import FactEdit
+model, tokenizer = small_model(), TOKENIZER
+engram_lm.attach(model, tokenizer, layers=(1,), rows_per_head=100, occupancy="ngrams", value_init="normal")
+other_facts = [FactEdit(subject="the cat", prompt="the cat sat on", answer=" the rat")]
+"""
+)
+TRAINING = """
+import os, shutil
+from pathlib import Path
+os.mkdir("text")
+for number in range(300):
+    Path(f"text/{number}.txt").write_text(f"note {number} says {number * number}\\n" * 9)
+shutil.copytree("runs/quickstart", "runs/mine/tokenizer")
+"""
+PACKED = """
+import torch
+from engram_lm.tables import RowCodec, write_packed
+codec = RowCodec(8, torch.float32)
+write_packed("layer-1.safetensors", lambda first, last: codec.encode(torch.zeros(last - first, 8)), codec, 20_000)
+"""
+RUN = {
+    "README.md": "",
+    "docs/adapt.md": MODEL_OF_OTHERS,
+    "docs/add-layer.md": "",
+    "docs/analysis.md": SUPPRESSION,
+    "docs/coming-from.md": "",
+    "docs/facts.md": FACTS,
+    "docs/format.md": PACKED,
+    "docs/scaling.md": "",
+    "docs/systems.md": "",
+    "docs/tables.md": "",
+    "docs/training.md": TRAINING,
+}
+"""Documents whose Python is run as one program each, on a small quickstart, and what comes before it."""
+SMALLER = {
+    "max_steps=1000": "max_steps=2",
+    "rows_per_head=100_000": "rows_per_head=100",
+    "num_ngrams=50_000": "num_ngrams=9",
+}
+"""Sizes that a test need not have."""
 
 
 def blocks(document, *languages):
@@ -105,6 +166,7 @@ def quickstart(tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # of a trainer without an accelerator
 @pytest.mark.parametrize("document", RUN)
 def test_python_of_a_document_runs(document, quickstart, monkeypatch):
     monkeypatch.chdir(quickstart)
@@ -113,12 +175,20 @@ def test_python_of_a_document_runs(document, quickstart, monkeypatch):
     from engram_lm.memory.registry import LAYERS
 
     monkeypatch.setattr("engram_lm.memory.registry.LAYERS", dict(LAYERS), raising=True)
+    exec(RUN[document], module.__dict__)
     ran = 0
     for _, block, is_left_out in blocks(document, "python"):
         if not is_left_out:
+            for size, smaller in SMALLER.items():
+                block = block.replace(size, smaller)
             exec(compile(block, document, "exec"), module.__dict__)
             ran += 1
     assert ran
+
+
+def test_python_that_is_not_run_says_why():
+    for document in DOCUMENTS.keys() - RUN.keys() - {"docs/add-study.md"}:
+        assert all(is_left_out for _, _, is_left_out in blocks(document, "python")), document
 
 
 def test_a_study_of_the_documents_plans_its_arms(monkeypatch):
