@@ -295,18 +295,20 @@ def adaptation_real() -> str:
         *texts,
         "their mean",
         "benchmarks kept",
+        "the worst of them",
         "answers changed",
     ]
     base = [f"{text['loss']:.3f}" for text in texts.values()]
     number = num_answers(tasks)
     first = ["nothing (the base)", "", "", "", f"{before['domain']['loss']:.3f}", *base]
-    rows = [[*first, f"{before['retained']['loss']:.3f}", "100", f"0 of {number}"]]
+    rows = [[*first, f"{before['retained']['loss']:.3f}", "100", "100", f"0 of {number}"]]
 
     for arm in result["arms"].values():
         tried = [([trial], trial["lr"]) for trial in arm["trials"] if trial["lr"] != arm["lr"]]
         for runs, rate in sorted([*tried, (arm["runs"], arm["lr"])], key=lambda pair: pair[1]):
             changed = [answers_changed(tasks, run["tasks"]) if run["tasks"] else None for run in runs]
-            shares = [share_kept(result, run) for run in runs]
+            asked = [run for run in runs if run["tasks"]]
+            worst = [100 * min(share_kept(result, run, task) or 0.0 for task in tasks) for run in asked]
             rows.append(
                 [
                     arm["title"],
@@ -318,7 +320,8 @@ def adaptation_real() -> str:
                 + [over_seeds([change_on_old_text(result, run, text) for run in runs], "+.3f") for text in texts]
                 + [over_seeds([change_on_old_text(result, run) for run in runs], "+.3f")]
                 + [
-                    over_seeds([None if share is None else 100 * share for share in shares], ".1f"),
+                    over_seeds([100 * (share_kept(result, run) or 0.0) for run in asked], ".1f"),
+                    over_seeds(worst, ".1f"),
                     over_seeds(changed, ".0f"),
                 ]
             )
@@ -331,7 +334,7 @@ def adaptation_real() -> str:
             "Nats per token, ± the standard deviation over seeds; of the old texts, changes. Measured on "
             f"{data['held_out_tokens']:,} tokens of the domain and {data['retained_tokens']:,} of the old texts. "
             f"Benchmarks: the first questions of {', '.join(tasks)}; the mean share of the base's score that is left, "
-            "in percent, and how many answers became right or wrong.",
+            "in percent, that of the benchmark with the least, and how many answers became right or wrong.",
             f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
             f"{machine['threads']} thread.",
         ]

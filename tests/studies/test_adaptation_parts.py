@@ -77,6 +77,11 @@ def test_features_are_added_to_the_arms_that_name_them():
     usual = dataclasses.replace(recipe, memory=MemoryOptions())
     made = [arm_recipe(usual, name, lora_rank=2, dtype="float32") for name in ("memory", "one_row", "random_table")]
     assert [one.adapter.occupancy for one in made] == ["ngrams", "ngrams", "none"]
+    # Every seed has a hash of its own, the same for all arms.
+    another = dataclasses.replace(usual, memory=MemoryOptions(seed=5))
+    for name in ("memory", "one_row"):
+        seeds = [arm_recipe(another, name, lora_rank=2, dtype="float32", seed=seed).adapter.seed for seed in (0, 1)]
+        assert seeds == [5, 6]
     assert arm_kind("memory+occupancy+sparse").title == "memory + occupancy + sparse"
     assert recipe.rates.of("lora+retention") == (1e-3, 1e-4)
     with pytest.raises(ConfigError, match="there is no arm 'memry'; did you mean 'memory'"):
