@@ -47,15 +47,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "sparse": {"arms.names": ["memory+occupancy+sparse"], **BOTH},
     "controls": {"arms.names": CONTROLS, **BOTH},
     "late": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2], "memory.layers": ["late"]},
-    "faster": {
-        "arms.names": ["memory+occupancy+retention", "lora+retention"],
-        "rates.memory": [8e-2],
-        "rates.lora": [8e-3],
-        "retention.batch_size": 2,
-        "tasks.names": TASKS,
-    },
-    "both": {"arms.names": ["memory_lora+retention"], "rates.memory_lora": [4e-3], **RETENTION, "tasks.names": TASKS},
-    "full": {"arms.names": ["full"], "rates.full": [1e-4]},
 }
 """Keys of the recipe that each run changes."""
 UNNAMED = ("Filename", "Size", "MD5sum", "SHA256", "Description-md5", "Ruby-Versions", "Build-Ids")
