@@ -1,6 +1,7 @@
 """Names say what a thing is: no drawer for everything, no test that mirrors nothing."""
 
 import pathlib
+import re
 import socket
 
 import pytest
@@ -28,6 +29,13 @@ def test_every_folder_of_tests_mirrors_a_folder_of_the_package():
 def test_every_file_is_read_in_one_sitting():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert [path for path, count in lines.items() if count > 450] == []
+
+
+def test_messages_go_to_loggers_below_one_name():
+    """``logging.getLogger("engram_lm")`` then decides about all of them; lm_eval's own is made quiet for a while."""
+    text = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    assert set(re.findall(r"getLogger\((.*?)\)", text)) <= {"__name__", '"lm_eval"'}
+    assert not re.search(r"logging\.(debug|info|warning|error|exception|critical|basicConfig)\(", text)
 
 
 def test_package_is_marked_as_typed():
