@@ -452,6 +452,31 @@ def serving() -> str:
     return "\n".join(lines)
 
 
+FAMILIES = {
+    "dense": "dense",
+    "dense_engram": "dense, with memory",
+    "moe": "one block of experts",
+    "engram": "experts and memory",
+}
+
+
+def micro_speed() -> str:
+    """How fast micro models train."""
+    record = load("micro_speed")
+    lines = ["| active parameters | model | plain | compiled | a minimal program | compiled, against it |"]
+    lines.append("|---:|---|---:|---:|---:|---:|")
+    for one in record["results"]:
+        speeds = [
+            f"{one[name]['tokens_per_cpu_second'] / 1e3:,.1f} k" if name in one else ""
+            for name in ("plain", "compiled", "beside")
+        ]
+        ratio = f"{1 / one['beside']['speed_ratio']:.2f}×" if "beside" in one else ""
+        lines.append(f"| {one['size']} | {FAMILIES[one['family']]} | {' | '.join(speeds)} | {ratio} |")
+    machine = record["machine"]
+    lines += ["", f"Tokens per second of the processor, one thread, medians of rounds in turn; {machine['processor']}."]
+    return "\n".join(lines)
+
+
 METHODS = {
     "unedited": "before",
     "joint": "joint edit",
@@ -508,7 +533,7 @@ def facts() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
-    "docs/speed.md": {"speed": speed, "models": models},
+    "docs/speed.md": {"speed": speed, "models": models, "micro speed": micro_speed},
     "docs/adapt.md": {
         "adaptation real": adaptation_real,
         "adaptation": adaptation,

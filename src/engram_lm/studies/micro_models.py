@@ -37,7 +37,8 @@ RATES: dict[Size, Rates] = {
     "500k": Rates(lr=1e-2, table_lr_multiplier=15.0),
     "2m": Rates(lr=6e-3, table_lr_multiplier=15.0),
 }
-"""Rates for each size, the same for all its families."""
+"""Rates for each size, the same for all its families. Those of 100k were found by ``engram-lm study rates``; those of wider
+models are lower, about as their width is larger, and were not tuned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,9 @@ class MicroModelFlags(TextFlags):
     sequence_length: int = 128
     """Tokens in a sequence."""
     lr: float | None = None
-    """Peak learning rate of the backbone, for all arms; the one that was tuned for the size unless given."""
+    """Peak learning rate of the backbone, for all arms; the one that `RATES` has for the size unless given."""
     table_lr_multiplier: float | None = None
-    """Learning rate of the tables relative to it; the one that was tuned for the size unless given."""
+    """Learning rate of the tables relative to it; the one that `RATES` has for the size unless given."""
 
     held_out_share: ClassVar[float] = 0.02
     validation_share: ClassVar[float] = 0.01
@@ -99,12 +100,12 @@ class MicroModelFlags(TextFlags):
 
     @property
     def optimizer(self) -> OptimizerOptions:
-        """The paper's optimizers: Muon for matrices, Adam for the rest and for tables; at the tuned rates."""
-        tuned = RATES[self.size]
+        """The paper's optimizers: Muon for matrices, Adam for the rest and for tables; at the rates of the size."""
+        rates = RATES[self.size]
         return OptimizerOptions(
-            lr=tuned.lr if self.lr is None else self.lr,
+            lr=rates.lr if self.lr is None else self.lr,
             table_lr_multiplier=(
-                tuned.table_lr_multiplier if self.table_lr_multiplier is None else self.table_lr_multiplier
+                rates.table_lr_multiplier if self.table_lr_multiplier is None else self.table_lr_multiplier
             ),
         )
 
