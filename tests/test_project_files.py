@@ -84,7 +84,7 @@ def test_every_pinned_package_has_its_hashes(name):
     def pins(text):
         return {
             (one.lower().replace("_", "-").replace(".", "-"), version)
-            for one, version in re.findall(r"^([^\s#=]+)==([^\s;\\]+)", text, re.M)
+            for one, version in re.findall(r"^([^\s#=]+)==([^\s;\\+]+)", text, re.M)
         }
 
     listed = (ROOT / ".ci" / "hashes" / name).read_text(encoding="utf-8")
