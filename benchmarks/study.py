@@ -27,11 +27,13 @@ def collect(folder: Path) -> dict[str, Any]:
     result["command"] = portable(result["command"], has_data=bool(result["settings"].get("data")))
     if result["settings"].get("data"):
         result["settings"]["data"] = [CORPUS]
+    first = next(iter(result["arms"].values()))["recipe"]
     for number, arm in enumerate(result["arms"].values()):
         recipe = arm["recipe"]
         recipe["data"] |= {"sources": [CORPUS] * bool(recipe["data"].get("sources")), "cache": None}
         if number:
-            arm["recipe"] = {"model": recipe["model"]}  # all else is the first arm's, but for the number of steps
+            # Apart from the model, what is the first arm's is not said again.
+            arm["recipe"] = {name: value for name, value in recipe.items() if name == "model" or value != first[name]}
         for run in arm["runs"]:
             curve = run["train_curve"]
             run["train_curve"] = [[n, round(loss, 4)] for n, loss in curve[:: max(1, len(curve) // CURVE_POINTS)]]

@@ -27,14 +27,13 @@ VALIDATION_LOSS = Measure(
 class RatesStudy(MicroModelFlags, StudyCommand):
     """Choose the learning rates of all other studies of micro models.
 
-    Every family is trained at every rate of the backbone, and those with memory at every rate of the tables too. Models
-    are compared on validation text, with seeds that no other study has. What `MicroModelFlags` takes for a size was
-    found like this.
+    Every family is trained at every rate of the backbone; those with memory also at every rate of the tables, with the
+    first rate of the backbone. Models are compared on validation text, with seeds that no other study has.
 
     Examples::
 
         engram-lm study rates --data corpus/ --size 100k --tokens 1000000
-        engram-lm study rates --families dense_engram --lrs 0.01 0.02 --table-lr-multipliers 5 15 50
+        engram-lm study rates --families dense_engram --lrs 0.02 0.01 --table-lr-multipliers 15 5 50
     """
 
     name: ClassVar[str] = "rates"
@@ -46,9 +45,9 @@ class RatesStudy(MicroModelFlags, StudyCommand):
     """Tokens each model is trained on."""
     families: tuple[Family, ...] = ("dense", "moe", "engram", "dense_engram")
     """What is trained at each rate."""
-    lrs: tuple[float, ...] = (0.006, 0.01, 0.02, 0.04)
+    lrs: tuple[float, ...] = (0.02, 0.006, 0.01, 0.04)
     """Learning rates of the backbone to try, in place of --lr."""
-    table_lr_multipliers: tuple[float, ...] = (5.0, 15.0, 50.0)
+    table_lr_multipliers: tuple[float, ...] = (15.0, 5.0, 50.0)
     """Learning rates of the tables to try, relative to it, in place of --table-lr-multiplier."""
 
     def __post_init__(self) -> None:
@@ -66,6 +65,8 @@ class RatesStudy(MicroModelFlags, StudyCommand):
         for family in self.families:
             multipliers = self.table_lr_multipliers if "engram" in family else self.table_lr_multipliers[:1]
             for lr, multiplier in itertools.product(self.lrs, multipliers):
+                if lr != self.lrs[0] and multiplier != multipliers[0]:
+                    continue
                 flags = dataclasses.replace(self, lr=lr, table_lr_multiplier=multiplier)
                 name, title = f"{family}-{lr:g}", f"{family}, {lr:g}"
                 if "engram" in family:
