@@ -114,6 +114,8 @@ def test_rates_are_compared_on_validation_text_with_seeds_that_no_other_study_ha
         assert recipe.train.seed == FIRST_SEED and recipe.optimizer.lr == 0.01
     losses = [arm["runs"][0]["measures"]["validation_loss"] for arm in result["arms"].values()]
     assert len(set(losses)) == 3, "a rate of tables that changes nothing would be none"
+    more = dataclasses.replace(rates, families=("dense_engram",), lrs=(0.01, 0.02)).study()
+    assert [arm.name[len("dense_engram-") :] for arm in more.arms] == ["0.01-x5", "0.01-x15", "0.02-x5"]
 
 
 def test_impossible_rates_are_refused():
