@@ -127,7 +127,7 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
             found: dict[str, Any] = {"title": _TITLES[layer], "rows": list(known), "slope": None, "bend": None}
             if len(known) > 1:
                 found["slope"] = estimate(losses, slope(x), seed=number).to_dict()
-            if len(known) > _FEWEST_POINTS:
+            if len(known) >= _FEWEST_POINTS:
                 found["bend"] = estimate(losses, bend(x), seed=number).to_dict()
             found["steps"] = []
             for place, (smaller, larger) in enumerate(itertools.pairwise(known)):
