@@ -1,4 +1,4 @@
-"""Keep what a study found: its result for benchmarks/results, and its pictures for docs/figures.
+"""Keep what a study found: its result for benchmarks/results, and its pictures for docs/pictures.
 
     engram-lm study allocation --data corpus --out runs/allocation
     python benchmarks/study.py runs/allocation runs/scaling
@@ -60,7 +60,7 @@ def main() -> None:
         name = result["study"]
         module, _, command = STUDIES[name][0].partition(":")
         figures = getattr(importlib.import_module(module), command)().study().figures
-        pictures = ROOT / "docs" / "figures"
+        pictures = ROOT / "docs" / "pictures"
         pictures.mkdir(exist_ok=True)
         for path in save_pictures(figures(result), pictures):
             print(path.relative_to(ROOT))

@@ -9,9 +9,11 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import findings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -531,8 +533,8 @@ def facts() -> str:
     return "\n".join(lines)
 
 
-PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart},
+PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {"quickstart": quickstart, "findings": findings.three},
     "docs/speed.md": {"speed": speed, "models": models, "micro speed": micro_speed},
     "docs/adapt.md": {
         "adaptation real": adaptation_real,
@@ -541,6 +543,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/analysis.md": {"suppression": suppression, "depth": depth, "analysis": analysis},
     "docs/facts.md": {"facts": facts},
+    "docs/findings.md": findings.TABLES,
     "docs/training.md": {"busy machine": busy_machine},
     "docs/quantization.md": {"quantization": quantization, "quantization rows": quantization_rows},
     "docs/serving.md": {"serving": serving},

@@ -1,6 +1,8 @@
 """The README is short, and its numbers are those of the committed results; `test_documents` runs its code."""
 
+import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,3 +18,15 @@ def test_its_tables_are_made_from_the_committed_results():
     call = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_committed_studies_have_their_pictures_and_name_no_folder_of_a_machine():
+    studies = sorted((ROOT / "benchmarks" / "results").glob("study_*.json"))
+    assert studies
+    for path in studies:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"/(tmp|home|root|work|Users)\b', text), path
+        (result,) = json.loads(text)["results"]
+        assert result["study"] == path.stem.removeprefix("study_") and result["commit"]
+        assert " --out" not in result["command"]
+        assert (ROOT / "docs" / "pictures" / f"{result['study']}.png").is_file()

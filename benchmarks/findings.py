@@ -1,0 +1,435 @@
+"""Tables of docs/findings.md: the numbers of studies, and each claim beside the evidence that the results hold."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engram_lm.page.number_text import count_text, signed_text
+from engram_lm.studies import ablations as ablation_study
+from engram_lm.studies import allocation as allocation_study
+from engram_lm.studies import scaling as scaling_study
+from engram_lm.studies.adaptation.finding import change_on_old_text
+from engram_lm.studies.fits import estimate_text
+from engram_lm.studies.mechanism import summary as mechanism_summary
+from engram_lm.studies.page import Finding
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NOT_YET = "No result was kept yet."
+
+
+def load(name: str) -> Any:
+    """Read the results of one file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def study(name: str) -> Any:
+    """Read the result of a study that ``benchmarks/study.py`` kept; None where none was."""
+    return load(f"study_{name}")[0] if (RESULTS / f"study_{name}.json").is_file() else None
+
+
+def made_by(result: Mapping[str, Any]) -> str:
+    """How a result came about."""
+    machine = result["machine"]
+    return (
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, {machine['threads']} "
+        f"thread; {_seeds(result)}."
+    )
+
+
+def _seeds(result: Mapping[str, Any]) -> str:
+    number = len(result["seeds"])
+    return f"{number} seed{'s' * (number > 1)}"
+
+
+def markdown(finding: Finding, result: Mapping[str, Any], *titles: str) -> str:
+    """The tables of a finding, or those with some titles, as Markdown."""
+    parts = []
+    for table in finding.tables:
+        if titles and table.title not in titles:
+            continue
+        parts += [f"**{table.title}**", ""]
+        parts += [f"| {' | '.join(table.columns)} |", "|---" + "|---:" * (len(table.columns) - 1) + "|"]
+        parts += [f"| {' | '.join(row)} |" for row in table.rows]
+        parts += ["", table.note, ""]
+    return "\n".join([*parts, made_by(result)])
+
+
+def allocation() -> str:
+    """Every sweep of the study of allocation, and where it is lowest."""
+    result = study("allocation")
+    return markdown(allocation_study.allocation_finding(result), result)
+
+
+def scaling() -> str:
+    """Slopes and losses of the study of scaling."""
+    result = study("scaling")
+    return markdown(scaling_study.scaling_finding(result), result)
+
+
+def ablations() -> str:
+    """What each part of the memory is worth."""
+    result = study("ablations")
+    return (
+        NOT_YET if result is None else markdown(ablation_study.ablation_finding(result), result, "What a change costs")
+    )
+
+
+def mechanism() -> str:
+    """Layers that memory saves, and answers without it."""
+    result = study("mechanism")
+    return NOT_YET if result is None else markdown(mechanism_summary.mechanism_finding(result), result)
+
+
+# Each claim ---------------------------------------------------------------------------------------------------------
+
+
+def _found(of: Mapping[str, Any] | None, form: str = "+.3f") -> str:
+    """A mean with its spread."""
+    if of is None or of["mean"] is None:
+        return "–"
+    return f"{of['mean']:{form}}" + (f" ± {of['std']:{form.lstrip('+')}}" if of.get("std") is not None else "")
+
+
+def u_shape() -> tuple[str, str]:
+    """Memory and experts against experts alone."""
+    result = study("allocation")
+    found = []
+    for group, sweep in result["sweeps"].items():
+        arm = result["arms"][sweep["best"]]
+        gain = arm["summary"]["loss"].get("difference")
+        last = [one for one in result["arms"].values() if one["group"] == group][-1]["summary"]["loss"].get(
+            "difference"
+        )
+        found.append(f"{group}: {_found(gain)} at ρ = {arm['x']:.2f}, {_found(last)} at the fewest experts")
+    return "; ".join(found), _seeds(result)
+
+
+def optimum() -> tuple[str, str]:
+    """Where the loss is lowest."""
+    result = study("allocation")
+    found = [
+        f"{group}: {estimate_text(sweep['parabola'])} by a parabola, {estimate_text(sweep['logarithms'])} by logarithms"
+        for group, sweep in result["sweeps"].items()
+    ]
+    return "; ".join(found), _seeds(result)
+
+
+def log_linear() -> tuple[str, str]:
+    """What ten times the bytes are worth."""
+    result = study("scaling")
+    line = result["lines"]["engram"]
+    sizes = [result["arms"][f"engram-{rows}"]["x"] for rows in line["rows"]]
+    steps = ", ".join(estimate_text(step, "+.3f") for step in line["steps"])
+    return (
+        f"{estimate_text(line['slope'], '+.4f')} nats for each decade from {sizes[0] / 1e6:.1f} to "
+        f"{sizes[-1] / 1e6:,.0f} MB; from size to size {steps}",
+        f"0.1 M active, {count_text(result['tokens'])} tokens, {_seeds(result)}",
+    )
+
+
+def rivals(layer: str) -> tuple[str, str]:
+    """Another layer against Engram at equal bytes."""
+    result = study("scaling")
+    if layer not in result["lines"]:
+        return NOT_YET, ""
+    found = {
+        arm["x"]: arm["summary"]["loss"]["difference"] for name, arm in result["arms"].items() if name.startswith(layer)
+    }
+    ends = sorted(found)
+    return (
+        "; ".join(f"{_found(found[x])} nats at {x / 1e6:,.1f} MB" for x in (ends[0], ends[len(ends) // 2], ends[-1]))
+        + f"; slope {estimate_text(result['lines'][layer]['slope'], '+.4f')}",
+        f"0.1 M active, {count_text(result['tokens'])} tokens, {_seeds(result)}",
+    )
+
+
+def parts() -> tuple[str, str]:
+    """What the memory loses without its parts."""
+    result = study("ablations")
+    if result is None:
+        return NOT_YET, ""
+    names = {arm["title"]: name for name, arm in result["arms"].items()}
+    wanted = ("fused once", "raw tokens", "no gate", "no convolution", "orders 2, 3, 4", "few rows", "random rows")
+    found = {title: result["differences"].get(names.get(title)) for title in wanted}
+    words = [f"{title} {estimate_text(one, '+.3f')}" for title, one in found.items() if one is not None]
+    return "; ".join(words), f"0.1 M active, {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
+
+
+def deeper() -> tuple[str, str]:
+    """The logit lens where the paper's claim could hold."""
+    result = study("mechanism")
+    if result is None:
+        return NOT_YET, ""
+    found = result["summary"]["arms"]
+    words = [f"{arm['title']} {_found(arm['lens']['kl_depth'], '.2f')}" for arm in found.values() if arm["lens"]]
+    seeds = len(result["seeds"])
+    return "layers until half of the divergence is gone: " + ", ".join(
+        words
+    ), f"four streams, {seeds} seed{'s' * (seeds > 1)}"
+
+
+def equal_flops() -> tuple[str, str]:
+    """The quickstart and its controls."""
+    result = load("quickstart")["controls"]
+    twin = {run["seed"]: run["loss"] for run in result["arms"]["twin"]["runs"]}
+
+    def gain(name: str) -> str:
+        gains = [twin[run["seed"]] - run["loss"] for run in result["arms"][name]["runs"]]
+        return f"{sum(gains) / len(gains):+.3f}"
+
+    wider = result["arms"]["wide"]["flops_per_token"] / result["arms"]["twin"]["flops_per_token"]
+    return (
+        f"{gain('memory')} nats; {gain('random_table')} with a table that is not trained; a feed-forward of "
+        f"{wider:.1f} times the operations gains {gain('wide')}",
+        f"1.3 M backbone, 0.6 M tokens, {_seeds(result)}",
+    )
+
+
+def placement() -> tuple[str, str]:
+    """The layer sweep."""
+    (result,) = load("depth")
+    arms = result["summary"]["arms"]
+    return (
+        f"the last of {result['settings']['blocks']} blocks gains most ({_found(arms['block-3']['gain'])}), the first "
+        f"least ({_found(arms['block-0']['gain'])}, {result['summary']['kept_by_worst']:.0%} of it)",
+        f"{result['settings']['hidden_size']} wide, {count_text(result['settings']['tokens'])} tokens, "
+        f"{_seeds(result)}",
+    )
+
+
+def effective_depth() -> tuple[str, str]:
+    """The logit lens."""
+    (result,) = load("depth")
+    arms = result["summary"]["arms"]
+    depth = {name: _found(arms[name]["lens"]["kl_depth"], ".2f") for name in ("baseline", "block-1", "block-3")}
+    return (
+        f"layers until half of the divergence is gone: {depth['baseline']} without memory, {depth['block-1']} with it "
+        f"in block 1, {depth['block-3']} in block 3",
+        f"{result['settings']['blocks']} blocks, one stream, {len(result['seeds'])} seeds",
+    )
+
+
+def suppressed() -> tuple[str, str]:
+    """Facts and reading without memory."""
+    (result,) = load("suppression")
+    off = result["summary"]["conditions"]["zero in blocks 1, 2"]
+    kept = {name: off[name]["retained"] for name in ("recall", "reading")}
+    return (
+        f"recall keeps {kept['recall']['mean']:.0%} ± {kept['recall']['std']:.0%}, reading "
+        f"{kept['reading']['mean']:.0%} ± {kept['reading']['std']:.0%}",
+        f"invented facts, {len(result['seeds'])} seeds",
+    )
+
+
+def keeps_the_base() -> tuple[str, str]:
+    """Adaptation of a real model."""
+    result = load("adaptation_real")
+    base = result["before"]["domain"]["loss"]
+
+    def trade(name: str) -> str:
+        runs = result["arms"][name]["runs"]
+        gain = sum(base - run["domain"]["loss"] for run in runs) / len(runs)
+        lost = sum(change_on_old_text(result, run) for run in runs) / len(runs)
+        return f"{result['arms'][name]['title']} gains {gain:.2f} nats and changes old texts by {signed_text(lost)}"
+
+    names = [
+        name
+        for name in ("memory+occupancy", "lora", "memory+occupancy+retention", "lora+retention")
+        if name in result["arms"]
+    ]
+    seeds = min(len(result["arms"][name]["runs"]) for name in names)
+    return "; ".join(map(trade, names)), f"SmolLM2-135M, {seeds} seed{'s' * (seeds > 1)}"
+
+
+def one_row() -> tuple[str, str]:
+    """The control without a table."""
+    result = load("adaptation_real")
+    loss = {name: result["arms"][name]["runs"][0]["domain"]["loss"] for name in ("memory", "one_row")}
+    base = result["before"]["domain"]["loss"]
+    return (
+        f"it gains {base - loss['one_row']:.2f} nats of the {base - loss['memory']:.2f} that the table gains",
+        "adaptation of SmolLM2-135M, 1 seed",
+    )
+
+
+def edits() -> tuple[str, str]:
+    """Facts edited together."""
+    results = [one for one in load("facts") if one["method"] == "joint" and one["num_facts"] == 10]
+
+    def mean(name: str) -> float:
+        known = [one[name] for one in results if name in one]
+        return 100 * sum(known) / max(1, len(known))
+
+    return (
+        f"10 facts: {mean('efficacy'):.0f} % right as edited, {mean('unseen'):.0f} % in unseen wordings, "
+        f"{mean('paragraph'):.0f} % inside paragraphs, {mean('specificity'):.0f} % of neighbors unchanged",
+        f"SmolLM2-135M, {len(results)} seeds",
+    )
+
+
+def rounding() -> tuple[str, str]:
+    """Quantized tables."""
+    found = {one["tables"]: one for one in load("quantization") if one["case"] == "predictions"}
+    change = {name: found[name]["loss_change"]["mean"] for name in ("int8", "int4", "memory off")}
+    return (
+        f"int8 rows cost {change['int8']:+.5f} nats, 4-bit rows {change['int4']:+.5f}; the whole memory is worth "
+        f"{change['memory off']:.2f}",
+        "quickstart's model, 3 seeds",
+    )
+
+
+def offloading() -> tuple[str, str]:
+    """Tables on the host or on disk in vLLM."""
+    cases = {
+        case["case"]: {arm["arm"]: arm.get("tokens_per_cpu_second_ratio") for arm in case["arms"]}
+        for case in load("serve")
+    }
+    dense, tiny = cases["dense"], cases["tiny"]
+    return (
+        f"tokens per CPU second, to no memory: {dense['host']:.2f} from the host and {dense['mmap']:.2f} mapped (0.1 "
+        f"GB), {tiny['mmap']:.2f} mapped and {tiny['mmap_cold']:.2f} from a cold disk (10 GB); the same engine again: "
+        f"{dense['none_again']:.2f} and {tiny['none_again']:.2f}",
+        "vLLM on one CPU core",
+    )
+
+
+CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
+    (
+        "Part of a sparse budget is better spent on memory than on experts (§3.1)",
+        "paper",
+        "seen",
+        u_shape,
+        "[allocation](#allocation)",
+    ),
+    (
+        "The best share of experts is 75 to 80 % at every scale (§3.1)",
+        "paper",
+        "not at this size",
+        optimum,
+        "[allocation](#allocation)",
+    ),
+    (
+        "Loss falls by a constant for every tenfold table (§3.2)",
+        "paper",
+        "it falls, but ever less; one seed",
+        log_linear,
+        "[scaling](#scaling)",
+    ),
+    (
+        "Engram is better than OverEncoding at equal memory (§3.2)",
+        "paper",
+        "not compared yet",
+        lambda: rivals("over_encoding"),
+        "[scaling](#scaling)",
+    ),
+    (
+        "A plain hashed bigram is as good (nanochat, MoME)",
+        "critics",
+        "in small tables, one seed",
+        lambda: rivals("bigrams"),
+        "[scaling](#scaling)",
+    ),
+    (
+        "Streams, token map and gate matter most, the convolution least; 4-grams do not pay (§6.2)",
+        "paper",
+        "see there",
+        parts,
+        "[ablations](#ablations)",
+    ),
+    (
+        "Memory gains at equal operations",
+        "paper",
+        "seen, and a wider feed-forward gains as much",
+        equal_flops,
+        "README, “What it shows”",
+    ),
+    (
+        "The second block is the best place, the last ones the worst (§6.2)",
+        "paper",
+        "opposite, in four blocks",
+        placement,
+        "[analysis](analysis.md)",
+    ),
+    (
+        "Memory makes a network effectively deeper (§6.1)",
+        "paper",
+        "not seen",
+        effective_depth,
+        "[analysis](analysis.md)",
+    ),
+    ("The same with at least six blocks and four streams", "paper", "see there", deeper, "[mechanism](#mechanism)"),
+    (
+        "Without memory facts are lost and reading is kept (§6.3)",
+        "paper",
+        "seen, more extreme",
+        suppressed,
+        "[analysis](analysis.md)",
+    ),
+    (
+        "Adding memory damages what a model knows",
+        "critics",
+        "true of what is trained plainly, not with retention",
+        keeps_the_base,
+        "[adapt](adapt.md)",
+    ),
+    ("A table of one row works as well (deepseek-ai/Engram#24)", "critics", "not seen", one_row, "[adapt](adapt.md)"),
+    (
+        "Edits fail in other wordings and inside paragraphs",
+        "critics",
+        "mostly refuted at ten facts",
+        edits,
+        "[facts](facts.md)",
+    ),
+    ("Tables may be stored in few bits", "production variant", "seen", rounding, "[quantization](quantization.md)"),
+    (
+        "Tables off the accelerator cost 2 to 3 % of throughput (§6.4)",
+        "paper",
+        "more on a CPU",
+        offloading,
+        "[serving](serving.md)",
+    ),
+)
+"""A claim, whose it is, what became of it here, the evidence, and where the whole result is."""
+
+
+def claims() -> str:
+    """Each claim, what was found here, and at what size."""
+    lines = ["| claim | by | here | evidence | size | whole result |", "|---|---|---|---|---|---|"]
+    for claim, whose, verdict, evidence, place in CLAIMS:
+        found, size = evidence()
+        verdict = "not yet" if found == NOT_YET else verdict
+        lines.append(f"| {claim} | {whose} | {verdict} | {found} | {size} | {place} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Losses are in nats per token, ± the standard deviation over seeds; in parentheses intervals of 95 %.",
+        ]
+    )
+
+
+def three() -> str:
+    """Three numbers for the README."""
+    shares, sizes = study("allocation"), study("scaling")
+    best = shares["arms"][next(iter(shares["sweeps"].values()))["best"]]
+    gain, slope = best["summary"]["loss"]["difference"], sizes["lines"]["engram"]["slope"]
+    bigrams = rivals("bigrams")[0].rpartition("; slope")[0]
+    return (
+        f"Of models with 0.1 M active parameters, in nats per token: {best['x']:.0%} of the sparse budget for experts "
+        f"and the rest for memory changes the loss of experts alone by {_found(gain)}, at equal total and active "
+        f"parameters ({_seeds(shares)}); every tenfold table changes it by {estimate_text(slope, '+.3f')}, and bigrams "
+        f"alone change that of bigrams and trigrams by {bigrams} ({_seeds(sizes)}). The claims of the paper and of its "
+        "critics beside our evidence and its limits: "
+        "[docs/findings.md](docs/findings.md)."
+    )
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "claims": claims,
+    "allocation": allocation,
+    "scaling": scaling,
+    "ablations": ablations,
+    "mechanism": mechanism,
+}
+"""Name of a table on the page, and what makes it."""
