@@ -47,6 +47,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "sparse": {"arms.names": ["memory+occupancy+sparse"], **BOTH},
     "controls": {"arms.names": CONTROLS, **BOTH},
     "late": {"arms.names": ["memory+occupancy"], "rates.memory": [4e-2], "memory.layers": ["late"]},
+    "faster": {
+        "arms.names": ["memory+occupancy+retention", "lora+retention"],
+        "rates.memory": [8e-2],
+        "rates.lora": [8e-3],
+        "retention.batch_size": 2,
+        "tasks.names": TASKS,
+    },
 }
 """Keys of the recipe that each run changes."""
 UNNAMED = ("Filename", "Size", "MD5sum", "SHA256", "Description-md5", "Ruby-Versions", "Build-Ids")
@@ -148,7 +155,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     figure, (texts, answers) = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     markers = "osD^v<>PX*hp"
     for number, arm in enumerate(result["arms"].values()):
-        color, marker = f"C{number % 10}", markers[number % len(markers)]
+        color, marker = pyplot.colormaps["tab20"](2 * number % 19), markers[number % len(markers)]
         for run in (*arm["runs"], *(trial for trial in arm["trials"] if trial["lr"] != arm["lr"])):
             filled = color if run["lr"] == arm["lr"] else "none"
             style = {"marker": marker, "color": color, "markerfacecolor": filled, "linestyle": "none"}
