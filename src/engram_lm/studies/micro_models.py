@@ -37,8 +37,9 @@ RATES: dict[Size, Rates] = {
     "500k": Rates(lr=1e-2, table_lr_multiplier=15.0),
     "2m": Rates(lr=6e-3, table_lr_multiplier=15.0),
 }
-"""Rates for each size, the same for all its families. Those of 100k were found by ``engram-lm study rates``; those of
-wider models are lower, about as their width is larger, and were not tuned."""
+"""Rates for each size, the same for all its families. Those of 100k were found by ``engram-lm study rates``
+(``benchmarks/results/study_rates.json``); those of wider models are lower, about as their width is larger, and were not
+tuned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
