@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from engram_lm.errors import ConfigError
+from engram_lm.page.figure import Picture
 from engram_lm.studies.command import StudyCommand
+from engram_lm.studies.figures import loss_bars
 from engram_lm.studies.micro_models import Family, MicroModelFlags
 from engram_lm.studies.study import Arm, Measure, Study
 from engram_lm.studies.text_flags import like
@@ -79,8 +82,14 @@ class RatesStudy(MicroModelFlags, StudyCommand):
             arms=tuple(arms),
             seeds=self.seeds,
             measures=(VALIDATION_LOSS,),
+            figures=figures,
             recipe_of=_with_own_seed,
         )
+
+
+def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw the validation loss at every rate."""
+    return [dataclasses.replace(picture, name="rates") for picture in loss_bars(result)]
 
 
 def _with_own_seed(arm: Arm, seed: int) -> Recipe:
