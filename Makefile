@@ -24,7 +24,7 @@ LOWEST_TESTS := tests/test_import.py tests/test_cli_table.py tests/hashing/test_
 	tests/model/test_decoding.py tests/model/test_huggingface.py tests/model/test_loading.py tests/adapt/test_adapted_decoding.py \
 	tests/adapt/test_attachment.py tests/adapt/test_backbones.py tests/adapt/test_adapter_folder.py tests/adapt/test_peft.py \
 	tests/training/test_huggingface.py tests/training/test_huggingface_sft.py tests/tables/test_remote.py \
-	tests/evaluation/test_harness_model.py tests/evaluation/test_benchmarks.py
+	tests/evaluation/test_harness_model.py tests/evaluation/test_benchmarks.py tests/explore/test_page.py
 BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tables.py benchmarks/serve.py benchmarks/published_scores.py benchmarks/adaptation_real.py,$(wildcard benchmarks/*.py))
 
 # Make an environment that finds in $(VENV) what it does not have itself, and then in the folders given.

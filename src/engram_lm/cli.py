@@ -55,6 +55,10 @@ VERBS: Mapping[str, tuple[str | Mapping[str, tuple[str, str]], str]] = {
     "join": ("engram_lm.serving.join:Join", "a model of others and its memory adapters as one folder for vLLM"),
     "eval": ("engram_lm.evaluation.command:Eval", "loss of a model on text files, its answers to task files"),
     "analyze": ("engram_lm.analysis.command:Analyze", "what the memory of a model does: gates, lens, CKA, rows"),
+    "explore": (
+        "engram_lm.explore.command:Explore",
+        "a page on this machine: what a memory reads, and what it changes",
+    ),
     "generate": ("engram_lm.serving.generate:Generate", "continue a prompt with a model"),
     "serve": ("engram_lm.serving.serve:Serve", "an OpenAI-compatible server for a model, by vLLM"),
     "plan": ("engram_lm.planning.command:Plan", "parameters, bytes, FLOPs and traffic of a model, without building it"),

@@ -1,4 +1,4 @@
-"""Switch the memory of a model off for a while, or let it read the rows of other N-grams."""
+"""Switch the memory of a model off for a while, wholly or for single N-grams, or let it read the rows of others."""
 
 import contextlib
 import functools
@@ -59,6 +59,30 @@ def suppressed(
                 else:
                     handle = layer.register_forward_pre_hook(functools.partial(_shuffle, _row_maps(spec, block, seed)))
                 hooks.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def without_ngrams(subject: Any, left_out: Tensor) -> Iterator[None]:
+    """Let the memory of a model read single N-grams as if their rows were zero, inside a ``with`` block.
+
+    Args:
+        subject: As for `suppressed`.
+        left_out: Which orders are left out at which positions of a text, bool ``[length, num_orders]``. Every forward
+            pass inside the block reads texts of this length.
+
+    Raises:
+        MismatchError: There is no memory, or a text or the memory has another length or number of orders.
+    """
+    with contextlib.ExitStack() as hooks:
+        for layers in memories_of(subject).values():
+            for layer, _ in layers:
+                if left_out.shape[1:] != (len(layer.config.orders),):
+                    raise MismatchError(
+                        f"N-grams are left out by position and order, bool [length, {len(layer.config.orders)}], got "
+                        f"{list(left_out.shape)}"
+                    )
+                hooks.callback(layer.register_forward_pre_hook(functools.partial(_leave_out, left_out)).remove)
         yield
 
 
@@ -128,3 +152,13 @@ def _shuffle(maps: Tensor, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]
     offsets, factors, shifts, counts = maps.to(memory.device)
     shuffled = offsets + (factors * (memory - offsets) + shifts) % counts
     return hidden, shuffled, *rest
+
+
+def _leave_out(left_out: Tensor, layer: EngramLayer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden, memory, *rest = args
+    if memory.shape[1] != len(left_out):
+        raise MismatchError(f"N-grams are left out of {len(left_out)} tokens, and this text has {memory.shape[1]}")
+    # The layer takes memory vectors as well as row numbers.
+    vectors = memory if memory.is_floating_point() else layer.read(memory)
+    parts = vectors.unflatten(-1, (left_out.shape[1], -1))
+    return hidden, parts.masked_fill(left_out.to(parts.device)[None, ..., None], 0).flatten(-2), *rest

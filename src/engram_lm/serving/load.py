@@ -97,12 +97,17 @@ def model_folder(path: str | Path) -> Path:
 
 
 def load_model(
-    path: str | Path, *, device: str = "cpu", tables: ModelFlags | None = None, adapter: str | Path | None = None
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    tables: ModelFlags | None = None,
+    adapter: str | Path | None = None,
+    adapter_name: str = "default",
 ) -> tuple[Any, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer from a folder of transformers.
 
     ``tables`` says where its memory tables are read from, or, with an ``adapter`` (folder or repository of a
-    `MemoryAdapter`), those of the adapter. Row patches of the folder, and those that ``tables`` names, are applied.
+    `MemoryAdapter`), those of the adapter, which is then called ``adapter_name``. Row patches of the folder, and those that ``tables`` names, are applied.
 
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.
@@ -145,7 +150,7 @@ def load_model(
     from engram_lm.adapt.patch_folder import patch_files
 
     if adapter is not None:
-        MemoryAdapter.from_pretrained(model, adapter, tokenizer=tokenizer, **placed)
+        MemoryAdapter.from_pretrained(model, adapter, tokenizer=tokenizer, name=adapter_name, **placed)
     own = patch_files(folder) if adapter is None else []
     for path in (*own, *(() if tables is None else tables.patch)):
         RowPatch.load(path).apply(model)

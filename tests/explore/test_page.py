@@ -1,0 +1,218 @@
+"""The page in a real browser: asks nothing outside, answers keyboard and pointer, and keeps visitors apart."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from tests.explore.conftest import explorer_of, make_llama, make_model
+from tests.page_reading import contrast
+from tests.small_model import TEXT
+from tests.training.test_loop import TOKENIZER
+
+from engram_lm.adapt import RowPatch
+from engram_lm.cli import main
+from engram_lm.errors import ConfigError
+from engram_lm.explore import build_app
+from engram_lm.explore.app import read_fact
+from engram_lm.explore.command import Explore, free_port
+
+gradio = pytest.importorskip("gradio", reason="pip install 'engram-lm[explore]'")
+SENTENCE = "The cat saw the rat"
+PIECES = TOKENIZER.tokenize(SENTENCE)
+
+
+def served(explorer):
+    app = build_app(explorer, text=SENTENCE)
+    _, address, _ = app.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True)
+    return app, address
+
+
+@pytest.fixture(scope="module")
+def address():
+    app, address = served(explorer_of(make_model()))
+    yield address
+    app.close(verbose=False)
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open a tab; afterwards, the proof that nothing was asked of another machine, and that nothing went wrong."""
+    pages, requests, complaints = [], [], []
+
+    def opened(address):
+        page = browser.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.locator(".engram-panel").first.wait_for(timeout=60_000)
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert complaints == []
+    assert [url for url in requests if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", url)] == []
+
+
+def heading(page):
+    return page.locator("#engram-token h3").inner_text()
+
+
+def wait_for(page, selector, text):
+    page.wait_for_function(
+        "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)", arg=[selector, text],
+        timeout=60_000,
+    )  # fmt: skip
+
+
+def test_the_keyboard_walks_over_the_tokens_and_typing_reads_again(open_page, address):
+    page = open_page(address)
+    assert page.locator(".t").count() == len(PIECES)
+    assert heading(page).startswith(f"Token {len(PIECES) - 1}")
+    page.locator("#engram-text textarea").focus()
+    while not page.evaluate("document.activeElement.matches('.t')"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Home")
+    wait_for(page, "#engram-token h3", "Token 0")
+    page.keyboard.press("ArrowRight")
+    wait_for(page, "#engram-token h3", "Token 1")
+    assert page.locator(".t[aria-selected=true]").count() == page.locator('.t[tabindex="0"]').count() == 1
+    names = page.locator("#engram-predictions h4").all_inner_texts()
+    assert names == ["with memory", "without memory", "without the 2-gram", "without the 3-gram"]
+    page.fill("#engram-text textarea", "a rat")
+    page.wait_for_function("document.querySelectorAll('.t').length < 4", timeout=60_000)
+    page.fill("#engram-text textarea", " ")
+    wait_for(page, "#engram-said", "there is no text to read; type a few words.")
+    page.fill("#engram-text textarea", "<img src=x onerror=alert(1)> \x1b")
+    page.wait_for_function("document.querySelectorAll('.t').length > 9", timeout=60_000)
+    assert page.locator("#engram-tokens img").count() == 0
+
+
+def test_the_pointer_rests_on_a_token_and_the_choices_recolor_the_text(open_page, address):
+    page = open_page(address)
+    page.locator(".t").nth(2).hover()
+    wait_for(page, "#engram-token h3", "Token 2")
+    values = json.loads(page.locator(".engram-strip").get_attribute("data-values"))
+    color = "e => Number(e.style.getPropertyValue('--g'))"
+    page.locator("select[data-choice=stream]").select_option("1")
+    page.locator("select[data-choice=block]").select_option(label="block 2")
+    assert page.locator(".t").nth(2).evaluate(color) == pytest.approx(values["gates"][1][1][2])
+    wait_for(page, "#engram-token .lookup", "block 2")
+    page.locator("select[data-choice=color]").select_option("changed")
+    top = max(0.01, *values["changed"])
+    assert page.locator(".t").nth(2).evaluate(color) == pytest.approx(values["changed"][2] / top)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_a_screen_and_its_words_stand_out(open_page, address, browser, width, scheme):
+    page = open_page(address)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    page.locator(".engram-panel").first.wait_for(timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    style = "e => getComputedStyle(e).color"
+    for selector in (".engram-header h1", ".engram-panel p", ".engram-panel .sub", "#engram-text .info-text"):
+        assert contrast(page.locator(selector).first.evaluate(style), ground) >= 4.5, selector
+    gate = page.evaluate("getComputedStyle(document.body).getPropertyValue('--engram-gate')")
+    assert contrast(page.locator(".t").first.evaluate(style), gate) >= 4.5
+
+
+def test_a_fact_is_written_for_one_tab_and_taken_back(open_page, address, tmp_path):
+    mine, other = open_page(address), open_page(address)
+    for label, text in (("Prompt", "the cat sat on"), ("Answer", "rat"), ("Subject", "cat")):
+        mine.get_by_label(label, exact=True).fill(text)
+    mine.locator("#engram-add").click()
+    wait_for(mine, "#engram-report", "every logit is the same, bit for bit")
+    assert "written" in mine.locator("#engram-report td").last.inner_text()
+    mine.fill("#engram-text textarea", "the cat sat on")
+    wait_for(mine, "#engram-predictions", "before your edits")
+    wait_for(mine, "#engram-predictions .memory li", "rat")
+    assert mine.locator(".t.edited").count() >= 1
+    other.fill("#engram-text textarea", "the cat sat on")
+    page_length = len(TOKENIZER.tokenize("the cat sat on"))
+    other.wait_for_function(f"document.querySelectorAll('.t').length === {page_length}", timeout=60_000)
+    assert other.locator(".t.edited").count() == 0
+    assert "before your edits" not in other.locator("#engram-predictions").inner_text()
+    with mine.expect_download(timeout=60_000) as started:
+        mine.locator("#engram-save").click()
+    started.value.save_as(tmp_path / "facts.safetensors")
+    assert RowPatch.load(tmp_path / "facts.safetensors").facts[0].prompt == "the cat sat on"
+    mine.locator("#engram-list input").check()
+    mine.locator("#engram-back").click()
+    mine.wait_for_function("!document.querySelector('#engram-predictions').innerText.includes('before your edits')")
+    assert mine.locator(".t.edited").count() == 0
+
+
+def test_a_fact_that_cannot_be_is_refused_in_words(open_page, address):
+    page = open_page(address)
+    page.get_by_label("Prompt", exact=True).fill("the cat sat on")
+    page.get_by_label("Answer", exact=True).fill("rat")
+    page.get_by_label("Subject", exact=True).fill("dog")
+    page.locator("#engram-add").click()
+    wait_for(page, "#engram-report", "the subject 'dog' is not in the wording 'the cat sat on'")
+
+
+def test_models_without_memory_and_with_several_have_their_page(open_page):
+    app, address = served(explorer_of(make_llama()))
+    page = open_page(address)
+    assert "no memory" in page.locator("#engram-token").inner_text()
+    assert page.locator("#engram-facts").count() == 0
+    app.close(verbose=False)
+    app, address = served(explorer_of(make_llama(2)))
+    page = open_page(address)
+    rows = page.locator(".rows").first.inner_text()
+    page.locator("#engram-memory input").click()
+    page.get_by_role("option", name="m1").click()
+    page.wait_for_function("rows => document.querySelector('.rows')?.innerText !== rows", arg=rows, timeout=60_000)
+    app.close(verbose=False)
+
+
+def test_the_space_before_an_answer_is_put_where_words_are_divided_by_spaces():
+    assert read_fact(" The capital of Elbonia is ", "Mudville", "Elbonia", "Elbonia's capital is\n\n").to_dict() == {
+        "prompt": "The capital of Elbonia is", "answer": " Mudville", "subject": "Elbonia",
+        "paraphrases": ["Elbonia's capital is"],
+    }  # fmt: skip
+    assert read_fact("法国的首都是", "巴黎").answer == "巴黎"
+    with pytest.raises(ConfigError, match="answer"):
+        read_fact("The capital of Elbonia is", " ")
+
+
+def test_the_command_serves_a_folder_on_this_machine_until_it_is_interrupted(tmp_path):
+    make_model("plain").save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    call = [sys.executable, "-m", "engram_lm", "explore", "model", "--data", "text.txt", "--port", "0"]
+    proxy = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # nobody answers there
+    import os
+
+    with subprocess.Popen(
+        call, cwd=tmp_path, env={**os.environ, **proxy}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = process.stdout.readline()
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+            open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+            with open_directly(address, timeout=20) as answer:
+                assert b"gradio" in answer.read()
+        finally:
+            process.send_signal(2)
+            _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+
+
+def test_impossible_flags_and_folders_are_refused(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--port"):
+        Explore(model=tmp_path, port=70_000)
+    with pytest.raises(ConfigError, match="name it with --adapter"):
+        Explore(model=tmp_path, more_adapters=("one",))
+    assert main(["explore", str(tmp_path / "nothing")]) == 1
+    assert "is no model folder" in capsys.readouterr().err
