@@ -107,7 +107,8 @@ def load_model(
     """Load a causal language model, in evaluation mode, and its tokenizer from a folder of transformers.
 
     ``tables`` says where its memory tables are read from, or, with an ``adapter`` (folder or repository of a
-    `MemoryAdapter`), those of the adapter, which is then called ``adapter_name``. Row patches of the folder, and those that ``tables`` names, are applied.
+    `MemoryAdapter`), those of the adapter, which is then called ``adapter_name``. Row patches of the folder, and those
+    that ``tables`` names, are applied.
 
     Raises:
         CheckpointError: Weights or tables are missing, truncated or malformed.
