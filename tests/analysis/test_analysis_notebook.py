@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-NOTEBOOK = pathlib.Path(__file__).parents[2] / "examples" / "02_analysis.ipynb"
+NOTEBOOK = pathlib.Path(__file__).parents[2] / "examples" / "analysis.ipynb"
 # In a process of its own: what Jupyter warns of is not ours.
 EXECUTE = """
 import sys, nbclient, nbformat

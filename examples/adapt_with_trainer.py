@@ -2,7 +2,7 @@
 
 Runs offline in seconds on a CPU, with a tiny random model in place of a downloaded one:
 `model = AutoModelForCausalLM.from_pretrained(...)` and its tokenizer go there. Needs `pip install 'engram-lm[hf]'`.
-On several GPUs: `torchrun --nproc-per-node 4 examples/01_adapt_with_trainer.py`.
+On several GPUs: `torchrun --nproc-per-node 4 examples/adapt_with_trainer.py`.
 """
 
 import torch
@@ -12,7 +12,7 @@ import engram_lm
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.huggingface import MemoryTrainer, train_memory
 
-OUT = "runs/01_adapt"
+OUT = "runs/adapt_with_trainer"
 TEXT = "The cat sat on the mat. The rat ran to the mat; the cat saw the rat. " * 60
 
 tokenizer = train_tokenizer([TEXT], 300)
