@@ -6,6 +6,7 @@ import json as json_module
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from engram_lm.hashing import TokenMap
 from engram_lm.memory.config import EngramConfig
 from engram_lm.model.config import EngramLMConfig
 from engram_lm.model.presets import NAMES
+from engram_lm.planning.bars import print_bars
 from engram_lm.planning.budget import allocate
 from engram_lm.planning.served_cache import cache_bytes_per_token, cache_tokens
 from engram_lm.planning.shape import ITEM_BYTES
@@ -306,7 +308,36 @@ def _print(name: str, found: dict[str, Any]) -> None:
     table.add_column(style="dim")
     for row in _rows(found):
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for title, (values, write) in _divided(found).items():
+        print_bars(console, title, values, write)
+
+
+def _divided(found: dict[str, Any]) -> dict[str, tuple[dict[str, float], Callable[[float], str]]]:
+    """What is drawn: where parameters, bytes and seconds go, each as parts of a whole and how to write them."""
+    sizes, optimizer, build = found["parameters"], found["optimizer_bytes"], found["build"]
+    kinds = ("attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams", "norms")
+    parts = {"memory tables": sizes["memory"], "memory layers": sizes["memory_layers"]}
+    parts |= {kind: sizes[kind] for kind in kinds}
+    parts["vocabulary"] = sizes["stored"] - sum(parts.values())
+    rest = sizes["stored"] - sizes["memory"]
+    training = {
+        "weights of the backbone": 4 * rest,
+        "weights of the tables": 4 * sizes["memory"],
+        "optimizer of the backbone": optimizer["backbone_adamw"],
+        "optimizer of the tables": optimizer["tables_adam"],
+        "gradients of the backbone": 4 * rest,
+    }
+    seconds = {"the hash": build["hash_seconds"], "first values": build["initialize_seconds"]}
+    return {
+        "where the parameters are": (parts, _count),
+        "bytes while training in float32 (activations and rows' gradients come on top)": (
+            training,
+            lambda size: byte_size(int(size)),
+        ),
+        "seconds to build it here": (seconds, lambda value: f"{value:.3g} s"),
+    }
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engram_lm.model.config import EngramLMConfig
+from engram_lm.planning.bars import print_bars
 from engram_lm.planning.bill import bill
 from engram_lm.planning.shape import TrainingShape
 from engram_lm.tables.byte_size import byte_size
@@ -87,7 +88,9 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
         "sent by a process in a step": ({name: size for name, size in sent.items() if size}, byte_size),
     }
     for title, (values, write) in sections.items():
-        if values:
+        if title == "memory of a process":
+            print_bars(console, title, values, lambda size: byte_size(int(size)))
+        elif values:
             table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
             for name, value in values.items():
                 table.add_row(name.replace("_", " "), write(value))
