@@ -20,7 +20,7 @@ from engram_lm.explore.explorer import BEFORE_EDITS, WITH, WITHOUT, Edits, Explo
 from engram_lm.hashing import HashSpec, TokenMap
 
 SENTENCE = "The cat saw the rat"
-FACT = FactEdit(prompt="the cat sat on", answer=" rat", subject="cat")
+FACT = FactEdit(prompt="the cat sat on", answer=" rat")
 
 
 def logits_of(model, text):
@@ -118,7 +118,7 @@ def test_facts_belong_to_their_visitor_and_are_taken_back_without_a_trace():
     assert tokens_of(explorer.read(FACT.prompt).predictions[WITH]) == tokens_of(plain.predictions[WITH])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
-    two = explorer.add_fact(FactEdit(prompt="the rat ran to the", answer=" cat", subject="rat"), mine)
+    two = explorer.add_fact(FactEdit(prompt="the rat ran to the", answer=" cat"), mine)
     assert two.prompts == (FACT.prompt, "the rat ran to the")
     proof = explorer.proof(two)
     assert proof.num_windows_changed == 0
