@@ -11,10 +11,10 @@ import engram_lm
 from engram_lm.explore.explorer import Explorer
 
 
-def make_model(variant="streams", memory=True):
+def make_model(variant="streams", memory=True, **geometry):
     torch.manual_seed(0)
     backbone, changes = VARIANTS[variant]
-    config = engram_lm.EngramConfig(**{**MEMORY, **changes}) if memory else None
+    config = engram_lm.EngramConfig(**{**MEMORY, **changes, **geometry}) if memory else None
     shape = {**BACKBONE, **(backbone if memory else {})}
     model = engram_lm.EngramForCausalLM(engram_lm.EngramLMConfig.for_tokenizer(TOKENIZER, config, **shape))
     with torch.no_grad():

@@ -20,6 +20,8 @@ from engram_lm.explore.app import read_fact
 from engram_lm.explore.command import Explore, free_port
 
 gradio = pytest.importorskip("gradio", reason="pip install 'engram-lm[explore]'")
+# Gradio's queue asks pandas for an option that is no more; it does so in tasks that nobody waits for.
+pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
 SENTENCE = "The cat saw the rat"
 PIECES = TOKENIZER.tokenize(SENTENCE)
 
@@ -32,7 +34,7 @@ def served(explorer):
 
 @pytest.fixture(scope="module")
 def address():
-    app, address = served(explorer_of(make_model()))
+    app, address = served(explorer_of(make_model(rows_per_head=5_003)))
     yield address
     app.close(verbose=False)
 
@@ -56,7 +58,7 @@ def open_page(browser):
     for page in pages:
         page.close()
     assert complaints == []
-    assert [url for url in requests if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", url)] == []
+    assert [url for url in requests if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:|about:)", url)] == []
 
 
 def heading(page):
@@ -88,7 +90,7 @@ def test_the_keyboard_walks_over_the_tokens_and_typing_reads_again(open_page, ad
     assert names == ["with memory", "without memory", "without the 2-gram", "without the 3-gram"]
     page.fill("#engram-text textarea", "a rat")
     page.wait_for_function("document.querySelectorAll('.t').length < 4", timeout=60_000)
-    page.fill("#engram-text textarea", " ")
+    page.fill("#engram-text textarea", "")
     wait_for(page, "#engram-said", "there is no text to read; type a few words.")
     page.fill("#engram-text textarea", "<img src=x onerror=alert(1)> \x1b")
     page.wait_for_function("document.querySelectorAll('.t').length > 9", timeout=60_000)
@@ -167,6 +169,7 @@ def test_models_without_memory_and_with_several_have_their_page(open_page):
     page = open_page(address)
     assert "no memory" in page.locator("#engram-token").inner_text()
     assert page.locator("#engram-facts").count() == 0
+    page.goto("about:blank")
     app.close(verbose=False)
     app, address = served(explorer_of(make_llama(2)))
     page = open_page(address)
@@ -174,6 +177,7 @@ def test_models_without_memory_and_with_several_have_their_page(open_page):
     page.locator("#engram-memory input").click()
     page.get_by_role("option", name="m1").click()
     page.wait_for_function("rows => document.querySelector('.rows')?.innerText !== rows", arg=rows, timeout=60_000)
+    page.goto("about:blank")
     app.close(verbose=False)
 
 
