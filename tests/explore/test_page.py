@@ -134,7 +134,7 @@ def test_a_fact_is_written_for_one_tab_and_taken_back(open_page, address, tmp_pa
     for label, text in (("Prompt", "the cat sat on"), ("Answer", "rat")):
         mine.get_by_label(label, exact=True).fill(text)
     mine.locator("#engram-add").click()
-    wait_for(mine, "#engram-report", "every logit is the same, bit for bit")
+    wait_for(mine, "#engram-report", "rows changed")
     assert "written" in mine.locator("#engram-report td").last.inner_text()
     mine.fill("#engram-text textarea", "the cat sat on")
     wait_for(mine, "#engram-predictions", "before your edits")
