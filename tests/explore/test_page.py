@@ -20,8 +20,11 @@ from engram_lm.explore.app import read_fact
 from engram_lm.explore.command import Explore, free_port
 
 gradio = pytest.importorskip("gradio", reason="pip install 'engram-lm[explore]'")
-# Gradio's queue asks pandas for an option that is no more; it does so in tasks that nobody waits for.
-pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
+# Gradio's queue uses what pandas 3 has deprecated; as an error it would leave the queue stuck.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+]
 SENTENCE = "The cat saw the rat"
 PIECES = TOKENIZER.tokenize(SENTENCE)
 
