@@ -22,6 +22,7 @@ def loss_bars(result: Mapping[str, Any]) -> Sequence[Picture]:
         axes.set_yticks(range(len(arms)), [arm["title"] for arm in arms])
         axes.invert_yaxis()
         axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=5)  # losses that are close have long numbers
 
     return _first_measure(result, "arm", 1.2 + 0.4 * len(arms), draw)
 
