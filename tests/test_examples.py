@@ -60,5 +60,5 @@ def test_a_model_trained_beside_its_twin_is_served_seen_and_edited(run, folder):
     assert "serve" in run("5_serve.py")
     assert "memory saves" in run("6_see_what_it_does.py")
     said = run("7_edit_a_fact.py")
-    assert "with the patch: it goes on with ' main'" in said
+    assert "taken back: it goes on with" in said
     assert "all logits the same bit for bit" in said

@@ -166,7 +166,6 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
             read, **reads
         )
         memory.change(read, **reads).then(**listed)
-        save.click(functools.partial(_save, explorer), inputs=[memory, session], outputs=save, api_visibility="private")
     return app
 
 
@@ -252,16 +251,16 @@ def _widgets(edits: Edits) -> tuple[Any, ...]:
     """Update the list of facts and the buttons that need one."""
     gr, prompts = _gradio(), list(edits.prompts)
     facts = gr.CheckboxGroup(choices=prompts, value=[], visible=bool(prompts))
-    return facts, gr.Button(interactive=bool(prompts)), gr.DownloadButton(interactive=bool(prompts))
+    save = gr.DownloadButton(value=_saved(edits), interactive=bool(prompts))
+    return facts, gr.Button(interactive=bool(prompts)), save
 
 
-def _save(explorer: Explorer, memory: str, session: Session) -> str | None:
-    """Write the facts as a patch into a folder that Gradio may serve, for this visitor to download."""
-    patch = _edits(session, memory).patch
-    if patch is None:
+def _saved(edits: Edits) -> str | None:
+    """Write the facts as a patch into a folder of its own, for the visitor to download; None without any."""
+    if edits.patch is None:
         return None
     path = Path(tempfile.mkdtemp(prefix="engram-explore-")) / "facts.safetensors"
-    patch.save(path)
+    edits.patch.save(path)
     return str(path)
 
 
