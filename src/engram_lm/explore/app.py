@@ -326,13 +326,12 @@ def _blocks_class() -> Any:
         """A page that asks nothing of the network and looks like the reports of this library."""
 
         def launch(self, *args: Any, **kwargs: Any) -> Any:
-            # Fonts are the system's own; Gradio's settings, API page and history are no part of this page.
+            # Fonts are the system's own; Gradio's settings and API page are no part of this page.
             look = {
                 "theme": _theme(),
                 # Not as ``css``, which Gradio confines to what it calls the content of the page.
                 "head": f"<style>{_asset('page.css')}</style>",
                 "footer_links": [],
-                "run_history": False,
                 "share": False,
                 "quiet": True,
             }
