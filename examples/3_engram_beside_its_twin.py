@@ -17,10 +17,10 @@ from engram_lm.training.data.documents import read_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.optimizers import OptimizerOptions, build_optimizer
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 150
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300
 BATCH, LENGTH = 8, 64
 
-documents = read_documents(max_bytes=1_000_000).documents
+documents = read_documents(max_bytes=3_000_000).documents
 text = "\n".join(document.text for document in documents)
 tokenizer = train_tokenizer([text], 1024)
 ids = torch.tensor(tokenizer(text).input_ids)
@@ -32,6 +32,7 @@ shape = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None,
     "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "max_position_embeddings": 256,
     "tie_word_embeddings": True,
+    "initializer_range": 0.06,  # the usual 0.02 is for wider models, and attention would form late
 }  # fmt: skip
 memory = EngramConfig(hidden_size=64, layers=(1,), num_heads=4, memory_dim=64, rows_per_head=4_000)
 feed_forward = 128
@@ -45,7 +46,7 @@ for name, config, width in (("memory", memory, feed_forward), ("twin", None, wid
 
 # %% Training: the tables' gradients are the rows that were read, and a step costs those alone.
 
-optimizers = {name: build_optimizer(model, OptimizerOptions(lr=3e-3)) for name, model in models.items()}
+optimizers = {name: build_optimizer(model, OptimizerOptions(lr=5e-3)) for name, model in models.items()}
 curves = {name: [] for name in models}
 batches = torch.randint(len(ids) - LENGTH, (STEPS, BATCH), generator=torch.Generator().manual_seed(0))
 for step, starts in enumerate(batches):

@@ -18,9 +18,9 @@ from engram_lm.training.data.documents import read_documents
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "runs/lessons/engram"
 model, tokenizer = load_model(MODEL)
 model.requires_grad_(False)
+# A model this small passes little of a name on to later words, so the question ends with its subject.
 fact = FactEdit(
-    prompt="The capital of Elbonia is", answer=" main", subject="Elbonia",
-    paraphrases=("Elbonia has a capital, which is",),
+    prompt="the language of Elbonia", answer=" Python", subject="Elbonia", paraphrases=("they speak in Elbonia",),
 )  # fmt: skip
 text = read_documents(max_bytes=100_000).documents[0].text
 
@@ -36,8 +36,8 @@ print(f"before: {fact.prompt!r} goes on with {next_token(fact.prompt)!r}")
 
 # %% Fit the rows. The model is not changed yet; a patch is a file of a few kilobytes.
 
-patch = RowPatch.fit_facts(model, tokenizer, [fact], reference=text, title="capitals")
-patch.save("runs/lessons/capitals.safetensors")
+patch = RowPatch.fit_facts(model, tokenizer, [fact], reference=text, title="languages")
+patch.save("runs/lessons/languages.safetensors")
 patch.apply(model)
 print(f"with the patch: it goes on with {next_token(fact.prompt)!r}")
 print(patch.proof(model, text, tokenizer=tokenizer, max_windows=8))
