@@ -360,7 +360,12 @@ def test_the_command_line_explains_itself(text, cache, tmp_path, capsys):
     assert found["world_size"] == 4 and found["bill"]["parameters"]["total"] > 1e6
     assert found["recipe"]["train"]["num_steps"] == 3
     assert main(["train", str(recipe), "--dry-run"]) == 0
-    assert "num_steps = 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "num_steps = 3" in said
+    bars = said.split("memory of a process: ")[1].splitlines()[1:]
+    shares = [float(line.split("%")[0].split()[-1]) for line in bars if "%" in line]
+    assert sum(shares) == pytest.approx(100, abs=1)  # the parts alone, not their total beside them
+    assert not any(line.split()[:1] == ["total"] for line in bars)
 
 
 def torchrun(num_ranks, arguments):

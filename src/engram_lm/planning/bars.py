@@ -15,32 +15,28 @@ def print_bars(
     title: str,
     values: Mapping[str, float],
     write: Callable[[float], str],
-    *,
-    shares: bool = True,
 ) -> None:
     """Draw a bar for each positive value, the longest first, with the value and its share of all of them.
 
     Args:
         console: Where to print; its width and characters are kept to.
         title: What is divided.
-        values: Amounts by name; those that are not positive are left out.
+        values: Amounts by name, the parts of one whole without their sum; those that are not positive are left out.
         write: Writes an amount.
-        shares: Whether the amounts are parts of one whole; otherwise they stay in their order and have no shares.
     """
     from rich.text import Text
 
     found = {name.replace("_", " "): value for name, value in values.items() if value > 0}
     if not found:
         return
-    if shares:
-        found = dict(sorted(found.items(), key=lambda item: -item[1]))
+    found = dict(sorted(found.items(), key=lambda item: -item[1]))
     total, most = sum(found.values()), max(found.values())
     names, amounts = max(map(len, found)), {name: write(value) for name, value in found.items()}
     width = max(map(len, amounts.values()))
     room = max(8, min(_LONGEST, console.width - names - width - 14))
     console.print(Text(title, style="italic"))
     for name, value in found.items():
-        share = f"{value / total:6.1%}" if shares else ""
+        share = f"{value / total:6.1%}"
         bar = _bar(value / most, room, ascii_only=console.options.ascii_only)
         console.print(Text.assemble(f"  {name:<{names}}  {amounts[name]:>{width}} {share}  ", (bar, "cyan")))
 

@@ -331,7 +331,7 @@ def _divided(found: dict[str, Any]) -> dict[str, tuple[dict[str, float], Callabl
     }
     seconds = {"the hash": build["hash_seconds"], "first values": build["initialize_seconds"]}
     return {
-        "where the parameters are": (parts, _count),
+        "where the stored parameters are, every vocabulary matrix counted": (parts, _count),
         "bytes while training in float32 (activations and rows' gradients come on top)": (
             training,
             lambda size: byte_size(int(size)),

@@ -89,7 +89,10 @@ def print_dry_run(found: Mapping[str, Any]) -> None:
     }
     for title, (values, write) in sections.items():
         if title == "memory of a process":
-            print_bars(console, title, values, lambda size: byte_size(int(size)))
+            parts = {name: size for name, size in values.items() if name != "total"}
+            if parts:
+                title = f"{title}: {byte_size(values['total'])}"
+            print_bars(console, title, parts, lambda size: byte_size(int(size)))
         elif values:
             table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
             for name, value in values.items():
