@@ -152,7 +152,16 @@ def test_a_fact_is_written_for_one_tab_and_taken_back(open_page, address, tmp_pa
         mine.locator("#engram-save").click()
     started.value.save_as(tmp_path / "facts.safetensors")
     assert RowPatch.load(tmp_path / "facts.safetensors").facts[0].prompt == "the cat sat on"
-    mine.locator("#engram-list input").check()
+    mine.get_by_label("Prompt", exact=True).fill("the dog sat on")
+    mine.locator("#engram-add").click()
+    mine.wait_for_function("document.querySelectorAll('#engram-list input').length === 2", timeout=60_000)
+    with mine.expect_download(timeout=60_000) as started:
+        mine.locator("#engram-save").click()
+    started.value.save_as(tmp_path / "both.safetensors")
+    saved = RowPatch.load(tmp_path / "both.safetensors").facts
+    assert {fact.prompt for fact in saved} == {"the cat sat on", "the dog sat on"}
+    for listed in mine.locator("#engram-list input").all():
+        listed.check()
     mine.locator("#engram-back").click()
     mine.wait_for_function("!document.querySelector('#engram-predictions').innerText.includes('before your edits')")
     assert mine.locator(".t.edited").count() == 0

@@ -251,6 +251,7 @@ def _widgets(edits: Edits) -> tuple[Any, ...]:
     """Update the list of facts and the buttons that need one."""
     gr, prompts = _gradio(), list(edits.prompts)
     facts = gr.CheckboxGroup(choices=prompts, value=[], visible=bool(prompts))
+    # The button hands out the file that it holds when it is pressed, so it always holds the facts of the list.
     save = gr.DownloadButton(value=_saved(edits), interactive=bool(prompts))
     return facts, gr.Button(interactive=bool(prompts)), save
 
