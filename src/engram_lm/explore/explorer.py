@@ -335,7 +335,7 @@ class Explorer:
             result = read_text([subject], tokens, keepers, length=len(tokens), budget_bytes=1 << 62)
             logits = result["logits"]
             if isinstance(result["gates"], NotApplicable):
-                notes.append(f"There are no gates to show, because {result['gates'].reason}.")
+                notes.append(f"The model shows no gates, because {result['gates'].reason}.")
             else:
                 ((trace,),) = result["gates"].values()
             found[WITH if subject.memories else "the model"] = predictions(logits, self.spell)

@@ -193,7 +193,7 @@ def _shared(lookup: Lookup, spec: HashSpec) -> str:
     times = "It occurs once in the reference text" if lookup.num_positions == 1 else times
     times = times or "It is not among the frequent N-grams of the reference text"
     if not lookup.num_sharers:
-        return f"<p>{times}, and none of those reads any of its rows.</p>"
+        return f"<p>{times}, and no other frequent N-gram reads any of its rows.</p>"
     names = ", ".join(
         f'{code(one.text)} <span class="sub">×{one.num_positions:,}'
         + (f", {one.num_heads} heads" if one.num_heads > 1 else "")
@@ -201,9 +201,10 @@ def _shared(lookup: Lookup, spec: HashSpec) -> str:
         for one in lookup.sharers
     )
     rest = lookup.num_sharers - len(lookup.sharers)
-    others = "other reads" if lookup.num_sharers == 1 else "others read"
+    others = "other frequent N-gram reads" if lookup.num_sharers == 1 else "other frequent N-grams read"
     more = f" and {rest:,} more" if rest else ""
-    return f"<p>{times}. {lookup.num_sharers:,} {others} one of its {spec.num_heads} rows: {names}{more}.</p>"
+    shared = f"{lookup.num_sharers:,} {others} at least one of its {spec.num_heads} rows"
+    return f"<p>{times}. {shared}: {names}{more}.</p>"
 
 
 def _near(found: Neighbours) -> str:
