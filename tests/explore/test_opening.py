@@ -9,7 +9,7 @@ from tests.small_model import TEXT
 from tests.training.test_loop import TOKENIZER
 
 from engram_lm.adapt import attached_adapters
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.explore.opening import open_explorer
 from engram_lm.hashing import HashSpec
 
@@ -59,3 +59,11 @@ def test_a_folder_with_several_adapters_is_opened_with_all_of_them(tmp_path):
     assert explorer.memories == ("m0", "m1")
     with pytest.raises(ConfigError, match="--tokenizer is for a configuration without weights"):
         open_explorer(tmp_path / "model", tokenizer=tmp_path / "model")
+
+
+def test_the_config_beside_weights_opens_its_model_and_a_wrong_path_of_text_is_refused_at_once(tmp_path):
+    make_model("plain").save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    assert open_explorer(tmp_path / "model/config.json").name == "model"
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        open_explorer(tmp_path / "model", data=[tmp_path / "nothing"])

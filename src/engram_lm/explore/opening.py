@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.adapt import MemoryAdapter
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.explore.explorer import Explorer
 from engram_lm.files import user_path
 from engram_lm.hashing import HashSpec
@@ -47,6 +47,7 @@ def open_explorer(
 
     Raises:
         ConfigError: There is no model and no configuration, or a flag is not for what there is.
+        DataError: A path of ``data`` does not exist.
         EngramError: As `engram_lm.serving.load.load_model`, `HashSpec.from_config` and
             `engram_lm.training.data.documents.read_documents`.
     """
@@ -54,6 +55,9 @@ def open_explorer(
     config = path / "config.json" if path.is_dir() else path
     folder = config.parent
     options: dict[str, Any] = {"max_tokens": max_tokens}
+    for text in data:  # it is read when it is first needed, but a wrong path is to be said now
+        if not str(text).startswith("hf:") and not user_path(text).exists():
+            raise DataError(f"{text} is neither a file nor a folder; check the path of the text to compare with")
     if config.suffix == ".json" and config.is_file() and not any(any(folder.glob(name)) for name in _WEIGHTS):
         if adapters:
             raise ConfigError(f"{path} has no weights, so no memory can be attached to it; name a model folder")
@@ -69,6 +73,7 @@ def open_explorer(
     else:
         if tokenizer is not None:
             raise ConfigError("--tokenizer is for a configuration without weights; a model folder holds its own")
+        path = folder if config.is_file() and path.name == "config.json" else path
         names = _names(adapters)
         first = {"adapter": adapters[0], "adapter_name": names[0]} if adapters else {}
         model, found = load_model(path, device=device, tables=tables, **first)
