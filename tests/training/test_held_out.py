@@ -10,6 +10,7 @@ from tests.training.test_loop import TOKENS, model
 
 from engram_lm.errors import ConfigError, DataError, TokenError
 from engram_lm.memory.gate_recorder import record_gates
+from engram_lm.training import loss as loss_module
 from engram_lm.training.held_out import held_out_loss
 
 
@@ -35,6 +36,15 @@ def test_batching_changes_nothing(batch_size):
     one = model()
     expected = held_out_loss(one, TOKENS[:200], length=16, batch_size=2).loss
     assert held_out_loss(one, TOKENS[:200], length=16, batch_size=batch_size).loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 64])
+def test_how_many_logits_are_in_memory_changes_nothing(tokens_at_once, monkeypatch):
+    one = model()
+    expected = held_out_loss(one, TOKENS[:400], length=16).loss
+    monkeypatch.setattr(loss_module, "_LOGITS_IN_CACHE", 1)
+    monkeypatch.setattr(loss_module, "_FEWEST_TOKENS", tokens_at_once)
+    assert held_out_loss(one, TOKENS[:400], length=16).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_limit_evaluates_the_beginning():
