@@ -12,13 +12,15 @@ from engram_lm.training.recipe import Recipe
 
 _MAX_TOKENS = 16_384
 """Held-out tokens that are read, by every model with its memory on and off."""
+_COUNTED_TOKENS = 1 << 22
+"""Training tokens that frequencies and N-grams are counted in, about; each million takes some seconds."""
 _SHOWN = ("rare_words", "token_frequency", "ngrams_2", "ngrams_3")
 
 
 def diagnose_models(
     models: Any, tokenizer: Any, text: TrainingText, recipe: Recipe, *, dtype: str = "float32"
 ) -> dict[str, Any] | None:
-    """Diagnose models on the beginning of held-out text, against the text that they were trained on.
+    """Diagnose models on the beginning of held-out text, against the text that they were trained on or a sample of it.
 
     Args:
         models: As for `diagnose`.
@@ -41,7 +43,9 @@ def diagnose_models(
         max_tokens=_MAX_TOKENS,
         dtype=dtype,
         restart_documents=recipe.data.restart_documents,
-        reference=ReferenceText(name="the training text", tokens=text.train, num_tokens=text.num_tokens),
+        reference=ReferenceText.sample(
+            name="the training text", tokens=text.train, num_tokens=text.num_tokens, at_most=_COUNTED_TOKENS
+        ),
     )
     return found.to_dict()
 

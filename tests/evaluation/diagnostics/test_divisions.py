@@ -127,3 +127,19 @@ def test_counts_and_known_ngrams_are_those_of_a_plain_count(monkeypatch, chunk):
     if chunk > len(known):
         plain = [reference_module.WORD.findall(TEXT[:200].casefold()).count(word) for word in words]
         assert text.count_words(words, TOKENIZER).tolist() == plain
+
+
+def test_a_sample_comes_from_everywhere_in_a_long_text_and_says_so(monkeypatch):
+    monkeypatch.setattr(reference_module, "_CHUNK_TOKENS", 10)
+    tokens = np.arange(95)
+    found = ReferenceText.sample(name="a text", tokens=tokens, num_tokens=95, at_most=40)
+    assert found.name == "a sample of a text" and found.num_counted == 35 <= 40
+    assert [piece.tolist() for piece in found.pieces()] == [
+        tokens[start : start + 10].tolist() for start in (0, 30, 60, 90)
+    ]
+    assert found.count_tokens(np.array([5, 15, 35, 94])).tolist() == [1, 0, 1, 1]
+    known = found.knows_ngrams(np.array([[29, 30], [39, 40], [60, 61]]), lambda part: part, 95)
+    assert known.tolist() == [True, False, True]
+    whole = ReferenceText.sample(name="a text", tokens=tokens, num_tokens=95, at_most=95)
+    assert whole.name == "a text" and whole.num_counted == 95
+    assert np.concatenate(list(whole.pieces())).tolist() == tokens.tolist()

@@ -67,7 +67,7 @@ class Diagnostics:
     reference: str | None
     """Name of the text in which frequencies were counted; None if it is the evaluated text itself."""
     reference_tokens: int
-    """Tokens of that text."""
+    """Tokens of that text that were counted."""
     rare_below: int
     """A word is rare that occurs less often than this."""
     blocks: str
@@ -190,7 +190,7 @@ def diagnose(
         total=measured.groups(everything, scored)[0],
         divisions={one.name: (one.title, measured.groups(one, scored)) for one in divisions},
         reference=None if reference is None else reference.name,
-        reference_tokens=len(tokens) if reference is None else reference.num_tokens,
+        reference_tokens=len(tokens) if reference is None else reference.num_counted,
         rare_below=rare_below,
         blocks="documents" if by_document else "sequences",
         num_blocks=int(block.max()) + 1,

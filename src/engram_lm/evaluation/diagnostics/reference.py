@@ -24,11 +24,27 @@ class ReferenceText:
     tokens: Any
     """Raw tokens ``[M]``, of which slices are taken: an array, or `TokenShards`."""
     num_tokens: int
-    """How many of them are counted, from the first on."""
+    """How many of them are looked at, from the first on."""
+    every: int = 1
+    """Of how many pieces of 65,536 tokens one is counted, so that a sample comes from everywhere in a long text."""
+
+    @classmethod
+    def sample(cls, *, name: str, tokens: Any, num_tokens: int, at_most: int) -> "ReferenceText":
+        """Take a text, or a sample that is spread over it and has about ``at_most`` tokens, which its name says."""
+        every = max(1, -(-num_tokens // max(at_most, _CHUNK_TOKENS)))
+        return cls(name=f"a sample of {name}" if every > 1 else name, tokens=tokens, num_tokens=num_tokens, every=every)
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens that are counted."""
+        return sum(min(_CHUNK_TOKENS, self.num_tokens - start) for start in self._starts())
+
+    def _starts(self) -> range:
+        return range(0, self.num_tokens, _CHUNK_TOKENS * self.every)
 
     def pieces(self, overlap: int = 0) -> Iterator[np.ndarray]:
-        """Yield the tokens piece by piece, int64, each with the last ``overlap`` tokens of the one before."""
-        for start in range(0, self.num_tokens, _CHUNK_TOKENS):
+        """Yield the tokens piece by piece, int64, each with the ``overlap`` tokens before it."""
+        for start in self._starts():
             stop = min(start + _CHUNK_TOKENS, self.num_tokens)
             yield np.asarray(self.tokens[max(0, start - overlap) : stop]).astype(np.int64)
 
