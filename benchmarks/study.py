@@ -30,13 +30,18 @@ def collect(folder: Path) -> dict[str, Any]:
     first = next(iter(result["arms"].values()))["recipe"]
     for number, arm in enumerate(result["arms"].values()):
         recipe = arm["recipe"]
-        recipe["data"] |= {"sources": [CORPUS] * bool(recipe["data"].get("sources")), "cache": None}
+        folders = {name: [CORPUS] for name in ("sources", "held_out_sources") if recipe["data"].get(name)}
+        recipe["data"] |= {**folders, "cache": None}
         if number:
             # Apart from the model, what is the first arm's is not said again.
             arm["recipe"] = {name: value for name, value in recipe.items() if name == "model" or value != first[name]}
         for run in arm["runs"]:
             curve = run["train_curve"]
             run["train_curve"] = [[n, round(loss, 4)] for n, loss in curve[:: max(1, len(curve) // CURVE_POINTS)]]
+    for look in result.get("looks", ()):
+        for found in look.get("cka", {}).values():
+            if isinstance(found, dict):
+                found.pop("within_rows", None)  # of the model without memory: the same in every map
     return result
 
 
