@@ -85,6 +85,20 @@ def test_impossible_sweeps_are_refused():
     for options in ({"rows": ()}, {"rows": (1,)}, {"rows": (97, 97)}, {"layers": ()}, {"seeds": 0}):
         with pytest.raises(ConfigError):
             ScalingStudy(**options)
+    for rates in ((15.0,), (15.0, 15.0, 0.0), (15.0, float("nan"), 1.0)):
+        with pytest.raises(ConfigError, match="--layer-rates"):
+            ScalingStudy(layer_rates=rates)
+
+
+def test_a_rate_of_its_own_changes_the_recipes_of_that_layer_alone():
+    same, own = (
+        {arm.name: arm.recipe for arm in ScalingStudy(layer_rates=rates).study().arms} for rates in ((), (15, 15, 1))
+    )
+    changes = {name: recipe.differences(same[name].to_dict()) for name, recipe in own.items()}
+    assert all(bool(found) == name.startswith("over_encoding") for name, found in changes.items())
+    assert changes["over_encoding-1250"] == ["optimizer.table_lr_multiplier is 1, was 15.0"]
+    result = measured(ScalingStudy(layer_rates=(15, 15, 1), rows=(1_250, 5_000)), lambda arm: 5.0)
+    assert "15 for bigrams alone, 1 for OverEncoding" in scaling_finding(result).detail
 
 
 def test_a_whole_study_is_trained(tmp_path):

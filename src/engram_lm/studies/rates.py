@@ -40,7 +40,6 @@ class RatesStudy(MicroModelFlags, StudyCommand):
     """
 
     name: ClassVar[str] = "rates"
-    free: ClassVar[tuple[str, ...]] = ("families", "lrs", "table_lr_multipliers")
 
     seeds: int = 1
     """Repetitions, with seeds that no other study has."""

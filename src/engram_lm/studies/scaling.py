@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -50,12 +51,14 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
     """
 
     name: ClassVar[str] = "scaling"
-    free: ClassVar[tuple[str, ...]] = ("rows", "layers")
 
     rows: tuple[int, ...] = (1_250, 5_000, 20_000, 80_000, 320_000, 1_280_000)
     """Rows of each of the 8 heads; at the smallest size (rows of 8 numbers) from 0.3 to 330 MB."""
     layers: tuple[Layer, ...] = ("engram", "bigrams", "over_encoding")
     """What reads the tables; the first is what the others are compared with at equal bytes."""
+    layer_rates: tuple[float, ...] = ()
+    """Learning rates of the tables relative to the backbone's, one for each of --layers in their order, in place of
+    --table-lr-multiplier: rows that no norm follows, such as OverEncoding's, take a lower one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +67,10 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
             raise ConfigError("name at least one number of --rows, from 2, and one of --layers")
         if len(set(self.rows)) < len(self.rows) or len(set(self.layers)) < len(self.layers):
             raise ConfigError(f"--rows and --layers name one value twice: {self.rows}, {self.layers}")
+        if self.layer_rates and len(self.layer_rates) != len(self.layers):
+            raise ConfigError(f"--layer-rates are one for each of --layers {self.layers}, not {self.layer_rates}")
+        if not all(0 < rate < math.inf for rate in self.layer_rates):
+            raise ConfigError(f"--layer-rates are finite numbers above 0, not {self.layer_rates}")
 
     def study(self) -> Study:
         """The backbone alone, and a group of arms for every size; equal within it but for what reads the table."""
@@ -74,7 +81,7 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
             memory = _memory(model, self.config("engram").memory_config)
             size = _NUMBER_BYTES * memory.table_parameters()
             # A table of hundreds of megabytes has twice as much in its optimizer, which a finished run does not keep.
-            recipe = dataclasses.replace(self.recipe(model), checkpoint=CheckpointOptions(keep_last=0))
+            recipe = dataclasses.replace(self._tuned(layer).recipe(model), checkpoint=CheckpointOptions(keep_last=0))
             arms.append(
                 Arm(
                     name=f"{layer}-{rows}",
@@ -96,6 +103,11 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
             finding=scaling_finding,
         )
 
+    def _tuned(self, layer: Layer) -> "ScalingStudy":
+        """The same flags with the layer's own rate of the tables, where it has one."""
+        rates = dict(zip(self.layers, self.layer_rates, strict=False))
+        return dataclasses.replace(self, table_lr_multiplier=rates[layer]) if layer in rates else self
+
     def _model(self, layer: Layer, rows: int) -> ModelOptions:
         """The backbone with a table of some rows in each of as many heads, whatever reads it."""
         memory: dict[str, Any] = {"rows_per_head": rows}
@@ -113,7 +125,8 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Fit the loss of every layer to the logarithm of its bytes."""
         result = super().measure(seeds, runner)
-        return {**result, "tokens": self.tokens, "lines": dict(self._lines(result))}
+        rates = dict(zip(self.layers, self.layer_rates, strict=False))
+        return {**result, "tokens": self.tokens, "layer_rates": rates, "lines": dict(self._lines(result))}
 
     def _lines(self, result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """What is fitted to each layer, for those sizes whose runs all ended well."""
@@ -212,10 +225,12 @@ def scaling_finding(result: Mapping[str, Any]) -> Finding:
 def _scope(result: Mapping[str, Any]) -> str:
     """What can be claimed of a result, and what cannot."""
     active = round(result["arms"][WITHOUT]["cost"]["active"], -4)
+    own = ", ".join(f"{rate:g} for {_TITLES[layer]}" for layer, rate in result.get("layer_rates", {}).items())
+    rates = f"sizes (of tables, relative to the backbone: {own})" if own else "sizes and layers"
     return (
         f"They show what bytes are worth to one backbone of {count_text(active)} active parameters after "
-        f"{count_text(result['tokens'])} tokens of this text, at learning rates that are the same for all sizes and "
-        "layers. They do not show where a larger table stops to pay: its rows are seen less often, and more tokens "
+        f"{count_text(result['tokens'])} tokens of this text, at learning rates that are the same for all {rates}. "
+        "They do not show where a larger table stops to pay: its rows are seen less often, and more tokens "
         "would train them better."
     )
 
