@@ -104,6 +104,7 @@ def test_a_few_lines_are_a_study_with_a_result_pictures_and_a_page(study):
     assert (study / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["one_by_one", "processes"])
 def test_every_mode_gives_the_same_numbers(study, text, tmp_path, mode):
     assert Whether(out=tmp_path, text=str(text), seeds=2, mode=mode).run() == 0
@@ -180,6 +181,7 @@ def test_a_study_whose_budget_cannot_be_met_writes_and_trains_nothing(text, tmp_
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["interleaved", "processes"])
 def test_an_arm_that_diverges_is_a_result_and_does_not_end_the_others(text, tmp_path, mode):
     command = Whether(out=tmp_path, text=str(text), seeds=1, mode=mode, rate=1e30)
@@ -195,6 +197,16 @@ def test_an_arm_that_diverges_is_a_result_and_does_not_end_the_others(text, tmp_
     assert (tmp_path / "seed-0/with/metrics.jsonl").stat() == metrics
 
 
+def wait_for_training(process, out):
+    """Wait until a process has trained a first step, which takes minutes where others compute too."""
+    deadline = time.monotonic() + 240
+    while not any(path.stat().st_size for path in out.glob("seed-0/*/metrics.jsonl")):
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(f"it did not begin to train (exit status {process.wait()})")
+        time.sleep(0.01)
+
+
 SCRIPT = """
 import pathlib, sys
 from tests.studies.test_study import Whether
@@ -202,6 +214,7 @@ sys.exit(Whether(out=pathlib.Path(sys.argv[1]), text=sys.argv[2], seeds=2, mode=
 """
 
 
+@pytest.mark.timeout(600)  # starts processes, which take their time where others compute too
 @pytest.mark.parametrize(("mode", "number"), [("processes", signal.SIGINT), ("interleaved", signal.SIGKILL)])
 def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(study, text, tmp_path, mode, number):
     out = tmp_path / "out"
@@ -218,13 +231,9 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(study, text, tmp_p
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(path.stat().st_size for path in out.glob("seed-0/*/metrics.jsonl")):
-            break
-        time.sleep(0.01)
+    wait_for_training(process, out)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     if number == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in said
     assert not (out / "result.json").exists()
@@ -255,6 +264,7 @@ def killed(command, number):
         os._exit(1)
 
 
+@pytest.mark.timeout(600)
 def test_a_study_that_is_killed_again_and_again_comes_to_the_same_numbers(study, text, tmp_path):
     command = Whether(out=tmp_path, text=str(text), seeds=2, mode="interleaved", resume=True)
     chance, kills = random.Random(0), 0
