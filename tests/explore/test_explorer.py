@@ -121,7 +121,7 @@ def test_facts_belong_to_their_visitor_and_are_taken_back_without_a_trace():
     two = explorer.add_fact(FactEdit(prompt="the rat ran to the", answer=" cat"), mine)
     assert two.prompts == (FACT.prompt, "the rat ran to the")
     proof = explorer.proof(two)
-    assert proof.holds
+    assert proof.num_windows_changed == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     rest = explorer.take_back([FACT.prompt], two)
     assert rest.prompts == ("the rat ran to the",)

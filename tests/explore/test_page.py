@@ -222,7 +222,7 @@ def test_the_command_serves_a_folder_on_this_machine_until_it_is_interrupted(tmp
                 assert b"gradio" in answer.read()
         finally:
             process.send_signal(2)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engram_lm
 from engram_lm.cli import main
-from engram_lm.studies import small_models
+from engram_lm.studies import text_flags
 from engram_lm.studies.quickstart import run as run_module
 from engram_lm.studies.quickstart.run import Quickstart
 from engram_lm.studies.study import with_seed
@@ -154,7 +154,7 @@ def test_every_seed_has_its_own_order_of_batches(corpus, tmp_path, monkeypatch):
 def test_held_out_files_reach_neither_the_tokenizer_nor_training(corpus, tmp_path, monkeypatch):
     seen, packed = [], []
     monkeypatch.setattr(
-        small_models, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
+        text_flags, "train_tokenizer", lambda texts, size: train_tokenizer(seen.extend(texts) or seen, size)
     )
     batches = trainer_module.Batches
 

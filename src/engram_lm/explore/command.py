@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ import tyro
 from engram_lm.errors import ConfigError, check_flags
 from engram_lm.explore.app import build_app
 from engram_lm.serving.load import ModelFlags
+from engram_lm.training.interrupts import Interrupt
 
 _LOOPBACK = "127.0.0.1"
 
@@ -80,8 +81,10 @@ class Explore(ModelFlags):
             raise ConfigError(f"port {port} cannot be listened at; choose another with --port ({error})") from error
         print(f"explore {self.model} at {address} (Ctrl-C ends it)", flush=True)
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
+            # SIGTERM ends the page as Ctrl-C does, and both are heard where a shell started it in the background.
+            with Interrupt() as interrupt:
+                while not interrupt.asked:
+                    time.sleep(0.2)
             print("the page is closed; facts that were not saved are gone", file=sys.stderr)
         finally:
             app.close(verbose=False)
