@@ -202,7 +202,8 @@ def allocation_finding(result: Mapping[str, Any]) -> Finding:
             columns=("Sweep", "Lowest arm", "Its gain over the first", "Parabola", "Two logarithms"),
             rows=rows,
             note="Shares of the sparse budget in experts, with intervals of 95 % from the errors of the runs. The "
-            "lowest arm was chosen after the fact, which flatters its gain. The paper's points are single runs.",
+            "lowest arm was chosen after the fact, which flatters its gain. A share of 0.00 is the edge of the "
+            "sweep, where fits are cut off, and its interval too. The paper's points are single runs.",
         )
     ]
     moves = [

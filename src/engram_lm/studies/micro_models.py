@@ -47,10 +47,11 @@ class MicroModelFlags(TextFlags):
     """Text, size and training of micro models. A study inherits from this and from `StudyCommand`, in this order.
 
     Batches are 16 sequences of 128 tokens, the vocabulary has 4,096 tokens. Documents are divided by their contents, so
-    the held-out ones are the same in every study of the same text: 2 % are held out, and 1 % is for validation, which
-    no result may use. Their first 524,288 tokens are evaluated on (262,144 for validation), or as many as there are.
-    Token shards lie in the user's cache folder, so a text is tokenized once for all arms, seeds and studies, and the
-    tokenizer is trained once for each study on a sample of its training text.
+    the held-out ones are the same in every study of the same text: 2 % are held out, and 1 % is for validation: rates
+    were chosen there, with one seed, and results do not use it. The first 524,288 held-out tokens are evaluated on
+    (262,144 for validation), or as many as there are. Token shards lie in the user's cache folder, so a text is
+    tokenized once for all arms, seeds and studies, and the tokenizer is trained once for each study on a sample of its
+    training text.
 
     The order of the text depends on the seed alone, so the arms of a seed see the same batches. First weights depend on
     the seed and the shapes; ``like=like(first)`` (`engram_lm.studies.text_flags.like`) lets an arm begin with those of

@@ -57,13 +57,15 @@ def seeds_note(num_seeds: int) -> str:
 
 def study_finding(result: Mapping[str, Any]) -> Finding:
     """Say which arm of an ``engram.study.1`` is lowest in the first measure and how sure that is, and list all."""
+    arms = list(result["arms"].values())
+    several = len({arm.get("group") for arm in arms}) > 1
+    first = "the first arm of the group" if several else arms[0]["title"]
     tables = [
         Table(
             title=about["title"].capitalize(),
             columns=_COLUMNS,
-            rows=[_row(arm, name) for arm in result["arms"].values()],
-            note=f"In {about['unit']}. Difference: to {next(iter(result['arms'].values()))['title']}, seed by seed; p: "
-            "two-sided, of a paired t-test.",
+            rows=[_row(arm, name) for arm in arms],
+            note=f"In {about['unit']}. Difference: to {first}, seed by seed; p: two-sided, of a paired t-test.",
         )
         for name, about in result["measures"].items()
     ]
