@@ -53,13 +53,15 @@ def test_a_table_of_a_hundred_gigabytes_is_read_where_it_lies(run, folder):
 
 
 def test_a_model_trained_beside_its_twin_is_served_seen_and_edited(run, folder):
-    said = run("3_engram_beside_its_twin.py", "60")
+    said = run("3_engram_beside_its_twin.py", "120")
     losses = [float(line.split()[3]) for line in said.splitlines() if "held-out loss" in line]
     assert len(losses) == 2
     assert max(losses) < 6.0  # a uniform guess among 1,024 tokens costs 6.9
     assert "serve" in run("5_serve.py")
     assert "memory saves" in run("6_see_what_it_does.py")
     said = run("7_edit_a_fact.py")
-    assert "with the patch: it goes on with ' Python'" in said
+    # How well it is learned depends on the text, which is another in every release of Python.
+    before, after = (float(part.split()[-1]) for part in said.split("fact 'the language")[1].split(" nats")[:2])
+    assert after < before - 2
     assert "taken back: it goes on with" in said
     assert "all logits the same bit for bit" in said
