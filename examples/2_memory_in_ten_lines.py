@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engram_lm
+from engram_lm.training.optimizers import build_optimizer
 
 TEXT = "The horse of Alexander the Great was called Bucephalus. " * 40
 
@@ -41,7 +42,7 @@ adapter = engram_lm.attach(model, tokenizer, layers=(1,), num_heads=4, memory_di
 assert torch.equal(model(ids).logits, before.logits)  # a new memory changes nothing, bit for bit
 model.requires_grad_(False)
 adapter.requires_grad_(True)
-optimizer = engram_lm.training.optimizers.build_optimizer(adapter)
+optimizer = build_optimizer(adapter)
 for _ in range(20):
     loss = model(ids, labels=ids).loss
     loss.backward()
