@@ -34,7 +34,7 @@ def quickstart() -> str:
     twin = {run["seed"]: run["loss"] for run in arms["twin"]["runs"]}
     for name, arm in arms.items():
         loss, gains = arm["loss"], [twin[run["seed"]] - run["loss"] for run in arm["runs"]]
-        gain = "" if name == "twin" else f"{sum(gains) / len(gains):+.3f} ± {deviation(gains):.3f}"
+        gain = "" if name == "twin" else f"{sum(gains) / len(gains):+.3f} ± {statistics.stdev(gains):.3f}"
         lines.append(
             f"| {arm['title']} | {arm['parameters']['total'] / 1e6:.2f} M | "
             f"{arm['parameters']['memory_tables'] / 1e6:.2f} M | {arm['flops_per_token'] / 1e6:.2f} M | "
@@ -416,12 +416,6 @@ def answers_changed(before: dict[str, Any], after: dict[str, Any]) -> int:
         for name, task in before.items()
         for old, new in zip(task["right"] or "", after[name]["right"] or "", strict=True)
     )
-
-
-def deviation(values: list[float]) -> float:
-    """Sample standard deviation."""
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
 
 
 SERVED = {

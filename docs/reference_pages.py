@@ -1,4 +1,4 @@
-"""Makes the pages that nobody writes: commands, configuration keys, and the lessons of ``examples/``.
+"""Makes the pages that nobody writes: commands, configuration keys, and the lessons of ``examples/`` with their list.
 
 A command is a dataclass, so its page is made from its docstring, its fields and their docstrings; so are the sections
 of a recipe and the configurations. A lesson is a script: its docstring and comments are the prose of its page.
@@ -39,11 +39,13 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Complete the pages of commands and of configuration keys."""
+    """Complete the pages of commands, of configuration keys and of the list of lessons."""
     if page.file.src_uri == "commands.md":
         return markdown + command_pages()
     if page.file.src_uri == "configuration.md":
         return markdown + configuration_pages()
+    if page.file.src_uri == "tutorials.md":
+        return markdown + lesson_list()
     return markdown
 
 
@@ -138,6 +140,13 @@ def _sections(recipe: type, verb: str, known: type | None = None) -> list[str]:
 def lessons() -> list[pathlib.Path]:
     """The scripts and notebooks of ``examples/``, in their order."""
     return sorted(path for path in (ROOT / "examples").glob("[0-9]*") if path.suffix == ".py")
+
+
+def lesson_list() -> str:
+    """The list of the lessons in ``examples/README.md``, whose links lead to their pages."""
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    return "\n## What each of them shows\n\n" + re.sub(r"\]\((\w+)\.py\)", r"](lessons/\1.md)", rows) + "\n"
 
 
 def lesson_page(path: pathlib.Path) -> str:

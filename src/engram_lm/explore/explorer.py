@@ -162,7 +162,8 @@ class Explorer:
 
         Raises:
             DataError: There are no tokens.
-            TokenError: What was typed in place of a text is no list of ids, or an id is outside the vocabulary.
+            TokenError: Ids must be typed, because there is no tokenizer, and the text is not a list of them; or an id
+                is outside the vocabulary.
             EngramError: The model cannot read it.
         """
         tokens, num_left_out = self._tokens(text)
@@ -215,14 +216,14 @@ class Explorer:
         if self.model is not None:
             with self._edited(edits):
                 subject = self._subject(edits.memory)
+                orders = view.addresses.spec.orders
                 for one in lookups:
                     neighbours[one.order] = self._neighbours(subject, one)
-                for order in [one.order for one in lookups]:
-                    mask = np.zeros((len(view.tokens), len(view.addresses.spec.orders)), bool)
-                    mask[view.addresses.same_ngram(position, order), view.addresses.spec.orders.index(order)] = True
+                    mask = np.zeros((len(view.tokens), len(orders)), bool)
+                    mask[view.addresses.same_ngram(position, one.order), orders.index(one.order)] = True
                     with without_ngrams(subject, torch.from_numpy(mask)):
                         logits = self._logits(subject, view.tokens)[position : position + 1]
-                    found[f"without the {order}-gram"] = predictions(logits, self.spell)[0]
+                    found[f"without the {one.order}-gram"] = predictions(logits, self.spell)[0]
         return TokenView(position=position, lookups=lookups, neighbours=neighbours, predictions=found)
 
     def add_fact(
@@ -356,11 +357,9 @@ class Explorer:
 
     def _logits(self, subject: Subject, tokens: np.ndarray) -> Tensor:
         """Compute the logits of a text, float32 ``[L, V]`` on the CPU."""
-        result = read_text([subject], tokens, {"logits": _LogitsKeeper()}, length=len(tokens), budget_bytes=1 << 62)[
-            "logits"
-        ]
-        assert isinstance(result, Tensor)
-        return result
+        keeper: dict[str, Analysis] = {"logits": _LogitsKeeper()}
+        logits: Tensor = read_text([subject], tokens, keeper, length=len(tokens), budget_bytes=1 << 62)["logits"]
+        return logits
 
     def _neighbours(self, subject: Subject, lookup: Lookup) -> Neighbours | str:
         """Find neighbors, or say why there are none."""
@@ -407,8 +406,7 @@ def _subjects(model: Any, tokenizer: Any, name: str) -> dict[str, Subject]:
     attached = [label for label, adapter in attached_adapters(model).items() if adapter.enabled]
     if attached:
         return {label: find_subject(model, tokenizer, name=name, adapter=label) for label in attached}
-    subject = find_subject(model, tokenizer, name=name)
-    return {"": subject}
+    return {"": find_subject(model, tokenizer, name=name)}
 
 
 @contextlib.contextmanager

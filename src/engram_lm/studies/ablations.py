@@ -9,7 +9,7 @@ from engram_lm.page.figure import Picture
 from engram_lm.page.number_text import NOTHING, signed_text
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.figures import forest
-from engram_lm.studies.fits import arm_losses, difference, estimate, estimate_text
+from engram_lm.studies.fits import arm_losses, difference, estimate, estimate_text, is_whole
 from engram_lm.studies.micro_models import MicroModelFlags
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.published_sweeps import ABLATIONS
@@ -173,7 +173,7 @@ def differences(result: Mapping[str, Any]) -> dict[str, Any]:
     other seeds, and those that the budget does not bind) has intervals of its own errors, which are wide.
     """
     arms = result["arms"]
-    known = [name for name, arm in arms.items() if all(run["measures"].get("loss") is not None for run in arm["runs"])]
+    known = [name for name, arm in arms.items() if is_whole(arm)]
     alike = [name for name in known if name != AGAIN and not arms[name]["is_control"]]
     found: dict[str, Any] = {}
     if REFERENCE not in known or not result["seeds"]:
@@ -194,13 +194,12 @@ def ablation_finding(result: Mapping[str, Any]) -> Finding:
     for name, arm in arms.items():
         if name == REFERENCE:
             continue
-        one, paper = found.get(name), ABLATIONS.get(name)
-        cost, first = arm["cost"], arms[REFERENCE]["cost"]
+        paper, cost, first = ABLATIONS.get(name), arm["cost"], arms[REFERENCE]["cost"]
         rows.append(
             [
                 arm["title"],
                 group_of(name).replace("_", " "),
-                NOTHING if one is None else estimate_text(one, "+.4f"),
+                estimate_text(found.get(name), "+.4f"),
                 NOTHING if paper is None else f"{paper:+.4f}",
                 *(f"{cost[key] / first[key] - 1:+.1%}" for key in ("bytes", "flops")),
             ]
@@ -255,13 +254,11 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     """Draw all differences with their intervals, group by group."""
     arms = {name: arm for name, arm in result["arms"].items() if name in result["differences"]}
     rows = {
-        name: (f"{arm['title']}", result["differences"][name], arm["summary"]["loss"]["difference"]["per_seed"])
+        name: (arm["title"], result["differences"][name], arm["summary"]["loss"]["difference"]["per_seed"])
         for name, arm in arms.items()
     }
+    if not rows:
+        return []
     groups = [group_of(name) for name in rows]
     label = "held-out loss over the reference, nats per token"
-    return (
-        [forest(list(rows.values()), groups, name="ablations", title="What a change costs", label=label)]
-        if rows
-        else []
-    )
+    return [forest(list(rows.values()), groups, name="ablations", title="What a change costs", label=label)]

@@ -19,6 +19,7 @@ from engram_lm.studies.fits import (
     difference,
     estimate,
     estimate_text,
+    is_whole,
     lowest_of_parabola,
 )
 from engram_lm.studies.micro_models import MicroModelFlags, Size
@@ -148,7 +149,7 @@ def _fit(result: Mapping[str, Any], arms: Sequence[Arm], number: int) -> dict[st
 
     Arms that diverged in some seed are left out of the fits.
     """
-    known = [arm for arm in arms if all(run["measures"].get("loss") is not None for run in _runs(result, arm))]
+    known = [arm for arm in arms if is_whole(result["arms"][arm.name])]
     places = [arm.x for arm in known if arm.x is not None]
     found: dict[str, Any] = {"shares": places, "parabola": None, "logarithms": None, "best": None, "gain": None}
     losses = arm_losses(result, [arm.name for arm in known]) if known else None
@@ -167,11 +168,6 @@ def _fit(result: Mapping[str, Any], arms: Sequence[Arm], number: int) -> dict[st
         curve = best_share([places[i] for i in inside], num_chosen=experts[0].num_experts_per_tok, num_experts=most)
         found["logarithms"] = estimate(losses[:, inside], curve, seed=number)
     return found
-
-
-def _runs(result: Mapping[str, Any], arm: Arm) -> Sequence[Mapping[str, Any]]:
-    runs: Sequence[Mapping[str, Any]] = result["arms"][arm.name]["runs"]
-    return runs
 
 
 def published() -> dict[str, dict[str, Any]]:

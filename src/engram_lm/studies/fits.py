@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm.page.number_text import NOTHING
+
 _DRAWS = 4000
 _LEVEL = 0.95
 """Probability that an interval holds the true value."""
@@ -135,6 +137,11 @@ def best_share(shares: Sequence[float], *, num_chosen: float, num_experts: float
     return of
 
 
+def is_whole(arm: Mapping[str, Any]) -> bool:
+    """Whether an arm of a result has a held-out loss in every seed."""
+    return all(run["measures"].get("loss") is not None for run in arm["runs"])
+
+
 def arm_losses(result: Mapping[str, Any], names: Sequence[str]) -> np.ndarray | None:
     """Take the held-out losses of some arms out of a result, ``[seeds, arms]``, of the seeds in which all have one.
 
@@ -149,6 +156,6 @@ def arm_losses(result: Mapping[str, Any], names: Sequence[str]) -> np.ndarray | 
 def estimate_text(found: Mapping[str, Any] | None, form: str = ".2f") -> str:
     """Write what `Estimate.to_dict` gave, with its interval."""
     if found is None:
-        return "–"
+        return NOTHING
     interval = found["interval"]
     return f"{found['value']:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")

@@ -93,6 +93,7 @@ class MicroModelFlags(TextFlags):
     held_out_share: ClassVar[float] = 0.02
     validation_share: ClassVar[float] = 0.01
     held_out_tokens: ClassVar[int] = 1 << 19
+    may_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,11 +113,6 @@ class MicroModelFlags(TextFlags):
         )
 
     @property
-    def compile(self) -> Literal["no", "auto"]:
-        """Compile where that is possible, unless a run is over before it would pay."""
-        return self.compiled_if_long
-
-    @property
     def schedule(self) -> ScheduleOptions:
         """A short warm-up, and a linear fall over the last 40 % of the steps."""
         return ScheduleOptions(kind="wsd", warmup=0.05, decay=0.4, final=0.05)
@@ -129,6 +125,12 @@ class MicroModelFlags(TextFlags):
     def config(self, family: Family = "engram", **backbone: Any) -> EngramLMConfig:
         """Configure the preset of a family, with other values in some fields, and without a tokenizer."""
         return EngramLMConfig.preset(self.preset(family), **backbone)
+
+    def memory_config(self, changed: Mapping[str, Any] = {}) -> EngramConfig:
+        """Configure the memory of the preset, with other values in some fields."""
+        own = self.config("engram").memory_config
+        assert own is not None, "the preset has memory"
+        return EngramConfig.from_dict({**own.to_dict(), **changed})
 
     def preset(self, family: Family) -> str:
         """Name the preset of a family."""
@@ -185,9 +187,7 @@ class MicroModelFlags(TextFlags):
             ConfigError: The budget cannot be divided like that.
         """
         moe = self.config("moe", **({} if num_experts is None else {"n_routed_experts": num_experts}))
-        own = self.config("engram").memory_config
-        assert own is not None
-        given = EngramConfig.from_dict({**own.to_dict(), **(memory or {})})
+        given = self.memory_config(memory or {})
         found = allocate(moe, ratio, given)
         if found.memory is None:
             return self.model("moe", backbone=found.backbone, like=like)

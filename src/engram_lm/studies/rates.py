@@ -10,7 +10,7 @@ from engram_lm.page.figure import Picture
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.figures import loss_bars
 from engram_lm.studies.micro_models import Family, MicroModelFlags
-from engram_lm.studies.study import Arm, Measure, Study
+from engram_lm.studies.study import Arm, Measure, Study, with_seed
 from engram_lm.studies.text_flags import like
 from engram_lm.training.recipe import Recipe
 
@@ -93,4 +93,4 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
 
 def _with_own_seed(arm: Arm, seed: int) -> Recipe:
     """An arm's recipe with a seed that no other study has."""
-    return dataclasses.replace(arm.recipe, train=dataclasses.replace(arm.recipe.train, seed=FIRST_SEED + seed))
+    return with_seed(arm, FIRST_SEED + seed)

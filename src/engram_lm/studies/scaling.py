@@ -9,17 +9,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from engram_lm.errors import ConfigError, check_flags
-from engram_lm.memory import EngramConfig
 from engram_lm.page.figure import MARKERS, Picture
 from engram_lm.page.number_text import NOTHING, count_text, spread_text
 from engram_lm.studies.command import StudyCommand
-from engram_lm.studies.fits import arm_losses, bend, difference, estimate, estimate_text, slope
+from engram_lm.studies.fits import arm_losses, bend, difference, estimate, estimate_text, is_whole, slope
 from engram_lm.studies.micro_models import MicroModelFlags
 from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.published_sweeps import SCALING, SCALING_WITHOUT
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm
-from engram_lm.studies.summary import seeds_note
+from engram_lm.studies.summary import difference_cells, seeds_note
 from engram_lm.studies.text_flags import like
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.training.recipe import CheckpointOptions, ModelOptions
@@ -78,8 +77,7 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
         arms = [Arm(name=WITHOUT, title="no memory", recipe=self.recipe(dense), group=WITHOUT)]
         for rows, layer in itertools.product(self.rows, self.layers):
             model = self._model(layer, rows)
-            memory = _memory(model, self.config("engram").memory_config)
-            size = _NUMBER_BYTES * memory.table_parameters()
+            size = _NUMBER_BYTES * self.memory_config(model.memory).table_parameters()
             # A table of hundreds of megabytes has twice as much in its optimizer, which a finished run does not keep.
             recipe = dataclasses.replace(self._tuned(layer).recipe(model), checkpoint=CheckpointOptions(keep_last=0))
             arms.append(
@@ -103,36 +101,38 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
             finding=scaling_finding,
         )
 
+    @property
+    def _rates(self) -> dict[Layer, float]:
+        """The rates of those layers that have their own."""
+        return dict(zip(self.layers, self.layer_rates, strict=True)) if self.layer_rates else {}
+
     def _tuned(self, layer: Layer) -> "ScalingStudy":
         """The same flags with the layer's own rate of the tables, where it has one."""
-        rates = dict(zip(self.layers, self.layer_rates, strict=False))
+        rates = self._rates
         return dataclasses.replace(self, table_lr_multiplier=rates[layer]) if layer in rates else self
 
     def _model(self, layer: Layer, rows: int) -> ModelOptions:
         """The backbone with a table of some rows in each of as many heads, whatever reads it."""
         memory: dict[str, Any] = {"rows_per_head": rows}
-        own = self.config("engram").memory_config
-        assert own is not None, "the preset has memory"
         first = like(self.model("dense"))
         if layer == "over_encoding":
             memory |= {"layer": layer, "layers": (0,), "gate": "none", "kernel_size": 0}
         else:
             first += like(self.model("dense_engram"), part="memory")
         if layer == "bigrams":
-            memory |= {"orders": (2,), "num_heads": own.num_heads_total}
+            memory |= {"orders": (2,), "num_heads": self.memory_config().num_heads_total}
         return self.model("dense_engram", memory=memory, like=first)
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Fit the loss of every layer to the logarithm of its bytes."""
         result = super().measure(seeds, runner)
-        rates = dict(zip(self.layers, self.layer_rates, strict=False))
-        return {**result, "tokens": self.tokens, "layer_rates": rates, "lines": dict(self._lines(result))}
+        return {**result, "tokens": self.tokens, "layer_rates": self._rates, "lines": dict(self._lines(result))}
 
     def _lines(self, result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """What is fitted to each layer, for those sizes whose runs all ended well."""
         for number, layer in enumerate(self.layers):
             names = {rows: f"{layer}-{rows}" for rows in sorted(self.rows)}
-            known = {rows: name for rows, name in names.items() if _whole(result["arms"][name])}
+            known = {rows: name for rows, name in names.items() if is_whole(result["arms"][name])}
             losses = arm_losses(result, list(known.values())) if known else None
             if losses is None:
                 continue
@@ -154,15 +154,6 @@ class ScalingStudy(MicroModelFlags, StudyCommand):
 def _per_decade(place: int, decades: float) -> Any:
     change = difference(place, place + 1)
     return lambda means: change(means) / decades
-
-
-def _memory(model: ModelOptions, preset: EngramConfig | None) -> EngramConfig:
-    assert preset is not None, "the preset has memory"
-    return EngramConfig.from_dict({**preset.to_dict(), **model.memory})
-
-
-def _whole(arm: Mapping[str, Any]) -> bool:
-    return all(run["measures"].get("loss") is not None for run in arm["runs"])
 
 
 def published() -> dict[str, dict[str, Any]]:
@@ -237,14 +228,12 @@ def _scope(result: Mapping[str, Any]) -> str:
 
 def _row(arm: Mapping[str, Any], without: Mapping[str, Any]) -> list[str]:
     found = arm["summary"]["loss"]
-    change = found.get("difference") or {"mean": None, "std": None, "p_value": None}
     known = found["mean"] is not None and without["mean"] is not None
     return [
         arm["title"],
         spread_text(found["mean"], found["std"]),
         f"{without['mean'] - found['mean']:+.3f}" if known else NOTHING,
-        spread_text(change["mean"], change["std"], signed=True),
-        NOTHING if change["p_value"] is None else f"{change['p_value']:.2g}",
+        *difference_cells(found.get("difference")),
     ]
 
 

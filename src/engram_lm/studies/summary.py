@@ -72,14 +72,23 @@ def study_finding(result: Mapping[str, Any]) -> Finding:
     return Finding(headline=_headline(result), detail=seeds_note(len(result["seeds"])), tables=tables)
 
 
+def difference_cells(difference: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Write a `paired_difference` and its p-value; None is that of the first arm, which has none."""
+    if difference is None:
+        return NOTHING, NOTHING
+    p_value = difference["p_value"]
+    return (
+        spread_text(difference["mean"], difference["std"], signed=True),
+        NOTHING if p_value is None else f"{p_value:.2g}",
+    )
+
+
 def _row(arm: Mapping[str, Any], measure: str) -> list[str]:
     found, failed = arm["summary"][measure], sum(run["failed"] is not None for run in arm["runs"])
-    difference = found.get("difference") or {"mean": None, "std": None, "p_value": None}
     return [
         arm["title"],
         spread_text(found["mean"], found["std"]),
-        spread_text(difference["mean"], difference["std"], signed=True),
-        NOTHING if difference["p_value"] is None else f"{difference['p_value']:.2g}",
+        *difference_cells(found.get("difference")),
         f"{len(arm['runs'])}" + (f", {failed} diverged" if failed else ""),
     ]
 

@@ -77,20 +77,13 @@ class TextFlags:
     held_out_tokens: ClassVar[int] = _ALL_TOKENS
     """Held-out tokens that the final loss is measured on at most."""
 
+    may_compile: ClassVar[bool] = False
+    """Whether training is compiled where that is possible, unless it is over before that would pay."""
+
     @property
     def optimizer(self) -> OptimizerOptions:
         """How all models are trained."""
         raise NotImplementedError
-
-    @property
-    def compiled_if_long(self) -> Literal["no", "auto"]:
-        """Whether to compile where that is possible, unless a run is over before it would pay."""
-        return "no" if self.tokens < _FEW_TOKENS else "auto"
-
-    @property
-    def compile(self) -> Literal["no", "auto"]:
-        """Whether training is compiled where that is possible."""
-        return "no"
 
     @property
     def schedule(self) -> ScheduleOptions:
@@ -139,7 +132,7 @@ class TextFlags:
                 max_skipped_steps=0,
                 dtype=self.dtype,
                 device=self.device,
-                compile=self.compile,
+                compile="auto" if self.may_compile and self.tokens >= _FEW_TOKENS else "no",
             ),
             optimizer=self.optimizer,
             schedule=self.schedule,

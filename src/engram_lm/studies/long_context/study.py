@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json as json_module
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, short_digest, with_seed
 from engram_lm.training.checkpoints.training_state import export_model
+from engram_lm.training.data.documents import json_lines
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.export import CHECKPOINTS
 from engram_lm.training.loop import find_device
@@ -211,8 +211,7 @@ class LongContextStudy(StudyCommand):
         find_device(self.device)
         if not (out / self._text_name).is_file():
             documents = make_documents(self.notes, self.code()[0])
-            lines_of_json = (json_module.dumps({"text": document}) + "\n" for document in documents)
-            write_atomically(out / self._text_name, "".join(lines_of_json))
+            write_atomically(out / self._text_name, json_lines(documents))
 
     def code(self) -> tuple[list[str], list[str]]:
         """Lines of code for the text, and lines for the haystacks, of which none is among those for the text."""

@@ -1,7 +1,6 @@
 """``engram-lm study mechanism``: what memory does to the layers and to the answers of models that read it."""
 
 import dataclasses
-import json as json_module
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from engram_lm.studies.small_models import SmallModelFlags
 from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, short_digest
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
 from engram_lm.studies.text_flags import like
-from engram_lm.training.data.documents import read_documents, split_documents
+from engram_lm.training.data.documents import json_lines, read_documents, split_documents
 from engram_lm.training.data.text_source import TextSource
 from engram_lm.training.loop import find_device
 from engram_lm.training.recipe import ModelOptions, Recipe
@@ -57,6 +56,7 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
 
     name: ClassVar[str] = "mechanism"
     result_format: ClassVar[str] = "engram.mechanism.1"
+    may_compile: ClassVar[bool] = True
 
     seeds: int = 1
     """Repetitions with other weights and another order of batches; gives mean and standard deviation."""
@@ -123,11 +123,6 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
     def num_streams(self) -> int:
         """Residual streams of the models."""
         return self.streams
-
-    @property
-    def compile(self) -> Literal["no", "auto"]:
-        """Compile where that is possible, unless a run is over before it would pay."""
-        return self.compiled_if_long
 
     @property
     def families(self) -> FamilyOptions:
@@ -213,7 +208,7 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
         train += families.documents
         random.Random(0).shuffle(train)
         for path, documents in zip(self._texts, (train, held_out), strict=True):
-            write_atomically(path, "".join(json_module.dumps({"text": text}) + "\n" for text in documents))
+            write_atomically(path, json_lines(documents))
 
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Compare the losses; look at the layers of every seed's models, and ask them questions."""

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json as json_module
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import Arm, Study, TrainedArm, short_digest
 from engram_lm.studies.suppression.families import FamilyOptions, make_families
 from engram_lm.studies.suppression.summary import figures, summarize, suppression_finding
+from engram_lm.training.data.documents import json_lines
 from engram_lm.training.recipe import Recipe
 from engram_lm.training.recipe_file import override, read_table
 
@@ -120,7 +120,7 @@ class SuppressionStudy(StudyCommand):
         """Write the text and the questions of every seed."""
         for seed in range(self.seeds):
             families = make_families(self.families(seed))
-            lines = "".join(json_module.dumps({"text": document}) + "\n" for document in families.documents)
+            lines = json_lines(families.documents)
             text = self._text(seed)
             if not text.is_file() or text.read_text(encoding="utf-8") != lines:  # training remembers which file it was
                 write_atomically(text, lines)

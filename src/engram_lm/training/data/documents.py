@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -48,6 +49,11 @@ class Corpus:
     def num_bytes(self) -> int:
         """Size as UTF-8."""
         return sum(len(document.text.encode()) for document in self.documents)
+
+
+def json_lines(texts: Iterable[str]) -> str:
+    """Write texts as a JSON Lines file, of which each line is a document to `read_documents`."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def read_documents(sources: Sources = (), *, max_bytes: int | None = None) -> Corpus:
