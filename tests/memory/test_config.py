@@ -1,5 +1,7 @@
 """A configuration prices itself, and refuses what cannot be."""
 
+import json
+
 import pytest
 import torch
 
@@ -41,6 +43,18 @@ def test_counted_rows_are_the_hash_s_with_own_and_with_shared_tables():
         assert config.table_parameters() == sum(config.num_table_rows()) * config.head_dim
 
 
+def test_orders_may_have_rows_of_their_own_which_are_distinct_primes():
+    config = EngramConfig(**{**SMALL, "rows_per_head": [53, 11]}, layers=(0, 2))
+    assert config.rows_per_head == (53, 11) == config.rows_per_order
+    spec = config.hash_spec(TokenMap.identity(100), pad_token_id=0)
+    assert spec.primes == ((53, 59, 11, 13), (61, 67, 17, 19))
+    assert config.num_table_rows() == tuple(map(sum, spec.primes)) == spec.padded_rows
+    assert EngramConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # Equal numbers are one number, so that a file and a hash are those of before.
+    same = EngramConfig(**{**SMALL, "rows_per_head": (11, 11)})
+    assert same == EngramConfig(**SMALL) and same.to_dict()["rows_per_head"] == 11
+
+
 def test_flops_are_those_torch_counts_for_the_matrix_products():
     config = EngramConfig(**{**SMALL, "hidden_size": 64, "memory_dim": 128, "kernel_size": 0, "gate": "none"})
     layer = EngramLayer(config)
@@ -76,6 +90,8 @@ def test_a_configuration_survives_json():
         ({"orders": (2.0, 3)}, "orders is a sequence"),
         ({"hidden_size": 8.5}, "whole number"),
         ({"rows_per_head": 100.0}, "rows_per_head"),
+        ({"rows_per_head": (11, 0)}, "rows_per_head"),
+        ({"rows_per_head": (11, 13, 17)}, r"one for each of the orders \(2, 3\)"),
         ({"norm_eps": float("nan")}, "norm_eps"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"table_std": float("nan")}, "table_std"),

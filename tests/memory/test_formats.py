@@ -751,6 +751,7 @@ def test_a_memory_trained_here_is_rounded_to_eight_bits_for_deepseek(tmp_path):
         ("qwen_ple", {"dilation": 2}, "dilation=2"),
         ("qwen_ple", {"tables": "shared"}, "tables='shared'"),
         ("qwen_ple", {"orders": (2, 4)}, r"orders=\(2, 4\): it has all orders"),
+        ("qwen_ple", {"rows_per_head": (97, 53)}, r"rows_per_head=\(97, 53\): all orders have one number"),
         ("deepseek_v41", {"kernel_size": 4}, "kernel_size=4, only 0: it has no convolution"),
         ("deepseek_v41", {"norm_weight": "zero_centered"}, "norm_weight='zero_centered'"),
         ("deepseek_v41", {"bias": True}, "bias=True"),

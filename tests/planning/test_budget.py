@@ -120,6 +120,8 @@ def test_what_cannot_be_met_is_refused_with_the_reason():
         allocate(moe, 0.5, dataclasses.replace(memory, layers=(1, 99)))
     with pytest.raises(ConfigError, match="this model needs 4 of 2560"):
         allocate(moe, 0.5, dataclasses.replace(memory, num_streams=1))
+    with pytest.raises(ConfigError, match="one number of rows for all orders"):
+        allocate(moe, 0.5, dataclasses.replace(memory, rows_per_head=(1000, 500)))
     with pytest.raises(ConfigError, match="no leading dense blocks to pay"):
         allocate(EngramLMConfig.preset("moe-nano", first_k_dense_replace=0), 0.5,
                  EngramLMConfig.preset("engram-nano").memory_config)  # fmt: skip

@@ -42,8 +42,9 @@ class EngramConfig:
     """Hash heads per order (K in the paper)."""
     memory_dim: int = 1280
     """Width of the concatenated memory vector (d_mem); each row is memory_dim / (orders x heads) wide."""
-    rows_per_head: int = 100_000
-    """Rows asked for per head; the next unused prime is taken. Also called ``engram_vocab_size``."""
+    rows_per_head: int | tuple[int, ...] = 100_000
+    """Rows asked for per head, one number or one for each order; the next unused prime is taken. Also called
+    ``engram_vocab_size``."""
     token_map: Literal["canonical", "raw"] = "canonical"
     """Which tokens make N-grams: canonical ones, in which a word is the same with or without capitals and the space
     before it (paper, section 2.2), or the tokenizer's own."""
@@ -91,8 +92,14 @@ class EngramConfig:
             object.__setattr__(self, name, tuple(value))
             if any(type(item) is not int for item in getattr(self, name)):
                 raise ConfigError(f"{name} is a sequence of whole numbers, not {value!r}")
-        for name in ("hidden_size", "num_streams", "num_heads", "memory_dim", "rows_per_head"):
+        for name in ("hidden_size", "num_streams", "num_heads", "memory_dim"):
             _whole(name, getattr(self, name), at_least=1)
+        rows = tuple(self.rows_per_head) if isinstance(self.rows_per_head, list | tuple) else (self.rows_per_head,)
+        for number in rows:
+            _whole("rows_per_head", number, at_least=1)
+        if len(rows) not in (1, len(self.orders)):
+            raise ConfigError(f"rows_per_head is one number, or one for each of the orders {self.orders}, not {rows}")
+        object.__setattr__(self, "rows_per_head", rows[0] if len(set(rows)) == 1 else rows)
         _whole("kernel_size", self.kernel_size, at_least=0)
         if type(self.bias) is not bool:
             raise ConfigError(f"bias must be true or false, not {self.bias!r}")
@@ -137,6 +144,12 @@ class EngramConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
 
     @property
+    def rows_per_order(self) -> tuple[int, ...]:
+        """Rows asked for per head, for each order."""
+        rows = self.rows_per_head
+        return (rows,) * len(self.orders) if isinstance(rows, int) else rows
+
+    @property
     def num_heads_total(self) -> int:
         """Hash heads over all orders: the rows read per token and layer."""
         return len(self.orders) * self.num_heads
@@ -176,7 +189,7 @@ class EngramConfig:
             layers=self.layers,
             orders=self.orders,
             heads=self.num_heads,
-            rows_per_head=self.rows_per_head,
+            rows_per_head=self.rows_per_order,
             seed=self.seed,
             pad_token_id=pad_token_id,
             segments=Segments() if segments is None else segments,
@@ -222,7 +235,7 @@ class EngramConfig:
 
     def num_table_rows(self) -> tuple[int, ...]:
         """Rows of each table: one number per layer, or a single one where the layers share a table."""
-        return _table_rows(self.rows_per_head, len(self.orders), self.num_heads, self._num_tables)
+        return _table_rows(self.rows_per_order, self.num_heads, self._num_tables)
 
     def table_parameters(self) -> int:
         """Numbers in all tables."""
@@ -298,9 +311,9 @@ _ZERO_TABLE = ": a table of zeros has no gradient through its keys; use value_in
 
 
 @functools.lru_cache(maxsize=64)
-def _table_rows(rows_per_head: int, num_orders: int, num_heads: int, num_tables: int) -> tuple[int, ...]:
+def _table_rows(rows_per_order: tuple[int, ...], num_heads: int, num_tables: int) -> tuple[int, ...]:
     from engram_lm.hashing.primes import distinct_primes
 
     used: set[int] = set()
-    tables = (distinct_primes((rows_per_head,) * num_orders, num_heads, used) for _ in range(num_tables))
+    tables = (distinct_primes(rows_per_order, num_heads, used) for _ in range(num_tables))
     return tuple(sum(primes) for primes in tables)

@@ -118,6 +118,10 @@ def allocate(
             "memory=EngramConfig(...), or begin with an engram preset of this size"
         )
     config.check_memory(memory)
+    if not isinstance(memory.rows_per_head, int):
+        raise ConfigError(
+            f"the budget decides one number of rows for all orders, and memory has rows_per_head={memory.rows_per_head}"
+        )
     experts = max(_multiple(chosen + round(ratio * (most - chosen)), group), fewest)
     if experts == most:
         raise ConfigError(
@@ -127,12 +131,12 @@ def allocate(
     width = _width(config, memory, experts, moe_active, tolerance)
     base, read = _backbone(config, experts, width), len(memory.layers) * memory.memory_dim
     projections = len(memory.layers) * memory.layer_parameters()
-    memory = _with_rows(memory, moe_total - base.without_vocabulary - projections, ratio)
+    rows, memory = _with_rows(memory, moe_total - base.without_vocabulary - projections, ratio)
     sparse = base.sparse + memory.table_parameters() - read
     found = Allocation(
         ratio=base.sparse / sparse,
         num_experts=experts,
-        rows_per_head=memory.rows_per_head,
+        rows_per_head=rows,
         intermediate_size=width,
         memory=memory,
         total=base.without_vocabulary + memory.num_parameters(),
@@ -191,8 +195,8 @@ def _width(config: EngramLMConfig, memory: EngramConfig | None, experts: int, wa
     return max(_WIDTH_STEP, _multiple(config.intermediate_size - math.ceil(excess / per_column), step))
 
 
-def _with_rows(memory: EngramConfig, parameters: int, ratio: float) -> EngramConfig:
-    """The memory whose tables come nearest to a number of parameters."""
+def _with_rows(memory: EngramConfig, parameters: int, ratio: float) -> tuple[int, EngramConfig]:
+    """Rows for each head with which the memory's tables come nearest to a number of parameters, and that memory."""
     num_tables = 1 if memory.tables == "shared" else len(memory.layers)
     per_row = num_tables * memory.memory_dim  # one more row in every head
     rows = parameters // per_row
@@ -204,13 +208,14 @@ def _with_rows(memory: EngramConfig, parameters: int, ratio: float) -> EngramCon
     best = None
     # Heads take the next unused primes, a few rows more than asked for: ask for that many fewer.
     for _ in range(8):
-        candidate = dataclasses.replace(memory, rows_per_head=max(1, rows))
+        asked = max(1, rows)
+        candidate = dataclasses.replace(memory, rows_per_head=asked)
         difference = candidate.table_parameters() - parameters
         if best is None or abs(difference) < abs(best[0]):
-            best = (difference, candidate)
+            best = (difference, asked, candidate)
         step = round(difference / per_row)
         if not step:
             break
-        rows = candidate.rows_per_head - step
+        rows = asked - step
     assert best is not None
-    return best[1]
+    return best[1:]

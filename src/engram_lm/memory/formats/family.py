@@ -71,6 +71,10 @@ class Family(abc.ABC):
         for name, (held, why) in self.held.items():
             if getattr(config, name) != held:
                 raise ConfigError(f"{self.variant} cannot hold {name}={getattr(config, name)!r}, only {held!r}: {why}")
+        if not isinstance(config.rows_per_head, int):
+            raise ConfigError(
+                f"{self.variant} cannot hold rows_per_head={config.rows_per_head}: all orders have one number"
+            )
         if config.orders != tuple(range(2, config.orders[-1] + 1)):
             raise ConfigError(
                 f"{self.variant} cannot hold orders={config.orders}: it has all orders from 2 to the highest"
