@@ -13,7 +13,8 @@ from torch import Tensor
 from engram_lm.adapt.adapter import MemoryAdapter, attached_adapters
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashSpec
-from engram_lm.memory.layer import EngramLayer, EngramOutput
+from engram_lm.memory.interface import EngramOutput
+from engram_lm.memory.layer import EngramLayer
 from engram_lm.model.modeling import EngramModel
 
 # Dimension key: H heads of all orders.

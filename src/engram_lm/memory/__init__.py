@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engram_lm.memory.config import EngramConfig
     from engram_lm.memory.formats.checkpoint import PublishedMemory, read_memory, write_memory
-    from engram_lm.memory.layer import EngramLayer, EngramOutput
+    from engram_lm.memory.interface import EngramOutput
+    from engram_lm.memory.layer import EngramLayer
 
 __all__ = [
     "EngramConfig",
@@ -26,7 +27,7 @@ __all__ = [
 _MODULES = {
     "EngramConfig": "engram_lm.memory.config",
     "EngramLayer": "engram_lm.memory.layer",
-    "EngramOutput": "engram_lm.memory.layer",
+    "EngramOutput": "engram_lm.memory.interface",
     "PublishedMemory": "engram_lm.memory.formats.checkpoint",
     "read_memory": "engram_lm.memory.formats.checkpoint",
     "write_memory": "engram_lm.memory.formats.checkpoint",

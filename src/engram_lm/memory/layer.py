@@ -4,21 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram_lm.errors import MismatchError
 from engram_lm.memory.config import EngramConfig
-from engram_lm.memory.convolution import causal_convolution
 from engram_lm.memory.gate import gate_values
-from engram_lm.memory.interface import EngramOutput, Lengths, MemoryLayer, State
+from engram_lm.memory.refined import NOTHING, RefinedLayer, silent
 from engram_lm.tables.table import Table
 
-# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width,
-# W positions before the current one that the convolution reads.
-
-_NOTHING = -0.0
-"""The number that leaves every other as it is when it is added: 0.0 turns -0.0 into 0.0."""
+# Dimension key: B batch, L length, S streams, D hidden, H heads of all orders, E row width, M = H * E memory width.
 
 
-class EngramLayer(MemoryLayer):
+class EngramLayer(RefinedLayer):
     """Read rows, weigh them by the context, refine them over the last few tokens.
 
     The layer owns its projections, norms and convolution. It owns neither a tokenizer (it takes row numbers) nor its
@@ -36,9 +30,7 @@ class EngramLayer(MemoryLayer):
         if config.gate != "none":
             self.query_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
             self.key_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
-        if config.kernel_size:
-            self.conv_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
-            self.conv_weight = nn.Parameter(torch.empty(wide, config.kernel_size))
+        self.make_convolution()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -51,17 +43,7 @@ class EngramLayer(MemoryLayer):
             weight[-self.config.hidden_size :].zero_()
         if self.key_value.bias is not None:
             nn.init.zeros_(self.key_value.bias)
-        start = 0.0 if self.config.norm_weight == "zero_centered" else 1.0
-        for name in ("query_norm", "key_norm", "conv_norm"):
-            if hasattr(self, name):
-                nn.init.constant_(getattr(self, name), start)
-        if self.config.kernel_size:
-            nn.init.zeros_(self.conv_weight)
-
-    @property
-    def window_shape(self) -> tuple[int, int]:
-        """Positions that the convolution looks back, and numbers of each (``S * D``)."""
-        return self.config.conv_context, self.config.num_streams * self.config.hidden_size
+        self.reset_norms("query_norm", "key_norm")
 
     @classmethod
     def count_parameters(cls, config: EngramConfig) -> int:
@@ -69,7 +51,7 @@ class EngramLayer(MemoryLayer):
         wide = config.num_streams * config.hidden_size
         projection = (config.memory_dim + config.bias) * (wide + config.hidden_size)
         gate_norms = 2 * wide if config.gate != "none" else 0
-        return projection + gate_norms + (wide * (config.kernel_size + 1) if config.kernel_size else 0)
+        return projection + gate_norms + cls.convolution_parameters(config)
 
     @classmethod
     def count_flops(cls, config: EngramConfig) -> int:
@@ -77,20 +59,12 @@ class EngramLayer(MemoryLayer):
         wide = config.num_streams * config.hidden_size
         projection = 2 * config.memory_dim * (wide + config.hidden_size)
         gate = 6 * wide + wide if config.gate != "none" else 0  # two mean squares, one dot product, one scaling
-        convolution = wide * (2 * config.kernel_size + 4) if config.kernel_size else 0  # taps, norm, residual
-        return projection + gate + convolution
+        return projection + gate + cls.convolution_flops(config)
 
-    def respond(
-        self, hidden_states: Tensor, vectors: Tensor, state: State, active: Tensor | None, lengths: Lengths
-    ) -> EngramOutput:
-        """Weigh the vectors and refine them; a tensor as ``state`` holds what `convolution_input` gave before."""
+    def gated(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Let each stream have its share of the value, see `weigh`."""
         value, gates_BLS = self.weigh(hidden_states, vectors, active)
-        update = gated_values(value, gates_BLS)
-        if self.config.kernel_size:
-            update = update + self._convolve(update, state, active, lengths)
-        if self.config.occupancy != "none" and active is not None:
-            update = update.masked_fill(~active[..., None, None].to(update.device), _NOTHING)
-        return EngramOutput(update.reshape(hidden_states.shape).to(hidden_states.dtype), gates_BLS)
+        return gated_values(value, gates_BLS), gates_BLS
 
     @property
     def tap_distances(self) -> tuple[int, ...]:
@@ -144,7 +118,7 @@ class EngramLayer(MemoryLayer):
             for values, factors, weight in taps:
                 result.addcmul_(gated_values(values, factors), weight)
         result = F.silu(result, inplace=True).addcmul_(gates.unsqueeze(-1), value.unsqueeze(-2))
-        return result if active is None else result.masked_fill_(~active[..., None, None], _NOTHING)
+        return result if active is None else result.masked_fill_(~active[..., None, None], NOTHING)
 
     def weigh(self, hidden_states: Tensor, vectors: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute what a token reads, and how much of it each stream takes.
@@ -165,14 +139,7 @@ class EngramLayer(MemoryLayer):
         """
         config = self.config
         hidden_BLSD = self.split_streams(hidden_states)
-        if vectors.shape != (*hidden_BLSD.shape[:2], config.memory_dim):
-            raise MismatchError(
-                f"memory is {tuple(vectors.shape)} for hidden states {tuple(hidden_states.shape)}; expected "
-                f"{(*hidden_BLSD.shape[:2], config.memory_dim)}"
-            )
-        # Rows may come from another device; where weights are offloaded, only the hidden states know where to compute.
-        vectors_BLM = vectors.to(device=hidden_states.device, dtype=self.key_value.weight.dtype)
-        projected = self.key_value(vectors_BLM)
+        projected = self.key_value(self.fitted(hidden_BLSD, vectors, self.key_value.weight.dtype))
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
         if config.gate == "none":
             gates_BLS = torch.ones(hidden_BLSD.shape[:3], device=hidden_BLSD.device)
@@ -182,17 +149,7 @@ class EngramLayer(MemoryLayer):
                 gates_BLS = gate_values(
                     hidden_BLSD, key_BLSD, self.gate_gain(), eps=config.norm_eps, squash=config.gate
                 )
-        if active is not None:
-            # Filled, not multiplied: padding may hold anything, NaN included.
-            gates_BLS = gates_BLS.masked_fill(~active.unsqueeze(-1).to(gates_BLS.device, torch.bool), 0)
-        return value, gates_BLS
-
-    def convolution_input(self, gated: Tensor) -> Tensor:
-        """Normalize gated values ``[B, L, S, D]`` for the convolution, which reads and keeps ``[B, L, S * D]``."""
-        # In float32: with a small eps the scale alone leaves the range of float16.
-        wide = gated.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
-        return (wide * scale * self._gain(self.conv_norm)).to(gated.dtype).flatten(-2)
+        return value, silent(gates_BLS, active)
 
     def convolution_scales(self, value: Tensor, gates: Tensor) -> Tensor:
         """Compute what an engine keeps beside a value for the convolution: one number per stream.
@@ -216,50 +173,6 @@ class EngramLayer(MemoryLayer):
     def gate_gain(self) -> Tensor:
         """Return the product of the norm weights of query and key, float32 ``[S, D]``."""
         return self._gain(self.query_norm) * self._gain(self.key_norm)
-
-    def split_streams(self, hidden_states: Tensor) -> Tensor:
-        """Return hidden states as ``[B, L, S, D]``, or raise a MismatchError for another shape than it takes."""
-        config = self.config
-        if hidden_states.dim() == 3 and config.num_streams == 1:
-            hidden_states = hidden_states.unsqueeze(2)
-        if hidden_states.dim() != 4 or hidden_states.shape[2:] != (config.num_streams, config.hidden_size):
-            raise MismatchError(
-                f"hidden states are {tuple(hidden_states.shape)}; expected [batch, length, {config.num_streams}, "
-                f"{config.hidden_size}]" + (" or without the stream dimension" if config.num_streams == 1 else "")
-            )
-        return hidden_states
-
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        config = self.config
-        return f"orders={config.orders}, heads={config.num_heads}, rows of {config.head_dim}, gate={config.gate!r}"
-
-    def _convolve(self, gated: Tensor, state: State, active: Tensor | None, lengths: Lengths) -> Tensor:
-        normed = self.convolution_input(gated)
-        context = window = None
-        if isinstance(state, Tensor):
-            context = state
-        elif state is not None:
-            window = state.open(normed, self.config.conv_context)
-            context = window.values
-        result = self._taps(gated, normed, context, self.config.conv_dilation, active)
-        if window is not None:
-            window.advance(normed, lengths=lengths)
-        return result
-
-    def _taps(
-        self, gated: Tensor, normed: Tensor, context: Tensor | None, dilation: int, active: Tensor | None
-    ) -> Tensor:
-        """What the convolution of ``normed`` adds to the gated values, in their shape."""
-        result = F.silu(causal_convolution(normed, context, self.conv_weight.to(normed.dtype), dilation))
-        if active is not None:
-            # An inactive position adds nothing, but its taps may still see the active ones before it.
-            result = result * active.unsqueeze(-1).to(result)
-        return result.view_as(gated)
-
-    def _gain(self, weight: Tensor) -> Tensor:
-        # In float32: a gain of 1 + weight, or a product of two, would be rounded in a lower type.
-        return weight.float() + 1 if self.config.norm_weight == "zero_centered" else weight.float()
 
 
 def gated_values(value: Tensor, gates: Tensor) -> Tensor:
