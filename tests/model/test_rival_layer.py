@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from engram_lm.errors import ConfigError
 from engram_lm.memory import EngramConfig, EngramLayer
 from engram_lm.memory.interface import EngramOutput, MemoryLayer
-from engram_lm.memory.registry import LAYERS, layer_class
+from engram_lm.memory.registry import LAYERS, LayerEntry, layer_class
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 
 
@@ -48,7 +48,7 @@ class PlainSum(MemoryLayer):
 
 @pytest.fixture
 def rival(monkeypatch):
-    monkeypatch.setitem(LAYERS, "plain_sum", f"{__name__}.PlainSum")
+    monkeypatch.setitem(LAYERS, "plain_sum", LayerEntry(place=f"{__name__}.PlainSum"))
     return EngramConfig(**MEMORY, layer="plain_sum")
 
 

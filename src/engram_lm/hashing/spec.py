@@ -371,9 +371,20 @@ class HashSpec:
         rows = self.rule.rows(self._seen(codes, context), range(len(self.layers)), hidden_states)
         return dict(zip(self.layers, rows, strict=True))
 
-    def _seen(self, codes: Any, context: Any) -> list[Any]:
-        """What each position sees at every distance, as from `look_back`."""
-        if self.fill is None:
+    def seen_tokens(self, codes: Any, context: Any = None) -> Any:
+        """Find the canonical tokens that each position sees, for layers that look at tokens and not at rows.
+
+        Takes what `rows_for_layers` takes, as torch tensors. Returns int64 ``[B, L, context + 1]``: the tokens at the
+        distances 0, 1, …; -1 where nothing is seen.
+        """
+        import torch
+
+        return torch.stack(self._seen(codes, context, fill=-1), dim=-1)
+
+    def _seen(self, codes: Any, context: Any, fill: int | None = None) -> list[Any]:
+        """What each position sees at every distance, as from `look_back`; ``fill`` where nothing, or the spec's own."""
+        fill = self.fill if fill is None else fill
+        if fill is None:
             raise TokenMapError(_UNBOUND)
         shape = (codes.shape[0], self.context)
         if context is not None and hasattr(context, "codes"):
@@ -388,7 +399,7 @@ class HashSpec:
                 f"the history holds {list(context.shape)} codes, the tokens need {list(shape)} "
                 "([batch, context]); give each sequence of the batch its history"
             )
-        return look_back(codes, context, width=self.context, fill=self.fill, positions=self.segments.positions)
+        return look_back(codes, context, width=self.context, fill=fill, positions=self.segments.positions)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values. Multipliers, and integers from 2**53 on, are strings: doubles lose them."""

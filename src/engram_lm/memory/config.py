@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engram_lm.errors import ConfigError, suggestion
-from engram_lm.memory.registry import check_layer, layer_class
+from engram_lm.memory.registry import LayerEntry, check_layer, check_options, layer_class, layer_entry
 
 if TYPE_CHECKING:
     from engram_lm.hashing import HashSpec, Segments, TokenMap
@@ -83,6 +83,8 @@ class EngramConfig:
     """Seed of the hash multipliers, and of first numbers with ``occupancy``."""
     layer: str = "engram"
     """Name of the layer that reads memory, one of `engram_lm.memory.registry.LAYERS`."""
+    layer_options: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict, hash=False)
+    """Options that this layer alone has, in place of its defaults; see `engram_lm.memory.registry.LayerEntry`."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
@@ -137,11 +139,32 @@ class EngramConfig:
                 "with engram_lm.training.huggingface.MemoryTrainer, or with the optimizer of "
                 "engram_lm.training.optimizers.build_optimizer"
             )
-        check_layer(self.layer)
+        self._check_layer()
         for name, kind in typing.get_type_hints(EngramConfig).items():
             allowed = typing.get_args(kind)
             if typing.get_origin(kind) is Literal and getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+
+    def _check_layer(self) -> None:
+        """Refuse a layer that there is not, and what it does not have."""
+        check_layer(self.layer)
+        if not isinstance(self.layer_options, Mapping):
+            raise ConfigError(f"layer_options are names and values, not {self.layer_options!r}")
+        check_options(self.layer, self.layer_options)
+        object.__setattr__(self, "layer_options", dict(self.layer_options))
+        if self.entry.reads != "rows" and (self.signs, self.occupancy) != ("none", "none"):
+            raise ConfigError(f"the layer {self.layer!r} reads no hashed rows, so signs and occupancy must be 'none'")
+        if not self.entry.has_table and self.rows_per_head != 1:
+            raise ConfigError(f"the layer {self.layer!r} has no table; set rows_per_head=1")
+
+    @property
+    def entry(self) -> LayerEntry:
+        """What is known of the layer without importing it."""
+        return layer_entry(self.layer)
+
+    def option(self, name: str) -> Any:
+        """Return an option that the layer alone has, or its default."""
+        return self.layer_options.get(name, self.entry.options[name])
 
     @property
     def rows_per_order(self) -> tuple[int, ...]:
@@ -235,6 +258,8 @@ class EngramConfig:
 
     def num_table_rows(self) -> tuple[int, ...]:
         """Rows of each table: one number per layer, or a single one where the layers share a table."""
+        if not self.entry.has_table:
+            return ()
         return _table_rows(self.rows_per_order, self.num_heads, self._num_tables)
 
     def table_parameters(self) -> int:
@@ -255,7 +280,13 @@ class EngramConfig:
 
     def bytes_read_per_token(self, bytes_per_number: float = 2) -> int:
         """Bytes of rows read for one token over all layers."""
-        return int(len(self.layers) * self.memory_dim * bytes_per_number)
+        return int(self.numbers_read_per_token() * bytes_per_number)
+
+    def numbers_read_per_token(self) -> int:
+        """Numbers of the tables that are read for one token over all layers."""
+        if self.entry.reads == "rows":
+            return len(self.layers) * self.memory_dim
+        return len(self.layers) * int(layer_class(self.layer).count_numbers_read(self))
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass over all layers; a training step takes three times it.
@@ -267,10 +298,8 @@ class EngramConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. What a file of version 0.1 does not have is left out where it is as there."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        for name, usual in (("layer", "engram"), ("occupancy", "none"), ("token_map", "canonical")):
-            if values[name] == usual:
-                del values[name]
-        return values
+        usual = {"layer": "engram", "layer_options": {}, "occupancy": "none", "token_map": "canonical"}
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.hashing.spec import HashSpec
 from engram_lm.hashing.window import RollingWindow
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.decode_state import LayerWindow
@@ -35,6 +36,10 @@ Lengths = Tensor | list[int] | None
 class MemoryLayer(nn.Module, abc.ABC):
     """The interface that `engram_lm.EngramLayer` and its rivals share; `engram_lm.memory.registry` names them.
 
+    What a layer is handed, its line in the registry says. Layers that read rows take them through `read`; those that
+    read tokens override `read`, which is then given the tokens; those that find by the hidden states what they read
+    override `choose`. What these two return goes to `respond`.
+
     Args:
         config: Geometry and options.
         table: Where rows are read from; may be None if memory vectors are always passed in. It stays outside the module
@@ -45,6 +50,9 @@ class MemoryLayer(nn.Module, abc.ABC):
     """
 
     table: Table | None
+    embedding: nn.Module | None
+    """The token embedding of the model that the layer is part of, for layers that look at it; it stays outside the
+    module tree, like the table. None in a layer on its own."""
 
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
         super().__init__()
@@ -55,17 +63,18 @@ class MemoryLayer(nn.Module, abc.ABC):
             )
         self.config = config
         self.table = table
+        self.embedding = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "table":
-            self.__dict__["table"] = value
+        if name in ("table", "embedding"):
+            self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def forward(
         self,
         hidden_states: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         state: State = None,
         *,
         active: Tensor | None = None,
@@ -76,7 +85,8 @@ class MemoryLayer(nn.Module, abc.ABC):
 
         Args:
             hidden_states: ``[B, L, S, D]``, or ``[B, L, D]`` where there is one stream.
-            memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``.
+            memory: Row numbers, int64 ``[B, L, H]``, or the memory vectors themselves, floating ``[B, L, M]``. For a
+                layer that reads tokens, int64 ``[B, L, N]``: see `read`. None for one that reads hidden states alone.
             state: What the layer remembers of the positions before: a window, which is read first and then moved past
                 these positions in place; or the contents of one, ``[B, *window_shape]``, which are only read.
             active: Bool ``[B, L]``; where False (padding, dead tokens) the update is 0, and so is the gate.
@@ -92,7 +102,10 @@ class MemoryLayer(nn.Module, abc.ABC):
             MismatchError: Shapes that do not fit the configuration.
             RowRangeError: A row number outside the table.
         """
-        vectors = memory if memory.is_floating_point() else self.read(memory)
+        if memory is None:
+            vectors = self.choose(hidden_states)
+        else:
+            vectors = memory if memory.is_floating_point() else self.read(memory)
         vectors, active = self.heard(vectors, active)
         output = self.respond(hidden_states, vectors, state, active, lengths)
         return output if return_gates else output.update
@@ -148,6 +161,26 @@ class MemoryLayer(nn.Module, abc.ABC):
         A multiplication and an addition count as two. Reading rows and hashing count as none.
         """
 
+    @classmethod
+    def count_numbers_read(cls, config: EngramConfig) -> int:
+        """Count the numbers of the table that one layer reads for a token."""
+        return config.memory_dim
+
+    def prepare(self, spec: HashSpec, tokens: Any) -> None:
+        """Take from the training text what the layer has to know before training; most layers take nothing.
+
+        It is kept in buffers, so that a checkpoint has it. ``spec`` is the model's hash, bound to its token map;
+        ``tokens`` are the raw tokens of the text, of which slices are taken, ``[N]``.
+        """
+
+    def choose(self, hidden_states: Tensor) -> Tensor:
+        """Find what to read by the hidden states ``[B, L, S, D]`` or ``[B, L, D]``; return what `respond` takes.
+
+        Raises:
+            MismatchError: This is no layer that does that.
+        """
+        raise MismatchError(f"the layer {self.config.layer!r} does not find what it reads by itself; pass the rows")
+
     def new_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, max_rollback: int | None = 0
     ) -> RollingWindow:
@@ -172,6 +205,10 @@ class MemoryLayer(nn.Module, abc.ABC):
         """Gather rows, int64 ``[B, L, H]``, and lay the heads side by side: memory vectors ``[B, L, M]``.
 
         They have the table's type, and ``layer(hidden, layer.read(rows))`` equals ``layer(hidden, rows)``.
+
+        A layer that reads tokens overrides this. It is given int64 ``[B, L, N]``: what each position sees at the
+        distances 0 to N - 1, where N is the highest order, as canonical tokens (raw ones where the configuration says
+        ``token_map="raw"``); -1 where it sees nothing.
 
         Raises:
             RowRangeError: A row number outside the table.

@@ -1,15 +1,40 @@
 """The memory layers that a configuration can name. A rival layer is one file and one line here."""
 
+import dataclasses
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from engram_lm.errors import ConfigError, suggestion
 
-LAYERS: dict[str, str] = {
-    "engram": "engram_lm.memory.layer.EngramLayer",
-    "over_encoding": "engram_lm.memory.over_encoding.OverEncodingLayer",
+Reads = Literal["rows", "tokens", "hidden"]
+"""What a layer is handed beside the hidden states. ``rows``: numbers of the rows that the N-grams of a position hash
+to. ``tokens``: the last tokens themselves, as many as the highest order says. ``hidden``: nothing; the layer finds what
+it reads by the hidden states."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """What is known of a layer without importing it."""
+
+    place: str
+    """Where its class is; it is imported when it is built or priced."""
+    reads: Reads = "rows"
+    """What it is handed."""
+    has_table: bool = True
+    """Whether it has a `Table`. One without has all its numbers among its own parameters, or reads text itself."""
+    options: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
+    """Names and defaults of the options that it has beside the fields of `EngramConfig`."""
+
+
+LAYERS: dict[str, LayerEntry] = {
+    "engram": LayerEntry(place="engram_lm.memory.layer.EngramLayer"),
+    "over_encoding": LayerEntry(place="engram_lm.memory.over_encoding.OverEncodingLayer"),
+    # Rivals and controls that nobody would use beyond a comparison.
+    "one_row": LayerEntry(place="engram_lm.studies.rivals.controls.OneRowLayer"),
+    "permuted": LayerEntry(place="engram_lm.studies.rivals.controls.PermutedLayer"),
 }
-"""Name of a layer in `EngramConfig.layer` → where its class is. It is imported when it is built or priced."""
+"""Name of a layer in `EngramConfig.layer` → what it is."""
 
 
 def check_layer(name: object) -> None:
@@ -18,7 +43,24 @@ def check_layer(name: object) -> None:
         raise ConfigError(f"there is no memory layer {name!r}; {suggestion(name, LAYERS)}")
 
 
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Refuse, by a ConfigError, options that a layer does not have, or of another type than their defaults."""
+    known = LAYERS[name].options
+    for option, value in options.items():
+        if option not in known:
+            has = suggestion(option, known) if known else "it has none"
+            raise ConfigError(f"the memory layer {name!r} has no option {option!r}; {has}")
+        kind = type(known[option])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(f"the option {option} of the memory layer {name!r} is of type {kind.__name__}: {value!r}")
+
+
+def layer_entry(name: str) -> LayerEntry:
+    """Return what is known of a layer that there is."""
+    return LAYERS[name]
+
+
 def layer_class(name: str) -> Any:
     """Return the class of a layer, an `engram_lm.memory.interface.MemoryLayer`."""
-    module, _, attribute = LAYERS[name].rpartition(".")
+    module, _, attribute = LAYERS[name].place.rpartition(".")
     return getattr(importlib.import_module(module), attribute)

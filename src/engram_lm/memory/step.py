@@ -15,6 +15,7 @@ from torch import Tensor
 from engram_lm.errors import MismatchError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.decode_state import DecodeState, LayerWindow
+from engram_lm.memory.registry import Reads
 from engram_lm.tables import Table
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class MemoryStep:
     active: Tensor
     """Bool ``[B, L]``; False where memory adds nothing."""
     rows: Mapping[int, Tensor]
-    """Block → row numbers, int64 ``[B, L, H]``, in the order in which blocks run."""
+    """Block → row numbers, int64 ``[B, L, H]``, in the order in which blocks run; for layers that read tokens, the
+    tokens ``[B, L, N]`` (`HashSpec.seen_tokens`). Empty where layers read neither."""
     state: DecodeState | None = None
     """What earlier steps left; None where there is no cache."""
     packed: PackedRow | None = None
@@ -90,6 +92,7 @@ def begin_step(
     checked: bool = True,
     row_map: RowMap | None = None,
     packed: PackedRow | None = None,
+    reads: Reads = "rows",
 ) -> MemoryStep:
     """Hash the tokens once for all blocks, ask the tables for their rows, and move the history past the tokens.
 
@@ -108,6 +111,7 @@ def begin_step(
         checked: Whether tokens outside the vocabulary are refused. Otherwise they count as dead.
         row_map: For controls: chooses the rows that are read instead of those that were hashed.
         packed: How several sequences share the row, where they do; there is then one row, and no ``state``.
+        reads: What the layers are handed.
 
     Returns:
         The step.
@@ -123,13 +127,18 @@ def begin_step(
         position_ids = None if position_ids is None else packed.spread(position_ids)
     encode = spec.encode if checked else spec.encode_unchecked
     codes: Tensor = encode(tokens, attention_mask=attention_mask, position_ids=position_ids)
-    by_layer = spec.rows_for_layers(codes, context if state is None else state.history.values)
-    rows = {block: by_layer[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
-    if row_map is not None:
-        rows = {block: _mapped(row_map, block, numbers) for block, numbers in rows.items()}
-    for block, table in tables.items():
-        if table is not None and table.reads_ahead:
-            table.prefetch(rows[block])
+    context = context if state is None else state.history.values
+    rows: dict[int, Tensor] = {}
+    if reads == "tokens":
+        rows = dict.fromkeys(spec.blocks, spec.seen_tokens(codes, context))
+    elif reads == "rows":
+        by_layer = spec.rows_for_layers(codes, context)
+        rows = {block: by_layer[layer] for block, layer in zip(spec.blocks, spec.layers, strict=True)}
+        if row_map is not None:
+            rows = {block: _mapped(row_map, block, numbers) for block, numbers in rows.items()}
+        for block, table in tables.items():
+            if table is not None and table.reads_ahead:
+                table.prefetch(rows[block])
     if state is not None:
         state.advance(codes)
     return MemoryStep(codes, codes >= 0, rows, state, packed)

@@ -75,7 +75,7 @@ class EngramBlock(DeepseekV3DecoderLayer):
         packed = step.packed
         update, _ = self.memory(
             hidden_states if packed is None else packed.spread(hidden_states),
-            step.rows[self.layer_idx],
+            step.rows.get(self.layer_idx),
             step.window(self.layer_idx),
             active=step.active,
             return_gates=True,

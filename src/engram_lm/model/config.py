@@ -344,7 +344,7 @@ class EngramLMConfig(DeepseekV3Config):
             "num_heads": (spec.num_heads, memory.num_heads),
             "tables": ("shared" if spec.shared_table else "per_layer", memory.tables),
             "seed": (spec.seed, memory.seed),
-            "rows": (rows, list(memory.num_table_rows())),
+            "rows": (rows, list(memory.num_table_rows()) if memory.entry.has_table else rows),
         }
         for name, (hashed, read) in pairs.items():
             if hashed != read:

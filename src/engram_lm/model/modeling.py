@@ -81,7 +81,7 @@ class EngramModel(EngramPreTrainedModel):
         self.memory_tables = nn.ModuleDict()
         tables: Any = self.memory_tables if places is None else self.tables_apart.tables
         if memory is not None and spec is not None:
-            for name, wanted in wanted_tables(spec, memory.head_dim).items():
+            for name, wanted in (wanted_tables(spec, memory.head_dim) if memory.entry.has_table else {}).items():
                 tables[name] = wanted.new(memory, table_device)
             # A buffer, so that the map travels in the checkpoint; -1 until it is known.
             self.register_buffer("token_map", torch.full((spec.num_tokens,), -1, dtype=torch.int64))
@@ -96,6 +96,7 @@ class EngramModel(EngramPreTrainedModel):
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.set_input_embeddings(self.embed_tokens)  # memory layers may look at it
         self.max_rollback = MAX_ROLLBACK
         """Tokens that ``crop`` of a new cache can take back without being told beforehand. Each memory layer keeps as
         many positions more, for each sequence."""
@@ -224,7 +225,16 @@ class EngramModel(EngramPreTrainedModel):
             position_ids=position_ids.expand(batch_size, length),
             state=state,
             packed=packed,
+            reads=memory_config.entry.reads,
         )
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding, also where memory layers look at it."""
+        super().set_input_embeddings(value)
+        blocks: Any = self.layers
+        for block in blocks:
+            if block.memory is not None:
+                block.memory.embedding = value
 
     def _bound_spec(self) -> HashSpec:
         if self.bound_spec is not None:

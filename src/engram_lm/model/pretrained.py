@@ -329,7 +329,8 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
             )
         stored = _check_files(checkpoint_files, load_config.sharded_metadata)
         apart, spec, memory = model.base_model.tables_apart, model.config.spec, model.config.memory_config
-        wanted = {} if spec is None or memory is None else wanted_tables(spec, memory.head_dim)
+        has_tables = spec is not None and memory is not None and memory.entry.has_table
+        wanted = wanted_tables(spec, memory.head_dim) if has_tables else {}
         # Before the weights are loaded, because a server may not answer.
         elsewhere = apart.locate(wanted)
         if not load_config.ignore_mismatched_sizes:

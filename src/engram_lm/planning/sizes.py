@@ -170,7 +170,7 @@ def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
         streams=streams,
         memory_layers=len(memory.layers) * memory.layer_parameters() if memory else 0,
         memory_tables=memory.table_parameters() if memory else 0,
-        memory_read=len(memory.layers) * memory.memory_dim if memory else 0,
+        memory_read=memory.numbers_read_per_token() if memory else 0,
         flops_per_token=2 * products + scores + stream_flops + (memory.flops_per_token() if memory else 0),
     )
 

@@ -30,7 +30,7 @@ class Cost:
     active: int
     """Parameters that take part in a token, without the vocabulary's."""
     bytes: int
-    """Bytes of the weights, as they are trained."""
+    """Bytes of the weights, as they are trained, and of what an arm needs beside them."""
     flops: int
     """Operations of the whole training."""
     tokens: int
@@ -50,9 +50,15 @@ def price(recipe: Recipe) -> Cost:
     )
 
 
+def arm_cost(arm: Arm) -> Cost:
+    """Work out what an arm costs with one seed."""
+    cost = price(arm.recipe)
+    return dataclasses.replace(cost, bytes=cost.bytes + arm.extra_bytes)
+
+
 def check_budget(study: Study) -> dict[str, Cost]:
     """Price every arm by name, and refuse a study whose arms do not share what it says they share."""
-    costs = {arm.name: price(arm.recipe) for arm in study.arms}
+    costs = {arm.name: arm_cost(arm) for arm in study.arms}
     firsts: dict[str, Arm] = {}
     for arm in study.arms:
         first = firsts.setdefault(arm.group, arm)
@@ -83,7 +89,7 @@ def cost_table(study: Study) -> Table:
     """Lay out what each arm costs with one seed, a line for each."""
     rows = []
     for arm in study.arms:
-        cost = price(arm.recipe)
+        cost = arm_cost(arm)
         counts = [count_text(cost.total), count_text(cost.active), byte_size(cost.bytes)]
         rows.append([arm.title, *counts, count_text(cost.tokens), count_text(cost.flops)])
     return Table(
@@ -91,5 +97,5 @@ def cost_table(study: Study) -> Table:
         columns=("Arm", "Parameters", "Active", "Bytes", "Tokens", "FLOPs"),
         rows=rows,
         note="With one seed. Active parameters are those that take part in a token, without the vocabulary's; bytes "
-        "are those of the weights, and FLOPs those of the whole training.",
+        "are those of the weights and of what an arm needs beside them; FLOPs are those of the whole training.",
     )

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram_lm.studies.budget import price
+from engram_lm.studies.budget import arm_cost
 from engram_lm.studies.diagnostics import diagnose_models
 from engram_lm.studies.study import Study, TrainedArm
 from engram_lm.studies.summary import paired_difference, spread
@@ -65,7 +65,7 @@ def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dic
             "x": arm.x,
             "group": arm.group,
             "is_control": arm.is_control,
-            "cost": dataclasses.asdict(price(arm.recipe)),
+            "cost": dataclasses.asdict(arm_cost(arm)),
             "recipe": arm.recipe.to_dict(),
             "runs": runs,
             "summary": summary,

@@ -39,6 +39,8 @@ class Arm:
     """Arms of one group share the budget, and are compared with the first of them."""
     is_control: bool = False
     """Whether it only shows what a difference consists of. The budget does not bind a control."""
+    extra_bytes: int = 0
+    """Bytes that it needs beside its weights when it is used, such as those of a store that it searches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

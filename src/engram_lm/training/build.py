@@ -47,14 +47,18 @@ class OwnModel:
     """Whether `write` takes the model out of a checkpoint."""
 
     def prepare(self, text: TrainingText) -> None:
-        """Do nothing: only a model with a base takes something from the text before training."""
+        """Let memory layers take from the text what they have to know before training."""
+        for block in self.module.model.layers:
+            if block.memory is not None:
+                block.memory.prepare(self.module.hash_spec, text.train[: text.num_tokens])
 
     retention_loss = dependence_loss = None
     """Losses that compare a model with its frozen base, which this one has not."""
 
     def rows(self) -> tuple[HashSpec, RowMap | None, dict[str, TrainedTable]] | None:
-        """How the memory reads rows, and its tables that are trained, by name; None without memory."""
-        if self.module.config.memory is None:
+        """How the memory reads rows, and its tables that are trained, by name; None without hashed rows."""
+        memory = self.module.config.memory_config
+        if memory is None or memory.entry.reads != "rows":
             return None
         return self.module.hash_spec, None, trained_tables(self.module.tables)
 

@@ -1,0 +1,128 @@
+"""What a study of candidates found: a ranking by the difference to the paper's layer, with what each one costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engram_lm.page.figure import Picture
+from engram_lm.page.number_text import NOTHING, count_text, signed_text, spread_text
+from engram_lm.studies.figures import forest
+from engram_lm.studies.fits import arm_losses, difference, estimate, estimate_text, is_whole
+from engram_lm.studies.page import Finding, Table
+from engram_lm.studies.summary import ENOUGH_SEEDS, seeds_note
+from engram_lm.tables.byte_size import byte_size
+
+
+def tokens_per_second(arm: Mapping[str, Any]) -> float | None:
+    """How fast an arm of a result was trained, over all of its seeds."""
+    seconds = sum(run["seconds"] for run in arm["runs"])
+    return sum(run["tokens"] for run in arm["runs"]) / seconds if seconds else None
+
+
+def differences(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Differences of held-out loss to the first arm by name, with intervals of 95 % from errors paired by seed."""
+    names = [name for name, arm in result["arms"].items() if is_whole(arm)]
+    first = next(iter(result["arms"]))
+    losses = arm_losses(result, names) if names else None
+    if losses is None or first not in names:
+        return {}
+    place = names.index(first)
+    return {
+        name: estimate(losses, difference(place, number)).to_dict()
+        for number, name in enumerate(names)
+        if name != first
+    }
+
+
+def candidate_finding(result: Mapping[str, Any]) -> Finding:
+    """Rank the candidates by their difference to the paper's layer, and say which of them are told from noise."""
+    arms, found = result["arms"], differences(result)
+    first = arms[next(iter(arms))]
+    order = sorted(arms, key=lambda name: found.get(name, {"value": 0.0})["value"])
+    rows = []
+    for name in order:
+        arm, cost = arms[name], arms[name]["cost"]
+        losses = arm["summary"]["loss"]
+        flops = cost["flops"] / first["cost"]["flops"] - 1
+        rows.append(
+            [
+                arm["title"] + (" (control)" if arm["is_control"] else ""),
+                spread_text(losses["mean"], losses["std"]),
+                estimate_text(found.get(name), "+.4f"),
+                byte_size(cost["bytes"]),
+                count_text(cost["active"]),
+                f"{flops:+.1%}",
+                count_text(arm.get("tokens_per_second")),
+            ]
+        )
+    tables = [
+        Table(
+            title="From the lowest loss to the highest",
+            columns=("Memory", "Held-out loss", "To the paper's layer", "Bytes", "Active", "FLOPs", "Tokens/s"),
+            rows=rows,
+            note="Nats per token; differences with intervals of 95 % from errors paired by seed, below 0 where a "
+            "candidate is better. Bytes: of the weights, and of what is needed beside them. Active: parameters that "
+            "take part in a token, without the vocabulary's. FLOPs: of the training, relative to the paper's layer. "
+            "Tokens/s: of the training here; models that were trained at the same time slowed each other down.",
+        )
+    ]
+    others = [name for name in result["measures"] if name != "loss"]
+    if others:
+        columns = [f"{result['measures'][name]['title']}, difference" for name in others]
+        tables.append(
+            Table(
+                title="Other texts, which nothing was trained on",
+                columns=("Memory", *columns),
+                rows=[[arms[name]["title"], *(_other_cell(arms[name], one) for one in others)] for name in order],
+                note="Nats per token: the loss, and its difference to the paper's layer, ± the standard deviation over "
+                "seeds.",
+            )
+        )
+    return Finding(headline=_headline(result, found), detail=seeds_note(len(result["seeds"])), tables=tables)
+
+
+def _other_cell(arm: Mapping[str, Any], measure: str) -> str:
+    found = arm["summary"][measure]
+    if found["mean"] is None:
+        return NOTHING
+    change = found.get("difference")
+    words = spread_text(found["mean"], None)
+    if change is None or change["mean"] is None:
+        return words
+    return f"{words} ({spread_text(change['mean'], change['std'], signed=True)})"
+
+
+def _headline(result: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    tested = {
+        name: one
+        for name, one in found.items()
+        if not result["arms"][name]["is_control"] and one["interval"] is not None
+    }
+    if not tested or len(result["seeds"]) < ENOUGH_SEEDS:
+        return "There are too few seeds to tell the candidates from the paper's layer"
+    better = sorted((one["value"], name) for name, one in tested.items() if one["interval"][1] < 0)
+    if not better:
+        return "No candidate is better than the paper's layer at equal bytes"
+    words = ", ".join(f"{result['arms'][name]['title']} ({signed_text(value)})" for value, name in better[:3])
+    return f"Better than the paper's layer at equal bytes: {words}" + (
+        f" and {len(better) - 3} more" if len(better) > 3 else ""
+    )
+
+
+def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
+    """Draw all differences to the paper's layer with their intervals, the best first."""
+    found, arms = differences(result), result["arms"]
+    if not found:
+        return []
+    order = sorted(found, key=lambda name: (arms[name]["is_control"], found[name]["value"]))
+    rows = [
+        (arms[name]["title"], found[name], arms[name]["summary"]["loss"]["difference"]["per_seed"]) for name in order
+    ]
+    return [
+        forest(
+            rows,
+            ["controls" if arms[name]["is_control"] else "candidates" for name in order],
+            name=result["study"],
+            title="Difference to the paper's layer",
+            label="held-out loss over the paper's layer, nats per token",
+        )
+    ]
