@@ -213,19 +213,20 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
 
 
 def fit_rows(config: EngramConfig, num_parameters: int) -> EngramConfig:
-    """Choose the rows of a memory so that tables and layers come to a number of parameters, as nearly as they can.
+    """Choose the rows of every head so that tables and layers come to a number of parameters, as nearly as they can.
 
     Raises:
         ConfigError: There is no room for a single row.
     """
-    per_row = len(config.num_table_rows()) * config.memory_dim
+    rows, per_row = 1, len(config.num_table_rows()) * config.memory_dim
     for _ in range(8):
+        config = dataclasses.replace(config, rows_per_head=rows)
         more = round((num_parameters - config.num_parameters()) / per_row)
         if not more:
             break
-        if config.rows_per_head + more < 1:
+        rows += more
+        if rows < 1:
             raise ConfigError(f"{num_parameters:,} parameters have no room for a row of the layer {config.layer!r}")
-        config = dataclasses.replace(config, rows_per_head=config.rows_per_head + more)
     return config
 
 
