@@ -22,26 +22,39 @@ def signed_sqrt(score: Tensor, smallest: float = 1e-6) -> Tensor:
 def gate_values(
     hidden: Tensor, key: Tensor, weight: Tensor, *, eps: float, squash: Literal["signed_sqrt", "plain"]
 ) -> Tensor:
-    """Compute the gates of all streams, in float32 whatever the inputs are.
+    """Compute the gates of all streams, in float32 whatever the inputs are: the sigmoid of their `gate_scores`.
+
+    Returns:
+        Gates in (0, 1), float32, ``[B, L, S]``.
+
+    Source: paper, Eq. 4 and 6.
+    """
+    return torch.sigmoid(gate_scores(hidden, key, weight, eps=eps, squash=squash))
+
+
+def gate_scores(
+    hidden: Tensor, key: Tensor, weight: Tensor, *, eps: float, squash: Literal["signed_sqrt", "plain"]
+) -> Tensor:
+    """Compare hidden states with keys, in float32 whatever the inputs are.
 
     The two normalizations are taken as one scaling of the dot product, and their weights as one product, so that no
     normalized copy of the hidden state or the key is made.
 
     Args:
         hidden: Hidden states, ``[B, L, S, D]``.
-        key: Projected memory, ``[B, L, S, D]``.
+        key: Projected memory, ``[B, L, S, D]``. Both may have further dimensions before S that broadcast.
         weight: Product of the query's and the key's norm weights, ``[S, D]``.
         eps: Added to both mean squares.
-        squash: What is applied to the score before the sigmoid.
+        squash: What is applied to the score.
 
     Returns:
-        Gates in (0, 1), float32, ``[B, L, S]``.
+        Scores, float32, ``[B, L, S]``.
 
-    Source: paper, Eq. 4 and 6; the fused form as in deepseek-ai/TileKernels ``tile_kernels/torch/engram.py``.
+    Source: the fused form as in deepseek-ai/TileKernels ``tile_kernels/torch/engram.py``.
     """
     hidden, key = hidden.float(), key.float()
     dot = torch.linalg.vecdot(hidden * weight.float(), key)
     hidden_scale = torch.rsqrt(hidden.square().mean(-1) + eps)
     key_scale = torch.rsqrt(key.square().mean(-1) + eps)
     score = dot * hidden_scale * key_scale * (1 / math.sqrt(hidden.shape[-1]))
-    return torch.sigmoid(signed_sqrt(score) if squash == "signed_sqrt" else score)
+    return signed_sqrt(score) if squash == "signed_sqrt" else score

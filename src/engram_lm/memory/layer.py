@@ -36,13 +36,7 @@ class EngramLayer(RefinedLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize everything but the table. The convolution starts at zero (paper, Table 5)."""
-        weight = self.key_value.weight
-        nn.init.normal_(weight, std=self.config.projection_std)
-        # transformers marks what a checkpoint has filled and then guards nn.init; a slice would lose the mark.
-        if self.config.value_init == "zero" and not getattr(weight, "_is_hf_initialized", False):
-            weight[-self.config.hidden_size :].zero_()
-        if self.key_value.bias is not None:
-            nn.init.zeros_(self.key_value.bias)
+        self.reset_projection(self.key_value)
         self.reset_norms("query_norm", "key_norm")
 
     @classmethod
@@ -139,7 +133,7 @@ class EngramLayer(RefinedLayer):
         """
         config = self.config
         hidden_BLSD = self.split_streams(hidden_states)
-        projected = self.key_value(self.fitted(hidden_BLSD, vectors, self.key_value.weight.dtype))
+        projected = self.key_value(self.vectors_for(hidden_BLSD, vectors))
         key, value = projected.split([config.num_streams * config.hidden_size, config.hidden_size], dim=-1)
         if config.gate == "none":
             gates_BLS = torch.ones(hidden_BLSD.shape[:3], device=hidden_BLSD.device)
@@ -150,6 +144,10 @@ class EngramLayer(RefinedLayer):
                     hidden_BLSD, key_BLSD, self.gate_gain(), eps=config.norm_eps, squash=config.gate
                 )
         return value, silent(gates_BLS, active)
+
+    def vectors_for(self, hidden_states: Tensor, vectors: Tensor) -> Tensor:
+        """Return what is projected for hidden states ``[B, L, S, D]``: here the memory vectors ``[B, L, M]``."""
+        return self.fitted(hidden_states, vectors, self.key_value.weight.dtype)
 
     def convolution_scales(self, value: Tensor, gates: Tensor) -> Tensor:
         """Compute what an engine keeps beside a value for the convolution: one number per stream.

@@ -39,6 +39,16 @@ class RefinedLayer(MemoryLayer):
         if self.config.kernel_size:
             nn.init.zeros_(self.conv_weight)
 
+    def reset_projection(self, projection: nn.Linear) -> None:
+        """Draw the numbers of a projection whose last outputs, as many as the hidden size, are the value."""
+        weight = projection.weight
+        nn.init.normal_(weight, std=self.config.projection_std)
+        # transformers marks what a checkpoint has filled and then guards nn.init; a slice would lose the mark.
+        if self.config.value_init == "zero" and not getattr(weight, "_is_hf_initialized", False):
+            weight[-self.config.hidden_size :].zero_()
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+
     @property
     def window_shape(self) -> tuple[int, int]:
         """Positions that the convolution looks back, and numbers of each (``S * D``)."""

@@ -181,8 +181,10 @@ class StudyCommand:
 
 def plain_flags(command: Any) -> dict[str, Any]:
     """The flags of a command as JSON can hold them."""
-    return {
-        field.name: list(map(str, value)) if field.name == "data" else str(value) if isinstance(value, Path) else value
-        for field in dataclasses.fields(command)
-        for value in [getattr(command, field.name)]
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {field.name: plain(getattr(command, field.name)) for field in dataclasses.fields(command)}

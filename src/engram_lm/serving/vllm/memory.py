@@ -111,7 +111,7 @@ class ServedMemory:
     ) -> None:
         self.layers: dict[int, EngramLayer] = {}
         for block, layer in layers.items():
-            if not isinstance(layer, EngramLayer):
+            if not isinstance(layer, EngramLayer) or layer.config.layer != "engram":
                 raise ConfigError(f"vLLM serves the layer 'engram', not {layer.config.layer!r}")
             self.layers[block] = layer
         rows = memory_rows(next(iter(self.layers.values())).config, self.layers, dtype)
