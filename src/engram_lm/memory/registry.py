@@ -33,6 +33,16 @@ LAYERS: dict[str, LayerEntry] = {
     # Rivals and controls that nobody would use beyond a comparison.
     "one_row": LayerEntry(place="engram_lm.studies.rivals.controls.OneRowLayer"),
     "permuted": LayerEntry(place="engram_lm.studies.rivals.controls.PermutedLayer"),
+    "per_order": LayerEntry(place="engram_lm.studies.rivals.per_order.PerOrderLayer"),
+    "sink": LayerEntry(place="engram_lm.studies.rivals.per_order.SinkLayer"),
+    "segment_gate": LayerEntry(place="engram_lm.studies.rivals.factor.SegmentGateLayer"),
+    "factor_engram": LayerEntry(place="engram_lm.studies.rivals.factor.FactorEngramLayer"),
+    "slots": LayerEntry(place="engram_lm.studies.rivals.slots.SlotLayer", options={"slots": 6, "chosen": 2}),
+    "back_off": LayerEntry(place="engram_lm.studies.rivals.back_off.BackOffLayer", options={"filter_bits": 1 << 20}),
+    "counted_gate": LayerEntry(
+        place="engram_lm.studies.rivals.counted_gate.CountedGateLayer", options={"count_bytes": 1 << 17}
+    ),
+    "pooled": LayerEntry(place="engram_lm.studies.rivals.pooled.PooledLayer"),
 }
 """Name of a layer in `EngramConfig.layer` → what it is."""
 
