@@ -13,6 +13,7 @@ from engram_lm.studies.adaptation.finding import change_on_old_text
 from engram_lm.studies.fits import estimate_text
 from engram_lm.studies.mechanism import summary as mechanism_summary
 from engram_lm.studies.page import Finding
+from engram_lm.studies.writing import summary as writing_summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_YET = "No result was kept yet."
@@ -79,6 +80,12 @@ def mechanism() -> str:
     """Layers that memory saves, and answers without it."""
     result = study("mechanism")
     return NOT_YET if result is None else markdown(mechanism_summary.mechanism_finding(result), result)
+
+
+def writing() -> str:
+    """What rows that are written while a model runs gain beside a cache of counts."""
+    result = study("writing")
+    return NOT_YET if result is None else markdown(writing_summary.writing_finding(result), result)
 
 
 # Each claim ---------------------------------------------------------------------------------------------------------
@@ -431,5 +438,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scaling": scaling,
     "ablations": ablations,
     "mechanism": mechanism,
+    "writing": writing,
 }
 """Name of a table on the page, and what makes it."""

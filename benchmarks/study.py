@@ -27,6 +27,8 @@ def collect(folder: Path) -> dict[str, Any]:
     result["command"] = portable(result["command"], has_data=bool(result["settings"].get("data")))
     if result["settings"].get("data"):
         result["settings"]["data"] = [CORPUS]
+    if "domains" in result["settings"]:
+        result["settings"]["domains"] = [Path(source).name for source in result["settings"]["domains"]]
     first = next(iter(result["arms"].values()))["recipe"]
     for number, arm in enumerate(result["arms"].values()):
         recipe = arm["recipe"]
@@ -53,7 +55,7 @@ def portable(command: str, *, has_data: bool) -> str:
         if word.startswith("--"):
             skipped = word.partition("=")[0] in ("--out", "--resume", "--data", "--mode")
         if not skipped:
-            kept.append(word)
+            kept.append(Path(word).name if word.startswith("/") else word)
     return shlex.join([*kept, *(["--data", CORPUS] if has_data else [])])
 
 

@@ -17,6 +17,7 @@ STUDIES: Mapping[str, tuple[str, str]] = {
     "long_context": ("engram_lm.studies.long_context.study:LongContextStudy", "does memory help to read far back"),
     "rivals": ("engram_lm.studies.rivals.study:RivalsStudy", "what else could be done with the bytes of memory"),
     "layers": ("engram_lm.studies.layers.study:LayersStudy", "is there a better layer than the paper's"),
+    "writing": ("engram_lm.studies.writing.study:WritingStudy", "should rows be written while a model runs"),
     "rates": ("engram_lm.studies.rates:RatesStudy", "which learning rates suit micro models"),
 }
 """For each study, the module and class of its command, and what it asks, in a line."""
