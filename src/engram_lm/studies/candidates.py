@@ -1,6 +1,7 @@
 """Studies that put candidates beside the paper's layer: memories that are listed in one place each, at equal bytes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from engram_lm.studies.candidate_report import candidate_figures, candidate_find
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.micro_models import MicroModelFlags
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.study import HELD_OUT_LOSS, Arm, Budget, Measure, Study, TrainedArm
+from engram_lm.studies.study import HELD_OUT_LOSS, Arm, Budget, Measure, Study, TrainedArm, kept, short_digest
 from engram_lm.studies.text_flags import like
 from engram_lm.training.data.text import EvaluationText, TrainingText
 from engram_lm.training.data.text_source import TextSource
@@ -54,8 +55,9 @@ class Candidate:
     paper's layer."""
     extra_bytes: Callable[["CandidateStudy"], int] | None = None
     """Bytes that it needs beside its weights when it is used, such as those of a store that it searches."""
-    evaluate: Callable[[TrainedArm, TrainingText], float] | None = None
-    """Measures the loss on the held-out text, in nats per token, where the trained model alone does not give it."""
+    evaluate: Callable[[TrainedArm, TrainingText], Mapping[str, Any]] | None = None
+    """Measures what the trained model alone does not give: ``loss``, on the held-out text in nats per token, ``texts``,
+    the loss on each other text, and ``search``, what searching takes (`engram_lm.studies.rivals.knn.evaluate`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,18 +161,26 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Measure the candidates that measure their loss themselves, and how fast each was trained."""
         own = {one.name: one.evaluate for one in self.chosen if one.evaluate is not None}
-        measured = [
-            {
-                name: _with_loss(arm, evaluate(arm, runner.text(arm.arm.recipe)))
-                if (evaluate := own.get(name)) is not None and arm.failed is None
-                else arm
-                for name, arm in seed.items()
-            }
-            for seed in seeds
-        ]
+        measured, searches = [], dict[str, list[Any]]()
+        for seed in seeds:
+            arms = dict(seed)
+            for name in (name for name in own if seed[name].failed is None):
+                runner.stop_if_asked()
+                arm = seed[name]
+                runner.progress.note(f"seed {arm.seed}: searching with {arm.arm.title}")
+                found = kept(
+                    arm.folder.with_name(
+                        f"{name}.evaluated-{short_digest((arm.arm.recipe, arm.arm.extra_bytes))}.json"
+                    ),
+                    functools.partial(own[name], arm, runner.text(arm.arm.recipe)),
+                )
+                arms[name] = _with_losses(arm, found)
+                searches.setdefault(name, []).append(found["search"])
+            measured.append(arms)
         result = super().measure(measured, runner)
         for name, arm in result["arms"].items():
             arm["tokens_per_second"] = tokens_per_second(arm)
+            arm["searches"] = searches.get(name, [])
             arm["table_rate"] = seeds[0][name].arm.recipe.optimizer.table_lr_multiplier if seeds else None
         return result
 
@@ -244,9 +254,9 @@ def _loss_on(name: str) -> Measure:
     return Measure(name=f"loss_{name}", title=f"loss on {name}", unit="nats per token", of=of)
 
 
-def _with_loss(trained: TrainedArm, loss: float) -> TrainedArm:
-    held_out = {**(trained.result.get("held_out") or {}), "loss": loss}
-    return dataclasses.replace(trained, result={**trained.result, "held_out": held_out})
+def _with_losses(trained: TrainedArm, found: Mapping[str, Any]) -> TrainedArm:
+    held_out = {**(trained.result.get("held_out") or {}), "loss": found["loss"]}
+    return dataclasses.replace(trained, result={**trained.result, "held_out": held_out, "texts": found["texts"]})
 
 
 def _pairs(given: Sequence[str], flag: str, form: str) -> list[tuple[str, str]]:

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, RunFolderError
+from engram_lm.files import only_finite, read_json, write_atomically
 from engram_lm.model import EngramLMConfig
 from engram_lm.planning.sizes import ModelSizes, model_sizes
 from engram_lm.studies.figures import Figures, loss_bars
@@ -121,6 +123,16 @@ def short_digest(value: object) -> str:
     the file would be.
     """
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Read what an earlier call of a study found and kept in a file, or find it and keep it; NaN becomes None.
+
+    What decides it is best named by the file (`short_digest`).
+    """
+    if not path.is_file():
+        write_atomically(path, json.dumps(only_finite(make()), indent=2) + "\n")
+    return read_json(path, error=RunFolderError, advice="remove it, and --resume makes it anew")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

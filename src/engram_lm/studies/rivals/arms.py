@@ -2,7 +2,17 @@
 
 from collections.abc import Sequence
 
-from engram_lm.studies.candidates import REFERENCE, Candidate
+from engram_lm.studies.candidates import REFERENCE, Candidate, CandidateStudy
+from engram_lm.studies.rivals import knn
+
+_WEIGHT_BYTES = 4  # weights are trained in float32
+
+
+def _bytes_of_all_contexts(study: CandidateStudy) -> int:
+    """Bytes of a store with every context that a model is trained on."""
+    num_contexts = study.num_steps * study.batch_size * study.sequence_length
+    return num_contexts * knn.entry_bytes(study.config().hidden_size)
+
 
 RIVALS: Sequence[Candidate] = (
     Candidate(
@@ -20,6 +30,31 @@ RIVALS: Sequence[Candidate] = (
         about="projected rows are averaged with the token embedding, at the input (arXiv 2501.16975)",
         memory=lambda base: {"layer": "over_encoding", "layers": (0,), "gate": "none", "kernel_size": 0},
         table_rate=1.0,
+    ),
+    Candidate(
+        name="knn_bytes",
+        title="kNN-LM, equal bytes",
+        about="no memory, but as many bytes of contexts that it was trained on, searched exactly (ICLR 2020)",
+        memory=None,
+        extra_bytes=lambda study: _WEIGHT_BYTES * study.reference.num_parameters(),
+        evaluate=knn.evaluate,
+    ),
+    Candidate(
+        name="knn",
+        title="kNN-LM, whole text",
+        about="the same with every context that it was trained on",
+        memory=None,
+        extra_bytes=_bytes_of_all_contexts,
+        evaluate=knn.evaluate,
+        is_control=True,
+    ),
+    Candidate(
+        name="knn_engram",
+        title="Engram and kNN-LM",
+        about="the paper's layer, and every context that it was trained on",
+        extra_bytes=_bytes_of_all_contexts,
+        evaluate=knn.evaluate,
+        is_control=True,
     ),
     Candidate(name="none", title="no memory", about="the backbone alone", memory=None, is_control=True),
     Candidate(

@@ -2,24 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from engram_lm.errors import ConfigError, DataError, check_flags
-from engram_lm.files import only_finite, read_json, write_atomically
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.micro_models import MicroModelFlags
 from engram_lm.studies.result import study_result
 from engram_lm.studies.runner import Runner
-from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, short_digest
+from engram_lm.studies.study import Arm, Budget, Study, TrainedArm, kept, short_digest
 from engram_lm.studies.suppression.families import FIRST_NAMES, LAST_NAMES
 from engram_lm.studies.text_flags import like
 from engram_lm.studies.writing.measure import Setting, Texts, measured, tuned
 from engram_lm.studies.writing.streams import DESCRIPTIONS, name_of, open_domain
 from engram_lm.studies.writing.summary import figures, summarize, writing_finding
 from engram_lm.training.data.text_source import STANDARD_LIBRARY
-from engram_lm.training.run_folder import to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +101,7 @@ class WritingStudy(MicroModelFlags, StudyCommand):
         texts = self._texts(whole[0]["dense"], runner)
         settings = {key: value for key, value in self.settings().items() if key != "seeds"}  # more can be added later
         digest = short_digest((settings, [arm.recipe for arm in runner.study.arms]))
-        chosen = self._kept(
+        chosen = kept(
             runner.out / f"choices-{digest}.json",
             lambda: {name: self._tuned(one, texts, runner) for name, one in whole[0].items()},
         )
@@ -112,7 +109,7 @@ class WritingStudy(MicroModelFlags, StudyCommand):
             {
                 "seed": arms["dense"].seed,
                 "arms": {
-                    name: self._kept(
+                    name: kept(
                         one.folder.with_name(f"{name}.reading-{digest}.json"),
                         functools.partial(self._measured, one, texts, chosen[name], runner),
                     )
@@ -163,9 +160,3 @@ class WritingStudy(MicroModelFlags, StudyCommand):
             seed=trained.seed,
             on_chunk=runner.stop_if_asked,
         )
-
-    def _kept(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Read what an earlier call of the same study found, or find it and keep it."""
-        if not path.is_file():
-            write_atomically(path, to_json(only_finite(make())))
-        return read_json(path, error=DataError, advice="remove it, and --resume makes it anew")
