@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engram_lm.analysis.part import AnalyzeOptions, load_parts
 from engram_lm.analysis.registry import PARTS
@@ -18,6 +17,7 @@ from engram_lm.errors import ConfigError, check_flags
 from engram_lm.evaluation.tasks import read_tasks
 from engram_lm.files import write_atomically
 from engram_lm.page.figure import save_pictures
+from engram_lm.progress import NOTHING, Progress
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.training.data.documents import Corpus, read_documents
 from engram_lm.training.run_folder import RunFolder, commit, run_facts, to_json
@@ -139,18 +139,19 @@ class Analyze(ModelFlags):
         return 0
 
     def _analyze(self, subjects: list[Subject], corpus: Corpus, options: AnalyzeOptions, console: Console) -> Findings:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        with Progress(console).tasks(NOTHING) as tasks:
+            stages = [""]
 
             def begin(stage: str, total: int) -> None:
-                progress.add_task(stage, total=total)
+                stages.append(stage)
+                tasks.begin(stage, total)
 
             return analyze(
                 subjects,
                 corpus.documents,
                 options,
                 on_stage=begin,
-                on_progress=lambda done: progress.advance(progress.task_ids[-1], done),
+                on_progress=lambda done: tasks.advance(stages[-1], done),
             )
 
 

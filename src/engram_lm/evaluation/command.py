@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 
 from engram_lm.errors import ConfigError, check_flags, check_whole
 from engram_lm.evaluation.benchmarks import check_lengths, check_tasks, need_harness, run_tasks
@@ -24,6 +23,7 @@ from engram_lm.evaluation.result_files import print_table, write_results
 from engram_lm.evaluation.task_list import list_tasks
 from engram_lm.evaluation.tasks import TaskItem
 from engram_lm.files import user_path
+from engram_lm.progress import NOTHING, Progress
 from engram_lm.serving.load import ModelFlags, load_model
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.data.documents import Corpus, pack, read_documents
@@ -289,13 +289,13 @@ class Eval(ModelFlags):
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)
+    with Progress().tasks(NOTHING) as tasks:
+        tasks.begin(what, total)
+        yield lambda more: tasks.advance(what, more)
 
 
 @contextlib.contextmanager
 def _asking() -> Iterator[Callable[[int, int], None]]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("asking", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    with Progress().tasks(NOTHING) as tasks:
+        tasks.begin("asking")
+        yield lambda done, total: tasks.show("asking", done, total)

@@ -7,6 +7,7 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, MismatchError, check_flags
 from engram_lm.memory.formats.table_command import Convert
+from engram_lm.progress import Progress
 from engram_lm.serving.load import load_model
 from engram_lm.tables import MappedTable, RowLayout, packed_layout
 from engram_lm.tables.files.convert import Converted
@@ -61,9 +62,12 @@ class ConvertAndMeasure(Convert):
             "max_tokens": self.max_tokens,
             "beginning": beginning_tokens(tokenizer),
         }
-        before = held_out_loss(model, tokens, **options)
-        put_tables(model, layouts)
-        after = held_out_loss(model, tokens, **options)
+        with Progress().tasks("the tables, which are whole; --resume yes leaves them alone") as tasks:
+            total = 2 * min(len(tokens) - 1, self.max_tokens or len(tokens))
+            options["on_progress"] = lambda more: tasks.advance("loss before and after", more, total)
+            before = held_out_loss(model, tokens, **options)
+            put_tables(model, layouts)
+            after = held_out_loss(model, tokens, **options)
         change = {"loss_before": before.loss, "loss_after": after.loss, "change": after.loss - before.loss}
         return {**change, "num_tokens": after.num_tokens}
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json as json_module
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from engram_lm.errors import ConfigError
 from engram_lm.files import check_new_folder, read_json, read_text, user_path
+from engram_lm.progress import Progress
 from engram_lm.serving.load import ModelFlags, load_model
 
 
@@ -124,20 +124,18 @@ class PatchFit(ModelFlags):
         model, tokenizer = load_model(self.model, device=self.device, tables=self, adapter=self.adapter)
         model.requires_grad_(False)
 
-        def tell(progress: Any) -> None:
-            of = f"{progress.num_done} of {progress.num_facts} facts"
-            print(f"round {progress.round + 1}: {of}", file=sys.stderr, flush=True)
-
-        patch = RowPatch.fit_facts(
-            model,
-            tokenizer,
-            facts,
-            options,
-            reference=reference,
-            earlier=earlier,
-            title=self.title or self.facts.stem,
-            on_progress=tell,
-        )
+        with Progress().tasks("nothing: the patch is written when all facts are fitted") as tasks:
+            tasks.begin("round 1", len(facts))
+            patch = RowPatch.fit_facts(
+                model,
+                tokenizer,
+                facts,
+                options,
+                reference=reference,
+                earlier=earlier,
+                title=self.title or self.facts.stem,
+                on_progress=lambda now: tasks.show(f"round {now.round + 1}", now.num_done, now.num_facts, "facts"),
+            )
         patch.save(self.out)
         done = patch.is_as_asked
         if self.json:

@@ -98,7 +98,7 @@ class StudyCommand:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         started, made_at = time.time(), commit()
-        progress = StudyProgress(Console(stderr=True))
+        progress = StudyProgress()
         out, settings = self.folder, self.settings()
         with hold_folder(out, _MARK, kind="a study", work="at work") as known:
             self._take(known, settings)

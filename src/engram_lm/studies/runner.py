@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,6 +162,18 @@ class Runner:
         """Raise a `KeyboardInterrupt` after a signal, to end what follows training; what was trained is kept."""
         if self.interrupt.asked:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def measuring(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show what follows training. The yielded function is told how much more is done, and stops after a signal."""
+        with self.progress.tasks("all trained models; --resume measures them again") as tasks:
+            tasks.begin(title, total)
+
+            def advance(more: int = 1) -> None:
+                self.stop_if_asked()
+                tasks.advance(title, more)
+
+            yield advance
 
     def _planned(self, arm: Arm, seed: int) -> _Planned:
         recipe = self.complete(self.study.recipe_of(arm, seed))

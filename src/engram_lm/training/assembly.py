@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import RepoFile, list_repo_tree, try_to_load_from_cache
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError
@@ -88,7 +87,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
 
 def open_text(recipe: Recipe, tokenizer: Any, progress: RunProgress | None = None) -> TrainingText:
     """Tokenize the recipe's text into shards, divide it, and show how far that is; see `prepare_text`."""
-    data, progress = recipe.data, progress or RunProgress(Console(stderr=True), silent=True)
+    data, progress = recipe.data, progress or RunProgress(silent=True)
     with progress.packing() as advance:
         text = prepare_text(
             data.sources,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import tyro
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from engram_lm.errors import ConfigError
@@ -119,7 +118,7 @@ class Train(RecipeCommand[Recipe]):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         with start(None if recipe.train.device == "auto" else recipe.train.device) as ranks:
             first = ranks.rank == 0
-            progress = RunProgress(Console(stderr=True), silent=not first)
+            progress = RunProgress(silent=not first)
             run = Run(recipe, out, ranks, resume=self.resume, stop_after=self.max_steps, progress=progress)
             result = run.execute()
         if first:

@@ -1,10 +1,15 @@
 """Ctrl-C as a request: the first is noticed between two steps, the second ends the process as usual."""
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Self
+
+_NOTICED = b"\nstopping after this step, with all that is kept; a second Ctrl-C ends at once\n"
 
 
 class Interrupt:
@@ -13,6 +18,7 @@ class Interrupt:
     Args:
         same_seconds: A signal that follows the first within this time counts as the same request. Under torchrun one
             Ctrl-C arrives twice: from the terminal, and from torchrun, which forwards it to every process.
+        silent: Do not say on stderr that the signal was noticed.
 
     Example:
         >>> with Interrupt() as interrupt:
@@ -20,9 +26,9 @@ class Interrupt:
         ...         break  # a step
     """
 
-    def __init__(self, same_seconds: float = 0.0) -> None:
+    def __init__(self, same_seconds: float = 0.0, *, silent: bool = False) -> None:
         self.asked = False
-        self._same_seconds, self._asked_at = same_seconds, 0.0
+        self._same_seconds, self._asked_at, self._silent = same_seconds, 0.0, silent
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -41,5 +47,8 @@ class Interrupt:
         now = time.monotonic()
         if not self.asked:
             self.asked, self._asked_at = True, now
+            if not self._silent and sys.__stderr__ is not None:
+                with contextlib.suppress(OSError, ValueError):  # past the stream's buffer, which may be in use now
+                    os.write(sys.__stderr__.fileno(), _NOTICED)
         elif now - self._asked_at > self._same_seconds:
             raise KeyboardInterrupt

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from engram_lm.errors import RunFolderError
 from engram_lm.files import user_path, write_atomically
 from engram_lm.training.checkpoints import latest_checkpoint
@@ -54,7 +52,7 @@ class Run:
         progress: RunProgress | None = None,
     ) -> None:
         self.recipe, self.ranks = recipe, ranks or Ranks()
-        self.progress = progress or RunProgress(Console(stderr=True), silent=True)
+        self.progress = progress or RunProgress(silent=True)
         self.out = user_path(out).resolve()
         self.resume = resume
         self.last_step = min(recipe.train.num_steps, stop_after or recipe.train.num_steps)
@@ -66,7 +64,7 @@ class Run:
         """
         with self.open() as job:
             with (
-                Interrupt(0.0 if self.ranks.group is None else 2.0) as interrupt,
+                Interrupt(0.0 if self.ranks.group is None else 2.0, silent=not self.ranks.is_first) as interrupt,
                 self.progress.training(job.num_steps_done, self.last_step) as show,
             ):
                 while not job.done:

@@ -12,9 +12,9 @@ import tyro
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, check_flags
 from engram_lm.files import read_json, user_path
 from engram_lm.hashing import HashSpec
+from engram_lm.progress import Progress
 from engram_lm.tables import RowLayout
 from engram_lm.tables.codec import RowCodec
-from engram_lm.tables.files.command import byte_progress
 from engram_lm.tables.files.convert import Converted, build_packed, build_random, convert, provenance_of
 from engram_lm.tables.files.packed import PackedHeader
 from engram_lm.tables.files.sources import choose_layout, find_tables
@@ -63,9 +63,9 @@ class Build:
 
     def run(self) -> int:
         """Write the table and print what it is."""
-        with byte_progress() as advance:
+        with Progress().tasks("nothing: the file appears when it is whole", unit="bytes") as tasks:
             header = (self._random if self.source is None else self._copy)(
-                lambda total: lambda done: advance("building", done, total)
+                lambda total: lambda done: tasks.show("building", done, total)
             )
         if self.json:
             print(json_module.dumps(header.describe()))
@@ -137,14 +137,16 @@ class Convert:
 
     def run(self) -> int:
         """Convert, and print what was written and what it cost."""
-        with byte_progress() as advance:
+        goes_on = "the rows that are written; the same command goes on from there"
+        keeps = goes_on if self.resume == "yes" else "the tables that are whole, and nothing of this one"
+        with Progress().tasks(keeps, unit="bytes") as tasks:
             results = convert(
                 self.source,
                 self.target,
                 layer=self.layer,
                 dtype=self.dtype,
                 resume=self.resume == "yes",
-                progress=lambda layer, done, total: advance(f"layer {layer}", done, total),
+                progress=lambda layer, done, total: tasks.show(f"layer {layer}", done, total),
                 error_rows=self.error_rows or None,
                 **checked_spec(self.source, find_tables(self.source)),
             )

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from engram_lm.errors import ConfigError, check_flags, suggestion
 from engram_lm.files import new_folder
+from engram_lm.progress import NOTHING, Progress
 from engram_lm.serving.bench.bench_model import (
     SHAPES,
     copy_tables,
@@ -275,13 +276,15 @@ class ServeBench:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engram-bench-logs-")))
             arms = self._started(priced, folders, requests, logs, stack)
             found["load_seconds"] = {arm.name: arm.about["load_seconds"] for arm in arms}
+            tasks = stack.enter_context(Progress().tasks(NOTHING))
+            tasks.begin("passes", self.passes * len(arms))
             for round_ in range(self.passes):
                 for place in np.random.default_rng((self.seed, round_)).permutation(len(arms)).tolist():
                     arm = arms[place]
                     taken = arm.take_pass()
                     passes[arm.name].append({**taken, "round": round_})
                     cpu = taken["cpu_seconds"]
-                    _say(f"pass {round_ + 1} of {self.passes}, {arm.name}: {taken['seconds']:.1f} s, {cpu:.1f} CPU s")
+                    tasks.advance("passes", 1, detail=f"{arm.name}: {taken['seconds']:.1f} s, {cpu:.1f} CPU s")
             counting = [arm for arm in arms if ARMS[arm.name].tier not in (None, "remote")]
             if counting:
                 found["workload"].update(counting[0].count_rows())

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram_lm.planning.bars import print_bars
 from engram_lm.serving.bench.serve_arms import ARMS
 from engram_lm.serving.bench.tables import is_cold
 
@@ -94,6 +95,8 @@ def print_results(found: Mapping[str, Any]) -> None:
             "" if before is None or after is None else f"{before:.1%} → {after:.1%}",
         )
     console.print(table)
+    rates = {arm["arm"]: arm["tokens_per_cpu_second"] for arm in found["arms"]}
+    print_bars(console, "tokens in a second of CPU time", rates, "{:,.0f}".format, full=max(rates.values()))
     for note in found["notes"]:
         console.print(f"* {note}")
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json as json_module
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from engram_lm.errors import ConfigError, DataError, check_flags
 from engram_lm.files import replacing
 from engram_lm.hashing.spec import HashSpec
 from engram_lm.hashing.token_map import load_tokenizer
+from engram_lm.planning.bars import print_bars
 from engram_lm.planning.command import read_config
+from engram_lm.progress import NOTHING, Progress, Tasks
 from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.reuse import (
     PAGE_BYTES,
@@ -42,6 +43,8 @@ POLICIES = {
 
 _RECORD_BYTES = 264
 _DOCUMENTS_AT_ONCE = 64
+_BARS = 10
+"""Sizes of a cache that are drawn in a terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +153,10 @@ class Simulate:
             "cut": False,
             "traces": [],
         }
-        for trace in self._recorded(found) if self.trace is not None else self._hashed(found):
-            title = _title(trace.block, trace.order)
-            print(f"engram-lm table simulate: {title}, {len(trace.rows):,} reads", file=sys.stderr)
-            found["traces"].append(self._simulate(trace, record_bytes))
+        with Progress().tasks(NOTHING) as tasks:
+            tasks.begin("hashing text" if self.trace is None else "reading the trace")
+            for trace in self._recorded(found) if self.trace is not None else self._hashed(found):
+                found["traces"].append(self._simulate(trace, record_bytes, tasks))
         if self.plot is not None:
             _save_plot(found["traces"], self.plot)
         if self.json:
@@ -202,8 +205,9 @@ class Simulate:
                 columns = slice(place * spec.num_heads, (place + 1) * spec.num_heads)
                 yield _Trace(block, order, rows[:, columns].reshape(-1), spec.num_heads, None)
 
-    def _simulate(self, trace: _Trace, record_bytes: int) -> dict[str, Any]:
-        rows = trace.rows
+    def _simulate(self, trace: _Trace, record_bytes: int, tasks: Tasks) -> dict[str, Any]:
+        rows, title = trace.rows, _title(trace.block, trace.order)
+        tasks.begin(title, len(POLICIES))
         previous, earlier = previous_reads(rows)
         cut = int(len(rows) * self.train_share)
         if not 0 < cut < len(rows):
@@ -215,6 +219,10 @@ class Simulate:
             "pinned": lambda: pinned_ranks(rows[:cut], rows[cut:]),
             "ideal": lambda: pinned_ranks(rows[cut:], rows[cut:]),
         }
+        policies: dict[str, dict[str, Any]] = {}
+        for policy in POLICIES:  # one at a time, and only its curve is kept: an array of sizes is as long as the trace
+            policies[policy] = self._describe(HitCurve.from_sizes(sizes[policy]()), record_bytes)
+            tasks.show(title, len(policies), detail=f"{len(rows):,} reads by {POLICIES[policy]}")
         return {
             "block": trace.block,
             "order": trace.order,
@@ -226,10 +234,7 @@ class Simulate:
             "coverage": [{"rows": number, "share": share} for number, share in reuse.coverage],
             "batches": self._batches(trace, previous, record_bytes),
             "measured_reads": len(rows) - cut,
-            # One at a time, and only its curve is kept: an array of sizes is as long as the trace.
-            "policies": {
-                policy: self._describe(HitCurve.from_sizes(sizes[policy]()), record_bytes) for policy in POLICIES
-            },
+            "policies": policies,
         }
 
     def _describe(self, curve: HitCurve, record_bytes: int) -> dict[str, Any]:
@@ -342,6 +347,13 @@ def _save_plot(traces: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(aside, format=path.suffix[1:])
 
 
+def _hits_by_size(trace: dict[str, Any]) -> dict[str, float]:
+    """Hit rates of LRU by the size of the cache, at some of the sizes of its curve."""
+    points = [point for point in trace["policies"]["lru"]["curve"] if point["cache_rows"]]
+    points = [points[round(place)] for place in np.linspace(0, len(points) - 1, min(_BARS, len(points)))]
+    return {byte_size(point["cache_bytes"], digits=1): point["hit_rate"] for point in points}
+
+
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
@@ -367,6 +379,10 @@ def _print(found: dict[str, Any]) -> None:
             f"{trace['num_reads']:,} reads of {trace['distinct_rows']:,} rows ({share:.1%}; "
             f"{byte_size(trace['distinct_rows_bytes'], digits=1)}), {once:.0%} of the rows read once"
         )
+        if trace["order"] is None:
+            print_bars(
+                console, "reads that an LRU cache of this size answers", _hits_by_size(trace), "{:.0%}".format, full=1
+            )
         for batch in trace["batches"]:
             name = "a recorded step" if batch["batch_tokens"] is None else f"{batch['batch_tokens']:,} tokens"
             pages = ", ".join(

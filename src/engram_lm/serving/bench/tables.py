@@ -18,6 +18,8 @@ import torch
 import tyro
 
 from engram_lm.errors import ConfigError
+from engram_lm.planning.bars import print_bars
+from engram_lm.progress import NOTHING, Progress
 from engram_lm.serving.bench.listed import listed
 from engram_lm.tables.around.read_ahead import ReadAheadTable
 from engram_lm.tables.codec import RowCodec
@@ -119,9 +121,6 @@ class Bench:
         return 0
 
     def _measure(self, source: str) -> dict[str, Any]:
-        from rich.console import Console
-        from rich.progress import Progress
-
         with contextlib.ExitStack() as stack:
             tiers = []
             for name in self._tier_names:
@@ -133,15 +132,15 @@ class Bench:
             numbers = tiers[0].about
             cases = [(tier, count) for count in self._row_counts for tier in tiers]
             samples: list[list[dict[str, Any]]] = [[] for _ in cases]
-            with Progress(console=Console(stderr=True), transient=True) as progress:
-                task = progress.add_task("measuring", total=self.rounds * len(cases))
+            with Progress().tasks(NOTHING) as tasks:
+                tasks.begin("measuring", self.rounds * len(cases))
                 for round_ in range(self.rounds):
                     for place in np.random.default_rng((self.seed, round_)).permutation(len(cases)).tolist():
                         tier, count = cases[place]
                         draw = np.random.default_rng((self.seed, round_, count))  # the same rows for every tier
                         rows = draw_rows(self.distribution, numbers["num_rows"], count, draw)
                         samples[place].append({**self._sample(tier, rows), "distinct_rows": len(np.unique(rows))})
-                        progress.advance(task)
+                        tasks.advance("measuring", 1, detail=f"{tier.name}, {count:,} rows")
         return {
             "source": self.synthetic or source,
             "distribution": self.distribution,
@@ -345,6 +344,15 @@ def _print(found: dict[str, Any]) -> None:
                 amounts = (f"{rate:,.0f}", f"{rate * found['record_bytes'] / 1e9:.3f}", f"{seconds * 1e3:.3f}")
                 table.add_row(f"{result['gather_rows']:,}", result["tier"], state, *amounts)
     console.print(table)
+    for count in dict.fromkeys(result["gather_rows"] for result in found["results"]):
+        rates = {
+            f"{result['tier']}, {state}": count / max(result[key], 1e-9)
+            for result in found["results"]
+            if result["gather_rows"] == count
+            for key, state in _STATES.items()
+            if result.get(key) is not None
+        }
+        print_bars(console, f"rows a second, {count:,} at a time", rates, "{:,.0f}".format, full=max(rates.values()))
     console.print(f"cold: {found['cold_method']}")
     for tier in found["tiers"]:
         said = {result["cold"] for result in found["results"] if result["tier"] == tier["tier"]}

@@ -39,7 +39,7 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
         from engram_lm.training.progress import RunProgress
 
         recipe = self._with_controls(recipe)
-        result = Adaptation(recipe, out, resume=self.resume, progress=RunProgress(Console(stderr=True))).execute()
+        result = Adaptation(recipe, out, resume=self.resume, progress=RunProgress()).execute()
         if self.json:
             print(to_json(result), end="")
         else:
@@ -54,7 +54,7 @@ class Adapt(RecipeCommand[AdaptationRecipe]):
         from engram_lm.training.progress import RunProgress
 
         recipe = self._with_controls(recipe)
-        bench = Bench(recipe, RunProgress(Console(stderr=True)))
+        bench = Bench(recipe, RunProgress())
         left = runs_left(recipe, out)
         plan = bench.plan(timed=[name for name, number in left.items() if number])
         estimates = estimate(bench, plan, left)

@@ -26,6 +26,7 @@ from engram_lm.training.run_folder import commit, hold_folder, run_facts, to_jso
 _RECIPE, _ORIGIN = "recipe.toml", "before.json"
 _TRIAL = ("lr", "validation", "domain", "retained", "texts", "tasks")
 _DELETE = "delete it, and its run is done again"
+_KEEPS = "all runs that are finished, and a checkpoint of this one; --resume goes on from it"
 
 _Entry = dict[str, Any]
 """An entry of ``arms.NAME.runs`` in ``result.json``."""
@@ -180,7 +181,7 @@ class Adaptation:
         title = arm_kind(name).title
         self.progress.note(f"{title}, seed {seed}, learning rate {rate:g}")
         with Run(recipe, folder, bench.ranks, resume=True).open() as job:
-            with self.progress.training(job.num_steps_done, job.last_step) as show:
+            with self.progress.training(job.num_steps_done, job.last_step, keeps=_KEEPS) as show:
                 while not job.done:
                     show(job.step()[0], None)
                     if interrupt.asked and not job.done:

@@ -300,14 +300,15 @@ class LongContextStudy(StudyCommand):
         """What training one model came to, and how many notes it finds again."""
         model, tokenizer = trained.load(self.device)
         lengths, seed = self.lengths, trained.seed
-        found = recall(
-            model,
-            tokenizer,
-            self.notes,
-            lines,
-            lengths=lengths,
-            num_haystacks=self.haystacks,
-            seed=seed,
-            on_progress=runner.stop_if_asked,
-        )
+        with runner.measuring(f"asking {trained.arm.name}", len(lengths) * self.haystacks) as advance:
+            found = recall(
+                model,
+                tokenizer,
+                self.notes,
+                lines,
+                lengths=lengths,
+                num_haystacks=self.haystacks,
+                seed=seed,
+                on_progress=lambda: advance(1),
+            )
         return {**run_record(trained, curve_points=50), "recall": found}

@@ -236,14 +236,15 @@ class MechanismStudy(SmallModelFlags, StudyCommand):
         runner.stop_if_asked()
         runner.progress.note(f"seed {seed}: {' and '.join(chosen)} of {len(trained)} models")
         subjects = [find_subject(*one.load(self.device), name=name) for name, one in trained.items()]
-        read = read_text(
-            subjects,
-            tokens,
-            chosen,
-            length=self.sequence_length,
-            max_tokens=self.analysis_tokens,
-            on_progress=runner.stop_if_asked,
-        )
+        with runner.measuring("reading text", min(len(tokens), self.analysis_tokens or len(tokens))) as advance:
+            read = read_text(
+                subjects,
+                tokens,
+                chosen,
+                length=self.sequence_length,
+                max_tokens=self.analysis_tokens,
+                on_progress=advance,
+            )
         found: dict[str, Any] = {}
         for part, result in read.items():
             if isinstance(result, NotApplicable):

@@ -136,7 +136,7 @@ class Quickstart(SmallModelFlags):
             return dataclasses.replace(self, minutes=None, tokens=self._tokens_in(self.minutes)).run()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        progress = StudyProgress(Console(stderr=True))
+        progress = StudyProgress("what is trained by then, and compares the models as they are")
         device = find_device(self.device)
         dtype = best_dtype(device) if self.dtype == "auto" else self.dtype
         folder = RunFolder(self.out)

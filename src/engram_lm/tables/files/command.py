@@ -1,15 +1,14 @@
 """``engram-lm table inspect`` and ``engram-lm table verify``: what a packed table is, and whether it is whole."""
 
-import contextlib
 import dataclasses
 import json as json_module
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from engram_lm.errors import ConfigError
+from engram_lm.progress import NOTHING, Progress
 from engram_lm.tables.files.packed import read_packed_header
 from engram_lm.tables.files.sources import choose_layout, find_tables
 from engram_lm.tables.files.verify import verify_packed
@@ -88,13 +87,13 @@ class Verify:
         layout = None if source is None else choose_layout(find_tables(source), self.layer, source)
         header = read_packed_header(self.path)
         share = 1.0 if self.sample is None else min(1.0, self.sample / header.num_chunks)
-        with byte_progress() as advance:
+        with Progress().tasks(NOTHING, unit="bytes") as tasks:
             found = verify_packed(
                 self.path,
                 sample=self.sample,
                 seed=self.seed,
                 source=layout,
-                on_progress=lambda done: advance("verifying", done, int(share * header.records_bytes)),
+                on_progress=lambda done: tasks.show("verifying", done, int(share * header.records_bytes)),
             )
         bad = found.bad
         if self.json:
@@ -109,27 +108,3 @@ class Verify:
             print(f"good            checksums{' and the source' if found.source_compared else ''} agree")
         print(f"checked         {found.chunks_checked:,} of {found.num_chunks:,} chunks, {found.rows_checked:,} rows")
         return int(bad is not None)
-
-
-@contextlib.contextmanager
-def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show on stderr how many bytes of a task are done; called with its name, its bytes done so far and in all."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(bar_width=24),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(compact=True),
-    )
-    tasks: dict[str, progress.TaskID] = {}
-    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield show
