@@ -43,6 +43,26 @@ LAYERS: dict[str, LayerEntry] = {
         place="engram_lm.studies.rivals.counted_gate.CountedGateLayer", options={"count_bytes": 1 << 17}
     ),
     "pooled": LayerEntry(place="engram_lm.studies.rivals.pooled.PooledLayer"),
+    "pkm": LayerEntry(
+        place="engram_lm.studies.rivals.product_keys.ProductKeyLayer",
+        reads="hidden",
+        options={"chosen": 32, "key_width": 64, "gate": "silu", "query_norm": "none"},
+    ),
+    "per_token": LayerEntry(place="engram_lm.studies.rivals.per_token.PerTokenLayer", reads="tokens"),
+    "ngram_mean": LayerEntry(
+        place="engram_lm.studies.rivals.ngram_mean.NgramMeanLayer", reads="tokens", has_table=False
+    ),
+    "ultra_mem": LayerEntry(
+        place="engram_lm.studies.rivals.tucker_keys.TuckerKeyLayer",
+        reads="hidden",
+        options={"chosen": 32, "key_width": 64, "rank": 2, "cores": 2, "expansion": 4},
+    ),
+    "scone": LayerEntry(
+        place="engram_lm.studies.rivals.f_grams.FGramLayer",
+        reads="tokens",
+        has_table=False,
+        options={"num_f_grams": 10_000, "blocks": 2, "heads": 2, "min_count": 5, "counted_tokens": 4_000_000},
+    ),
 }
 """Name of a layer in `EngramConfig.layer` → what it is."""
 

@@ -1,10 +1,12 @@
 """Studies that put candidates beside the paper's layer: memories that are listed in one place each, at equal bytes."""
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from engram_lm.errors import ConfigError, check_flags, suggestion
 from engram_lm.memory import EngramConfig
@@ -12,11 +14,13 @@ from engram_lm.studies.budget import price
 from engram_lm.studies.candidate_report import candidate_figures, candidate_finding, tokens_per_second
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.micro_models import MicroModelFlags
+from engram_lm.studies.rates import VALIDATION_LOSS, with_unused_seed
 from engram_lm.studies.runner import Runner
 from engram_lm.studies.study import HELD_OUT_LOSS, Arm, Budget, Measure, Study, TrainedArm, kept, short_digest
 from engram_lm.studies.text_flags import like
 from engram_lm.training.data.text import EvaluationText, TrainingText
 from engram_lm.training.data.text_source import TextSource
+from engram_lm.training.dry_run import priced_config
 from engram_lm.training.recipe import CheckpointOptions, ModelOptions, Recipe
 
 REFERENCE = "engram"
@@ -44,6 +48,10 @@ class Candidate:
     memory: Callable[[EngramConfig], Mapping[str, Any]] | None = _unchanged
     """Fields of `EngramConfig` that differ from those of the paper's layer, which it is given; None is a model without
     memory. Unless ``rows_per_head`` is among them, it follows from the bytes of the paper's layer."""
+    fit: Literal["rows", "width"] = "rows"
+    """What follows from the bytes: the rows of each head; or the width of rows, where there is one for each token."""
+    every_block: bool = False
+    """Whether every block has it, and not the block of the paper's layer."""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Other fields of a recipe's ``[model]``."""
     table_rate: float | None = None
@@ -77,6 +85,9 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
     rows_per_head: int = 20_000
     """Rows of each head of the paper's layer. Its table has 64 numbers for each of them at the smallest size, and the
     others as many numbers in all."""
+    tune: tuple[float, ...] = ()
+    """Rates of tables to choose from, in place of the comparison: every candidate with a table is trained at each, on a
+    seed and measured on documents that no result uses."""
     equal_flops: bool = False
     """Add to each candidate that takes more or fewer operations a twin that takes as many as the paper's layer: its
     feed-forward networks are narrower or wider."""
@@ -92,6 +103,8 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
         for name in (*self.arms, *self._rates):
             if name not in known:
                 raise ConfigError(f"there is no candidate {name!r}; {suggestion(name, known)}")
+        if not all(0 < rate < math.inf for rate in self.tune) or len(set(self.tune)) < len(self.tune):
+            raise ConfigError(f"--tune names rates above 0 that differ, not {self.tune}")
         self._other_texts  # noqa: B018  # refuses what cannot be
 
     @property
@@ -137,6 +150,8 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
 
     def study(self) -> Study:
         """The paper's layer and the chosen candidates, all of which have the same backbone and the same bytes."""
+        if self.tune:
+            return self._tuning()
         return Study(
             name=self.name,
             question=self.question,
@@ -158,8 +173,29 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             finding=candidate_finding,
         )
 
+    def _tuning(self) -> Study:
+        """Every chosen candidate with a table that is trained, in a group of its own with an arm for each rate."""
+        arms = []
+        for one, rate in itertools.product(self.chosen, self.tune):
+            config = priced_config(self._recipe(one)).memory_config
+            if config is None or not config.entry.has_table or one.model.get("frozen_tables") or one.evaluate:
+                continue
+            tuned = dataclasses.replace(self, tune=(), arm_rates=(f"{one.name}={rate:g}",))
+            name, title = f"{one.name}-x{rate:g}", f"{one.title}, tables × {rate:g}"
+            arms.append(Arm(name=name, title=title, recipe=tuned._recipe(one), x=rate, group=one.name))
+        return Study(
+            name=self.name,
+            question="Which learning rate suits the table of each candidate?",
+            arms=tuple(arms),
+            seeds=self.seeds,
+            measures=(VALIDATION_LOSS,),
+            recipe_of=with_unused_seed,
+        )
+
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Measure the candidates that measure their loss themselves, and how fast each was trained."""
+        if self.tune:
+            return super().measure(seeds, runner)
         own = {one.name: one.evaluate for one in self.chosen if one.evaluate is not None}
         measured, searches = [], dict[str, list[Any]]()
         for seed in seeds:
@@ -202,14 +238,22 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
         first = like(self.model("dense"))
         if one.memory is None:
             return self.model("dense", backbone=backbone, like=first if backbone else (), **one.model)
-        base = self.reference
+        base, dense = self.reference, self.config("dense")
         changed = dict(one.memory(base))
-        config = EngramConfig.from_dict(
-            {**base.to_dict(), **({} if _has_rows(changed) else {"rows_per_head": 1})} | changed
-        )
-        if not _has_rows(changed):
-            config = fit_rows(config, base.num_parameters()) if config.entry.has_table else config
-            changed["rows_per_head"] = config.rows_per_head
+        # What feed-forward networks save or take belongs to the same bytes.
+        wider = 0 if width is None else width - dense.intermediate_size
+        room = base.num_parameters() - 3 * dense.hidden_size * dense.num_hidden_layers * wider
+        if one.every_block:
+            changed["layers"] = tuple(range(dense.num_hidden_layers))
+        if one.fit == "width":
+            changed |= {"rows_per_head": self.vocab_size}
+        fixed = {"rows_per_head": 1, **changed}
+        config = EngramConfig.from_dict({**base.to_dict(), **fixed})
+        if one.fit == "width":
+            config = fit_width(config, room)
+        elif "rows_per_head" not in changed and config.entry.has_table:
+            config = fit_rows(config, room)
+        changed |= {"rows_per_head": config.rows_per_head, "memory_dim": config.memory_dim}
         if len(config.layers) == len(base.layers):
             first += like(self.model("dense_engram"), part="memory")
         return self.model("dense_engram", backbone=backbone, memory=changed, like=first, **one.model)
@@ -240,8 +284,16 @@ def fit_rows(config: EngramConfig, num_parameters: int) -> EngramConfig:
     return config
 
 
-def _has_rows(changed: Mapping[str, Any]) -> bool:
-    return "rows_per_head" in changed
+def fit_width(config: EngramConfig, num_parameters: int) -> EngramConfig:
+    """Choose the width of rows so that tables and layers come to a number of parameters, as nearly as they can."""
+    step = config.num_heads_total
+    widths = range(step, 1 << 14, step)
+    # What a layer holds beside its table grows with the width as well.
+    place = bisect.bisect_left(
+        widths, num_parameters, key=lambda width: dataclasses.replace(config, memory_dim=width).num_parameters()
+    )
+    near = [dataclasses.replace(config, memory_dim=width) for width in widths[max(0, place - 1) : place + 1]]
+    return min(near, key=lambda one: abs(one.num_parameters() - num_parameters))
 
 
 def _loss_on(name: str) -> Measure:

@@ -82,7 +82,7 @@ class RatesStudy(MicroModelFlags, StudyCommand):
             seeds=self.seeds,
             measures=(VALIDATION_LOSS,),
             figures=figures,
-            recipe_of=_with_own_seed,
+            recipe_of=with_unused_seed,
         )
 
 
@@ -91,6 +91,6 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     return [dataclasses.replace(picture, name="rates") for picture in loss_bars(result)]
 
 
-def _with_own_seed(arm: Arm, seed: int) -> Recipe:
+def with_unused_seed(arm: Arm, seed: int) -> Recipe:
     """An arm's recipe with a seed that no other study has."""
     return with_seed(arm, FIRST_SEED + seed)

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from engram_lm.errors import ConfigError, MismatchError, suggestion
 from engram_lm.hashing import HashSpec
 from engram_lm.hashing.token_map import read_vocabulary
+from engram_lm.memory.interface import MemoryLayer
 from engram_lm.memory.step import RowMap
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.command import read_config
@@ -49,7 +50,8 @@ class OwnModel:
     def prepare(self, text: TrainingText) -> None:
         """Let memory layers take from the text what they have to know before training."""
         for block in self.module.model.layers:
-            if block.memory is not None:
+            # Most layers take nothing, and a long text is read as a whole.
+            if block.memory is not None and type(block.memory).prepare is not MemoryLayer.prepare:
                 block.memory.prepare(self.module.hash_spec, text.train[: text.num_tokens])
 
     retention_loss = dependence_loss = None

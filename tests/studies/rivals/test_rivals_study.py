@@ -20,7 +20,7 @@ def test_every_rival_has_the_bytes_of_the_paper_s_layer_and_every_twin_its_opera
         if not arm.is_control:
             assert costs[arm.name].bytes == pytest.approx(first.bytes, rel=0.02), arm.name
         if arm.name.endswith("-flops") or arm.name == "feed_forward":
-            assert costs[arm.name].flops == pytest.approx(first.flops, rel=0.005), arm.name
+            assert costs[arm.name].flops == pytest.approx(first.flops, rel=0.01), arm.name
     frozen, trained = ({one.name: one for one in study.arms}[name].recipe for name in ("frozen_rows", REFERENCE))
     assert frozen.differences(trained.to_dict()) == ["model.frozen_tables is True, was False"]
 
@@ -33,6 +33,14 @@ def test_rates_and_other_texts_reach_their_recipes():
     assert [measure.name for measure in study.measures] == ["loss", "loss_wiki"]
     assert study.arms[1].recipe.evaluation.texts[0].sources[0].path == "here.txt"
     assert priced_config(study.arms[1].recipe).memory_config.layer == "over_encoding"
+
+
+def test_rates_are_tuned_for_tables_that_are_trained_on_text_and_a_seed_of_no_result():
+    study = RivalsStudy(tune=(5, 50), arms=("pkm", "frozen_rows", "none", "scone")).study()
+    assert [arm.name for arm in study.arms] == ["engram-x5", "engram-x50", "pkm-x5", "pkm-x50"]
+    assert [arm.recipe.optimizer.table_lr_multiplier for arm in study.arms] == [5, 50, 5, 50]
+    assert [measure.name for measure in study.measures] == ["validation_loss"]
+    assert study.recipe_of(study.arms[0], 0).train.seed > 1000
 
 
 def test_what_an_arm_needs_beside_its_weights_is_priced_with_them():

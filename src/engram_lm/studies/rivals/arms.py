@@ -1,9 +1,21 @@
 """The rivals of the paper's layer, and the controls. A rival is one line here, and perhaps a layer of its own."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from engram_lm.memory import EngramConfig
 from engram_lm.studies.candidates import REFERENCE, Candidate, CandidateStudy
+from engram_lm.studies.layers.arms import CANDIDATES
 from engram_lm.studies.rivals import knn
+from engram_lm.studies.rivals.f_grams import FGramLayer
+
+_PLAIN: dict[str, Any] = {"orders": (1,), "gate": "none", "kernel_size": 0}
+"""Fields of layers that have neither the gate nor the convolution of the paper's layer."""
+_NO_TABLE: dict[str, Any] = {**_PLAIN, "token_map": "raw", "num_heads": 1, "rows_per_head": 1}
+_LONGEST = 5
+"""Tokens of the longest f-gram, as published."""
+
 
 _WEIGHT_BYTES = 4  # weights are trained in float32
 
@@ -14,22 +26,78 @@ def _bytes_of_all_contexts(study: CandidateStudy) -> int:
     return num_contexts * knn.entry_bytes(study.config().hidden_size)
 
 
+def _product_keys(base: EngramConfig, **options: Any) -> dict[str, Any]:
+    heads = 4
+    return {
+        **_PLAIN,
+        "layer": "pkm",
+        "num_heads": heads,
+        "memory_dim": heads * base.hidden_size,
+        "table_std": base.hidden_size**-0.5,
+        "layer_options": options,
+    }
+
+
+def scone_memory(base: EngramConfig) -> EngramConfig:
+    """Configure SCONE with as many f-grams as its table for serving has room for in the bytes of the paper's layer."""
+    orders = tuple(range(2, _LONGEST + 1))
+    fields = _NO_TABLE | {"layer": "scone", "layers": (0,), "orders": orders, "memory_dim": len(orders)}
+    config = EngramConfig.from_dict({**base.to_dict(), **fields})
+    one = dataclasses.replace(config, layer_options={"num_f_grams": 1})
+    room = 4 * (base.num_parameters() - one.num_parameters())
+    return dataclasses.replace(config, layer_options={"num_f_grams": max(1, room // FGramLayer.beside(one))})
+
+
+def _known(name: str, /, **changed: Any) -> Candidate:
+    """A candidate that the study of better layers has too."""
+    return dataclasses.replace(next(one for one in CANDIDATES if one.name == name), **changed)
+
+
 RIVALS: Sequence[Candidate] = (
-    Candidate(
-        name=REFERENCE, title="Engram", about="the paper's layer: bigrams and trigrams, read in the second block"
-    ),
-    Candidate(
-        name="bigrams",
-        title="bigrams alone",
-        about="as many heads and rows of the same width, all of order 2",
-        memory=lambda base: {"orders": (2,), "num_heads": base.num_heads_total},
-    ),
+    _known(REFERENCE),
+    _known("bigrams"),
     Candidate(
         name="over_encoding",
         title="OverEncoding",
         about="projected rows are averaged with the token embedding, at the input (arXiv 2501.16975)",
         memory=lambda base: {"layer": "over_encoding", "layers": (0,), "gate": "none", "kernel_size": 0},
         table_rate=1.0,
+    ),
+    _known("factor_unigrams", name="factor_engram"),
+    _known("slots", name="mome", title="MoME"),
+    Candidate(
+        name="per_token",
+        title="per-layer embeddings",
+        about="a row of its own for every token in every block, gated by the hidden state (Gemma 3n)",
+        memory=lambda base: _PLAIN | {"layer": "per_token", "num_heads": 1, "token_map": "raw"},
+        fit="width",
+        every_block=True,
+    ),
+    Candidate(
+        name="pkm",
+        title="product keys",
+        about="each position chooses 4 × 32 rows by comparing queries with keys (arXiv 1907.05242)",
+        memory=lambda base: _product_keys(base, gate="none", query_norm="layer"),
+    ),
+    Candidate(
+        name="memory_plus",
+        title="Memory+",
+        about="product keys whose average of rows is gated and projected (arXiv 2412.09764)",
+        memory=lambda base: _product_keys(base, gate="silu", query_norm="none"),
+    ),
+    Candidate(
+        name="ultra_mem",
+        title="UltraMem",
+        about="each position chooses 32 rows by a grid of scores with a Tucker core (arXiv 2411.12364)",
+        memory=lambda base: _PLAIN | {"layer": "ultra_mem", "num_heads": 1, "memory_dim": base.hidden_size // 2},
+    ),
+    Candidate(
+        name="scone",
+        title="SCONE",
+        about="frequent N-grams of the training text have embeddings that a small transformer computes; its bytes are "
+        "those of the table that it is served from (arXiv 2502.01637)",
+        memory=lambda base: scone_memory(base).to_dict(),
+        extra_bytes=lambda study: FGramLayer.beside(scone_memory(study.reference)),
     ),
     Candidate(
         name="knn_bytes",
@@ -57,6 +125,15 @@ RIVALS: Sequence[Candidate] = (
         is_control=True,
     ),
     Candidate(name="none", title="no memory", about="the backbone alone", memory=None, is_control=True),
+    ),
+    Candidate(
+        name="ngram_mean",
+        title="NGM",
+        about="means of token embeddings behind a cosine gate, without a table or parameters (arXiv 2605.16893)",
+        memory=lambda base: _NO_TABLE | {"layer": "ngram_mean", "orders": (2, 3), "memory_dim": 2},
+        is_control=True,
+    ),
+    _known("none"),
     Candidate(
         name="feed_forward",
         title="wider feed-forward",
