@@ -261,9 +261,15 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
     def _width(self, one: Candidate) -> int:
         """Width of the feed-forward networks with which a candidate takes as many operations as the paper's layer."""
         dense = self.config("dense")
-        per_token = 3 * self.num_steps * self.batch_size * self.sequence_length
-        more = price(self.recipe(self._model(self.candidates[0]))).flops - price(self.recipe(self._model(one))).flops
-        return dense.intermediate_size + round(more / per_token / (6 * dense.hidden_size * dense.num_hidden_layers))
+        per_channel = 18 * dense.hidden_size * dense.num_hidden_layers * self.num_steps
+        per_channel *= self.batch_size * self.sequence_length
+        width, wanted = dense.intermediate_size, price(self.recipe(self._model(self.candidates[0]))).flops
+        for _ in range(3):  # the bytes that narrower networks save go to the table, and wider rows take operations
+            more = round((wanted - price(self.recipe(self._model(one, width))).flops) / per_channel)
+            if not more or width + more < 1:
+                return width + more
+            width += more
+        return width
 
 
 def fit_rows(config: EngramConfig, num_parameters: int) -> EngramConfig:

@@ -124,8 +124,6 @@ RIVALS: Sequence[Candidate] = (
         evaluate=knn.evaluate,
         is_control=True,
     ),
-    Candidate(name="none", title="no memory", about="the backbone alone", memory=None, is_control=True),
-    ),
     Candidate(
         name="ngram_mean",
         title="NGM",
