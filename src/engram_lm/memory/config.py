@@ -270,9 +270,13 @@ class EngramConfig:
         """Numbers in one layer besides its table."""
         return int(layer_class(self.layer).count_parameters(self))
 
+    def kept_numbers(self) -> int:
+        """What all layers keep of the training text beside their parameters, as numbers of four bytes; usually 0."""
+        return len(self.layers) * int(layer_class(self.layer).count_kept(self))
+
     def num_parameters(self) -> int:
-        """All numbers: tables and layers."""
-        return self.table_parameters() + len(self.layers) * self.layer_parameters()
+        """All numbers: tables, layers, and what these keep of the training text."""
+        return self.table_parameters() + len(self.layers) * self.layer_parameters() + self.kept_numbers()
 
     def table_bytes(self, bytes_per_number: float = 2) -> int:
         """Bytes of all tables, in bfloat16 unless told otherwise."""

@@ -162,6 +162,11 @@ class MemoryLayer(nn.Module, abc.ABC):
         """
 
     @classmethod
+    def count_kept(cls, config: EngramConfig) -> int:
+        """Count what one layer keeps of the training text (see `prepare`), as numbers of four bytes."""
+        return 0
+
+    @classmethod
     def count_numbers_read(cls, config: EngramConfig) -> int:
         """Count the numbers of the table that one layer reads for a token."""
         return config.memory_dim

@@ -34,7 +34,7 @@ class ModelSizes:
     memory_layers: int
     """Projections, norms and convolutions of memory."""
     memory_tables: int
-    """Rows of memory."""
+    """Rows of memory, and what its layers keep of the training text."""
     memory_read: int
     """Numbers of those rows that one token reads."""
     flops_per_token: int
@@ -169,7 +169,7 @@ def model_sizes(config: EngramLMConfig, *, context: int) -> ModelSizes:
         norms=(2 * blocks + 1) * hidden,
         streams=streams,
         memory_layers=len(memory.layers) * memory.layer_parameters() if memory else 0,
-        memory_tables=memory.table_parameters() if memory else 0,
+        memory_tables=memory.table_parameters() + memory.kept_numbers() if memory else 0,
         memory_read=memory.numbers_read_per_token() if memory else 0,
         flops_per_token=2 * products + scores + stream_flops + (memory.flops_per_token() if memory else 0),
     )

@@ -34,6 +34,13 @@ def _with_unigrams(base: EngramConfig) -> Mapping[str, Any]:
     return {**wider, "rows_per_head": [single, *(number - paid // len(rows) for number in rows)]}
 
 
+def _tokens_and_bigrams(base: EngramConfig) -> Mapping[str, Any]:
+    """Give trigrams' heads to single tokens, and the rows that these do not need to bigrams."""
+    rows = sum(base.rows_per_order)
+    single = min(_UNIGRAM_ROWS, rows // 2)
+    return {"orders": (1, 2), "rows_per_head": [single, rows - single]}
+
+
 def _knows(layer: str, option: str, per_number: int) -> Callable[[EngramConfig], Mapping[str, Any]]:
     """Give a sixteenth of the table's bytes to what a layer knows of the training text; the table has fewer rows."""
 
@@ -120,6 +127,12 @@ CANDIDATES: Sequence[Candidate] = (
         title="with unigrams",
         about="orders 1 to 3; single tokens have as many rows as there are tokens",
         memory=_with_unigrams,
+    ),
+    Candidate(
+        name="orders_1_2",
+        title="unigrams and bigrams",
+        about="single tokens in place of trigrams, with as many rows as there are tokens",
+        memory=_tokens_and_bigrams,
     ),
     Candidate(
         name="block_0", title="block 0", about="read before the first block", memory=lambda base: {"layers": (0,)}

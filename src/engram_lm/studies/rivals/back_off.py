@@ -28,8 +28,8 @@ class BackOffLayer(EngramLayer):
     The heads of a higher order read its rows where the N-gram is among the most frequent of the training text, and
     otherwise rows of the longest N-gram inside it that is, or that is of the lowest order: other rows than those that
     its own heads read. Which N-grams are known stands in a Bloom filter of ``filter_bits`` bits, 8 for each N-gram. It
-    is made of the training text before the first step (`prepare`), is saved with the weights, and counts among the
-    layer's numbers, 32 bits for one.
+    is made of the training text before the first step (`prepare`), is saved with the weights, and is counted with the
+    table's numbers, 32 bits for one.
 
     Source: longest match as in SCONE, arXiv 2502.01637, with hashed rows; ours.
     """
@@ -44,10 +44,10 @@ class BackOffLayer(EngramLayer):
         self.register_buffer("known", torch.zeros(words, dtype=torch.int32))
 
     @classmethod
-    def count_parameters(cls, config: EngramConfig) -> int:
-        """Count the numbers in one layer besides its table, and those that the filter takes the place of."""
+    def count_kept(cls, config: EngramConfig) -> int:
+        """Count the numbers that the filter takes the place of."""
         _check(config)
-        return super().count_parameters(config) + config.option("filter_bits") // _WORD_BITS
+        return int(config.option("filter_bits")) // _WORD_BITS
 
     def prepare(self, spec: HashSpec, tokens: Any) -> None:
         """Put the most frequent N-grams of each higher order into the filter; those that occur once are left out."""

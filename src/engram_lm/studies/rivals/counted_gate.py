@@ -25,8 +25,8 @@ class CountedGateLayer(EngramLayer):
 
     The counts are those of the most frequent N-grams of the training text, as powers of two in a count-min sketch of
     ``count_bytes`` bytes, 8 for each N-gram; others count as 0. It is made before the first step (`prepare`), is saved
-    with the weights, and counts among the layer's numbers, four bytes for one. Weights begin at 0: the
-    layer then is the paper's.
+    with the weights, and is counted with the table's numbers, four bytes for one. Weights begin at 0, as if there were
+    no counts.
     """
 
     counts: Tensor
@@ -49,9 +49,14 @@ class CountedGateLayer(EngramLayer):
 
     @classmethod
     def count_parameters(cls, config: EngramConfig) -> int:
-        """Count the numbers in one layer besides its table, and those that the sketch takes the place of."""
+        """Count the numbers in one layer besides its table: those of `EngramLayer` and the weights of counts."""
+        return super().count_parameters(config) + len(config.orders) + 1
+
+    @classmethod
+    def count_kept(cls, config: EngramConfig) -> int:
+        """Count the numbers that the sketch takes the place of."""
         _check(config)
-        return super().count_parameters(config) + len(config.orders) + 1 + config.option("count_bytes") // 4
+        return int(config.option("count_bytes")) // 4
 
     @classmethod
     def count_flops(cls, config: EngramConfig) -> int:
