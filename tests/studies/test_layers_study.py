@@ -114,6 +114,9 @@ def test_seeds_begin_where_they_are_told_and_the_first_weights_are_shared():
     recipes = [study.recipe_of(arm, 1) for arm in study.arms]
     assert [recipe.train.seed for recipe in recipes] == [101, 101]
     assert recipes[1].model.like[-1].part == "memory"
+    tuned = LayersStudy(first_seed=100, arms=("sink",), tune=(5, 50)).study()
+    assert [arm.name for arm in tuned.arms] == ["engram-x5", "engram-x50", "sink-x5", "sink-x50"]
+    assert tuned.recipe_of(tuned.arms[0], 0).train.seed not in (0, 100)
     with pytest.raises(ConfigError, match="--first-seed"):
         LayersStudy(first_seed=-1)
 

@@ -51,6 +51,12 @@ def _knows(layer: str, option: str, per_number: int) -> Callable[[EngramConfig],
     return memory
 
 
+def _as_many_as_rows(base: EngramConfig) -> Mapping[str, Any]:
+    """Let a filter of 8 bits for each N-gram know as many trigrams as a head has rows."""
+    words = -(-8 * base.rows_per_order[-1] // 32)
+    return {"layer": "back_off", "layer_options": {"filter_bits": 32 * words}}
+
+
 CANDIDATES: Sequence[Candidate] = (
     Candidate(
         name=REFERENCE, title="Engram", about="the paper's layer: bigrams and trigrams, read in the second block"
@@ -73,6 +79,12 @@ CANDIDATES: Sequence[Candidate] = (
         title="longest match",
         about="rare trigrams lend their rows to bigrams; a filter of a sixteenth of the bytes knows the frequent ones",
         memory=_knows("back_off", "filter_bits", 32),
+    ),
+    Candidate(
+        name="back_off_few",
+        title="longest match, few",
+        about="the same, where the filter knows only as many trigrams as a head has rows",
+        memory=_as_many_as_rows,
     ),
     Candidate(
         name="per_order",

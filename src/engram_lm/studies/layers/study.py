@@ -72,6 +72,8 @@ class LayersStudy(CandidateStudy):
 
     def study(self) -> Study:
         """The paper's layer, bigrams alone and the chosen candidates."""
+        if self.tune:
+            return super().study()
         first = self.first_seed
 
         def recipe_of(arm: Arm, seed: int) -> Recipe:
@@ -82,6 +84,8 @@ class LayersStudy(CandidateStudy):
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Compare every candidate with the paper's layer and with bigrams alone, here and beside."""
         result = super().measure(seeds, runner)
+        if self.tune:
+            return result
         result["setting"] = {"size": self.size, "tokens": self.tokens, "first_seed": self.first_seed}
         return {**result, "verdict": verdict([result, *self._others()])}
 
