@@ -290,8 +290,11 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         if max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
         base = self.base_model
+        if not base.config.memory_layers or base.config.memory_config.entry.reads != "rows":
+            return  # rows that only the layer chooses cannot travel before it computes
         for block in base.config.memory_layers:
-            memory, device = base.layers[block].memory, base.layers[block].memory.key_value.weight.device
+            memory = base.layers[block].memory
+            device = next(memory.parameters()).device
             table = memory.table.table if isinstance(memory.table, StagedTable) else memory.table
             if device.type == "cuda" and not isinstance(table, ParameterTable):
                 max_rows = max_tokens * memory.config.num_heads_total

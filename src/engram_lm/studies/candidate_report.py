@@ -11,6 +11,9 @@ from engram_lm.studies.page import Finding, Table
 from engram_lm.studies.summary import ENOUGH_SEEDS, seeds_note
 from engram_lm.tables.byte_size import byte_size
 
+_DIVISIONS = ("token_frequency", "rare_words", "ngrams_2", "ngrams_3")
+"""Kinds of tokens that are shown."""
+
 
 def tokens_per_second(arm: Mapping[str, Any]) -> float | None:
     """How fast an arm of a result was trained, over all of its seeds."""
@@ -90,7 +93,42 @@ def candidate_finding(result: Mapping[str, Any]) -> Finding:
                 "seeds.",
             )
         )
+    tables += _by_kind(result, order)
     return Finding(headline=_headline(result, found), detail=seeds_note(len(result["seeds"])), tables=tables)
+
+
+def _by_kind(result: Mapping[str, Any], order: Sequence[str]) -> list[Table]:
+    """Show for which tokens the candidates of the first seed need more bits than the paper's layer."""
+    kinds = result.get("by_kind")
+    if not kinds:
+        return []
+    tables = []
+    for name in _DIVISIONS:
+        division = kinds["divisions"][name]
+        groups = division["groups"]
+        rows = [["tokens", *(f"{group['num_tokens']:,}" for group in groups)]]
+        for arm in order:
+            cells = [group["bits"].get(arm, {}) for group in groups]
+            if any(cells) and arm != next(iter(result["arms"])):
+                rows.append([result["arms"][arm]["title"], *(_more_cell(cell) for cell in cells)])
+        tables.append(
+            Table(
+                title=f"Where the difference is: {division['title']}",
+                columns=("Memory", *(group["name"] for group in groups)),
+                rows=rows,
+                note=f"Bits per token above the paper's layer, ± the standard error over {kinds['num_blocks']:,} "
+                f"{kinds['blocks']}; below 0 where a candidate is better. One seed. Occurrences are counted in "
+                f"{kinds['reference']}.",
+            )
+        )
+    return tables
+
+
+def _more_cell(bits: Mapping[str, Any]) -> str:
+    if bits.get("more") is None:
+        return NOTHING
+    error = "" if bits["more_error"] is None else f" ± {bits['more_error']:.3f}"
+    return signed_text(bits["more"]) + error
 
 
 def _search_cells(searches: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ from engram_lm.memory import EngramConfig
 from engram_lm.studies.budget import price
 from engram_lm.studies.candidate_report import candidate_figures, candidate_finding, tokens_per_second
 from engram_lm.studies.command import StudyCommand
+from engram_lm.studies.diagnostics import diagnose_models
 from engram_lm.studies.micro_models import MicroModelFlags
 from engram_lm.studies.rates import VALIDATION_LOSS, with_unused_seed
 from engram_lm.studies.runner import Runner
@@ -214,11 +215,29 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
                 searches.setdefault(name, []).append(found["search"])
             measured.append(arms)
         result = super().measure(measured, runner)
+        result["by_kind"] = self._by_kind(seeds, runner) if seeds else None
         for name, arm in result["arms"].items():
             arm["tokens_per_second"] = tokens_per_second(arm)
             arm["searches"] = searches.get(name, [])
             arm["table_rate"] = seeds[0][name].arm.recipe.optimizer.table_lr_multiplier if seeds else None
         return result
+
+    def _by_kind(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> Any:
+        """Say for which tokens the models of the first seed pay, and by how much more than the paper's layer."""
+        own = {one.name for one in self.chosen if one.evaluate is not None}
+        arms = {name: arm for name, arm in seeds[0].items() if arm.failed is None and name not in own}
+        if REFERENCE not in arms or not all((arm.folder / "model").is_dir() for arm in arms.values()):
+            return None
+
+        def find() -> dict[str, Any]:
+            runner.progress.note("measuring all models by kind of token")
+            loaded = {name: arm.load() for name, arm in arms.items()}
+            recipe, tokenizer = arms[REFERENCE].arm.recipe, loaded[REFERENCE][1]
+            models = {name: model for name, (model, _) in loaded.items()}
+            return {"found": diagnose_models(models, tokenizer, runner.text(recipe), recipe)}
+
+        named = short_digest([(name, arm.arm.recipe) for name, arm in arms.items()])
+        return kept(arms[REFERENCE].folder.with_name(f"by-kind-{named}.json"), find)["found"]
 
     def _recipe(self, one: Candidate) -> Recipe:
         """A candidate as a recipe: its memory in the backbone of all, with the same first weights as far as they go."""

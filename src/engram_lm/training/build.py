@@ -214,6 +214,8 @@ def _take_weights(source: Any, target: Any, part: str) -> None:
         known = dict(one.named_parameters())
         for name, parameter in other.named_parameters():
             given = known.get(name)
-            if given is not None and not given.is_meta and not parameter.is_meta:
+            if given is None or given.is_meta or parameter.is_meta:
+                continue
+            if given.dim() == parameter.dim():  # otherwise they have a name in common and nothing else
                 common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, parameter.shape, strict=True))
                 parameter[common] = given[common]

@@ -34,7 +34,7 @@ def _product_keys(base: EngramConfig, **options: Any) -> dict[str, Any]:
         "num_heads": heads,
         "memory_dim": heads * base.hidden_size,
         "table_std": base.hidden_size**-0.5,
-        "layer_options": options,
+        "layer_options": {"chosen": 8, **options},  # 32 as published would be a larger part of so small a table
     }
 
 
@@ -76,7 +76,7 @@ RIVALS: Sequence[Candidate] = (
     Candidate(
         name="pkm",
         title="product keys",
-        about="each position chooses 4 × 32 rows by comparing queries with keys (arXiv 1907.05242)",
+        about="each position chooses 4 × 8 rows by comparing queries with keys (arXiv 1907.05242)",
         memory=lambda base: _product_keys(base, gate="none", query_norm="layer"),
     ),
     Candidate(
