@@ -254,6 +254,19 @@ def test_a_model_with_it_counts_itself_decodes_and_saves(name, num_streams, toke
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
+def test_what_training_compiles_is_one_graph_with_the_same_gradients(name):
+    layer, hidden, rows, active = built(name)
+    vectors = layer.read(rows).detach().requires_grad_()
+    found = []
+    for respond in (type(layer).respond, torch.compile(type(layer).respond, backend="aot_eager", fullgraph=True)):
+        update = respond(layer, hidden, vectors, None, active, None).update
+        weights = [vectors, *layer.parameters()]
+        found.append([update, *torch.autograd.grad(update.square().sum(), weights, allow_unused=True)])
+    for compiled, plain in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_counted_operations_are_at_least_those_of_its_products_and_not_many_more(name):
     layer, hidden, rows, _ = built(name, hidden_size=32, num_streams=1, kernel_size=0)
     with FlopCounterMode(display=False) as counter:

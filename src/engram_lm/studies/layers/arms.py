@@ -147,6 +147,12 @@ CANDIDATES: Sequence[Candidate] = (
         memory=_tokens_and_bigrams,
     ),
     Candidate(
+        name="factor_1_2",
+        title="FactorEngram, 1 and 2",
+        about="FactorEngram's reader of single tokens and bigrams",
+        memory=lambda base: {"layer": "factor_engram", **_tokens_and_bigrams(base)},
+    ),
+    Candidate(
         name="block_0", title="block 0", about="read before the first block", memory=lambda base: {"layers": (0,)}
     ),
     Candidate(
