@@ -42,6 +42,12 @@ LAYERS: dict[str, LayerEntry] = {
     "counted_gate": LayerEntry(
         place="engram_lm.studies.rivals.counted_gate.CountedGateLayer", options={"count_bytes": 1 << 17}
     ),
+    "retro": LayerEntry(
+        place="engram_lm.studies.rivals.retro.RetroLayer",
+        reads="tokens",
+        has_table=False,
+        options={"chunk": 16, "chunks": 4096, "neighbors": 2, "embedding": 64, "vocabulary": 4096, "end_token": 0},
+    ),
     "pooled": LayerEntry(place="engram_lm.studies.rivals.pooled.PooledLayer"),
     "pkm": LayerEntry(
         place="engram_lm.studies.rivals.product_keys.ProductKeyLayer",

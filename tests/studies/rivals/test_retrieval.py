@@ -1,15 +1,23 @@
 """Retrieval against its published formulas: nearest neighbors of contexts, mixed with what a trained model says."""
 
+import itertools
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 from tests.adapt.patched_models import trained_model
 from tests.adapt.small_models import TEXT, TOKENIZER
+from tests.small_model import BACKBONE
 from tests.studies.test_study import some_text
 
+from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.memory import EngramConfig
+from engram_lm.memory.interface import build_layer
+from engram_lm.model import EngramForCausalLM, EngramLMConfig
+from engram_lm.studies.budget import check_budget
 from engram_lm.studies.rivals import knn
 from engram_lm.studies.rivals.study import RivalsStudy
 
@@ -100,3 +108,174 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
     stamp = path.stat().st_mtime_ns
     assert RivalsStudy(**options, resume=True).run() == 0 and path.stat().st_mtime_ns == stamp
     assert np.isfinite(change)
+
+
+# RETRO ----------------------------------------------------------------------------------------------------------------
+
+CHUNK, END = 4, 0
+
+
+def retro_layer(text, chunks=30, neighbors=2, hidden=32, **options):
+    """A layer that has stored a text, with weights away from their first values."""
+    config = EngramConfig(
+        hidden_size=hidden, layers=(0,), num_heads=2, memory_dim=24, rows_per_head=1, layer="retro", token_map="raw",
+        layer_options={"chunk": CHUNK, "chunks": chunks, "neighbors": neighbors, "vocabulary": 50, **options},
+    )  # fmt: skip
+    layer = build_layer(config)
+    layer.embedding = torch.nn.Embedding(50, hidden)
+    layer.prepare(None, np.asarray(text))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def joined(texts):
+    return [*itertools.chain.from_iterable(texts)]
+
+
+def documents(number, length, seed=0):
+    """Documents without repetition between them; each ends with the end token."""
+    chance = random.Random(seed)
+    return [[chance.randrange(1, 50) for _ in range(length - 1)] + [END] for _ in range(number)]
+
+
+def heads_of(attention, queries, read):
+    """Attention with two heads or one, written out."""
+    width, heads = queries.shape[-1], attention.num_heads
+    q, k, v = attention.in_proj_weight.chunk(3)
+    parts = []
+    for head in range(heads):
+        rows = slice(head * width // heads, (head + 1) * width // heads)
+        scores = (queries @ q[rows].T) @ (read @ k[rows].T).T / math.sqrt(width // heads)
+        parts.append(scores.softmax(-1) @ (read @ v[rows].T))
+    return torch.cat(parts, -1) @ attention.out_proj.weight.T
+
+
+def test_retro_is_chunked_cross_attention_to_encoded_neighbors():
+    texts = documents(8, 12)
+    layer = retro_layer(joined(texts), hidden=64)
+    tokens = torch.tensor([random.Random(5).choices(range(1, 50), k=11)])
+    hidden = torch.randn(1, 11, 64)
+    found = layer(hidden, torch.stack([tokens] * 3, -1))
+    places = layer.neighbors(tokens[:, :8])
+    query, stored = layer.norms["query"](hidden)[0], layer.text.long()
+    expected = torch.zeros(11, 64)
+    for u in range(2):
+        encoded = []
+        for place in places.places[0, u].tolist():
+            state = layer.embedding(stored[place * CHUNK : (place + 2) * CHUNK]) + layer.neighbor_position
+            own = layer.norms["own"](state)
+            state = state + heads_of(layer.own, own, own)
+            state = state + heads_of(layer.about, layer.norms["about"](state), query[u * CHUNK : (u + 1) * CHUNK])
+            state = state + layer.wide(layer.norms["wide"](state))
+            encoded.append(layer.norms["found"](state))
+        for offset in range(CHUNK):
+            place = u * CHUNK + CHUNK - 1 + offset
+            if place < 11:
+                reader = (query[place] + layer.query_position[offset])[None]
+                expected[place] = heads_of(layer.found, reader, torch.cat(encoded))[0]
+    assert torch.allclose(found[0], expected, atol=1e-4)
+    assert not found[0, : CHUNK - 1].any() and found[0, CHUNK - 1 :].any(-1).all()
+
+
+def test_neighbors_are_the_most_similar_chunks_by_the_rarity_of_their_tokens():
+    layer = retro_layer(joined(documents(9, 12)), neighbors=3)
+    tokens = torch.tensor([random.Random(1).choices(range(1, 50), k=8)])
+    found = layer.neighbors(tokens)
+    stored = layer.text.view(-1, CHUNK).tolist()[:-1]
+    count = {token: sum(token in chunk for chunk in stored) for token in range(50)}
+    signs = layer.index.weights.sign()
+
+    def embedded(chunk):
+        vector = sum(math.log((1 + len(stored)) / (1 + count[token])) * signs[token] for token in chunk)
+        return vector / vector.norm()
+
+    for u in range(2):
+        query = embedded(tokens[0, u * CHUNK : (u + 1) * CHUNK].tolist())
+        usable = [place for place in range(len(stored)) if min(stored[place]) >= 0 and layer.index.is_text[place]]
+        ranked = sorted(usable, key=lambda place: -float(embedded(stored[place]) @ query))
+        near = [float(embedded(stored[place]) @ query) for place in found.places[0, u].tolist()]
+        assert near == pytest.approx([float(embedded(stored[place]) @ query) for place in ranked[:3]], abs=2e-3)
+        for place, neighbor in zip(found.places[0, u].tolist(), found.tokens[0, u].tolist(), strict=True):
+            assert neighbor == stored[place] + layer.text.view(-1, CHUNK).tolist()[place + 1]
+
+
+def test_no_output_depends_on_a_later_token():
+    layer = retro_layer(joined(documents(8, 12)))
+    tokens = torch.tensor([random.Random(2).choices(range(1, 50), k=14)])
+    hidden = torch.randn(1, 14, 32)
+    before = layer(hidden, tokens[..., None])
+    for place in range(14):
+        changed, other = tokens.clone(), hidden.clone()
+        changed[0, place:] = torch.tensor(random.Random(place).choices(range(1, 50), k=14 - place))
+        other[0, place:] += 1
+        after = layer(other, changed[..., None])
+        assert torch.equal(after[:, :place], before[:, :place])
+    assert not torch.allclose(after, before)
+
+
+def test_a_sequence_finds_nothing_of_its_own_documents():
+    texts = documents(8, 13)  # no multiple of a chunk, so chunks cross documents
+    text = joined(texts)
+    layer = retro_layer(text, neighbors=2)
+    owner = [number for number, document in enumerate(texts) for _ in document]
+    for start in range(0, len(text) - 12, 5):
+        sequence = torch.tensor([text[start : start + 12]])
+        own = set(owner[start : start + 12 + CHUNK])
+        found = layer.neighbors(sequence)
+        assert found.is_found.all()
+        for place in found.places.flatten().tolist():
+            assert not own & set(owner[place * CHUNK : (place + 2) * CHUNK]), start
+    # The same tokens in another place are found: what is excluded is excluded for its document.
+    other = torch.tensor([[49, 48, 47, 46, *text[CHUNK * 3 : CHUNK * 4], 1, 2, 3, 4]])
+    assert layer.neighbors(other).places[0, 1, 0] == 3
+
+
+def test_where_nothing_may_be_found_nothing_is_added():
+    layer = retro_layer(documents(1, 24)[0])
+    tokens = torch.tensor([layer.text[:12].tolist()])
+    assert not layer.neighbors(tokens).is_found.any()
+    update = layer(torch.randn(1, 12, 32, requires_grad=True), tokens[..., None])
+    assert not update.any()
+    update.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters() if parameter.grad is not None)
+    assert not layer(torch.randn(1, 3, 32), tokens[:, :3, None]).any()  # less than a chunk
+    with pytest.raises(MismatchError, match="does not decode"):
+        layer(torch.randn(1, 12, 32), tokens[..., None], torch.zeros(1, 0, 32))
+
+
+def test_retro_counts_its_numbers_and_stores_whole_documents_of_as_many_bytes_as_the_table():
+    layer = retro_layer(joined(documents(9, 15)), chunks=20)
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    assert type(layer).count_parameters(layer.config) == weights + layer.text.numel() + 20 * 64 // 2
+    kept = layer.text[layer.text >= 0]
+    assert len(kept) == 75 and kept[-1] == END  # 84 tokens have room, which are five documents and a part
+    study = RivalsStudy().study()
+    costs = check_budget(study)
+    assert costs["retro"].bytes == pytest.approx(costs["engram"].bytes, rel=0.001)
+    layer.prepare(None, np.array([60, 1, 2, 3] * 3))
+    with pytest.raises(ConfigError, match="vocabulary"):
+        layer.neighbors(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_a_model_with_retro_learns_from_neighbors_and_is_loaded_as_it_was(tmp_path):
+    options = {"chunk": 4, "chunks": 40, "neighbors": 2, "vocabulary": 300}
+    memory = EngramConfig(
+        hidden_size=32, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=1, layer="retro", token_map="raw",
+        layer_options=options,
+    )  # fmt: skip
+    model = EngramForCausalLM(EngramLMConfig.for_tokenizer(TOKENIZER, memory, **{**BACKBONE, "num_streams": 1}))
+    tokens = np.array(TOKENIZER(TEXT).input_ids)
+    layer = model.model.layers[1].memory
+    tokens[39:120:40] = END
+    layer.prepare(model.hash_spec, tokens[:120])
+    ids = torch.randint(2, 280, (1, 33))
+    before = model(input_ids=ids, use_cache=False).logits
+    torch.nn.init.normal_(layer.found.out_proj.weight)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+    after = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(after[:, :3], before[:, :3]) and not torch.allclose(after[:, 3:], before[:, 3:])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(EngramForCausalLM.from_pretrained(tmp_path)(input_ids=ids, use_cache=False).logits, after)

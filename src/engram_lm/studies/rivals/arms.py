@@ -9,6 +9,7 @@ from engram_lm.studies.candidates import REFERENCE, Candidate, CandidateStudy
 from engram_lm.studies.layers.arms import CANDIDATES
 from engram_lm.studies.rivals import knn
 from engram_lm.studies.rivals.f_grams import FGramLayer
+from engram_lm.studies.rivals.retro import retro_memory
 
 _PLAIN: dict[str, Any] = {"orders": (1,), "gate": "none", "kernel_size": 0}
 """Fields of layers that have neither the gate nor the convolution of the paper's layer."""
@@ -123,6 +124,12 @@ RIVALS: Sequence[Candidate] = (
         extra_bytes=_bytes_of_all_contexts,
         evaluate=knn.evaluate,
         is_control=True,
+    ),
+    Candidate(
+        name="retro",
+        title="RETRO",
+        about="chunked cross-attention to neighbors of each chunk in a stored text of as many bytes (ICML 2022)",
+        memory=retro_memory,
     ),
     Candidate(
         name="ngram_mean",
