@@ -66,3 +66,23 @@ def fetch(repo_id, name):
     from huggingface_hub import hf_hub_download
 
     return hf_hub_download(repo_id, name)
+
+
+def without_answer(address, function, *args):
+    """Call a function of this module while the Hub is at an address that says nothing."""
+    from huggingface_hub import constants, hf_api
+
+    from engram_lm.adapt import hub
+
+    api, seconds = hf_api.HfApi.model_info, hub._ANSWER_SECONDS
+
+    def ask(self, *rest, **options):
+        self.endpoint = address
+        return api(self, *rest, **options)
+
+    hf_api.HfApi.model_info, hub._ANSWER_SECONDS = ask, 0.2
+    endpoint, constants.ENDPOINT = constants.ENDPOINT, address
+    try:
+        return function(*args)
+    finally:
+        hf_api.HfApi.model_info, hub._ANSWER_SECONDS, constants.ENDPOINT = api, seconds, endpoint

@@ -43,6 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         for pattern, answer in (
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>.+)", self.branch),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>.+)", self.tree),
+            (r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", self.about),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", self.preupload),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>.+)", self.commit),
             (r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", self.resolve),
@@ -97,6 +98,13 @@ class Hub(BaseHTTPRequestHandler):
             {"type": "file", "path": name, "size": len(data), "oid": _tag(data)} for name, data in found[1].items()
         ]
         return self.send(200, blobs)
+
+    def about(self, repo, revision, body):
+        if repo in self.server.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.refuse(401, "RepoNotFound", "Repository not found")
+        if (found := self.files(repo, revision or "main")) is None:
+            return self.refuse(404, "RevisionNotFound", "Invalid rev id")
+        return self.send(200, {"id": repo, "sha": found[0], "siblings": [{"rfilename": name} for name in found[1]]})
 
     def preupload(self, repo, revision, body):
         files = [

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import re
+import socket
 
 import pytest
 import torch
@@ -174,4 +175,18 @@ def test_what_is_still_to_be_downloaded_of_a_model_is_counted(hub, tmp_path):
     hub(hub_client.fetch, "me/base", "model.safetensors")
     assert hub(hub_client.bytes_left, "me/base") == 100
     assert hub(hub_client.bytes_left, str(tmp_path)) == 0
-    assert hub(hub_client.bytes_left, "me/nothing") is None
+    with pytest.raises(CheckpointError, match=r"no folder me/nothing .*no repository of that name"):
+        hub(hub_client.bytes_left, "me/nothing")
+    with pytest.raises(CheckpointError, match="cannot be called so"):
+        hub(hub_client.bytes_left, "runs/no/model")
+
+
+def test_a_hub_that_never_answers_is_given_up_at_once_unless_the_files_are_here(hub):
+    hub.repositories["me/here"] = {"main": [{"config.json": b'{"model_type": "llama"}'}]}
+    hub(hub_client.fetch, "me/here", "config.json")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for function in (hub_client.bytes_left, hub_client.load):
+            with pytest.raises(RemoteError, match=r"there is no folder .*me/typo.*not answer"):
+                hub(hub_client.without_answer, address, function, "me/typo")
+        assert hub(hub_client.without_answer, address, hub_client.bytes_left, "me/here") is None

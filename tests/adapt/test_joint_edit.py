@@ -101,6 +101,7 @@ def test_a_subject_is_not_found_inside_a_longer_word():
     tokens, last, inside = subject_span(TOKENIZER, text, "rat")
     assert inside >= 1 and TOKENIZER.decode(tokens[last + 1 - inside : last + 1]).strip() == "rat"
     assert last < len(tokens) - len(TOKENIZER(" narrate").input_ids)
+    assert subject_span(TOKENIZER, text, " rat")[1:] == (last, inside)
     # Where it never stands alone, as in languages without spaces.
     assert subject_span(TOKENIZER, "ran; narrate", "rat")[2] >= 1
 

@@ -60,7 +60,12 @@ def test_a_fact_becomes_the_greedy_continuation_and_leaves_no_trace(kind, tmp_pa
     for name, change in patch.tables.items():
         table_of(other, name).weight.detach()[change.rows] = change.after
     assert [one.title for one in applied_patches(other)] == ["a rat"]
+    if adapters := attached_adapters(other):  # what its tables' files do not hold must not be lost
+        with pytest.raises(ConfigError, match=r"row patches change rows.*tables=False would leave them out"):
+            adapters["default"].save_pretrained(tmp_path / "small", tables=False)
     patch.revert(other)
+    for adapter in attached_adapters(other).values():
+        adapter.save_pretrained(tmp_path / "small", tables=False)
     assert same_state(bits(other), before)
     assert applied_patches(other) == ()
     assert greedy(other, FACT[0], 2) == greedy(model, FACT[0], 2)

@@ -210,9 +210,9 @@ def test_what_says_nothing_of_the_ngram_gains_less(result):
 class SignalAtStep(RunProgress):
     """Sends this process a signal at a step of the second run."""
 
-    def training(self, done, num_steps):
+    def training(self, done, num_steps, **options):
         self.num_runs = getattr(self, "num_runs", 0) + 1
-        context = super().training(done, num_steps)
+        context = super().training(done, num_steps, **options)
         if self.num_runs != 2:
             return context
         return _Raising(context)
@@ -256,6 +256,20 @@ def test_a_run_that_is_stopped_goes_on_with_the_first_unfinished_arm(material, t
         # As of the run that was never stopped, where other arms came before.
         one, other = went_on["arms"][name]["runs"][0], result["arms"][name]["runs"][0]
         assert (one["domain"], one["retained"], one["curve"]) == (other["domain"], other["retained"], other["curve"])
+
+
+def test_resuming_does_without_the_folder_of_a_finished_run(table, tmp_path, capsys):
+    out, names = tmp_path / "run", {"names": ["memory"]}
+    rates, train = {"memory": 1e-2}, {"seeds": 1, "num_steps": 2, "look_inside": False}
+    recipe = changed(table, arms=names, train=train, rates=rates)
+    first = adaptation(recipe, out).execute()
+    shutil.rmtree(out / "runs" / "memory-0")
+    again = adaptation(recipe, out, resume=True, progress=RunProgress()).execute()
+    assert "adapter/ stays as it is" in " ".join(capsys.readouterr().err.split())
+    assert again["arms"]["memory"]["runs"] == first["arms"]["memory"]["runs"] and (out / "adapter").is_dir()
+    shutil.rmtree(out / "adapter")
+    adaptation(recipe, out, resume=True, progress=RunProgress()).execute()
+    assert "delete" in capsys.readouterr().err and not (out / "adapter").exists()
 
 
 def test_several_old_texts_and_benchmarks_are_measured_before_and_after(material, table, tmp_path):

@@ -271,7 +271,7 @@ def _innermost(table: Table) -> Table:
 def _has_changed_rows(table: Table) -> bool:
     """Whether patches lie over a table or over one behind it, or were written into one that is a parameter."""
     if (isinstance(table, OverlayTable) and len(table.rows)) or (
-        isinstance(table, ParameterTable) and table.is_patched
+        isinstance(table, ParameterTable) and table.num_patches
     ):
         return True
     inner = getattr(table, "table", None)

@@ -14,6 +14,7 @@ from engram_lm.errors import CheckpointError, ConfigError, EngramError, RemoteEr
 from engram_lm.files import user_path
 
 _ACCESS = "log in with `hf auth login`, or pass token="
+_ANSWER_SECONDS = 8.0
 
 
 class HubFiles:
@@ -25,16 +26,19 @@ class HubFiles:
 
     def __init__(self, repo_id: str, *, revision: str | None, **options: Any) -> None:
         self.name = repo_id
-        self._options: dict[str, Any] = {"repo_id": repo_id, "revision": revision, **options}
+        self._options: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "local_files_only": False, **options}
+        self._access = {"token": options.get("token")}
+        self._is_asked = self._options["local_files_only"]
 
     def fetch(self, name: str, most_bytes: int) -> Path | None:
         """Download a file unless it is in the cache; see `AdapterFiles.fetch`."""
         from huggingface_hub import errors, hf_hub_download
 
-        revision = self._options["revision"]
+        if not self._is_asked:
+            self._options["local_files_only"] |= not hub_answers(self.name, self._options["revision"], **self._access)
+            self._is_asked = True
         try:
-            known = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError
-            with _speaking(f"cannot fetch {name} of {self.name}", *known):
+            with _speaking(f"cannot fetch {name} of {self.name}", errors.EntryNotFoundError):
                 found = hf_hub_download(filename=name, dry_run=True, **self._options)
                 if found.file_size is not None and found.file_size > most_bytes:
                     raise CheckpointError(
@@ -45,13 +49,6 @@ class HubFiles:
                 path = Path(hf_hub_download(filename=name, **self._options))
                 self._options["revision"] = path.parent.name  # snapshots/COMMIT/NAME
                 return path
-        except errors.RevisionNotFoundError as error:
-            raise CheckpointError(f"the repository {self.name} has no revision {revision!r}") from error
-        except errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"there is no folder {self.name} on this machine, and the Hub shows no repository of that name; if it "
-                f"is private or gated, {_ACCESS}"
-            ) from error
         except errors.LocalEntryNotFoundError as error:
             raise RemoteError(
                 f"there is no folder {self.name} on this machine, {name} of a repository of that name was not "
@@ -78,6 +75,33 @@ class HubFiles:
                     f"configuration describes takes at most {most_bytes:,}; they are not downloaded"
                 )
             return Path(snapshot_download(**wanted))
+
+
+def hub_answers(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> bool:
+    """Ask the Hub for a repository, once and for a few seconds: its client asks again and again for a minute.
+
+    Returns:
+        Whether the Hub answers. Where it does not, or must not be asked, only what was downloaded before can be used.
+
+    Raises:
+        CheckpointError: The Hub answers that there is no such repository or revision.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi(token=token).model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS)
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"the repository {repo_id} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"there is no folder {repo_id} on this machine, and the Hub shows no repository of that name; look at how "
+            f"it is spelled, and if it is private or gated, {_ACCESS}"
+        ) from error
+    except errors.HfHubHTTPError:
+        return True  # it answers; what it says of a file is more to the point
+    except Exception:  # the client's releases use different HTTP libraries, each with its own errors
+        return False
+    return True
 
 
 def files_of(path_or_repo: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> AdapterFiles:

@@ -52,7 +52,7 @@ def with_patches(tables: dict[str, Table], folder: Path, spec: HashSpec) -> dict
             _check(path, name, change, table)
             if isinstance(table, ParameterTable):
                 table.store(change.rows, change.after)
-                table.is_patched = True
+                table.num_patches += 1
             elif isinstance(table, OverlayTable):
                 table.replace(change.rows, change.after)
             else:

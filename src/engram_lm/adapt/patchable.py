@@ -109,6 +109,12 @@ class PatchableMemory:
         found.replace(rows[~own], values[~own])
         self._put(table, found if len(found.rows) else beneath)
 
+    def count_patch(self, table: str, change: int) -> None:
+        """Note that a patch was written into a table that is a parameter (1), or taken out of it (-1)."""
+        found = self.tables[table]
+        if isinstance(found, ParameterTable):
+            found.num_patches = max(0, found.num_patches + change)
+
     def device_of(self, table: str) -> torch.device:
         """Return the device that rows of a table are read on."""
         found = self.tables[table]

@@ -16,6 +16,7 @@ from engram_lm.adapt.patch_folder import refuse_patches
 from engram_lm.errors import CheckpointError
 from engram_lm.files import new_folder, read_json, user_path
 from engram_lm.serving.vllm.adapted_names import ADAPTED
+from engram_lm.training.assembly import locate
 
 _CONFIG, _WEIGHTS, _INDEX, _CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -136,7 +137,10 @@ def _folder(base: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    place, options = locate(base)
+    return Path(
+        snapshot_download(place, **options, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    )
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -9,13 +9,17 @@ from typing import Any
 from huggingface_hub import RepoFile, list_repo_tree, try_to_load_from_cache
 from transformers import AutoTokenizer
 
-from engram_lm.errors import ConfigError
+from engram_lm.adapt.hub import hub_answers
+from engram_lm.adapt.model_card import REPOSITORY
+from engram_lm.errors import CheckpointError, ConfigError, RemoteError
 from engram_lm.files import lock_file, new_folder, user_path
 from engram_lm.training.data.text import TrainingText, beginning, cache_folder, prepare_text
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.progress import RunProgress
 from engram_lm.training.recipe import Recipe
 
+_FIRST_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+"""Files of a repository, one of which is downloaded before any other."""
 _MODEL_FILES = ["model*.safetensors*", "*.json", "*.model", "*.txt"]
 """What transformers downloads of a model, for most of them."""
 
@@ -48,25 +52,51 @@ def find_tokenizer(recipe: Recipe, folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def local_or_hub(source: str | Path) -> str:
-    """Say where a model or a tokenizer is: in a folder of that name if there is one, otherwise on the Hub."""
-    folder = user_path(source)
-    return str(folder) if folder.is_dir() else str(source)
+def locate(source: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Find a model or a tokenizer: in a folder of that name if there is one, otherwise on the Hub.
+
+    Returns:
+        What ``from_pretrained`` of transformers is called with: the place, and the options. Where the Hub does not
+        answer, the files that were downloaded before are used.
+
+    Raises:
+        CheckpointError: There is no such folder, and the Hub has no such repository or revision.
+        RemoteError: There is no such folder, the Hub does not answer, and nothing was downloaded before.
+    """
+    folder, name = user_path(source), str(source)
+    if folder.is_dir():
+        return str(folder), {"revision": revision}
+    if not REPOSITORY.fullmatch(name):
+        raise CheckpointError(f"there is no folder {folder}, and a repository of the Hub cannot be called so")
+    answers = hub_answers(name, revision)
+    if not answers and not any(_is_downloaded(name, file, revision) for file in _FIRST_FILES):
+        raise RemoteError(
+            f"there is no folder {folder}, nothing of a repository {name} was downloaded before, and the Hub does not "
+            "answer, or is not asked (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY)"
+        )
+    return name, {"revision": revision, "local_files_only": not answers}
+
+
+def _is_downloaded(source: str, file: str, revision: str | None) -> bool:
+    return isinstance(try_to_load_from_cache(source, file, revision=revision), str)
 
 
 def bytes_to_download(source: str, revision: str | None = None) -> int | None:
-    """Count the bytes of a model on the Hub that are not on this disk yet; 0 for a folder, None if nobody can say."""
-    if local_or_hub(source) != source or user_path(source).is_dir():
+    """Count the bytes of a model on the Hub that are not on this disk yet; 0 for a folder, None if nobody can say.
+
+    Errors as for `locate`.
+    """
+    place, options = locate(source, revision)
+    if "local_files_only" not in options:
         return 0
+    if options["local_files_only"]:
+        return None
     try:
-        files = [file for file in list_repo_tree(source, revision=revision) if isinstance(file, RepoFile)]
+        files = [file for file in list_repo_tree(place, revision=revision) if isinstance(file, RepoFile)]
     except Exception:  # the Hub, its client and the network each raise their own; loading will say what is wrong
         return None
     wanted = [file for file in files if any(fnmatch.fnmatch(file.path, name) for name in _MODEL_FILES)]
-    here = {
-        file.path for file in wanted if isinstance(try_to_load_from_cache(source, file.path, revision=revision), str)
-    }
-    return sum(file.size for file in wanted if file.path not in here)
+    return sum(file.size for file in wanted if not _is_downloaded(place, file.path, revision))
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
@@ -74,9 +104,11 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
 
     Raises:
         ConfigError: It cannot be loaded.
+        EngramError: It cannot be found; see `locate`.
     """
+    place, options = locate(source, revision)
     try:
-        return AutoTokenizer.from_pretrained(local_or_hub(source), revision=revision)
+        return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # tokenizers raises a bare Exception where its file is damaged
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -17,12 +17,12 @@ from engram_lm.adapt import MemoryAdapter, attach
 from engram_lm.adapt.controls import EmbeddingMeans, one_row, permuted_hash
 from engram_lm.adapt.decoder import find_decoder
 from engram_lm.adapt.transfer import transfer_rows
-from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.errors import CheckpointError, ConfigError, EngramError, MissingExtraError, RemoteError
 from engram_lm.hashing import HashSpec
 from engram_lm.memory.step import RowMap
 from engram_lm.tables.occupancy import TrainedTable
 from engram_lm.tokenizing import beginning_tokens
-from engram_lm.training.assembly import local_or_hub
+from engram_lm.training.assembly import locate
 from engram_lm.training.build import checkpoint_activations
 from engram_lm.training.checkpoints.training_state import SPEC_DIGEST, training_tensors
 from engram_lm.training.data.text import TrainingText
@@ -33,6 +33,10 @@ from engram_lm.training.recipe import LoraOptions, Recipe
 from engram_lm.training.retention import RetentionLoss
 from engram_lm.training.writing import trained_tables
 
+_BASES = (
+    "A base is a folder that save_pretrained wrote, or a name on the Hub. `engram-lm train recipes/base-cpu.toml` "
+    "trains a small one in runs/base-cpu/model"
+)
 _FINGERPRINT_NUMBERS = 64
 _ROW_MAPS = {"permuted_hash": permuted_hash, "one_row": one_row}
 
@@ -174,19 +178,22 @@ class AdaptedBase:
 
 
 def load_base(source: str, revision: str | None, dtype: str) -> Any:
-    """Load a pretrained causal language model; a ConfigError repeats what transformers says if that cannot be done."""
+    """Load a pretrained causal language model; a ConfigError repeats what transformers says if that cannot be done.
+
+    Where it cannot be found, the errors are those of `locate`.
+    """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(local_or_hub(source), revision=revision, dtype=kind)
+        place, options = locate(source, revision)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
+    except (CheckpointError, RemoteError) as error:
+        raise type(error)(f"{error}. {_BASES}") from error
     except EngramError:
         raise
     except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own
         # All of it in one line: what the first line begins is often said in the second.
         why = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ConfigError(
-            f"cannot load the base model {source}: {why}; a base is a folder that save_pretrained wrote, or a name on "
-            "the Hub. `engram-lm train recipes/base-cpu.toml` trains a small one in runs/base-cpu/model"
-        ) from error
+        raise ConfigError(f"cannot load the base model {source}: {why}. {_BASES}") from error
 
 
 def lora_targets(model: Any, targets: tuple[str, ...], layer_list: str | None = None) -> list[str]:

@@ -82,9 +82,10 @@ def subject_span(tokenizer: Any, text: str, subject: str) -> tuple[np.ndarray, i
             "load the fast tokenizer (use_fast=True), or leave the subject of the facts empty"
         ) from error
     # Not inside a longer word, where the text has it outside of one; some languages put no spaces between words.
-    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
-    start = whole[-1] if whole else text.rindex(subject)
-    end = start + len(subject.rstrip())
+    name = subject.strip() or subject
+    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    start = whole[-1] if whole else text.rindex(name)
+    end = start + len(name)
     spans = encoding["offset_mapping"]
     last = max(place for place, (first, _) in enumerate(spans) if first < end)
     # A token may begin with the space before the subject.

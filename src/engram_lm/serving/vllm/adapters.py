@@ -1,5 +1,7 @@
 """The memory adapters of a model that vLLM serves: found where its user or its folder names them, read and checked."""
 
+from pathlib import Path
+
 from vllm.config import VllmConfig
 
 from engram_lm.adapt.adapter import CONTAINER
@@ -51,11 +53,17 @@ def _found(vllm_config: VllmConfig) -> list[AdapterFiles]:
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{OPTION} is the folder or repository of an adapter, or a list of them, not {given!r}")
         return [files_of(name) for name in names]
-    folder = checkpoint_folder(vllm_config) / CONTAINER
+    model, folder = vllm_config.model_config.model, checkpoint_folder(vllm_config) / CONTAINER
     found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not found:
+        of = ";"
+        if not Path(model).is_dir():
+            of = (
+                f", as far as it was downloaded to {folder.parent}. The Hub's client takes what is there for all of it "
+                "where the Hub fails in the middle: start again if the repository has an adapter, or"
+            )
         raise CheckpointError(
-            f"{vllm_config.model_config.model} is to be served with memory, and holds no adapter in {CONTAINER}; "
+            f"{model} is to be served with memory, and holds no adapter in {CONTAINER}{of} "
             f"""name one: --additional-config '{{"{OPTION}": "..."}}'"""
         )
     return [LocalFiles(path) for path in found]

@@ -118,6 +118,11 @@ class Adaptation:
         if useful:
             rate, several = self._runs[useful[0]][0]["lr"], len(self._tried[useful[0]]) > 1
             source = self.out / "runs" / run_label(useful[0], 0, rate if several else None) / "memory"
+            if not source.is_dir():  # somebody has made room, and its .json says that it is finished
+                there = (self.out / "adapter").is_dir()
+                ending = "stays as it is" if there else f"is not written; delete {source.parent}.json to train it again"
+                self.progress.note(f"{source} is gone, so adapter/ {ending}")
+                return
             with replacing_folder(self.out / "adapter", lambda folder: None) as aside:
                 shutil.copytree(source, aside, dirs_exist_ok=True)
 

@@ -114,8 +114,8 @@ class ParameterTable(TrainedTable):
             raise ConfigError(f"gradient must be 'sparse' or 'dense', not {gradient!r}")
         self.num_rows, self.width, self.gradient, self.std = num_rows, width, gradient, std
         self.first_rows = first_rows
-        self.is_patched = False
-        """Whether rows hold what patches say, and not what the table's file does."""
+        self.num_patches = 0
+        """Row patches whose numbers it holds in place of its own, so that no file of the table has them."""
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
         self.reset_parameters()
 
