@@ -7,10 +7,12 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 
@@ -136,6 +138,94 @@ def test_a_command_of_a_document_is_one_that_its_parser_reads(document, words, m
     assert main(words) == 0, capsys.readouterr().err
 
 
+READER = (
+    MODEL_OF_OTHERS
+    + f"""
+import json, shutil
+shutil.copy({str(ROOT / "tests" / "golden" / "qwen_config.json")!r}, "config.json")
+"""
+    + """
+shutil.copytree("my-text", "held-out", dirs_exist_ok=True)
+for name in ("notes.txt", "held-out.txt", "text.txt"):
+    Path(name).write_text(TEXT)
+fact = {"prompt": "The capital of Elbonia is", "answer": " Mud", "subject": "Elbonia"}
+Path("facts.jsonl").write_text(json.dumps(fact))
+"""
+)
+"""What a reader has beside a quickstart when commands are run: a model of others, texts, facts, a configuration."""
+_RECIPE = "--train.batch_size 2 --data.sequence_length 64"
+_TRAIN = f"{_RECIPE} --data.sources my-text --tokenizer.vocab_size 280 --evaluation.every 2 --checkpoint.every 2"
+MADE_SMALLER = {
+    "adapt recipes/adapt-cpu.toml": f"{_RECIPE} --base.model my-model --data.retained held-out --train.num_steps 2 "
+    "--data.held_out 0.4 --data.retained_held_out 0.5 --memory.rows_per_head 100 --rates.memory 0.01",
+    "analyze": "--max-tokens 300 --suppression-tokens 64",
+    "generate": "--max-new-tokens 3",
+    "patch fit": "--max-steps 2 --rounds 1",
+    "patch new": "--rows-per-head 200",
+    "table bench": "--rounds 1 --rows 8",
+    "train recipes/nano-cpu.toml": f"{_TRAIN} --train.num_steps 2 --model.memory.rows_per_head 100",
+    "train runs/mine": "",
+}
+"""Flags that a test gives a command besides its own, so that it takes a second; later ones win."""
+RUN_ELSEWHERE = {
+    "adapt recipes/adapt-smollm2.toml": "it adapts the real model, as benchmarks/adaptation_real.py does",
+    "bench": "tests/serving/test_bench_serve.py",
+    "eval SmolLM2-135M": "it needs the model and its data sets; tests/evaluation runs such tasks",
+    "eval runs/long/model": "it needs a model of long texts; tests/evaluation/test_ruler.py and test_long_ppl.py",
+    "eval runs/notes/model": "tests/evaluation/diagnostics and test_recall.py, on runs of their own",
+    "eval runs/suppression/seed-0/run/model": "tests/studies/test_suppression_study.py",
+    "eval runs/quickstart --data FILES --tasks": "it needs the data set of arc_easy",
+    "explore": "it serves until it is stopped; tests/explore",
+    "join": "tests/serving/test_join.py",
+    "serve": "it needs vLLM; tests/serving/vllm",
+    "study": "tests/studies trains small ones",
+}
+"""Commands that are not run here, by their first words, and why."""
+GIVE_OTHER_STATUS = {"patch fit": (0, 1)}
+"""Commands that end with another status than 0 where two steps do not teach a fact."""
+
+
+def small_command(words):
+    """The words that a test runs for a command of a document, or None where it is not run here."""
+    line = " ".join(words)
+    dry = ("--dry-run" in words and words[0] != "serve") or "--keys" in words
+    if not dry and any(line == start or line.startswith(start + " ") for start in RUN_ELSEWHERE):
+        return None
+    words = ["my-text" if word == "FILES" else word for word in words]
+    if "num_steps 100" in line:
+        words = ["2" if word == "100" else "100" if word == "50000" else word for word in words]
+    smaller = "" if dry else next((flags for start, flags in MADE_SMALLER.items() if line.startswith(start)), "")
+    return [*words, *smaller.split()]
+
+
+RUNNABLE = [name for name in DOCUMENTS if any(of == name and small_command(words) for of, words in COMMANDS)]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("document", RUNNABLE)
+def test_commands_of_a_document_run_one_after_the_other(document, quickstart, tmp_path, monkeypatch, capsys):
+    shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    exec(READER, {})
+    if document == "README.md":
+        assert main(["patch", "new", "my-model", "memory", "--rows-per-head", "200"]) == 0
+    for of, words in COMMANDS:
+        if of == document and "VERB" not in words and (shorter := small_command(words)):
+            allowed = next(
+                (ends for start, ends in GIVE_OTHER_STATUS.items() if " ".join(words).startswith(start)), (0,)
+            )
+            assert main(shorter) in allowed, (" ".join(shorter), capsys.readouterr().err)
+
+
+def test_every_command_that_is_not_run_here_has_a_reason_that_is_needed():
+    lines = [" ".join(words) for _, words in COMMANDS]
+    for start in RUN_ELSEWHERE:
+        assert any(line == start or line.startswith(start + " ") for line in lines), start
+    for start in MADE_SMALLER:
+        assert any(line.startswith(start) for line in lines), start
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_of_a_document_compiles_and_names_what_there_is(document):
     for _, block, _ in blocks(document, "python"):
@@ -184,6 +274,25 @@ def test_python_of_a_document_runs(document, quickstart, monkeypatch):
             exec(compile(block, document, "exec"), module.__dict__)
             ran += 1
     assert ran
+
+
+def test_recipes_and_data_of_documents_are_read(tmp_path):
+    import yaml
+
+    from engram_lm.training.recipe import Recipe
+
+    read = 0
+    for document in DOCUMENTS:
+        for language, block, _ in blocks(document, "toml", "json", "yaml"):
+            if language == "toml":
+                (tmp_path / "recipe.toml").write_text(block, encoding="utf-8")
+                base = ["--model.base", "my-model", "--adapter.layers", "[1]"] if "[retention]" in block else []
+                Recipe.read(tmp_path / "recipe.toml", ["--train.num_steps", "2", *base])
+            for line in block.splitlines() if language == "json" else ():
+                json.loads(line)
+            assert language != "yaml" or yaml.safe_load(block)
+            read += 1
+    assert read > 5
 
 
 def test_python_that_is_not_run_says_why():
