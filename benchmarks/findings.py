@@ -10,6 +10,7 @@ from engram_lm.studies import ablations as ablation_study
 from engram_lm.studies import allocation as allocation_study
 from engram_lm.studies import scaling as scaling_study
 from engram_lm.studies.adaptation.finding import change_on_old_text
+from engram_lm.studies.candidate_report import candidate_finding, differences
 from engram_lm.studies.fits import estimate_text
 from engram_lm.studies.mechanism import summary as mechanism_summary
 from engram_lm.studies.page import Finding
@@ -66,6 +67,12 @@ def scaling() -> str:
     """Slopes and losses of the study of scaling."""
     result = study("scaling")
     return markdown(scaling_study.scaling_finding(result), result)
+
+
+def rival_layers() -> str:
+    """Rivals of the paper's layer at equal bytes, with controls."""
+    result = study("rivals")
+    return NOT_YET if result is None else markdown(candidate_finding(result), result)
 
 
 def ablations() -> str:
@@ -137,7 +144,12 @@ def log_linear() -> tuple[str, str]:
 
 def rivals(layer: str) -> tuple[str, str]:
     """Another layer against Engram at equal bytes."""
-    result = study("scaling")
+    result, beside = study("scaling"), study("rivals")
+    if beside is not None and layer in (found := differences(beside)):
+        return (
+            f"{estimate_text(found[layer], '+.4f')} nats at {beside['arms'][layer]['cost']['bytes'] / 1e6:,.1f} MB",
+            f"0.1 M active, {count_text(beside['settings']['tokens'])} tokens, {_seeds(beside)}; [rivals](#rivals)",
+        )
     if layer not in result["lines"]:
         return NOT_YET, ""
     found = {
@@ -436,6 +448,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "claims": claims,
     "allocation": allocation,
     "scaling": scaling,
+    "rivals": rival_layers,
     "ablations": ablations,
     "mechanism": mechanism,
     "writing": writing,

@@ -29,11 +29,15 @@ def collect(folder: Path) -> dict[str, Any]:
         result["settings"]["data"] = [CORPUS]
     if "domains" in result["settings"]:
         result["settings"]["domains"] = [Path(source).name for source in result["settings"]["domains"]]
+    if "other_data" in result["settings"]:
+        result["settings"]["other_data"] = [_last_name(one) for one in result["settings"]["other_data"]]
     first = next(iter(result["arms"].values()))["recipe"]
     for number, arm in enumerate(result["arms"].values()):
         recipe = arm["recipe"]
         folders = {name: [CORPUS] for name in ("sources", "held_out_sources") if recipe["data"].get(name)}
         recipe["data"] |= {**folders, "cache": None}
+        for text in recipe["evaluation"].get("texts", ()):
+            text["sources"] = [text["name"]]
         if number:
             # Apart from the model, what is the first arm's is not said again.
             arm["recipe"] = {name: value for name, value in recipe.items() if name == "model" or value != first[name]}
@@ -55,8 +59,14 @@ def portable(command: str, *, has_data: bool) -> str:
         if word.startswith("--"):
             skipped = word.partition("=")[0] in ("--out", "--resume", "--data", "--mode")
         if not skipped:
-            kept.append(Path(word).name if word.startswith("/") else word)
+            kept.append(_last_name(word))
     return shlex.join([*kept, *(["--data", CORPUS] if has_data else [])])
+
+
+def _last_name(word: str) -> str:
+    """A path, or NAME=PATH, without the folders."""
+    name, is_pair, path = word.rpartition("=")
+    return f"{name}{is_pair}{Path(path).name}" if path.startswith("/") else word
 
 
 def main() -> None:
