@@ -13,6 +13,8 @@ from engram_lm.tables.byte_size import byte_size
 
 _DIVISIONS = ("token_frequency", "rare_words", "ngrams_2", "ngrams_3")
 """Kinds of tokens that are shown."""
+_ALIKE = 0.01
+"""Relative difference of operations that counts as none."""
 
 
 def tokens_per_second(arm: Mapping[str, Any]) -> float | None:
@@ -94,7 +96,32 @@ def candidate_finding(result: Mapping[str, Any]) -> Finding:
             )
         )
     tables += _by_kind(result, order)
-    return Finding(headline=_headline(result, found), detail=seeds_note(len(result["seeds"])), tables=tables)
+    detail = f"{seeds_note(len(result['seeds']))} {_advice(result)}".strip()
+    return Finding(headline=_headline(result, found), detail=detail, tables=tables)
+
+
+def _advice(result: Mapping[str, Any]) -> str:
+    """Say which memory to use for what budget, where enough seeds say so."""
+    arms = result["arms"]
+    known = {
+        name: arm["summary"]["loss"]["mean"]
+        for name, arm in arms.items()
+        if not arm["is_control"] and is_whole(arm) and arm["summary"]["loss"]["mean"] is not None
+    }
+    first = next(iter(arms))
+    if len(result["seeds"]) < ENOUGH_SEEDS or first not in known:
+        return ""
+    flops = {name: arms[name]["cost"]["flops"] for name in known}
+    cheap = [name for name in known if flops[name] <= (1 + _ALIKE) * flops[first]]
+    best, best_cheap = min(known, key=lambda name: known[name]), min(cheap, key=lambda name: known[name])
+    words = (
+        f"With these bytes, and no more operations than the paper's layer takes, {arms[best_cheap]['title']} has the "
+        "lowest loss here"
+    )
+    if best != best_cheap:
+        more = flops[best] / flops[first] - 1
+        words += f"; where {more:.0%} more operations do not matter, {arms[best]['title']} has"
+    return f"{words}."
 
 
 def _by_kind(result: Mapping[str, Any], order: Sequence[str]) -> list[Table]:
@@ -173,7 +200,7 @@ def _headline(result: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
-    """Draw all differences to the paper's layer with their intervals, the best first."""
+    """Draw all differences to the paper's layer with their intervals, the best first, and against the operations."""
     found, arms = differences(result), result["arms"]
     if not found:
         return []
@@ -181,6 +208,20 @@ def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
     rows = [
         (arms[name]["title"], found[name], arms[name]["summary"]["loss"]["difference"]["per_seed"]) for name in order
     ]
+    first = arms[next(iter(arms))]["cost"]["flops"]
+
+    def by_flops(figure: Any) -> None:
+        axes = figure.subplots()
+        for name in order:
+            x, color = arms[name]["cost"]["flops"] / first - 1, f"C{int(arms[name]['is_control'])}"
+            axes.plot(100 * x, found[name]["value"], "o", color=color)
+            place = (100 * x, found[name]["value"])
+            axes.annotate(arms[name]["title"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set_xscale("symlog", linthresh=5)
+        axes.grid(color="0.9")
+        axes.set(xlabel="operations above the paper's layer, %", ylabel="held-out loss over it, nats per token")
+
     return [
         forest(
             rows,
@@ -188,5 +229,11 @@ def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
             name=result["study"],
             title="Difference to the paper's layer",
             label="held-out loss over the paper's layer, nats per token",
-        )
+        ),
+        Picture(
+            name=f"{result['study']}_flops",
+            title="Difference to the paper's layer by operations, at equal bytes (controls in another color)",
+            size=(7.2, 4.6),
+            draw=by_flops,
+        ),
     ]
