@@ -58,6 +58,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "both": {"arms.names": ["memory_lora+retention"], "rates.memory_lora": [4e-3], "tasks.names": TASKS, **RETENTION},
     "full": {"arms.names": ["full"], "rates.full": [1e-4], "tasks.names": TASKS},
+    "full_faster": {"arms.names": ["full"], "rates.full": [3e-4, 1e-3], "tasks.names": TASKS},
 }
 """Keys of the recipe that each run changes."""
 OTHER_DOMAINS = {
