@@ -112,9 +112,8 @@ def u_shape() -> tuple[str, str]:
     for group, sweep in result["sweeps"].items():
         arm = result["arms"][sweep["best"]]
         gain = arm["summary"]["loss"].get("difference")
-        last = [one for one in result["arms"].values() if one["group"] == group][-1]["summary"]["loss"].get(
-            "difference"
-        )
+        fewest = min((one for one in result["arms"].values() if one["group"] == group), key=lambda one: one["x"])
+        last = fewest["summary"]["loss"].get("difference")
         found.append(f"{group}: {_found(gain)} at ρ = {arm['x']:.2f}, {_found(last)} at the fewest experts")
     return "; ".join(found), _seeds(result)
 
