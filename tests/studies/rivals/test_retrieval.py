@@ -90,7 +90,7 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
         (text / f"{number}.txt").write_text(f"{number} " + some_text(300)[number:])
     options = {
         "out": tmp_path / "out", "data": (text,), "vocab_size": 300, "tokens": 4096, "sequence_length": 32,
-        "rows_per_head": 997, "arms": ("knn_bytes", "knn", "none"), "seeds": 1, "mode": "one_by_one",
+        "rows_per_head": 997, "arms": ("knn_bytes", "knn", "retro", "none"), "seeds": 1, "mode": "one_by_one",
     }  # fmt: skip
     assert RivalsStudy(**options).run() == 0
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -100,6 +100,9 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
     assert few["num_bytes"] <= arms["knn_bytes"]["cost"]["bytes"] - arms["none"]["cost"]["bytes"]
     assert few["num_entries"] % 32 == 0
     assert arms["engram"]["cost"]["bytes"] == pytest.approx(arms["knn_bytes"]["cost"]["bytes"], rel=0.02)
+    assert (
+        arms["retro"]["runs"][0]["loss"] is not None and arms["retro"]["cost"]["flops"] > arms["none"]["cost"]["flops"]
+    )
     # The same model: what its loss changes by is what its neighbors change.
     change = arms["knn"]["runs"][0]["loss"] - arms["none"]["runs"][0]["loss"]
     assert change != 0 or arms["knn"]["searches"][0]["share"] == 0

@@ -175,9 +175,10 @@ class RetroLayer(MemoryLayer):
         """Find the neighbors of every chunk of sequences, raw tokens int64 ``[B, U M]``."""
         options = self.config.option
         version = (id(self.text), self.text._version)
-        if self.index is None or self.index.version != version:
-            self.index = _Index(self.text, options, version)
-        return self.index.search(tokens.to(self.text.device), options("neighbors"))
+        with torch.autocast(self.text.device.type, enabled=False):  # which neighbors there are depends on no type
+            if self.index is None or self.index.version != version:
+                self.index = _Index(self.text, options, version)
+            return self.index.search(tokens.to(self.text.device), options("neighbors"))
 
 
 class Neighbors(NamedTuple):
