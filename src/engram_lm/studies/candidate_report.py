@@ -212,10 +212,9 @@ def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
 
     def by_flops(figure: Any) -> None:
         axes = figure.subplots()
-        for name in order:
-            x, color = arms[name]["cost"]["flops"] / first - 1, f"C{int(arms[name]['is_control'])}"
-            axes.plot(100 * x, found[name]["value"], "o", color=color)
-            place = (100 * x, found[name]["value"])
+        for name in (one for one in order if not arms[one]["is_control"]):
+            place = (100 * (arms[name]["cost"]["flops"] / first - 1), found[name]["value"])
+            axes.plot(*place, "o", color="C0")
             axes.annotate(arms[name]["title"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)
         axes.axhline(0, color="0.3", linewidth=0.8)
         axes.set_xscale("symlog", linthresh=5)
@@ -232,7 +231,7 @@ def candidate_figures(result: Mapping[str, Any]) -> Sequence[Picture]:
         ),
         Picture(
             name=f"{result['study']}_flops",
-            title="Difference to the paper's layer by operations, at equal bytes (controls in another color)",
+            title="Difference to the paper's layer by operations, at equal bytes",
             size=(7.2, 4.6),
             draw=by_flops,
         ),
