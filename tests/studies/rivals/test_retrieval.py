@@ -12,6 +12,8 @@ from tests.adapt.patched_models import trained_model
 from tests.adapt.small_models import TEXT, TOKENIZER
 from tests.small_model import BACKBONE
 from tests.studies.test_study import some_text
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.memory import EngramConfig
@@ -259,6 +261,18 @@ def test_retro_counts_its_numbers_and_stores_whole_documents_of_as_many_bytes_as
     layer.prepare(None, np.array([60, 1, 2, 3] * 3))
     with pytest.raises(ConfigError, match="vocabulary"):
         layer.neighbors(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_retro_counts_the_operations_of_its_products_and_compiles_to_one_graph():
+    layer = retro_layer(joined(documents(9, 12)), hidden=64)
+    tokens = torch.randint(1, 50, (2, 16, 1))
+    hidden = torch.randn(2, 16, 64)
+    # The counter does not know the fused attention of CPUs.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        expected = layer(hidden, tokens)
+    assert counter.get_total_flops() == pytest.approx(32 * type(layer).count_flops(layer.config), rel=0.02)
+    respond = torch.compile(type(layer).respond, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(respond(layer, hidden, layer.read(tokens), None, None, None).update, expected, atol=1e-5)
 
 
 def test_a_model_with_retro_learns_from_neighbors_and_is_loaded_as_it_was(tmp_path):
