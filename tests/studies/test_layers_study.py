@@ -93,7 +93,7 @@ def test_a_winner_must_win_beside_too(tmp_path):
     assert "in every setting: bytes 3 : 1" in layers_finding(result).headline
     (tmp_path / "result.json").write_text(json.dumps({**first, "study": "rivals"}))
     with pytest.raises(RunFolderError, match="no result of the study layers"):
-        LayersStudy(beside=(tmp_path,))
+        LayersStudy(beside=(tmp_path,)).study()
 
 
 @pytest.mark.parametrize(("seeds", "arms"), [(2, ("bigrams", "sink", "slots")), (5, ("sink", "slots"))])

@@ -47,7 +47,6 @@ class LayersStudy(CandidateStudy):
         super().__post_init__()
         if self.first_seed < 0:
             raise ConfigError(f"--first-seed must be at least 0, not {self.first_seed}")
-        self._others()
 
     def _others(self) -> list[Mapping[str, Any]]:
         """The results of the folders beside this one."""
@@ -74,6 +73,7 @@ class LayersStudy(CandidateStudy):
         """The paper's layer, bigrams alone and the chosen candidates."""
         if self.tune:
             return super().study()
+        self._others()  # refused now, and not when everything is trained
         first = self.first_seed
 
         def recipe_of(arm: Arm, seed: int) -> Recipe:
