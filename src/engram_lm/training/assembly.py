@@ -72,7 +72,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[str, dict[s
     if not answers and not any(_is_downloaded(name, file, revision) for file in _FIRST_FILES):
         raise RemoteError(
             f"there is no folder {folder}, nothing of a repository {name} was downloaded before, and the Hub does not "
-            "answer, or is not asked (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY)"
+            "answer, or is not asked (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY); look at how the name is spelled"
         )
     return name, {"revision": revision, "local_files_only": not answers}
 
