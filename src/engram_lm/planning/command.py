@@ -174,7 +174,8 @@ def plan(config: EngramLMConfig, *, context: int | None = None, batch_size: int 
     """
     context = config.max_position_embeddings if context is None else context
     sizes, memory = model_sizes(config, context=context), config.memory_config
-    rows, width = (0, 0) if memory is None else (len(memory.layers) * memory.num_heads_total, memory.head_dim)
+    width = 0 if memory is None else memory.head_dim
+    rows = 0 if memory is None else memory.numbers_read_per_token() // width
     rest, muon = sizes.total - sizes.memory_tables, muon_parameters(config)
     own = (
         "attention", "dense_feed_forward", "shared_experts", "routed_experts", "routers", "streams", "norms",
