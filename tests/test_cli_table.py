@@ -65,13 +65,15 @@ def test_every_verb_explains_every_flag_and_gives_examples(name, capsys):
         assert field.name.replace("_", "-") in text.lower()
 
 
-def test_a_table_is_converted_inspected_and_verified_with_results_on_stdout(own, tmp_path, capsys):
+def test_a_table_is_converted_inspected_and_verified_with_results_on_stdout(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("engram_lm.progress._FIRST_LINE_SECONDS", 0)
     assert main(["table", "convert", str(own), str(tmp_path / "packed"), "--dtype", "int8"]) == 0
     out, err = capsys.readouterr()
     path = tmp_path / "packed" / "layer-1.safetensors"
     assert f"layer 1: {path}" in out and "saved 348,000 (72.5%)" in out
     assert "relative error  mean 5.0" in out and "(all rows)" in out and "cosine" in out
-    assert "layer 1" in err and "132.0 kB" in err, "progress goes to stderr"
+    assert "Ctrl-C keeps the rows that are written; the same command goes on from there" in err
+    assert "layer 1  0.1 of 0.1 MB" in err, "progress goes to stderr"
     text = printed(capsys, "inspect", path)
     assert "3,000 of 40 numbers" in text and "int8 with scales by blocks of 32, 1.100 bytes" in text
     assert "44 bytes each" in text

@@ -91,8 +91,10 @@ class PatchableMemory:
         return torch.where(empty, first.numbers(rows.cpu(), found.width, values.dtype), values)
 
     @torch.no_grad()
-    def write(self, table: str, rows: Tensor, values: Tensor) -> None:
+    def write(self, table: str, rows: Tensor, values: Tensor, *, num_patches: int = 0) -> None:
         """Replace rows ``[N]`` of a table by values ``[N, E]``. With occupancy a row of zeros is then unwritten.
+
+        ``num_patches`` is 1 where a patch is applied, and -1 where one is reverted; the table counts those it holds.
 
         A table that is no parameter is never written to: its layers read it through an overlay, which is there as long
         as any row differs from the table's own.
@@ -100,6 +102,7 @@ class PatchableMemory:
         found = self.tables[table]
         if isinstance(found, ParameterTable):
             found.store(rows, values)
+            found.num_patches = max(0, found.num_patches + num_patches)
             return
         beneath = found.table if isinstance(found, OverlayTable) else found
         own = (bits(beneath.gather(rows.cpu()).cpu()) == bits(values.cpu())).all(-1)
@@ -108,12 +111,6 @@ class PatchableMemory:
         found.give_back(rows[own])
         found.replace(rows[~own], values[~own])
         self._put(table, found if len(found.rows) else beneath)
-
-    def count_patch(self, table: str, change: int) -> None:
-        """Note that a patch was written into a table that is a parameter (1), or taken out of it (-1)."""
-        found = self.tables[table]
-        if isinstance(found, ParameterTable):
-            found.num_patches = max(0, found.num_patches + change)
 
     def device_of(self, table: str) -> torch.device:
         """Return the device that rows of a table are read on."""

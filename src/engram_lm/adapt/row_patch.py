@@ -290,8 +290,7 @@ class RowPatch:
         if not force:
             self._check_held(held, "before", "the model it was made against, in the same state (or pass force=True)")
         for name, change in self.tables.items():
-            memory.write(name, change.rows, change.after)
-            memory.count_patch(name, 1)
+            memory.write(name, change.rows, change.after, num_patches=1)
         record.append(AppliedPatch(self, held))
 
     def revert(self, target: Any, *, force: bool = False) -> None:
@@ -326,8 +325,7 @@ class RowPatch:
         if not force:
             self._check_held(held, "after", "a model that has the patch (or pass force=True)")
         for name, values in replaced.items():
-            memory.write(name, self.tables[name].rows, values)
-            memory.count_patch(name, -1)
+            memory.write(name, self.tables[name].rows, values, num_patches=-1)
         if place is not None:
             del record[place]
 
