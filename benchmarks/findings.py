@@ -376,7 +376,13 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
         effective_depth,
         "[analysis](analysis.md)",
     ),
-    ("The same with at least six blocks and four streams", "paper", "see there", deeper, "[mechanism](#mechanism)"),
+    (
+        "The same with at least six blocks and four streams",
+        "paper",
+        "by CKA, not by the lens; one seed",
+        deeper,
+        "[mechanism](#mechanism)",
+    ),
     (
         "Without memory facts are lost and reading is kept (§6.3)",
         "paper",
