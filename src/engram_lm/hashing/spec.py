@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenMapError
+from engram_lm.errors import ConfigError, HistoryError, TokenMapError
 from engram_lm.files import write_atomically
 from engram_lm.hashing.codes import Encoder, Segments, look_back
 from engram_lm.hashing.published import OURS, read_config, read_published
 from engram_lm.hashing.rules import HashRule, find_rule
 from engram_lm.hashing.spec_fields import (
     check_fields,
+    codes_before,
     expected_map,
     fields_from_json,
     fields_to_json,
@@ -386,19 +387,7 @@ class HashSpec:
         fill = self.fill if fill is None else fill
         if fill is None:
             raise TokenMapError(_UNBOUND)
-        shape = (codes.shape[0], self.context)
-        if context is not None and hasattr(context, "codes"):
-            if context.spec is not self and context.spec.digest != self.digest:
-                raise MismatchError(
-                    f"this history belongs to the hash {context.spec.digest}, the rows are asked of {self.digest}; "
-                    "make the TokenHistory with the same spec"
-                )
-            context = context.codes
-        if context is not None and tuple(context.shape) != shape:
-            raise HistoryError(
-                f"the history holds {list(context.shape)} codes, the tokens need {list(shape)} "
-                "([batch, context]); give each sequence of the batch its history"
-            )
+        context = codes_before(self, codes, context)
         return look_back(codes, context, width=self.context, fill=fill, positions=self.segments.positions)
 
     def to_dict(self) -> dict[str, Any]:

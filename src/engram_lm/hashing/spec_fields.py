@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, MismatchError, TokenMapError, suggestion
+from engram_lm.errors import ConfigError, HistoryError, MismatchError, TokenMapError, suggestion
 from engram_lm.hashing.codes import Segments
 from engram_lm.hashing.rules import HashRule, check_layers
 from engram_lm.hashing.token_map import (
@@ -148,6 +148,29 @@ def _first_difference(ours: TokenMap, theirs: TokenMap, tokenizer: Any) -> str:
     token = int(differing[0])
     text = "" if isinstance(tokenizer, TokenMap) else f" ({load_tokenizer(tokenizer).id_to_token(token)!r:.60})"
     return f", and token {token}{text} is the first that differs"
+
+
+def codes_before(spec: Any, codes: Any, context: Any) -> Any:
+    """Return what came before codes ``[B, L]`` as codes ``[B, context]``, from a history or such codes; or None.
+
+    Raises:
+        HistoryError: It has another batch size or width.
+        MismatchError: The history belongs to another spec.
+    """
+    shape = (codes.shape[0], spec.context)
+    if context is not None and hasattr(context, "codes"):
+        if context.spec is not spec and context.spec.digest != spec.digest:
+            raise MismatchError(
+                f"this history belongs to the hash {context.spec.digest}, the rows are asked of {spec.digest}; "
+                "make the TokenHistory with the same spec"
+            )
+        context = context.codes
+    if context is not None and tuple(context.shape) != shape:
+        raise HistoryError(
+            f"the history holds {list(context.shape)} codes, the tokens need {list(shape)} "
+            "([batch, context]); give each sequence of the batch its history"
+        )
+    return context
 
 
 def check_fields(spec: Any) -> None:

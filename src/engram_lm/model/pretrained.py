@@ -281,8 +281,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         to another device afterwards asks for another call.
 
         Args:
-            max_tokens: Tokens of the largest forward pass to stage (batch times length); larger ones are read as
-                before.
+            max_tokens: Tokens of the largest forward pass to stage, batch times length; larger ones are read as before.
 
         Raises:
             ConfigError: ``max_tokens`` is less than 1.
@@ -293,8 +292,7 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
         if not base.config.memory_layers or base.config.memory_config.entry.reads != "rows":
             return  # rows that only the layer chooses cannot travel before it computes
         for block in base.config.memory_layers:
-            memory = base.layers[block].memory
-            device = next(memory.parameters()).device
+            memory, device = base.layers[block].memory, next(base.layers[block].memory.parameters()).device
             table = memory.table.table if isinstance(memory.table, StagedTable) else memory.table
             if device.type == "cuda" and not isinstance(table, ParameterTable):
                 max_rows = max_tokens * memory.config.num_heads_total
@@ -327,13 +325,11 @@ class EngramPreTrainedModel(DeepseekV3PreTrainedModel):
     ) -> Any:
         """Check the files, let transformers load what is in the module tree, then load the tables that are not."""
         if expected_keys is not None:  # an adapter for this model, not the model
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, expected_keys
-            )
+            given = (model, state_dict, checkpoint_files, load_config, expected_keys)
+            return PreTrainedModel._load_pretrained_model(*given)
         stored = _check_files(checkpoint_files, load_config.sharded_metadata)
         apart, spec, memory = model.base_model.tables_apart, model.config.spec, model.config.memory_config
-        has_tables = spec is not None and memory is not None and memory.entry.has_table
-        wanted = wanted_tables(spec, memory.head_dim) if has_tables else {}
+        wanted = wanted_tables(spec, memory.head_dim) if spec and memory and memory.entry.has_table else {}
         # Before the weights are loaded, because a server may not answer.
         elsewhere = apart.locate(wanted)
         if not load_config.ignore_mismatched_sizes:
