@@ -106,15 +106,31 @@ def other_tokenizer():
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Chromium with an empty profile."""
+def start_browser(tmp_path_factory):
+    """Start Chromium with an empty profile and flags of its own; all that were started are closed at the end."""
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no browser; on Debian: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=chromium, args=_CHROMIUM_FLAGS, timeout=60_000
-        )
-        yield context
-        context.close()
+
+        def start(*flags):
+            context = playwright.chromium.launch_persistent_context(
+                tmp_path_factory.mktemp("profile"),
+                executable_path=chromium,
+                args=[*_CHROMIUM_FLAGS, *flags],
+                timeout=60_000,
+            )
+            started.append(context)
+            return context
+
+        started = []
+        yield start
+        for context in started:
+            context.close()
+
+
+@pytest.fixture(scope="module")
+def browser(start_browser):
+    """Chromium with an empty profile."""
+    return start_browser()

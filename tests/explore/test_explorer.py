@@ -1,5 +1,6 @@
 """What the page says of a model is what the model does, and visitors do not see each other's facts."""
 
+import dataclasses
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from tests.explore.conftest import explorer_of, make_llama, make_model
 from tests.small_model import TEXT
 from tests.training.test_loop import TOKENIZER
 
+import engram_lm
 from engram_lm.adapt import FactEdit
 from engram_lm.adapt.patchable import patchable_memory
 from engram_lm.analysis import gate_trace
@@ -110,10 +112,11 @@ def test_facts_belong_to_their_visitor_and_are_taken_back_without_a_trace():
     assert view.edited.any()
     assert tokens_of(view.predictions[BEFORE_EDITS]) == tokens_of(plain.predictions[WITH])
     assert tokens_of(view.predictions[WITH]) != tokens_of(plain.predictions[WITH])
-    assert mine.patch.is_learned
     (answer,) = explorer.answers(mine).values()
-    assert answer[1].candidates[0].text == FACT.answer
-    assert answer[1].candidates[0] == view.predictions[WITH][-1].candidates[0]
+    assert answer.is_as_asked
+    assert answer.now.candidates[0].text == FACT.answer
+    assert answer.now.candidates[0] == view.predictions[WITH][-1].candidates[0]
+    assert answer.before.candidates[0] == plain.predictions[WITH][-1].candidates[0]
     # Another visitor, and the model itself, are as they were.
     assert tokens_of(explorer.read(FACT.prompt).predictions[WITH]) == tokens_of(plain.predictions[WITH])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -153,8 +156,11 @@ def test_a_text_longer_than_the_page_or_the_model_is_cut_and_that_is_said(explor
     short = explorer_of(explorer.model, max_tokens=10)
     view = short.read(TEXT)
     whole = len(TOKENIZER(TEXT).input_ids)
-    assert (len(view.tokens), view.num_left_out) == (10, whole - 10)
+    assert len(view.tokens) == 10
     assert f"The text has {whole:,} tokens. The page reads the first 10." in view.notes
+    endless = short.read(TEXT * 1000)
+    assert endless.tokens.tolist() == view.tokens.tolist()
+    assert f"The text has {1000 * len(TEXT):,} characters. The page reads the first 10 tokens." in endless.notes
     llama = explorer_of(make_llama(max_position_embeddings=16), max_tokens=256)
     assert len(llama.read(TEXT).tokens) == 16
 
@@ -183,6 +189,8 @@ def test_numbers_that_are_not_finite_are_said_and_shown_as_none():
     assert math.isnan(view.changed[place])
     assert "not finite" in view.notes[-1]
     assert explorer.look(view, place).predictions[WITH].candidates == ()
+    with pytest.raises(ConfigError, match="numbers after 'the rat sat on' are not finite"):
+        explorer.add_fact(FactEdit(prompt="the rat sat on", answer=" cat"), Edits())
 
 
 def test_of_several_memories_one_is_looked_at_and_the_others_stay_on():
@@ -197,6 +205,42 @@ def test_of_several_memories_one_is_looked_at_and_the_others_stay_on():
         explorer.read(SENTENCE, Edits("m2"))
     mine = explorer.add_fact(FACT, Edits("m1"))
     assert explorer.read(FACT.prompt, mine).edited.any()
+
+
+def test_a_models_own_memory_stands_beside_those_that_were_attached_to_it():
+    model = make_model("plain")
+    alone = explorer_of(model).read(SENTENCE)
+    adapter = engram_lm.attach(model, TOKENIZER, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=89, name="late")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    explorer = explorer_of(model)
+    assert explorer.memories == ("", "late")
+    assert explorer.spec("").blocks == (0, 2)
+    assert explorer.spec("late").blocks == (1,)
+    own, late = (explorer.read(SENTENCE, Edits(name)) for name in explorer.memories)
+    np.testing.assert_array_equal(own.addresses.rows[0], alone.addresses.rows[0])
+    assert tokens_of(own.predictions[WITH]) == tokens_of(late.predictions[WITH]) == best(logits_of(model, SENTENCE))
+    with adapter.disabled():
+        assert tokens_of(late.predictions[WITHOUT]) == best(logits_of(model, SENTENCE))
+    assert explorer.read(FACT.prompt, explorer.add_fact(FACT, Edits(""))).edited.any()
+
+
+def test_whether_a_fact_is_written_is_what_the_model_says_now():
+    explorer = explorer_of(make_model(rows_per_head=5_003))
+    mine = explorer.add_fact(FACT, Edits())
+    # As after a change that this fact did not survive: its patch says that it is learned, and its rows are as before.
+    tables = {name: dataclasses.replace(one, after=one.before) for name, one in mine.patch.tables.items()}
+    lost = dataclasses.replace(mine, patch=dataclasses.replace(mine.patch, tables=tables))
+    assert lost.patch.is_as_asked == (True,)
+    assert [answer.is_as_asked for answer in explorer.answers(lost).values()] == [False]
+
+
+def test_a_fact_longer_than_the_model_reads_is_refused():
+    with pytest.raises(ConfigError, match="at most 16 can be read"):
+        explorer_of(make_llama(1, max_position_embeddings=16)).add_fact(
+            FactEdit(prompt=TEXT[:200].strip(), answer=" rat"), Edits("m0")
+        )
 
 
 def test_a_hash_alone_shows_addresses_and_takes_ids_without_a_tokenizer():

@@ -1,6 +1,7 @@
 """What a folder or a published configuration is opened as."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,11 @@ def test_a_folder_with_several_adapters_is_opened_with_all_of_them(tmp_path):
         tmp_path / "model", adapters=[str(tmp_path / "m0"), str(tmp_path / "m1")], data=[tmp_path / "text.txt"]
     )
     assert explorer.memories == ("m0", "m1")
+    for name, folder in (("m0", "2-law/memory.v1"), ("m1", "medicine/memory.v1")):
+        shutil.copytree(tmp_path / name, tmp_path / folder)
+    folders = [str(tmp_path / folder) for folder in ("2-law/memory.v1", "medicine/memory.v1", "medicine/memory.v1")]
+    names = ("memory_2_law_memory_v1", "medicine_memory_v1", "medicine_memory_v1_3")
+    assert open_explorer(tmp_path / "model", adapters=folders).memories == names
     with pytest.raises(ConfigError, match="--tokenizer is for a configuration without weights"):
         open_explorer(tmp_path / "model", tokenizer=tmp_path / "model")
 
@@ -67,3 +73,16 @@ def test_the_config_beside_weights_opens_its_model_and_a_wrong_path_of_text_is_r
     assert open_explorer(tmp_path / "model/config.json").name == "model"
     with pytest.raises(DataError, match="neither a file nor a folder"):
         open_explorer(tmp_path / "model", data=[tmp_path / "nothing"])
+
+
+def test_of_a_text_larger_than_memory_the_beginning_is_read(tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    with (tmp_path / "huge.txt").open("w") as file:
+        file.write(TEXT * 2_000)
+        file.truncate(1 << 40)  # a hole: reading all of it would take hours, and end at bytes that are no text
+    monkeypatch.setattr("engram_lm.explore.opening._REFERENCE_TOKENS", 5_000)
+    explorer = open_explorer(tmp_path / "model", data=[tmp_path / "huge.txt"])
+    expected = TOKENIZER(TEXT * 20).input_ids[:5_000]
+    assert explorer.reference.tokens.tolist() == expected
+    assert explorer.reference_name.endswith("huge.txt")

@@ -95,6 +95,8 @@ def test_the_keyboard_walks_over_the_tokens_and_typing_reads_again(open_page, ad
     page.wait_for_function("document.querySelectorAll('.t').length < 4", timeout=60_000)
     page.fill("#engram-text textarea", "")
     wait_for(page, "#engram-said", "there is no text to read; type a few words.")
+    page.fill("#engram-text textarea", SENTENCE * 2000)
+    wait_for(page, "#engram-said", f"The text has {2000 * len(SENTENCE):,} characters. The page reads the first 256")
     page.fill("#engram-text textarea", "<img src=x onerror=alert(1)> \x1b")
     page.wait_for_function("document.querySelectorAll('.t').length > 9", timeout=60_000)
     assert page.locator("#engram-tokens img").count() == 0
@@ -173,7 +175,33 @@ def test_a_fact_that_cannot_be_is_refused_in_words(open_page, address):
     page.get_by_label("Answer", exact=True).fill("rat")
     page.get_by_label("Subject", exact=True).fill("dog")
     page.locator("#engram-add").click()
-    wait_for(page, "#engram-report", "the subject 'dog' is not in the wording 'the cat sat on'")
+    wait_for(page, "#engram-report", "the subject 'dog' is not in 'the cat sat on'; “Prompt” and every line of")
+    page.get_by_label("Answer", exact=True).fill(" ")
+    page.locator("#engram-add").click()
+    wait_for(page, "#engram-report", "“Answer” is empty")
+
+
+def test_the_page_can_ask_nothing_of_another_machine(address, tmp_path, start_browser):
+    """What Chromium itself logs of its network: names that it looked up, and machines that it connected to."""
+    log = tmp_path / "net.json"
+    context = start_browser(f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    page = context.new_page()
+    page.goto(address)
+    page.locator(".engram-panel").first.wait_for(timeout=60_000)
+    # Not even what is put into the page gets out.
+    asked = page.evaluate("fetch('https://example.org/').then(() => 'answered', error => String(error))")
+    assert "Failed to fetch" in asked
+    page.evaluate("document.body.append(Object.assign(new Image(), {src: 'https://example.org/a.png'}))")
+    page.wait_for_timeout(300)
+    context.close()
+    logged = json.loads(log.read_text())
+    kinds = {number: name for name, number in logged["constants"]["logEventTypes"].items()}
+    events = [(kinds[event["type"]], event.get("params", {})) for event in logged["events"]]
+    assert any(kind == "TCP_CONNECT" for kind, _ in events)
+    hosts = {params["host"] for kind, params in events if kind == "HOST_RESOLVER_MANAGER_REQUEST" and "host" in params}
+    urls = {params["url"] for kind, params in events if kind == "URL_REQUEST_START_JOB"}
+    assert {host for host in hosts if "127.0.0.1" not in host} == set()
+    assert {url for url in urls if not url.startswith(address)} == set()
 
 
 def test_models_without_memory_and_with_several_have_their_page(open_page):
@@ -186,9 +214,11 @@ def test_models_without_memory_and_with_several_have_their_page(open_page):
     app, address = served(explorer_of(make_llama(2)))
     page = open_page(address)
     rows = page.locator(".rows").first.inner_text()
+    wait_for(page, "#engram-head", "heads of an order\n2")
     page.locator("#engram-memory input").click()
     page.get_by_role("option", name="m1").click()
     page.wait_for_function("rows => document.querySelector('.rows')?.innerText !== rows", arg=rows, timeout=60_000)
+    wait_for(page, "#engram-head", "heads of an order\n3")
     page.goto("about:blank")
     app.close(verbose=False)
 
@@ -199,8 +229,10 @@ def test_the_space_before_an_answer_is_put_where_words_are_divided_by_spaces():
         "paraphrases": ["Elbonia's capital is"],
     }  # fmt: skip
     assert read_fact("法国的首都是", "巴黎").answer == "巴黎"
-    with pytest.raises(ConfigError, match="answer"):
+    with pytest.raises(ConfigError, match="“Answer” is empty"):
         read_fact("The capital of Elbonia is", " ")
+    with pytest.raises(ConfigError, match="“Other wordings” has 20,001 characters"):
+        read_fact("The capital of Elbonia is", "Mudville", "", "x" * 20_001)
 
 
 def test_the_command_serves_a_folder_on_this_machine_until_it_is_interrupted(tmp_path):
@@ -211,6 +243,8 @@ def test_the_command_serves_a_folder_on_this_machine_until_it_is_interrupted(tmp
     proxy = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # nobody answers there
     import os
 
+    proxy["TMPDIR"] = str(tmp_path / "temporary")
+    (tmp_path / "temporary").mkdir()
     with subprocess.Popen(
         call, cwd=tmp_path, env={**os.environ, **proxy}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -225,6 +259,7 @@ def test_the_command_serves_a_folder_on_this_machine_until_it_is_interrupted(tmp
             _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+    assert [path for path in (tmp_path / "temporary").rglob("*") if path.name != "gradio"] == []
 
 
 def test_impossible_flags_and_folders_are_refused(tmp_path, capsys):

@@ -19,6 +19,9 @@ from engram_lm.memory.layer import EngramLayer
 
 # Dimension key: S streams, D hidden, V vocabulary.
 
+OWN_MEMORY = ""
+"""In place of an adapter's name: the memory that a model was trained with, and none that was attached to it later."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Subject:
@@ -136,7 +139,7 @@ def find_subject(model: Any, tokenizer: Any, *, name: str | None = None, adapter
             or any of these inside peft.
         tokenizer: The tokenizer it was trained with.
         name: What it is called in results; None means the name by which it was loaded.
-        adapter: Which attached memory to look at, if there are several.
+        adapter: Which attached memory to look at, if there are several; `OWN_MEMORY` for the model's own beside them.
 
     Raises:
         ConfigError: It is not such a model, several memories are attached and none is chosen, or none has that name.
@@ -221,7 +224,9 @@ def _memories(
     model: nn.Module, decoder: Decoder, adapter: str | None
 ) -> tuple[dict[int, EngramLayer], HashSpec | None]:
     """Find the memory layers by their blocks, in order of depth, and how they hash."""
-    attached = attached_adapters(model)
+    attached = {} if adapter == OWN_MEMORY else attached_adapters(model)
+    if adapter == OWN_MEMORY:
+        adapter = None
     if adapter is not None and adapter not in attached:
         raise ConfigError(f"no memory called {adapter!r} is attached to this model; there are {sorted(attached)}")
     if adapter is None:

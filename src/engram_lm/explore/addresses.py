@@ -16,6 +16,8 @@ from engram_lm.hashing.counting import ngram_rows, ngrams_of
 
 # Dimension key: L length, O highest order, H heads of all orders, K heads of one order.
 
+FREQUENT_POSITIONS = 2
+"""An N-gram of the reference text that occurs at this many positions or more is called frequent."""
 _MOST_MERGED = 12
 """Other tokens of one canonical token that are named, at most."""
 
@@ -44,7 +46,7 @@ class Lookup:
     rows: tuple[int, ...]
     """Row numbers, offsets included, one for each head."""
     num_positions: int
-    """Positions of the reference text at which the same N-gram occurs, 0 if it is not among the frequent ones."""
+    """Positions of the reference text at which the same N-gram occurs, of those N-grams that were counted."""
     sharers: tuple[Sharer, ...]
     """Other frequent N-grams that read one of the rows, those with most rows in common first, then the frequent."""
     num_sharers: int
@@ -106,11 +108,13 @@ class Addresses:
             rows_K = self.rows[block][position, place * self.spec.num_heads : (place + 1) * self.spec.num_heads]
             count, num_sharing, sharers = 0, 0, []
             if order in frequent:
-                some = frequent[order]
-                own = int(some.find(self.ngrams[position : position + 1, -order:])[0])
+                every = frequent[order]
+                own = int(every.find(self.ngrams[position : position + 1, -order:])[0])
+                count = int(every.counts[own]) if own >= 0 else 0
+                some = every.first(int((every.counts >= FREQUENT_POSITIONS).sum()))
                 shared = (ngram_rows(self.spec, some, layer) == rows_K).sum(-1)
-                if own >= 0:
-                    count, shared[own] = int(some.counts[own]), 0
+                if 0 <= own < len(shared):
+                    shared[own] = 0
                 others = np.flatnonzero(shared)
                 num_sharing = len(others)
                 # The frequent ones come first in the count, so the place decides among equals.
@@ -170,5 +174,5 @@ def spell(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
 def spell_each(tokenizer: Any, tokens: np.ndarray) -> tuple[str, ...]:
     """Write each token as its part of the text, or as its id where there is no tokenizer."""
     if tokenizer is None:
-        return tuple(f"{token} " for token in tokens.tolist())
+        return tuple(str(token) for token in tokens.tolist())
     return tuple(token_texts(tokenizer, tokens.tolist()))

@@ -2,16 +2,19 @@
 
 import functools
 import importlib.resources
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram_lm.adapt import FactEdit
-from engram_lm.errors import EngramError, MissingExtraError
+from engram_lm.errors import ConfigError, EngramError, MissingExtraError
 from engram_lm.explore.explorer import Edits, Explorer, TokenView, View
 from engram_lm.explore.markup import facts_panel, header, notices, prediction_panel, strip, token_panel
 from engram_lm.explore.opening import open_explorer
+from engram_lm.explore.policy import ContentPolicy
 from engram_lm.serving.load import ModelFlags
 
 if TYPE_CHECKING:
@@ -19,11 +22,12 @@ if TYPE_CHECKING:
 
 _MODEL = "model"
 """All calls that ask the model wait in one queue of this name."""
-_LONGEST_TEXT = 20_000
+_LONGEST_WORDING = 20_000
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Liberation Sans", "Arial", "sans-serif")
 _MONO = ("ui-monospace", "SF Mono", "Cascadia Code", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 _FIRST_TEXT = "Only Alexander the Great could tame the horse Bucephalus."
 _FIRST_IDS = "17, 4, 256, 17, 4"
+_FIRST_READING = "The text is being read; the first time takes longer than later ones."
 
 Session = dict[str, Edits]
 """The facts of one visitor by the label of the memory they are for."""
@@ -75,7 +79,7 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
     calls = {"api_visibility": "private", "concurrency_id": _MODEL, "concurrency_limit": 1}
     with _blocks_class()(title=f"{explorer.name} · engram-lm explore", analytics_enabled=False) as app:
         session, view = gr.State({}), gr.State(None)
-        gr.HTML(header(explorer), apply_default_css=False)
+        head = gr.HTML(header(explorer, explorer.memories[0]), apply_default_css=False, elem_id="engram-head")
         ids = explorer.tokenizer is None
         text = gr.Textbox(
             first_text,
@@ -83,22 +87,21 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
             info="The configuration came without a tokenizer." if ids else "Type or paste; the page follows.",
             lines=2,
             max_lines=10,
-            max_length=_LONGEST_TEXT,
             elem_id="engram-text",
         )
         memory = gr.Dropdown(
-            list(explorer.memories),
+            [(name or "the model’s own", name) for name in explorer.memories],
             value=explorer.memories[0],
             label="Memory to look at; the others stay switched on",
             visible=len(explorer.memories) > 1,
             elem_id="engram-memory",
         )
-        said = gr.HTML(apply_default_css=False, elem_id="engram-said")
+        said = gr.HTML(notices([_FIRST_READING]), apply_default_css=False, elem_id="engram-said")
         tokens = gr.HTML(apply_default_css=False, js_on_load=_asset("strip.js"), elem_id="engram-tokens")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 token = gr.HTML(apply_default_css=False, elem_id="engram-token")
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=280, visible=explorer.model is not None):
                 predictions = gr.HTML(apply_default_css=False, elem_id="engram-predictions")
         read = functools.partial(_read, explorer)
 
@@ -114,7 +117,7 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
             wordings: str,
             progress: Any = gr.Progress(),  # noqa: B008 - how Gradio finds where to report
         ) -> tuple[Any, ...]:
-            return _add(explorer, memory, session, (prompt, answer, about, wordings), progress)
+            return _add(explorer, listed, memory, session, (prompt, answer, about, wordings), progress)
 
         reads: dict[str, Any] = {
             "inputs": [text, memory, session],
@@ -133,6 +136,7 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
             show_progress="hidden",
             **calls,
         )
+        memory.change(functools.partial(header, explorer), inputs=[memory], outputs=[head], **calls)
         if explorer.model is None or explorer.spec(explorer.memories[0]) is None:
             memory.change(read, **reads)
             return app
@@ -143,15 +147,14 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
                 apply_default_css=False,
             )
             with gr.Row():
-                prompt = gr.Textbox(label="Prompt", placeholder="The capital of Elbonia is", max_length=2000)
-                answer = gr.Textbox(label="Answer", placeholder="Mudville", max_length=200)
-                about = gr.Textbox(label="Subject", placeholder="Elbonia", max_length=200)
+                prompt = gr.Textbox(label="Prompt", placeholder="The capital of Elbonia is")
+                answer = gr.Textbox(label="Answer", placeholder="Mudville")
+                about = gr.Textbox(label="Subject", placeholder="Elbonia")
             wordings = gr.Textbox(
                 label="Other wordings, one a line",
                 placeholder="Elbonia's capital is",
                 lines=1,
                 max_lines=6,
-                max_length=5000,
             )
             with gr.Row():
                 add = gr.Button("Write the fact", variant="primary", elem_id="engram-add")
@@ -159,25 +162,26 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
                 save = gr.DownloadButton("Save as a patch", interactive=False, elem_id="engram-save")
             facts = gr.CheckboxGroup([], label="Your facts", visible=False, elem_id="engram-list")
             report = gr.HTML(apply_default_css=False, elem_id="engram-report")
+        save.GRADIO_CACHE = str(app.folder)  # where the button's files are, so that Gradio makes no copies
+        listed = functools.partial(_listed, explorer, app.folder)
         changed: dict[str, Any] = {"outputs": [session, report, facts, back, save], **calls}
-        listed = {"fn": functools.partial(_listed, explorer), "inputs": [memory, session], **changed}
         add.click(write, inputs=[memory, session, prompt, answer, about, wordings], **changed).then(read, **reads)
-        back.click(functools.partial(_take_back, explorer), inputs=[memory, session, facts], **changed).then(
-            read, **reads
-        )
-        memory.change(read, **reads).then(**listed)
+        take_back = functools.partial(_take_back, explorer, listed)
+        back.click(take_back, inputs=[memory, session, facts], **changed).then(read, **reads)
+        memory.change(read, **reads).then(listed, inputs=[memory, session], **changed)
     return app
 
 
-def _read(explorer: Explorer, text: str, memory: str, session: Session) -> tuple[View | None, str, str, str, str]:
-    """Read a text and look at its last token."""
+def _read(explorer: Explorer, text: str, memory: str, session: Session) -> Iterator[tuple[Any, ...]]:
+    """Read a text, show its tokens, and then look at the last one, which takes longer."""
     edits = _edits(session, memory)
     try:
         view = explorer.read(text, edits)
-        token, predictions = _panels(explorer, view, explorer.look(view, len(view.tokens) - 1, edits))
+        shown, unchanged = (view, notices(view.notes), strip(view)), _gradio().skip()
+        yield (*shown, unchanged, unchanged)
+        yield (*shown, *_panels(explorer, view, explorer.look(view, len(view.tokens) - 1, edits)))
     except EngramError as error:
-        return None, notices([f"{error}."], kind="error"), "", "", ""
-    return view, notices(view.notes), strip(view), token, predictions
+        yield None, notices([f"{error}."], kind="error"), "", "", ""
 
 
 def _look(explorer: Explorer, view: View | None, session: Session, position: int, place: int) -> tuple[str, str]:
@@ -197,7 +201,12 @@ def _panels(explorer: Explorer, view: View, token: TokenView) -> tuple[str, str]
 
 
 def _add(
-    explorer: Explorer, memory: str, session: Session, typed: tuple[str, str, str, str], progress: Any
+    explorer: Explorer,
+    listed: Callable[..., tuple[Any, ...]],
+    memory: str,
+    session: Session,
+    typed: tuple[str, str, str, str],
+    progress: Any,
 ) -> tuple[Any, ...]:
     """Fit a fact, as it was typed, beside the others of this visitor."""
     edits = _edits(session, memory)
@@ -211,58 +220,77 @@ def _add(
         )
         progress(0.8, desc="Proving what is untouched")
     except EngramError as error:
-        return (session, notices([f"{error}."], kind="error"), *_widgets(edits))
-    return _listed(explorer, memory, {**session, memory: edits})
+        return listed(memory, session, notices([f"{error}."], kind="error"))
+    return listed(memory, {**session, memory: edits})
 
 
 def read_fact(prompt: str, answer: str, subject: str = "", wordings: str = "") -> FactEdit:
     """Make a fact of what a person typed: the space before an answer is put there where the prompt ends with a word.
 
     Raises:
-        ConfigError: A text is empty, or the subject is missing from a wording.
+        ConfigError: A text is empty or far too long, or the subject is missing from a wording.
     """
-    prompt, answer = prompt.strip(), answer.strip()
-    spaced = f" {answer}" if prompt and prompt[-1].isascii() and answer else answer
+    prompt, answer, subject = prompt.strip(), answer.strip(), subject.strip()
     others = tuple(line.strip() for line in wordings.splitlines() if line.strip())
-    return FactEdit(prompt=prompt, answer=spaced, subject=subject.strip(), paraphrases=others)
+    # The words of `FactEdit` name its fields; here they are called as the page calls them.
+    for label, text in (("Prompt", prompt), ("Answer", answer), ("Subject", subject), ("Other wordings", wordings)):
+        if len(text) > _LONGEST_WORDING:
+            raise ConfigError(f"“{label}” has {len(text):,} characters; it takes at most {_LONGEST_WORDING:,}")
+    if not prompt or not answer:
+        raise ConfigError(f"“{'Answer' if prompt else 'Prompt'}” is empty; a fact is a prompt and how it goes on")
+    for text in (prompt, *others):
+        if subject not in text:
+            raise ConfigError(
+                f"the subject {subject!r:.100} is not in {text!r:.200}; “Prompt” and every line of “Other wordings” "
+                "name it, spelled alike"
+            )
+    spaced = f" {answer}" if prompt[-1].isascii() else answer
+    return FactEdit(prompt=prompt, answer=spaced, subject=subject, paraphrases=others)
 
 
-def _take_back(explorer: Explorer, memory: str, session: Session, prompts: Sequence[str]) -> tuple[Any, ...]:
+def _take_back(
+    explorer: Explorer,
+    listed: Callable[..., tuple[Any, ...]],
+    memory: str,
+    session: Session,
+    prompts: Sequence[str],
+) -> tuple[Any, ...]:
     """Take the chosen facts back."""
-    edits = _edits(session, memory)
     if not prompts:
-        return (session, notices(["Choose the facts to take back in the list."]), *_widgets(edits))
+        return listed(memory, session, notices(["Choose the facts to take back in the list."]))
     try:
-        edits = explorer.take_back(prompts, edits)
+        edits = explorer.take_back(prompts, _edits(session, memory))
     except EngramError as error:
-        return (session, notices([f"{error}."], kind="error"), *_widgets(edits))
-    return _listed(explorer, memory, {**session, memory: edits})
+        return listed(memory, session, notices([f"{error}."], kind="error"))
+    return listed(memory, {**session, memory: edits})
 
 
-def _listed(explorer: Explorer, memory: str, session: Session) -> tuple[Any, ...]:
-    """Show the facts of a memory and what they do."""
-    edits = _edits(session, memory)
-    learned = () if edits.patch is None else edits.patch.is_as_asked
-    report = facts_panel(explorer.answers(edits), explorer.proof(edits), learned)
-    return (session, report, *_widgets(edits))
-
-
-def _widgets(edits: Edits) -> tuple[Any, ...]:
-    """Update the list of facts and the buttons that need one."""
-    gr, prompts = _gradio(), list(edits.prompts)
+def _listed(explorer: Explorer, folder: Path, memory: str, session: Session, said: str = "") -> tuple[Any, ...]:
+    """Show the facts of a memory and what they do, and update the list of facts and the buttons that need one."""
+    gr, edits = _gradio(), _edits(session, memory)
+    report = said + facts_panel(explorer.answers(edits), explorer.proof(edits))
+    prompts = list(edits.prompts)
     facts = gr.CheckboxGroup(choices=prompts, value=[], visible=bool(prompts))
     # The button hands out the file that it holds when it is pressed, so it always holds the facts of the list.
-    save = gr.DownloadButton(value=_saved(edits), interactive=bool(prompts))
-    return facts, gr.Button(interactive=bool(prompts)), save
+    save = gr.DownloadButton(value=_saved(edits, folder), interactive=bool(prompts))
+    return session, report, facts, gr.Button(interactive=bool(prompts)), save
 
 
-def _saved(edits: Edits) -> str | None:
-    """Write the facts as a patch into a folder of its own, for the visitor to download; None without any."""
+def _saved(edits: Edits, folder: Path) -> str | None:
+    """Write the facts as a patch for the visitor to download; None without any. The file lives as long as the facts."""
     if edits.patch is None:
         return None
-    path = Path(tempfile.mkdtemp(prefix="engram-explore-")) / "facts.safetensors"
+    path = _folder_of(edits.patch, folder) / "facts.safetensors"
     edits.patch.save(path)
     return str(path)
+
+
+def _folder_of(owner: Any, parent: Path | None = None) -> Path:
+    """Make a temporary folder that is removed when its owner is gone, or when the process ends."""
+    # Resolved, because Gradio compares paths as they are written.
+    folder = Path(tempfile.mkdtemp(prefix="engram-explore-", dir=parent)).resolve()
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _edits(session: Mapping[str, Edits], memory: str) -> Edits:
@@ -322,9 +350,15 @@ def _theme() -> Any:
 def _blocks_class() -> Any:
     """Make the class of the page: Gradio's, with other defaults for ``launch``."""
     gr = _gradio()
+    from starlette.middleware import Middleware
 
     class Page(gr.Blocks):  # type: ignore[name-defined]
         """A page that asks nothing of the network and looks like the reports of this library."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.folder = _folder_of(self)
+            """Where patches lie until they are downloaded."""
 
         def launch(self, *args: Any, **kwargs: Any) -> Any:
             # Fonts are the system's own; Gradio's settings and API page are no part of this page.
@@ -335,7 +369,10 @@ def _blocks_class() -> Any:
                 "footer_links": [],
                 "share": False,
                 "quiet": True,
+                "allowed_paths": [*kwargs.pop("allowed_paths", ()), str(self.folder)],
             }
-            return super().launch(*args, **{**look, **kwargs})
+            options = dict(kwargs.pop("app_kwargs", None) or {})
+            options["middleware"] = [*options.get("middleware", ()), Middleware(ContentPolicy)]
+            return super().launch(*args, **{**look, **kwargs}, app_kwargs=options)
 
     return Page

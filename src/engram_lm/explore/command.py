@@ -37,7 +37,8 @@ class Explore(ModelFlags):
     more_adapters: tuple[str, ...] = ()
     """Memories to attach besides --adapter; the page looks at one at a time, and all stay switched on."""
     data: tuple[Path, ...] = ()
-    """Text files or folders whose frequent N-grams are compared; the Python standard library's sources by default."""
+    """Text files or folders whose frequent N-grams are compared, of a long one the first 200,000 tokens; the Python
+    standard library's sources by default."""
     tokenizer: Path | None = None
     """For a config without weights: a folder with tokenizer.json, or that file. Without it token ids are typed."""
     text: str | None = None

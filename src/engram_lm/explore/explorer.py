@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engram_lm.adapt import FactEdit, RowPatch, attached_adapters
+from engram_lm.adapt.edits.expressions import read_wordings
 from engram_lm.adapt.edits.fit import JointFitOptions, JointFitProgress
+from engram_lm.adapt.edits.scoring import score_wordings
 from engram_lm.adapt.patchable import patchable_memory
 from engram_lm.adapt.row_patch_proof import RowPatchProof
 from engram_lm.analysis.gates.trace import GateTrace, TraceKeeper
-from engram_lm.analysis.protocol import Analysis, NotApplicable, Reading
+from engram_lm.analysis.protocol import Analysis, NotApplicable
 from engram_lm.analysis.reading import read_text
 from engram_lm.analysis.rows.collisions import TextNgrams
 from engram_lm.analysis.rows.neighbours import Neighbours, nearest_ngrams
-from engram_lm.analysis.subject import Subject, find_subject
+from engram_lm.analysis.subject import OWN_MEMORY, Subject, find_subject
 from engram_lm.errors import ConfigError, DataError, EngramError, TokenError, check_whole
 from engram_lm.evaluation.suppressing import suppressed, without_ngrams
 from engram_lm.explore.addresses import Addresses, Lookup, find_addresses, spell, spell_each
-from engram_lm.explore.predictions import Prediction, changes, predictions
+from engram_lm.explore.predictions import FactAnswer, LogitsKeeper, Prediction, changes, predictions, read_logits
 from engram_lm.hashing import HashSpec
 from engram_lm.tokenizing import begin, beginning_tokens, text_tokens
 
@@ -32,6 +33,8 @@ from engram_lm.tokenizing import begin, beginning_tokens, text_tokens
 _COMPARED_NGRAMS = 1 << 13
 """N-grams of the reference among which neighbors are sought: the most frequent ones."""
 _PROOF = {"window_tokens": 64, "max_windows": 12}
+_MOST_CHARACTERS = 20_000
+"""Characters of a text that are tokenized, at least; more where more tokens are to be read."""
 
 WITH, WITHOUT, BEFORE_EDITS = "with memory", "without memory", "before your edits"
 """Names of predictions."""
@@ -61,9 +64,7 @@ class View:
     tokens: np.ndarray
     """Raw tokens that were read, int64 ``[L]``."""
     texts: tuple[str, ...]
-    """What each of them spells; joined they give back the text."""
-    num_left_out: int
-    """Tokens at the end of the text that are more than the page shows or the model can see."""
+    """What each of them spells, which gives back the text where there is a tokenizer, and otherwise its id."""
     addresses: Addresses | None
     """Where the memory looks; None without memory."""
     trace: GateTrace | None
@@ -104,8 +105,8 @@ class Explorer:
         tokenizer: Its tokenizer; None for a hash of raw ids, which are then typed in place of a text.
         model: The model; None for a hash alone.
         spec: The hash, where there is no model.
-        reference: Returns raw tokens of a text ``[num_tokens]``: its frequent N-grams are those that are compared, and
-            it is what facts must leave alone. Called once, when it is first needed.
+        reference: Returns raw tokens of a text ``[num_tokens]``, some hundred thousand: its frequent N-grams are those
+            that are compared, and it is what facts must leave alone. Called once, when it is first needed.
         reference_name: What that text is.
         max_tokens: Tokens of a text that are read, at most.
     """
@@ -138,8 +139,8 @@ class Explorer:
 
     @property
     def memories(self) -> tuple[str, ...]:
-        """Labels of the memories that can be looked at; a model without any has one empty label."""
-        return tuple(self.subjects) or ("",)
+        """Labels of the memories that can be looked at: `OWN_MEMORY`, also for a model without any, and adapters."""
+        return tuple(self.subjects) or (OWN_MEMORY,)
 
     def spec(self, memory: str) -> HashSpec | None:
         """Return the hash of a memory; None for a model without memory."""
@@ -150,7 +151,8 @@ class Explorer:
         """The text whose frequent N-grams are compared; None without one."""
         with self._lock:
             if self._counted is None and self._reference is not None:
-                self._counted = TextNgrams(self._reference())
+                tokens = self._reference()
+                self._counted = TextNgrams(tokens, max_ngrams=max(1, len(tokens)))
             return self._counted
 
     def spell(self, token: int) -> str:
@@ -166,14 +168,9 @@ class Explorer:
                 is outside the vocabulary.
             EngramError: The model cannot read it.
         """
-        tokens, num_left_out = self._tokens(text)
+        tokens, notes = self._tokens(text)
         spec = self.spec(edits.memory)
         addresses = None if spec is None else find_addresses(spec, tokens)
-        notes = []
-        if num_left_out:
-            notes.append(
-                f"The text has {len(tokens) + num_left_out:,} tokens. The page reads the first {len(tokens):,}."
-            )
         trace: GateTrace | None = None
         changed: np.ndarray | None = None
         found: dict[str, tuple[Prediction, ...]] = {}
@@ -184,7 +181,6 @@ class Explorer:
             memory=edits.memory,
             tokens=tokens,
             texts=spell_each(self.tokenizer, tokens),
-            num_left_out=num_left_out,
             addresses=addresses,
             trace=trace,
             predictions=found,
@@ -222,7 +218,7 @@ class Explorer:
                     mask = np.zeros((len(view.tokens), len(orders)), bool)
                     mask[view.addresses.same_ngram(position, one.order), orders.index(one.order)] = True
                     with without_ngrams(subject, torch.from_numpy(mask)):
-                        logits = self._logits(subject, view.tokens)[position : position + 1]
+                        logits = read_logits(subject, view.tokens)[position : position + 1]
                     found[f"without the {one.order}-gram"] = predictions(logits, self.spell)[0]
         return TokenView(position=position, lookups=lookups, neighbours=neighbours, predictions=found)
 
@@ -232,11 +228,13 @@ class Explorer:
         """Fit a fact beside those that a visitor has added, and return all of them. The model is left as it was.
 
         Raises:
-            ConfigError: There is no memory to write into, its rows have no effect, or the fact is there already.
+            ConfigError: There is no memory to write into, its rows have no effect, the fact is there already, a wording
+                is longer than what can be read, or the model's numbers after it are not finite.
         """
         target = self._target(edits.memory)
         reference = self.reference
         with self._lock, _frozen(self.model):
+            self._check_wordings(fact, edits.memory)
             patch = RowPatch.fit_facts(
                 target,
                 self.tokenizer,
@@ -267,20 +265,26 @@ class Explorer:
         with self._lock:
             return edits.patch.proof(self._target(edits.memory), reference.tokens, **_PROOF)
 
-    def answers(self, edits: Edits) -> dict[str, tuple[Prediction, Prediction]]:
-        """Return, for the prompt of each fact, what is predicted after it before the facts and with them."""
-        if edits.patch is None:
+    def answers(self, edits: Edits) -> dict[str, FactAnswer]:
+        """Compute, for the prompt of each fact, what is predicted after it before the facts and with all of them."""
+        if edits.patch is None or edits.patch.edit is None:
             return {}
-        subject = self._subject(edits.memory)
-        found = {}
-        for prompt in edits.prompts:
-            tokens = text_tokens(self.tokenizer, prompt)
-            with self._lock:
-                before = self._logits(subject, tokens)[-1:]
-                with self._edited(edits):
-                    after = self._logits(subject, tokens)[-1:]
-            found[prompt] = (predictions(before, self.spell)[0], predictions(after, self.spell)[0])
-        return found
+        subject, target = self._subject(edits.memory), self._target(edits.memory)
+        facts = edits.patch.edit.facts
+        prompts = [text_tokens(self.tokenizer, fact.prompt) for fact in facts]
+
+        def ask() -> list[Prediction]:
+            return [predictions(read_logits(subject, tokens)[-1:], self.spell)[0] for tokens in prompts]
+
+        with self._lock:
+            before = ask()
+            with self._edited(edits):
+                now = ask()
+                # Not what the patch says of itself: facts that came or went since its fit may have changed that.
+                wordings = read_wordings(self.tokenizer, [dataclasses.replace(fact, paraphrases=()) for fact in facts])
+                scores = score_wordings(patchable_memory(target), wordings)
+        is_there = [(score.lead > 0) != fact.forget for fact, score in zip(facts, scores, strict=True)]
+        return dict(zip(edits.prompts, map(FactAnswer, before, now, is_there), strict=True))
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
@@ -289,17 +293,32 @@ class Explorer:
             raise ConfigError(f"there is no memory called {memory!r}; there are {', '.join(self.subjects)}")
         return self.subjects[memory]
 
+    def _check_wordings(self, fact: FactEdit, memory: str) -> None:
+        """Refuse a fact with a wording that the model cannot read, or after which its numbers are not finite."""
+        for text in fact.wordings:
+            tokens = text_tokens(self.tokenizer, text + fact.answer)
+            if len(tokens) > self.max_tokens:
+                raise ConfigError(
+                    f"{text[:60]!r}... has {len(tokens):,} tokens with its answer, and at most {self.max_tokens:,} can "
+                    "be read; shorten it"
+                )
+            if not bool(read_logits(self._subject(memory), tokens).isfinite().all()):
+                raise ConfigError(f"the model's numbers after {text!r:.100} are not finite, so no fact can be fitted")
+
     def _target(self, memory: str) -> Any:
         """What `RowPatch` writes into: a memory adapter, or the model."""
         if self.model is None:
             raise ConfigError("this is a configuration without weights, so there are no rows to write into")
         return attached_adapters(self.model).get(memory, self.model)
 
-    def _tokens(self, text: str) -> tuple[np.ndarray, int]:
-        """Tokenize, and cut to what can be read; the number of tokens that were left out comes second."""
+    def _tokens(self, text: str) -> tuple[np.ndarray, list[str]]:
+        """Tokenize what can be read, and say in a sentence what is left out."""
+        longest = max(_MOST_CHARACTERS, 16 * self.max_tokens)
+        size, text = len(text), text[:longest]
         if self.tokenizer is None:
             try:
-                tokens = np.array([int(one) for one in text.replace(",", " ").split()], np.int64)
+                ids = text.replace(",", " ").split()
+                tokens = np.array([int(one) for one in ids[: -1 if size > longest else None]], np.int64)
             except (ValueError, OverflowError) as error:
                 raise TokenError(
                     "this configuration came without a tokenizer: type token ids, such as 17, 4, 256"
@@ -309,7 +328,13 @@ class Explorer:
         given = 0 if self.tokenizer is None else len(begin(beginning_tokens(self.tokenizer), []))
         if len(tokens) <= given:
             raise DataError("there is no text to read; type a few words")
-        return tokens[: self.max_tokens], max(0, len(tokens) - self.max_tokens)
+        notes = []
+        if size > longest:
+            num_read = min(len(tokens), self.max_tokens)
+            notes.append(f"The text has {size:,} characters. The page reads the first {num_read:,} tokens.")
+        elif len(tokens) > self.max_tokens:
+            notes.append(f"The text has {len(tokens):,} tokens. The page reads the first {self.max_tokens:,}.")
+        return tokens[: self.max_tokens], notes
 
     @contextlib.contextmanager
     def _edited(self, edits: Edits) -> Iterator[None]:
@@ -332,7 +357,7 @@ class Explorer:
         subject, notes = self._subject(edits.memory), []
         trace, found, changed = None, {}, None
         with self._edited(edits):
-            keepers: dict[str, Analysis] = {"gates": TraceKeeper(), "logits": _LogitsKeeper()}
+            keepers: dict[str, Analysis] = {"gates": TraceKeeper(), "logits": LogitsKeeper()}
             result = read_text([subject], tokens, keepers, length=len(tokens), budget_bytes=1 << 62)
             logits = result["logits"]
             if isinstance(result["gates"], NotApplicable):
@@ -342,24 +367,18 @@ class Explorer:
             found[WITH if subject.memories else "the model"] = predictions(logits, self.spell)
             if subject.memories:
                 with suppressed(subject):
-                    without = self._logits(subject, tokens)
+                    without = read_logits(subject, tokens)
                 found[WITHOUT] = predictions(without, self.spell)
                 changed = changes(logits, without)
         if edits.patch is not None:
             with self._lock:
-                found[BEFORE_EDITS] = predictions(self._logits(subject, tokens), self.spell)
+                found[BEFORE_EDITS] = predictions(read_logits(subject, tokens), self.spell)
         num_bad = int((~logits.isfinite().all(-1)).sum())
         if num_bad:
             notes.append(
                 f"The model's predictions are not finite after {num_bad} of {len(tokens)} tokens (NaN or infinite)."
             )
         return trace, found, changed, notes
-
-    def _logits(self, subject: Subject, tokens: np.ndarray) -> Tensor:
-        """Compute the logits of a text, float32 ``[L, V]`` on the CPU."""
-        keeper: dict[str, Analysis] = {"logits": _LogitsKeeper()}
-        logits: Tensor = read_text([subject], tokens, keeper, length=len(tokens), budget_bytes=1 << 62)["logits"]
-        return logits
 
     def _neighbours(self, subject: Subject, lookup: Lookup) -> Neighbours | str:
         """Find neighbors, or say why there are none."""
@@ -387,26 +406,13 @@ class Explorer:
         return edited & (addresses.visible > 0)
 
 
-class _LogitsKeeper(Analysis):
-    """Keeps the logits of a text that is read in one window."""
-
-    wants = frozenset({"logits"})
-
-    def update(self, readings: Sequence[Reading]) -> None:
-        logits = readings[0].logits
-        assert logits is not None
-        self._logits = logits[0].float().cpu()
-
-    def result(self) -> Tensor:
-        return self._logits
-
-
 def _subjects(model: Any, tokenizer: Any, name: str) -> dict[str, Subject]:
-    """Find the memories that can be looked at: the model's attached ones by their names, or its own."""
+    """Find the memories that can be looked at: the model's own, and the attached ones by their names."""
     attached = [label for label, adapter in attached_adapters(model).items() if adapter.enabled]
-    if attached:
-        return {label: find_subject(model, tokenizer, name=name, adapter=label) for label in attached}
-    return {"": find_subject(model, tokenizer, name=name)}
+    found = {label: find_subject(model, tokenizer, name=name, adapter=label) for label in [OWN_MEMORY, *attached]}
+    if attached and not found[OWN_MEMORY].memories:
+        del found[OWN_MEMORY]
+    return found
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import numpy as np
 from engram_lm.adapt.row_patch_proof import RowPatchProof
 from engram_lm.analysis.rows.neighbours import Neighbours
 from engram_lm.evaluation.token_text import visible_text
-from engram_lm.explore.addresses import Lookup, merged_with
+from engram_lm.explore.addresses import FREQUENT_POSITIONS, Lookup, merged_with
 from engram_lm.explore.explorer import BEFORE_EDITS, Explorer, TokenView, View
-from engram_lm.explore.predictions import Prediction
+from engram_lm.explore.predictions import FactAnswer, Prediction
 from engram_lm.hashing import HashSpec
 from engram_lm.page.frame import escape
 from engram_lm.page.number_text import count_text, number_text, signed_text
@@ -31,9 +31,9 @@ def code(text: str) -> str:
     return f"<code>{shown(text)}</code>"
 
 
-def header(explorer: Explorer) -> str:
-    """Say what the page looks at."""
-    spec = explorer.spec(explorer.memories[0])
+def header(explorer: Explorer, memory: str) -> str:
+    """Say what the page looks at, with the numbers of one memory."""
+    spec = explorer.spec(memory)
     facts: list[tuple[str, str]] = []
     if spec is not None:
         # Layers with a shared table read the same rows.
@@ -45,10 +45,13 @@ def header(explorer: Explorer) -> str:
             ("orders", ", ".join(map(str, spec.orders))),
             ("heads of an order", str(spec.num_heads)),
             ("rows", count_text(rows)),
-            ("canonical tokens", f"{spec.num_canonical:,} of {spec.num_tokens:,}"),
+            ("tokens, hashed as they are", f"{spec.num_tokens:,}")
+            if _hashes_raw(spec)
+            else ("canonical tokens", f"{spec.num_canonical:,} of {spec.num_tokens:,}"),
         ]
     entries = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    kind = "model without memory" if spec is None else "hash alone, no weights" if explorer.model is None else "model"
+    kind = "model without memory" if spec is None else "model"
+    kind = kind if spec is None or explorer.model is not None else f"addresses alone, without weights ({spec.variant})"
     return (
         f'<header class="engram-header"><p class="eyebrow">engram-lm explore · {kind}</p>'
         f"<h1>{escape(explorer.name)}</h1><dl>{entries}</dl></header>"
@@ -127,13 +130,18 @@ def token_panel(explorer: Explorer, view: View, token: TokenView) -> str:
         parts.append("<p>The memory is not read here: this token is dead for the hash.</p>")
     elif view.trace is not None:
         parts.append(_gates(view, place))
-    parts += [_lookup(explorer, view, token, lookup) for lookup in token.lookups]
+    parts.append(f'<div class="lookups">{"".join(_lookup(explorer, view, token, one) for one in token.lookups)}</div>')
+    reference = explorer.reference if token.lookups else None
+    if reference is not None:
+        said = f"The reference text: {len(reference.tokens):,} tokens of {explorer.reference_name}. "
+        said += f"N-grams that occur {FREQUENT_POSITIONS} times in it, or more often, are called frequent."
+        parts.append(f'<p class="sub reference">{escape(said)}</p>')
     return f'<section class="engram-panel" aria-label="The chosen token">{"".join(parts)}</section>'
 
 
 def _identity(explorer: Explorer, view: View, place: int) -> str:
     token, said = int(view.tokens[place]), ""
-    if view.addresses is not None and view.addresses.canonical[place] >= 0:
+    if view.addresses is not None and view.addresses.canonical[place] >= 0 and not _hashes_raw(view.addresses.spec):
         others, number = merged_with(view.addresses.spec, token)
         same = " ".join(code(explorer.spell(one)) for one in others) if explorer.tokenizer is not None else ""
         more = f" and {number - len(others):,} more" if number > len(others) else ""
@@ -178,7 +186,7 @@ def _lookup(explorer: Explorer, view: View, token: TokenView, lookup: Lookup) ->
         f'<p class="sub">block {lookup.block}{score}{cut}</p>',
         f'<p>Rows <span class="rows">{" ".join(f"{row:,}" for row in lookup.rows)}</span></p>',
     ]
-    if explorer.reference_name:
+    if explorer.reference is not None:
         lines.append(_shared(lookup, spec))
     found = token.neighbours.get(lookup.order)
     if isinstance(found, Neighbours):
@@ -189,11 +197,11 @@ def _lookup(explorer: Explorer, view: View, token: TokenView, lookup: Lookup) ->
 
 
 def _shared(lookup: Lookup, spec: HashSpec) -> str:
-    times = f"It occurs {lookup.num_positions:,} times in the reference text" if lookup.num_positions > 1 else ""
-    times = "It occurs once in the reference text" if lookup.num_positions == 1 else times
-    times = times or "It is not among the frequent N-grams of the reference text"
+    number = lookup.num_positions
+    times = "does not occur" if not number else "occurs once" if number == 1 else f"occurs {number:,} times"
+    times = f"It {times} in the reference text"
     if not lookup.num_sharers:
-        return f"<p>{times}, and no other frequent N-gram reads any of its rows.</p>"
+        return f"<p>{times}, and no other N-gram that is frequent there reads any of its rows.</p>"
     names = ", ".join(
         f'{code(one.text)} <span class="sub">×{one.num_positions:,}'
         + (f", {one.num_heads} heads" if one.num_heads > 1 else "")
@@ -253,16 +261,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.0005 or not share else "<0.1 %".replace("<", "&lt;")
 
 
-def facts_panel(
-    answers: Mapping[str, tuple[Prediction, Prediction]], proof: RowPatchProof | None, learned: Sequence[bool]
-) -> str:
+def facts_panel(answers: Mapping[str, FactAnswer], proof: RowPatchProof | None) -> str:
     """Say what the visitor's facts have changed, and what not."""
     if not answers:
         return ""
     rows = []
-    for (prompt, (before, after)), done in zip(answers.items(), learned, strict=True):
-        said = "written" if done else "not learned"
-        cells = "".join(f"<td>{cell}</td>" for cell in (_best(before), _best(after), said))
+    for prompt, answer in answers.items():
+        said = "written" if answer.is_as_asked else "not learned"
+        cells = "".join(f"<td>{cell}</td>" for cell in (_best(answer.before), _best(answer.now), said))
         rows.append(f'<tr><th scope="row">{escape(prompt)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", "went on with", "goes on with", ""))
     parts = [
@@ -294,6 +300,11 @@ def _proved(proof: RowPatchProof) -> str:
         f"{proof.num_windows_apart} windows of {proof.window_tokens} tokens that read none of them were computed "
         "again: <strong>every logit is the same, bit for bit</strong>."
     )
+
+
+def _hashes_raw(spec: HashSpec) -> bool:
+    """Whether every token is its own canonical token."""
+    return spec.token_map is not None and spec.token_map.is_identity
 
 
 def _spec(view: View) -> HashSpec:

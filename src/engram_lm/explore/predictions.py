@@ -1,11 +1,15 @@
 """What a model predicts next, and how far two predictions are apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from engram_lm.analysis.protocol import Analysis, Reading
+from engram_lm.analysis.reading import read_text
+from engram_lm.analysis.subject import Subject
 
 # Dimension key: L length, V vocabulary.
 
@@ -28,6 +32,40 @@ class Prediction(NamedTuple):
 
     candidates: tuple[Candidate, ...]
     """The likeliest first; empty where the model's numbers are not finite."""
+
+
+class FactAnswer(NamedTuple):
+    """How the prompt of a fact is answered."""
+
+    before: Prediction
+    """What came next before any fact of the visitor."""
+    now: Prediction
+    """What comes next with all of them."""
+    is_as_asked: bool
+    """Whether the whole answer of the fact is now the greedy continuation."""
+
+
+class LogitsKeeper(Analysis):
+    """Keeps the logits of a text that is read in one window."""
+
+    wants = frozenset({"logits"})
+
+    def update(self, readings: Sequence[Reading]) -> None:
+        """Keep the logits of the one window."""
+        logits = readings[0].logits
+        assert logits is not None
+        self._logits = logits[0].float().cpu()
+
+    def result(self) -> Tensor:
+        """Return them, float32 ``[L, V]`` on the CPU."""
+        return self._logits
+
+
+def read_logits(subject: Subject, tokens: np.ndarray) -> Tensor:
+    """Compute the logits of a text, float32 ``[L, V]`` on the CPU."""
+    keeper: dict[str, Analysis] = {"logits": LogitsKeeper()}
+    logits: Tensor = read_text([subject], tokens, keeper, length=len(tokens), budget_bytes=1 << 62)["logits"]
+    return logits
 
 
 def predictions(logits: Tensor, spell: Callable[[int], str]) -> tuple[Prediction, ...]:

@@ -99,7 +99,7 @@ def read_text(path: Path, digest: str) -> Iterator[Piece]:
                 yield Piece(piece, bytes.fromhex(digest), False, position - done)
                 done = position
     except NoTextError as error:
-        raise DataError(f"{path} has become unreadable ({error})") from error
+        raise DataError(f"{path} cannot be read as text ({error})") from error
     yield Piece(text, bytes.fromhex(digest), True, position - done)
 
 

@@ -105,6 +105,7 @@ def open_sources(
     sources: Sources = (),
     *,
     max_bytes: int | None = None,
+    whole_files: bool = True,
     remembered: str | os.PathLike[str] | None = None,
     on_progress: Callable[[int, int | None], None] = lambda num_bytes, total_bytes: None,
 ) -> OpenSources:
@@ -117,6 +118,8 @@ def open_sources(
         sources: Paths, tables, or `TextSource`s; the Python standard library's own sources where empty.
         max_bytes: Of more files than this, take some: in an order that depends on their names alone, until they hold
             this many bytes. They are read in the usual order all the same. Datasets are not limited.
+        whole_files: False opens a file of more than ``max_bytes`` without reading it, for callers that read only the
+            beginning: it is identified by its path, size and time of change, and whether it is text is found out later.
         remembered: A file that keeps digests from one call to the next; made if missing, ignored if broken.
         on_progress: Called with the bytes just inspected and the bytes in all.
 
@@ -142,7 +145,8 @@ def open_sources(
                 items.append(_open_dataset(entry, memory))
                 continue
             try:
-                item = _open_file(entry, memory)
+                begun = not whole_files and max_bytes is not None and entry.num_bytes > max_bytes
+                item = _open_file(entry, memory, unread=begun)
                 if item.identity in seen and not entry.named:
                     raise NoTextError("a copy of another")
                 seen.add(item.identity)
@@ -246,13 +250,16 @@ def _limited(found: list[TextSource | _File], max_bytes: int, skipped: Counter[s
     return [entry for entry in found if entry in taken or isinstance(entry, TextSource)]
 
 
-def _open_file(file: _File, memory: "_Digests") -> SourceItem:
+def _open_file(file: _File, memory: "_Digests", *, unread: bool = False) -> SourceItem:
     """Make the item of a file; `NoTextError` says why there is none."""
     if not file.path.is_file():  # a socket, a pipe, a link to nothing
         raise NoTextError("a link to a folder" if file.path.is_dir() else "not a regular file")
     if file.kind == "parquet":
         need("pyarrow")
-    stamp, digest = memory.inspect(file.path, text=file.kind == "text")
+    if unread and (found := _stamp(file.path.absolute())) is not None:
+        stamp, digest = found, hashlib.sha256(repr(found).encode()).hexdigest()
+    else:
+        stamp, digest = memory.inspect(file.path, text=file.kind == "text")
     read: Callable[[], Iterator[Piece]]
     if file.kind == "text":
         identity, read = f"text::{digest}", functools.partial(read_text, file.path, digest)
