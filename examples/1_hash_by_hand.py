@@ -14,6 +14,7 @@ import numpy as np
 
 from engram_lm import HashSpec, TokenMap
 from engram_lm.analysis import collision_study
+from engram_lm.training.data.documents import read_documents
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 OUT = Path("runs/lessons")
@@ -84,12 +85,15 @@ for token, own, real in zip(tokens, rows_by_hand, rows):
     print(f"{vocabulary[token]!r:>12}  by hand {own.tolist()}  library {real.tolist()}")
 assert np.array_equal(rows_by_hand, rows), "both are the same rule"
 
-# %% 4. Collisions: there are more N-grams than rows, so some share one. Several heads keep them apart.
+# %% 4. Collisions: in a real text there are as many N-grams as rows, or more, so some share one. Two N-grams that meet
+# in one head hardly ever meet in another one too, so several heads tell them apart.
 
-study = collision_study(tokenizer, TEXT, rows_per_order=256, heads=(1, 2, 4), min_count=1)
+code = "".join(document.text for document in read_documents(max_bytes=100_000).documents)[:100_000]
+study = collision_study(tokenizer, code, rows_per_order=2_048, heads=(1, 2, 4), min_count=1)
+print(f"{study.num_ngrams[0, 0]:,} different 2-grams of Python's own sources, and 2,048 rows for all heads together:")
 print("heads   N-grams that meet another in one head   in all heads")
 for place, heads in enumerate(study.heads):
-    print(f"{heads:5}   {study.one_head[0, place, 0]:39.0%}   {study.all_heads[0, place, 0]:12.0%}")
+    print(f"{heads:5}   {study.one_head[0, place, 0]:39.0%}   {study.all_heads[0, place, 0]:12.1%}")
 
 import matplotlib  # noqa: E402
 
@@ -100,7 +104,7 @@ figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
 axes.plot(study.heads, study.one_head[0, :, 0], "o-", label="share a row with another N-gram in a head")
 axes.plot(study.heads, study.all_heads[0, :, 0], "s-", label="cannot be told from it in any head")
 axes.plot(study.heads, study.expected_all_heads[0, :, 0], "k:", label="the latter, for a perfectly even hash")
-axes.set(xlabel="heads, with 256 rows for all of them together", ylabel="share of the text's 2-grams", ylim=(0, 1))
+axes.set(xlabel="heads, with 2,048 rows for all of them together", ylabel="share of the text's 2-grams", ylim=(0, 1))
 axes.set_xticks(study.heads)
 axes.legend(frameon=False)
 OUT.mkdir(parents=True, exist_ok=True)

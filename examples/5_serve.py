@@ -8,12 +8,15 @@ gives the same tokens. For many users at once there is vLLM, which one command s
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from engram_lm.serving.load import ModelFlags, load_model
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "runs/lessons/engram"
+if not Path(MODEL).is_dir():
+    sys.exit(f"{MODEL} is not there yet: run lesson 3 first, or name the folder of another model")
 PROMPTS = ["def main(", "import os\n", "class "]
 
 # %% The same model twice: its tables loaded with it, and left where they lie.

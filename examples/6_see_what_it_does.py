@@ -7,6 +7,7 @@ was good for. `engram-lm explore MODEL` shows all of it as a page to play with, 
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import rich
@@ -17,6 +18,8 @@ from engram_lm.evaluation.suppressing import suppressed
 from engram_lm.serving.load import load_model
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "runs/lessons/engram"
+if not Path(MODEL).is_dir():
+    sys.exit(f"{MODEL} is not there yet: run lesson 3 first, or name the folder of another model")
 TEXT = "def main(argv=None):\n    for name in sorted(names):\n        self.assertEqual(name, None)\n"
 model, tokenizer = load_model(MODEL)
 

@@ -7,6 +7,7 @@ them gets the same answer as before, bit for bit; and taking it back leaves no t
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ from engram_lm.serving.load import load_model
 from engram_lm.training.data.documents import read_documents
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "runs/lessons/engram"
+if not Path(MODEL).is_dir():
+    sys.exit(f"{MODEL} is not there yet: run lesson 3 first, or name the folder of another model")
 model, tokenizer = load_model(MODEL)
 model.requires_grad_(False)
 # A model this small passes little of a name on to later words, so the question ends with its subject.

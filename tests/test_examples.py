@@ -35,6 +35,10 @@ def test_the_list_of_examples_names_every_file():
 def test_the_hash_by_hand_is_the_real_one_and_collisions_are_drawn(run, folder):
     said = run("1_hash_by_hand.py")  # it compares both itself
     assert "by hand" in said
+    one, several = (line.split() for line in said.splitlines() if line.split()[0] in ("1", "4"))
+    shares = [[float(share.rstrip("%")) for share in line[1:]] for line in (one, several)]
+    assert shares[0][0] > 30 and shares[0][1] == pytest.approx(shares[0][0], abs=1)  # one head tells none of them apart
+    assert shares[1][0] > shares[0][0] and shares[1][1] < 1  # more heads are more crowded, and tell nearly all apart
     assert (folder / "runs/lessons/collisions.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,7 +29,14 @@ def make_llama(num_memories=0, **changes):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **{**shape, **changes})).eval()
     for number in range(num_memories):
         adapter = engram_lm.attach(
-            model, TOKENIZER, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=97, seed=number, name=f"m{number}"
+            model,
+            TOKENIZER,
+            layers=(1,),
+            num_heads=2 + number,
+            memory_dim=24,
+            rows_per_head=97,
+            seed=number,
+            name=f"m{number}",
         )
         with torch.no_grad():
             for parameter in adapter.parameters():
