@@ -177,8 +177,10 @@ def test_what_is_still_to_be_downloaded_of_a_model_is_counted(hub, tmp_path):
     assert hub(hub_client.bytes_left, str(tmp_path)) == 0
     with pytest.raises(CheckpointError, match=r"no folder me/nothing .*no repository of that name"):
         hub(hub_client.bytes_left, "me/nothing")
-    with pytest.raises(CheckpointError, match="cannot be called so"):
+    with pytest.raises(CheckpointError, match="can have this name"):
         hub(hub_client.bytes_left, "runs/no/model")
+    with pytest.raises(CheckpointError, match="can have this name"):
+        hub(hub_client.bytes_left, "runs/my--model")
 
 
 def test_a_hub_that_never_answers_is_given_up_at_once_unless_the_files_are_here(hub):

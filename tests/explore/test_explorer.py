@@ -215,10 +215,10 @@ def test_a_models_own_memory_stands_beside_those_that_were_attached_to_it():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     explorer = explorer_of(model)
-    assert explorer.memories == ("", "late")
+    assert explorer.memories == ("late", "")
     assert explorer.spec("").blocks == (0, 2)
     assert explorer.spec("late").blocks == (1,)
-    own, late = (explorer.read(SENTENCE, Edits(name)) for name in explorer.memories)
+    late, own = (explorer.read(SENTENCE, Edits(name)) for name in explorer.memories)
     np.testing.assert_array_equal(own.addresses.rows[0], alone.addresses.rows[0])
     assert tokens_of(own.predictions[WITH]) == tokens_of(late.predictions[WITH]) == best(logits_of(model, SENTENCE))
     with adapter.disabled():

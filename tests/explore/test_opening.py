@@ -86,3 +86,9 @@ def test_of_a_text_larger_than_memory_the_beginning_is_read(tmp_path, monkeypatc
     expected = TOKENIZER(TEXT * 20).input_ids[:5_000]
     assert explorer.reference.tokens.tolist() == expected
     assert explorer.reference_name.endswith("huge.txt")
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/text.txt").write_text(TEXT)
+    (tmp_path / "folder/scan.dat").write_bytes(bytes(3_000_000))  # passed over, as in training
+    explorer = open_explorer(tmp_path / "model", data=[tmp_path / "folder"])
+    assert explorer.reference.tokens.tolist() == TOKENIZER(TEXT).input_ids

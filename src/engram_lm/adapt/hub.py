@@ -52,8 +52,8 @@ class HubFiles:
         except errors.LocalEntryNotFoundError as error:
             raise RemoteError(
                 f"there is no folder {self.name} on this machine, {name} of a repository of that name was not "
-                "downloaded before, and the Hub is not asked or does not answer (local_files_only, HF_HUB_OFFLINE, "
-                "HF_ENDPOINT)"
+                "downloaded before, and the Hub does not answer, or is not asked (local_files_only, HF_HUB_OFFLINE, "
+                "HF_ENDPOINT, HTTPS_PROXY); look at how the name is spelled"
             ) from error
         except errors.EntryNotFoundError:
             return None

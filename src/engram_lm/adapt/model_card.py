@@ -9,7 +9,7 @@ from engram_lm.hashing import HashSpec
 from engram_lm.memory.config import EngramConfig
 from engram_lm.tables import Table
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$|[-.](/|$)))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 """Names that the Hugging Face Hub accepts for a repository; none of them means anything to YAML, Markdown or Python."""
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,95}", re.ASCII)
 

@@ -369,7 +369,7 @@ def _blocks_class() -> Any:
                 "footer_links": [],
                 "share": False,
                 "quiet": True,
-                "allowed_paths": [*kwargs.pop("allowed_paths", ()), str(self.folder)],
+                "allowed_paths": [*(kwargs.pop("allowed_paths", None) or ()), str(self.folder)],
             }
             options = dict(kwargs.pop("app_kwargs", None) or {})
             options["middleware"] = [*options.get("middleware", ()), Middleware(ContentPolicy)]

@@ -83,7 +83,7 @@ class Explore(ModelFlags):
         print(f"explore {self.model} at {address} (Ctrl-C ends it)", flush=True)
         try:
             # SIGTERM ends the page as Ctrl-C does, and both are heard where a shell started it in the background.
-            with Interrupt() as interrupt:
+            with Interrupt(silent=True) as interrupt:
                 while not interrupt.asked:
                     time.sleep(0.2)
             print("the page is closed; facts that were not saved are gone", file=sys.stderr)

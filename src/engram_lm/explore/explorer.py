@@ -410,8 +410,9 @@ def _subjects(model: Any, tokenizer: Any, name: str) -> dict[str, Subject]:
     """Find the memories that can be looked at: the model's own, and the attached ones by their names."""
     attached = [label for label, adapter in attached_adapters(model).items() if adapter.enabled]
     found = {label: find_subject(model, tokenizer, name=name, adapter=label) for label in [OWN_MEMORY, *attached]}
-    if attached and not found[OWN_MEMORY].memories:
-        del found[OWN_MEMORY]
+    if attached:  # what the user named comes first
+        own = found.pop(OWN_MEMORY)
+        found |= {OWN_MEMORY: own} if own.memories else {}
     return found
 
 

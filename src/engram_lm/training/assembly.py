@@ -67,7 +67,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[str, dict[s
     if folder.is_dir():
         return str(folder), {"revision": revision}
     if not REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"there is no folder {folder}, and a repository of the Hub cannot be called so")
+        raise CheckpointError(f"there is no folder {folder}, and no repository of the Hub can have this name")
     answers = hub_answers(name, revision)
     if not answers and not any(_is_downloaded(name, file, revision) for file in _FIRST_FILES):
         raise RemoteError(

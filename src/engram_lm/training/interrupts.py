@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-_NOTICED = b"\nstopping after this step, with all that is kept; a second Ctrl-C ends at once\n"
+_NOTICED = b"\nstopping after this step; what is done so far is kept. A second Ctrl-C ends at once\n"
 
 
 class Interrupt:

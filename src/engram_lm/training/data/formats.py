@@ -88,6 +88,11 @@ def inspect_text(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_text_begins(path: Path) -> None:
+    """Refuse a file whose beginning is no text, by a NoTextError that says why."""
+    next(_decoded(path), None)
+
+
 def read_text(path: Path, digest: str) -> Iterator[Piece]:
     """Read the document that is a plain text file, whose digest is what `inspect_text` found."""
     done, text, position = 0, "", 0

@@ -24,6 +24,7 @@ from engram_lm.files import write_atomically
 from engram_lm.training.data.file_kind import NoTextError, find_kind
 from engram_lm.training.data.formats import (
     Piece,
+    check_text_begins,
     digest_file,
     inspect_text,
     need,
@@ -257,6 +258,8 @@ def _open_file(file: _File, memory: "_Digests", *, unread: bool = False) -> Sour
     if file.kind == "parquet":
         need("pyarrow")
     if unread and (found := _stamp(file.path.absolute())) is not None:
+        if file.kind == "text":
+            check_text_begins(file.path)
         stamp, digest = found, hashlib.sha256(repr(found).encode()).hexdigest()
     else:
         stamp, digest = memory.inspect(file.path, text=file.kind == "text")
