@@ -12,6 +12,7 @@ from engram_lm.studies.budget import arm_cost, check_budget
 from engram_lm.studies.candidates import REFERENCE
 from engram_lm.studies.layers.arms import CANDIDATES
 from engram_lm.studies.layers.study import LayersStudy, layers_finding
+from engram_lm.studies.layers.verdict import best_three
 from engram_lm.studies.study import TrainedArm
 from engram_lm.training.dry_run import priced_config
 
@@ -40,6 +41,14 @@ def test_every_candidate_has_the_bytes_of_the_paper_s_layer(size):
     assert paid == pytest.approx(bits / 32, rel=0.01) and bits / 32 == pytest.approx(
         command.reference.table_parameters() / 16, rel=0.01
     )
+
+
+def test_twins_of_equal_operations_are_named_by_what_they_are_twins_of():
+    names = [arm.name for arm in LayersStudy(equal_flops=True).study().arms]
+    twins = [name for name in names if name.endswith("-flops")]
+    assert twins and "block_2" not in names
+    losses = {name: {"summary": {"loss": {"mean": 4.0}}, "is_control": False, "runs": []} for name in twins}
+    assert best_three({"arms": losses}) == [name.removesuffix("-flops") for name in twins[:3]]
 
 
 def made_up(loss_of, *, seeds=5, noise=0.002, **flags):
@@ -91,6 +100,8 @@ def test_a_winner_must_win_beside_too(tmp_path):
         "100k, 2.00 M tokens, 5 seeds from 0",
     ]
     assert "in every setting: bytes 3 : 1" in layers_finding(result).headline
+    with pytest.raises(ConfigError, match="of another result"):
+        LayersStudy(tokens=2_000_000, beside=(tmp_path,)).study()
     (tmp_path / "result.json").write_text(json.dumps({**first, "study": "rivals"}))
     with pytest.raises(RunFolderError, match="no result of the study layers"):
         LayersStudy(beside=(tmp_path,)).study()

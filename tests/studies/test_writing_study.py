@@ -183,8 +183,6 @@ def test_facts_are_told_once_at_the_beginning_of_a_chunk_and_asked_for_with_the_
         assert TOKENIZER.decode(true.tokens[true.first :]) == fact.choices[0]
         assert len({TOKENIZER.decode(one.tokens) for one in questions}) == len(fact.choices) == 4
         assert TOKENIZER.decode(told.tolist()).count(fact.prompt) == 1
-    with pytest.raises(DataError, match="--facts"):
-        tell(facts, text[:100], TOKENIZER, chunk=48)
 
 
 def test_streams_of_a_kind_share_nothing_and_more_seeds_change_no_earlier_stream(tmp_path):
@@ -255,3 +253,5 @@ def test_a_whole_study_is_trained_and_read_and_goes_on_where_it_was(tmp_path, ca
     again = json.loads((tmp_path / "out/result.json").read_text())
     assert again["reading"][0] == result["reading"][0] and len(again["reading"]) == 2
     assert "changes the loss by" in capsys.readouterr().out
+    with pytest.raises(DataError, match="lower --facts"):  # before anything is read
+        WritingStudy(**options | {"facts": 1000}, resume=True).run()

@@ -124,7 +124,7 @@ def bill(config: EngramLMConfig, shape: TrainingShape) -> Bill:
         "per_gather": shape.micro_batch * shape.sequence_length,
     }
     training = sizes.flops_per_token * (4 if shape.checkpointing else 3)
-    tables = _Tables(config, memory, shape, tokens) if memory is not None else None
+    tables = _Tables(config, memory, shape, tokens) if memory is not None and memory.entry.has_table else None
     backbone_sent = _backbone_sent(config, sizes, shape)
     held = _memory(config, sizes, shape, tokens, tables)
     nothing = TableTraffic(0, 0, 0, 0, 0)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from engram_lm.errors import ConfigError, check_flags, suggestion
 from engram_lm.memory import EngramConfig
+from engram_lm.memory.registry import LAYERS
 from engram_lm.studies.budget import price
 from engram_lm.studies.candidate_report import candidate_figures, candidate_finding, tokens_per_second
 from engram_lm.studies.command import StudyCommand
@@ -136,7 +137,8 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
     @property
     def chosen(self) -> list[Candidate]:
         """The candidates of this study, with the twins of equal operations, in the order of the list."""
-        found = [one for one in self.candidates if not self.arms or one.name in (REFERENCE, *self.arms)]
+        named = [one for one in self.candidates if not self.arms or one.name in (REFERENCE, *self.arms)]
+        found = [one for one in named if self._fits(one)]
         if not self.equal_flops:
             return found
         wanted = price(self._recipe(found[0])).flops
@@ -148,6 +150,12 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             and abs(price(self._recipe(one)).flops / wanted - 1) > _ALIKE
         ]
         return [*found, *(one for one in twins if self._width(one) >= _NARROWEST)]
+
+    def _fits(self, one: Candidate) -> bool:
+        """Whether the backbone has the blocks that a candidate is read in."""
+        base = self.reference
+        last = -1 if one.memory is None else max(one.memory(base).get("layers", base.layers))
+        return last < self.config("dense").num_hidden_layers
 
     def study(self) -> Study:
         """The paper's layer and the chosen candidates, all of which have the same backbone and the same bytes."""
@@ -181,7 +189,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             config = priced_config(self._recipe(one)).memory_config
             if config is None or not config.entry.has_table or one.model.get("frozen_tables") or one.evaluate:
                 continue
-            tuned = dataclasses.replace(self, tune=(), arm_rates=(f"{one.name}={rate:g}",))
+            tuned = dataclasses.replace(self, tune=(), arm_rates=(f"{one.name.removesuffix('-flops')}={rate!r}",))
             name, title = f"{one.name}-x{rate:g}", f"{one.title}, tables × {rate:g}"
             arms.append(Arm(name=name, title=title, recipe=tuned._recipe(one), x=rate, group=one.name))
         return Study(
@@ -259,6 +267,8 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             return self.model("dense", backbone=backbone, like=first if backbone else (), **one.model)
         base, dense = self.reference, self.config("dense")
         changed = dict(one.memory(base))
+        if "vocabulary" in LAYERS[changed.get("layer", base.layer)].options:
+            changed["layer_options"] = {**changed["layer_options"], "vocabulary": self.vocab_size}
         # What feed-forward networks save or take belongs to the same bytes.
         wider = 0 if width is None else width - dense.intermediate_size
         room = base.num_parameters() - 3 * dense.hidden_size * dense.num_hidden_layers * wider

@@ -22,6 +22,7 @@ from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.studies.budget import check_budget
 from engram_lm.studies.rivals import knn
 from engram_lm.studies.rivals.study import RivalsStudy
+from engram_lm.training.dry_run import priced_config
 
 
 def plain_neighbors(keys, tokens, query, number):
@@ -252,12 +253,16 @@ def test_where_nothing_may_be_found_nothing_is_added():
 def test_retro_counts_its_numbers_and_stores_whole_documents_of_as_many_bytes_as_the_table():
     layer = retro_layer(joined(documents(9, 15)), chunks=20)
     weights = sum(parameter.numel() for parameter in layer.parameters())
-    assert type(layer).count_parameters(layer.config) == weights + layer.text.numel() + 20 * 64 // 2
+    assert type(layer).count_parameters(layer.config) == weights
+    assert type(layer).count_kept(layer.config) == layer.text.numel() + 20 * 64 // 2
     kept = layer.text[layer.text >= 0]
     assert len(kept) == 75 and kept[-1] == END  # 84 tokens have room, which are five documents and a part
     study = RivalsStudy().study()
     costs = check_budget(study)
     assert costs["retro"].bytes == pytest.approx(costs["engram"].bytes, rel=0.001)
+    assert costs["retro"].active < 2 * costs["engram"].active
+    (larger,) = (arm for arm in RivalsStudy(vocab_size=8192, arms=("retro",)).study().arms if arm.name == "retro")
+    assert priced_config(larger.recipe).memory_config.option("vocabulary") == 8192
     layer.prepare(None, np.array([60, 1, 2, 3] * 3))
     with pytest.raises(ConfigError, match="vocabulary"):
         layer.neighbors(torch.ones(1, 4, dtype=torch.int64))

@@ -49,6 +49,9 @@ def test_rates_are_tuned_for_tables_that_are_trained_on_text_and_a_seed_of_no_re
     assert [arm.recipe.optimizer.table_lr_multiplier for arm in study.arms] == [5, 50, 5, 50]
     assert [measure.name for measure in study.measures] == ["validation_loss"]
     assert study.recipe_of(study.arms[0], 0).train.seed > 1000
+    twins = RivalsStudy(tune=(0.1234567,), arms=("over_encoding",), equal_flops=True).study().arms
+    assert twins[-1].group == "over_encoding-flops"
+    assert twins[-1].recipe.optimizer.table_lr_multiplier == 0.1234567
 
 
 def test_what_an_arm_needs_beside_its_weights_is_priced_with_them():

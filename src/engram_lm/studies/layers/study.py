@@ -48,26 +48,24 @@ class LayersStudy(CandidateStudy):
         if self.first_seed < 0:
             raise ConfigError(f"--first-seed must be at least 0, not {self.first_seed}")
 
+    @property
+    def _setting(self) -> dict[str, Any]:
+        return {"size": self.size, "tokens": self.tokens, "first_seed": self.first_seed}
+
     def _others(self) -> list[Mapping[str, Any]]:
         """The results of the folders beside this one."""
         found: list[Mapping[str, Any]] = []
+        settings: list[Any] = [self._setting]
         for path in self.beside:
             place = user_path(path) / "result.json"
             result = read_json(place, error=RunFolderError, advice="name the folder of a finished study with --beside")
             if result.get("study") != self.name:
                 raise RunFolderError(f"{place} is no result of the study {self.name}")
+            if result.get("setting") in settings:
+                raise ConfigError(f"{place} has the size, tokens and first seed of another result; leave one out")
+            settings.append(result.get("setting"))
             found.append(result)
         return found
-
-    @property
-    def chosen(self) -> list[Candidate]:
-        """The candidates whose blocks the backbone has."""
-        base, blocks = self.reference, self.config("dense").num_hidden_layers
-        return [
-            one
-            for one in super().chosen
-            if one.memory is None or max(one.memory(base).get("layers", base.layers)) < blocks
-        ]
 
     def study(self) -> Study:
         """The paper's layer, bigrams alone and the chosen candidates."""
@@ -86,7 +84,7 @@ class LayersStudy(CandidateStudy):
         result = super().measure(seeds, runner)
         if self.tune:
             return result
-        result["setting"] = {"size": self.size, "tokens": self.tokens, "first_seed": self.first_seed}
+        result["setting"] = self._setting
         return {**result, "verdict": verdict([result, *self._others()])}
 
 

@@ -88,7 +88,9 @@ def best_three(result: Mapping[str, Any]) -> list[str]:
         for name, arm in result["arms"].items()
         if name not in (REFERENCE, CONTROL) and not arm["is_control"] and is_whole(arm)
     }
-    return sorted(losses, key=losses.__getitem__)[:3]
+    # A twin of equal operations is not chosen by its own name, but with --equal-flops.
+    names = (name.removesuffix("-flops") for name in sorted(losses, key=losses.__getitem__))
+    return [name for name in dict.fromkeys(names) if name != REFERENCE][:3]
 
 
 def verdict_words(found: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ RIVALS: Sequence[Candidate] = (
         name="scone",
         title="SCONE",
         about="frequent N-grams of the training text have embeddings that a small transformer computes; its bytes are "
-        "those of the table that it is served from (arXiv 2502.01637)",
+        "those of the table that it is served from and of the transformer (arXiv 2502.01637)",
         memory=lambda base: scone_memory(base).to_dict(),
         extra_bytes=lambda study: FGramLayer.beside(scone_memory(study.reference)),
     ),

@@ -84,11 +84,17 @@ class RetroLayer(MemoryLayer):
 
     @classmethod
     def count_parameters(cls, config: EngramConfig) -> int:
-        """Count the numbers of the layer, of the stored text, and of its embeddings, two of which count as one."""
+        """Count the numbers of the layer, without the stored text."""
         _check(config)
-        width, chunk, chunks = config.hidden_size, config.option("chunk"), config.option("chunks")
-        own = 3 * chunk * width + 5 * width + 3 * 4 * width**2 + 4 * width**2
-        return own + (chunks + 1) * chunk + chunks * config.option("embedding") // 2
+        width, chunk = config.hidden_size, config.option("chunk")
+        return 3 * chunk * width + 5 * width + 3 * 4 * width**2 + 4 * width**2
+
+    @classmethod
+    def count_kept(cls, config: EngramConfig) -> int:
+        """Count the stored text, and its embeddings, two numbers of which count as one."""
+        _check(config)
+        chunk, chunks = config.option("chunk"), config.option("chunks")
+        return (chunks + 1) * chunk + chunks * config.option("embedding") // 2
 
     @classmethod
     def count_flops(cls, config: EngramConfig) -> int:

@@ -119,13 +119,7 @@ def tell(facts: Sequence[Fact], text: np.ndarray, tokenizer: Any, *, chunk: int)
         rest = text[used : used + chunk - len(told)]
         parts += [np.array(told, dtype=np.int32), rest]
         used += len(rest)
-    found = np.concatenate(parts)
-    if len(found) < 2 * len(facts) * chunk + 1:
-        raise DataError(
-            f"telling {len(facts)} facts takes {2 * len(facts) * chunk:,} tokens of held-out text, and there are "
-            f"{len(text):,}; lower --facts, or name more --data"
-        )
-    return found
+    return np.concatenate(parts)
 
 
 class Question(NamedTuple):

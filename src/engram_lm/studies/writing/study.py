@@ -137,6 +137,12 @@ class WritingStudy(MicroModelFlags, StudyCommand):
             raise DataError(
                 f"{len(held_out):,} tokens are held out, and reading takes at least {3 * chunk + 1:,}; name more --data"
             )
+        room = len(held_out) - 2 * num_old
+        if room < 2 * self.facts * chunk + 1:
+            raise DataError(
+                f"telling {self.facts} facts takes {2 * self.facts * chunk + 1:,} tokens of held-out text, and "
+                f"{room:,} are left for it; lower --facts, or name more --data"
+            )
         domains = {
             name_of(source): open_domain(
                 source, tokenizer, num_streams=self.seeds, num_tokens=num_tokens, max_bytes=self.max_bytes
