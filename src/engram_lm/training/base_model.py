@@ -1,9 +1,11 @@
 """A recipe that starts from a pretrained model: memory or LoRA on a frozen base, or all of its weights."""
 
+import contextlib
 import hashlib
 import importlib.util
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +179,25 @@ class AdaptedBase:
         return all((out / name).is_dir() for name in self._parts or ["model"])
 
 
+@contextlib.contextmanager
+def told_where_bases_come_from() -> Iterator[None]:
+    """Add to an error that a base cannot be found where one can be had."""
+    try:
+        yield
+    except (CheckpointError, RemoteError) as error:
+        raise type(error)(f"{error}. {_BASES}") from error
+
+
 def load_base(source: str, revision: str | None, dtype: str) -> Any:
     """Load a pretrained causal language model; a ConfigError repeats what transformers says if that cannot be done.
 
     Where it cannot be found, the errors are those of `locate`.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
+    with told_where_bases_come_from():
         place, options = locate(source, revision)
+    try:
         return AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
-    except (CheckpointError, RemoteError) as error:
-        raise type(error)(f"{error}. {_BASES}") from error
     except EngramError:
         raise
     except Exception as error:  # transformers, huggingface_hub, tokenizers and safetensors each raise their own

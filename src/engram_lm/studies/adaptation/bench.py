@@ -19,7 +19,13 @@ from engram_lm.studies.adaptation.recipe import AdaptationRecipe, ArmName
 from engram_lm.tables.byte_size import byte_size
 from engram_lm.tokenizing import beginning_tokens
 from engram_lm.training.assembly import bytes_to_download, load_tokenizer, open_text
-from engram_lm.training.base_model import AdaptedBase, fingerprint, load_base, lora_targets
+from engram_lm.training.base_model import (
+    AdaptedBase,
+    fingerprint,
+    load_base,
+    lora_targets,
+    told_where_bases_come_from,
+)
 from engram_lm.training.data.text import TrainingText
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.flops import flops_per_token
@@ -84,7 +90,8 @@ class Bench:
         if device == "auto":
             device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         self.ranks = Ranks(device=find_device(device))
-        missing = bytes_to_download(base.model, base.revision)
+        with told_where_bases_come_from():
+            missing = bytes_to_download(base.model, base.revision)
         progress.note(f"loading {base.model}" + (f", of which {byte_size(missing)} are downloaded" if missing else ""))
         self._progress = progress
         model = load_base(base.model, base.revision, base.dtype)
