@@ -206,6 +206,12 @@ class MemoryLayer(nn.Module, abc.ABC):
             max_rollback=max_rollback,
         )
 
+    def require_table(self) -> Table:
+        """Return the table; a MismatchError if there is none."""
+        if self.table is None:
+            raise MismatchError("this layer was built without a table; pass embeddings, or build it with table=...")
+        return self.table
+
     def read(self, rows: Tensor) -> Tensor:
         """Gather rows, int64 ``[B, L, H]``, and lay the heads side by side: memory vectors ``[B, L, M]``.
 
@@ -219,14 +225,13 @@ class MemoryLayer(nn.Module, abc.ABC):
             RowRangeError: A row number outside the table.
             MismatchError: Another number of heads than the configuration's, or no table.
         """
-        if self.table is None:
-            raise MismatchError("this layer was built without a table; pass embeddings, or build it with table=...")
+        table = self.require_table()
         if rows.shape[-1] != self.config.num_heads_total:
             raise MismatchError(
                 f"row numbers hold {rows.shape[-1]} heads, the layer reads {self.config.num_heads_total} "
                 f"({len(self.config.orders)} orders x {self.config.num_heads}); they come from another HashSpec"
             )
-        embeddings: Tensor = self.table.gather(rows)
+        embeddings: Tensor = table.gather(rows)
         if self.config.signs == "hashed":
             embeddings = embeddings * row_signs(rows, self.config.num_heads).unsqueeze(-1).to(embeddings)
         return embeddings.flatten(-2)

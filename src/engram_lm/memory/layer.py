@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram_lm.memory.config import EngramConfig
 from engram_lm.memory.gate import gate_values
@@ -24,12 +24,7 @@ class EngramLayer(RefinedLayer):
 
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
         super().__init__(config, table)
-        wide = config.num_streams * config.hidden_size
-        # All keys and the value in one product; the value comes last, as in DeepSeek-V4.1's `wkv`.
-        self.key_value = nn.Linear(config.memory_dim, wide + config.hidden_size, bias=config.bias)
-        if config.gate != "none":
-            self.query_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
-            self.key_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
+        self.make_keys_and_value()
         self.make_convolution()
         self.reset_parameters()
 

@@ -23,6 +23,16 @@ class RefinedLayer(MemoryLayer):
     Source: paper, Eq. 5.
     """
 
+    def make_keys_and_value(self) -> None:
+        """Make one product for the keys of all streams and the value, and the norms of the gate, where there is one."""
+        config = self.config
+        wide = config.num_streams * config.hidden_size
+        # The value comes last, as in DeepSeek-V4.1's `wkv`.
+        self.key_value = nn.Linear(config.memory_dim, wide + config.hidden_size, bias=config.bias)
+        if config.gate != "none":
+            self.query_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
+            self.key_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
+
     def make_convolution(self) -> None:
         """Make the parameters of the convolution, where the configuration has one."""
         config = self.config

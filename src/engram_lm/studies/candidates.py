@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from engram_lm.errors import ConfigError, check_flags, suggestion
@@ -27,10 +27,17 @@ from engram_lm.training.recipe import CheckpointOptions, ModelOptions, Recipe
 
 REFERENCE = "engram"
 """Name of the paper's layer, which every candidate is compared with."""
+_TWIN = "-flops"
+"""End of the name of a twin that takes as many operations as the paper's layer."""
 _ALIKE = 0.01
 """Relative difference of operations below which a candidate needs no twin."""
 _NARROWEST = 8
 """Channels that a feed-forward network keeps at least."""
+
+
+def listed_name(name: str) -> str:
+    """The name of a candidate in its list, which a twin of it is known by too."""
+    return name.removesuffix(_TWIN)
 
 
 def _unchanged(base: EngramConfig) -> Mapping[str, Any]:
@@ -143,7 +150,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             return found
         wanted = price(self._recipe(found[0])).flops
         twins = [
-            dataclasses.replace(one, name=f"{one.name}-flops", title=f"{one.title}, equal FLOPs", equal_flops=True)
+            dataclasses.replace(one, name=f"{one.name}{_TWIN}", title=f"{one.title}, equal FLOPs", equal_flops=True)
             for one in found
             if one.memory is not None
             and not one.equal_flops
@@ -189,7 +196,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
             config = priced_config(self._recipe(one)).memory_config
             if config is None or not config.entry.has_table or one.model.get("frozen_tables") or one.evaluate:
                 continue
-            tuned = dataclasses.replace(self, tune=(), arm_rates=(f"{one.name.removesuffix('-flops')}={rate!r}",))
+            tuned = dataclasses.replace(self, tune=(), arm_rates=(f"{listed_name(one.name)}={rate!r}",))
             name, title = f"{one.name}-x{rate:g}", f"{one.title}, tables × {rate:g}"
             arms.append(Arm(name=name, title=title, recipe=tuned._recipe(one), x=rate, group=one.name))
         return Study(
@@ -223,17 +230,16 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
                 searches.setdefault(name, []).append(found["search"])
             measured.append(arms)
         result = super().measure(measured, runner)
-        result["by_kind"] = self._by_kind(seeds, runner) if seeds else None
+        result["by_kind"] = self._by_kind(seeds, own, runner) if seeds else None
         for name, arm in result["arms"].items():
             arm["tokens_per_second"] = tokens_per_second(arm)
             arm["searches"] = searches.get(name, [])
             arm["table_rate"] = seeds[0][name].arm.recipe.optimizer.table_lr_multiplier if seeds else None
         return result
 
-    def _by_kind(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> Any:
+    def _by_kind(self, seeds: Sequence[Mapping[str, TrainedArm]], left_out: Container[str], runner: Runner) -> Any:
         """Say for which tokens the models of the first seed pay, and by how much more than the paper's layer."""
-        own = {one.name for one in self.chosen if one.evaluate is not None}
-        arms = {name: arm for name, arm in seeds[0].items() if arm.failed is None and name not in own}
+        arms = {name: arm for name, arm in seeds[0].items() if arm.failed is None and name not in left_out}
         if REFERENCE not in arms or not all((arm.folder / "model").is_dir() for arm in arms.values()):
             return None
 
@@ -249,7 +255,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
 
     def _recipe(self, one: Candidate) -> Recipe:
         """A candidate as a recipe: its memory in the backbone of all, with the same first weights as far as they go."""
-        rate = self._rates.get(one.name.removesuffix("-flops"), one.table_rate)
+        rate = self._rates.get(listed_name(one.name), one.table_rate)
         tuned = self if rate is None else dataclasses.replace(self, table_lr_multiplier=rate)
         recipe = tuned.recipe(self._model(one, self._width(one) if one.equal_flops else None))
         return dataclasses.replace(

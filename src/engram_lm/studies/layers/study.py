@@ -60,7 +60,7 @@ class LayersStudy(CandidateStudy):
             place = user_path(path) / "result.json"
             result = read_json(place, error=RunFolderError, advice="name the folder of a finished study with --beside")
             if result.get("study") != self.name:
-                raise RunFolderError(f"{place} is no result of the study {self.name}")
+                raise RunFolderError(f"{place} holds no result of the study {self.name}")
             if result.get("setting") in settings:
                 raise ConfigError(f"{place} has the size, tokens and first seed of another result; leave one out")
             settings.append(result.get("setting"))

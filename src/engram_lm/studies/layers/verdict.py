@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.page.number_text import NOTHING, count_text, signed_text
-from engram_lm.studies.candidates import REFERENCE
+from engram_lm.studies.candidates import REFERENCE, listed_name
 from engram_lm.studies.fits import arm_losses, is_whole
 from engram_lm.studies.layers.arms import CONTROL
 from engram_lm.studies.page import Table
@@ -89,7 +89,7 @@ def best_three(result: Mapping[str, Any]) -> list[str]:
         if name not in (REFERENCE, CONTROL) and not arm["is_control"] and is_whole(arm)
     }
     # A twin of equal operations is not chosen by its own name, but with --equal-flops.
-    names = (name.removesuffix("-flops") for name in sorted(losses, key=losses.__getitem__))
+    names = (listed_name(name) for name in sorted(losses, key=losses.__getitem__))
     return [name for name in dict.fromkeys(names) if name != REFERENCE][:3]
 
 

@@ -1,7 +1,7 @@
 """A key, a value and a gate for each order of N-grams, and the same with a sink that takes what no order deserves."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory.config import EngramConfig
@@ -24,10 +24,7 @@ class PerOrderLayer(RefinedLayer):
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
         _check(config)
         super().__init__(config, table)
-        wide = config.num_streams * config.hidden_size
-        self.key_value = nn.Linear(config.memory_dim, wide + config.hidden_size, bias=False)
-        self.query_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
-        self.key_norm = nn.Parameter(torch.empty(config.num_streams, config.hidden_size))
+        self.make_keys_and_value()
         self.make_convolution()
         self.reset_parameters()
 

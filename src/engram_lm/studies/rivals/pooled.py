@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from engram_lm.errors import MismatchError
 from engram_lm.memory.layer import EngramLayer
 from engram_lm.studies.rivals.addresses import fingerprints, scattered
 
@@ -17,9 +16,7 @@ class PooledLayer(EngramLayer):
 
     def read(self, rows: Tensor) -> Tensor:
         """Read rows of the whole table for what the N-grams' own rows ``[B, L, H]`` tell of them."""
-        if self.table is None:
-            raise MismatchError("this layer was built without a table; pass embeddings, or build it with table=...")
-        config = self.config
+        config, num_rows = self.config, self.require_table().num_rows
         ngrams_BLO = fingerprints(rows, config.num_heads)
-        heads = [scattered(ngrams_BLO, head) % self.table.num_rows for head in range(config.num_heads)]
+        heads = [scattered(ngrams_BLO, head) % num_rows for head in range(config.num_heads)]
         return super().read(torch.stack(heads, dim=-1).flatten(-2))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError
 from engram_lm.memory.config import EngramConfig
 from engram_lm.studies.rivals.rival_layer import RivalLayer, rms_norm
 from engram_lm.tables.table import Table
@@ -109,10 +109,9 @@ class ProductKeyLayer(RivalLayer):
 
     def choose(self, hidden_states: Tensor) -> Tensor:
         """Read the chosen rows of all heads and average them: ``[B, L, V]``."""
-        if self.table is None:
-            raise MismatchError("this layer was built without a table; build it with table=...")
+        table = self.require_table()
         scores, rows = self.best(self.normed(hidden_states))
-        values = self.table.gather(rows.flatten(-2)).to(scores.dtype)
+        values = table.gather(rows.flatten(-2)).to(scores.dtype)
         return (scores.softmax(-1).flatten(-2).unsqueeze(-2) @ values).squeeze(-2)
 
     def best(self, normed: Tensor) -> tuple[Tensor, Tensor]:

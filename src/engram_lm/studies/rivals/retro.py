@@ -195,7 +195,7 @@ class Neighbors(NamedTuple):
     tokens: Tensor
     """Each and the chunk after it, int64 ``[B, U, K, R]``."""
     is_found: Tensor
-    """False where there are not so many that may be found, bool ``[B, U, K]``."""
+    """Whether there is such a chunk: False where fewer than K may be found, bool ``[B, U, K]``."""
 
 
 class _Index:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engram_lm.errors import ConfigError, MismatchError
+from engram_lm.errors import ConfigError
 from engram_lm.memory.config import EngramConfig
 from engram_lm.studies.rivals.product_keys import num_chosen
 from engram_lm.studies.rivals.rival_layer import RivalLayer, rms_norm
@@ -99,11 +99,10 @@ class TuckerKeyLayer(RivalLayer):
 
     def choose(self, hidden_states: Tensor) -> Tensor:
         """Read the chosen rows and add them up by the copy that they stand for: ``[B, L, E * V]``."""
-        if self.table is None:
-            raise MismatchError("this layer was built without a table; build it with table=...")
+        table = self.require_table()
         scores, cells = self.best(rms_norm(hidden_states, self.input_norm, self.config.norm_eps))
         shuffled = cells * self.step % self.num_cells
-        rows = self.table.gather(shuffled % self.num_rows).to(scores.dtype)
+        rows = table.gather(shuffled % self.num_rows).to(scores.dtype)
         parts = rows.unflatten(-1, (scores.shape[-1], -1)) * scores.unsqueeze(-1)
         copy = F.one_hot(shuffled // self.num_rows, self.config.option("expansion")).to(scores.dtype)
         return torch.einsum("blke,blkv->blev", copy, parts.flatten(-2)).flatten(-2)
