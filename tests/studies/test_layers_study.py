@@ -43,6 +43,12 @@ def test_every_candidate_has_the_bytes_of_the_paper_s_layer(size):
     )
 
 
+def test_single_tokens_have_as_many_rows_as_the_vocabulary_of_the_study():
+    study = LayersStudy(arms=("unigrams", "orders_1_2"), vocab_size=8192).study()
+    orders = {arm.name: priced_config(arm.recipe).memory_config for arm in study.arms}
+    assert [orders[name].rows_per_head[0] for name in ("unigrams", "orders_1_2")] == [8192, 8192]
+
+
 def test_twins_of_equal_operations_are_named_by_what_they_are_twins_of():
     names = [arm.name for arm in LayersStudy(equal_flops=True).study().arms]
     twins = [name for name in names if name.endswith("-flops")]

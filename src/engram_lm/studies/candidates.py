@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 from engram_lm.errors import ConfigError, check_flags, suggestion
 from engram_lm.memory import EngramConfig
-from engram_lm.memory.registry import LAYERS
 from engram_lm.studies.budget import price
 from engram_lm.studies.candidate_report import candidate_figures, candidate_finding, tokens_per_second
 from engram_lm.studies.command import StudyCommand
@@ -40,7 +39,7 @@ def listed_name(name: str) -> str:
     return name.removesuffix(_TWIN)
 
 
-def _unchanged(base: EngramConfig) -> Mapping[str, Any]:
+def _unchanged(study: "CandidateStudy") -> Mapping[str, Any]:
     return {}
 
 
@@ -54,9 +53,10 @@ class Candidate:
     """What a reader sees, in two or three words."""
     about: str = ""
     """What is special about it, in a sentence."""
-    memory: Callable[[EngramConfig], Mapping[str, Any]] | None = _unchanged
-    """Fields of `EngramConfig` that differ from those of the paper's layer, which it is given; None is a model without
-    memory. Unless ``rows_per_head`` is among them, it follows from the bytes of the paper's layer."""
+    memory: Callable[["CandidateStudy"], Mapping[str, Any]] | None = _unchanged
+    """Fields of `EngramConfig` that differ from those of the paper's layer, the ``reference`` of the study that it is
+    given; None is a model without memory. Unless ``rows_per_head`` is among them, it follows from the bytes of the
+    paper's layer."""
     fit: Literal["rows", "width"] = "rows"
     """What follows from the bytes: the rows of each head; or the width of rows, where there is one for each token."""
     every_block: bool = False
@@ -160,8 +160,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
 
     def _fits(self, one: Candidate) -> bool:
         """Whether the backbone has the blocks that a candidate is read in."""
-        base = self.reference
-        last = -1 if one.memory is None else max(one.memory(base).get("layers", base.layers))
+        last = -1 if one.memory is None else max(one.memory(self).get("layers", self.reference.layers))
         return last < self.config("dense").num_hidden_layers
 
     def study(self) -> Study:
@@ -272,9 +271,7 @@ class CandidateStudy(MicroModelFlags, StudyCommand):
         if one.memory is None:
             return self.model("dense", backbone=backbone, like=first if backbone else (), **one.model)
         base, dense = self.reference, self.config("dense")
-        changed = dict(one.memory(base))
-        if "vocabulary" in LAYERS[changed.get("layer", base.layer)].options:
-            changed["layer_options"] = {**changed["layer_options"], "vocabulary": self.vocab_size}
+        changed = dict(one.memory(self))
         # What feed-forward networks save or take belongs to the same bytes.
         wider = 0 if width is None else width - dense.intermediate_size
         room = base.num_parameters() - 3 * dense.hidden_size * dense.num_hidden_layers * wider

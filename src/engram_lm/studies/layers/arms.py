@@ -4,56 +4,57 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engram_lm.memory import EngramConfig
-from engram_lm.studies.candidates import REFERENCE, Candidate
+from engram_lm.studies.candidates import REFERENCE, Candidate, CandidateStudy
 
 CONTROL = "bigrams"
 """The candidate that a winner must beat too: the paper's layer with all of its bytes for bigrams."""
-_UNIGRAM_ROWS = 4_096
-"""Rows of a head for single tokens: as many as micro models have tokens."""
 _KNOWN_SHARE = 16
 """The part of the table's bytes that a filter of N-grams or their counts take, as its inverse."""
+_Memory = Callable[[CandidateStudy], Mapping[str, Any]]
+"""What differs from the paper's layer, as fields of `EngramConfig`."""
 
 
-def _divided(*shares: int) -> Callable[[EngramConfig], Mapping[str, Any]]:
+def _divided(*shares: int) -> _Memory:
     """Divide the rows over the orders in these shares."""
 
-    def memory(base: EngramConfig) -> Mapping[str, Any]:
-        rows = sum(base.rows_per_order)
+    def memory(study: CandidateStudy) -> Mapping[str, Any]:
+        rows = sum(study.reference.rows_per_order)
         return {"rows_per_head": [max(2, rows * share // sum(shares)) for share in shares]}
 
     return memory
 
 
-def _with_unigrams(base: EngramConfig) -> Mapping[str, Any]:
+def _with_unigrams(study: CandidateStudy) -> Mapping[str, Any]:
     """Add heads for single tokens, with rows of the same width; the other orders pay for them."""
+    base = study.reference
     rows = base.rows_per_order
-    single, width = min(_UNIGRAM_ROWS, *rows), base.memory_dim * (len(rows) + 1) // len(rows)
+    single, width = min(study.vocab_size, *rows), base.memory_dim * (len(rows) + 1) // len(rows)
     wider = {"orders": (1, *base.orders), "memory_dim": width}
     grown = EngramConfig.from_dict({**base.to_dict(), **wider, "rows_per_head": 1}).layer_parameters()
     paid = single + round((grown - base.layer_parameters()) / (base.num_heads * base.head_dim))
     return {**wider, "rows_per_head": [single, *(number - paid // len(rows) for number in rows)]}
 
 
-def _tokens_and_bigrams(base: EngramConfig) -> Mapping[str, Any]:
+def _tokens_and_bigrams(study: CandidateStudy) -> Mapping[str, Any]:
     """Give trigrams' heads to single tokens, and the rows that these do not need to bigrams."""
-    rows = sum(base.rows_per_order)
-    single = min(_UNIGRAM_ROWS, rows // 2)
+    rows = sum(study.reference.rows_per_order)
+    single = min(study.vocab_size, rows // 2)
     return {"orders": (1, 2), "rows_per_head": [single, rows - single]}
 
 
-def _knows(layer: str, option: str, per_number: int) -> Callable[[EngramConfig], Mapping[str, Any]]:
+def _knows(layer: str, option: str, per_number: int) -> _Memory:
     """Give a sixteenth of the table's bytes to what a layer knows of the training text; the table has fewer rows."""
 
-    def memory(base: EngramConfig) -> Mapping[str, Any]:
-        numbers = max(1, base.table_parameters() // _KNOWN_SHARE)
+    def memory(study: CandidateStudy) -> Mapping[str, Any]:
+        numbers = max(1, study.reference.table_parameters() // _KNOWN_SHARE)
         return {"layer": layer, "layer_options": {option: numbers * per_number}}
 
     return memory
 
 
-def _as_many_as_rows(base: EngramConfig) -> Mapping[str, Any]:
+def _as_many_as_rows(study: CandidateStudy) -> Mapping[str, Any]:
     """Let a filter of 8 bits for each N-gram know as many trigrams as a head has rows."""
-    words = -(-8 * base.rows_per_order[-1] // 32)
+    words = -(-8 * study.reference.rows_per_order[-1] // 32)
     return {"layer": "back_off", "layer_options": {"filter_bits": 32 * words}}
 
 
@@ -65,7 +66,7 @@ CANDIDATES: Sequence[Candidate] = (
         name=CONTROL,
         title="bigrams alone",
         about="as many heads and rows of the same width, all of order 2",
-        memory=lambda base: {"orders": (2,), "num_heads": base.num_heads_total},
+        memory=lambda study: {"orders": (2,), "num_heads": study.reference.num_heads_total},
     ),
     Candidate(name="none", title="no memory", about="the backbone alone", memory=None, is_control=True),
     Candidate(
@@ -90,37 +91,37 @@ CANDIDATES: Sequence[Candidate] = (
         name="per_order",
         title="gate per order",
         about="a key, a value and a gate for each order",
-        memory=lambda base: {"layer": "per_order"},
+        memory=lambda study: {"layer": "per_order"},
     ),
     Candidate(
         name="factor_engram",
         title="FactorEngram's reader",
         about="a gate for each number of the memory vector, by a dictionary (arXiv 2609.35578), with these orders",
-        memory=lambda base: {"layer": "factor_engram"},
+        memory=lambda study: {"layer": "factor_engram"},
     ),
     Candidate(
         name="factor_unigrams",
         title="FactorEngram",
         about="the same with orders 1 to 3, as it was published",
-        memory=lambda base: {"layer": "factor_engram", **_with_unigrams(base)},
+        memory=lambda study: {"layer": "factor_engram", **_with_unigrams(study)},
     ),
     Candidate(
         name="segment_gate",
         title="gate per head",
         about="a gate for each head's row, from the hidden state alone, before the value projection",
-        memory=lambda base: {"layer": "segment_gate"},
+        memory=lambda study: {"layer": "segment_gate"},
     ),
     Candidate(
         name="slots",
         title="rows of 6 slots",
         about="the hidden state mixes 2 of 6 slots of each row; a sixth of the rows (MoME, arXiv 2609.15126)",
-        memory=lambda base: {"layer": "slots", "memory_dim": 6 * base.memory_dim},
+        memory=lambda study: {"layer": "slots", "memory_dim": 6 * study.reference.memory_dim},
     ),
     Candidate(
         name="sink",
         title="orders and a sink",
         about="orders compete in a softmax with a sink whose value is zero (after arXiv 2609.03426)",
-        memory=lambda base: {"layer": "sink"},
+        memory=lambda study: {"layer": "sink"},
     ),
     Candidate(
         name="counted_gate",
@@ -132,7 +133,7 @@ CANDIDATES: Sequence[Candidate] = (
         name="pooled",
         title="one pool of rows",
         about="every head of every order may read any row",
-        memory=lambda base: {"layer": "pooled"},
+        memory=lambda study: {"layer": "pooled"},
     ),
     Candidate(
         name="unigrams",
@@ -150,16 +151,16 @@ CANDIDATES: Sequence[Candidate] = (
         name="factor_1_2",
         title="FactorEngram, 1 and 2",
         about="FactorEngram's reader of single tokens and bigrams",
-        memory=lambda base: {"layer": "factor_engram", **_tokens_and_bigrams(base)},
+        memory=lambda study: {"layer": "factor_engram", **_tokens_and_bigrams(study)},
     ),
     Candidate(
-        name="block_0", title="block 0", about="read before the first block", memory=lambda base: {"layers": (0,)}
+        name="block_0", title="block 0", about="read before the first block", memory=lambda study: {"layers": (0,)}
     ),
     Candidate(
         name="block_2",
         title="block 2",
         about="read before the third block, the middle of a model of four",
-        memory=lambda base: {"layers": (2,)},
+        memory=lambda study: {"layers": (2,)},
     ),
 )
 """Name, title and what differs from the paper's layer. The first is the paper's layer itself."""

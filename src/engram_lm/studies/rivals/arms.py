@@ -27,8 +27,8 @@ def _bytes_of_all_contexts(study: CandidateStudy) -> int:
     return num_contexts * knn.entry_bytes(study.config().hidden_size)
 
 
-def _product_keys(base: EngramConfig, **options: Any) -> dict[str, Any]:
-    heads = 4
+def _product_keys(study: CandidateStudy, **options: Any) -> dict[str, Any]:
+    heads, base = 4, study.reference
     return {
         **_PLAIN,
         "layer": "pkm",
@@ -57,11 +57,13 @@ def _known(name: str, /, **changed: Any) -> Candidate:
 RIVALS: Sequence[Candidate] = (
     _known(REFERENCE),
     _known("bigrams"),
+    _known("unigrams"),
+    _known("orders_1_2"),
     Candidate(
         name="over_encoding",
         title="OverEncoding",
         about="projected rows are averaged with the token embedding, at the input (arXiv 2501.16975)",
-        memory=lambda base: {"layer": "over_encoding", "layers": (0,), "gate": "none", "kernel_size": 0},
+        memory=lambda study: {"layer": "over_encoding", "layers": (0,), "gate": "none", "kernel_size": 0},
         table_rate=1.0,
     ),
     _known("factor_unigrams", name="factor_engram"),
@@ -70,7 +72,7 @@ RIVALS: Sequence[Candidate] = (
         name="per_token",
         title="per-layer embeddings",
         about="a row of its own for every token in every block, gated by the hidden state (Gemma 3n)",
-        memory=lambda base: _PLAIN | {"layer": "per_token", "num_heads": 1, "token_map": "raw"},
+        memory=lambda study: _PLAIN | {"layer": "per_token", "num_heads": 1, "token_map": "raw"},
         fit="width",
         every_block=True,
     ),
@@ -78,26 +80,28 @@ RIVALS: Sequence[Candidate] = (
         name="pkm",
         title="product keys",
         about="each position chooses 4 × 8 rows by comparing queries with keys (arXiv 1907.05242)",
-        memory=lambda base: _product_keys(base, gate="none", query_norm="layer"),
+        memory=lambda study: _product_keys(study, gate="none", query_norm="layer"),
     ),
     Candidate(
         name="memory_plus",
         title="Memory+",
         about="product keys whose average of rows is gated and projected (arXiv 2412.09764)",
-        memory=lambda base: _product_keys(base, gate="silu", query_norm="none"),
+        memory=lambda study: _product_keys(study, gate="silu", query_norm="none"),
     ),
     Candidate(
         name="ultra_mem",
         title="UltraMem",
         about="each position chooses 32 rows by a grid of scores with a Tucker core (arXiv 2411.12364)",
-        memory=lambda base: _PLAIN | {"layer": "ultra_mem", "num_heads": 1, "memory_dim": base.hidden_size // 2},
+        memory=lambda study: (
+            _PLAIN | {"layer": "ultra_mem", "num_heads": 1, "memory_dim": study.reference.hidden_size // 2}
+        ),
     ),
     Candidate(
         name="scone",
         title="SCONE",
         about="frequent N-grams of the training text have embeddings that a small transformer computes; its bytes are "
         "those of the table that it is served from and of the transformer (arXiv 2502.01637)",
-        memory=lambda base: scone_memory(base).to_dict(),
+        memory=lambda study: scone_memory(study.reference).to_dict(),
         extra_bytes=lambda study: FGramLayer.beside(scone_memory(study.reference)),
     ),
     Candidate(
@@ -129,13 +133,13 @@ RIVALS: Sequence[Candidate] = (
         name="retro",
         title="RETRO",
         about="chunked cross-attention to neighbors of each chunk in a stored text of as many bytes (ICML 2022)",
-        memory=retro_memory,
+        memory=lambda study: retro_memory(study.reference, study.vocab_size),
     ),
     Candidate(
         name="ngram_mean",
         title="NGM",
         about="means of token embeddings behind a cosine gate, without a table or parameters (arXiv 2605.16893)",
-        memory=lambda base: _NO_TABLE | {"layer": "ngram_mean", "orders": (2, 3), "memory_dim": 2},
+        memory=lambda study: _NO_TABLE | {"layer": "ngram_mean", "orders": (2, 3), "memory_dim": 2},
         is_control=True,
     ),
     _known("none"),
@@ -151,7 +155,7 @@ RIVALS: Sequence[Candidate] = (
         name="one_row",
         title="one row",
         about="every N-gram reads the same row of each head: the gate and the projections without a table",
-        memory=lambda base: {"layer": "one_row"},
+        memory=lambda study: {"layer": "one_row"},
         is_control=True,
     ),
     Candidate(
@@ -165,7 +169,7 @@ RIVALS: Sequence[Candidate] = (
         name="permuted",
         title="permuted addresses",
         about="an N-gram reads other rows at every position of a sequence, so that rows cannot belong to N-grams",
-        memory=lambda base: {"layer": "permuted"},
+        memory=lambda study: {"layer": "permuted"},
         is_control=True,
     ),
 )

@@ -296,14 +296,14 @@ def _mixed(tokens: Tensor) -> Tensor:
     return mixed
 
 
-def retro_memory(base: EngramConfig) -> Mapping[str, Any]:
+def retro_memory(base: EngramConfig, vocabulary: int) -> Mapping[str, Any]:
     """Configure the layer so that it has as many numbers as another one, its stored text included."""
     fields = {"layer": "retro", "token_map": "raw", "kernel_size": 0, "gate": "none", "rows_per_head": 1}
     empty = EngramConfig.from_dict({**base.to_dict(), **fields, "layer_options": {"chunks": 1}})
     one_more = EngramConfig.from_dict({**base.to_dict(), **fields, "layer_options": {"chunks": 2}})
     per_chunk = one_more.num_parameters() - empty.num_parameters()
     chunks = 1 + max(0, base.num_parameters() - empty.num_parameters()) // per_chunk
-    return {**fields, "layer_options": {"chunks": chunks}}
+    return {**fields, "layer_options": {"chunks": chunks, "vocabulary": vocabulary}}
 
 
 def _check(config: EngramConfig) -> None:
