@@ -48,6 +48,19 @@ LAYERS: dict[str, LayerEntry] = {
         has_table=False,
         options={"chunk": 16, "chunks": 4096, "neighbors": 2, "embedding": 64, "vocabulary": 4096, "end_token": 0},
     ),
+    "realm": LayerEntry(
+        place="engram_lm.studies.rivals.realm.RealmLayer",
+        reads="tokens",
+        has_table=False,
+        options={
+            "chunk": 16,
+            "chunks": 4096,
+            "neighbors": 4,
+            "embedding": 64,
+            "refresh_tokens": 200_000,
+            "end_token": 0,
+        },
+    ),
     "pooled": LayerEntry(place="engram_lm.studies.rivals.pooled.PooledLayer"),
     "pkm": LayerEntry(
         place="engram_lm.studies.rivals.product_keys.ProductKeyLayer",

@@ -1,5 +1,6 @@
 """Retrieval against its published formulas: nearest neighbors of contexts, mixed with what a trained model says."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -93,7 +94,7 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
         (text / f"{number}.txt").write_text(f"{number} " + some_text(300)[number:])
     options = {
         "out": tmp_path / "out", "data": (text,), "vocab_size": 300, "tokens": 4096, "sequence_length": 32,
-        "rows_per_head": 997, "arms": ("knn_bytes", "knn", "retro", "none"), "seeds": 1, "mode": "one_by_one",
+        "rows_per_head": 997, "arms": ("knn_bytes", "knn", "retro", "realm", "none"), "seeds": 1, "mode": "one_by_one",
     }  # fmt: skip
     assert RivalsStudy(**options).run() == 0
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -103,9 +104,9 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
     assert few["num_bytes"] <= arms["knn_bytes"]["cost"]["bytes"] - arms["none"]["cost"]["bytes"]
     assert few["num_entries"] % 32 == 0
     assert arms["engram"]["cost"]["bytes"] == pytest.approx(arms["knn_bytes"]["cost"]["bytes"], rel=0.02)
-    assert (
-        arms["retro"]["runs"][0]["loss"] is not None and arms["retro"]["cost"]["flops"] > arms["none"]["cost"]["flops"]
-    )
+    for name in ("retro", "realm"):
+        assert arms[name]["runs"][0]["loss"] is not None
+        assert arms[name]["cost"]["flops"] > arms["none"]["cost"]["flops"]
     # The same model: what its loss changes by is what its neighbors change.
     change = arms["knn"]["runs"][0]["loss"] - arms["none"]["runs"][0]["loss"]
     assert change != 0 or arms["knn"]["searches"][0]["share"] == 0
@@ -116,16 +117,26 @@ def test_the_study_measures_models_with_their_neighbors_and_measures_them_once(t
     assert np.isfinite(change)
 
 
-# RETRO ----------------------------------------------------------------------------------------------------------------
+# RETRO, and what it shares with REALM ---------------------------------------------------------------------------------
 
 CHUNK, END = 4, 0
 
 
-def retro_layer(text, chunks=30, neighbors=2, hidden=32, **options):
+def retro_layer(text, **options):
+    """RETRO, for tokens up to 49."""
+    return stored_text_layer("retro", text, **{"vocabulary": 50, **options})
+
+
+def realm_layer(text, **options):
+    """REALM, with weights at which documents differ in how probable they are."""
+    return stored_text_layer("realm", text, **options)
+
+
+def stored_text_layer(name, text, chunks=30, neighbors=2, hidden=32, **options):
     """A layer that has stored a text, with weights away from their first values."""
     config = EngramConfig(
-        hidden_size=hidden, layers=(0,), num_heads=2, memory_dim=24, rows_per_head=1, layer="retro", token_map="raw",
-        layer_options={"chunk": CHUNK, "chunks": chunks, "neighbors": neighbors, "vocabulary": 50, **options},
+        hidden_size=hidden, layers=(0,), num_heads=2, memory_dim=24, rows_per_head=1, layer=name, token_map="raw",
+        layer_options={"chunk": CHUNK, "chunks": chunks, "neighbors": neighbors, **options},
     )  # fmt: skip
     layer = build_layer(config)
     layer.embedding = torch.nn.Embedding(50, hidden)
@@ -198,7 +209,7 @@ def test_neighbors_are_the_most_similar_chunks_by_the_rarity_of_their_tokens():
 
     for u in range(2):
         query = embedded(tokens[0, u * CHUNK : (u + 1) * CHUNK].tolist())
-        usable = [place for place in range(len(stored)) if min(stored[place]) >= 0 and layer.index.is_text[place]]
+        usable = [place for place in range(len(stored)) if min(stored[place]) >= 0 and layer.stored.is_text[place]]
         ranked = sorted(usable, key=lambda place: -float(embedded(stored[place]) @ query))
         near = [float(embedded(stored[place]) @ query) for place in found.places[0, u].tolist()]
         assert near == pytest.approx([float(embedded(stored[place]) @ query) for place in ranked[:3]], abs=2e-3)
@@ -206,8 +217,12 @@ def test_neighbors_are_the_most_similar_chunks_by_the_rarity_of_their_tokens():
             assert neighbor == stored[place] + layer.text.view(-1, CHUNK).tolist()[place + 1]
 
 
-def test_no_output_depends_on_a_later_token():
-    layer = retro_layer(joined(documents(8, 12)))
+BOTH = pytest.mark.parametrize("made", [retro_layer, realm_layer])
+
+
+@BOTH
+def test_no_output_depends_on_a_later_token(made):
+    layer = made(joined(documents(8, 12)))
     tokens = torch.tensor([random.Random(2).choices(range(1, 50), k=14)])
     hidden = torch.randn(1, 14, 32)
     before = layer(hidden, tokens[..., None])
@@ -220,10 +235,12 @@ def test_no_output_depends_on_a_later_token():
     assert not torch.allclose(after, before)
 
 
-def test_a_sequence_finds_nothing_of_its_own_documents():
+@BOTH
+def test_a_sequence_finds_nothing_of_its_own_documents(made):
     texts = documents(8, 13)  # no multiple of a chunk, so chunks cross documents
     text = joined(texts)
-    layer = retro_layer(text, neighbors=2)
+    layer = made(text, neighbors=2)
+    layer.find(torch.tensor([text[:CHUNK]]))  # builds an index where there is one to build
     owner = [number for number, document in enumerate(texts) for _ in document]
     for start in range(0, len(text) - 12, 5):
         sequence = torch.tensor([text[start : start + 12]])
@@ -234,11 +251,14 @@ def test_a_sequence_finds_nothing_of_its_own_documents():
             assert not own & set(owner[place * CHUNK : (place + 2) * CHUNK]), start
     # The same tokens in another place are found: what is excluded is excluded for its document.
     other = torch.tensor([[49, 48, 47, 46, *text[CHUNK * 3 : CHUNK * 4], 1, 2, 3, 4]])
-    assert layer.neighbors(other).places[0, 1, 0] == 3
+    found = made(text, neighbors=30).neighbors(other)
+    assert found.is_found[0, 1][found.places[0, 1] == 3].all()
+    assert made is realm_layer or layer.neighbors(other).places[0, 1, 0] == 3
 
 
-def test_where_nothing_may_be_found_nothing_is_added():
-    layer = retro_layer(documents(1, 24)[0])
+@BOTH
+def test_where_nothing_may_be_found_nothing_is_added(made):
+    layer = made(documents(1, 24)[0])
     tokens = torch.tensor([layer.text[:12].tolist()])
     assert not layer.neighbors(tokens).is_found.any()
     update = layer(torch.randn(1, 12, 32, requires_grad=True), tokens[..., None])
@@ -268,23 +288,29 @@ def test_retro_counts_its_numbers_and_stores_whole_documents_of_as_many_bytes_as
         layer.neighbors(torch.ones(1, 4, dtype=torch.int64))
 
 
-def test_retro_counts_the_operations_of_its_products_and_compiles_to_one_graph():
-    layer = retro_layer(joined(documents(9, 12)), hidden=64)
+@BOTH
+def test_the_operations_of_products_are_counted_and_they_compile_to_one_graph(made):
+    layer = made(joined(documents(9, 12)), hidden=64)
     tokens = torch.randint(1, 50, (2, 16, 1))
     hidden = torch.randn(2, 16, 64)
+    layer.read(tokens)  # builds the index
     # The counter does not know the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         expected = layer(hidden, tokens)
-    assert counter.get_total_flops() == pytest.approx(32 * type(layer).count_flops(layer.config), rel=0.02)
+    count = type(layer).count_flops if made is retro_layer else type(layer).count_forward_flops
+    assert counter.get_total_flops() == pytest.approx(32 * count(layer.config), rel=0.02)
     respond = torch.compile(type(layer).respond, backend="aot_eager", fullgraph=True)
     assert torch.allclose(respond(layer, hidden, layer.read(tokens), None, None, None).update, expected, atol=1e-5)
 
 
-def test_a_model_with_retro_learns_from_neighbors_and_is_loaded_as_it_was(tmp_path):
-    options = {"chunk": 4, "chunks": 40, "neighbors": 2, "vocabulary": 300}
+@pytest.mark.parametrize(
+    ("name", "options", "last"),
+    [("retro", {"vocabulary": 300}, "found.out_proj"), ("realm", {"refresh_tokens": 50}, "reader_output")],
+)
+def test_a_model_learns_from_what_it_finds_and_is_loaded_as_it_was(tmp_path, name, options, last):
     memory = EngramConfig(
-        hidden_size=32, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=1, layer="retro", token_map="raw",
-        layer_options=options,
+        hidden_size=32, layers=(1,), num_heads=2, memory_dim=24, rows_per_head=1, layer=name, token_map="raw",
+        layer_options={"chunk": 4, "chunks": 40, "neighbors": 2, **options},
     )  # fmt: skip
     model = EngramForCausalLM(EngramLMConfig.for_tokenizer(TOKENIZER, memory, **{**BACKBONE, "num_streams": 1}))
     tokens = np.array(TOKENIZER(TEXT).input_ids)
@@ -293,11 +319,125 @@ def test_a_model_with_retro_learns_from_neighbors_and_is_loaded_as_it_was(tmp_pa
     layer.prepare(model.hash_spec, tokens[:120])
     ids = torch.randint(2, 280, (1, 33))
     before = model(input_ids=ids, use_cache=False).logits
-    torch.nn.init.normal_(layer.found.out_proj.weight)
+    torch.nn.init.normal_(layer.get_submodule(last).weight)
+    model.train()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+    model.eval()
     after = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(after[:, :3], before[:, :3]) and not torch.allclose(after[:, 3:], before[:, 3:])
     model.save_pretrained(tmp_path)
-    assert torch.equal(EngramForCausalLM.from_pretrained(tmp_path)(input_ids=ids, use_cache=False).logits, after)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, after)
+    for key, value in layer.state_dict().items():  # how old an index is as well
+        assert torch.equal(loaded.model.layers[1].memory.state_dict()[key], value), key
+
+
+# REALM ----------------------------------------------------------------------------------------------------------------
+
+
+def plain_realm(layer, tokens, hidden):
+    """What each position reads, ``[L, D]``, a position and a document at a time; with p(z|x) and what each z gave."""
+    stored, query, width = layer.text.long(), layer.norms["query"](hidden), hidden.shape[-1]
+    updates, shares, given = torch.zeros_like(hidden), [], {}
+
+    def encoded(words):
+        state = layer.embedding(words) + layer.token_position[: len(words)]
+        own = layer.norms["own"](state)
+        state = state + heads_of(layer.own, own, own)
+        return layer.norms["found"](state + layer.wide(layer.norms["wide"](state)))
+
+    for u, found in enumerate(layer.neighbors(tokens[None, : len(tokens) // CHUNK * CHUNK]).places[0].tolist()):
+        asked = layer.embed_input.weight @ encoded(tokens[u * CHUNK : (u + 1) * CHUNK]).mean(0)
+        documents = [encoded(stored[place * CHUNK : (place + 2) * CHUNK]) for place in found]
+        scores = [asked @ (layer.embed_document.weight @ document.mean(0)) for document in documents]
+        scores = torch.stack([*scores, asked @ layer.empty_document]) / math.sqrt(len(asked))
+        shares.append(scores.exp() / scores.exp().sum())
+        for offset in range(CHUNK):
+            place = u * CHUNK + CHUNK - 1 + offset
+            if place >= len(tokens):
+                continue
+            reader = layer.reader.weight @ (query[place] + layer.query_position[offset])
+            for number, document in enumerate(documents):
+                parts = []
+                for head in range(layer.num_heads):
+                    rows = slice(head * width // layer.num_heads, (head + 1) * width // layer.num_heads)
+                    keys, values = (each.weight[rows] for each in (layer.document_key, layer.document_value))
+                    looks = (document @ keys.T @ reader[rows] / math.sqrt(width // layer.num_heads)).softmax(0)
+                    parts.append(looks @ (document @ values.T))
+                given[place, number] = layer.reader_output.weight @ torch.cat(parts)
+                updates[place] = updates[place] + shares[u][number] * given[place, number]
+    return updates, shares, given
+
+
+def test_realm_averages_what_documents_give_by_their_probability_and_its_gradient_is_that_of_the_average():
+    layer = realm_layer(joined(documents(8, 12)), hidden=64)
+    tokens = torch.tensor(random.Random(5).choices(range(1, 50), k=11))
+    hidden, weights = torch.randn(11, 64), torch.randn(11, 64)
+    asked = []
+    hook = layer.embed_input.register_forward_hook(lambda module, args, out: asked.append(out))
+    update = layer(hidden[None], tokens[None, :, None].expand(1, 11, 3))[0]
+    hook.remove()
+    expected, shares, given = plain_realm(layer, tokens, hidden)
+    assert torch.allclose(update, expected, atol=1e-4)
+    assert all(0.01 < float(share.detach().max()) < 0.999 for share in shares)
+    parameters = dict(layer.named_parameters())
+    loss, plain = ((each * weights).sum() for each in (update, expected))
+    ours = torch.autograd.grad(loss, [*parameters.values(), asked[-1]])
+    for name, grad, wanted in zip(parameters, ours, torch.autograd.grad(plain, [*parameters.values()]), strict=False):
+        assert torch.allclose(grad, wanted, atol=1e-3, rtol=1e-3), name
+    # dL/dq = Σ p(z|x) (gain of z - mean gain) d(z): what gains more than the others becomes more probable.
+    found = layer.find(tokens[None, :8])[0, :, 1:]
+    for u, share in enumerate(shares):
+        readers = range(u * CHUNK + CHUNK - 1, min(u * CHUNK + 2 * CHUNK - 1, 11))
+        gains = torch.stack([sum(given[place, k] @ weights[place] for place in readers) for k in range(2)])
+        gains = torch.cat([gains, torch.zeros(1)])  # the empty document gives nothing
+        vectors = torch.cat([layer.embed_documents(layer.encode(found[u])), layer.empty_document[None]])
+        wanted = (share * (gains - share @ gains)) @ vectors / math.sqrt(64)
+        assert torch.allclose(ours[-1][u], wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_documents_are_the_best_of_the_index_which_is_stale_until_it_is_rebuilt():
+    layer = realm_layer(joined(documents(9, 12)), neighbors=3, refresh_tokens=24)
+    tokens = torch.tensor([random.Random(1).choices(range(1, 50), k=12)])
+
+    def best_by(index):
+        scores = layer.embed_query(tokens.view(-1, CHUNK)) @ index.float().T
+        return scores.masked_fill(~layer.stored.is_text, -torch.inf).topk(3).indices[None]
+
+    layer.find(tokens)
+    first = layer.index.clone()
+    assert torch.equal(layer.neighbors(tokens).places, best_by(first)) and int(layer.tokens_since) == 12
+    before = layer(torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0)), tokens[..., None])
+    assert int(layer.tokens_since) == 24
+    torch.nn.init.normal_(layer.embed_document.weight, std=0.3)
+    assert torch.equal(layer.neighbors(tokens).places, best_by(first))  # stale: the same documents,
+    layer.eval()
+    layer.tokens_since.fill_(12)
+    after = layer(torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0)), tokens[..., None])
+    assert int(layer.tokens_since) == 12 and torch.equal(layer.index, first)  # evaluation changes nothing
+    assert not torch.allclose(before, after)  # but their probabilities are those of the new weights
+    layer.train()
+    layer.find(tokens)
+    layer.find(tokens)
+    assert not torch.equal(layer.index, first) and int(layer.tokens_since) == 12
+    assert torch.equal(layer.neighbors(tokens).places, best_by(layer.index))
+    assert not torch.equal(best_by(layer.index), best_by(first))
+    fresh = layer.embed_documents(layer.encode(layer.stored.take(torch.arange(30))))
+    assert torch.allclose(layer.index.float(), fresh, atol=0.02)
+
+
+def test_realm_counts_its_numbers_and_what_rebuilding_its_index_takes():
+    layer = realm_layer(joined(documents(9, 15)), chunks=20)
+    kept = layer.text.numel() + layer.index.numel() // 2 + layer.tokens_since.numel()
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    assert type(layer).count_parameters(layer.config) == weights and type(layer).count_kept(layer.config) == kept
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        layer.refresh()
+    share = type(layer).count_flops(layer.config) - type(layer).count_forward_flops(layer.config)
+    rare = dataclasses.replace(layer.config, layer_options={**layer.config.layer_options, "refresh_tokens": 1})
+    total = type(layer).count_flops(rare) - type(layer).count_forward_flops(rare)
+    assert counter.get_total_flops() == pytest.approx(3 * total, rel=0.02) and share == total // 200_000
+    costs = check_budget(RivalsStudy(arms=("realm",)).study())
+    assert costs["realm"].bytes == pytest.approx(costs["engram"].bytes, rel=0.001)

@@ -9,7 +9,7 @@ from engram_lm.studies.candidates import REFERENCE, Candidate, CandidateStudy
 from engram_lm.studies.layers.arms import CANDIDATES
 from engram_lm.studies.rivals import knn
 from engram_lm.studies.rivals.f_grams import FGramLayer
-from engram_lm.studies.rivals.retro import retro_memory
+from engram_lm.studies.rivals.stored_text import stored_text_memory
 
 _PLAIN: dict[str, Any] = {"orders": (1,), "gate": "none", "kernel_size": 0}
 """Fields of layers that have neither the gate nor the convolution of the paper's layer."""
@@ -133,7 +133,14 @@ RIVALS: Sequence[Candidate] = (
         name="retro",
         title="RETRO",
         about="chunked cross-attention to neighbors of each chunk in a stored text of as many bytes (ICML 2022)",
-        memory=lambda study: retro_memory(study.reference, study.vocab_size),
+        memory=lambda study: stored_text_memory(study.reference, "retro", vocabulary=study.vocab_size),
+    ),
+    Candidate(
+        name="realm",
+        title="REALM",
+        about="learned retrieval of chunks of a stored text of as many bytes: what a token reads is the mean over the "
+        "best documents of a rebuilt index, weighted by p(z|x), inside the layer and not of the output (ICML 2020)",
+        memory=lambda study: stored_text_memory(study.reference, "realm"),
     ),
     Candidate(
         name="ngram_mean",
