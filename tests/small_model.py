@@ -51,6 +51,7 @@ VARIANTS = {
     "experts": (EXPERTS, {}),
     "streams": ({"num_streams": 4}, {"num_streams": 4}),
     "single": ({"num_streams": 4, "memory_fusion": "single"}, {}),
+    "values": ({}, {"layer": "values"}),
     "yarn": (YARN, {}),
     "all": ({**EXPERTS, **YARN, "num_streams": 4}, {"num_streams": 4}),
 }

@@ -140,6 +140,11 @@ def adapter_spec(decoder: Decoder, tokenizer: Any, config: EngramConfig, segment
             f"the memory layer {config.layer!r} reads no hashed rows and can be part of a model of this library alone, "
             "not be attached to another; choose layer='engram'"
         )
+    if config.entry.writes != "hidden":
+        raise ConfigError(
+            f"the memory layer {config.layer!r} adds to the {config.entry.writes} of attention, which only models of "
+            "this library let it do; attached memory adds to the hidden states, so choose layer='engram'"
+        )
     if config.num_streams != 1:
         raise ConfigError(f"memory is attached to one residual stream, not {config.num_streams}; set num_streams=1")
     if config.hidden_size != decoder.hidden_size:

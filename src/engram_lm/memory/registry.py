@@ -11,6 +11,9 @@ Reads = Literal["rows", "tokens", "hidden"]
 """What a layer is handed beside the hidden states. ``rows``: numbers of the rows that the N-grams of a position hash
 to. ``tokens``: the last tokens themselves, as many as the highest order says. ``hidden``: nothing; the layer finds what
 it reads by the hidden states."""
+Writes = Literal["hidden", "values"]
+"""What the update of a layer is added to. ``hidden``: the hidden states, before attention. ``values``: the values of
+its block's attention, so that other positions see it and the hidden state itself stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,8 @@ class LayerEntry:
     """Where its class is; it is imported when it is built or priced."""
     reads: Reads = "rows"
     """What it is handed."""
+    writes: Writes = "hidden"
+    """What its update is added to."""
     has_table: bool = True
     """Whether it has a `Table`. One without has all its numbers among its own parameters, or reads text itself."""
     options: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
@@ -33,6 +38,7 @@ LAYERS: dict[str, LayerEntry] = {
     # Rivals and controls that nobody would use beyond a comparison.
     "one_row": LayerEntry(place="engram_lm.studies.rivals.controls.OneRowLayer"),
     "permuted": LayerEntry(place="engram_lm.studies.rivals.controls.PermutedLayer"),
+    "values": LayerEntry(place="engram_lm.memory.layer.EngramLayer", writes="values"),
     "per_order": LayerEntry(place="engram_lm.studies.rivals.per_order.PerOrderLayer"),
     "sink": LayerEntry(place="engram_lm.studies.rivals.per_order.SinkLayer"),
     "segment_gate": LayerEntry(place="engram_lm.studies.rivals.factor.SegmentGateLayer"),

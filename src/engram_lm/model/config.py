@@ -317,7 +317,8 @@ class EngramLMConfig(DeepseekV3Config):
         """Refuse a memory that this backbone cannot carry.
 
         Raises:
-            ConfigError: It reads blocks that there are not, or has another width or number of streams.
+            ConfigError: It reads blocks that there are not, has another width or number of streams, or its updates do
+                not fit what they are added to.
         """
         if max(memory.layers) >= self.num_hidden_layers:
             raise ConfigError(f"memory.layers {memory.layers} reach past the model's {self.num_hidden_layers} blocks")
@@ -326,6 +327,14 @@ class EngramLMConfig(DeepseekV3Config):
             raise ConfigError(
                 f"memory is configured for num_streams={memory.num_streams} of hidden_size={memory.hidden_size}; with "
                 f"memory_fusion={self.memory_fusion!r} this model needs {streams} of {self.hidden_size}"
+            )
+        values = self.num_attention_heads * self.v_head_dim
+        if memory.entry.writes == "values" and (streams, values) != (1, self.hidden_size):
+            raise ConfigError(
+                f"the memory layer {memory.layer!r} adds one update of {self.hidden_size} numbers to the values of "
+                f"attention, of which there are {self.num_attention_heads} heads of {self.v_head_dim}, and this memory "
+                f"has {streams} streams; choose num_attention_heads x v_head_dim = hidden_size, and num_streams=1 or "
+                "memory_fusion='single'"
             )
 
     def _check_memory(self) -> None:

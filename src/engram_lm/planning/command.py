@@ -238,6 +238,8 @@ def _row_bytes(width: int, num_rows: int = 1) -> dict[str, int]:
 def _decode(config: EngramLMConfig, memory: EngramConfig | None, context: int, batch_size: int) -> dict[str, int]:
     """State of decoding in bfloat16; multi-head latent attention caches its latents, not keys and values."""
     per_token = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
+    if memory is not None and memory.entry.writes == "values":  # what is added to values stands beside the latents
+        per_token += len(memory.layers) * memory.hidden_size * 2
     state = 0
     if memory is not None:
         window = memory.conv_context * memory.num_streams * memory.hidden_size * 2

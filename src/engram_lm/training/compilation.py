@@ -61,7 +61,7 @@ def compile_training(model: EngramForCausalLM, sequence_length: int) -> Head:
         memory = block.memory
         if memory is not None:
             memory.respond = functools.partial(_with_gradients(type(memory).respond), memory)
-        if memory is None or not block.single_fusion:
+        if memory is None or block.updates_first:
             block.attend = functools.partial(attend, block)
         block.feed_forward = functools.partial(feed_forward, block)
     return _with_gradients(_whole_head)

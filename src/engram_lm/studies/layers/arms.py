@@ -136,6 +136,12 @@ CANDIDATES: Sequence[Candidate] = (
         memory=lambda study: {"layer": "pooled"},
     ),
     Candidate(
+        name="values",
+        title="into values",
+        about="added to the values of its block's attention, not to the hidden state (after X-gram, arXiv 2604.21724)",
+        memory=lambda base: {"layer": "values"},
+    ),
+    Candidate(
         name="unigrams",
         title="with unigrams",
         about="orders 1 to 3; single tokens have as many rows as there are tokens",
