@@ -14,6 +14,7 @@ from engram_lm.cli import VERBS
 from engram_lm.errors import ConfigError
 from engram_lm.studies.every_study import EveryStudy, Step, _plan, _slowness
 from engram_lm.studies.registry import STUDIES
+from engram_lm.training.run_folder import to_json
 
 HERE = "tests.studies.test_every_study"
 CHILD = f"import sys; from {HERE} import run_child; sys.exit(run_child(*sys.argv[1:]))"
@@ -103,6 +104,21 @@ def test_hours_that_hold_no_seed_at_all_are_refused_before_anything_is_written(t
     for options in ({"budget_hours": 0.0}, {"budget_hours": float("nan")}, {"seeds": 0}, {"studies": ("none",)}):
         with pytest.raises(ConfigError):
             EveryStudy(**options)
+
+
+def test_seeds_of_a_result_count_only_where_it_has_the_same_settings(tmp_path):
+    command = Both(out=tmp_path, seeds=3, studies=("whether",))
+    place = tmp_path / "whether/result.json"
+    place.parent.mkdir()
+
+    def seeds_wanted(settings):
+        place.write_text(to_json({"seeds": [0, 1], **settings}))
+        return [step.seeds for step in command._wanted({"whether": 1.0}, tmp_path, [])]
+
+    own = Whether(seeds=2).settings()
+    assert seeds_wanted({"settings": own}) == [3]
+    for other in ({"settings": {**own, "rate": 1e-3}}, {"settings": {**own, "more": 1}}, {"settings": None}, {}):
+        assert seeds_wanted(other) == [1, 2, 3]
 
 
 def test_one_registry_serves_the_command_line_and_all():

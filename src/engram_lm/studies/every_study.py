@@ -50,7 +50,8 @@ class EveryStudy:
     Studies come in the order of their value, and each gets whole seeds, up to --seeds, as long as the next one fits.
     How long a seed takes is estimated from its operations at first, and then from the seeds that were run here. Every
     study keeps its result, page and models in its own folder below --out; what is trained is not trained again, so
-    the same command with more hours, or after any interruption, goes on where the last one ended.
+    the same command with more hours, or after any interruption, goes on where the last one ended. Seeds of a result
+    that was made with other settings, such as another text, do not count.
 
     Examples::
 
@@ -152,7 +153,8 @@ class EveryStudy:
         """All seeds that are not there yet, study by study, priced by what earlier ones took."""
         steps = []
         for name, seconds in costs.items():
-            done = _seeds_done(out / name)
+            command = _command(self.registry[name][0])
+            done = _seeds_done(out / name, command(**self._flags(name, command, out, 1)).settings())
             seconds *= _slowness(name, runs)
             steps += [Step(study=name, seeds=seed + 1, seconds=seconds) for seed in range(done, self.seeds)]
         return steps
@@ -244,10 +246,13 @@ def _earlier_runs(out: Path) -> list[dict[str, Any]]:
     return list(read_json(out / _MARK, error=RunFolderError, advice="name another folder with --out")["runs"])
 
 
-def _seeds_done(folder: Path) -> int:
-    """Seeds of a study's result; 0 where there is none that can be read."""
+def _seeds_done(folder: Path, settings: Mapping[str, Any]) -> int:
+    """Seeds of a study's result, if its settings but for their number are these; 0 where none can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return len(json.loads((folder / "result.json").read_text(encoding="utf-8"))["seeds"])
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        # As a file gives them back, which knows no difference between a list and a tuple.
+        wanted = json.loads(to_json(settings))
+        return len(result["seeds"]) if {**result["settings"], "seeds": 0} == {**wanted, "seeds": 0} else 0
     return 0
 
 
