@@ -31,16 +31,15 @@ def test_every_sweep_has_one_budget_and_the_shares_that_were_asked_for():
     assert len({round(one) for one in sparsities[:3]}) > 1
 
 
-def measured(study, loss_of):
+def measured(command, loss_of, noise=0.001):
     """A study's result, had its arms had these losses."""
-    chance = np.random.default_rng(0)
-    command = AllocationStudy()
+    chance, study = np.random.default_rng(0), command.study()
     seeds = []
     for number in range(3):
         of_seed = chance.normal(scale=0.02)
         arms = {}
         for arm in study.arms:
-            loss = loss_of(arm) + of_seed + chance.normal(scale=0.001)
+            loss = loss_of(arm) + of_seed + chance.normal(scale=noise)
             result = {"held_out": {"loss": loss}} if loss < 9 else {}
             failed = None if loss < 9 else "training diverged"
             arms[arm.name] = TrainedArm(arm=arm, seed=number, folder=command.folder, result=result, failed=failed)
@@ -50,9 +49,9 @@ def measured(study, loss_of):
 
 
 def test_optima_of_known_curves_are_found_with_intervals_and_a_move_is_seen():
-    study = AllocationStudy(token_counts=(1_000_000, 4_000_000)).study()
-    optima = dict(zip(dict.fromkeys(arm.group for arm in study.arms), (0.3, 0.6), strict=True))
-    result = json.loads(json.dumps(measured(study, lambda arm: 4 + 0.2 * (arm.x - optima[arm.group]) ** 2)))
+    command = AllocationStudy(token_counts=(1_000_000, 4_000_000))
+    optima = dict(zip(dict.fromkeys(arm.group for arm in command.study().arms), (0.3, 0.6), strict=True))
+    result = json.loads(json.dumps(measured(command, lambda arm: 4 + 0.2 * (arm.x - optima[arm.group]) ** 2)))
     for group, optimum in optima.items():
         found = result["sweeps"][group]["parabola"]
         low, high = found["interval"]
@@ -70,12 +69,23 @@ def test_optima_of_known_curves_are_found_with_intervals_and_a_move_is_seen():
 
 
 def test_an_arm_that_diverged_is_left_out_of_the_fit():
-    study = AllocationStudy().study()
-    result = measured(study, lambda arm: 99 if arm.x == 0 else 4 + 0.2 * (arm.x - 0.5) ** 2)
+    command = AllocationStudy()
+    result = measured(command, lambda arm: 99 if arm.x == 0 else 4 + 0.2 * (arm.x - 0.5) ** 2)
     (found,) = result["sweeps"].values()
-    assert len(found["shares"]) == len(study.arms) - 1
+    assert len(found["shares"]) == len(command.ratios) - 1
     assert found["parabola"]["value"] == pytest.approx(0.5, abs=0.05)
     assert allocation_finding(result).tables
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.4, 0.25, 0.1), (0.1, 1.0, 0.25, 0.5, 0.4)])
+def test_experts_alone_need_be_neither_first_nor_among_the_shares(ratios):
+    def loss(arm):  # 2 of 64 experts are chosen, and 62 may be given up for a table
+        experts, table = 2 + 62 * arm.x, 62 * (1 - arm.x)
+        return 4 - 0.05 * np.log(experts) - 0.03 * np.log(table) if arm.x < 1 else 4.0
+
+    (found,) = measured(AllocationStudy(ratios=ratios), loss, noise=0)["sweeps"].values()
+    assert found["logarithms"]["value"] == pytest.approx((0.05 / 0.08 * 64 - 2) / 62, abs=1e-6)
+    assert found["best"] == "100k-64-4000000-rho-0.5" and (found["gain"] is None) == (ratios[0] == 0.5)
 
 
 def test_a_budget_that_cannot_be_divided_is_refused_before_anything_is_written(tmp_path):

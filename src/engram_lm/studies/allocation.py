@@ -97,7 +97,7 @@ class AllocationStudy(MicroModelFlags, StudyCommand):
 
     def _arms(self, flags: "AllocationStudy", experts: int) -> Iterator[Arm]:
         """The arms of one sweep. They take over the backbone of experts alone and the memory layer of the preset."""
-        group = f"{flags.size} active, {experts} experts, {count_text(flags.tokens)} tokens"
+        group = _group(flags, experts)
         first = (*like(flags.allocated(1.0, num_experts=experts)), *like(flags.model("engram"), part="memory"))
         for ratio in self.ratios:
             model = flags.allocated(ratio, num_experts=experts, like=first[:1] if ratio == 1 else first)
@@ -115,8 +115,9 @@ class AllocationStudy(MicroModelFlags, StudyCommand):
     def measure(self, seeds: Sequence[Mapping[str, TrainedArm]], runner: Runner) -> dict[str, Any]:
         """Fit both curves to every sweep, and compare where they are lowest."""
         result = super().measure(seeds, runner)
+        num_experts = {_group(*sweep): sweep[1] for sweep in self._sweeps()}
         groups = {
-            group: _fit(result, [arm for arm in runner.study.arms if arm.group == group], number)
+            group: _fit(result, [arm for arm in runner.study.arms if arm.group == group], number, num_experts[group])
             for number, group in enumerate(dict.fromkeys(arm.group for arm in runner.study.arms))
         }
         (first, reference), *others = groups.items()
@@ -135,6 +136,11 @@ class AllocationStudy(MicroModelFlags, StudyCommand):
         return {**result, "sweeps": sweeps, "moves": {"from": first, **moves}}
 
 
+def _group(flags: AllocationStudy, experts: int) -> str:
+    """Name a sweep."""
+    return f"{flags.size} active, {experts} experts, {count_text(flags.tokens)} tokens"
+
+
 def _sizes(recipe: Recipe) -> ModelSizes:
     return model_sizes(priced_config(recipe), context=recipe.data.sequence_length)
 
@@ -144,8 +150,10 @@ def _share(sizes: ModelSizes) -> float:
     return (sizes.routed_experts - sizes.chosen_experts) / sizes.sparse
 
 
-def _fit(result: Mapping[str, Any], arms: Sequence[Arm], number: int) -> dict[str, Any]:
+def _fit(result: Mapping[str, Any], arms: Sequence[Arm], number: int, num_experts: int) -> dict[str, Any]:
     """What one sweep says; the number of the sweep decides its draws.
+
+    ``num_experts`` are those of the model of experts alone, which need not be among the arms.
 
     Arms that diverged in some seed are left out of the fits.
     """
@@ -163,9 +171,8 @@ def _fit(result: Mapping[str, Any], arms: Sequence[Arm], number: int) -> dict[st
         found["parabola"] = estimate(losses, lowest_of_parabola(places), seed=number)
     inside = [place for place, x in enumerate(places) if x < 1]
     if len(inside) >= _FEWEST_POINTS:
-        experts = [priced_config(arm.recipe) for arm in arms]
-        most = max(config.n_routed_experts for config in experts)
-        curve = best_share([places[i] for i in inside], num_chosen=experts[0].num_experts_per_tok, num_experts=most)
+        chosen = priced_config(arms[0].recipe).num_experts_per_tok
+        curve = best_share([places[i] for i in inside], num_chosen=chosen, num_experts=num_experts)
         found["logarithms"] = estimate(losses[:, inside], curve, seed=number)
     return found
 
@@ -199,7 +206,8 @@ def allocation_finding(result: Mapping[str, Any]) -> Finding:
             rows=rows,
             note="Shares of the sparse budget in experts, with intervals of 95 % from the errors of the runs. The "
             "lowest arm was chosen after the fact, which flatters its gain. A share of 0.00 is the edge of the "
-            "sweep, where fits are cut off, and its interval too. The paper's points are single runs.",
+            "sweep, where fits are cut off, and its interval too. The paper's points are single runs, and their gains "
+            "those over experts alone.",
         )
     ]
     moves = [
@@ -271,12 +279,15 @@ def figures(result: Mapping[str, Any]) -> Sequence[Picture]:
             relative = [loss - losses[-1] for loss in losses]
             theirs.plot(shares, relative, f"{MARKERS[number]}-", color=f"C{number}", label=name, markersize=4)
             theirs.axvline(published()[name]["parabola"]["value"], color=f"C{number}", linestyle=":")
-        for axes, title in ((ours, "here, mean ± spread of paired differences"), (theirs, "paper, single runs")):
+        for axes, title in (
+            (ours, "here, mean ± spread of paired differences"),
+            (theirs, "paper, single runs, over experts alone"),
+        ):
             axes.set(xlabel="share of the sparse budget in experts, ρ", title=title)
             axes.axhline(0, color="0.6", linewidth=0.8)
             axes.grid(color="0.9")
             axes.legend(frameon=False, fontsize=7)
-        ours.set_ylabel("held-out loss over experts alone, nats per token")
+        ours.set_ylabel("held-out loss over the first arm's, nats per token")
 
     title = "Loss by the share of experts, and where parabolas are lowest (dotted; shaded: 95 %)"
     return [Picture(name="allocation", title=title, size=(10.5, 4.4), draw=draw)]
