@@ -1,5 +1,6 @@
 """The page in a real browser: asks nothing outside, answers keyboard and pointer, and keeps visitors apart."""
 
+import functools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from engram_lm.adapt import RowPatch
 from engram_lm.cli import main
 from engram_lm.errors import ConfigError
 from engram_lm.explore import build_app
-from engram_lm.explore.app import read_fact
+from engram_lm.explore.app import _add, _listed, _take_back, read_fact
 from engram_lm.explore.command import Explore, free_port
 
 gradio = pytest.importorskip("gradio", reason="pip install 'engram-lm[explore]'")
@@ -184,10 +185,31 @@ def test_a_fact_that_cannot_be_is_refused_in_words(open_page, address):
     page.get_by_label("Answer", exact=True).fill("rat")
     page.get_by_label("Subject", exact=True).fill("dog")
     page.locator("#engram-add").click()
-    wait_for(page, "#engram-report", "the subject 'dog' is not in 'the cat sat on'; “Prompt” and every line of")
+    wait_for(page, "#engram-refused", "the subject 'dog' is not in 'the cat sat on'; “Prompt” and every line of")
     page.get_by_label("Answer", exact=True).fill(" ")
     page.locator("#engram-add").click()
-    wait_for(page, "#engram-report", "“Answer” is empty")
+    wait_for(page, "#engram-refused", "“Answer” is empty")
+    page.get_by_label("Answer", exact=True).fill("rat")
+    page.get_by_label("Subject", exact=True).fill("")
+    page.locator("#engram-add").click()
+    wait_for(page, "#engram-report", "rows changed")
+    assert page.locator("#engram-refused p").count() == 0
+
+
+def test_nothing_is_proved_again_where_a_fact_is_refused(tmp_path, monkeypatch):
+    explorer, proved = explorer_of(make_model()), []
+    monkeypatch.setattr(type(explorer), "proof", lambda self, edits: proved.append(edits))
+    listed, memory = functools.partial(_listed, explorer, tmp_path), explorer.memories[0]
+
+    def add(session, subject):
+        return _add(explorer, listed, memory, session, ("the cat sat on", "rat", subject, ""), lambda *args, **kw: None)
+
+    session, said, *shown = add({}, "")
+    assert len(proved) == 1 and said == "" and "the cat sat on" in shown[0]
+    for again in (add(session, "dog"), add(session, ""), _take_back(explorer, listed, memory, session, [])):
+        assert again[0] is session and "<p" in again[1]
+        assert list(again[2:]) == [gradio.skip()] * len(shown)
+    assert len(proved) == 1
 
 
 def test_the_page_can_ask_nothing_of_another_machine(address, tmp_path, start_browser):

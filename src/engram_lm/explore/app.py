@@ -161,10 +161,11 @@ def _page(explorer: Explorer, first_text: str) -> "gradio.Blocks":
                 back = gr.Button("Take chosen facts back", interactive=False, elem_id="engram-back")
                 save = gr.DownloadButton("Save as a patch", interactive=False, elem_id="engram-save")
             facts = gr.CheckboxGroup([], label="Your facts", visible=False, elem_id="engram-list")
+            refused = gr.HTML(apply_default_css=False, elem_id="engram-refused")
             report = gr.HTML(apply_default_css=False, elem_id="engram-report")
         save.GRADIO_CACHE = str(app.folder)  # where the button's files are, so that Gradio makes no copies
         listed = functools.partial(_listed, explorer, app.folder)
-        changed: dict[str, Any] = {"outputs": [session, report, facts, back, save], **calls}
+        changed: dict[str, Any] = {"outputs": [session, refused, report, facts, back, save], **calls}
         add.click(write, inputs=[memory, session, prompt, answer, about, wordings], **changed).then(read, **reads)
         take_back = functools.partial(_take_back, explorer, listed)
         back.click(take_back, inputs=[memory, session, facts], **changed).then(read, **reads)
@@ -220,7 +221,7 @@ def _add(
         )
         progress(0.8, desc="Proving what is untouched")
     except EngramError as error:
-        return listed(memory, session, notices([f"{error}."], kind="error"))
+        return _refused(session, notices([f"{error}."], kind="error"))
     return listed(memory, {**session, memory: edits})
 
 
@@ -257,23 +258,29 @@ def _take_back(
 ) -> tuple[Any, ...]:
     """Take the chosen facts back."""
     if not prompts:
-        return listed(memory, session, notices(["Choose the facts to take back in the list."]))
+        return _refused(session, notices(["Choose the facts to take back in the list."]))
     try:
         edits = explorer.take_back(prompts, _edits(session, memory))
     except EngramError as error:
-        return listed(memory, session, notices([f"{error}."], kind="error"))
+        return _refused(session, notices([f"{error}."], kind="error"))
     return listed(memory, {**session, memory: edits})
 
 
-def _listed(explorer: Explorer, folder: Path, memory: str, session: Session, said: str = "") -> tuple[Any, ...]:
+def _refused(session: Session, said: str) -> tuple[Any, ...]:
+    """Say why nothing has changed, and leave the facts, their report and their buttons as they are."""
+    unchanged = _gradio().skip()
+    return session, said, unchanged, unchanged, unchanged, unchanged
+
+
+def _listed(explorer: Explorer, folder: Path, memory: str, session: Session) -> tuple[Any, ...]:
     """Show the facts of a memory and what they do, and update the list of facts and the buttons that need one."""
     gr, edits = _gradio(), _edits(session, memory)
-    report = said + facts_panel(explorer.answers(edits), explorer.proof(edits))
+    report = facts_panel(explorer.answers(edits), explorer.proof(edits))
     prompts = list(edits.prompts)
     facts = gr.CheckboxGroup(choices=prompts, value=[], visible=bool(prompts))
     # The button hands out the file that it holds when it is pressed, so it always holds the facts of the list.
     save = gr.DownloadButton(value=_saved(edits, folder), interactive=bool(prompts))
-    return session, report, facts, gr.Button(interactive=bool(prompts)), save
+    return session, "", report, facts, gr.Button(interactive=bool(prompts)), save
 
 
 def _saved(edits: Edits, folder: Path) -> str | None:
