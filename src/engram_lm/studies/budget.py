@@ -30,7 +30,7 @@ class Cost:
     active: int
     """Parameters that take part in a token, without the vocabulary's."""
     bytes: int
-    """Bytes of the weights, as they are trained, and of what an arm needs beside them."""
+    """Bytes of the weights, as they are trained, and of what an arm needs beside them when it is used."""
     flops: int
     """Operations of the whole training."""
     tokens: int

@@ -71,7 +71,8 @@ class Candidate:
     """Whether its feed-forward networks are made wider or narrower until a token takes as many operations as with the
     paper's layer."""
     extra_bytes: Callable[["CandidateStudy"], int] | None = None
-    """Bytes that it needs beside its weights when it is used, such as those of a store that it searches."""
+    """Bytes that it needs beside its weights when it is used, such as those of a store that it searches; less those of
+    weights that it needs in training alone."""
     evaluate: Callable[[TrainedArm, TrainingText], Mapping[str, Any]] | None = None
     """Measures what the trained model alone does not give: ``loss``, on the held-out text in nats per token, ``texts``,
     the loss on each other text, and ``search``, what searching takes (`engram_lm.studies.rivals.knn.evaluate`)."""

@@ -42,7 +42,8 @@ class Arm:
     is_control: bool = False
     """Whether it only shows what a difference consists of. The budget does not bind a control."""
     extra_bytes: int = 0
-    """Bytes that it needs beside its weights when it is used, such as those of a store that it searches."""
+    """Bytes that it needs beside its weights when it is used, such as those of a store that it searches; less those of
+    weights that it needs in training alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

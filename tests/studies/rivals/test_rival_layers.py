@@ -15,7 +15,9 @@ from engram_lm.memory import EngramConfig
 from engram_lm.memory.interface import build_layer
 from engram_lm.model import EngramForCausalLM, EngramLMConfig
 from engram_lm.planning.sizes import model_sizes
+from engram_lm.studies.rivals.arms import scone_memory
 from engram_lm.studies.rivals.f_grams import FGramLayer, f_gram_keys
+from engram_lm.studies.rivals.study import RivalsStudy
 from engram_lm.tables import ParameterTable
 from engram_lm.training.data.tokenizer import train_tokenizer
 
@@ -283,6 +285,9 @@ def test_scone_s_encoder_is_a_causal_transformer_over_the_tokens_of_the_f_gram_a
 def test_scone_s_bytes_beside_its_weights_are_those_of_the_table():
     config = EngramConfig(**RIVALS["scone"])
     assert FGramLayer.beside(config) == 50 * (8 + 4 * 32)
+    study = RivalsStudy()
+    table, ours = FGramLayer.beside(scone_memory(study.reference)), 4 * study.reference.num_parameters()
+    assert ours - (8 + 4 * study.reference.hidden_size) < table <= ours  # the transformer is needed in training alone
 
 
 @pytest.mark.parametrize(

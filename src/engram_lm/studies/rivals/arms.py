@@ -40,13 +40,22 @@ def _product_keys(study: CandidateStudy, **options: Any) -> dict[str, Any]:
 
 
 def scone_memory(base: EngramConfig) -> EngramConfig:
-    """Configure SCONE with as many f-grams as its table for serving has room for in the bytes of the paper's layer."""
+    """Configure SCONE with as many f-grams as its table for serving has room for in the bytes of the paper's layer.
+
+    The transformer that computes the table is not paid for: with the table, the published model is used without it.
+    """
     orders = tuple(range(2, _LONGEST + 1))
     fields = _NO_TABLE | {"layer": "scone", "layers": (0,), "orders": orders, "memory_dim": len(orders)}
     config = EngramConfig.from_dict({**base.to_dict(), **fields})
     one = dataclasses.replace(config, layer_options={"num_f_grams": 1})
-    room = 4 * (base.num_parameters() - one.num_parameters())
+    room = _WEIGHT_BYTES * base.num_parameters()
     return dataclasses.replace(config, layer_options={"num_f_grams": max(1, room // FGramLayer.beside(one))})
+
+
+def _scone_bytes(study: CandidateStudy) -> int:
+    """Bytes of SCONE's table, less those of the transformer, which is among the weights and not needed beside it."""
+    config = scone_memory(study.reference)
+    return FGramLayer.beside(config) - _WEIGHT_BYTES * config.num_parameters()
 
 
 def _known(name: str, /, **changed: Any) -> Candidate:
@@ -100,9 +109,9 @@ RIVALS: Sequence[Candidate] = (
         name="scone",
         title="SCONE",
         about="frequent N-grams of the training text have embeddings that a small transformer computes; its bytes are "
-        "those of the table that it is served from and of the transformer (arXiv 2502.01637)",
+        "those of the table that it is served from, without the transformer (arXiv 2502.01637)",
         memory=lambda study: scone_memory(study.reference).to_dict(),
-        extra_bytes=lambda study: FGramLayer.beside(scone_memory(study.reference)),
+        extra_bytes=_scone_bytes,
     ),
     Candidate(
         name="knn_bytes",

@@ -27,7 +27,7 @@ class FGramLayer(RivalLayer):
     ``min_count`` times among its first ``counted_tokens``. The embedding of an f-gram is what a causal transformer of
     ``blocks`` blocks gives at its last token; it reads the model's token embeddings and is trained with the model. A
     token without an f-gram keeps its own embedding. What the transformer gives can be written to a table for serving
-    (`tabulate`), so that its operations are those of training alone.
+    (`tabulate`), so that its weights and operations are those of training alone.
 
     Source: SCONE, arXiv 2502.01637, section 3 and algorithms 1 and 2. Their f-grams are pruned before counting, which
     only saves memory.
