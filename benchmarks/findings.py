@@ -27,8 +27,14 @@ def load(name: str) -> Any:
 
 
 def study(name: str) -> Any:
-    """Read the result of a study that ``benchmarks/study.py`` kept; None where none was."""
-    return load(f"study_{name}")[0] if (RESULTS / f"study_{name}.json").is_file() else None
+    """Read the first result of a study that ``benchmarks/study.py`` kept; None where none was."""
+    return next(iter(kept(name)), None)
+
+
+def kept(name: str) -> list[Any]:
+    """Read all results of a study, one for each setting that it was made in."""
+    found: list[Any] = load(f"study_{name}") if (RESULTS / f"study_{name}.json").is_file() else []
+    return found
 
 
 def made_by(result: Mapping[str, Any]) -> str:
@@ -78,9 +84,12 @@ def rival_layers() -> str:
 
 def better_layer() -> str:
     """Candidates for a better layer, with the verdict on each."""
-    result = study("layers")
-    wanted = ("Verdict", "From the lowest loss to the highest")
-    return NOT_YET if result is None else markdown(layers_finding(result), result, *wanted)
+    results = kept("layers")
+    if not results:
+        return NOT_YET
+    ranking = "From the lowest loss to the highest"
+    parts = [markdown(layers_finding(results[0]), results[0], "Verdict", ranking)]
+    return "\n\n".join([*parts, *(markdown(candidate_finding(one), one, ranking) for one in results[1:])])
 
 
 def ablations() -> str:
@@ -175,13 +184,11 @@ def single_tokens() -> tuple[str, str]:
     result = study("layers")
     if result is None:
         return NOT_YET, ""
-    found = result["verdict"]["candidates"]["orders_1_2"]["settings"][0]
-    to = {name: f"{one['difference']:+.3f} ± {one['standard_error']:.3f}" for name, one in found.items()}
-    return (
-        f"unigrams and bigrams {to['to_engram']} nats to the paper's orders and {to['to_bigrams']} to bigrams alone "
-        "(± one standard error)",
-        result["verdict"]["settings"][0],
-    )
+    words = []
+    for found in result["verdict"]["candidates"]["orders_1_2"]["settings"]:
+        to = {name: f"{one['difference']:+.3f} ± {one['standard_error']:.3f}" for name, one in found.items()}
+        words.append(f"{to['to_engram']} nats to the paper's orders and {to['to_bigrams']} to bigrams alone")
+    return f"unigrams and bigrams {'; '.join(words)} (± one standard error)", "; ".join(result["verdict"]["settings"])
 
 
 def parts() -> tuple[str, str]:

@@ -4,6 +4,8 @@
     python benchmarks/study.py runs/allocation runs/scaling
 
 ``corpus`` is what ``benchmarks/text_corpus.py`` makes. The documents' tables are then made by ``benchmarks/tables.py``.
+The study of layers may have been made at several sizes or with several numbers of tokens, by one command each: the result of a
+setting replaces an earlier one of the same setting only, and the verdict, which stands in the first result, is over all of them.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.page.figure import save_pictures
+from engram_lm.studies.layers.verdict import verdict
 from engram_lm.studies.registry import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +72,14 @@ def _last_name(word: str) -> str:
     return f"{name}{is_pair}{Path(path).name}" if path.startswith("/") else word
 
 
+def of_other_settings(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a file, if there is one, that were made in another setting than a new one."""
+    if "setting" not in result or not path.is_file():
+        return []
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return [one for one in kept if one["setting"] != result["setting"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="finished studies")
@@ -82,9 +93,10 @@ def main() -> None:
         for path in save_pictures(figures(result), pictures):
             print(path.relative_to(ROOT))
         out = ROOT / "benchmarks" / "results" / f"study_{name}.json"
-        out.write_text(
-            json.dumps({"benchmark": f"study_{name}", "results": [result]}, indent=1) + "\n", encoding="utf-8"
-        )
+        results = [*of_other_settings(out, result), result]
+        if "verdict" in result:
+            results[0]["verdict"] = verdict(results)
+        out.write_text(json.dumps({"benchmark": f"study_{name}", "results": results}, indent=1) + "\n", encoding="utf-8")
         print(out.relative_to(ROOT))
 
 
