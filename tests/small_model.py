@@ -53,6 +53,8 @@ VARIANTS = {
     "single": ({"num_streams": 4, "memory_fusion": "single"}, {}),
     "values": ({}, {"layer": "values"}),
     "yarn": (YARN, {}),
+    # What the study of layers found best: rows for single tokens, and others for bigrams.
+    "unigrams": ({}, {"orders": (1, 2), "rows_per_head": (41, 151)}),
     "all": ({**EXPERTS, **YARN, "num_streams": 4}, {"num_streams": 4}),
 }
 

@@ -166,10 +166,12 @@ class Twice(Whether):
         )
 
 
-def test_the_same_model_under_another_name_gives_the_same_numbers(text, tmp_path):
-    assert Twice(out=tmp_path, text=str(text), mode="interleaved").run() == 0
+@pytest.mark.parametrize("mode", ["interleaved", "one_by_one"])
+def test_arms_with_one_recipe_are_trained_once_and_have_the_same_numbers(text, tmp_path, mode):
+    assert Twice(out=tmp_path, text=str(text), mode=mode).run() == 0
     found = losses(tmp_path)
     assert found["one"] == found["other"]
+    assert [path.name for path in sorted((tmp_path / "seed-0").iterdir()) if path.is_dir()] == ["one"]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["arms"]["other"]["summary"]["loss"]["difference"]["per_seed"] == [0.0]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramLMConfig
 from engram_lm.planning.budget import allocate
@@ -85,6 +85,9 @@ class MicroModelFlags(TextFlags):
     """Text to read at most."""
     sequence_length: int = 128
     """Tokens in a sequence."""
+    loss_tokens: int = 1 << 19
+    """Held-out tokens that the loss is measured on at most, and tokens of each other text. The smallest models need as
+    long for these as for training on 300 thousand."""
     lr: float | None = None
     """Peak learning rate of the backbone, for all arms; the one that `RATES` has for the size unless given."""
     table_lr_multiplier: float | None = None
@@ -92,14 +95,19 @@ class MicroModelFlags(TextFlags):
 
     held_out_share: ClassVar[float] = 0.02
     validation_share: ClassVar[float] = 0.01
-    held_out_tokens: ClassVar[int] = 1 << 19
     may_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(self, "loss_tokens")
         for name, value in (("--lr", self.lr), ("--table-lr-multiplier", self.table_lr_multiplier)):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a finite number above 0, not {value}")
+
+    @property
+    def held_out_tokens(self) -> int:
+        """The tokens that the flag names."""
+        return self.loss_tokens
 
     @property
     def optimizer(self) -> OptimizerOptions:

@@ -74,11 +74,13 @@ class TextFlags:
     """Share of the documents that models are compared on and not trained on."""
     validation_share: ClassVar[float] = 0.0
     """Share beside it for choices such as that of a learning rate, which no result uses."""
-    held_out_tokens: ClassVar[int] = _ALL_TOKENS
-    """Held-out tokens that the final loss is measured on at most."""
-
     may_compile: ClassVar[bool] = False
     """Whether training is compiled where that is possible, unless it is over before that would pay."""
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Held-out tokens that the final loss is measured on at most."""
+        return _ALL_TOKENS
 
     @property
     def optimizer(self) -> OptimizerOptions:

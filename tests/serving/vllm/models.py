@@ -39,6 +39,8 @@ CHECKPOINTS = {
         {"norm_weight": "zero_centered", "kernel_size": 3, "dilation": 2, "orders": (2, 3, 4)},
     ),
     "no_convolution": ({}, {"kernel_size": 0, "gate": "none", "layers": (1,)}),
+    # What the study of layers found best.
+    "unigrams": ({}, {"orders": (1, 2), "rows_per_head": (41, 151)}),
 }
 
 

@@ -84,18 +84,21 @@ RIVALS: Sequence[Candidate] = (
         memory=lambda study: _PLAIN | {"layer": "per_token", "num_heads": 1, "token_map": "raw"},
         fit="width",
         every_block=True,
+        table_rate=5.0,
     ),
     Candidate(
         name="pkm",
         title="product keys",
         about="each position chooses 4 × 8 rows by comparing queries with keys (arXiv 1907.05242)",
         memory=lambda study: _product_keys(study, gate="none", query_norm="layer"),
+        table_rate=1.5,
     ),
     Candidate(
         name="memory_plus",
         title="Memory+",
         about="product keys whose average of rows is gated and projected (arXiv 2412.09764)",
         memory=lambda study: _product_keys(study, gate="silu", query_norm="none"),
+        table_rate=1.5,
     ),
     Candidate(
         name="ultra_mem",
@@ -104,6 +107,7 @@ RIVALS: Sequence[Candidate] = (
         memory=lambda study: (
             _PLAIN | {"layer": "ultra_mem", "num_heads": 1, "memory_dim": study.reference.hidden_size // 2}
         ),
+        table_rate=1.5,
     ),
     Candidate(
         name="scone",
