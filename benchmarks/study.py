@@ -4,8 +4,8 @@
     python benchmarks/study.py runs/allocation runs/scaling
 
 ``corpus`` is what ``benchmarks/text_corpus.py`` makes. The documents' tables are then made by ``benchmarks/tables.py``.
-The study of layers may have been made at several sizes or with several numbers of tokens, by one command each: the result of a
-setting replaces an earlier one of the same setting only, and the verdict, which stands in the first result, is over all of them.
+The study of layers may have been made at several sizes or with several numbers of tokens, by one command each: the
+result of a setting replaces an earlier one of the same setting only, and the verdict in the first result is over all.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def main() -> None:
         results = [*of_other_settings(out, result), result]
         if "verdict" in result:
             results[0]["verdict"] = verdict(results)
-        out.write_text(json.dumps({"benchmark": f"study_{name}", "results": results}, indent=1) + "\n", encoding="utf-8")
+        found = {"benchmark": f"study_{name}", "results": results}
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(out.relative_to(ROOT))
 
 
