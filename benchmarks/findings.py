@@ -89,7 +89,12 @@ def better_layer() -> str:
         return NOT_YET
     ranking = "From the lowest loss to the highest"
     parts = [markdown(layers_finding(results[0]), results[0], "Verdict", ranking)]
-    return "\n\n".join([*parts, *(markdown(candidate_finding(one), one, ranking) for one in results[1:])])
+    parts += [markdown(candidate_finding(one), one, ranking) for one in results[1:]]
+    settings = results[0]["verdict"]["settings"]
+    return "\n\n".join(
+        part.replace(f"**{ranking}**", f"**{ranking}: {setting}**")
+        for part, setting in zip(parts, settings, strict=True)
+    )
 
 
 def ablations() -> str:

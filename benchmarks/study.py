@@ -4,8 +4,8 @@
     python benchmarks/study.py runs/allocation runs/scaling
 
 ``corpus`` is what ``benchmarks/text_corpus.py`` makes. The documents' tables are then made by ``benchmarks/tables.py``.
-The study of layers may have been made at several sizes or with several numbers of tokens, by one command each: the
-result of a setting replaces an earlier one of the same setting only, and the verdict in the first result is over all.
+A study of candidates may have been made at several sizes, with several numbers of tokens or with other candidates, by
+one command each: a result replaces an earlier one of the same setting only, and the verdict on layers is over all.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from engram_lm.studies.registry import STUDIES
 ROOT = Path(__file__).resolve().parents[1]
 CURVE_POINTS = 20
 CORPUS = "corpus"
+SETTING = ("size", "tokens", "first_seed", "arms")
+"""What tells results of a study of candidates apart, each of which is kept."""
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -74,10 +76,10 @@ def _last_name(word: str) -> str:
 
 def of_other_settings(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of a file, if there is one, that were made in another setting than a new one."""
-    if "setting" not in result or not path.is_file():
+    if "arms" not in result["settings"] or not path.is_file():
         return []
     kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return [one for one in kept if one["setting"] != result["setting"]]
+    return [one for one in kept if any(one["settings"].get(name) != result["settings"].get(name) for name in SETTING)]
 
 
 def main() -> None:
@@ -86,12 +88,6 @@ def main() -> None:
     for folder in parser.parse_args().folders:
         result = collect(folder)
         name = result["study"]
-        module, _, command = STUDIES[name][0].partition(":")
-        figures = getattr(importlib.import_module(module), command)().study().figures
-        pictures = ROOT / "docs" / "pictures"
-        pictures.mkdir(exist_ok=True)
-        for path in save_pictures(figures(result), pictures):
-            print(path.relative_to(ROOT))
         out = ROOT / "benchmarks" / "results" / f"study_{name}.json"
         results = [*of_other_settings(out, result), result]
         if "verdict" in result:
@@ -99,6 +95,12 @@ def main() -> None:
         found = {"benchmark": f"study_{name}", "results": results}
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(out.relative_to(ROOT))
+        module, _, command = STUDIES[name][0].partition(":")
+        figures = getattr(importlib.import_module(module), command)().study().figures
+        pictures = ROOT / "docs" / "pictures"
+        pictures.mkdir(exist_ok=True)
+        for path in save_pictures(figures(results[0]), pictures):
+            print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
