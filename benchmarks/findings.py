@@ -19,6 +19,8 @@ from engram_lm.studies.writing import summary as writing_summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_YET = "No result was kept yet."
+_KINDS = ("token frequency", "rare words", "2-gram before")
+"""Kinds of tokens by which rivals are compared on the page."""
 
 
 def load(name: str) -> Any:
@@ -77,9 +79,15 @@ def scaling() -> str:
 
 
 def rival_layers() -> str:
-    """Rivals of the paper's layer at equal bytes, with controls."""
-    result = study("rivals")
-    return NOT_YET if result is None else markdown(candidate_finding(result), result)
+    """Rivals of the paper's layer at equal bytes, with controls: each result, and of the first one also other texts."""
+    ranking, searches = "From the lowest loss to the highest", "What searching takes"
+    kinds = ("Other texts, which nothing was trained on", *(f"Where the difference is: {name}" for name in _KINDS))
+    parts = []
+    for number, result in enumerate(kept("rivals")):
+        wanted = (ranking, searches, *(kinds if number == 0 else ()))
+        part = markdown(candidate_finding(result), result, *wanted)
+        parts.append(part.replace(f"**{ranking}**", f"**{ranking}: {_seeds(result)}**"))
+    return "\n\n".join(parts) or NOT_YET
 
 
 def better_layer() -> str:
@@ -166,13 +174,15 @@ def log_linear() -> tuple[str, str]:
 def rivals(layer: str) -> tuple[str, str]:
     """Another layer against Engram at equal bytes."""
     result, beside = study("scaling"), study("rivals")
-    if beside is not None and layer in (found := differences(beside)):
-        return (
-            f"{estimate_text(found[layer], '+.4f')} nats at {beside['arms'][layer]['cost']['bytes'] / 1e6:,.1f} MB",
-            f"0.1 M active, {count_text(beside['settings']['tokens'])} tokens, {_seeds(beside)}; [rivals](#rivals)",
-        )
     if layer not in result["lines"]:
-        return NOT_YET, ""
+        found = {} if beside is None else differences(beside)
+        if layer not in found:
+            return NOT_YET, ""
+        return (
+            f"{estimate_text(found[layer], '+.3f')} nats at {beside['arms'][layer]['cost']['bytes'] / 1e6:,.1f} MB; no "
+            f"memory {estimate_text(found['none'], '+.3f')}",
+            f"0.1 M active, {count_text(beside['settings']['tokens'])} tokens, {_seeds(beside)}",
+        )
     found = {
         arm["x"]: arm["summary"]["loss"]["difference"] for name, arm in result["arms"].items() if name.startswith(layer)
     }
@@ -194,6 +204,30 @@ def single_tokens() -> tuple[str, str]:
         to = {name: f"{one['difference']:+.3f} ± {one['standard_error']:.3f}" for name, one in found.items()}
         words.append(f"{to['to_engram']} nats to the paper's orders and {to['to_bigrams']} to bigrams alone")
     return f"unigrams and bigrams {'; '.join(words)} (± one standard error)", "; ".join(result["verdict"]["settings"])
+
+
+def other_reads() -> tuple[str, str]:
+    """Published memories at equal bytes."""
+    result = study("rivals")
+    if result is None:
+        return NOT_YET, ""
+    found = differences(result)
+    names = ("orders_1_2", "unigrams", "factor_engram", "per_token", "mome", "none")
+    return (
+        "; ".join(f"{result['arms'][name]['title']} {estimate_text(found[name], '+.3f')}" for name in names),
+        f"0.1 M active, {count_text(result['settings']['tokens'])} tokens, {_seeds(result)}",
+    )
+
+
+def written() -> tuple[str, str]:
+    """Rows written while running against a cache of counts."""
+    result = study("writing")
+    if result is None:
+        return NOT_YET, ""
+    ways = result["summary"]["engram"]
+    titles = {"none": "no update", "rows": "rows", "cache": "a count cache", "rows_and_cache": "both"}
+    words = [f"{title} {ways[way]['loss']['mean']:.2f}" for way, title in titles.items()]
+    return f"loss along new text: {', '.join(words)}", f"0.1 M active, {_seeds(result)}, two kinds of text"
 
 
 def parts() -> tuple[str, str]:
@@ -386,9 +420,9 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
     (
         "Engram is better than OverEncoding at equal memory (§3.2)",
         "paper",
-        "not compared yet",
+        "seen; OverEncoding is worse than no memory here",
         lambda: rivals("over_encoding"),
-        "[scaling](#scaling)",
+        "[rivals](#rivals)",
     ),
     (
         "A plain hashed bigram is as good (nanochat, MoME)",
@@ -410,6 +444,20 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
         "no: rows for single tokens come first",
         single_tokens,
         "[a better layer](#a-better-layer)",
+    ),
+    (
+        "Other published memories make more of the same bytes (FactorEngram, MoME, per-layer embeddings)",
+        "critics",
+        "FactorEngram does, by its unigrams; rows for single tokens and bigrams do more",
+        other_reads,
+        "[rivals](#rivals)",
+    ),
+    (
+        "A memory that is written while the model runs adapts it",
+        "articles",
+        "it does, and a cache of counts does more for less",
+        written,
+        "[writing](#rows-written-while-a-model-runs)",
     ),
     (
         "Memory gains at equal operations",
@@ -495,13 +543,15 @@ def three() -> str:
     best = shares["arms"][next(iter(shares["sweeps"].values()))["best"]]
     gain, slope = best["summary"]["loss"]["difference"], sizes["lines"]["engram"]["slope"]
     bigrams = rivals("bigrams")[0].rpartition("; slope")[0]
+    first, second = (kept("layers")[number]["arms"]["orders_1_2"]["summary"]["loss"] for number in (0, 1))
     return (
         f"Of models with 0.1 M active parameters, in nats per token: {best['x']:.0%} of the sparse budget for experts "
         f"and the rest for memory changes the loss of experts alone by {_found(gain)}, at equal total and active "
         f"parameters ({_seeds(shares)}); every tenfold table changes it by {estimate_text(slope, '+.3f')}, and bigrams "
-        f"alone change that of bigrams and trigrams by {bigrams} ({_seeds(sizes)}). The claims of the paper and of its "
-        "critics beside our evidence and its limits: "
-        "[docs/findings.md](docs/findings.md)."
+        f"alone change that of bigrams and trigrams by {bigrams} ({_seeds(sizes)}). Rows for single tokens and bigrams "
+        f"(`orders=(1, 2)`) change it by {_found(first['difference'])}, and by {_found(second['difference'])} with "
+        "five times the parameters: at this size, begin with these. The claims of the paper and of its critics beside "
+        "our evidence and its limits: [docs/findings.md](docs/findings.md)."
     )
 
 

@@ -1,15 +1,19 @@
-"""Make a corpus of documents out of folders of manuals, dictionaries and books: JSON lines that any recipe can read.
+r"""Make a corpus of documents out of folders of manuals, dictionaries and books: JSON lines that any recipe can read.
 
 Web pages lose their markup and manual pages their macros, compressed files are opened, long files are cut. Documents
 in other languages than English are left out, and so are those of which more than half stands in an earlier one. The
 order of the documents is decided by their contents, so the beginning of the corpus is a sample of all of it.
 
-    apt-get download dict-gcide wordnet-base linux-doc python3-doc
-    for file in *.deb; do dpkg -x $file extracted; done
-    python benchmarks/text_corpus.py extracted /usr/share/doc --out corpus
+    apt-get download anarchism apache2-doc debian-handbook debian-policy debian-reference-en developers-reference \
+        dict-foldoc dict-gcide dict-jargon emacs-common fortunes git-doc harden-doc installation-guide-amd64 \
+        libreoffice-help-en-us linux-doc-6.1 manpages manpages-dev miscfiles perl-doc postgresql-doc-15 \
+        python-django-doc python3.11-doc r-doc-html vim-doc wordnet-base
+    for file in *.deb; do dpkg -x $file extracted/${file%%_*}; done
+    python benchmarks/text_corpus.py extracted --out corpus
     engram-lm train recipe.toml --data.sources corpus
 
-The numbers of documents are printed to stdout as JSON.
+These packages of Debian 12 make the corpus of docs/findings.md: 17,838 documents of 154 MB. The numbers of documents
+are printed to stdout as JSON.
 """
 
 import argparse
