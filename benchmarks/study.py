@@ -34,6 +34,8 @@ def collect(folder: Path) -> dict[str, Any]:
         result["settings"]["data"] = [CORPUS]
     if "domains" in result["settings"]:
         result["settings"]["domains"] = [Path(source).name for source in result["settings"]["domains"]]
+    if "beside" in result["settings"]:
+        result["settings"]["beside"] = [Path(folder).name for folder in result["settings"]["beside"]]
     if "other_data" in result["settings"]:
         result["settings"]["other_data"] = [_last_name(one) for one in result["settings"]["other_data"]]
     first = next(iter(result["arms"].values()))["recipe"]
