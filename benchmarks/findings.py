@@ -48,6 +48,10 @@ def made_by(result: Mapping[str, Any]) -> str:
     )
 
 
+def _budget(result: Mapping[str, Any], tokens: int) -> str:
+    return f"0.1 M active, {count_text(tokens)} tokens, {_seeds(result)}"
+
+
 def _seeds(result: Mapping[str, Any]) -> str:
     number = len(result["seeds"])
     return f"{number} seed{'s' * (number > 1)}"
@@ -78,15 +82,19 @@ def scaling() -> str:
     return markdown(scaling_study.scaling_finding(result), result)
 
 
+def ranking(finding: Finding, result: Mapping[str, Any], setting: str, *more: str) -> str:
+    """The ranking of candidates with the setting that it was made in, and other tables of a finding by their titles."""
+    title = "From the lowest loss to the highest"
+    return markdown(finding, result, title, *more).replace(f"**{title}**", f"**{title}: {setting}**")
+
+
 def rival_layers() -> str:
     """Rivals of the paper's layer at equal bytes, with controls: each result, and of the first one also other texts."""
-    ranking, searches = "From the lowest loss to the highest", "What searching takes"
     kinds = ("Other texts, which nothing was trained on", *(f"Where the difference is: {name}" for name in _KINDS))
-    parts = []
-    for number, result in enumerate(kept("rivals")):
-        wanted = (ranking, searches, *(kinds if number == 0 else ()))
-        part = markdown(candidate_finding(result), result, *wanted)
-        parts.append(part.replace(f"**{ranking}**", f"**{ranking}: {_seeds(result)}**"))
+    parts = [
+        ranking(candidate_finding(one), one, _seeds(one), "What searching takes", *(kinds if number == 0 else ()))
+        for number, one in enumerate(kept("rivals"))
+    ]
     return "\n\n".join(parts) or NOT_YET
 
 
@@ -95,13 +103,11 @@ def better_layer() -> str:
     results = kept("layers")
     if not results:
         return NOT_YET
-    ranking = "From the lowest loss to the highest"
-    parts = [markdown(layers_finding(results[0]), results[0], "Verdict", ranking)]
-    parts += [markdown(candidate_finding(one), one, ranking) for one in results[1:]]
+    findings = [layers_finding(results[0]), *map(candidate_finding, results[1:])]
     settings = results[0]["verdict"]["settings"]
     return "\n\n".join(
-        part.replace(f"**{ranking}**", f"**{ranking}: {setting}**")
-        for part, setting in zip(parts, settings, strict=True)
+        ranking(finding, one, setting, "Verdict")
+        for finding, one, setting in zip(findings, results, settings, strict=True)
     )
 
 
@@ -167,7 +173,7 @@ def log_linear() -> tuple[str, str]:
     return (
         f"{estimate_text(line['slope'], '+.4f')} nats for each decade from {sizes[0] / 1e6:.1f} to "
         f"{sizes[-1] / 1e6:,.0f} MB; from size to size {steps}",
-        f"0.1 M active, {count_text(result['tokens'])} tokens, {_seeds(result)}",
+        _budget(result, result["tokens"]),
     )
 
 
@@ -181,7 +187,7 @@ def rivals(layer: str) -> tuple[str, str]:
         return (
             f"{estimate_text(found[layer], '+.3f')} nats at {beside['arms'][layer]['cost']['bytes'] / 1e6:,.1f} MB; no "
             f"memory {estimate_text(found['none'], '+.3f')}",
-            f"0.1 M active, {count_text(beside['settings']['tokens'])} tokens, {_seeds(beside)}",
+            _budget(beside, beside["settings"]["tokens"]),
         )
     found = {
         arm["x"]: arm["summary"]["loss"]["difference"] for name, arm in result["arms"].items() if name.startswith(layer)
@@ -190,7 +196,7 @@ def rivals(layer: str) -> tuple[str, str]:
     return (
         "; ".join(f"{_found(found[x])} nats at {x / 1e6:,.1f} MB" for x in (ends[0], ends[len(ends) // 2], ends[-1]))
         + f"; slope {estimate_text(result['lines'][layer]['slope'], '+.4f')}",
-        f"0.1 M active, {count_text(result['tokens'])} tokens, {_seeds(result)}",
+        _budget(result, result["tokens"]),
     )
 
 
@@ -215,7 +221,7 @@ def other_reads() -> tuple[str, str]:
     names = ("orders_1_2", "unigrams", "factor_engram", "per_token", "mome", "none")
     return (
         "; ".join(f"{result['arms'][name]['title']} {estimate_text(found[name], '+.3f')}" for name in names),
-        f"0.1 M active, {count_text(result['settings']['tokens'])} tokens, {_seeds(result)}",
+        _budget(result, result["settings"]["tokens"]),
     )
 
 

@@ -32,10 +32,9 @@ def collect(folder: Path) -> dict[str, Any]:
     result["command"] = portable(result["command"], has_data=bool(result["settings"].get("data")))
     if result["settings"].get("data"):
         result["settings"]["data"] = [CORPUS]
-    if "domains" in result["settings"]:
-        result["settings"]["domains"] = [Path(source).name for source in result["settings"]["domains"]]
-    if "beside" in result["settings"]:
-        result["settings"]["beside"] = [Path(folder).name for folder in result["settings"]["beside"]]
+    for name in ("domains", "beside"):
+        if name in result["settings"]:
+            result["settings"][name] = [Path(path).name for path in result["settings"][name]]
     if "other_data" in result["settings"]:
         result["settings"]["other_data"] = [_last_name(one) for one in result["settings"]["other_data"]]
     first = next(iter(result["arms"].values()))["recipe"]

@@ -139,7 +139,7 @@ CANDIDATES: Sequence[Candidate] = (
         name="values",
         title="into values",
         about="added to the values of its block's attention, not to the hidden state (after X-gram, arXiv 2604.21724)",
-        memory=lambda base: {"layer": "values"},
+        memory=lambda study: {"layer": "values"},
     ),
     Candidate(
         name="unigrams",

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from engram_lm.hashing.spec import HashSpec
 from engram_lm.memory.config import EngramConfig
-from engram_lm.studies.rivals.stored_text import Neighbors, StoredTextLayer, attend
+from engram_lm.studies.rivals.stored_text import Neighbors, StoredTextLayer, attend, feed_forward, num_heads
 from engram_lm.tables.table import Table
 
 # Dimension key: B batch, L length, D hidden, U chunks of a sequence, M tokens of a chunk, C chunks of the stored text,
 # K documents that are found for a chunk, R = 2 M tokens of a document, E width of an embedding, A heads.
 
-_HEAD_WIDTH = 32
 _AT_ONCE = 1 << 10
 """Documents that are embedded at a time when the index is rebuilt."""
 _PASSES = 3
@@ -54,16 +53,14 @@ class RealmLayer(StoredTextLayer):
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
         super().__init__(config, table)
         width, chunk, embedding = config.hidden_size, config.option("chunk"), config.option("embedding")
-        self.num_heads = max(1, width // _HEAD_WIDTH)
+        self.num_heads = num_heads(width)
         self.token_position = nn.Parameter(torch.empty(2 * chunk, width))
         self.query_position = nn.Parameter(torch.empty(chunk, width))
         self.norms = nn.ModuleDict(
             {name: nn.RMSNorm(width, eps=config.norm_eps) for name in ("query", "own", "wide", "found")}
         )
         self.own = nn.MultiheadAttention(width, self.num_heads, bias=False, batch_first=True)
-        self.wide = nn.Sequential(
-            nn.Linear(width, 2 * width, bias=False), nn.GELU(), nn.Linear(2 * width, width, bias=False)
-        )
+        self.wide = feed_forward(width)
         self.embed_input, self.embed_document = (nn.Linear(width, embedding, bias=False) for _ in range(2))
         self.empty_document = nn.Parameter(torch.empty(embedding))
         self.reader = nn.Linear(width, width, bias=False)
@@ -136,7 +133,7 @@ class RealmLayer(StoredTextLayer):
         return int(length * (16 * width**2 + 4 * length * width) + 2 * width * config.option("embedding"))
 
     def prepare(self, spec: HashSpec, tokens: Any) -> None:
-        """Store the beginning of the training text, raw tokens ``[num_tokens]``; there is no index of it yet."""
+        """Store the beginning of the training text, raw tokens ``[num_tokens]``. The next search builds its index."""
         super().prepare(spec, tokens)
         self.tokens_since.fill_(-1)
 

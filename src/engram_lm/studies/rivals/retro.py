@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from engram_lm.errors import ConfigError
 from engram_lm.memory.config import EngramConfig
 from engram_lm.studies.rivals.addresses import scattered
-from engram_lm.studies.rivals.stored_text import Neighbors, StoredText, StoredTextLayer, attend
+from engram_lm.studies.rivals.stored_text import Neighbors, StoredText, StoredTextLayer, attend, feed_forward, num_heads
 from engram_lm.tables.table import Table
 
 # Dimension key: B batch, L length, D hidden, U chunks of a sequence, M tokens of a chunk, C chunks of the stored text,
 # K neighbors of a chunk, R = 2 M tokens of a neighbor, V vocabulary, E width of a frozen embedding.
-
-_HEAD_WIDTH = 32
 
 
 class RetroLayer(StoredTextLayer):
@@ -40,7 +38,7 @@ class RetroLayer(StoredTextLayer):
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
         super().__init__(config, table)
         width, chunk = config.hidden_size, config.option("chunk")
-        heads = max(1, width // _HEAD_WIDTH)
+        heads = num_heads(width)
         self.neighbor_position = nn.Parameter(torch.empty(2 * chunk, width))
         self.query_position = nn.Parameter(torch.empty(chunk, width))
         self.norms = nn.ModuleDict(
@@ -49,9 +47,7 @@ class RetroLayer(StoredTextLayer):
         self.own, self.about, self.found = (
             nn.MultiheadAttention(width, heads, bias=False, batch_first=True) for _ in range(3)
         )
-        self.wide = nn.Sequential(
-            nn.Linear(width, 2 * width, bias=False), nn.GELU(), nn.Linear(2 * width, width, bias=False)
-        )
+        self.wide = feed_forward(width)
         self.index: _Index | None = None
         self.reset_parameters()
 

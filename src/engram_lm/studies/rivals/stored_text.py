@@ -1,4 +1,4 @@
-"""A stored text of the training text's bytes, whose chunks are found by what a sequence has said, and read after it."""
+"""What layers share that store a part of the training text, find chunks of it for a sequence, and read them."""
 
 import abc
 from collections.abc import Mapping
@@ -159,7 +159,7 @@ class Neighbors(NamedTuple):
 
 
 class StoredText:
-    """What is computed of a stored text so that its chunks can be found, but not for the documents that they are of."""
+    """A stored text that can be searched. A sequence never finds chunks of a document that it is itself a part of."""
 
     def __init__(self, text: Tensor, chunk: int, end_token: int, version: Any) -> None:
         self.version, self.chunk, self.text = version, chunk, text.long()
@@ -215,6 +215,16 @@ class StoredText:
             own_before = (own.cumsum(0) > 0).cumsum(0)  # own documents among the first 0, 1, 2, ...
             excluded[row] = own_before[self.last_document + 1] > own_before[self.first_document]
         return excluded
+
+
+def num_heads(width: int) -> int:
+    """Choose the number of attention heads for a width: one for every 32 channels."""
+    return max(1, width // 32)
+
+
+def feed_forward(width: int) -> nn.Sequential:
+    """Build the feed-forward network of an encoder, twice as wide inside."""
+    return nn.Sequential(nn.Linear(width, 2 * width, bias=False), nn.GELU(), nn.Linear(2 * width, width, bias=False))
 
 
 def attend(attention: nn.MultiheadAttention, queries: Tensor, read: Tensor, is_read: Tensor | None = None) -> Tensor:
