@@ -8,6 +8,7 @@ order of the documents is decided by their contents, so the beginning of the cor
         dict-foldoc dict-gcide dict-jargon emacs-common fortunes git-doc harden-doc installation-guide-amd64 \
         libreoffice-help-en-us linux-doc-6.1 manpages manpages-dev miscfiles perl-doc postgresql-doc-15 \
         python-django-doc python3.11-doc r-doc-html vim-doc wordnet-base
+    mkdir extracted
     for file in *.deb; do dpkg -x $file extracted/${file%%_*}; done
     python benchmarks/text_corpus.py extracted --out corpus
     engram-lm train recipe.toml --data.sources corpus
