@@ -95,6 +95,8 @@ def test_recall_counts_the_answers_that_are_right(lines, tokenizer):
     assert {found["correct"] for task in everything.values() for found in task.values()} == {1.0}
     assert {found["correct"] for task in nothing.values() for found in task.values()} == {0.0}
     assert 0.2 < half["several"]["600"]["correct"] < 0.8 and half["several"]["600"]["error"] > 0
+    sure, guessing = (found["several"]["600"]["loss"] for found in (everything, nothing))
+    assert sure < half["several"]["600"]["loss"] < guessing
     assert half["several"]["600"]["num_questions"] == 48 and half["single"]["300"]["num_questions"] == 6
 
 
@@ -153,7 +155,7 @@ def test_one_command_trains_extends_and_asks(tmp_path, capsys):
 
 
 def measured(loss, correct):
-    return {"loss": loss, "recall": {"single": {"64": {"correct": correct}}}}
+    return {"loss": loss, "recall": {"single": {"64": {"correct": correct, "loss": 3.0 - correct}}}}
 
 
 def test_memory_is_compared_at_equal_steps_and_at_equal_loss():
@@ -172,4 +174,5 @@ def test_memory_is_compared_at_equal_steps_and_at_equal_loss():
     assert found["arms"]["long"][EQUAL]["recall"]["single"]["64"]["mean"] == pytest.approx(0.35)
     finding = long_context_finding({"summary": found, "lengths": [64], "num_values": 16, "seeds": seeds})
     assert "+0.600 at equal steps, +0.450 at equal loss" in finding.headline and "too few" in finding.detail
-    assert "right in 6.2%" in finding.tables[0].note
+    assert "right in 6.2%" in finding.tables[0].note and "has 2.77" in finding.tables[1].note
+    assert found["differences"]["equal_loss"]["answer_loss"]["single"]["64"]["per_seed"] == pytest.approx([-0.2, -0.7])

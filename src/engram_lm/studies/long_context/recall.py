@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from engram_lm.adapt.evaluation_mode import evaluating
 from engram_lm.studies.long_context.notes import NoteOptions, hide, note
@@ -41,7 +42,8 @@ def recall(
 
     Returns:
         By task and length (as text): ``correct``, the share of answers all of whose tokens are the most likely ones;
-        ``error``, the standard error of it over haystacks; and ``num_questions``.
+        ``error``, the standard error of it over haystacks; ``loss``, the mean loss of an answer in nats, which shows a
+        tendency towards the right value before it becomes the most likely one; and ``num_questions``.
     """
     device = next(model.parameters()).device
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -49,7 +51,7 @@ def recall(
         for task, num_needles in TASKS.items():
             found[task] = {}
             for length in lengths:
-                shares = []
+                shares, losses = [], []
                 for number in range(num_haystacks):
                     chance = random.Random(f"{seed}/{task}/{length}/{number}")
                     start = chance.randrange(len(lines))
@@ -65,6 +67,7 @@ def recall(
                     ids = torch.tensor([tokens], device=device)
                     logits = model(input_ids=ids, use_cache=False, logits_to_keep=(asked - 1).to(device)).logits[0]
                     right = dict(zip(asked.tolist(), (logits.argmax(-1) == ids[0, asked]).tolist(), strict=True))
+                    losses.append(float(F.cross_entropy(logits.float(), ids[0, asked], reduction="sum")) / len(places))
                     shares.append(sum(all(right[place] for place in answer) for answer in places) / len(places))
                     on_progress()
                 mean = sum(shares) / len(shares)
@@ -72,6 +75,7 @@ def recall(
                 found[task][str(length)] = {
                     "correct": mean,
                     "error": math.sqrt(variance / len(shares)),
+                    "loss": sum(losses) / len(losses),
                     "num_questions": num_needles * num_haystacks,
                 }
     return found

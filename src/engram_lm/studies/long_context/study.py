@@ -90,6 +90,8 @@ class LongContextStudy(StudyCommand):
     """Keys of notes, at least 8."""
     values: int = 16
     """Values of notes, at least 2."""
+    notes_per_line: int = 4
+    """Notes behind each line of code of the text."""
     vocab_size: int = 1536
     """Tokens of the tokenizer that is trained."""
     hidden_size: int = 128
@@ -119,7 +121,12 @@ class LongContextStudy(StudyCommand):
     @property
     def notes(self) -> NoteOptions:
         """What the text is made of."""
-        return NoteOptions(num_documents=self.documents, num_keys=self.keys, num_values=self.values)
+        return NoteOptions(
+            num_documents=self.documents,
+            notes_per_line=self.notes_per_line,
+            num_keys=self.keys,
+            num_values=self.values,
+        )
 
     @property
     def _text_name(self) -> str:

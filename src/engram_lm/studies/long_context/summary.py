@@ -1,5 +1,6 @@
 """What came out of the study: what each model finds again by length, and differences at equal steps and equal loss."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``arms``: for ``short`` and ``long`` and each name, the spreads of ``loss`` and, by task and length, of
-        ``recall``. ``differences``: for ``equal_steps`` and ``equal_loss``, memory minus experts alone, seed by seed,
-        of the same, after the stage.
+        ``recall``, the share of right answers, and of ``answer_loss``. ``differences``: for ``equal_steps`` and
+        ``equal_loss``, memory minus experts alone, seed by seed, of the same, after the stage.
     """
     arms: dict[str, dict[str, Any]] = {"short": {}, "long": {}}
     for part, name in _ARMS:
@@ -51,13 +52,15 @@ def summarize(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _numbers(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tasks = measured[0]["recall"] if measured else {}
-    return {
-        "loss": spread(one["loss"] for one in measured),
-        "recall": {
-            task: {length: spread(one["recall"][task][length]["correct"] for one in measured) for length in tasks[task]}
+
+    def by_length(key: str) -> dict[str, Any]:
+        return {
+            task: {length: spread(one["recall"][task][length][key] for one in measured) for length in tasks[task]}
             for task in tasks
-        },
-    }
+        }
+
+    losses = spread(one["loss"] for one in measured)
+    return {"loss": losses, "recall": by_length("correct"), "answer_loss": by_length("loss")}
 
 
 def _differences(pairs: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
@@ -66,42 +69,53 @@ def _differences(pairs: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
         return paired_difference(ours, theirs)
 
     tasks = next(iter(pairs.values()))[0]["recall"] if pairs else {}
-    return {
-        "loss": of(lambda one: one["loss"]),
-        "recall": {
+
+    def by_length(key: str) -> dict[str, Any]:
+        return {
             task: {
-                length: of(lambda one, task=task, length=length: one["recall"][task][length]["correct"])
+                length: of(lambda one, task=task, length=length: one["recall"][task][length][key])
                 for length in tasks[task]
             }
             for task in tasks
-        },
-    }
+        }
+
+    losses = of(lambda one: one["loss"])
+    return {"loss": losses, "recall": by_length("correct"), "answer_loss": by_length("loss")}
 
 
 def long_context_finding(result: Mapping[str, Any]) -> Finding:
     """Say what memory changes at the longest length, and list every model by length."""
     summary, lengths, seeds = result["summary"], [str(length) for length in result["lengths"]], len(result["seeds"])
     tasks = list(summary["arms"]["long"][MOE]["recall"]) or ["single"]
+    guess = result["num_values"]
     tables = []
     for task in tasks:
-        rows = [
-            [title, *(_share(summary["arms"][part][name]["recall"].get(task, {}).get(length)) for length in lengths)]
-            for (part, name), title in _ARMS.items()
-        ]
-        rows += [
-            [f"memory − experts, {title}", *(_change(found["recall"].get(task, {}).get(length)) for length in lengths)]
-            for name, title in _COMPARISONS.items()
-            for found in [summary["differences"][name]]
-        ]
-        tables.append(
-            Table(
-                title=f"Notes found again, {'one needle' if task == 'single' else 'eight needles'}",
-                columns=("Model", *(f"{int(length):,} tokens" for length in lengths)),
-                rows=rows,
-                note="Share of questions whose answer is the model's most likely continuation; mean ± standard "
-                f"deviation over seeds. A guess among the values is right in {1 / result['num_values']:.1%}.",
-            )
-        )
+        needles = "one needle" if task == "single" else "eight needles"
+        for key, title, note in (
+            (
+                "recall",
+                "Notes found again",
+                "Share of questions whose answer is the model's most likely continuation; mean ± standard deviation "
+                f"over seeds. A guess among the values is right in {1 / guess:.1%}.",
+            ),
+            (
+                "answer_loss",
+                "Loss of the answer",
+                "Nats per answer; mean ± standard deviation over seeds. Who knows the values, and not which one was "
+                f"noted, has {math.log(guess):.2f}.",
+            ),
+        ):
+            rows = [
+                [title_of, *(_share(summary["arms"][part][name][key].get(task, {}).get(length)) for length in lengths)]
+                for (part, name), title_of in _ARMS.items()
+            ]
+            rows += [
+                [f"memory − experts, {title_of}", *(_change(found[key].get(task, {}).get(one)) for one in lengths)]
+                for name, title_of in _COMPARISONS.items()
+                for found in [summary["differences"][name]]
+            ]
+            columns = ("Model", *(f"{int(length):,} tokens" for length in lengths))
+            tables.append(Table(title=f"{title}, {needles}", columns=columns, rows=rows, note=note))
     losses = [
         [title, spread_text(found["mean"], found["std"])]
         for (part, name), title in _ARMS.items()
