@@ -42,9 +42,10 @@ def kept(name: str) -> list[Any]:
 def made_by(result: Mapping[str, Any]) -> str:
     """How a result came about."""
     machine = result["machine"]
+    types = sorted({run["dtype"] for arm in result["arms"].values() for run in arm["runs"] if run.get("dtype")})
     return (
         f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, {machine['threads']} "
-        f"thread; {_seeds(result)}."
+        f"thread{', in ' * bool(types) + ' and '.join(types)}; {_seeds(result)}."
     )
 
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from tests.analysis.looking import layer_similarity, logit_lens
 
 from engram_lm.analysis.suppression import suppression_effect
@@ -27,6 +28,7 @@ from engram_lm.training.build import build_model, model_config
 from engram_lm.training.data.tokenizer import train_tokenizer
 from engram_lm.training.distribution import Ranks
 from engram_lm.training.held_out import held_out_loss
+from engram_lm.training.loop import best_dtype
 from engram_lm.training.recipe import Recipe
 
 WORDS = ("the", "memory", "of", "a", "table", "reads", "rows", "while", "attention", "turns", "over", "long", "text")
@@ -172,6 +174,7 @@ def test_one_command_trains_every_arm_and_measures_what_it_says(study):
     tokens = held_out_tokens(out)
     (told,) = result["arms"]["block-1"]["runs"]
     assert told["tokens"] == 1024 and told["num_evaluated_tokens"] == len(tokens) - 1
+    assert told["dtype"] == best_dtype(torch.device("cpu"))
     assert held_out_loss(models["block-1"], tokens, length=32).loss == pytest.approx(told["loss"], rel=1e-3)
     options = {"length": 32, "max_tokens": 512}
     lens = logit_lens(models, tokenizer, tokens, **options)

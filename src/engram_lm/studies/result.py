@@ -25,6 +25,7 @@ def run_record(trained: TrainedArm, *, curve_points: int) -> dict[str, Any]:
     return {
         "seed": trained.seed,
         "failed": trained.failed,
+        "dtype": trained.result.get("dtype"),
         "loss": held_out.get("loss"),
         "num_evaluated_tokens": held_out.get("num_tokens"),
         "num_steps": len(steps),

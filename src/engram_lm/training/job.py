@@ -352,6 +352,7 @@ class Job:
             "format": "engram.train.1",
             **run_facts(self._started, self._commit),
             "world_size": self.ranks.world_size,
+            "dtype": trainer.options.dtype,
             "num_steps": trainer.num_steps_done,
             "num_skipped": trainer.num_skipped,
             "num_tokens": trainer.num_steps_done * trainer.batches.batch_size * trainer.batches.length,
