@@ -52,8 +52,11 @@ def test_grouped_products_and_the_loop_agree_forward_and_in_gradients():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_small", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_products_of_experts_follow_autocast_and_their_gradients_do_not(implementation):
+def test_products_of_large_experts_follow_autocast_and_their_gradients_do_not(implementation, is_small, monkeypatch):
+    if not is_small:
+        monkeypatch.setattr("engram_lm.model.experts._FEW_NUMBERS", 0)
     model = moe().train()
     model.set_experts_implementation(implementation)
     experts, seen = model.model.layers[1].mlp.experts, []
@@ -61,7 +64,7 @@ def test_products_of_experts_follow_autocast_and_their_gradients_do_not(implemen
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(IDS, labels=IDS).loss
     loss.backward()
-    assert seen[0] == torch.bfloat16  # the inner call, in the lower type
+    assert seen[0] == (torch.float32 if is_small else torch.bfloat16)  # the inner call
     assert experts.gate_up_proj.grad.dtype == experts.gate_up_proj.dtype == torch.float32
     lower = experts.gate_up_proj.grad.clone()
     model.zero_grad()
