@@ -152,6 +152,7 @@ class Twice(Whether):
 
     name = "twice"
     unequal = False
+    left_out = ""
 
     def study(self):
         recipe = tiny_recipe(self.text, "engram-nano", max_skipped_steps=0)
@@ -160,10 +161,24 @@ class Twice(Whether):
         return Study(
             name=self.name,
             question="Are they equal?",
-            arms=tuple(Arm(name=name, title=name, recipe=recipe) for name, recipe in arms),
+            arms=tuple(Arm(name=name, title=name, recipe=recipe) for name, recipe in arms if name != self.left_out),
             budget=Budget(equal=("tokens",)),
             seeds=1,
         )
+
+
+def folders(out):
+    return [path.name for path in sorted((out / "seed-0").iterdir()) if path.is_dir()]
+
+
+def test_an_arm_that_comes_before_one_of_the_same_recipe_takes_over_what_it_trained(text, tmp_path):
+    command = Twice(out=tmp_path, text=str(text), resume=True)
+    command.left_out = "one"
+    assert command.run() == 0
+    stamp = (tmp_path / "seed-0/other/metrics.jsonl").stat().st_mtime_ns
+    assert Twice(out=tmp_path, text=str(text), resume=True).run() == 0
+    assert folders(tmp_path) == ["other"] and set(losses(tmp_path)) == {"one", "other"}
+    assert (tmp_path / "seed-0/other/metrics.jsonl").stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize("mode", ["interleaved", "one_by_one"])
@@ -171,7 +186,7 @@ def test_arms_with_one_recipe_are_trained_once_and_have_the_same_numbers(text, t
     assert Twice(out=tmp_path, text=str(text), mode=mode).run() == 0
     found = losses(tmp_path)
     assert found["one"] == found["other"]
-    assert [path.name for path in sorted((tmp_path / "seed-0").iterdir()) if path.is_dir()] == ["one"]
+    assert folders(tmp_path) == ["one"]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["arms"]["other"]["summary"]["loss"]["difference"]["per_seed"] == [0.0]
 

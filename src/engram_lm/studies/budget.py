@@ -82,7 +82,9 @@ def estimated_seconds(study: Study) -> float | None:
         return None
     peak = peak_flops(torch.device("cpu"), best_dtype(torch.device("cpu")))
     assert peak is not None, "a CPU is measured"
-    return study.seeds * sum(price(arm.recipe).flops for arm in study.arms) / (peak * _UTILIZATION)
+    recipes = [arm.recipe for arm in study.arms]
+    trained = [recipe for number, recipe in enumerate(recipes) if recipe not in recipes[:number]]
+    return study.seeds * sum(price(recipe).flops for recipe in trained) / (peak * _UTILIZATION)
 
 
 def cost_table(study: Study) -> Table:

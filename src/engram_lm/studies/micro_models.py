@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from engram_lm.errors import ConfigError, check_flags
+from engram_lm.errors import ConfigError, check_whole
 from engram_lm.memory import EngramConfig
 from engram_lm.model import EngramLMConfig
 from engram_lm.planning.budget import allocate
@@ -99,7 +99,7 @@ class MicroModelFlags(TextFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(self, "loss_tokens")
+        check_whole(at_least=2, **{"--loss-tokens": self.loss_tokens})
         for name, value in (("--lr", self.lr), ("--table-lr-multiplier", self.table_lr_multiplier)):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a finite number above 0, not {value}")

@@ -63,7 +63,7 @@ class _Planned:
 
     @property
     def is_first(self) -> bool:
-        """Whether the run is this arm's own, and not that of an earlier arm with the same recipe."""
+        """Whether the run is this arm's own, and not that of another arm with the same recipe."""
         return self.folder.name == self.arm.name
 
     def beside(self, ending: str) -> Path:
@@ -184,11 +184,13 @@ class Runner:
 
     def _planned_seed(self, seed: int) -> list[_Planned]:
         """Plan the runs of a seed. Arms of one recipe, which differ in what is done afterwards, are one run."""
+        recipes = [(arm, self.complete(self.study.recipe_of(arm, seed))) for arm in self.study.arms]
         found: list[_Planned] = []
-        for arm in self.study.arms:
-            recipe = self.complete(self.study.recipe_of(arm, seed))
-            first = next((one.arm.name for one in found if one.recipe == recipe), arm.name)
-            found.append(_Planned(arm, seed, recipe, self.out / f"seed-{seed}" / first))
+        for arm, recipe in recipes:
+            alike = [self.out / f"seed-{seed}" / one.name for one, other in recipes if other == recipe]
+            # One that was begun goes on, also where an arm that stands before it came later.
+            folder = next((folder for folder in alike if (folder / RECIPE).is_file()), alike[0])
+            found.append(_Planned(arm, seed, recipe, folder))
         return found
 
     def _move_aside(self, pending: Sequence[_Planned]) -> None:

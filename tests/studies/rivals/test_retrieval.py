@@ -180,7 +180,7 @@ def test_retro_is_chunked_cross_attention_to_encoded_neighbors():
     for u in range(2):
         encoded = []
         for place in places.places[0, u].tolist():
-            state = layer.embedding(stored[place * CHUNK : (place + 2) * CHUNK]) + layer.neighbor_position
+            state = layer.embedding(stored[place * CHUNK : (place + 2) * CHUNK]) + layer.neighbor_position.weight
             own = layer.norms["own"](state)
             state = state + heads_of(layer.own, own, own)
             state = state + heads_of(layer.about, layer.norms["about"](state), query[u * CHUNK : (u + 1) * CHUNK])
@@ -189,7 +189,7 @@ def test_retro_is_chunked_cross_attention_to_encoded_neighbors():
         for offset in range(CHUNK):
             place = u * CHUNK + CHUNK - 1 + offset
             if place < 11:
-                reader = (query[place] + layer.query_position[offset])[None]
+                reader = (query[place] + layer.query_position.weight[offset])[None]
                 expected[place] = heads_of(layer.found, reader, torch.cat(encoded))[0]
     assert torch.allclose(found[0], expected, atol=1e-4)
     assert not found[0, : CHUNK - 1].any() and found[0, CHUNK - 1 :].any(-1).all()
@@ -288,6 +288,10 @@ def test_retro_counts_its_numbers_and_stores_whole_documents_of_as_many_bytes_as
         layer.neighbors(torch.ones(1, 4, dtype=torch.int64))
 
 
+NEVER = {retro_layer: {}, realm_layer: {"refresh_tokens": 1 << 60}}
+"""Options with which an index is never rebuilt."""
+
+
 @BOTH
 def test_the_operations_of_products_are_counted_and_they_compile_to_one_graph(made):
     layer = made(joined(documents(9, 12)), hidden=64)
@@ -297,8 +301,12 @@ def test_the_operations_of_products_are_counted_and_they_compile_to_one_graph(ma
     # The counter does not know the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         expected = layer(hidden, tokens)
-    count = type(layer).count_flops if made is retro_layer else type(layer).count_forward_flops
-    assert counter.get_total_flops() == pytest.approx(32 * count(layer.config), rel=0.02)
+    reading, search = (count(layer.config) for count in (type(layer)._reading_flops, type(layer)._search_flops))
+    assert counter.get_total_flops() == pytest.approx(32 * (reading + search), rel=0.02)
+    trained = type(layer).count_flops(
+        dataclasses.replace(layer.config, layer_options={**layer.config.layer_options, **NEVER[made]})
+    )
+    assert trained == pytest.approx(reading + search / 3, abs=2)
     respond = torch.compile(type(layer).respond, backend="aot_eager", fullgraph=True)
     assert torch.allclose(respond(layer, hidden, layer.read(tokens), None, None, None).update, expected, atol=1e-5)
 
@@ -343,7 +351,7 @@ def plain_realm(layer, tokens, hidden):
     updates, shares, given = torch.zeros_like(hidden), [], {}
 
     def encoded(words):
-        state = layer.embedding(words) + layer.token_position[: len(words)]
+        state = layer.embedding(words) + layer.token_position.weight[: len(words)]
         own = layer.norms["own"](state)
         state = state + heads_of(layer.own, own, own)
         return layer.norms["found"](state + layer.wide(layer.norms["wide"](state)))
@@ -358,7 +366,7 @@ def plain_realm(layer, tokens, hidden):
             place = u * CHUNK + CHUNK - 1 + offset
             if place >= len(tokens):
                 continue
-            reader = layer.reader.weight @ (query[place] + layer.query_position[offset])
+            reader = layer.reader.weight @ (query[place] + layer.query_position.weight[offset])
             for number, document in enumerate(documents):
                 parts = []
                 for head in range(layer.num_heads):
@@ -426,6 +434,16 @@ def test_documents_are_the_best_of_the_index_which_is_stale_until_it_is_rebuilt(
     assert not torch.equal(best_by(layer.index), best_by(first))
     fresh = layer.embed_documents(layer.encode(layer.stored.take(torch.arange(30))))
     assert torch.allclose(layer.index.float(), fresh, atol=0.02)
+    # What training left to rebuild, the next search rebuilds, in evaluation as well.
+    layer.tokens_since.fill_(24)
+    torch.nn.init.normal_(layer.embed_document.weight, std=0.3)
+    layer.eval().find(tokens)
+    assert int(layer.tokens_since) == 0
+    assert torch.equal(layer.neighbors(tokens).places, best_by(layer.index))
+    # In a low type too.
+    low = layer.to(torch.bfloat16)
+    low.embedding = low.embedding.to(torch.bfloat16)
+    assert torch.isfinite(low(torch.randn(1, 12, 32, dtype=torch.bfloat16), tokens[..., None])).all()
 
 
 def test_realm_counts_its_numbers_and_what_rebuilding_its_index_takes():
@@ -435,9 +453,19 @@ def test_realm_counts_its_numbers_and_what_rebuilding_its_index_takes():
     assert type(layer).count_parameters(layer.config) == weights and type(layer).count_kept(layer.config) == kept
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         layer.refresh()
-    share = type(layer).count_flops(layer.config) - type(layer).count_forward_flops(layer.config)
-    rare = dataclasses.replace(layer.config, layer_options={**layer.config.layer_options, "refresh_tokens": 1})
-    total = type(layer).count_flops(rare) - type(layer).count_forward_flops(rare)
-    assert counter.get_total_flops() == pytest.approx(3 * total, rel=0.02) and share == total // 200_000
+    often, seldom, never = (
+        type(layer).count_flops(
+            dataclasses.replace(layer.config, layer_options={**layer.config.layer_options, "refresh_tokens": tokens})
+        )
+        for tokens in (1, 1_000, 1 << 60)
+    )
+    assert counter.get_total_flops() == pytest.approx(3 * (often - never), rel=0.02)
+    assert seldom - never == pytest.approx((often - never) / 1_000, abs=1)
+    # Searching counts a third of what it takes, since no gradient goes through it.
+    tokens = torch.randint(1, 50, (8, 60), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        layer.neighbors(tokens)
+    found = counter.get_total_flops() / tokens.numel()
+    assert found == pytest.approx(type(layer)._search_flops(layer.config), rel=0.02)
     costs = check_budget(RivalsStudy(arms=("realm",)).study())
     assert costs["realm"].bytes == pytest.approx(costs["engram"].bytes, rel=0.001)

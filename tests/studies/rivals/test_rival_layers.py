@@ -275,7 +275,7 @@ def test_scone_s_encoder_is_a_causal_transformer_over_the_tokens_of_the_f_gram_a
     plain.num_layers = len(layer.encoder)
     for length in (2, 3):
         wanted = tokens[-length:]
-        hidden = (layer.embedding(wanted) + layer.places[:length].flip(0))[None]
+        hidden = (layer.embedding(wanted) + layer.places.weight[:length].flip(0))[None]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
         expected = plain(hidden, mask=mask, is_causal=True)[0, -1]
         given = F.pad(wanted.flip(0), (0, 3 - length), value=-1)[None]

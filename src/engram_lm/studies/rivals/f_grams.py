@@ -41,7 +41,7 @@ class FGramLayer(RivalLayer):
         super().__init__(config, table)
         hidden = config.hidden_size
         self.register_buffer("keys", torch.full((config.option("num_f_grams"),), _NONE))
-        self.places = nn.Parameter(torch.empty(config.orders[-1], hidden))
+        self.places = nn.Embedding(config.orders[-1], hidden)
         self.encoder = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 hidden,
@@ -68,7 +68,7 @@ class FGramLayer(RivalLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize the transformer."""
-        nn.init.normal_(self.places, std=self.config.projection_std)
+        nn.init.normal_(self.places.weight, std=self.config.projection_std)
         for name, parameter in self.encoder.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
@@ -143,7 +143,7 @@ class FGramLayer(RivalLayer):
         """Compute the embeddings of f-grams ``[F, N]``, newest token first and -1 behind the oldest: ``[F, D]``."""
         assert self.embedding is not None
         # Oldest first and the newest last, so that no token sees what stands for nothing: that comes before it.
-        tokens, places = f_grams.flip(-1), self.places.flip(0)
+        tokens, places = f_grams.flip(-1), self.places.weight.flip(0)
         hidden = self.embedding(tokens.clamp(min=0)) + places
         length = tokens.shape[-1]
         later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from engram_lm.hashing.spec import HashSpec
 from engram_lm.memory.config import EngramConfig
-from engram_lm.studies.rivals.stored_text import Neighbors, StoredTextLayer, attend, feed_forward, num_heads
+from engram_lm.studies.rivals.stored_text import (
+    PASSES,
+    Neighbors,
+    StoredTextLayer,
+    attend,
+    feed_forward,
+    num_heads,
+)
 from engram_lm.tables.table import Table
 
 # Dimension key: B batch, L length, D hidden, U chunks of a sequence, M tokens of a chunk, C chunks of the stored text,
@@ -16,8 +23,6 @@ from engram_lm.tables.table import Table
 
 _AT_ONCE = 1 << 10
 """Documents that are embedded at a time when the index is rebuilt."""
-_PASSES = 3
-"""Forward passes that training on a token is counted as; rebuilding the index is one pass and no more."""
 
 
 class RealmLayer(StoredTextLayer):
@@ -26,10 +31,13 @@ class RealmLayer(StoredTextLayer):
     An encoder of one block reads documents, and chunks as queries. p(z|x) is the softmax of the inner products of
     learned embeddings, ``W_input`` of the mean of a query's encoded tokens and ``W_doc`` of a document's, over the
     ``neighbors`` best documents and an empty one, which says nothing. The best are found by exact search in an index of
-    all documents' embeddings, which is rebuilt by the encoder as it then is whenever ``refresh_tokens`` tokens have
-    been trained on; until then it is stale. The documents that were found are embedded anew, so that p(z|x) is that of
-    the present weights and its gradient trains query and document embeddings: a document that helps more than the
-    others becomes more probable. After training the index stays as it is.
+    all documents' embeddings, which the next search rebuilds with the encoder as it then is once ``refresh_tokens``
+    tokens have been trained on; until then it is stale. The documents that were found are embedded anew, so that p(z|x)
+    is that of the present weights and its gradient trains query and document embeddings: a document that helps more
+    than the others becomes more probable.
+
+    Train it without gradient checkpointing, which would search twice and count tokens twice: the second search may
+    rebuild the index and find other documents.
 
     A document is a chunk of the stored text and the one that follows it; see `StoredTextLayer` for which there are,
     and which positions read them.
@@ -54,8 +62,8 @@ class RealmLayer(StoredTextLayer):
         super().__init__(config, table)
         width, chunk, embedding = config.hidden_size, config.option("chunk"), config.option("embedding")
         self.num_heads = num_heads(width)
-        self.token_position = nn.Parameter(torch.empty(2 * chunk, width))
-        self.query_position = nn.Parameter(torch.empty(chunk, width))
+        self.token_position = nn.Embedding(2 * chunk, width)
+        self.query_position = nn.Embedding(chunk, width)
         self.norms = nn.ModuleDict(
             {name: nn.RMSNorm(width, eps=config.norm_eps) for name in ("query", "own", "wide", "found")}
         )
@@ -75,7 +83,7 @@ class RealmLayer(StoredTextLayer):
         """Initialize everything but text and index; the update begins at zero where ``value_init`` says so."""
         width = self.config.hidden_size
         for position in (self.token_position, self.query_position):
-            nn.init.normal_(position, std=self.config.projection_std)
+            nn.init.normal_(position.weight, std=self.config.projection_std)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
@@ -100,31 +108,42 @@ class RealmLayer(StoredTextLayer):
 
     @classmethod
     def count_kept(cls, config: EngramConfig) -> int:
-        """Count the stored text, the index, two numbers of which count as one, and how old it is."""
+        """Count the stored text, the index (two float16 numbers count as one) and its age."""
         return super().count_kept(config) + 1
 
     @classmethod
     def count_flops(cls, config: EngramConfig) -> int:
         """Count the operations of one token: its share of search, encoding and rebuilding the index; and reading.
 
-        Rebuilding is a forward pass alone, so a third of it counts, as training is counted as three forward passes.
+        Searching and rebuilding are a forward pass alone, so a third of them counts, as training is counted as three
+        forward passes.
         """
-        chunks, share = config.option("chunks"), _PASSES * config.option("refresh_tokens")
-        return cls.count_forward_flops(config) + chunks * cls._document_flops(config) // share
+        rebuilding = config.option("chunks") * cls._document_flops(config) // config.option("refresh_tokens")
+        return cls._reading_flops(config) + (cls._search_flops(config) + rebuilding) // PASSES
 
     @classmethod
-    def count_forward_flops(cls, config: EngramConfig) -> int:
-        """Count the operations of one token without its share of rebuilding the index."""
+    def _search_flops(cls, config: EngramConfig) -> int:
+        """Count the operations of one token's share of a search, which no gradient goes through."""
+        return cls._query_flops(config) + 2 * config.option("chunks") * config.option("embedding") // config.option(
+            "chunk"
+        )
+
+    @classmethod
+    def _reading_flops(cls, config: EngramConfig) -> int:
+        """Count the operations of one token for its share of its chunk's query and documents, and for reading them."""
         cls.check(config)
         option, width = config.option, config.hidden_size
-        chunk, number, embedding = option("chunk"), option("neighbors"), option("embedding")
-        # A query is encoded twice: without a gradient to search, and with one to be trained.
-        query = 2 * (16 * width**2 + 4 * chunk * width) + 4 * width * embedding // chunk
-        search = 2 * option("chunks") * embedding // chunk
+        chunk, number = option("chunk"), option("neighbors")
         documents = number * (cls._document_flops(config) + 2 * chunk * 4 * width**2) // chunk
-        scores = 2 * (number + 1) * embedding // chunk
+        scores = 2 * (number + 1) * option("embedding") // chunk
         reading = 4 * width**2 + number * (4 * 2 * chunk * width + 2 * width)
-        return int(query + search + documents + scores + reading)
+        return int(cls._query_flops(config) + documents + scores + reading)
+
+    @classmethod
+    def _query_flops(cls, config: EngramConfig) -> int:
+        """Count the operations of one token's share of encoding a chunk as a query."""
+        width, chunk = config.hidden_size, config.option("chunk")
+        return int(16 * width**2 + 4 * chunk * width + 2 * width * config.option("embedding") // chunk)
 
     @classmethod
     def _document_flops(cls, config: EngramConfig) -> int:
@@ -140,7 +159,7 @@ class RealmLayer(StoredTextLayer):
     def find(self, tokens: Tensor) -> Tensor:
         """Find the documents for every chunk: int64 ``[B, U, 1 + K, R]``, -1 for none; the first is the chunk itself.
 
-        In training it rebuilds the index when it is time to.
+        It rebuilds the index first when it is time to, which training alone brings nearer.
         """
         limit = self.config.option("refresh_tokens")
         age = int(self.tokens_since)
@@ -168,12 +187,12 @@ class RealmLayer(StoredTextLayer):
         """Find the documents of highest score in the index for every chunk of sequences, raw tokens ``[B, U M]``."""
         with torch.autocast(self.text.device.type, enabled=False):  # which documents there are depends on no type
             query = self.embed_query(tokens.reshape(-1, self.config.option("chunk")))
-            return self.stored.nearest(query @ self.index.float().T, tokens, self.config.option("neighbors"))
+            return self.stored.nearest(query.float() @ self.index.float().T, tokens, self.config.option("neighbors"))
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Encode stretches of tokens, each alone, int64 ``[N, T]`` with T up to R: ``[N, T, D]``."""
         assert self.embedding is not None, "a model gives its embedding to its layers"
-        states = self.embedding(tokens.clamp(min=0)) + self.token_position[: tokens.shape[1]]
+        states = self.embedding(tokens.clamp(min=0)) + self.token_position.weight[: tokens.shape[1]]
         own = self.norms["own"](states)
         states = states + attend(self.own, own, own)
         states = states + self.wide(self.norms["wide"](states))

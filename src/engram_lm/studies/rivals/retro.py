@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from engram_lm.errors import ConfigError
 from engram_lm.memory.config import EngramConfig
 from engram_lm.studies.rivals.addresses import scattered
-from engram_lm.studies.rivals.stored_text import Neighbors, StoredText, StoredTextLayer, attend, feed_forward, num_heads
+from engram_lm.studies.rivals.stored_text import (
+    PASSES,
+    Neighbors,
+    StoredText,
+    StoredTextLayer,
+    attend,
+    feed_forward,
+    num_heads,
+)
 from engram_lm.tables.table import Table
 
 # Dimension key: B batch, L length, D hidden, U chunks of a sequence, M tokens of a chunk, C chunks of the stored text,
@@ -19,18 +27,14 @@ from engram_lm.tables.table import Table
 class RetroLayer(StoredTextLayer):
     """Attend to text that was found by what stands before: chunked cross-attention to neighbors of each chunk.
 
-    A sequence is cut into chunks of ``chunk`` tokens. For each of them the ``neighbors`` most similar chunks of a
-    stored text are found, by exact search over frozen embeddings (random projections of the counts of their tokens,
-    weighted by rarity). A neighbor is such a chunk and the one that follows it. An encoder reads neighbors in both
-    directions, and the chunk that they were found for; the last token of that chunk and the tokens after it, up to the
-    last but one of the next chunk, attend to all of them. So no output depends on a later token.
+    Chunks are found by exact search over frozen embeddings: random projections of the counts of their tokens, weighted
+    by rarity. An encoder reads neighbors in both directions, and the chunk that they were found for; the positions that
+    may read attend to all of them. See `StoredTextLayer` for which chunks there are, and which positions read them. The
+    frozen embeddings count among the layer's numbers, two of them as one. Chunks of the documents that a sequence
+    itself is part of are not found.
 
-    The stored text is the beginning of the training text: whole documents, ``chunks`` chunks at most (`prepare`). It
-    counts among the layer's numbers, as do the frozen embeddings, two of whose numbers take the place of one. Chunks of
-    the documents that a sequence itself is part of are not found.
-
-    It reads whole sequences, and is not for decoding. What differs from the published model: positions are learned
-    vectors in place of relative ones, embeddings are no BERT's, and a neighbor has as little as one encoder block.
+    What differs from the published model: positions are learned vectors in place of relative ones, embeddings are no
+    BERT's, and a neighbor has as little as one encoder block.
 
     Source: Borgeaud et al., “Improving language models by retrieving from trillions of tokens”, ICML 2022, section 2.
     """
@@ -39,8 +43,8 @@ class RetroLayer(StoredTextLayer):
         super().__init__(config, table)
         width, chunk = config.hidden_size, config.option("chunk")
         heads = num_heads(width)
-        self.neighbor_position = nn.Parameter(torch.empty(2 * chunk, width))
-        self.query_position = nn.Parameter(torch.empty(chunk, width))
+        self.neighbor_position = nn.Embedding(2 * chunk, width)
+        self.query_position = nn.Embedding(chunk, width)
         self.norms = nn.ModuleDict(
             {name: nn.RMSNorm(width, eps=config.norm_eps) for name in ("query", "own", "about", "wide", "found")}
         )
@@ -54,7 +58,7 @@ class RetroLayer(StoredTextLayer):
     def reset_parameters(self) -> None:
         """Initialize everything but the text; the update begins at zero where ``value_init`` says so."""
         for position in (self.neighbor_position, self.query_position):
-            nn.init.normal_(position, std=self.config.projection_std)
+            nn.init.normal_(position.weight, std=self.config.projection_std)
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
@@ -74,7 +78,19 @@ class RetroLayer(StoredTextLayer):
 
     @classmethod
     def count_flops(cls, config: EngramConfig) -> int:
-        """Count the operations of one token: its share of the search and of its chunk's neighbors, and reading."""
+        """Count the operations of one token: its share of the search and of its chunk's neighbors, and reading.
+
+        Searching is a forward pass alone, so a third of it counts, as training is counted as three forward passes.
+        """
+        return cls._reading_flops(config) + cls._search_flops(config) // PASSES
+
+    @classmethod
+    def _search_flops(cls, config: EngramConfig) -> int:
+        cls.check(config)
+        return int(2 * config.option("chunks") * config.option("embedding") // config.option("chunk"))
+
+    @classmethod
+    def _reading_flops(cls, config: EngramConfig) -> int:
         cls.check(config)
         width, chunk, neighbors = config.hidden_size, config.option("chunk"), config.option("neighbors")
         length = 2 * chunk
@@ -84,8 +100,7 @@ class RetroLayer(StoredTextLayer):
             + 4 * chunk * width  # and with the chunk
             + 2 * width**2  # keys and values of a chunk, half as many as there are tokens of a neighbor
         )
-        search = 2 * config.option("chunks") * config.option("embedding") // chunk
-        return search + 2 * neighbors * per_neighbor_token + 4 * width**2 + 4 * neighbors * length * width
+        return 2 * neighbors * per_neighbor_token + 4 * width**2 + 4 * neighbors * length * width
 
     def find(self, tokens: Tensor) -> Tensor:
         """Find the neighbors of every chunk: int64 ``[B, U, K, R]``, -1 for none."""
@@ -101,7 +116,7 @@ class RetroLayer(StoredTextLayer):
         """Read neighbors ``[B, U, K, R]`` in the light of chunks ``[B, U, M, D]``; returns ``[B U, K, R, D]``."""
         assert self.embedding is not None, "a model gives its embedding to its layers"
         number = tokens.shape[2]
-        states = self.embedding(tokens.flatten(0, 2).clamp(min=0)).to(chunks.dtype) + self.neighbor_position
+        states = self.embedding(tokens.flatten(0, 2).clamp(min=0)).to(chunks.dtype) + self.neighbor_position.weight
         chunks = chunks.unsqueeze(2).expand(-1, -1, number, -1, -1).flatten(0, 2)
         own = self.norms["own"](states)
         states = states + attend(self.own, own, own)

@@ -19,6 +19,9 @@ from engram_lm.tables.table import Table
 # Dimension key: B batch, L length, D hidden, U chunks of a sequence, M tokens of a chunk, C chunks of the stored text,
 # K neighbors of a chunk, R = 2 M tokens of a neighbor.
 
+PASSES = 3
+"""Forward passes that training on a token is counted as. Searching is one pass and no more."""
+
 
 class StoredTextLayer(MemoryLayer):
     """A layer that reads neighbors: chunks of a stored text, found for each chunk of a sequence.
@@ -35,7 +38,7 @@ class StoredTextLayer(MemoryLayer):
     """The stored text, int32 ``[(C + 1) M]``; -1 where there is none."""
     norms: nn.ModuleDict
     """The norm ``query`` of the hidden states that read, and others."""
-    query_position: nn.Parameter
+    query_position: nn.Embedding
     """Added to those that read, ``[M, D]``."""
 
     def __init__(self, config: EngramConfig, table: Table | None = None) -> None:
@@ -138,7 +141,7 @@ class StoredTextLayer(MemoryLayer):
         query = self.norms["query"](hidden_BLD)
         # Position chunk - 1 is the first that may read: it has seen the whole first chunk.
         readers = F.pad(query[:, chunk - 1 :], (0, 0, 0, num_chunks * chunk - (length - chunk + 1)))
-        readers = readers.unflatten(1, (num_chunks, chunk)).flatten(0, 1) + self.query_position
+        readers = readers.unflatten(1, (num_chunks, chunk)).flatten(0, 1) + self.query_position.weight
         update = self.update(readers, query[:, : num_chunks * chunk].unflatten(1, (num_chunks, chunk)), vectors)
         update = update.unflatten(0, (-1, num_chunks)).flatten(1, 2)[:, : length - chunk + 1]
         update = F.pad(update, (0, 0, chunk - 1, 0))
