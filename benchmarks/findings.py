@@ -13,6 +13,7 @@ from engram_lm.studies.adaptation.finding import change_on_old_text
 from engram_lm.studies.candidate_report import candidate_finding, differences
 from engram_lm.studies.fits import estimate_text
 from engram_lm.studies.layers.study import layers_finding
+from engram_lm.studies.layers.verdict import setting_words
 from engram_lm.studies.mechanism import summary as mechanism_summary
 from engram_lm.studies.page import Finding
 from engram_lm.studies.writing import summary as writing_summary
@@ -105,11 +106,14 @@ def better_layer() -> str:
     if not results:
         return NOT_YET
     findings = [layers_finding(results[0]), *map(candidate_finding, results[1:])]
-    settings = results[0]["verdict"]["settings"]
     return "\n\n".join(
-        ranking(finding, one, setting, "Verdict")
-        for finding, one, setting in zip(findings, results, settings, strict=True)
+        ranking(finding, one, setting_words(one), "Verdict") for finding, one in zip(findings, results, strict=True)
     )
+
+
+def layers_of(size: str) -> Any:
+    """The result on layers that has the most seeds at a size."""
+    return max((one for one in kept("layers") if one["setting"]["size"] == size), key=lambda one: len(one["seeds"]))
 
 
 def ablations() -> str:
@@ -550,7 +554,7 @@ def three() -> str:
     best = shares["arms"][next(iter(shares["sweeps"].values()))["best"]]
     gain, slope = best["summary"]["loss"]["difference"], sizes["lines"]["engram"]["slope"]
     bigrams = rivals("bigrams")[0].rpartition("; slope")[0]
-    first, second = (kept("layers")[number]["arms"]["orders_1_2"]["summary"]["loss"] for number in (0, 1))
+    first, second = (layers_of(size)["arms"]["orders_1_2"]["summary"]["loss"] for size in ("100k", "500k"))
     return (
         f"Of models with 0.1 M active parameters, in nats per token: {best['x']:.0%} of the sparse budget for experts "
         f"and the rest for memory changes the loss of experts alone by {_found(gain)}, at equal total and active "

@@ -5,7 +5,8 @@
 
 ``corpus`` is what ``benchmarks/text_corpus.py`` makes. The documents' tables are then made by ``benchmarks/tables.py``.
 A study of candidates may have been made at several sizes, with several numbers of tokens or with other candidates, by
-one command each: a result replaces an earlier one of the same setting only, and the verdict on layers is over all.
+one command each: a result replaces an earlier one of the same setting only, and the verdict on layers is over all that
+have seeds enough.
 """
 
 import argparse
@@ -18,12 +19,15 @@ from typing import Any
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.layers.verdict import verdict
 from engram_lm.studies.registry import STUDIES
+from engram_lm.studies.summary import ENOUGH_SEEDS
+from engram_lm.training.run_folder import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVE_POINTS = 20
 CORPUS = "corpus"
-SETTING = ("size", "tokens", "first_seed", "arms")
-"""What tells results of a study of candidates apart, each of which is kept."""
+NO_SETTING = {"seeds", "beside", "data", "other_data", "max_bytes"}
+"""Flags that two results of a study of candidates may differ in and still be results of one setting, of which the later
+one is kept."""
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -75,12 +79,24 @@ def _last_name(word: str) -> str:
     return f"{name}{is_pair}{Path(path).name}" if path.startswith("/") else word
 
 
-def of_other_settings(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of a file, if there is one, that were made in another setting than a new one."""
-    if "arms" not in result["settings"] or not path.is_file():
-        return []
-    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return [one for one in kept if any(one["settings"].get(name) != result["settings"].get(name) for name in SETTING)]
+def kept_beside(earlier: list[dict[str, Any]], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that are kept with a new one: it takes the place of one of its setting, or is the last."""
+    if "arms" not in result["settings"]:
+        return [result]
+    places = [number for number, one in enumerate(earlier) if _setting(one) == _setting(result)]
+    return [*earlier[: places[0]], result, *earlier[places[0] + 1 :]] if places else [*earlier, result]
+
+
+def _setting(result: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a result that set it apart; a flag that is newer than a result was as it is unless given."""
+    known = {**command_of(result["study"])().settings(), **result["settings"]}
+    return {name: value for name, value in json.loads(to_json(known)).items() if name not in NO_SETTING}
+
+
+def command_of(name: str) -> Any:
+    """The class of a study's command."""
+    module, _, command = STUDIES[name][0].partition(":")
+    return getattr(importlib.import_module(module), command)
 
 
 def main() -> None:
@@ -89,15 +105,16 @@ def main() -> None:
     for folder in parser.parse_args().folders:
         result = collect(folder)
         name = result["study"]
+        if result["settings"].get("tune"):
+            raise SystemExit(f"{folder} holds a choice of rates (--tune) and no comparison")
         out = ROOT / "benchmarks" / "results" / f"study_{name}.json"
-        results = [*of_other_settings(out, result), result]
+        results = kept_beside(json.loads(out.read_text(encoding="utf-8"))["results"] if out.is_file() else [], result)
         if "verdict" in result:
-            results[0]["verdict"] = verdict(results)
+            results[0]["verdict"] = verdict([one for one in results if len(one["seeds"]) >= ENOUGH_SEEDS])
         found = {"benchmark": f"study_{name}", "results": results}
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(out.relative_to(ROOT))
-        module, _, command = STUDIES[name][0].partition(":")
-        figures = getattr(importlib.import_module(module), command)().study().figures
+        figures = command_of(name)().study().figures
         pictures = ROOT / "docs" / "pictures"
         pictures.mkdir(exist_ok=True)
         for path in save_pictures(figures(results[0]), pictures):

@@ -27,7 +27,7 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `STANDARD_ERRORS` below 0 in every setting. ``winners``: their names, the best first. ``enough``: whether there
         are seeds enough to say anything.
     """
-    settings = [_setting(result) for result in results]
+    settings = [setting_words(result) for result in results]
     shared = [
         name
         for name, arm in results[0]["arms"].items()
@@ -51,7 +51,7 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"settings": settings, "candidates": found, "winners": winners, "enough": enough}
 
 
-def _setting(result: Mapping[str, Any]) -> str:
+def setting_words(result: Mapping[str, Any]) -> str:
     """Name what sets a result apart from others of this study."""
     of = result["setting"]
     seeds = len(result["seeds"])
