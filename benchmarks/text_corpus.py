@@ -13,8 +13,8 @@ order of the documents is decided by their contents, so the beginning of the cor
     python benchmarks/text_corpus.py extracted --out corpus
     engram-lm train recipe.toml --data.sources corpus
 
-These packages of Debian 12 make the corpus of docs/findings.md: 17,838 documents of 154 MB. The numbers of documents
-are printed to stdout as JSON.
+These packages of Debian 12 make the corpus of docs/findings.md: 17,838 documents of 154 MB in November 2026, and a few
+documents more or less when Debian has updated one of them. The numbers of documents are printed to stdout as JSON.
 """
 
 import argparse
