@@ -1,5 +1,6 @@
 """The study of long contexts: its text can be read, its models are equal, and one command trains and asks them all."""
 
+import contextlib
 import json
 import random
 import types
@@ -15,6 +16,7 @@ from engram_lm.studies.long_context.notes import NoteOptions, code_lines, hide, 
 from engram_lm.studies.long_context.recall import TASKS, recall
 from engram_lm.studies.long_context.study import LongContextStudy
 from engram_lm.studies.long_context.summary import ENGRAM, EQUAL, MOE, long_context_finding, summarize
+from engram_lm.studies.runner import Runner
 from engram_lm.training.data.tokenizer import train_tokenizer
 
 SIZES = {
@@ -126,12 +128,27 @@ def test_no_line_of_a_haystack_is_among_the_lines_of_the_text(tmp_path):
     assert len(asked) > 1000 and not text & set(asked)
 
 
-def test_one_command_trains_extends_and_asks(tmp_path, capsys):
+def test_one_command_trains_extends_and_asks(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def measuring(self, title, total):
+        progress = [total, 0]
+        asked.append(progress)
+
+        def advance(more=1):
+            progress[1] += more
+
+        yield advance
+
+    monkeypatch.setattr(Runner, "measuring", measuring)
     out = tmp_path / "study"
     flags = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = ["study", "long_context", "--out", str(out), "--mode", "one_by_one", *flags]
     assert main([*command, "--json"]) == 0
+    monkeypatch.undo()
     result = json.loads(capsys.readouterr().out)
+    assert len(asked) == 5 and all(total == done for total, done in asked)
     (seed,) = result["seeds"]
     assert set(seed["short"]) == {MOE, ENGRAM} and set(seed["long"]) == {MOE, ENGRAM, EQUAL}
     assert all(set(one["recall"]["single"]) == {"64", "128", "256"} for one in seed["long"].values())

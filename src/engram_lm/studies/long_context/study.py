@@ -13,7 +13,7 @@ from engram_lm.model import EngramLMConfig
 from engram_lm.planning.budget import allocate
 from engram_lm.studies.command import StudyCommand
 from engram_lm.studies.long_context.notes import NoteOptions, code_lines, make_documents
-from engram_lm.studies.long_context.recall import recall
+from engram_lm.studies.long_context.recall import TASKS, recall
 from engram_lm.studies.long_context.summary import ENGRAM, EQUAL, MOE, figures, long_context_finding, summarize
 from engram_lm.studies.result import run_record
 from engram_lm.studies.runner import Runner
@@ -307,7 +307,7 @@ class LongContextStudy(StudyCommand):
         """What training one model came to, and how many notes it finds again."""
         model, tokenizer = trained.load(self.device)
         lengths, seed = self.lengths, trained.seed
-        with runner.measuring(f"asking {trained.arm.name}", len(lengths) * self.haystacks) as advance:
+        with runner.measuring(f"asking {trained.arm.name}", len(TASKS) * len(lengths) * self.haystacks) as advance:
             found = recall(
                 model,
                 tokenizer,
