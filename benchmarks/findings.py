@@ -14,8 +14,10 @@ from engram_lm.studies.candidate_report import candidate_finding, differences
 from engram_lm.studies.fits import estimate_text
 from engram_lm.studies.layers.study import layers_finding
 from engram_lm.studies.layers.verdict import setting_words
+from engram_lm.studies.long_context.summary import long_context_finding
 from engram_lm.studies.mechanism import summary as mechanism_summary
 from engram_lm.studies.page import Finding
+from engram_lm.studies.result import runs_of
 from engram_lm.studies.writing import summary as writing_summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,7 +45,7 @@ def kept(name: str) -> list[Any]:
 def made_by(result: Mapping[str, Any]) -> str:
     """How a result came about."""
     machine = result["machine"]
-    types = sorted({run["dtype"] for arm in result["arms"].values() for run in arm["runs"] if run.get("dtype")})
+    types = sorted({run["dtype"] for run in runs_of(result) if run.get("dtype")})
     return (
         f"Made by `{result['command']}` at commit `{result['commit']}` on {machine['processor']}, {machine['threads']} "
         f"thread{', in ' * bool(types) + ' and '.join(types)}; {_seeds(result)}."
@@ -128,6 +130,12 @@ def mechanism() -> str:
     """Layers that memory saves, and answers without it."""
     result = study("mechanism")
     return NOT_YET if result is None else markdown(mechanism_summary.mechanism_finding(result), result)
+
+
+def long_context() -> str:
+    """Notes that are found again in long texts, and what answers cost."""
+    result = study("long_context")
+    return NOT_YET if result is None else markdown(long_context_finding(result), result)
 
 
 def writing() -> str:
@@ -575,5 +583,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "ablations": ablations,
     "mechanism": mechanism,
     "writing": writing,
+    "long context": long_context,
 }
 """Name of a table on the page, and what makes it."""

@@ -19,6 +19,7 @@ from typing import Any
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.layers.verdict import verdict
 from engram_lm.studies.registry import STUDIES
+from engram_lm.studies.result import runs_of
 from engram_lm.studies.summary import ENOUGH_SEEDS
 from engram_lm.training.run_folder import to_json
 
@@ -41,9 +42,9 @@ def collect(folder: Path) -> dict[str, Any]:
             result["settings"][name] = [Path(path).name for path in result["settings"][name]]
     if "other_data" in result["settings"]:
         result["settings"]["other_data"] = [_last_name(one) for one in result["settings"]["other_data"]]
-    first = next(iter(result["arms"].values()))["recipe"]
-    for number, arm in enumerate(result["arms"].values()):
-        recipe = arm["recipe"]
+    arms = list(result.get("arms", {}).values())
+    for number, arm in enumerate(arms):
+        first, recipe = arms[0]["recipe"], arm["recipe"]
         folders = {name: [CORPUS] for name in ("sources", "held_out_sources") if recipe["data"].get(name)}
         recipe["data"] |= {**folders, "cache": None}
         for text in recipe["evaluation"].get("texts", ()):
@@ -51,9 +52,9 @@ def collect(folder: Path) -> dict[str, Any]:
         if number:
             # Apart from the model, what is the first arm's is not said again.
             arm["recipe"] = {name: value for name, value in recipe.items() if name == "model" or value != first[name]}
-        for run in arm["runs"]:
-            curve = run["train_curve"]
-            run["train_curve"] = [[n, round(loss, 4)] for n, loss in curve[:: max(1, len(curve) // CURVE_POINTS)]]
+    for run in runs_of(result):
+        curve = run["train_curve"]
+        run["train_curve"] = [[n, round(loss, 4)] for n, loss in curve[:: max(1, len(curve) // CURVE_POINTS)]]
     for look in result.get("looks", ()):
         for found in look.get("cka", {}).values():
             if isinstance(found, dict):

@@ -16,6 +16,7 @@ from engram_lm.studies.long_context.notes import NoteOptions, code_lines, hide, 
 from engram_lm.studies.long_context.recall import TASKS, recall
 from engram_lm.studies.long_context.study import LongContextStudy
 from engram_lm.studies.long_context.summary import ENGRAM, EQUAL, MOE, long_context_finding, summarize
+from engram_lm.studies.result import runs_of
 from engram_lm.studies.runner import Runner
 from engram_lm.training.data.tokenizer import train_tokenizer
 
@@ -149,6 +150,7 @@ def test_one_command_trains_extends_and_asks(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     result = json.loads(capsys.readouterr().out)
     assert len(asked) == 5 and all(total == done for total, done in asked)
+    assert result["study"] == "long_context" and len(runs_of(result)) == 5
     (seed,) = result["seeds"]
     assert set(seed["short"]) == {MOE, ENGRAM} and set(seed["long"]) == {MOE, ENGRAM, EQUAL}
     assert all(set(one["recall"]["single"]) == {"64", "128", "256"} for one in seed["long"].values())

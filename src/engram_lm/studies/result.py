@@ -37,6 +37,13 @@ def run_record(trained: TrainedArm, *, curve_points: int) -> dict[str, Any]:
     }
 
 
+def runs_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List every run of a study's result: of each arm, or of each seed where a study goes on with what it trained."""
+    if "arms" in result:
+        return [run for arm in result["arms"].values() for run in arm["runs"]]
+    return [run for seed in result["seeds"] for part in ("short", "long") for run in seed[part].values()]
+
+
 def study_result(study: Study, seeds: Sequence[Mapping[str, TrainedArm]]) -> dict[str, Any]:
     """Measure everything that was trained, given as the arms of each seed by name.
 

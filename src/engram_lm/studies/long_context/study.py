@@ -250,6 +250,8 @@ class LongContextStudy(StudyCommand):
                 }
             )
         return {
+            "study": self.name,
+            "question": runner.study.question,
             "seeds": found,
             "failed": failed,
             "lengths": list(self.lengths),
