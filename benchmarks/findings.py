@@ -238,6 +238,26 @@ def other_reads() -> tuple[str, str]:
     )
 
 
+def far_reads() -> tuple[str, str]:
+    """Notes that are found again far back, with memory and without."""
+    result = study("long_context")
+    if result is None:
+        return NOT_YET, ""
+    words, length = [], str(result["lengths"][-1])
+    for name, title in (("equal_steps", "equal steps"), ("equal_loss", "equal loss")):
+        found = result["summary"]["differences"][name]["recall"]["single"]
+        means = [found[str(one)]["mean"] for one in result["lengths"]]
+        words.append(
+            f"at {title} {sum(means) / len(means):+.0%} ({found[length]['mean']:+.0%} in {int(length):,} tokens)"
+        )
+    told = result["num_values"]
+    return (
+        f"of single notes, found again in {result['lengths'][0]} to {int(length):,} tokens, memory minus experts: "
+        f"{'; '.join(words)}; with eight notes neither kind tells keys apart",
+        f"{count_text(result['settings']['tokens'])} tokens, {told} values, {_seeds(result)}",
+    )
+
+
 def written() -> tuple[str, str]:
     """Rows written while running against a cache of counts."""
     result = study("writing")
@@ -470,6 +490,13 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
         "FactorEngram does, by its unigrams; rows for single tokens and bigrams do more",
         other_reads,
         "[rivals](#rivals)",
+    ),
+    (
+        "Memory frees attention for long contexts, at equal loss too (§5)",
+        "paper",
+        "at equal steps for single notes; at equal loss not",
+        far_reads,
+        "[long contexts](#long-contexts)",
     ),
     (
         "A memory that is written while the model runs adapts it",
