@@ -494,7 +494,7 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[], tuple[str, str]], str], ...] = (
     (
         "Memory frees attention for long contexts, at equal loss too (§5)",
         "paper",
-        "at equal steps for single notes; at equal loss not",
+        "not seen; single notes alone are found, and two seeds differ",
         far_reads,
         "[long contexts](#long-contexts)",
     ),
