@@ -96,7 +96,13 @@ def rival_layers() -> str:
     """Rivals of the paper's layer at equal bytes, with controls: each result, and of the first one also other texts."""
     kinds = ("Other texts, which nothing was trained on", *(f"Where the difference is: {name}" for name in _KINDS))
     parts = [
-        ranking(candidate_finding(one), one, _seeds(one), "What searching takes", *(kinds if number == 0 else ()))
+        ranking(
+            candidate_finding(one),
+            one,
+            _seeds(one) + ", with twins of equal operations" * one["settings"]["equal_flops"],
+            "What searching takes",
+            *(kinds if number == 0 else ()),
+        )
         for number, one in enumerate(kept("rivals"))
     ]
     return "\n\n".join(parts) or NOT_YET
