@@ -121,6 +121,15 @@ def test_what_would_be_lost_is_refused_before_the_model_is_loaded(folder, capsys
     for out in (folder, folder / "text.txt" / "patch"):
         assert main(["patch", "fit", str(folder / "absent"), str(folder / "facts.jsonl"), "--out", str(out)]) == 1
         assert "--out" in capsys.readouterr().err
+    # Nor is what is read written over.
+    for name in ("facts.jsonl", "text.txt"):
+        before = (folder / name).read_bytes()
+        fit = ["patch", "fit", str(folder / "absent"), str(folder / "facts.jsonl")]
+        assert main([*fit, "--reference", str(folder / "text.txt"), "--out", str(folder / name)]) == 1
+        assert "is read for the fit" in capsys.readouterr().err and (folder / name).read_bytes() == before
+    for flags in (["--num-heads", "0"], ["--orders"]):
+        assert main(["patch", "new", str(folder / "absent"), str(folder / "new"), *flags]) == 1
+        assert flags[0] in capsys.readouterr().err
 
 
 def test_of_several_patches_the_one_that_is_named_is_taken_out(folder, capsys):
@@ -142,6 +151,9 @@ def test_one_fact_is_taken_out_of_an_applied_patch(folder, capsys):
     main(["patch", "apply", str(folder / "adapter"), str(folder / "patch")])
     assert main(["patch", "revert", str(folder / "adapter"), "--fact", "on a rat"]) == 0
     assert "1 facts remain" in capsys.readouterr().out
+    # A flag without a prompt, as from an empty variable of a shell, takes nothing out.
+    assert main(["patch", "revert", str(folder / "adapter"), "--fact"]) == 1
+    assert "--fact needs" in capsys.readouterr().err and patch_files(folder / "adapter")
     found = leads(load(folder))
     assert found[0] > 0 and found[1] > 0 and found[2] < 0
     assert main(["patch", "revert", str(folder / "adapter"), "--fact", "on a rat"]) == 1

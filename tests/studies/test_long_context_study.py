@@ -115,6 +115,9 @@ def test_both_models_have_as_many_parameters():
     assert LongContextStudy().lengths == (512, 1024, 2048, 4096)
     with pytest.raises(ConfigError, match="--long-length 512 must be above"):
         LongContextStudy(long_length=512)
+    for factor in (0.0, 2.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--factor"):
+            LongContextStudy(factor=factor)
 
 
 def test_no_line_of_a_haystack_is_among_the_lines_of_the_text(tmp_path):

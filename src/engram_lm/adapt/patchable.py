@@ -175,8 +175,9 @@ def patchable_memory(target: Any) -> PatchableMemory:
     if not isinstance(target, MemoryAdapter):
         if not adapters:
             raise ConfigError(
-                f"a row patch is for a model with memory; this {type(target).__name__} has none: attach one with "
-                "MemoryAdapter.from_pretrained, or engram_lm.attach and training"
+                f"a row patch is for a model with memory; this {type(target).__name__} has none: name a memory with "
+                "--adapter (`engram-lm patch new` makes one), or attach one with MemoryAdapter.from_pretrained or "
+                "engram_lm.attach"
             )
         if len(adapters) > 1:
             raise ConfigError(

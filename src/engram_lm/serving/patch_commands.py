@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, check_flags
 from engram_lm.files import check_new_folder, read_json, read_text, user_path
 from engram_lm.progress import Progress
 from engram_lm.serving.load import ModelFlags, load_model
@@ -42,6 +42,9 @@ class PatchNew:
         from engram_lm.adapt import attach
 
         check_new_folder(self.out)
+        check_flags(self, "num_heads")
+        if not self.orders:
+            raise ConfigError("--orders needs the lengths of N-grams, such as --orders 2 3 4")
         model, tokenizer = load_model(self.model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         layer = layers * 2 // 5 if self.layer is None else self.layer
@@ -116,6 +119,8 @@ class PatchFit(ModelFlags):
         out = user_path(self.out).absolute()
         if out.is_dir() or not next(path for path in out.parents if path.exists()).is_dir():
             raise ConfigError(f"{self.out} is a folder, or lies in a file; name with --out the file to write")
+        if out in {user_path(path).absolute() for path in (self.facts, self.reference) if path is not None}:
+            raise ConfigError(f"{self.out} is read for the fit; name another file to write with --out")
         facts = read_fact_edits(self.facts)
         names = ("max_steps", "margin", "rounds", "penalty", "reuse_penalty")
         options = JointFitOptions(**{name: getattr(self, name) for name in names})
@@ -179,7 +184,7 @@ class PatchRevert:
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the memory adapter, or of the model with memory."""
-    fact: tuple[str, ...] = ()
+    fact: tuple[str, ...] | None = None
     """Prompts of facts: these alone are taken out, by solving again without them."""
     name: str | None = None
     """File name of the patch to take out, such as 0002.safetensors; needed where the folder has several."""
@@ -194,9 +199,11 @@ class PatchRevert:
         files = patch_files(user_path(self.folder))
         if not files:
             raise ConfigError(f"no patch belongs to {self.folder}")
-        if bool(self.fact) + (self.name is not None) + self.all > 1:
+        if (self.fact is not None) + (self.name is not None) + self.all > 1:
             raise ConfigError("--fact, --name and --all exclude each other; give one of them")
-        if not self.fact:
+        if self.fact is not None and not self.fact:
+            raise ConfigError("--fact needs the prompt of a fact")
+        if self.fact is None:
             chosen = [path for path in files if self.name in (None, path.name)]
             if not chosen or (self.name is None and not self.all and len(files) > 1):
                 there = ", ".join(path.name for path in files)

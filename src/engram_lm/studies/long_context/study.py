@@ -114,6 +114,11 @@ class LongContextStudy(StudyCommand):
             raise ConfigError(
                 f"--long-length {self.long_length} must be above --sequence-length {self.sequence_length}"
             )
+        if not self.long_length <= self.factor * self.sequence_length < math.inf:
+            raise ConfigError(
+                f"--factor {self.factor:g} must stretch --sequence-length {self.sequence_length} to --long-length "
+                f"{self.long_length} or beyond"
+            )
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"--lr is a finite number above 0, not {self.lr}")
         self.study()  # refuses what cannot be
