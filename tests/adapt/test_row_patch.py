@@ -286,7 +286,7 @@ def test_the_memory_that_is_meant_must_be_clear_and_read():
     adapter.detach()
     with pytest.raises(ConfigError, match="'default' is detached"):
         patch.revert(adapter)
-    with pytest.raises(ConfigError, match=r"has none: attach one"):
+    with pytest.raises(ConfigError, match=r"has none: name a memory with --adapter"):
         patch.apply(small_model())
 
 
