@@ -124,9 +124,7 @@ class RealmLayer(StoredTextLayer):
     @classmethod
     def _search_flops(cls, config: EngramConfig) -> int:
         """Count the operations of one token's share of a search, which no gradient goes through."""
-        return cls._query_flops(config) + 2 * config.option("chunks") * config.option("embedding") // config.option(
-            "chunk"
-        )
+        return super()._search_flops(config) + cls._query_flops(config)
 
     @classmethod
     def _reading_flops(cls, config: EngramConfig) -> int:

@@ -85,12 +85,8 @@ class RetroLayer(StoredTextLayer):
         return cls._reading_flops(config) + cls._search_flops(config) // PASSES
 
     @classmethod
-    def _search_flops(cls, config: EngramConfig) -> int:
-        cls.check(config)
-        return int(2 * config.option("chunks") * config.option("embedding") // config.option("chunk"))
-
-    @classmethod
     def _reading_flops(cls, config: EngramConfig) -> int:
+        """Count the operations of one token for its share of its chunk's neighbors, and for reading them."""
         cls.check(config)
         width, chunk, neighbors = config.hidden_size, config.option("chunk"), config.option("neighbors")
         length = 2 * chunk

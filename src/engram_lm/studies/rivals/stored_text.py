@@ -76,6 +76,11 @@ class StoredTextLayer(MemoryLayer):
         """Count the numbers read for a token: its share of its chunk's neighbors."""
         return 2 * int(config.option("neighbors"))
 
+    @classmethod
+    def _search_flops(cls, config: EngramConfig) -> int:
+        """Count the operations of one token's share of comparing its chunk with every chunk of the stored text."""
+        return int(2 * config.option("chunks") * config.option("embedding") // config.option("chunk"))
+
     def prepare(self, spec: HashSpec, tokens: Any) -> None:
         """Store the beginning of the training text, raw tokens ``[num_tokens]``."""
         part = torch.from_numpy(np.asarray(tokens[: len(self.text)]).astype(np.int32))
