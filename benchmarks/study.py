@@ -10,7 +10,6 @@ have seeds enough.
 """
 
 import argparse
-import importlib
 import json
 import shlex
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from engram_lm.page.figure import save_pictures
 from engram_lm.studies.layers.verdict import verdict
-from engram_lm.studies.registry import STUDIES
+from engram_lm.studies.registry import STUDIES, command_class
 from engram_lm.studies.result import runs_of
 from engram_lm.studies.summary import ENOUGH_SEEDS
 from engram_lm.training.run_folder import to_json
@@ -90,14 +89,8 @@ def kept_beside(earlier: list[dict[str, Any]], result: dict[str, Any]) -> list[d
 
 def _setting(result: dict[str, Any]) -> dict[str, Any]:
     """The flags of a result that set it apart; a flag that is newer than a result was as it is unless given."""
-    known = {**command_of(result["study"])().settings(), **result["settings"]}
+    known = {**command_class(STUDIES[result["study"]][0])().settings(), **result["settings"]}
     return {name: value for name, value in json.loads(to_json(known)).items() if name not in NO_SETTING}
-
-
-def command_of(name: str) -> Any:
-    """The class of a study's command."""
-    module, _, command = STUDIES[name][0].partition(":")
-    return getattr(importlib.import_module(module), command)
 
 
 def main() -> None:
@@ -115,7 +108,7 @@ def main() -> None:
         found = {"benchmark": f"study_{name}", "results": results}
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(out.relative_to(ROOT))
-        figures = command_of(name)().study().figures
+        figures = command_class(STUDIES[name][0])().study().figures
         pictures = ROOT / "docs" / "pictures"
         pictures.mkdir(exist_ok=True)
         for path in save_pictures(figures(results[0]), pictures):

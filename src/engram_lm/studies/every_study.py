@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import signal
@@ -20,7 +19,7 @@ from rich.table import Table
 from engram_lm.errors import ConfigError, RunFolderError, check_flags
 from engram_lm.files import read_json, user_path, write_atomically
 from engram_lm.studies.budget import check_budget, estimated_seconds
-from engram_lm.studies.registry import STUDIES
+from engram_lm.studies.registry import STUDIES, command_class
 from engram_lm.training.interrupts import Interrupt
 from engram_lm.training.run_folder import commit, hold_folder, run_facts, to_json
 
@@ -140,7 +139,7 @@ class EveryStudy:
         """Estimate the seconds of one seed of each study; all budgets are checked before anything is trained."""
         found = {}
         for name in self.studies or self.registry:
-            command = _command(self.registry[name][0])
+            command = command_class(self.registry[name][0])
             study = command(**self._flags(name, command, user_path(self.out), 1)).study()
             check_budget(study)
             seconds = estimated_seconds(study)
@@ -153,7 +152,7 @@ class EveryStudy:
         """All seeds that are not there yet, study by study, priced by what earlier ones took."""
         steps = []
         for name, seconds in costs.items():
-            command = _command(self.registry[name][0])
+            command = command_class(self.registry[name][0])
             done = _seeds_done(out / name, command(**self._flags(name, command, out, 1)).settings())
             seconds *= _slowness(name, runs)
             steps += [Step(study=name, seeds=seed + 1, seconds=seconds) for seed in range(done, self.seeds)]
@@ -161,7 +160,7 @@ class EveryStudy:
 
     def _run(self, step: Step, out: Path, deadline: float, interrupt: Interrupt) -> tuple[int, float]:
         """Run one seed; at the deadline, or when this process is asked to stop, it saves and ends."""
-        command = _command(self.registry[step.study][0])
+        command = command_class(self.registry[step.study][0])
         flags = self._flags(step.study, command, out, step.seeds)
         words = ["--resume", "--out", str(flags["out"]), "--seeds", str(step.seeds)]
         words += ["--data", *map(str, self.data)] if "data" in flags else []
@@ -203,12 +202,6 @@ class EveryStudy:
         if left_out:
             hours = sum(step.seconds for step in left_out) / _HOUR
             print(f"What was left out takes about {hours:.1f} hours more; the same command goes on with it.")
-
-
-def _command(place: str) -> type[Any]:
-    module, _, name = place.partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def _plan(wanted: Sequence[Step], seconds: float) -> tuple[list[Step], list[Step]]:

@@ -3,7 +3,9 @@
 ``engram-lm study NAME`` and ``engram-lm study all`` share these lines; see ``every_study.py`` for what the order means.
 """
 
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
 STUDIES: Mapping[str, tuple[str, str]] = {
     "allocation": ("engram_lm.studies.allocation:AllocationStudy", "how much of a sparse budget should be memory"),
@@ -21,3 +23,10 @@ STUDIES: Mapping[str, tuple[str, str]] = {
     "rates": ("engram_lm.studies.rates:RatesStudy", "which learning rates suit micro models"),
 }
 """For each study, the module and class of its command, and what it asks, in a line."""
+
+
+def command_class(place: str) -> type[Any]:
+    """Import the class of a study's command from its place, as in ``package.module:Class``."""
+    module, _, name = place.partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found
